@@ -1,0 +1,37 @@
+# `make compare` and `make test` need Python >= 3.11 and make, nothing else.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt --editable
+
+.PHONY: compare test test-slow lint types clean
+
+compare: $(VENV)/installed-all  ## train the five mechanisms on real handwritten digits (about two minutes)
+	$(BIN)/better-attention compare digits
+
+test: $(VENV)/installed-dev  ## unit tests and documentation examples (about 90 s on two cores)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow and not gpu"
+
+test-slow: $(VENV)/installed-dev  ## everything, the long tests too
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not gpu"
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(VENV)/installed-dev
+	$(BIN)/mypy
+
+$(VENV)/bin/pip:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed-all: $(VENV)/bin/pip pyproject.toml constraints.txt
+	$(INSTALL) ".[all]"
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/bin/pip pyproject.toml constraints.txt
+	$(INSTALL) ".[dev]"
+	touch $@ $(VENV)/installed-all
+
+clean:
+	rm -rf $(VENV) build dist

@@ -1,0 +1,45 @@
+"""Standard, optimised, efficient, super and expressive attention for PyTorch (arXiv 2403.01643, 2407.18601).
+
+>>> import torch, better_attention as ba
+>>> layer = ba.MultiheadAttention(embed_dim=32, num_heads=4, mechanism="efficient", batch_first=True)
+>>> x = torch.zeros(2, 7, 32)
+>>> layer(x, x, x, need_weights=False)[0].shape
+torch.Size([2, 7, 32])
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .causality import assert_causal
+from .cost import Cost, cost
+from .functional import Explanation, attention, explain
+from .mechanism import MECHANISMS, Mechanism
+from .module import MultiheadAttention
+
+if TYPE_CHECKING:
+    from .experiments.runs import load_run
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MECHANISMS",
+    "Cost",
+    "Explanation",
+    "Mechanism",
+    "MultiheadAttention",
+    "assert_causal",
+    "attention",
+    "cost",
+    "explain",
+    "load_run",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # load_run needs the extras; importing the package must not.
+    if name == "load_run":
+        from .experiments.runs import load_run
+
+        return load_run
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,114 @@
+"""The alignment kernel W_A: a learned linear map over positions, from the left, on the values."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .errors import flag, one_of, whole_number
+from .values import surely_finite
+
+
+class Alignment(nn.Module):
+    r"""Mixes value positions: :math:`V' = W_A V + a \mathbf{1}^\top` (2403.01643, definition 4).
+
+    Shorter inputs use ``weight[:s, :s]`` and ``bias[:s]``; position j of the value is always column j.
+
+    Args:
+        max_len: largest number of value positions, the size of W_A.
+        num_heads: number of heads the values are split into.
+        heads: "shared", one W_A for all heads, or "per_head".
+        causal: keep W_A lower triangular, so that no position receives a later one.
+        init: "xavier" (Glorot uniform, Keras' default for such a map; the paper does not say) or "identity",
+            which makes super start out as efficient.
+        bias: whether there is a bias, one number per position (and head), added to every feature.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError, TypeError: an argument out of range; in ``forward``, more than ``max_len`` positions.
+
+    >>> Alignment(max_len=8, num_heads=2)(torch.zeros(3, 5, 6)).shape
+    torch.Size([3, 5, 6])
+    """
+
+    def __init__(
+        self,
+        max_len: int,
+        num_heads: int,
+        *,
+        heads: str = "shared",
+        causal: bool = False,
+        init: str = "xavier",
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.max_len = whole_number(max_len, "max_len")
+        self.num_heads = num_heads
+        self.heads = one_of(heads, "align_heads", ("shared", "per_head"))
+        self.causal = flag(causal, "align_causal")
+        self.init = one_of(init, "align_init", ("xavier", "identity"))
+        sizes = (num_heads,) if heads == "per_head" else ()
+        self.weight = nn.Parameter(torch.empty(*sizes, self.max_len, self.max_len, device=device, dtype=dtype))
+        self.bias: nn.Parameter | None = None
+        if bias:
+            self.bias = nn.Parameter(torch.empty(*sizes, self.max_len, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw W_A anew; its bias starts at zero."""
+        with torch.no_grad():
+            if self.init == "identity":
+                self.weight.copy_(torch.eye(self.max_len, dtype=self.weight.dtype, device=self.weight.device))
+            else:
+                bound = math.sqrt(6.0 / (2 * self.max_len))  # per kernel; nn.init would count the heads as inputs
+                self.weight.uniform_(-bound, bound)
+            if self.causal:
+                self.weight.tril_()
+            if self.bias is not None:
+                self.bias.zero_()
+
+    def forward(self, value_BSD: Tensor) -> Tensor:
+        """Mix the positions of (B, S, D) values, D = heads x head width, head after head."""
+        S = value_BSD.shape[1]
+        if self.max_len < S:
+            raise ValueError(
+                f"this layer's W_A was built for max_len={self.max_len} but received {S} values "
+                f"(shape {tuple(value_BSD.shape)}). Build with max_len >= {S}, shorten the input, "
+                "or use 'efficient', which has no fixed length."
+            )
+        aligned_BSD = self._mix(value_BSD)
+        if self.causal and not surely_finite(aligned_BSD):
+            aligned_BSD = self._keep_apart(value_BSD)
+        return aligned_BSD
+
+    def _mix(self, value_BSD: Tensor) -> Tensor:
+        S = value_BSD.shape[1]
+        weight = self.weight[..., :S, :S]
+        if self.causal:
+            weight = weight.tril()
+        bias = None if self.bias is None else self.bias[..., :S, None]
+        if self.heads == "shared":
+            aligned_BSD: Tensor = weight @ value_BSD
+            return aligned_BSD if bias is None else aligned_BSD + bias
+        value_BNSH = value_BSD.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        aligned_BNSH: Tensor = weight @ value_BNSH
+        if bias is not None:
+            aligned_BNSH = aligned_BNSH + bias
+        return aligned_BNSH.transpose(1, 2).flatten(-2)
+
+    def _keep_apart(self, value_BSD: Tensor) -> Tensor:
+        """With numbers that are not finite, 0 * NaN would carry them backwards: positions before them stay clean."""
+        bad_BS = ~value_BSD.isfinite().all(dim=-1)
+        clean_BSD = self._mix(value_BSD.masked_fill(bad_BS[..., None], 0.0))
+        return clean_BSD.masked_fill((bad_BS.cumsum(dim=-1) > 0)[..., None], math.nan)
+
+    def extra_repr(self) -> str:
+        """Settings for ``print(module)``."""
+        return (
+            f"max_len={self.max_len}, heads={self.heads!r}, causal={self.causal}, init={self.init!r}, "
+            f"bias={self.bias is not None}"
+        )

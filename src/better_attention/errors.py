@@ -1,0 +1,103 @@
+"""How values appear in error messages: one place, so that names, values and expectations cannot drift."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterable
+from numbers import Real
+from typing import SupportsIndex
+
+import torch
+from torch import Tensor
+
+
+def describe(value: object) -> str:
+    """What came, in one line: a tensor by dtype and shape, anything else by value and type."""
+    if isinstance(value, Tensor):
+        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
+    text = repr(value)
+    return f"{text if len(text) <= 80 else text[:77] + '...'} ({type(value).__name__})"
+
+
+def choices(names: Iterable[str]) -> str:
+    """A readable list of valid names."""
+    return ", ".join(repr(name) for name in names)
+
+
+def whole_number(value: object, name: str, *, at_least: int = 1) -> int:
+    """``value`` as an int, or an error naming the argument.
+
+    Raises:
+        TypeError: not a whole number (bool included: ``True`` heads is a slip, not a one).
+        ValueError: below ``at_least``.
+    """
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex) or isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a whole number >= {at_least}, received {describe(value)}.")
+    number = operator.index(value)
+    if number < at_least:
+        raise ValueError(f"{name} must be >= {at_least}, received {number}.")
+    return number
+
+
+def finite_number(value: object, name: str, *, low: float = -math.inf, high: float = math.inf) -> float:
+    """``value`` as a finite float within ``[low, high]``, or an error naming the argument.
+
+    Raises:
+        TypeError: not a real number.
+        ValueError: NaN, infinite or out of range.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, received {describe(value)}.")
+    number = float(value)
+    if not math.isfinite(number) or not low <= number <= high:
+        span = "finite" if math.isinf(low) else f"between {low:g} and {high:g}"
+        raise ValueError(f"{name} must be {span}, received {number!r}.")
+    return number
+
+
+def one_of(value: object, name: str, allowed: Iterable[str]) -> str:
+    """``value`` if it is one of the ``allowed`` names, or an error listing them.
+
+    Raises:
+        TypeError: not a string.
+        ValueError: an unknown name.
+    """
+    allowed = tuple(allowed)
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be one of {choices(allowed)}, received {describe(value)}.")
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {choices(allowed)}, received {value!r}.")
+    return value
+
+
+def flag(value: object, name: str) -> bool:
+    """``value`` if it is a bool, or an error naming the argument.
+
+    Raises:
+        TypeError: not a bool.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, received {describe(value)}.")
+    return value
+
+
+def floating_tensor(value: object, name: str) -> Tensor:
+    """``value`` if it is a real floating-point tensor, or an error naming the argument.
+
+    Raises:
+        TypeError: anything else.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a floating-point tensor, received {describe(value)}.")
+    if not value.is_floating_point() or value.dtype not in _DTYPES:
+        raise TypeError(
+            f"{name} must be float64, float32, bfloat16 or float16, received {describe(value)}. "
+            "Convert it, with .float() for example."
+        )
+    if value.is_nested:
+        raise TypeError(f"{name} is a nested tensor: pad it (to_padded_tensor) and pass key_padding_mask instead.")
+    return value
+
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

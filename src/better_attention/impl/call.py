@@ -1,0 +1,80 @@
+"""One validated attention call: what every implementation is asked, and what each of them answers.
+
+Shape suffixes, here and everywhere below: B batch, L queries, S keys, N heads, H head width, D model width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Inputs of one attention call after validation, in one form for every implementation.
+
+    Args:
+        q_BNLH, k_BNSH, v_BNSH: 4-D, same dtype and device. With grouped queries (GQA) k and v have fewer
+            heads, and N is a multiple of theirs. The head width of v may differ.
+        mask_BNLS: broadcastable to (B, N, L, S); bool, True = attend, or a float added in log-weight space.
+        padding_B11S: the same for whole keys, (B, 1, 1, S); kept apart so that merging never needs (B, N, L, S).
+        causal: query l sees keys s <= l (top-left triangle), besides what the masks allow.
+        score: "softmax" or "expressive".
+        scale: factor on q.k.
+        dropout_p: probability of dropping a weight.
+        need_weights: whether the weights themselves are wanted.
+    """
+
+    q_BNLH: Tensor
+    k_BNSH: Tensor
+    v_BNSH: Tensor
+    mask_BNLS: Tensor | None = None
+    padding_B11S: Tensor | None = None
+    causal: bool = False
+    score: str = "softmax"
+    scale: float = 1.0
+    dropout_p: float = 0.0
+    need_weights: bool = False
+
+    @property
+    def restricted(self) -> bool:
+        """Whether any key may be hidden from any query."""
+        return self.causal or self.mask_BNLS is not None or self.padding_B11S is not None
+
+    @property
+    def masks(self) -> list[Tensor]:
+        """The masks that were given, zero to two of them."""
+        return [m for m in (self.mask_BNLS, self.padding_B11S) if m is not None]
+
+    def with_repeated_heads(self) -> Call:
+        """The same call with k and v repeated to N heads (a no-op without grouped queries)."""
+        groups = self.q_BNLH.shape[1] // max(1, self.k_BNSH.shape[1])
+        if groups == 1:
+            return self
+        k_BNSH = self.k_BNSH.repeat_interleave(groups, dim=1)
+        v_BNSH = k_BNSH if self.v_BNSH is self.k_BNSH else self.v_BNSH.repeat_interleave(groups, dim=1)
+        return replace(self, k_BNSH=k_BNSH, v_BNSH=v_BNSH)
+
+
+def hidden(mask: Tensor, score: str) -> Tensor:
+    """Where a mask hides a key altogether (bool, True = hidden).
+
+    For softmax a float mask hides where it is -inf; finite biases are just added, as in torch. The expressive
+    score has no exponential to drown a very negative finite bias in, so there everything at or below the
+    dtype's lowest number (the padding value of several libraries) hides too.
+    """
+    if mask.dtype == torch.bool:
+        return ~mask
+    return mask == -torch.inf if score == "softmax" else mask <= torch.finfo(mask.dtype).min
+
+
+def island(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to compute weights in: 16-bit formats lose z**2 and long sums, so they compute in float32."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def triangle(rows: Tensor, length: int) -> Tensor:
+    """Bool (len(rows), length), True where key s may be seen by query ``rows[i]``, that is s <= rows[i]."""
+    return torch.arange(length, device=rows.device) <= rows[:, None]

@@ -1,0 +1,319 @@
+"""Both scores in plain torch, tile by tile: extra memory is one tile, never L x S, in both directions.
+
+A tile holds every key of a few queries of a few heads, so a row is normalised at once and no running maximum
+is needed. The backward pass computes the tiles again. Registered as a custom operator, so that torch.compile and
+torch.export keep it as one node at any length (a Python loop over tiles would be unrolled for one length).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .call import Call, hidden, island, triangle
+
+TILE = 1 << 19
+"""Elements of one tile: 2 MiB of float32, a few of which fit a desktop processor's cache."""
+
+
+def unsupported(call: Call) -> list[str]:
+    """Why tiles cannot serve this call."""
+    reasons = []
+    if call.need_weights:
+        reasons.append("it never holds all the weights, so it cannot return them")
+    if call.dropout_p > 0.0:
+        reasons.append("it has no dropout: the dropped weights of a tile would have to be drawn twice alike")
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in (call.q_BNLH, call.k_BNSH, call.v_BNSH)):
+        reasons.append("it has no forward-mode derivative")
+    return reasons
+
+
+def compute(call: Call) -> tuple[Tensor, None]:
+    """Head outputs (B, N, L, H)."""
+    call = call.with_repeated_heads()
+    heads_BNLH, _, _ = torch.ops.better_attention.chunked(
+        call.q_BNLH, call.k_BNSH, call.v_BNSH, call.mask_BNLS, call.padding_B11S, call.causal, call.score, call.scale
+    )
+    return heads_BNLH, None
+
+
+# --- tiles ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Tile:
+    batch: slice
+    heads: slice
+    rows: slice
+    keys: slice
+
+
+def _tiles(B: int, N: int, L: int, S: int, causal: bool) -> Iterator[_Tile]:
+    """Cover (B, N, L) in tiles of about ``TILE`` weights; under the triangle a tile stops at its last visible key."""
+    rows = max(1, min(L, max(32, TILE // max(1, N * S))))
+    heads = max(1, min(N, TILE // max(1, rows * S)))
+    batch = max(1, min(B, TILE // max(1, rows * S * N))) if heads == N else 1
+    for l0 in range(0, L, rows):
+        l1 = min(L, l0 + rows)
+        keys = slice(0, min(S, l1) if causal else S)
+        for b0 in range(0, B, batch):
+            for n0 in range(0, N, heads):
+                yield _Tile(slice(b0, min(B, b0 + batch)), slice(n0, min(N, n0 + heads)), slice(l0, l1), keys)
+
+
+def _cut(mask: Tensor, tile: _Tile) -> Tensor:
+    """The part of a broadcastable mask that a tile needs, still broadcastable."""
+    parts = (tile.batch, tile.heads, tile.rows, tile.keys)
+    return mask[tuple(part if size > 1 else slice(None) for part, size in zip(parts, mask.shape, strict=True))]
+
+
+def _restrictions(
+    masks: list[Tensor], causal: bool, score: str, tile: _Tile, like: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """What hides keys in this tile and what is added to their log weights."""
+    hide: Tensor | None = None
+    bias: Tensor | None = None
+    for mask in masks:
+        cut = _cut(mask, tile)
+        here = hidden(cut, score)
+        hide = here if hide is None else hide | here
+        if cut.dtype != torch.bool:
+            finite = cut.masked_fill(here, 0.0).to(like.dtype)
+            bias = finite if bias is None else bias + finite
+    if causal:
+        later = ~triangle(torch.arange(tile.rows.start, tile.rows.stop, device=like.device), tile.keys.stop)
+        hide = later if hide is None else hide | later
+    return hide, bias
+
+
+# --- scores on a tile: weights, and their derivative towards z -------------------------------------------------
+
+
+def _unnormalised(score: str, z: Tensor, hide: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Weights before division, and per row the constant taken out of their exponent (0 where there is none)."""
+    if score == "softmax":
+        if bias is not None:
+            z += bias
+        if hide is not None:
+            z.masked_fill_(hide, -math.inf)
+        shift = z.amax(dim=-1, keepdim=True)
+        shift.masked_fill_(shift == -math.inf, 0.0)
+        return z.sub_(shift).exp_(), shift
+    # 1 + z**2 loses nothing beyond `far`, and inf / inf cannot arise.
+    far = 2.0**60 if z.dtype == torch.float64 else 2.0**30
+    a = z.square_().clamp_(max=far)
+    a /= a + 1.0
+    if hide is not None:
+        a.masked_fill_(hide, 0.0)
+    if bias is None:
+        return a, a.new_zeros(()).expand(*a.shape[:-1], 1)
+    a.masked_fill_(a < torch.finfo(a.dtype).tiny, 0.0)
+    shift = (a.log() + bias).amax(dim=-1, keepdim=True)
+    shift.masked_fill_(shift == -math.inf, 0.0)
+    return a.mul_(_factor(bias, shift)), shift
+
+
+def _factor(bias: Tensor, shift: Tensor) -> Tensor:
+    """exp(bias - shift); where the weight is zero the exponent may be anything, so it is bounded."""
+    return (bias - shift).clamp_(max=-math.log(torch.finfo(bias.dtype).tiny)).exp_()
+
+
+def _weights_and_slope(
+    score: str, z: Tensor, hide: Tensor | None, bias: Tensor | None, total: Tensor, shift: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Normalised weights w, and s with dw_k/dz_k = s_k before the normaliser's own share: s = w for softmax."""
+    if score == "softmax":
+        if bias is not None:
+            z += bias
+        if hide is not None:
+            z.masked_fill_(hide, -math.inf)
+        weights = z.sub_(shift).exp_().div_(total)
+        return weights, weights
+    far = 2.0**30 if z.dtype == torch.float64 else 2.0**15
+    z.clamp_(-far, far)
+    inverse = (z.square() + 1.0).reciprocal_()
+    factor = 1.0 / total
+    if bias is not None:
+        factor = _factor(bias, shift) * factor
+    if hide is not None:
+        factor = factor.expand_as(z).masked_fill(hide, 0.0)
+    slope = (z * inverse).mul_(factor)  # z / (1 + z^2) * factor
+    weights = slope * z  # z^2 / (1 + z^2) * factor
+    if bias is not None:
+        weights.masked_fill_(z.square() * inverse < torch.finfo(z.dtype).tiny, 0.0)
+    return weights, slope.mul_(inverse).mul_(2.0)  # 2 z / (1 + z^2)^2 * factor
+
+
+# --- the operators ---------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("better_attention::chunked", mutates_args=())
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, padding: Tensor | None, causal: bool, score: str, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Head outputs (B, N, L, H); per row the normaliser (inf for a row without weight) and the exponent's constant."""
+    (B, N, L, _), S = q.shape, k.shape[2]
+    dtype = island(q.dtype)
+    masks = [m for m in (mask, padding) if m is not None]
+    # Contiguous once: views of (B, L, N H) are the normal case, and every tile would copy its part again.
+    q_BNLH, k_BNSH, v_BNSH = (x.to(dtype).contiguous() for x in (q.to(dtype) * scale, k, v))
+    heads = q.new_zeros(B, N, L, v.shape[-1])
+    total = torch.full((B, N, L, 1), math.inf, dtype=dtype, device=q.device)
+    shift = torch.zeros((B, N, L, 1), dtype=dtype, device=q.device)
+    if S == 0:
+        return heads, total, shift
+    for tile in _tiles(B, N, L, S, causal):
+        at, keys = (tile.batch, tile.heads, tile.rows), (tile.batch, tile.heads, tile.keys)
+        z = q_BNLH[at] @ k_BNSH[keys].transpose(-1, -2)
+        hide, bias = _restrictions(masks, causal, score, tile, z)
+        a, constant = _unnormalised(score, z, hide, bias)
+        row = a.sum(dim=-1, keepdim=True)
+        row.masked_fill_(row == 0.0, math.inf)
+        heads[at] = ((a @ v_BNSH[keys]) / row).to(q.dtype)
+        total[at], shift[at] = row, constant
+    return heads, total, shift
+
+
+@_forward.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, padding: Tensor | None, causal: bool, score: str, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = (*q.shape[:3], 1)
+    dtype = island(q.dtype)
+    return q.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(rows, dtype=dtype), q.new_empty(rows, dtype=dtype)
+
+
+@torch.library.custom_op("better_attention::chunked_backward", mutates_args=())
+def _backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    padding: Tensor | None,
+    heads: Tensor,
+    total: Tensor,
+    shift: Tensor,
+    causal: bool,
+    score: str,
+    scale: float,
+    mask_grads: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and of the two masks (empty where ``mask_grads`` says they are not wanted)."""
+    (B, N, L, _), S = q.shape, k.shape[2]
+    dtype = island(q.dtype)
+    masks = [m for m in (mask, padding) if m is not None]
+    wanted = [
+        torch.zeros_like(m, dtype=dtype) if m is not None and wish else None
+        for m, wish in zip((mask, padding), mask_grads, strict=True)
+    ]
+    q_BNLH, k_BNSH, v_BNSH, g_BNLH = (x.to(dtype).contiguous() for x in (q.to(dtype) * scale, k, v, grad))
+    dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q, k, v))
+    delta = (g_BNLH * heads.to(dtype)).sum(dim=-1, keepdim=True)  # sum_k w_k dL/dw_k, the normaliser's share
+    for tile in _tiles(B, N, L, S, causal) if S else ():
+        at, keys = (tile.batch, tile.heads, tile.rows), (tile.batch, tile.heads, tile.keys)
+        z = q_BNLH[at] @ k_BNSH[keys].transpose(-1, -2)
+        hide, bias = _restrictions(masks, causal, score, tile, z)
+        weights, slope = _weights_and_slope(score, z, hide, bias, total[at], shift[at])
+        dv[keys] += weights.transpose(-1, -2) @ g_BNLH[at]
+        dw = (g_BNLH[at] @ v_BNSH[keys].transpose(-1, -2)).sub_(delta[at])
+        for gradient in wanted:
+            if gradient is not None:
+                part = _cut(gradient, tile)
+                part += (dw * weights).sum_to_size(part.shape)
+        dz = dw.mul_(slope)
+        dq[at] = dz @ k_BNSH[keys]
+        dk[keys] += dz.transpose(-1, -2) @ q_BNLH[at]
+    dmask, dpadding = (
+        q.new_zeros(0) if m is None or g is None else g.to(m.dtype)
+        for g, m in zip(wanted, (mask, padding), strict=True)
+    )
+    return dq.mul_(scale).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dmask, dpadding
+
+
+@_backward.register_fake
+def _(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    padding: Tensor | None,
+    heads: Tensor,
+    total: Tensor,
+    shift: Tensor,
+    causal: bool,
+    score: str,
+    scale: float,
+    mask_grads: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dmask, dpadding = (
+        m.new_empty(m.shape) if m is not None and wish else q.new_empty(0)
+        for m, wish in zip((mask, padding), mask_grads, strict=True)
+    )
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dmask, dpadding
+
+
+def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    q, k, v, mask, padding, causal, score, scale = inputs
+    ctx.save_for_backward(q, k, v, mask, padding, *output)
+    ctx.settings = (causal, score, scale, [bool(ctx.needs_input_grad[3]), bool(ctx.needs_input_grad[4])])
+
+
+def _derive(ctx, grad, _total, _shift):  # type: ignore[no-untyped-def]
+    gradients = torch.ops.better_attention.chunked_backward(grad, *ctx.saved_tensors, *ctx.settings)
+    wished = ctx.settings[-1]
+    return (*gradients[:3], *(g if wish else None for g, wish in zip(gradients[3:], wished, strict=True)), *(None,) * 3)
+
+
+_forward.register_autograd(_derive, setup_context=_save)
+
+
+def _fold(x: Tensor | None, dim: int | None, size: int) -> Tensor | None:
+    """A vmapped dimension folded into the batch, what is not vmapped repeated (masks with their broadcast batch)."""
+    if x is None:
+        return None
+    x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+    return x.flatten(0, 1)
+
+
+def _fold_all(info, in_dims, tensors, batch):  # type: ignore[no-untyped-def]
+    """Every tensor with batch ``size * batch``; a mask that broadcasts over the batch is expanded (a view) first."""
+    folded = []
+    for x, dim in zip(tensors, in_dims, strict=True):
+        if x is not None and x.shape[0 if dim is None or dim > 0 else 1] != batch:
+            x = x.movedim(dim, 0) if dim is not None else x.expand(info.batch_size, *x.shape)
+            x, dim = x.expand(info.batch_size, batch, *x.shape[2:]), 0
+        folded.append(_fold(x, dim, info.batch_size))
+    return folded
+
+
+def _vmap_forward(info, in_dims, q, k, v, mask, padding, causal, score, scale):  # type: ignore[no-untyped-def]
+    batch = q.shape[0 if in_dims[0] is None or in_dims[0] > 0 else 1]
+    folded = _fold_all(info, in_dims[:5], (q, k, v, mask, padding), batch)
+    outputs = torch.ops.better_attention.chunked(*folded, causal, score, scale)
+    return tuple(x.unflatten(0, (info.batch_size, batch)) for x in outputs), (0, 0, 0)
+
+
+def _vmap_backward(info, in_dims, *args):  # type: ignore[no-untyped-def]
+    tensors, settings = args[:9], args[9:]
+    batch = tensors[1].shape[0 if in_dims[1] is None or in_dims[1] > 0 else 1]
+    folded = _fold_all(info, in_dims[:9], tensors, batch)
+    *main, mask, padding = (
+        x.unflatten(0, (info.batch_size, batch)) if x.dim() == 4 else x.expand(info.batch_size, 0)
+        for x in torch.ops.better_attention.chunked_backward(*folded, *settings)
+    )
+    bias_grads = []
+    for gradient, original, dim in zip((mask, padding), tensors[4:6], in_dims[4:6], strict=True):
+        broadcast = original is not None and original.shape[0 if dim is None or dim > 0 else 1] != batch
+        bias_grads.append(gradient.sum(1, keepdim=True) if broadcast and gradient.dim() == 5 else gradient)
+    return (*main, *bias_grads), (0,) * 5
+
+
+_forward.register_vmap(_vmap_forward)
+_backward.register_vmap(_vmap_backward)

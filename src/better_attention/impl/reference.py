@@ -1,0 +1,92 @@
+"""The formulas of the papers, line by line: any feature, any order of derivative, L x S memory.
+
+Every other implementation is held to this one, and this one to a NumPy oracle that shares no code with it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .call import Call, hidden, island, triangle
+
+
+def unsupported(call: Call) -> list[str]:
+    """The reference computes every call."""
+    return []
+
+
+def compute(call: Call) -> tuple[Tensor, Tensor]:
+    """Head outputs (B, N, L, H) and weights (B, N, L, S), the weights after dropout as torch returns them."""
+    call = call.with_repeated_heads()
+    dtype = island(call.q_BNLH.dtype)
+    q_BNLH, k_BNSH, v_BNSH = (x.to(dtype) for x in (call.q_BNLH, call.k_BNSH, call.v_BNSH))
+
+    z_BNLS = (q_BNLH * call.scale) @ k_BNSH.transpose(-1, -2)  # Q W_Q (K W_K)^T / sqrt(d_k): 2403.01643 eq. 3
+    bias, hide = _bias_and_hidden(call, z_BNLS)
+    weights_BNLS = (_softmax if call.score == "softmax" else _expressive)(z_BNLS, bias, hide)
+    weights_BNLS = F.dropout(weights_BNLS, call.dropout_p, training=call.dropout_p > 0.0)
+    heads_BNLH = weights_BNLS @ v_BNSH
+
+    return heads_BNLH.to(call.q_BNLH.dtype), weights_BNLS.to(call.q_BNLH.dtype)
+
+
+def _bias_and_hidden(call: Call, z_BNLS: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The float masks summed (0 where hidden, so that nothing infinite is left), and what is hidden."""
+    bias: Tensor | None = None
+    hide: Tensor | None = None
+    for mask in call.masks:
+        here = hidden(mask, call.score)
+        hide = here if hide is None else hide | here
+        if mask.dtype != torch.bool:
+            finite = mask.masked_fill(here, 0.0).to(z_BNLS.dtype)
+            bias = finite if bias is None else bias + finite
+    if call.causal:
+        lengths = z_BNLS.shape[-2:]
+        later = ~triangle(torch.arange(lengths[0], device=z_BNLS.device), lengths[1])
+        hide = later if hide is None else hide | later
+    return bias, hide
+
+
+def _softmax(z_BNLS: Tensor, bias: Tensor | None, hide: Tensor | None) -> Tensor:
+    """exp(z + bias) / sum over keys; a row with every key hidden is zero, where torch.softmax gives NaN."""
+    if bias is not None:
+        z_BNLS = z_BNLS + bias
+    if hide is None:
+        return torch.softmax(z_BNLS, dim=-1)
+    z_BNLS = z_BNLS.masked_fill(hide, -math.inf)
+    # Written on z, not on the mask: it has the broadcast shape, and sums of finite biases can reach -inf too.
+    nothing = (z_BNLS == -math.inf).all(dim=-1, keepdim=True)
+    return torch.softmax(z_BNLS.masked_fill(nothing, 0.0), dim=-1).masked_fill(nothing, 0.0)
+
+
+def _expressive(z_BNLS: Tensor, bias: Tensor | None, hide: Tensor | None) -> Tensor:
+    """a exp(bias) / sum over keys with a = z^2 / (1 + z^2) (2407.18601); a row without weight is zero."""
+    # Far out a is 1 to the last bit, and z**2 would overflow: the clamp changes no value, only prevents inf/inf.
+    far = 2.0**30 if z_BNLS.dtype == torch.float64 else 2.0**15
+    square = z_BNLS.clamp(-far, far).square()
+    a_BNLS = square / (1.0 + square)
+    if bias is not None:
+        a_BNLS = _with_bias(a_BNLS, bias, hide)
+    if hide is not None:
+        a_BNLS = a_BNLS.masked_fill(hide, 0.0)
+    total_BNL1 = a_BNLS.sum(dim=-1, keepdim=True)
+    return a_BNLS / total_BNL1.masked_fill(total_BNL1 == 0.0, 1.0)
+
+
+def _with_bias(a_BNLS: Tensor, bias: Tensor, hide: Tensor | None) -> Tensor:
+    """a exp(bias - c), c per row the largest log a + bias that is visible, so that no factor overflows."""
+    tiny = torch.finfo(a_BNLS.dtype).tiny
+    a_BNLS = a_BNLS.masked_fill(a_BNLS < tiny, 0.0)  # denormal weights would need factors beyond the dtype
+    if a_BNLS.shape[-1] == 0:
+        return a_BNLS
+    log_weight = a_BNLS.detach().log() + bias.detach()
+    if hide is not None:
+        log_weight = log_weight.masked_fill(hide, -math.inf)
+    largest_BNL1 = log_weight.amax(dim=-1, keepdim=True)
+    largest_BNL1 = largest_BNL1.masked_fill(largest_BNL1 == -math.inf, 0.0)  # a row without weight
+    # Where a is 0 the exponent may be anything; elsewhere it is at most -log(a), which this bound admits.
+    return a_BNLS * (bias - largest_BNL1).clamp(max=-math.log(tiny)).exp()

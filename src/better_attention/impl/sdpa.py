@@ -1,0 +1,79 @@
+"""PyTorch's own fused softmax attention, asked only what it answers without an L x S tensor of ours."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+
+from .call import Call
+
+MERGE_LIMIT = 1 << 16
+"""Elements up to which padding, mask and triangle are merged into one mask for SDPA, which takes only one."""
+
+
+def unsupported(call: Call) -> list[str]:
+    """Why PyTorch's fused attention should not be asked this call."""
+    reasons = []
+    if call.score != "softmax":
+        reasons.append(f"it computes softmax weights only, not {call.score!r}")
+    if call.need_weights:
+        reasons.append("it does not return weights")
+    if len(call.masks) + call.causal > 1 and _merged_elements(call) > MERGE_LIMIT:
+        reasons.append("mask, padding and triangle together would have to be merged into one (B, N, L, S) mask")
+    if any(m.requires_grad for m in call.masks):
+        reasons.append("it does not differentiate with respect to a mask on every device")
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in (call.q_BNLH, call.k_BNSH, call.v_BNSH)):
+        reasons.append("it has no forward-mode derivative")
+    return reasons
+
+
+def compute(call: Call) -> tuple[Tensor, None]:
+    """Head outputs (B, N, L, H)."""
+    mask = _merge(call)
+    heads_BNLH = F.scaled_dot_product_attention(
+        call.q_BNLH,
+        call.k_BNSH,
+        call.v_BNSH,
+        attn_mask=mask,
+        dropout_p=call.dropout_p,
+        is_causal=call.causal and mask is None,
+        scale=call.scale,
+        enable_gqa=call.q_BNLH.shape[1] != call.k_BNSH.shape[1],
+    )
+    return heads_BNLH, None
+
+
+def _merged_elements(call: Call) -> int:
+    if torch.compiler.is_compiling():
+        return MERGE_LIMIT + 1  # a comparison of symbolic lengths would pin them
+    (_, _, L, _), S = call.q_BNLH.shape, call.k_BNSH.shape[2]
+    heads = max((m.shape[0] * m.shape[1] for m in call.masks), default=1)
+    return heads * L * S
+
+
+def _merge(call: Call) -> Tensor | None:
+    """All masks as one, or None where SDPA's own flag says it all."""
+    parts = call.masks
+    if call.causal and parts:
+        (_, _, L, _), S = call.q_BNLH.shape, call.k_BNSH.shape[2]
+        parts.append(torch.ones(L, S, dtype=torch.bool, device=call.q_BNLH.device).tril()[None, None])
+    if not parts:
+        return None
+    dtype = call.q_BNLH.dtype
+    if all(m.dtype == torch.bool for m in parts):
+        merged = parts[0]
+        for m in parts[1:]:
+            merged = merged & m
+        return merged
+    merged = _additive(parts[0], dtype)
+    for m in parts[1:]:
+        merged = merged + _additive(m, dtype)
+    return merged
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    if mask.dtype == torch.bool:
+        return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf)
+    return mask.to(dtype)

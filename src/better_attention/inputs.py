@@ -1,0 +1,116 @@
+"""What torch.nn.MultiheadAttention takes, checked and in the one form the layer computes with."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .errors import describe, floating_tensor
+from .impl.call import hidden
+from .masks import check_mask
+from .mechanism import Mechanism
+
+
+def sequences(
+    query: Tensor, key: Tensor, value: Tensor, *, widths: tuple[int, int, int], batch_first: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value as (B, length, width); one tensor passed as key and value comes back as one.
+
+    Args:
+        query, key, value: (length, B, width), or (B, length, width) with ``batch_first``, or (length, width).
+        widths: the widths the layer was built for.
+        batch_first: which of the batched layouts is meant.
+
+    Raises:
+        TypeError: not floating-point tensors.
+        ValueError: shapes that do not fit the layer or one another.
+    """
+    named = {"query": query, "key": key, "value": value}
+    for name, x in named.items():
+        floating_tensor(x, name)
+    rank = query.dim()
+    shapes = ", ".join(f"{n} {tuple(x.shape)}" for n, x in named.items())
+    if rank not in (2, 3) or key.dim() != rank or value.dim() != rank:
+        layout = "(B, L, D)" if batch_first else "(L, B, D)"
+        raise ValueError(f"expected query, key and value all {layout} or all unbatched (L, D), received {shapes}.")
+    for (name, x), width in zip(named.items(), widths, strict=True):
+        if x.shape[-1] != width:
+            raise ValueError(f"{name} must have last size {width}, received {shapes}.")
+    batch_dim = 0 if batch_first else 1
+    if key.shape[:-1] != value.shape[:-1] or (rank == 3 and query.shape[batch_dim] != key.shape[batch_dim]):
+        raise ValueError(
+            f"key and value must have one length, and all inputs one batch size (dimension {batch_dim} with "
+            f"batch_first={batch_first}), received {shapes}."
+        )
+
+    def ready(x: Tensor) -> Tensor:
+        return x.unsqueeze(0) if rank == 2 else x if batch_first else x.transpose(0, 1)
+
+    key_BSD = ready(key)
+    return ready(query), key_BSD, key_BSD if value is key else ready(value)
+
+
+def check_dtypes(layer: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Refuse inputs in another dtype than the layer's parameters, except under autocast.
+
+    Raises:
+        TypeError: dtypes differ.
+    """
+    if torch.is_autocast_enabled(query.device.type):
+        return
+    own = next((p.dtype for p in layer.parameters()), query.dtype)
+    if not query.dtype == key.dtype == value.dtype == own:
+        raise TypeError(
+            f"this layer's parameters are {own}, received query {query.dtype}, key {key.dtype}, value {value.dtype}. "
+            f"Convert the inputs with .to({own}), the layer with .to(dtype), or run under torch.autocast."
+        )
+
+
+def torch_masks(
+    attn_mask: Tensor | None, key_padding_mask: Tensor | None, sizes: tuple[int, int, int, int], *, batched: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Torch's mask forms (bool True = hide) in the internal one (True = attend).
+
+    Args:
+        attn_mask: (L, S) or (B N, L, S).
+        key_padding_mask: (B, S), or (S) if not ``batched``.
+        sizes: (B, N, L, S).
+        batched: whether the user's tensors have a batch dimension.
+
+    Returns:
+        A mask broadcastable to (B, N, L, S) and a padding (B, 1, 1, S), each None where not given.
+
+    Raises:
+        TypeError, ValueError: a mask of another kind or shape.
+    """
+    B, N, L, S = sizes
+    mask_BNLS = padding_B11S = None
+    if attn_mask is not None:
+        mask = check_mask(attn_mask, "attn_mask", one_means="hide")
+        if tuple(mask.shape) not in ((L, S), (B * N, L, S)):
+            raise ValueError(
+                f"attn_mask must be (L, S) = {(L, S)} or ({'B h' if batched else 'h'}, L, S) = {(B * N, L, S)}, "
+                f"received {describe(mask)}."
+            )
+        mask_BNLS = mask[None, None] if mask.dim() == 2 else mask.reshape(B, N, L, S)
+        mask_BNLS = ~mask_BNLS if mask.dtype == torch.bool else mask_BNLS
+    if key_padding_mask is not None:
+        padding = check_mask(key_padding_mask, "key_padding_mask", one_means="hide")
+        if tuple(padding.shape) != ((B, S) if batched else (S,)):
+            expected = f"(B, S) = {(B, S)}" if batched else f"(S,) = {(S,)}"
+            raise ValueError(f"key_padding_mask must be {expected}, received {describe(padding)}.")
+        padding_B11S = (~padding if padding.dtype == torch.bool else padding).reshape(B, 1, 1, S)
+    return mask_BNLS, padding_B11S
+
+
+def silence(
+    key_BSD: Tensor, value_BSD: Tensor, padding_B11S: Tensor | None, mechanism: Mechanism
+) -> tuple[Tensor, Tensor]:
+    """Padded keys and values as zeros: W_A would mix them into real ones, and 0 * NaN is NaN in any mechanism."""
+    if padding_B11S is None:
+        return key_BSD, value_BSD
+    # Behind W_A a bias at the dtype's minimum has to silence as well; plain softmax adds it, as torch does.
+    score = "expressive" if mechanism.aligned else mechanism.score
+    silent_BS1 = hidden(padding_B11S, score)[:, 0, 0, :, None]
+    silenced = key_BSD.masked_fill(silent_BS1, 0.0)
+    return silenced, silenced if value_BSD is key_BSD else value_BSD.masked_fill(silent_BS1, 0.0)

@@ -1,0 +1,128 @@
+"""What an attention layer computes, as data.
+
+A mechanism is a point on three independent axes: which linear maps are learned, whether the values
+are mixed by the alignment kernel W_A, and how a query scores a key. Nothing in the library branches
+on the name of a mechanism; everything follows from the row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
+
+PROJECTIONS = "qkvo"
+SCORES = ("softmax", "expressive")
+
+
+@dataclass(frozen=True, slots=True)
+class Mechanism:
+    """One attention mechanism: ``softmax(Q W_Q (K W_K)^T / sqrt(d_k)) W_A (V W_V) W_O`` and its relatives.
+
+    Args:
+        projections: which of ``"q" "k" "v" "o"`` are learned linear maps. A missing one is the
+            identity: head i then reads columns ``i*d_k ... (i+1)*d_k`` of the input itself.
+        aligned: whether the values are multiplied from the left by the learned kernel W_A (s x s).
+        score: ``"softmax"``, weights ``exp(z) / sum exp(z)``, or ``"expressive"``, weights
+            ``z^2/(1+z^2) / sum z^2/(1+z^2)``, of ``z = q.k * scale``. A score owns its normaliser.
+
+    Raises:
+        ValueError: an unknown projection or score.
+        TypeError: an argument of the wrong kind.
+
+    Source: arXiv 2403.01643, definitions 1-4 (projections, W_A); arXiv 2407.18601 (expressive score).
+
+    >>> Mechanism(projections=frozenset("qo"), aligned=True, score="expressive").name
+    'super+expressive'
+    """
+
+    projections: frozenset[str]
+    aligned: bool = False
+    score: str = "softmax"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.projections, Iterable):
+            raise TypeError(
+                f"projections must be a set of letters out of {list(PROJECTIONS)}, "
+                f"received {self.projections!r} ({type(self.projections).__name__}). "
+                'Write frozenset("qo"), for example.'
+            )
+        projections = frozenset(self.projections)
+        unknown = [p for p in projections if not (isinstance(p, str) and len(p) == 1 and p in PROJECTIONS)]
+        if unknown:
+            raise ValueError(
+                f"unknown projections {sorted(map(repr, unknown))}: "
+                f'each must be one of {list(PROJECTIONS)}, as in frozenset("qo").'
+            )
+        if not isinstance(self.aligned, bool):
+            raise TypeError(
+                f"aligned must be True or False, received {self.aligned!r} ({type(self.aligned).__name__})."
+            )
+        if self.score not in SCORES:
+            raise ValueError(f"unknown score {self.score!r}: choose one of {list(SCORES)}.")
+        object.__setattr__(self, "projections", projections)
+
+    @classmethod
+    def of(cls, value: str | Mechanism) -> Mechanism:
+        """The mechanism that ``value`` names.
+
+        Args:
+            value: a mechanism (returned as it is), or a name: a key of ``MECHANISMS``, ``"optimized"``,
+                or either followed by ``"+expressive"`` and/or ``"+align"``.
+
+        Raises:
+            ValueError: a name that is none of these.
+            TypeError: neither a name nor a mechanism.
+
+        >>> Mechanism.of("efficient+expressive").score
+        'expressive'
+        """
+        if isinstance(value, Mechanism):
+            return value
+        if not isinstance(value, str):
+            raise TypeError(
+                f"mechanism must be a name or a Mechanism, received {value!r} ({type(value).__name__}). "
+                f"Names: {', '.join(MECHANISMS)}."
+            )
+        base, *modifiers = value.split("+")
+        if _SPELLINGS.get(base, base) not in MECHANISMS or not set(modifiers) <= set(_MODIFIERS):
+            raise ValueError(
+                f"unknown mechanism {value!r}. Choose one of {', '.join(MECHANISMS)}, optionally followed by "
+                f"{' or '.join('+' + m for m in _MODIFIERS)}, as in 'efficient+expressive'."
+            )
+        mechanism = MECHANISMS[_SPELLINGS.get(base, base)]
+        for modifier in modifiers:
+            mechanism = replace(mechanism, **_MODIFIERS[modifier])
+        return mechanism
+
+    @property
+    def name(self) -> str:
+        """The shortest name that :meth:`of` turns back into this mechanism, or a description of it."""
+        for name, row in MECHANISMS.items():
+            if row == self:
+                return name
+        for name, row in MECHANISMS.items():
+            for suffix, change in ((f"+{m}", c) for m, c in _MODIFIERS.items()):
+                if replace(row, **change) == self:
+                    return name + suffix
+            if replace(row, aligned=True, score="expressive") == self:
+                return f"{name}+expressive+align"
+        parts = ["".join(p for p in PROJECTIONS if p in self.projections) or "none"]
+        parts += ["align"] * self.aligned + [self.score] * (self.score != "softmax")
+        return f"custom({'+'.join(parts)})"
+
+
+_SPELLINGS = {"optimized": "optimised"}
+_MODIFIERS: Mapping[str, Mapping[str, Any]] = {"expressive": {"score": "expressive"}, "align": {"aligned": True}}
+
+MECHANISMS: Mapping[str, Mechanism] = MappingProxyType(
+    {
+        "standard": Mechanism(frozenset("qkvo")),
+        "optimised": Mechanism(frozenset("qko")),
+        "efficient": Mechanism(frozenset("qo")),
+        "super": Mechanism(frozenset("qo"), aligned=True),
+        "expressive": Mechanism(frozenset("qkvo"), score="expressive"),
+    }
+)
+"""The five named mechanisms, in the order in which every table lists them."""

@@ -1,0 +1,384 @@
+"""The layer: the one picture of the library as consecutive calls.
+
+query, key, value -> project -> align -> score -> mix -> output. Shape suffixes as in impl/call.py: B batch,
+L queries, S keys, N heads, H head width, D model width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from . import inputs, masks
+from .alignment import Alignment
+from .errors import finite_number, flag, one_of, whole_number
+from .functional import IMPLS, attend, same_dtype
+from .impl.call import Call
+from .mechanism import MECHANISMS, Mechanism
+from .state_dict import to_packed, unpack
+
+
+class _NoFastPath:
+    """Stands where torch's class keeps its packed bias, and makes PyTorch's hosts call ``forward``.
+
+    In eval mode ``nn.TransformerEncoder`` reads ``self_attn.in_proj_bias`` and friends and computes standard
+    attention itself, whatever the layer is. It does not where any of these has ``__torch_function__``.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return NotImplemented
+
+
+class MultiheadAttention(nn.Module):
+    r"""Multi-head attention with any mechanism; takes the place of ``torch.nn.MultiheadAttention``.
+
+    Head i computes :math:`\mathrm{weights}(Q W^Q_i (K W^K_i)^\top / \sqrt{d_k}) \, W_A V W^V_i`, and the joined heads
+    go through :math:`W^O`; a mechanism says which maps are learned (a missing one slices its input instead), whether
+    W_A is there, and which score makes the weights.
+
+    Args:
+        embed_dim: model width D, of query and output.
+        num_heads: number of heads h; divides ``embed_dim``.
+        dropout: probability of dropping an attention weight in training.
+        bias: biases of the linear maps, and of W_A.
+        add_bias_kv: one learned key and value more, behind the projected (and aligned) ones.
+        add_zero_attn: one key and value of zeros more. The expressive score gives it no weight.
+        kdim, vdim: widths of key and value, where they differ from D; only where they are projected.
+        batch_first: inputs are (B, L, D) rather than (L, B, D).
+        device, dtype: of the parameters.
+        mechanism: a name from ``MECHANISMS``, ``"optimized"``, ``"NAME+expressive"``, or a ``Mechanism``.
+        max_len: longest value sequence, the size of W_A; required by aligned mechanisms, refused by others.
+        align_heads: one W_A for all heads ("shared") or one "per_head".
+        align_causal: keep W_A lower triangular; needed under a causal mask.
+        align_init: "xavier" or "identity".
+        scale: factor on q.k: None for 1/sqrt(head width), a number, or "learned", which starts there as the
+            parameter ``log_scale`` (h,).
+        impl: who computes, see :func:`better_attention.attention`.
+
+    Raises:
+        ValueError, TypeError: arguments out of range, or that cannot mean anything for the mechanism.
+
+    Note:
+        Three deliberate differences from torch's class. ``is_causal=True`` means the top-left triangle, alone or
+        together with a mask (torch demands a mask and then trusts the flag). A query with every key hidden gets
+        weights 0 and the output bias on every path (torch: NaN on some). Misuse raises ValueError or TypeError, 0/1
+        float masks included (torch: AssertionError, RuntimeError, or nothing). Numbers in padded keys and values,
+        NaN included, never reach the output.
+
+    Source: arXiv 2403.01643, definitions 1-4; arXiv 2407.18601.
+
+    >>> layer = MultiheadAttention(32, 4, batch_first=True, mechanism="super", max_len=10)
+    >>> output, weights = layer(*[torch.zeros(2, 10, 32)] * 3)
+    >>> output.shape, weights.shape
+    (torch.Size([2, 10, 32]), torch.Size([2, 10, 10]))
+    """
+
+    # What PyTorch's Transformer classes read off torch's layer; False and the stand-in keep them from bypassing ours.
+    _qkv_same_embed_dim = False
+    in_proj_weight = None
+    in_proj_bias = _NoFastPath()
+
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        mechanism: str | Mechanism = "standard",
+        max_len: int | None = None,
+        align_heads: str = "shared",
+        align_causal: bool = False,
+        align_init: str = "xavier",
+        scale: float | str | None = None,
+        impl: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.mechanism = Mechanism.of(mechanism)
+        self.embed_dim = whole_number(embed_dim, "embed_dim")
+        self.num_heads = whole_number(num_heads, "num_heads")
+        if self.embed_dim % self.num_heads:
+            raise ValueError(f"embed_dim must be divisible by num_heads, received {embed_dim} and {num_heads}.")
+        self.head_dim = self.embed_dim // self.num_heads
+        self.dropout = finite_number(dropout, "dropout", low=0.0, high=1.0)
+        self.kdim = self._input_width(kdim, "kdim", "k")
+        self.vdim = self._input_width(vdim, "vdim", "v")
+        self.batch_first = flag(batch_first, "batch_first")
+        self.add_zero_attn = flag(add_zero_attn, "add_zero_attn")
+        self.scale = self._check_scale(scale)
+        self.impl = one_of(impl, "impl", IMPLS)
+        flag(bias, "bias")
+        flag(add_bias_kv, "add_bias_kv")
+        if not self.mechanism.aligned:
+            self._refuse_alignment(max_len, align_heads, align_causal, align_init)
+        elif max_len is None:
+            raise ValueError(
+                f"mechanism {self.mechanism.name!r} needs max_len, the size of W_A: the longest value sequence. "
+                "Pass max_len=..., or use 'efficient', which has no fixed length."
+            )
+
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        widths = {"q": self.embed_dim, "k": self.kdim, "v": self.vdim}
+        # out_proj is drawn first, as in torch, so that one seed gives both classes the same weights.
+        out_proj = nn.Linear(self.embed_dim, self.embed_dim, bias, **factory) if self._learns("o") else nn.Identity()
+        for p, width in widths.items():
+            linear = nn.utils.skip_init(nn.Linear, width, self.embed_dim, bias, **_explicit(factory))
+            setattr(self, f"{p}_proj", linear if self._learns(p) else nn.Identity())
+        self.align: nn.Module = nn.Identity()
+        if max_len is not None:
+            self.align = Alignment(
+                max_len,
+                self.num_heads,
+                heads=align_heads,
+                causal=align_causal,
+                init=align_init,
+                bias=bias,
+                **factory,
+            )
+        self.out_proj = out_proj
+        extra = (1, 1, self.embed_dim)
+        self.bias_k = nn.Parameter(torch.empty(extra, **factory)) if add_bias_kv else None
+        self.bias_v = nn.Parameter(torch.empty(extra, **factory)) if add_bias_kv else None
+        self.log_scale = nn.Parameter(torch.empty(self.num_heads, **factory)) if self.scale == "learned" else None
+        self.reset_parameters()
+        self.register_load_state_dict_pre_hook(unpack)
+
+    def reset_parameters(self) -> None:
+        """Draw q, k, v weights as torch's class does (Glorot uniform of the packed matrix); biases start at zero.
+
+        W_A has its own ``align.reset_parameters()``.
+        """
+        kept = [getattr(self, f"{p}_proj") for p in "qkv" if self._learns(p)]
+        with torch.no_grad():
+            if self.kdim == self.vdim == self.embed_dim:
+                # One draw for the packed (3D, D) matrix has torch's bound, and torch's numbers for "standard".
+                bound = math.sqrt(6.0 / (4 * self.embed_dim))
+                weights = [linear.weight for linear in kept]
+                if weights:
+                    packed = torch.empty_like(torch.cat(weights)).uniform_(-bound, bound)
+                    for weight, part in zip(weights, packed.split(self.embed_dim), strict=True):
+                        weight.copy_(part)
+            else:
+                for linear in kept:
+                    nn.init.xavier_uniform_(linear.weight)
+            for linear in (*kept, self.out_proj):
+                if getattr(linear, "bias", None) is not None:
+                    linear.bias.zero_()
+            for extra in (self.bias_k, self.bias_v):
+                if extra is not None:
+                    nn.init.xavier_normal_(extra)
+            if self.log_scale is not None:
+                self.log_scale.fill_(-0.5 * math.log(self.head_dim))
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend; arguments and result are those of ``torch.nn.MultiheadAttention.forward``.
+
+        Args:
+            query: (L, B, D); (B, L, D) with ``batch_first``; or unbatched (L, D).
+            key, value: the same with S for L, and widths ``kdim`` and ``vdim``.
+            key_padding_mask: (B, S) or (S). bool: True = hide. float: added to the log weights.
+            need_weights: also return the weights. Turn it off for speed and O(L) memory.
+            attn_mask: (L, S) or (B h, L, S), unbatched (h, L, S). bool: True = hide. float: added.
+            average_attn_weights: average the returned weights over heads.
+            is_causal: query l sees keys s <= l; masks apply as well.
+
+        Returns:
+            The output in the query's layout, and None or the weights after dropout, (B, L, S), or (B, h, L, S) if not
+            averaged, without B if unbatched.
+
+        Raises:
+            TypeError, ValueError: inputs that do not fit the layer or one another.
+        """
+        query_BLD, key_BSD, value_BSD = inputs.sequences(
+            query, key, value, widths=(self.embed_dim, self.kdim, self.vdim), batch_first=self.batch_first
+        )
+        inputs.check_dtypes(self, query, key, value)
+        batched = query.dim() == 3
+        sizes = (query_BLD.shape[0], self.num_heads, query_BLD.shape[1], key_BSD.shape[1])
+        mask_BNLS, padding_B11S = inputs.torch_masks(attn_mask, key_padding_mask, sizes, batched=batched)
+        self._refuse_leak(mask_BNLS, is_causal)
+        key_BSD, value_BSD = inputs.silence(key_BSD, value_BSD, padding_B11S, self.mechanism)
+
+        q_BLD, k_BSD = self.q_proj(query_BLD), self.k_proj(key_BSD)
+        v_BSD = self.align(self.v_proj(value_BSD))
+        q_BLD, k_BSD, v_BSD = same_dtype(q_BLD, k_BSD, v_BSD)
+        if self.bias_k is not None or self.add_zero_attn:
+            k_BSD, v_BSD = self._with_extra_keys(k_BSD, v_BSD)
+            mask_BNLS, padding_B11S = self._with_extra_columns(mask_BNLS, padding_B11S, q_BLD, k_BSD, is_causal)
+            is_causal = False
+
+        k_BNSH = self._split(k_BSD)
+        call = Call(
+            self._scaled(self._split(q_BLD)),
+            k_BNSH,
+            k_BNSH if v_BSD is k_BSD else self._split(v_BSD),
+            mask_BNLS=mask_BNLS,
+            padding_B11S=padding_B11S,
+            causal=is_causal,
+            score=self.mechanism.score,
+            scale=self._fixed_scale(),
+            dropout_p=self.dropout if self.training else 0.0,
+            need_weights=need_weights,
+        )
+        heads_BNLH, weights = attend(call, self.impl)
+
+        output = self.out_proj(heads_BNLH.transpose(1, 2).flatten(-2))
+        if weights is not None and average_attn_weights:
+            weights = weights.mean(dim=1)
+        if not batched:
+            return output[0], None if weights is None else weights[0]
+        return output if self.batch_first else output.transpose(0, 1), weights
+
+    def to_torch_state_dict(self) -> dict[str, Tensor]:
+        """The weights under the names of ``torch.nn.MultiheadAttention``, packed where torch packs them.
+
+        Raises:
+            ValueError: the layer computes what torch's class cannot.
+        """
+        if self.mechanism != MECHANISMS["standard"] or self.scale is not None:
+            raise ValueError(
+                f"torch.nn.MultiheadAttention computes 'standard' attention with scale=None only; this layer is "
+                f"{self.mechanism.name!r} with scale={self.scale!r}."
+            )
+        return to_packed(self.state_dict(), packed=self.kdim == self.vdim == self.embed_dim)
+
+    def extra_repr(self) -> str:
+        """Settings for ``print(module)``."""
+        parts = [f"{self.embed_dim}, {self.num_heads}, mechanism={self.mechanism.name!r}"]
+        defaults = {"dropout": 0.0, "batch_first": False, "add_zero_attn": False, "scale": None, "impl": "auto"}
+        parts += [f"{n}={getattr(self, n)!r}" for n, default in defaults.items() if getattr(self, n) != default]
+        return ", ".join(parts)
+
+    # --- construction ------------------------------------------------------------------------------------------
+
+    def _learns(self, projection: str) -> bool:
+        return projection in self.mechanism.projections
+
+    def _input_width(self, width: int | None, name: str, projection: str) -> int:
+        if width is None:
+            return self.embed_dim
+        width = whole_number(width, name)
+        if width != self.embed_dim and not self._learns(projection):
+            raise ValueError(
+                f"{name}={width} must equal embed_dim={self.embed_dim}: mechanism {self.mechanism.name!r} has no "
+                f"W_{projection.upper()}, its heads read slices of the input itself. Project the input first, or use a "
+                f"mechanism that learns {projection!r}."
+            )
+        return width
+
+    def _check_scale(self, scale: float | str | None) -> float | str | None:
+        if scale is None or (isinstance(scale, str) and scale == "learned"):
+            return scale
+        if isinstance(scale, str):
+            raise ValueError(f"scale must be None, a number or 'learned', received {scale!r}.")
+        return finite_number(scale, "scale")
+
+    def _refuse_alignment(self, max_len: int | None, heads: str, causal: bool, init: str) -> None:
+        given = {"max_len": max_len, "align_heads": heads, "align_causal": causal, "align_init": init}
+        defaults = {"max_len": None, "align_heads": "shared", "align_causal": False, "align_init": "xavier"}
+        for name, value in given.items():
+            if value != defaults[name]:
+                raise ValueError(
+                    f"{name}={value!r} speaks of W_A, which mechanism {self.mechanism.name!r} does not have. Leave it "
+                    "out, or choose 'super' or 'NAME+align'."
+                )
+
+    # --- forward, in order of use ------------------------------------------------------------------------------
+
+    def _refuse_leak(self, mask_BNLS: Tensor | None, is_causal: bool) -> None:
+        if not isinstance(self.align, Alignment) or self.align.causal:
+            return
+        if is_causal or (mask_BNLS is not None and masks.hides_the_future(mask_BNLS, self.mechanism.score)):
+            came = "is_causal=True" if is_causal else "a causal attn_mask"
+            raise ValueError(
+                f"mechanism {self.mechanism.name!r} received {came}, but its W_A mixes every value position, later "
+                "ones included, into every other before any mask applies: the future would leak. Build the layer with "
+                "align_causal=True, which keeps W_A lower triangular."
+            )
+
+    def _with_extra_keys(self, k_BSD: Tensor, v_BSD: Tensor) -> tuple[Tensor, Tensor]:
+        """Behind the sequence: the learned key and value, then those of zeros."""
+        for extra_k, extra_v in ((self.bias_k, self.bias_v), (0.0, 0.0) if self.add_zero_attn else (None, None)):
+            if extra_k is None or extra_v is None:
+                continue
+            k_BSD, v_BSD = (
+                torch.cat(
+                    [
+                        x,
+                        e.to(x.dtype).expand(x.shape[0], 1, -1)
+                        if isinstance(e, Tensor)
+                        else x.new_zeros(x.shape[0], 1, x.shape[2]),
+                    ],
+                    dim=1,
+                )
+                for x, e in ((k_BSD, extra_k), (v_BSD, extra_v))
+            )
+        return k_BSD, v_BSD
+
+    def _with_extra_columns(
+        self, mask_BNLS: Tensor | None, padding_B11S: Tensor | None, q_BLD: Tensor, k_BSD: Tensor, is_causal: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Masks for the keys that were added, which every query sees, the triangle written out among them."""
+        extra = (self.bias_k is not None) + self.add_zero_attn
+        if is_causal:
+            L, S = q_BLD.shape[1], k_BSD.shape[1] - extra
+            triangle = torch.ones(L, S, dtype=torch.bool, device=q_BLD.device).tril()[None, None]
+            if mask_BNLS is None:
+                mask_BNLS = triangle
+            elif mask_BNLS.dtype == torch.bool:
+                mask_BNLS = mask_BNLS & triangle
+            else:
+                mask_BNLS = mask_BNLS.masked_fill(~triangle, -math.inf)
+        mask_BNLS, padding_B11S = (
+            m if m is None else F.pad(m, (0, extra), value=True if m.dtype == torch.bool else 0.0)
+            for m in (mask_BNLS, padding_B11S)
+        )
+        return mask_BNLS, padding_B11S
+
+    def _split(self, x_BLD: Tensor) -> Tensor:
+        """Heads apart: head i has columns i*H ... (i+1)*H; a view."""
+        x_BLNH: Tensor = x_BLD.unflatten(-1, (self.num_heads, self.head_dim))
+        return x_BLNH.transpose(1, 2)
+
+    def _scaled(self, q_BNLH: Tensor) -> Tensor:
+        if self.log_scale is None:
+            return q_BNLH
+        factor_N11: Tensor = self.log_scale.exp()[:, None, None]
+        return q_BNLH * factor_N11.to(q_BNLH.dtype)
+
+    def _fixed_scale(self) -> float:
+        if self.scale is None:
+            return 1.0 / math.sqrt(self.head_dim)
+        return 1.0 if isinstance(self.scale, str) else self.scale
+
+
+def _explicit(factory: Mapping[str, Any]) -> dict[str, Any]:
+    """``skip_init`` wants a device by name."""
+    return {**factory, "device": factory["device"] if factory["device"] is not None else torch.get_default_device()}

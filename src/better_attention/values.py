@@ -1,0 +1,27 @@
+"""Looking at tensor values from Python: only in eager mode, only where a tensor has values to look at."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def readable() -> bool:
+    """Whether Python may look at values here: not while a graph is being traced."""
+    return not (torch.compiler.is_compiling() or torch.jit.is_tracing())  # type: ignore[attr-defined]
+
+
+def surely_finite(x: Tensor) -> bool:
+    """False only if ``x`` is seen to hold NaN or infinity: one sum, on the CPU, in eager mode.
+
+    On an accelerator reading a value would stall its queue, so there everything counts as finite.
+    """
+    if x.device.type != "cpu" or not readable():
+        return True
+    try:
+        wide = torch.float64 if x.dtype in (torch.float32, torch.float64) else torch.float32
+        return math.isfinite(x.detach().sum(dtype=wide).item())
+    except RuntimeError:  # no values to look at: fake tensors, vmap
+        return True
