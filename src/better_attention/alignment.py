@@ -87,10 +87,9 @@ class Alignment(nn.Module):
 
     def _mix(self, value_BSD: Tensor) -> Tensor:
         S = value_BSD.shape[1]
-        weight = self.weight[..., :S, :S]
+        weight, bias = self._first(S)
         if self.causal:
             weight = weight.tril()
-        bias = None if self.bias is None else self.bias[..., :S, None]
         if self.heads == "shared":
             aligned_BSD: Tensor = weight @ value_BSD
             return aligned_BSD if bias is None else aligned_BSD + bias
@@ -99,6 +98,15 @@ class Alignment(nn.Module):
         if bias is not None:
             aligned_BNSH = aligned_BNSH + bias
         return aligned_BNSH.transpose(1, 2).flatten(-2)
+
+    def _first(self, S: int) -> tuple[Tensor, Tensor | None]:
+        """The part of W_A for S positions, and of its bias as a column."""
+        if not torch.compiler.is_compiling():
+            return self.weight[..., :S, :S], None if self.bias is None else self.bias[..., :S, None]
+        # While tracing, a slice up to a symbolic S is taken to be shorter than the whole: S = max_len would be lost.
+        positions = torch.arange(S, device=self.weight.device)
+        weight = self.weight.index_select(-2, positions).index_select(-1, positions)
+        return weight, None if self.bias is None else self.bias.index_select(-1, positions)[..., None]
 
     def _keep_apart(self, value_BSD: Tensor) -> Tensor:
         """With numbers that are not finite, 0 * NaN would carry them backwards: positions before them stay clean."""

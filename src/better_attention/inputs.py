@@ -29,18 +29,21 @@ def sequences(
     for name, x in named.items():
         floating_tensor(x, name)
     rank = query.dim()
-    shapes = ", ".join(f"{n} {tuple(x.shape)}" for n, x in named.items())
+
+    def received() -> str:  # built only when something is wrong: torch.compile cannot format symbolic sizes
+        return ", ".join(f"{n} {tuple(x.shape)}" for n, x in named.items())
+
     if rank not in (2, 3) or key.dim() != rank or value.dim() != rank:
         layout = "(B, L, D)" if batch_first else "(L, B, D)"
-        raise ValueError(f"expected query, key and value all {layout} or all unbatched (L, D), received {shapes}.")
+        raise ValueError(f"expected query, key and value all {layout} or all unbatched (L, D), received {received()}.")
     for (name, x), width in zip(named.items(), widths, strict=True):
         if x.shape[-1] != width:
-            raise ValueError(f"{name} must have last size {width}, received {shapes}.")
+            raise ValueError(f"{name} must have last size {width}, received {received()}.")
     batch_dim = 0 if batch_first else 1
     if key.shape[:-1] != value.shape[:-1] or (rank == 3 and query.shape[batch_dim] != key.shape[batch_dim]):
         raise ValueError(
             f"key and value must have one length, and all inputs one batch size (dimension {batch_dim} with "
-            f"batch_first={batch_first}), received {shapes}."
+            f"batch_first={batch_first}), received {received()}."
         )
 
     def ready(x: Tensor) -> Tensor:

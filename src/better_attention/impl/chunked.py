@@ -36,7 +36,9 @@ def unsupported(call: Call) -> list[str]:
 def compute(call: Call) -> tuple[Tensor, None]:
     """Head outputs (B, N, L, H)."""
     call = call.with_repeated_heads()
-    heads_BNLH, _, _ = torch.ops.better_attention.chunked(
+    # A custom operator's own autograd does not know torch.func, an autograd.Function does not stay one graph node.
+    run = torch.ops.better_attention.chunked if torch.compiler.is_compiling() else _Chunked.apply
+    heads_BNLH, _, _ = run(
         call.q_BNLH, call.k_BNSH, call.v_BNSH, call.mask_BNLS, call.padding_B11S, call.causal, call.score, call.scale
     )
     return heads_BNLH, None
@@ -266,12 +268,44 @@ def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _derive(ctx, grad, _total, _shift):  # type: ignore[no-untyped-def]
-    gradients = torch.ops.better_attention.chunked_backward(grad, *ctx.saved_tensors, *ctx.settings)
+    run = torch.ops.better_attention.chunked_backward if torch.compiler.is_compiling() else _ChunkedBackward.apply
+    gradients = run(grad, *ctx.saved_tensors, *ctx.settings)
     wished = ctx.settings[-1]
     return (*gradients[:3], *(g if wish else None for g, wish in zip(gradients[3:], wished, strict=True)), *(None,) * 3)
 
 
 _forward.register_autograd(_derive, setup_context=_save)
+
+
+class _Chunked(torch.autograd.Function):
+    """The same operator and derivative for eager mode, where torch.func transforms go through it."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args):  # type: ignore[no-untyped-def]
+        return torch.ops.better_attention.chunked(*args)
+
+    setup_context = staticmethod(_save)
+    backward = staticmethod(_derive)
+
+
+class _ChunkedBackward(torch.autograd.Function):
+    """The backward operator for torch.func, with an answer to those who want to differentiate it again."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args):  # type: ignore[no-untyped-def]
+        return torch.ops.better_attention.chunked_backward(*args)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+        return None
+
+    @staticmethod
+    def backward(ctx, *_):  # type: ignore[no-untyped-def]
+        raise ValueError("impl='chunked' has a first derivative only: pass impl='reference' for higher ones.")
 
 
 def _fold(x: Tensor | None, dim: int | None, size: int) -> Tensor | None:
