@@ -20,10 +20,12 @@ from .values import surely_finite
 
 IMPLS = ("auto", *IMPLEMENTATIONS)
 
-SMALL = 1 << 20
-"""Weights (B N L S) up to which the plain formula is as fast as anything and its one tile of memory is nothing."""
-SMALL_SOFTMAX_LENGTH = 48
-"""Longest S at which the plain formula still beats PyTorch's fused softmax attention on a CPU."""
+# Where the plain formula is the fastest on a CPU, and its L x S weights are smaller than the inputs of most layers
+# (measured against the other implementations, forward and backward; it also has derivatives of every order).
+SMALL = MappingProxyType({"softmax": 1 << 20, "expressive": 1 << 17})
+"""Weights (B N L S) up to which the plain formula is taken, per score."""
+SHORT = 32
+"""Longest S at which it still beats PyTorch's fused softmax attention."""
 
 
 @overload
@@ -208,9 +210,9 @@ def _small(call: Call) -> bool:
     if torch.compiler.is_compiling():
         return False  # a comparison of symbolic lengths would pin them
     (B, N, L, _), S = call.q_BNLH.shape, call.k_BNSH.shape[2]
-    if B * N * L * S > SMALL:
+    if call.q_BNLH.device.type != "cpu" or B * N * L * S > SMALL[call.score]:
         return False
-    return call.score != "softmax" or (call.q_BNLH.device.type == "cpu" and S <= SMALL_SOFTMAX_LENGTH)
+    return call.score != "softmax" or S <= SHORT
 
 
 def _refusal(call: Call, impl: str) -> str:

@@ -57,7 +57,7 @@ class _Tile:
 
 def _tiles(B: int, N: int, L: int, S: int, causal: bool) -> Iterator[_Tile]:
     """Cover (B, N, L) in tiles of about ``TILE`` weights; under the triangle a tile stops at its last visible key."""
-    rows = max(1, min(L, max(32, TILE // max(1, N * S))))
+    rows = max(1, min(L, max(128, TILE // max(1, N * S))))
     heads = max(1, min(N, TILE // max(1, rows * S)))
     batch = max(1, min(B, TILE // max(1, rows * S * N))) if heads == N else 1
     for l0 in range(0, L, rows):
