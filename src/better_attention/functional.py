@@ -210,7 +210,8 @@ def _small(call: Call) -> bool:
     if torch.compiler.is_compiling():
         return False  # a comparison of symbolic lengths would pin them
     (B, N, L, _), S = call.q_BNLH.shape, call.k_BNSH.shape[2]
-    if call.q_BNLH.device.type != "cpu" or B * N * L * S > SMALL[call.score]:
+    weights = B * N * L * S
+    if call.q_BNLH.device.type != "cpu" or weights > SMALL[call.score]:
         return False
     return call.score != "softmax" or S <= SHORT
 

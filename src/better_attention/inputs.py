@@ -106,14 +106,17 @@ def torch_masks(
     return mask_BNLS, padding_B11S
 
 
-def silence(
-    key_BSD: Tensor, value_BSD: Tensor, padding_B11S: Tensor | None, mechanism: Mechanism
-) -> tuple[Tensor, Tensor]:
-    """Padded keys and values as zeros: W_A would mix them into real ones, and 0 * NaN is NaN in any mechanism."""
+def padded_positions(padding_B11S: Tensor | None, mechanism: Mechanism) -> Tensor | None:
+    """Which keys are hidden from every query, (B, S, 1), or None."""
     if padding_B11S is None:
-        return key_BSD, value_BSD
+        return None
     # Behind W_A a bias at the dtype's minimum has to silence as well; plain softmax adds it, as torch does.
-    score = "expressive" if mechanism.aligned else mechanism.score
-    silent_BS1 = hidden(padding_B11S, score)[:, 0, 0, :, None]
-    silenced = key_BSD.masked_fill(silent_BS1, 0.0)
-    return silenced, silenced if value_BSD is key_BSD else value_BSD.masked_fill(silent_BS1, 0.0)
+    return hidden(padding_B11S, "expressive" if mechanism.aligned else mechanism.score)[:, 0, 0, :, None]
+
+
+def silence(key_BSD: Tensor, value_BSD: Tensor, padded_BS1: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Padded keys and values as zeros: W_A would mix them into real ones, and 0 * NaN is NaN in any mechanism."""
+    if padded_BS1 is None:
+        return key_BSD, value_BSD
+    silenced = key_BSD.masked_fill(padded_BS1, 0.0)
+    return silenced, silenced if value_BSD is key_BSD else value_BSD.masked_fill(padded_BS1, 0.0)

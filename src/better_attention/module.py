@@ -210,7 +210,7 @@ class MultiheadAttention(nn.Module):
             is_causal: query l sees keys s <= l; masks apply as well.
 
         Returns:
-            The output in the query's layout, and None or the weights after dropout, (B, L, S), or (B, h, L, S) if not
+            The output in the query's layout, contiguous, and None or the weights after dropout, (B, L, S), or (B, h, L, S) if not
             averaged, without B if unbatched.
 
         Raises:
@@ -224,10 +224,13 @@ class MultiheadAttention(nn.Module):
         sizes = (query_BLD.shape[0], self.num_heads, query_BLD.shape[1], key_BSD.shape[1])
         mask_BNLS, padding_B11S = inputs.torch_masks(attn_mask, key_padding_mask, sizes, batched=batched)
         self._refuse_leak(mask_BNLS, is_causal)
-        key_BSD, value_BSD = inputs.silence(key_BSD, value_BSD, padding_B11S, self.mechanism)
+        padded_BS1 = inputs.padded_positions(padding_B11S, self.mechanism)
+        key_BSD, value_BSD = inputs.silence(key_BSD, value_BSD, padded_BS1)
 
-        q_BLD, k_BSD = self.q_proj(query_BLD), self.k_proj(key_BSD)
-        v_BSD = self.align(self.v_proj(value_BSD))
+        q_BLD, k_BSD, v_BSD = self.q_proj(query_BLD), self.k_proj(key_BSD), self.v_proj(value_BSD)
+        if padded_BS1 is not None and self.mechanism.aligned and self._learns("v"):
+            v_BSD = v_BSD.masked_fill(padded_BS1, 0.0)  # W_V's bias has made them non-zero again
+        v_BSD = self.align(v_BSD)
         q_BLD, k_BSD, v_BSD = same_dtype(q_BLD, k_BSD, v_BSD)
         if self.bias_k is not None or self.add_zero_attn:
             k_BSD, v_BSD = self._with_extra_keys(k_BSD, v_BSD)
@@ -249,12 +252,14 @@ class MultiheadAttention(nn.Module):
         )
         heads_BNLH, weights = attend(call, self.impl)
 
-        output = self.out_proj(heads_BNLH.transpose(1, 2).flatten(-2))
+        heads_BLNH = heads_BNLH.transpose(1, 2)
+        # Joined in the caller's layout, so that the output is contiguous there.
+        output = self.out_proj((heads_BLNH if self.batch_first else heads_BLNH.transpose(0, 1)).flatten(-2))
         if weights is not None and average_attn_weights:
             weights = weights.mean(dim=1)
-        if not batched:
-            return output[0], None if weights is None else weights[0]
-        return output if self.batch_first else output.transpose(0, 1), weights
+        if batched:
+            return output, weights
+        return output.squeeze(0 if self.batch_first else 1), None if weights is None else weights[0]
 
     def to_torch_state_dict(self) -> dict[str, Tensor]:
         """The weights under the names of ``torch.nn.MultiheadAttention``, packed where torch packs them.
