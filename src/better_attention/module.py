@@ -210,8 +210,8 @@ class MultiheadAttention(nn.Module):
             is_causal: query l sees keys s <= l; masks apply as well.
 
         Returns:
-            The output in the query's layout, contiguous, and None or the weights after dropout, (B, L, S), or (B, h, L, S) if not
-            averaged, without B if unbatched.
+            The output in the query's layout, contiguous, and None or the weights after dropout: (B, L, S), or
+            (B, h, L, S) if not averaged, without B if unbatched.
 
         Raises:
             TypeError, ValueError: inputs that do not fit the layer or one another.
