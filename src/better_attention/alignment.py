@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import flag, one_of, whole_number
-from .values import surely_finite
+from .values import surely_finite, without
 
 
 class Alignment(nn.Module):
@@ -111,7 +111,7 @@ class Alignment(nn.Module):
     def _keep_apart(self, value_BSD: Tensor) -> Tensor:
         """With numbers that are not finite, 0 * NaN would carry them backwards: positions before them stay clean."""
         bad_BS = ~value_BSD.isfinite().all(dim=-1)
-        clean_BSD = self._mix(value_BSD.masked_fill(bad_BS[..., None], 0.0))
+        clean_BSD = self._mix(without(value_BSD, bad_BS))
         return clean_BSD.masked_fill((bad_BS.cumsum(dim=-1) > 0)[..., None], math.nan)
 
     def extra_repr(self) -> str:

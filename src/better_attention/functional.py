@@ -16,7 +16,7 @@ from .impl import IMPLEMENTATIONS
 from .impl.call import Call, hidden, triangle
 from .masks import check_mask
 from .mechanism import SCORES
-from .values import surely_finite
+from .values import surely_finite, without
 
 IMPLS = ("auto", *IMPLEMENTATIONS)
 
@@ -253,8 +253,8 @@ def _keep_apart(
         return heads_BNLH, weights_BNLS
     clean = replace(
         call,
-        k_BNSH=call.k_BNSH.masked_fill(bad_BNS[..., None], 0.0),
-        v_BNSH=call.v_BNSH.masked_fill(bad_BNS[..., None], 0.0),
+        k_BNSH=without(call.k_BNSH, bad_BNS),
+        v_BNSH=without(call.v_BNSH, bad_BNS),
     )
     heads_BNLH, weights_BNLS = IMPLEMENTATIONS[chosen].compute(clean)
     sees_bad_BNL1 = _sees(call, bad_BNS)

@@ -25,3 +25,11 @@ def surely_finite(x: Tensor) -> bool:
         return math.isfinite(x.detach().sum(dtype=wide).item())
     except RuntimeError:  # no values to look at: fake tensors, vmap
         return True
+
+
+def without(x: Tensor, rows: Tensor) -> Tensor:
+    """``x`` with the marked rows (all but its last dimension) zeroed, in the same memory layout.
+
+    The layout decides which kernel a matrix product takes, and with it the last bits of rows that are not marked.
+    """
+    return x.clone().masked_fill_(rows[..., None], 0.0)
