@@ -1,0 +1,154 @@
+"""``better-attention cost``: parameters, FLOPs and bytes of one layer, and the paper's figures of them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from better_attention.cli import UserError, console
+from better_attention.cli.compare import names, positive
+from better_attention.mechanism import MECHANISMS, Mechanism
+
+HELP = "what the mechanisms cost: a table, or the paper's figures 2 to 4"
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+Entry = dict[str, str | int | float]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the verb."""
+    add_sizes(parser)
+    parser.add_argument("--batch", type=positive, default=1, metavar="N", help="sequences at once; default: 1")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and cache; default: float32")
+    parser.add_argument(
+        "--mechanisms",
+        type=names,
+        default=tuple(MECHANISMS),
+        metavar="A,B,...",
+        help=f"default: {','.join(MECHANISMS)}; each may be followed by +expressive or +align",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    figure = parser.add_argument_group("figures")
+    figure.add_argument("--figure", type=int, choices=(2, 3, 4), help="draw this figure of the paper")
+    figure.add_argument("--out", type=Path, metavar="FILE", help="where to: .png, .svg or .pdf")
+    figure.add_argument(
+        "--form", choices=("paper", "exact"), default="paper", help="eq. 24 (default), or the exact count"
+    )
+
+
+def add_sizes(parser: argparse.ArgumentParser) -> None:
+    """Declare the sizes of a layer; the defaults are those of the paper's MNIST model."""
+    parser.add_argument("--embed-dim", type=positive, default=128, metavar="D", help="model width; default: 128")
+    parser.add_argument("--heads", type=positive, default=4, metavar="H", help="attention heads; default: 4")
+    parser.add_argument("--length", type=positive, default=64, metavar="L", help="tokens; default: 64")
+
+
+def check_sizes(args: argparse.Namespace) -> None:
+    """Refuse a number of heads that does not divide the width.
+
+    Raises:
+        UserError: it does not.
+    """
+    if args.embed_dim % args.heads:
+        raise UserError(
+            f"--embed-dim must be divisible by --heads, received {args.embed_dim} and {args.heads}: "
+            "each head has D / H columns."
+        )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the table or draw the figure; returns 0.
+
+    Raises:
+        UserError: arguments that do not go together.
+    """
+    if args.figure is not None:
+        return _draw(args)
+    if args.out is not None:
+        raise UserError("--out is the file of a figure: say which with --figure 2, 3 or 4.")
+    check_sizes(args)
+    rows = entries(args)
+    if args.json:
+        print(json.dumps(rows, indent=2))
+    else:
+        _print(rows, args)
+    return 0
+
+
+def entries(args: argparse.Namespace) -> list[Entry]:
+    """A mapping a mechanism: counts as in :class:`better_attention.cost.Cost`, and exact FLOPs over standard's."""
+    import torch
+
+    from better_attention.cost import cost
+
+    dtype = getattr(torch, args.dtype)
+    sizes = {"batch": args.batch, "dtype": dtype}
+    standard = cost(args.embed_dim, args.heads, args.length, **sizes)
+    found: list[Entry] = []
+    for name in args.mechanisms:
+        whole = cost(args.embed_dim, args.heads, args.length, mechanism=Mechanism.of(name), **sizes)
+        forward = cost(args.embed_dim, args.heads, args.length, mechanism=name, backward=False, **sizes)
+        found.append(
+            {
+                "mechanism": name,
+                "params": whole.params,
+                "flops_paper": whole.flops_paper,
+                "flops_forward": forward.flops,
+                "flops": whole.flops,
+                "flops_to_standard": whole.flops / standard.flops,
+                "weight_bytes": whole.weight_bytes,
+                "cache_bytes_per_token": whole.cache_bytes_per_token,
+            }
+        )
+    return found
+
+
+_TITLES = {
+    "params": "Params",
+    "flops_paper": "FLOPs, eq. 24",
+    "flops_forward": "FLOPs, forward",
+    "flops": "forward + backward",
+    "flops_to_standard": "÷ standard",
+    "weight_bytes": "Weights, bytes",
+    "cache_bytes_per_token": "Cache, bytes/token",
+}
+
+
+def _print(rows: list[Entry], args: argparse.Namespace) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    title = f"One layer: d = {args.embed_dim}, h = {args.heads}, ℓ = {args.length}, batch {args.batch}, {args.dtype}"
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("Mechanism", no_wrap=True)
+    for title in _TITLES.values():
+        table.add_column(title, justify="right")
+    for row in rows:
+        cells = [f"{row[key]:,}" if isinstance(row[key], int) else f"{row[key]:.3f}" for key in _TITLES]
+        table.add_row(str(row["mechanism"]), *cells)
+    out = console()
+    out.print(table)
+    out.print(
+        "Eq. 24 of arXiv 2403.01643 counts forward and backward and is linear in d; the other counts are those of the\n"
+        "matrix products of a real layer, a multiply-add as two. W_A and biases are included.",
+        style="dim",
+        soft_wrap=True,
+    )
+
+
+def _draw(args: argparse.Namespace) -> int:
+    from better_attention.experiments.figures import average_overheads, cost_figure
+
+    if args.out is None:
+        raise UserError(f"--figure {args.figure} needs --out FILE, ending in .png, .svg or .pdf.")
+    cost_figure(args.figure, args.out, form=args.form)
+    overheads = average_overheads(args.form) if args.figure == 3 else {}
+    if args.json:
+        averages = {"average_overheads": {str(heads): value for heads, value in overheads.items()}} if overheads else {}
+        print(json.dumps({"figure": args.figure, "form": args.form, "file": str(args.out), **averages}, indent=2))
+        return 0
+    for heads, value in overheads.items():
+        print(f"h = {heads}: standard needs {100 * value:.1f} % more FLOPs than efficient on average")
+    print(f"figure {args.figure} ({args.form}): {args.out}")
+    return 0

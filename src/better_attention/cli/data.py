@@ -1,0 +1,210 @@
+"""``better-attention data``: what data is here, and how to get what is not."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from better_attention.data.download import Remote
+    from better_attention.data.sources import Source
+
+HELP = "show, fetch or import the data sets"
+
+Record = dict[str, Any]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's actions and options; ``--data`` and ``--json`` may stand before or after the action."""
+    _add_common(parser)
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", title="actions (default: list)")
+    _add_common(actions.add_parser("list", help="every data set, and whether it is here"))
+    show = actions.add_parser(
+        "show", help="one data set: origin, terms, files, sizes; what is here is read and checked"
+    )
+    fetch = actions.add_parser("fetch", help="download the official files, with their SHA-256 checked")
+    adopt = actions.add_parser("import", help="copy the official files from a folder of yours, after checking them")
+    for action in (show, fetch, adopt):
+        action.add_argument("name", metavar="NAME", help="digits, mnist or imdb")
+        _add_common(action)
+    adopt.add_argument("origin", metavar="FROM", type=Path, help="the folder or file that holds the data")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Carry out the action; returns 0.
+
+    Raises:
+        DataError: unknown data set, failed download, unusable files (a ValueError: the command line prints it).
+    """
+    from better_attention.cli import console
+    from better_attention.data import sources, store
+
+    folder: Path | None = getattr(args, "data", None)
+    as_json: bool = getattr(args, "json", False)
+    if args.action in (None, "list"):
+        rows = [_state(row, folder) for row in sources.SOURCES.values()]
+        place = str(folder or store.home())
+        if as_json:
+            print(json.dumps({"folder": place, "data_sets": rows}, indent=2))
+        else:
+            _print_list(console(), place, rows)
+        return 0
+
+    row = sources.source(args.name)
+    if args.action == "fetch":
+        with _progress(quiet=as_json) as progress:
+            store.fetch(row, folder, progress=progress)
+    elif args.action == "import":
+        store.import_from(row, args.origin, folder)
+    record = _state(row, folder) if args.action != "show" else _details(row, folder)
+    if as_json:
+        print(json.dumps(record, indent=2))
+    else:
+        _print_record(console(), record)
+    return 0
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    # SUPPRESS: an option given before the action must not be reset by the action's own default.
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        default=argparse.SUPPRESS,
+        help="the folder that holds the data, or shall hold it (default: better-attention's own)",
+    )
+    parser.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print JSON")
+
+
+def _state(row: Source, folder: Path | None) -> Record:
+    """What can be said of a data set without reading it."""
+    from better_attention.data import DataError, sources, store
+
+    record: Record = {"name": row.name, "title": row.title, "state": "embedded", "where": None}
+    if row.embedded:
+        return record
+    try:
+        files = sources.find(row, folder)
+    except DataError as error:
+        return record | {"state": "incomplete", "problem": str(error)}
+    if files is None:
+        return record | {"state": "absent"}
+    origin = store.origin(files[0].parent)
+    recorded = origin is not None and all(file.name in origin["files"] for file in files)
+    how = origin["how"] if origin is not None and recorded else "found"
+    return record | {"state": how, "where": str(files[0].parent), "files": [file.name for file in files]}
+
+
+def _details(row: Source, folder: Path | None) -> Record:
+    """Everything: origin and terms, and of what is here, the contents after reading all of it."""
+    from better_attention.data import Images, NotFetched, read, sources, store
+
+    record = _state(row, folder) | {
+        "terms": row.terms,
+        "layout": row.layout,
+        "official": [{"url": r.url, "bytes": r.size, "sha256": r.sha256} for r in row.remotes],
+    }
+    try:
+        data = read(row.name, folder)
+    except NotFetched as missing:
+        return record | {"problem": str(missing)}
+    digests = {remote.sha256 for remote in row.remotes}
+    files = [file for file in sources.find(row, folder) or () if file.is_file()]
+    hashes = {file.name: store.sha256(file) for file in files}
+    contents: Record = {
+        "files": [{"name": name, "sha256": hash_, "official": hash_ in digests} for name, hash_ in hashes.items()],
+        "train": len(data.train_labels),
+        "test": len(data.test_labels),
+        "classes": list(data.classes),
+        "notes": list(data.notes),
+        "fingerprint": data.fingerprint(),
+    }
+    if isinstance(data, Images):
+        contents |= {"shape": list(data.train_images.shape[1:]), "peak": data.peak}
+    return record | contents
+
+
+_STATES = {
+    "embedded": "here: scikit-learn carries it",
+    "fetched": "here: fetched, SHA-256 checked",
+    "imported": "here: imported",
+    "found": "here",
+    "incomplete": "incomplete",
+    "absent": "not here",
+}
+
+
+def _print_list(out: Console, place: str, rows: list[Record]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    for heading in ("data set", "what it is", "state"):
+        table.add_column(heading)
+    for row in rows:
+        table.add_row(row["name"], Text(row["title"]), _STATES[row["state"]])
+    out.print(table)
+    out.print(Text(f"\nLooked in {place}."))
+    for row in rows:
+        if "problem" in row:
+            out.print(Text(f"{row['name']}: {row['problem']}"))
+        elif row["state"] == "absent":
+            name = row["name"]
+            out.print(Text(f"better-attention data fetch {name}   (or: data import {name} FROM)"))
+
+
+def _print_record(out: Console, record: Record) -> None:
+    from rich.text import Text
+
+    out.print(Text(f"{record['name']}: {record['title']}", style="bold"))
+    lines = [_STATES[record["state"]] + (f", in {record['where']}" if record["where"] else "")]
+    if "terms" in record:
+        lines += [f"origin: {record['terms']}", f"layout: {record['layout']}"]
+        lines += [f"official: {r['url']} ({r['bytes']:,} bytes)\n  SHA-256 {r['sha256']}" for r in record["official"]]
+    if "fingerprint" in record:
+        for file in record["files"]:
+            verdict = "the official file" if file["official"] else "not the official file's; contents checked"
+            lines.append(f"{file['name']}: SHA-256 {file['sha256']} ({verdict})")
+        shape = f" of {'×'.join(map(str, record['shape']))}, white is {record['peak']}" if "shape" in record else ""
+        lines.append(f"{record['train']:,} training and {record['test']:,} test samples{shape}")
+        lines += [f"classes: {', '.join(record['classes'])}", *(f"note: {note}" for note in record["notes"])]
+        lines.append(f"contents: SHA-256 {record['fingerprint']}")
+    if "problem" in record:
+        lines.append(record["problem"])
+    out.print(Text("\n".join(lines)), soft_wrap=True)
+
+
+@contextmanager
+def _progress(*, quiet: bool) -> Iterator[Callable[[Remote, int], None] | None]:
+    """How a download shows itself, on stderr: bars on a terminal, a line a file elsewhere, nothing if ``quiet``."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    err = Console(stderr=True)
+    tasks: dict[str, Any] = {}
+    if quiet:
+        yield None
+    elif err.is_terminal:
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=err) as bars:
+
+            def draw(remote: Remote, done: int) -> None:
+                if remote.name not in tasks:
+                    tasks[remote.name] = bars.add_task(remote.name, total=remote.size)
+                bars.update(tasks[remote.name], completed=done)
+
+            yield draw
+    else:
+
+        def say(remote: Remote, done: int) -> None:
+            if remote.name not in tasks:
+                tasks[remote.name] = True
+                err.print(f"fetching {remote.url} ({remote.size:,} bytes)", markup=False, soft_wrap=True)
+
+        yield say

@@ -1,0 +1,96 @@
+"""``better-attention VERB ...``: finds the verb, runs it, and turns errors into messages and exit statuses.
+
+Exit status: 0 done; 1 a run failed, or the machine did (a full disk, say); 2 something in the command that the
+user can put right; 130 Ctrl-C, 143 SIGTERM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from better_attention import __version__
+
+VERBS = ("compare", "data", "list", "show", "cost", "predict")
+EXTRAS = frozenset(
+    {
+        "accelerate",
+        "jinja2",
+        "markupsafe",
+        "matplotlib",
+        "numpy",
+        "PIL",
+        "pooch",
+        "rich",
+        "safetensors",
+        "scipy",
+        "sklearn",
+    }
+)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command, built from the verbs' own modules."""
+    parser = argparse.ArgumentParser(
+        prog="better-attention",
+        description="Standard, optimised, efficient, super and expressive attention, compared on real data.",
+        epilog="`better-attention compare` is a good first command: it needs no download.",
+    )
+    parser.add_argument("--version", action="version", version=f"better-attention {__version__}")
+    parser.add_argument("--traceback", action="store_true", help="on an error, show where in the program it arose")
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    for name in VERBS:
+        module = importlib.import_module(f"better_attention.cli.{name}")
+        verb = verbs.add_parser(name, help=module.HELP, description=module.HELP)
+        module.add_arguments(verb)
+        verb.set_defaults(run=module.run)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line ``arguments`` (None: the process's own); returns the exit status."""
+    traceback = False
+    try:
+        options = build_parser().parse_args(arguments)
+        traceback = options.traceback
+        status: int = options.run(options)
+        sys.stdout.flush()  # a reader that has gone (`| head`) is noticed here, not at exit
+        return status
+    except KeyboardInterrupt:
+        return _say("interrupted.", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains once more at exit
+        return 0
+    except Exception as error:
+        explained = None if traceback else explain(error)
+        if explained is None:
+            raise
+        return _say(*explained)
+
+
+def explain(error: Exception) -> tuple[str, int] | None:
+    """The message and exit status for an error that needs no traceback; None for a bug."""
+    match error:
+        case ModuleNotFoundError():
+            package = (error.name or "").partition(".")[0]
+            message = f'this needs the package {package!r}: pip install "better-attention[all]"'
+            return (message, 2) if package in EXTRAS else None
+        case FileNotFoundError() | NotADirectoryError() | IsADirectoryError() | PermissionError() | FileExistsError():
+            return str(error), 2
+        case OSError():
+            return str(error), 1
+        case ValueError() | TypeError():
+            return str(error), 2
+    return None
+
+
+def _say(message: str, status: int) -> int:
+    print(f"better-attention: {message}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

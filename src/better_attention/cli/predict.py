@@ -1,0 +1,172 @@
+"""``better-attention predict``: a finished run's model on new inputs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from better_attention.cli import UserError, console
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from better_attention.experiments.kinds import ImageTask
+    from better_attention.experiments.runs import Run
+
+HELP = "classify new inputs, or test samples, with the model of a finished run"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the verb."""
+    parser.add_argument("path", type=Path, metavar="RUN", help="folder of a run, such as runs/digits-small/super-h4-s0")
+    parser.add_argument(
+        "inputs",
+        nargs="*",
+        metavar="INPUT",
+        help="texts, text files (a text each) or - for standard input (a text a line); of images: .png or .npy files",
+    )
+    parser.add_argument("--index", type=int, action="append", metavar="N", help="test sample N of the data set, from 0")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="where the data set is, for --index")
+    parser.add_argument(
+        "--resize", action="store_true", help="bring images of another size to the size of the data set"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Predict, and print a line an input: class, probability, and the true class of a test sample."""
+    from better_attention.experiments.kinds import ImageTask
+    from better_attention.experiments.runs import load_run
+
+    if not args.inputs and not args.index:
+        raise UserError("nothing to predict: name inputs after the run, or --index N for a test sample.")
+    trained = load_run(args.path)
+    named: list[tuple[str, Any, str | None]] = []
+    if args.inputs and isinstance(trained.task, ImageTask):
+        for name in args.inputs:
+            named += [(title, picture, None) for title, picture in read_images(Path(name), trained.task, args.resize)]
+    elif args.inputs:
+        named += [(text, text, None) for name in args.inputs for text in read_texts(name)]
+    named += numbered_samples(trained, args.index or [], args.data)
+    predictions = trained.predict([inputs for _, inputs, _ in named])
+    rows = [
+        {
+            "input": name,
+            "class": found.label,
+            "probability": found.probability,
+            "probabilities": dict(found.probabilities),
+        }
+        | ({} if truth is None else {"truth": truth})
+        for (name, _, truth), found in zip(named, predictions, strict=True)
+    ]
+    if args.json:
+        print(json.dumps(rows, indent=2, ensure_ascii=False))
+    else:
+        print_rows(rows)
+    return 0
+
+
+def print_rows(rows: Sequence[dict[str, Any]]) -> None:
+    """One line an input, as a table."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from better_attention.experiments.files import plain
+
+    table = Table(
+        "Input", "Class", "Probability", *(["Truth"] if any("truth" in row for row in rows) else []), box=None
+    )
+    for row in rows:
+        cells = [plain(row["input"], 60), plain(row["class"]), f"{row['probability']:.3f}"]
+        table.add_row(*map(Text, [*cells, *([plain(row["truth"])] if "truth" in row else [])]))
+    console().print(table)
+
+
+def read_texts(name: str) -> list[str]:
+    """The texts that an argument stands for: the lines of standard input, a file's content, or itself.
+
+    Raises:
+        UserError: a file that is not UTF-8 text, or nothing to read.
+    """
+    if name == "-":
+        texts = [line.rstrip("\n") for line in sys.stdin if line.strip()]
+        if not texts:
+            raise UserError("standard input holds no text: write one text a line.")
+        return texts
+    try:
+        is_file = Path(name).is_file()
+    except (OSError, ValueError):  # a text may be too long for a name, or hold what a name cannot
+        is_file = False
+    try:
+        text = Path(name).read_text("utf-8") if is_file else name
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name} is not UTF-8 text ({error}). Convert it first.") from None
+    if not text.strip():
+        raise UserError(f"{name!r} holds no text.")
+    return [text]
+
+
+def read_images(path: Path, task: ImageTask, resize: bool) -> list[tuple[str, NDArray[np.uint8]]]:
+    """The images in a .npy file (as they are) or an image file (0 ... 255, brought to the task's range).
+
+    Raises:
+        UserError: another kind of file, a damaged one, or an image of another size without ``resize``.
+        FileNotFoundError: there is no such file.
+    """
+    import numpy as np
+
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no such file.")
+    if path.suffix == ".npy":
+        try:
+            array = np.load(path, allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise UserError(f"{path} is not an array of numbers ({error}).") from None
+        plane = 2 if task.channels == 1 else 3
+        if array.ndim == plane:
+            return [(str(path), array)]
+        return (
+            [(f"{path}[{row}]", image) for row, image in enumerate(array)]
+            if array.ndim == plane + 1
+            else [(str(path), array)]
+        )
+
+    from PIL import Image, UnidentifiedImageError
+
+    side = task.raw_size
+    try:
+        with Image.open(path) as file:
+            image = file.convert("L" if task.channels == 1 else "RGB")
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} is not an image that can be read ({error}).") from None
+    if image.size != (side, side):
+        if not resize:
+            raise UserError(
+                f"{path} has {image.size[0]}x{image.size[1]} pixels; task {task.name!r} reads {side}x{side}. "
+                "Resize it, or add --resize."
+            )
+        image = image.resize((side, side), Image.Resampling.LANCZOS)
+    return [(str(path), (np.asarray(image) * (task.peak / 255)).round().astype(np.uint8))]
+
+
+def numbered_samples(trained: Run, rows: Sequence[int], folder: Path | None) -> list[tuple[str, Any, str | None]]:
+    """Name, input and true class of the test samples numbered ``rows`` in the data set's own order.
+
+    Raises:
+        UserError: no such sample.
+    """
+    if not rows:
+        return []
+    from better_attention.data import Images, read
+
+    data = read(trained.task.dataset, folder)
+    inputs = data.test_images if isinstance(data, Images) else data.test_texts
+    for row in rows:
+        if not 0 <= row < len(inputs):
+            raise UserError(f"--index {row}: the test split has samples 0 to {len(inputs) - 1}.")
+    return [(f"test sample {row}", inputs[row], data.classes[data.test_labels[row]]) for row in rows]

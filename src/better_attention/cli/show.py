@@ -1,0 +1,184 @@
+"""``better-attention show``: a mechanism drawn, with equations and counts; or a task with its setting."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+from better_attention.cli import UserError, console
+from better_attention.cli.cost import add_sizes, check_sizes
+from better_attention.mechanism import MECHANISMS, PROJECTIONS, Mechanism
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+HELP = "show a mechanism (picture, equations, counts) or a task (setting, source)"
+
+Entry = dict[str, Any]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the verb."""
+    parser.add_argument("name", metavar="NAME", help="a mechanism, NAME+expressive or NAME+align; or a task")
+    add_sizes(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print what ``NAME`` is; returns 0.
+
+    Raises:
+        UserError: it is neither a mechanism nor a task.
+    """
+    from better_attention.experiments.tasks import TASKS
+
+    if args.name in TASKS:
+        task = describe_task(args.name)
+        if args.json:
+            print(json.dumps(task, indent=2, ensure_ascii=False))
+        else:
+            _print_task(task)
+        return 0
+    try:
+        mechanism = Mechanism.of(args.name)
+    except ValueError:
+        raise UserError(
+            f"{args.name!r} is neither a mechanism ({', '.join(MECHANISMS)}, optionally followed by +expressive or "
+            f"+align) nor a task ({', '.join(TASKS)})."
+        ) from None
+    check_sizes(args)
+    found = describe_mechanism(mechanism, args.embed_dim, args.heads, args.length)
+    if args.json:
+        print(json.dumps(found, indent=2, ensure_ascii=False))
+    else:
+        _print_mechanism(found)
+    return 0
+
+
+def describe_mechanism(mechanism: Mechanism, embed_dim: int, heads: int, length: int) -> Entry:
+    """The mechanism's axes, picture, equations, and the counts of one layer of these sizes."""
+    from better_attention.cost import cost
+    from better_attention.experiments.drawing import draw, equations, legend, source
+
+    d, n = embed_dim, length
+    counted = cost(d, heads, n, mechanism=mechanism)
+    params = {f"W_{p.upper()}": d * d + d for p in PROJECTIONS if p in mechanism.projections}
+    if mechanism.aligned:
+        params["W_A"] = n * n + n
+    return {
+        "mechanism": mechanism.name,
+        "source": source(mechanism),
+        "learned": [p for p in PROJECTIONS if p in mechanism.projections],
+        "aligned": mechanism.aligned,
+        "score": mechanism.score,
+        "drawing": draw(mechanism),
+        "legend": legend(mechanism),
+        "equations": equations(mechanism),
+        "sizes": {"embed_dim": d, "heads": heads, "length": n},
+        "params": {**params, "all": counted.params},
+        "flops_paper": counted.flops_paper,
+        "flops": counted.flops,
+        "flops_forward": cost(d, heads, n, mechanism=mechanism, backward=False).flops,
+        "weight_bytes": counted.weight_bytes,
+        "cache_bytes_per_token": counted.cache_bytes_per_token,
+    }
+
+
+def describe_task(name: str) -> Entry:
+    """The task's text, its settings at every scale, and the paper's rows for it."""
+    from better_attention.experiments import paper
+    from better_attention.experiments.task import SCALES
+    from better_attention.experiments.tasks import TASKS
+
+    make = TASKS[name]
+    module = inspect.getdoc(sys.modules[make.__module__]) or ""
+    # The first paragraph of the function only says what such a function does.
+    _, _, choices = (inspect.getdoc(make) or "").partition("\n\n")
+    task = make("paper")
+    return {
+        "task": name,
+        "title": task.title,
+        "source": task.source,
+        "about": [" ".join(part.split()) for part in (module, choices) if part],
+        "settings": {scale: make(scale).settings() for scale in SCALES},
+        "paper": paper.rows(name),
+    }
+
+
+def _print_mechanism(found: Entry) -> None:
+    out = console()
+    sizes, params = found["sizes"], found["params"]
+    out.print(f"[bold]{found['mechanism']}[/bold] attention  ({found['source']})\n")
+    for line in (*found["drawing"], "", *found["legend"], "", *found["equations"]):
+        out.print(line, markup=False, soft_wrap=True)
+    d, h, n = (sizes[key] for key in ("embed_dim", "heads", "length"))
+    table = _table(f"\nOne layer: d = {d}, h = {h}, ℓ = {n}, biases included")
+    table.add_column("Count")
+    table.add_column("", justify="right")
+    for name, count in params.items():
+        table.add_row(f"parameters of {name}" if name != "all" else "[bold]parameters[/bold]", f"{count:,}")
+    for key, title in (
+        ("flops_paper", "FLOPs, forward + backward, eq. 24"),
+        ("flops_forward", "FLOPs, forward, exact"),
+        ("flops", "FLOPs, forward + backward, exact"),
+        ("weight_bytes", "bytes of weights, float32"),
+        ("cache_bytes_per_token", "bytes of key/value cache a token, float32"),
+    ):
+        table.add_row(title, f"{found[key]:,}")
+    out.print(table)
+
+
+def _print_task(found: Entry) -> None:
+    out = console()
+    out.print(f"[bold]{found['task']}[/bold]: ", end="")
+    out.print(f"{found['title']}\nSource: {found['source']}.\n", markup=False)
+    for paragraph in found["about"]:
+        out.print(paragraph, markup=False, end="\n\n", width=min(out.width, 100))
+    scales = found["settings"]
+    table = _table("Setting at each scale")
+    table.add_column("")
+    for scale in scales:
+        table.add_column(scale)
+    settings = list(scales.values())
+    for key in settings[0]:
+        if key not in ("name", "title", "source", "scale"):
+            table.add_row(key.replace("_", " "), *(_cell(setting.get(key)) for setting in settings))
+    out.print(table)
+    _print_paper(found)
+
+
+def _print_paper(found: Entry) -> None:
+    from better_attention.experiments.stats import number
+    from better_attention.experiments.summary import COLUMNS
+
+    rows = found["paper"]
+    out = console()
+    if not rows:
+        out.print("The paper has no results for this task.")
+        return
+    keys = [key for key in rows[0] if key not in ("task", "score", "source") and rows[0][key] is not None]
+    table = _table(f"The paper's results ({rows[0]['source']})")
+    for key in keys:
+        table.add_column(key.replace("_", " "), justify="left" if key == "mechanism" else "right")
+    digits = {column.key: column.digits for column in COLUMNS if column.kind == "metric"}
+    for row in rows:
+        table.add_row(*(number(row[key], digits[key]) if key in digits else _cell(row[key]) for key in keys))
+    out.print(table)
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _table(title: str) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    return Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)

@@ -1,0 +1,140 @@
+"""What the screen shows while a comparison is under way: live bars on a terminal, plain lines anywhere else."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Any, Self
+
+from accelerate import Accelerator
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from better_attention.experiments.compare import Plan, Watcher
+from better_attention.experiments.task import Splits
+from better_attention.experiments.train import DivergedError, Position
+
+PLAIN_SECONDS = 30.0  # between two lines about one run
+
+
+class PlainWatcher(Watcher):
+    """One line a finished run, and one every half minute of a long one."""
+
+    def __init__(self, console: Console, plan: Plan) -> None:
+        self.console, self.plan = console, plan
+        self.title, self.said_at = "", 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Nothing to put away."""
+
+    def say(self, line: str) -> None:
+        """Print one line."""
+        self.console.print(line, markup=False, soft_wrap=True)
+
+    def data(self, splits: Splits, accelerator: Accelerator) -> None:
+        """Say what is compared, on what."""
+        task, sizes = self.plan.task, [len(part) for part in (splits.train, splits.validation, splits.test)]
+        self.say(f"{task.title}, scale {task.scale}: {len(self.plan.runs())} runs below {self.plan.out}")
+        self.say(
+            "{:,} training, {:,} validation and {:,} test samples; ".format(*sizes) + f"device {accelerator.device}"
+        )
+
+    def begin(self, name: str, number: int, runs: int) -> None:
+        """See :class:`Watcher`."""
+        self.title, self.said_at = f"[{number}/{runs}] {name}", time.monotonic()
+
+    def progress(self, position: Position, steps: int) -> None:
+        """See :class:`Watcher`."""
+        if time.monotonic() - self.said_at >= PLAIN_SECONDS:
+            self.said_at = time.monotonic()
+            self.say(f"{self.title}  {where(position, self.plan.task.epochs, steps)}")
+
+    def end(self, name: str, record: dict[str, Any]) -> None:
+        """See :class:`Watcher`."""
+        self.say(f"{self.title}  {outcome(record)}")
+
+    def failed(self, name: str, error: DivergedError) -> None:
+        """See :class:`Watcher`."""
+        self.say(f"{self.title}  FAILED  {error}")
+
+    def stopping(self) -> None:
+        """See :class:`Watcher`."""
+        self.say("stopping after this step; once more stops at once")
+
+
+class LiveWatcher(PlainWatcher):
+    """A bar for the whole comparison, one for the run under way, and above them a line a finished run."""
+
+    def __init__(self, console: Console, plan: Plan) -> None:
+        super().__init__(console, plan)
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        self.bars = Progress(*columns, console=console, refresh_per_second=4)
+        self.all: TaskID = self.bars.add_task("all runs", total=len(plan.runs()))
+        self.one: TaskID = self.bars.add_task("reading the data", total=None)
+
+    def __enter__(self) -> Self:
+        self.bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Take the bars off the screen."""
+        for bar in (self.all, self.one):
+            self.bars.update(bar, visible=False)
+        self.bars.stop()
+
+    def begin(self, name: str, number: int, runs: int) -> None:
+        """See :class:`Watcher`."""
+        super().begin(name, number, runs)
+        self.bars.reset(self.one, description=self.title, total=None)
+
+    def progress(self, position: Position, steps: int) -> None:
+        """See :class:`Watcher`."""
+        epochs = self.plan.task.epochs
+        self.bars.update(
+            self.one,
+            description=f"{self.title}  {where(position, epochs, steps)}",
+            total=epochs * steps,
+            completed=(position.epoch - 1) * steps + position.step,
+        )
+
+    def end(self, name: str, record: dict[str, Any]) -> None:
+        """See :class:`Watcher`."""
+        super().end(name, record)
+        self.bars.advance(self.all)
+
+    def failed(self, name: str, error: DivergedError) -> None:
+        """See :class:`Watcher`."""
+        super().failed(name, error)
+        self.bars.advance(self.all)
+
+
+def make_watcher(console: Console, plan: Plan) -> PlainWatcher:
+    """The watcher that suits the console."""
+    return LiveWatcher(console, plan) if console.is_terminal else PlainWatcher(console, plan)
+
+
+def where(position: Position, epochs: int, steps: int) -> str:
+    """Epoch, step and the last validation, in one line."""
+    last = position.curve[-1] if position.curve else None
+    validated = f"  validation {last['validation_accuracy']:.2f} %, loss {last['validation_loss']:.3f}" if last else ""
+    return f"epoch {position.epoch}/{epochs}, step {position.step}/{steps}{validated}"
+
+
+def outcome(record: dict[str, Any]) -> str:
+    """The result of a run in one line."""
+    return (
+        f"test {record['test_accuracy']:.2f} %, loss {record['test_loss']:.3f}; best epoch {record['best_epoch']} of "
+        f"{record['epochs']}; {record['epoch_seconds']:.2f} s/epoch"
+    )

@@ -1,0 +1,232 @@
+"""Reading compressed files and tar archives that somebody else made, without trusting them.
+
+Everything is read as a stream and nothing is ever extracted: a member's name is only compared with the
+names that are wanted, so that no path of an archive reaches the file system. What is too large, expands
+too much, ends early, fails its checksum, or could point outside the archive is refused by name.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import lzma
+import re
+import struct
+import tarfile
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO, Protocol
+
+from .containers import DataError
+
+MIB = 1 << 20
+AGAIN = "Delete it and fetch or copy it again."
+
+_CHUNK = MIB // 4
+_RATIO = 100  # text and pictures compress 2 to 10 times; only made-up data reaches a hundred
+_RATIO_FROM = MIB  # below this size the ratio says nothing: a few zeros compress as well
+_XZ_MEMORY = 256 * MIB  # `xz -9` needs 65 MiB; a forged header asks for gigabytes
+_GZIP, _XZ = b"\x1f\x8b", b"\xfd7zXZ\x00"
+
+
+class Readable(Protocol):
+    """What the readers here need of a file."""
+
+    def read(self, size: int, /) -> bytes:
+        """At most ``size`` bytes; none at the end."""
+
+
+class Bounded:
+    """A stream that counts what it gives out and stops before that becomes dangerous.
+
+    Args:
+        path: the file, for messages.
+        stream: its decompressed contents.
+        limit: the most bytes that may come out.
+        compressed: the file's size in bytes, or None where nothing is decompressed.
+    """
+
+    def __init__(self, path: Path, stream: Readable, limit: int, compressed: int | None) -> None:
+        self._path, self._stream, self._limit, self.compressed = path, stream, limit, compressed
+        self._total = 0
+
+    def read(self, size: int) -> bytes:
+        """At most ``size`` bytes; none at the end, and only where the end is the true one.
+
+        Raises:
+            DataError: the file is cut short or damaged, or more comes out than the limits allow.
+        """
+        try:
+            data = self._stream.read(min(size, _CHUNK))
+        except EOFError:
+            raise DataError(f"{self._path} is cut short: its compressed data has no end. {AGAIN}") from None
+        except (gzip.BadGzipFile, zlib.error, lzma.LZMAError) as error:
+            raise DataError(f"{self._path} is damaged ({error}). {AGAIN}") from None
+        self._total += len(data)
+        if self._total > self._limit:
+            raise DataError(
+                f"{self._path} holds more than the {self._limit:,} bytes expected of it at most: it is not the file it "
+                f"should be. {AGAIN}"
+            )
+        if self.compressed and self._total > max(_RATIO_FROM, _RATIO * self.compressed):
+            raise DataError(
+                f"{self._path} expands to more than {_RATIO} times its size of {self.compressed:,} bytes, as no real "
+                f"data does. {AGAIN}"
+            )
+        return data
+
+
+class _XzStream:
+    """``lzma.LZMAFile`` with a memory limit, which that class does not offer."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._decompressor = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_XZ_MEMORY)
+
+    def read(self, size: int, /) -> bytes:
+        while not self._decompressor.eof:
+            hungry = self._decompressor.needs_input
+            data = self._file.read(_CHUNK) if hungry else b""
+            if hungry and not data:
+                raise EOFError
+            if out := self._decompressor.decompress(data, size):
+                return out
+        if self._decompressor.unused_data.strip(b"\0") or self._file.read(1).strip(b"\0"):
+            raise lzma.LZMAError("more data after the end of the xz stream")
+        return b""
+
+
+@contextmanager
+def decompressed(path: Path, *, limit: int, plain: bool = False) -> Iterator[Bounded]:
+    """The contents of a ``.gz`` or ``.xz`` file as a stream, told apart by content, not by name.
+
+    Args:
+        path: the file.
+        limit: the most bytes that may come out.
+        plain: whether a file that is not compressed is read as it is; refused otherwise.
+
+    Raises:
+        DataError: not a file, empty, a web page, or (without ``plain``) neither gzip nor xz.
+    """
+    if not path.is_file():
+        raise DataError(f"{path} is not a file.")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(64)
+        file.seek(0)
+        if not head:
+            raise DataError(f"{path} is empty (0 bytes). {AGAIN}")
+        if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+            raise DataError(
+                f"{path} is a web page, not data: a server answered the download with a page instead of the file. "
+                f"{AGAIN}"
+            )
+        if head.startswith(_GZIP):
+            with gzip.GzipFile(fileobj=file, mode="rb") as stream:
+                yield Bounded(path, stream, limit, size)
+        elif head.startswith(_XZ):
+            yield Bounded(path, _XzStream(file), limit, size)
+        elif plain:
+            yield Bounded(path, file, limit, None)
+        else:
+            raise DataError(f"{path} is neither gzip nor xz: it starts with {head[:8]!r}. {AGAIN}")
+
+
+def tar_members(
+    path: Path, wanted: re.Pattern[str], *, member_limit: int, total_limit: int
+) -> Iterator[tuple[re.Match[str], bytes]]:
+    """The wanted members of a ``.tar.gz`` or ``.tar.xz``, in archive order, each as ``(matched name, contents)``.
+
+    Args:
+        path: the archive.
+        wanted: what a member's whole name must match; others are skipped, though never if they are unsafe.
+        member_limit: the most bytes of one wanted member.
+        total_limit: the most bytes of the whole archive, decompressed.
+
+    Raises:
+        DataError: a damaged archive, an unsafe or repeated member, or a limit passed.
+    """
+    seen: set[str] = set()
+    with decompressed(path, limit=total_limit) as stream, _open_tar(path, stream) as tar:
+        while (member := _next(path, tar)) is not None:
+            # tarfile keeps every header it has read; a hundred thousand of them are 100 MB.
+            tar.members.clear()  # type: ignore[attr-defined]
+            name = member.name.removeprefix("./")
+            _check_safe(path, member)
+            match = wanted.fullmatch(name) if member.isreg() else None
+            if match is None:
+                continue
+            if member.size > member_limit:
+                raise DataError(
+                    f"{path}: member {name!r} has {member.size:,} bytes; at most {member_limit:,} are expected. {AGAIN}"
+                )
+            if name in seen:
+                raise DataError(f"{path}: member {name!r} occurs twice. {AGAIN}")
+            seen.add(name)
+            with _damage_named(path):
+                data = tar.extractfile(member).read()  # type: ignore[union-attr] # a regular file is never None
+            yield match, data
+        _check_end(path, tar)
+
+
+def pack(members: Iterable[tuple[str, Path]], target: BinaryIO) -> None:
+    """Write ``members`` (name, file) as a ``.tar.gz`` that depends on names and contents, not on dates or owners."""
+    with (
+        gzip.GzipFile(filename="", fileobj=target, mode="wb", compresslevel=6, mtime=0) as compressed,
+        tarfile.open(fileobj=compressed, mode="w|", format=tarfile.USTAR_FORMAT) as tar,
+    ):
+        for name, file in members:
+            data = file.read_bytes()
+            header = tarfile.TarInfo(name)
+            header.size = len(data)
+            tar.addfile(header, io.BytesIO(data))
+
+
+@contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    """Turn whatever tarfile raises of a damaged or forged archive into our error, with the file's name."""
+    try:
+        yield
+    except DataError:
+        raise
+    except (tarfile.TarError, ValueError, ArithmeticError, LookupError, struct.error, RecursionError) as error:
+        raise DataError(f"{path} is no tar archive, or a damaged one ({error}). {AGAIN}") from None
+
+
+def _open_tar(path: Path, stream: Bounded) -> tarfile.TarFile:
+    with _damage_named(path):
+        return tarfile.open(fileobj=stream, mode="r|", bufsize=_CHUNK // 4)  # type: ignore[call-overload,no-any-return]
+
+
+def _next(path: Path, tar: tarfile.TarFile) -> tarfile.TarInfo | None:
+    with _damage_named(path):
+        return tar.next()
+
+
+def _check_safe(path: Path, member: tarfile.TarInfo) -> None:
+    """Refuse what no data set needs and an attacker would: links, devices, paths that lead elsewhere.
+
+    Nothing is extracted, so that none of these could do harm here; but an archive with one of them was
+    not made by its publisher, and its reviews are then worth nothing either.
+    """
+    name = member.name
+    kind = "" if member.isdir() or (member.isreg() and not member.issparse()) else "a link, device or sparse file"
+    parts = PurePosixPath(name).parts
+    if name.startswith("/") or ".." in parts or "\\" in name or re.match("[A-Za-z]:", name):
+        kind = "a path that leads out of the archive"
+    elif any(not character.isprintable() for character in name) or any(len(part) > 255 for part in parts):
+        kind = "a name that is no file name"
+    if kind:
+        raise DataError(f"{path}: member {name[:100]!r} is {kind}; the published archive has none. {AGAIN}")
+
+
+def _check_end(path: Path, tar: tarfile.TarFile) -> None:
+    """Read to the end of the compressed stream, where its checksum is; only padding may be left.
+
+    tarfile ends without a word at the first header that it cannot read; what then follows gives it away.
+    """
+    while rest := tar.fileobj.read(_CHUNK):
+        if rest.strip(b"\0"):
+            raise DataError(f"{path} is a damaged tar archive: data follows its end. {AGAIN}")

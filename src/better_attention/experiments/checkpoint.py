@@ -1,0 +1,140 @@
+"""Checkpoints: the whole state of a training run, on disk whole or not at all, in safetensors and JSON.
+
+A checkpoint is a pair, ``checkpoint-000007.safetensors`` and ``checkpoint-000007.json``. The JSON is
+written last and carries the SHA-256 of both, so a pair that a crash, a full disk or a flipped bit spoilt is
+recognised, and the previous pair, which is kept until then, takes its place. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from better_attention.experiments.files import write_atomic
+
+KEPT = 2
+
+
+def save(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    """Write a new checkpoint into ``folder`` and remove all but the last two.
+
+    Args:
+        tensors: name -> tensor, on any device.
+        state: plain JSON values, finite numbers only.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written; earlier checkpoints are untouched.
+    """
+    numbers = _numbers(folder)
+    stem = f"checkpoint-{max(numbers, default=0) + 1:06d}"
+    content = tensor_bytes(tensors)
+    manifest = {"tensors": sha256(content).hexdigest(), "state": state}
+    write_atomic(folder / f"{stem}.safetensors", content)
+    write_atomic(folder / f"{stem}.json", json.dumps({"digest": _digest(manifest), **manifest}, allow_nan=False))
+    for number in sorted(numbers)[: 1 - KEPT]:
+        _remove(folder, number)
+
+
+def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """The newest whole checkpoint in ``folder`` (tensors on the CPU, state); None if there is none.
+
+    Warns of each damaged one that it passes over.
+    """
+    for number in sorted(_numbers(folder), reverse=True):
+        stem = folder / f"checkpoint-{number:06d}"
+        try:
+            manifest = json.loads(stem.with_suffix(".json").read_bytes())
+            digest = manifest.pop("digest")
+            if digest != _digest(manifest):
+                raise ValueError(f"{stem.name}.json was altered: its digest is {_digest(manifest)}, not {digest}")
+            content = stem.with_suffix(".safetensors").read_bytes()
+            if (found := sha256(content).hexdigest()) != manifest["tensors"]:
+                raise ValueError(f"{stem.name}.safetensors has SHA-256 {found}, not {manifest['tensors']}")
+            return safetensors.torch.load(content), manifest["state"]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            warnings.warn(f"{folder}: passing over a damaged checkpoint ({error}).", stacklevel=2)
+    return None
+
+
+def clear(folder: Path) -> None:
+    """Remove every checkpoint in ``folder``, and what a crash left of unfinished ones."""
+    for number in _numbers(folder):
+        _remove(folder, number)
+    for left in folder.glob(".*.tmp"):
+        left.unlink(missing_ok=True)
+
+
+def tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+    """``tensors`` as the bytes of a safetensors file."""
+    content: bytes = safetensors.torch.save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
+    return content
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Put the weights in the safetensors file ``path`` in place of ``model``'s, which may be on the meta device.
+
+    Raises:
+        ValueError: the file is damaged, or its names, shapes or dtypes are not the model's; found before any
+            tensor is read.
+    """
+    expected = {name: (tuple(t.shape), t.dtype) for name, t in model.state_dict().items()}
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            wrong = [
+                f"{name}: {found.get(name, 'missing')} in the file, {expected.get(name, ('unknown',))[0]} in the model"
+                for name in sorted(found.keys() | expected.keys())
+                if found.get(name) != expected.get(name, ("unknown",))[0]
+            ]
+            if wrong:
+                raise ValueError(f"{path} does not hold the weights of this model:\n  " + "\n  ".join(wrong[:10]))
+            tensors = {name: file.get_tensor(name) for name in found}
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f"{path} is not a whole safetensors file ({error}). Delete the run and train it again."
+        ) from None
+    for name, tensor in tensors.items():
+        if tensor.dtype != expected[name][1]:
+            raise ValueError(f"{path}: {name} is {tensor.dtype} in the file, {expected[name][1]} in the model.")
+    model.load_state_dict(tensors, assign=True)
+
+
+def optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The moments and step counts of an optimiser, named ``"INDEX.KEY"`` by the order of its parameters."""
+    state = optimiser.state_dict()["state"]
+    return {f"{index}.{key}": value for index, entry in state.items() for key, value in entry.items()}
+
+
+def load_optimiser(optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Put what :func:`optimiser_tensors` gave back into a fresh optimiser over the same parameters."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        index, key = name.split(".", 1)
+        state.setdefault(int(index), {})[key] = tensor
+    optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    return sha256(json.dumps(manifest, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def _numbers(folder: Path) -> set[int]:
+    found = (
+        re.fullmatch(r"checkpoint-(\d{6})\.(?:json|safetensors)", path.name) for path in folder.glob("checkpoint-*")
+    )
+    return {int(match[1]) for match in found if match}
+
+
+def _remove(folder: Path, number: int) -> None:
+    """Remove one pair, the JSON first, so that no pair is ever half there and taken for whole."""
+    for suffix in (".json", ".safetensors"):
+        (folder / f"checkpoint-{number:06d}{suffix}").unlink(missing_ok=True)

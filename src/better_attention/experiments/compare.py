@@ -1,0 +1,254 @@
+"""A comparison: every mechanism, head count and seed of a task, trained alike, and what they amount to."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from better_attention.experiments import report, tables
+from better_attention.experiments.maps import alignment_kernels, attention_maps
+from better_attention.experiments.runs import (
+    check_agreement,
+    commit,
+    describe_run,
+    list_runs,
+    load_run,
+    locked,
+    run_name,
+)
+from better_attention.experiments.study import AlignmentPicture, AttentionMap, Study
+from better_attention.experiments.task import Splits, Task
+from better_attention.experiments.train import DivergedError, Interrupted, Position, Training
+from better_attention.mechanism import Mechanism
+
+EXAMPLES = 2  # test samples whose attention maps are drawn
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is compared.
+
+    Args:
+        task: the task, its settings resolved.
+        mechanisms, heads, seeds: a run is trained for each combination; ``seeds`` counts from 0.
+        out: folder of the comparison, a folder a run below it.
+        data: the user's data folder; None: the library's own.
+        device: ``"auto"`` (a GPU if there is one), ``"cpu"``, ``"cuda"`` or ``"mps"``.
+        command: the command line, for the record.
+    """
+
+    task: Task
+    mechanisms: Sequence[Mechanism]
+    heads: Sequence[int]
+    seeds: int
+    out: Path
+    data: Path | None = None
+    device: str = "auto"
+    command: str = ""
+
+    def runs(self) -> list[tuple[Mechanism, int, int]]:
+        """Mechanism, heads and seed of every run, seeds outermost: what is interrupted is balanced."""
+        return [(m, h, s) for s in range(self.seeds) for h in self.heads for m in self.mechanisms]
+
+
+class Watcher:
+    """What a comparison tells while it is under way; this one listens to nothing."""
+
+    def data(self, splits: Splits, accelerator: Accelerator) -> None:
+        """The data have been read."""
+
+    def begin(self, name: str, number: int, runs: int) -> None:
+        """Run ``number`` of ``runs``, from 1, begins or continues."""
+
+    def progress(self, position: Position, steps: int) -> None:
+        """An update was made; an epoch has ``steps`` of them."""
+
+    def end(self, name: str, record: dict[str, Any]) -> None:
+        """A run is finished, or had been before."""
+
+    def failed(self, name: str, error: DivergedError) -> None:
+        """A run cannot go on."""
+
+    def stopping(self) -> None:
+        """The user asked to stop: the run ends its step and is saved."""
+
+
+@dataclass
+class Stop:
+    """Turns the first Ctrl-C or SIGTERM into a wish that training asks for; the second acts at once."""
+
+    watcher: Watcher
+    signal: int | None = None
+    previous: dict[int, Any] = field(default_factory=dict)
+
+    def __call__(self) -> bool:
+        """Whether a signal has arrived."""
+        return self.signal is not None
+
+    def _wish(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+        self._restore()
+        self.watcher.stopping()
+
+    def _restore(self) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Listen while the block runs."""
+        self.previous = {number: signal.signal(number, self._wish) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            self._restore()
+
+
+def compare(plan: Plan, watcher: Watcher) -> tuple[Study, list[str]]:
+    """Train what is not yet trained, then write ``results.csv``, ``results.json`` and ``report.html``.
+
+    All runs share the data, the order of the samples (by seed), and the initial weights that mechanisms
+    have in common. Finished runs are kept, an interrupted one continues; the results cover every finished
+    run in ``plan.out``. A run that fails is left out, the others go on.
+
+    Returns:
+        The study that was written, and the names of the runs that failed.
+
+    Raises:
+        ValueError: settings that do not fit, data that is missing, a folder that holds another comparison.
+        Interrupted: a signal arrived; everything is saved.
+    """
+    accelerator = make_accelerator(plan.device)
+    check_models(plan)
+    splits = plan.task.load(plan.data).to(accelerator.device)
+    watcher.data(splits, accelerator)
+    same = describe_run(plan.task, plan.mechanisms[0], plan.heads[0], 0, splits.digest, accelerator.device.type)
+    check_agreement(plan.out, same)
+    failed: list[str] = []
+    stop = Stop(watcher)
+    with stop.listening():
+        for number, (mechanism, heads, seed) in enumerate(plan.runs(), start=1):
+            name = run_name(mechanism, heads, seed)
+            watcher.begin(name, number, len(plan.runs()))
+            with locked(plan.out / name) if accelerator.is_main_process else nullcontext():
+                training = Training(
+                    *(plan.task, splits, mechanism, heads, seed, plan.out / name, accelerator),
+                    command=plan.command,
+                    progress=watcher.progress,
+                    stop=stop,
+                )
+                try:
+                    watcher.end(name, training.run())
+                except DivergedError as error:
+                    failed.append(name)
+                    watcher.failed(name, error)
+                except Interrupted as error:
+                    error.signal = stop.signal or error.signal
+                    raise
+    study = make_study(plan, splits, failed)
+    if accelerator.is_main_process and study.records:
+        write_results(study, plan.out)
+    accelerator.wait_for_everyone()
+    return study, failed
+
+
+def make_accelerator(device: str) -> Accelerator:
+    """An accelerator on ``device``.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
+    accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no", gradient_accumulation_steps=1)
+    if device not in ("auto", accelerator.device.type):
+        raise ValueError(
+            f"--device {device}: there is no such device here, or this torch ({torch.__version__}) cannot use it. "
+            f"--device {accelerator.device.type} works, --device auto chooses it."
+        )
+    return accelerator
+
+
+def check_models(plan: Plan) -> None:
+    """Build every model once without memory, so that what cannot be built is refused before hours of training.
+
+    Raises:
+        ValueError: heads that do not divide the width, for example.
+    """
+    for mechanism in plan.mechanisms:
+        for heads in plan.heads:
+            run_name(mechanism, heads, 0)
+            with torch.device("meta"):
+                plan.task.model(mechanism, heads)
+
+
+def make_study(plan: Plan, splits: Splits, failed: Sequence[str] = ()) -> Study:
+    """What the finished runs in ``plan.out`` amount to."""
+    finished = sorted(
+        (run for run in list_runs(plan.out) if run["result"]),
+        key=lambda run: (run["result"]["seed"], run["result"]["heads"], _rank(plan, run["result"]["mechanism"])),
+    )
+    curves = {}
+    maps: list[AttentionMap] = []
+    alignments: list[AlignmentPicture] = []
+    for entry in finished:
+        record = entry["result"]
+        name = f"{record['mechanism']}-h{record['heads']}-s{record['seed']}"
+        run = load_run(entry["path"])
+        curves[name] = run.curve
+        if record["seed"] == 0 and record["heads"] == plan.heads[-1]:
+            maps += draw_maps(name, run.model, plan.task, splits)
+            alignments += [AlignmentPicture(name, layer, w.numpy()) for layer, w in alignment_kernels(run.model)]
+    notes = [
+        *splits.notes,
+        *(f"{name} failed: its loss or gradient was not finite; it is in no table" for name in failed),
+    ]
+    return Study(
+        task={
+            "name": plan.task.name,
+            "title": plan.task.title,
+            "source": plan.task.source,
+            "settings": plan.task.settings(),
+        },
+        records=[run["result"] for run in finished],
+        curves=curves,
+        maps=maps,
+        alignments=alignments,
+        command=plan.command,
+        commit=commit(),
+        notes=notes,
+    )
+
+
+def _rank(plan: Plan, mechanism: str) -> tuple[int, str]:
+    names = [m.name for m in plan.mechanisms]
+    return (names.index(mechanism) if mechanism in names else len(names), mechanism)
+
+
+def draw_maps(name: str, model: torch.nn.Module, task: Task, splits: Splits) -> list[AttentionMap]:
+    """The attention maps of every layer on the first test samples, each of another class."""
+    targets = splits.test.targets.tolist()
+    rows = [targets.index(target) for target in dict.fromkeys(targets)][:EXAMPLES]
+    maps = []
+    for row in rows:
+        inputs = splits.test.inputs[row].cpu()
+        shown = task.show(inputs, splits.assets)
+        label = f"test sample {row + 1}, class {splits.assets['classes'][targets[row]]}"
+        maps += [
+            AttentionMap(name, layer, label, weights[0].numpy(), tokens=shown.tokens, picture=shown.picture)
+            for layer, weights in attention_maps(model, inputs[None]).items()
+        ]
+    return maps
+
+
+def write_results(study: Study, out: Path) -> None:
+    """``results.csv``, ``results.json`` and ``report.html`` in ``out``."""
+    tables.write_csv(tables.summarise(study.records), out / "results.csv")
+    tables.write_json(study.records, out / "results.json")
+    report.write_report(study, out / "report.html")

@@ -1,0 +1,182 @@
+"""The two kinds of task: images into classes, texts into classes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from better_attention.experiments.task import Shown, Split, Splits, Task, cut
+from better_attention.mechanism import Mechanism
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageTask(Task):
+    """Images of one size into classes, by a :class:`~better_attention.models.vit.VisionTransformer`.
+
+    Args:
+        raw_size: side of the data set's square images, in pixels.
+        image_size: side after padding with black on all sides.
+        patch: side of a patch; ``length`` is (image_size / patch)^2.
+        channels, classes, peak: 1 (grey) or 3; number of classes; the value that means white.
+        head_dropout: before the head.
+    """
+
+    raw_size: int
+    image_size: int
+    patch: int
+    channels: int
+    classes: int
+    peak: int = 255
+    head_dropout: float = 0.5
+
+    def load(self, folder: Path | None = None) -> Splits:
+        """See :meth:`Task.load`."""
+        from better_attention.data import Images, read
+
+        images = read(self.dataset, folder)
+        if not isinstance(images, Images):
+            raise TypeError(f"task {self.name!r} needs images; data set {self.dataset!r} holds none.")
+        train, validation, test = cut(self, len(images.train_labels), len(images.test_labels))
+        kept = Split(self._padded(images.train_images), torch.from_numpy(images.train_labels))
+        held = Split(self._padded(images.test_images), torch.from_numpy(images.test_labels))
+        return Splits(
+            train=Split(kept.inputs[train], kept.targets[train]),
+            validation=Split(kept.inputs[validation], kept.targets[validation]),
+            test=Split(held.inputs[test], held.targets[test]),
+            assets={"classes": list(images.classes)},
+            notes=images.notes,
+        )
+
+    def model(self, mechanism: str | Mechanism, heads: int) -> nn.Module:
+        """See :meth:`Task.model`."""
+        from better_attention.models.vit import VisionTransformer
+
+        return VisionTransformer(
+            image_size=self.image_size,
+            patch=self.patch,
+            channels=self.channels,
+            classes=self.classes,
+            width=self.width,
+            layers=self.layers,
+            heads=heads,
+            mechanism=mechanism,
+            dropout=self.dropout,
+            head_dropout=self.head_dropout,
+            peak=self.peak,
+        )
+
+    def encode(self, inputs: Any, assets: Mapping[str, Any]) -> Tensor:
+        """Images (N, H, W[, 3]) or one image (H, W[, 3]), pixels 0 ... ``peak``, of the data set's size."""
+        import numpy as np
+
+        try:
+            array = np.asarray(inputs)
+        except ValueError:
+            raise ValueError("images of different sizes cannot be read together: bring them to one size.") from None
+        shape = (self.raw_size, self.raw_size, *([self.channels] if self.channels > 1 else []))
+        if array.shape == shape:
+            array = array[None]
+        if array.shape[1:] != shape or not np.issubdtype(array.dtype, np.number):
+            raise ValueError(
+                f"task {self.name!r} reads images of shape {shape} or (N, {', '.join(map(str, shape))}) "
+                f"with pixels from 0 to {self.peak}; received {array.dtype} of shape {array.shape}. "
+                "Resize the images first."
+            )
+        if array.size and not (array.min() >= 0 and array.max() <= self.peak):
+            raise ValueError(
+                f"task {self.name!r} reads pixels from 0 (black) to {self.peak} (white); "
+                f"received values from {array.min()} to {array.max()}."
+            )
+        return self._padded(array)
+
+    def show(self, inputs: Tensor, assets: Mapping[str, Any]) -> Shown:
+        """The image that the model reads, its padding included."""
+        return Shown(picture=(inputs.cpu().numpy() * (255 / self.peak)).round().astype("uint8"))
+
+    def _padded(self, images: np.ndarray[Any, Any]) -> Tensor:
+        before = (self.image_size - self.raw_size) // 2
+        after = self.image_size - self.raw_size - before
+        skip = [0, 0] if images.ndim == 4 else []
+        return F.pad(torch.from_numpy(images), [*skip, before, after, before, after])
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextTask(Task):
+    """Texts into classes, by a :class:`~better_attention.models.classifier.TextClassifier`.
+
+    The vocabulary is built from the texts that are trained on, validation and test excluded. A text is
+    its last ``length`` tokens, padded on the left.
+
+    Args:
+        vocabulary: number of tokens, padding and unknown included.
+        classes: number of classes; two classes have one logit.
+        hidden, head: widths of a block's MLP and of the layer before the output.
+    """
+
+    vocabulary: int
+    classes: int
+    hidden: int = 32
+    head: int = 6
+
+    def load(self, folder: Path | None = None) -> Splits:
+        """See :meth:`Task.load`."""
+        from better_attention.data import Texts, Vocabulary, read
+
+        texts = read(self.dataset, folder)
+        if not isinstance(texts, Texts):
+            raise TypeError(f"task {self.name!r} needs texts; data set {self.dataset!r} holds none.")
+        train, validation, test = cut(self, len(texts.train_texts), len(texts.test_texts))
+        vocabulary = Vocabulary.build([texts.train_texts[i] for i in train.tolist()], self.vocabulary)
+
+        def split(sources: Sequence[str], labels: np.ndarray[Any, Any], rows: Tensor) -> Split:
+            tokens = vocabulary.encode([sources[i] for i in rows.tolist()], self.length)
+            return Split(torch.from_numpy(tokens), torch.from_numpy(labels)[rows])
+
+        return Splits(
+            train=split(texts.train_texts, texts.train_labels, train),
+            validation=split(texts.train_texts, texts.train_labels, validation),
+            test=split(texts.test_texts, texts.test_labels, test),
+            assets={"classes": list(texts.classes), "vocabulary": list(vocabulary.words)},
+            notes=texts.notes,
+        )
+
+    def model(self, mechanism: str | Mechanism, heads: int) -> nn.Module:
+        """See :meth:`Task.model`."""
+        from better_attention.models.classifier import TextClassifier
+
+        return TextClassifier(
+            vocabulary=self.vocabulary,
+            length=self.length,
+            width=self.width,
+            layers=self.layers,
+            heads=heads,
+            mechanism=mechanism,
+            hidden=self.hidden,
+            head=self.head,
+            outputs=1 if self.classes == 2 else self.classes,
+            dropout=self.dropout,
+        )
+
+    def encode(self, inputs: Any, assets: Mapping[str, Any]) -> Tensor:
+        """One text, or a sequence of them, as tokens (N, ℓ)."""
+        from better_attention.data import Vocabulary
+
+        texts = [inputs] if isinstance(inputs, str) else list(inputs)
+        wrong = [text for text in texts if not isinstance(text, str)]
+        if wrong:
+            raise TypeError(f"task {self.name!r} reads texts (str), received {wrong[0]!r} ({type(wrong[0]).__name__}).")
+        return torch.from_numpy(Vocabulary(assets["vocabulary"]).encode(texts, self.length))
+
+    def show(self, inputs: Tensor, assets: Mapping[str, Any]) -> Shown:
+        """The tokens that the model reads; padding is empty, an unknown word a question mark."""
+        words = ["", "?", *assets["vocabulary"]]
+        return Shown(tokens=tuple(words[number] for number in inputs.tolist()))

@@ -1,0 +1,342 @@
+"""Run folders: one trained model each, with everything that is needed to trust it, repeat it and use it.
+
+super-h4-s0/
+    config.json          what was trained and how (compared when a run is continued), and where
+    assets.json          names of the classes, vocabulary
+    metrics.jsonl        one line an epoch
+    model.safetensors    the weights with the best validation loss
+    result.json          the record of the finished run; its presence means finished
+    checkpoint-*         only while the run is under way
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import better_attention
+from better_attention.errors import whole_number
+from better_attention.experiments.checkpoint import load_weights
+from better_attention.experiments.files import write_atomic
+from better_attention.experiments.task import SCALES, Task
+from better_attention.experiments.tasks import TASKS
+from better_attention.mechanism import Mechanism
+
+FORMAT = 1
+LARGEST = 2**20  # bound on every size in a config that is read: a damaged file must not ask for all memory
+
+
+def run_name(mechanism: Mechanism, heads: int, seed: int) -> str:
+    """The name of a run's folder; a ``+`` in the mechanism's name becomes a dot.
+
+    >>> run_name(Mechanism.of("super+expressive"), 4, 0)
+    'super.expressive-h4-s0'
+
+    Raises:
+        ValueError: a mechanism without a name, or a name that no folder should have.
+    """
+    Mechanism.of(mechanism.name)  # a custom row has a description only, which nothing reads back
+    name = f"{mechanism.name.replace('+', '.')}-h{heads}-s{seed}"
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", name):
+        raise ValueError(f"run name {name!r}: at most 64 letters, digits, dots, dashes and underscores are allowed.")
+    return name
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The likeliest class of one input.
+
+    Args:
+        label: its name.
+        probability: its probability, 0 ... 1.
+        probabilities: name -> probability, of every class.
+    """
+
+    label: str
+    probability: float
+    probabilities: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Args:
+        path: its folder.
+        model: the trained model, on the CPU, in eval mode.
+        task: the task with the settings of the run.
+        config, result, assets, curve: its files as plain values; ``curve`` has one entry an epoch.
+    """
+
+    path: Path
+    model: nn.Module
+    task: Task
+    config: Mapping[str, Any]
+    result: Mapping[str, Any]
+    assets: Mapping[str, Any]
+    curve: Sequence[Mapping[str, float]]
+
+    def predict(self, inputs: Any, *, batch_size: int = 256) -> list[Prediction]:
+        """Classify new inputs: texts, or images of the data set's size with its range of pixel values.
+
+        Raises:
+            ValueError, TypeError: inputs that the model cannot read; the message says what it reads.
+        """
+        classes = self.assets["classes"]
+        encoded = self.task.encode(inputs, self.assets)
+        self.model.eval()
+        with torch.inference_mode():
+            rows = [
+                row
+                for batch in encoded.split(batch_size)
+                for row in self.task.probabilities(self.model(batch)).tolist()
+            ]
+        return [
+            Prediction(classes[best := row.index(max(row))], row[best], dict(zip(classes, row, strict=True)))
+            for row in rows
+        ]
+
+
+def load_run(path: str | Path) -> Run:
+    """The finished run in folder ``path``.
+
+    The model is rebuilt from the run's configuration; names, shapes and dtypes of the stored weights are
+    checked against it before they are read. Nothing is unpickled.
+
+    Raises:
+        FileNotFoundError: there is no finished run; the message says what there is.
+        ValueError: a damaged file, or one of another version.
+    """
+    folder = Path(path)
+    if not (folder / "config.json").is_file():
+        inside = [run["name"] for run in list_runs(folder)][:5] if folder.is_dir() else []
+        raise FileNotFoundError(
+            f"{folder} is not a run: it holds no config.json. "
+            + (
+                f"It holds the runs {', '.join(inside)}, ...: name one of them."
+                if inside
+                else "Runs are the folders "
+                "that `better-attention compare` writes, such as runs/digits-small/super-h4-s0."
+            )
+        )
+    if not (folder / "result.json").is_file():
+        raise FileNotFoundError(
+            f"{folder} is not finished: run the command of its config.json again, it continues there."
+        )
+    config, assets, result = (read_json(folder / f"{name}.json") for name in ("config", "assets", "result"))
+    task, mechanism, heads = _what(config, folder)
+    with torch.device("meta"):
+        model = task.model(mechanism, heads)
+    load_weights(model, folder / "model.safetensors")
+    lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
+    return Run(folder, model.eval(), task, config, result, assets, [json.loads(line) for line in lines])
+
+
+def _what(config: Mapping[str, Any], folder: Path) -> tuple[Task, Mechanism, int]:
+    """Task, mechanism and heads of a configuration that may have been damaged or edited."""
+    try:
+        run = config["run"]
+        name, settings = run["task"], run["settings"]
+        if config["format"] != FORMAT or name not in TASKS or settings["scale"] not in SCALES:
+            raise ValueError(
+                f"format {config['format']!r}, task {name!r}, scale {settings['scale']!r} are not all known"
+            )
+        for key, value in settings.items():
+            if isinstance(value, int) and not -LARGEST <= value <= LARGEST:
+                raise ValueError(f"{key}={value} is out of range")
+        task = TASKS[name](settings["scale"]).with_settings(settings)
+        return task, Mechanism.of(run["mechanism"]), whole_number(run["heads"], "heads")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{folder / 'config.json'} cannot be read by this version of better-attention: {error}."
+        ) from None
+
+
+def list_runs(out: str | Path) -> list[dict[str, Any]]:
+    """The runs below a comparison's folder: ``name``, ``path``, ``config``, and ``result`` (None: not finished)."""
+    return [
+        {
+            "name": path.parent.name,
+            "path": path.parent,
+            "config": read_json(path),
+            "result": read_json(path.parent / "result.json") if (path.parent / "result.json").is_file() else None,
+        }
+        for path in sorted(Path(out).glob("*/config.json"))
+    ]
+
+
+def describe_run(task: Task, mechanism: Mechanism, heads: int, seed: int, data: str, device: str) -> dict[str, Any]:
+    """What decides a run's outcome: two runs that agree in this are the same run."""
+    return {
+        "task": task.name,
+        "mechanism": mechanism.name,
+        "heads": heads,
+        "seed": seed,
+        "settings": task.settings(),
+        "data_sha256": data,
+        "device": device,
+    }
+
+
+def environment(command: str) -> dict[str, Any]:
+    """Where a run happens: recorded, not compared."""
+    return {
+        "command": command,
+        "commit": commit(),
+        "versions": versions(),
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+    }
+
+
+def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """One line for each value in which two :func:`describe_run` differ."""
+    lines = []
+    for key in sorted(there.keys() | now.keys()):
+        old, new = there.get(key), now.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            lines += differences(old, new)
+        elif old != new:
+            lines.append(f"{key}: {old!r} there, {new!r} now")
+    return lines
+
+
+def check_agreement(out: Path, now: Mapping[str, Any]) -> None:
+    """Refuse a folder with runs of another setting than ``now``: one table must not mix them.
+
+    Raises:
+        ValueError: with the list of differences.
+    """
+    own = ("mechanism", "heads", "seed")  # what the name of a run tells apart
+
+    def shared(run: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in run.items() if key not in own}
+
+    for run in list_runs(out):
+        lines = differences(shared(run["config"].get("run", {})), shared(now))
+        if lines:
+            raise ValueError(
+                f"{run['path']} holds a run with another configuration:\n  "
+                + "\n  ".join(lines)
+                + "\nChoose another folder with --out, use the settings from there, or delete that folder."
+            )
+
+
+def open_run(folder: Path, run: Mapping[str, Any], command: str) -> None:
+    """Make the folder of a run, or make sure that what lies there is the same run.
+
+    Raises:
+        ValueError: another run lies there; with the list of differences.
+    """
+    path = folder / "config.json"
+    if path.is_file():
+        lines = differences(read_json(path).get("run", {}), run)
+        if lines:
+            raise ValueError(f"{folder} holds another run:\n  " + "\n  ".join(lines) + "\nChoose another --out.")
+        return
+    write_json(path, {"format": FORMAT, "run": run, "environment": environment(command)})
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the folder of a run for this process; the system lets go of it whenever the process ends.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a+", encoding="ascii") as file:
+        try:
+            _lock(file.fileno())
+        except OSError:
+            file.seek(0)
+            raise ValueError(
+                f"{folder} is being written by another process ({file.read().strip() or 'number unknown'}). "
+                "Wait until it ends, stop it, or choose another --out."
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()}")
+        file.flush()
+        yield
+
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _lock(handle: int) -> None:
+        os.lseek(handle, 2**30, os.SEEK_SET)  # beyond the text, which others may read
+        msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+else:
+    import fcntl
+
+    def _lock(handle: int) -> None:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ValueError: the file is not JSON, or not an object.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}). Delete the folder {path.parent} and run again.") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is damaged: it holds {type(value).__name__}, not an object.")
+    return value
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """``value`` as JSON, indented, whole or not at all."""
+    write_atomic(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+@cache
+def commit() -> str:
+    """The commit of the source that runs, ``+changes`` where files differ from it, or ``"unknown"``.
+
+    Only a checkout of better-attention itself is asked: an installed package may lie inside another
+    project's repository, whose commit would say nothing.
+    """
+    package = Path(better_attention.__file__).resolve().parent
+    checkout = package.parent.parent
+    if package != checkout / "src" / "better_attention" or not (checkout / ".git").exists():
+        return "unknown"
+    try:
+        head = _git(checkout, "rev-parse", "HEAD")
+        return head + ("+changes" if _git(checkout, "status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def _git(checkout: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(checkout), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that numbers may depend on."""
+    found = {"python": platform.python_version()}
+    for package in ("better-attention", "torch", "accelerate", "numpy", "safetensors"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed as a package"
+    return found

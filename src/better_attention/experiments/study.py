@@ -1,0 +1,129 @@
+"""What a finished comparison hands to its report: records, curves, attention maps, alignment kernels."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Record = Mapping[str, object]
+"""One run as it stands in ``results.json``: task, scale, mechanism, heads, seed, metrics, versions, ..."""
+
+Curve = Sequence[Mapping[str, float]]
+"""One run's ``metrics.jsonl``: an entry an epoch, with losses and with accuracies in per cent."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionMap:
+    """The attention weights of one layer of one run on one input.
+
+    Args:
+        run: name of the run, such as ``"super-h4-s0"``.
+        layer: name of the layer in the model, such as ``"blocks.0.attention"``.
+        label: what the input is, for the reader (``"a handwritten 7"``).
+        weights: (heads, L, S), each row a distribution over the S keys.
+        tokens: the S tokens of a text input.
+        picture: uint8, (H, W) grey or (H, W, 3) colour, of an image input.
+
+    Raises:
+        ValueError: arrays of another shape or kind.
+    """
+
+    run: str
+    layer: str
+    label: str
+    weights: NDArray[np.floating]
+    tokens: Sequence[str] | None = None
+    picture: NDArray[np.uint8] | None = None
+
+    def __post_init__(self) -> None:
+        if self.weights.ndim != 3:
+            raise ValueError(
+                f"weights of an attention map are (heads, L, S), received shape {self.weights.shape}. "
+                "Hand over one input of the batch: weights[0]."
+            )
+        if self.tokens is not None and len(self.tokens) != self.weights.shape[2]:
+            raise ValueError(
+                f"received {len(self.tokens)} tokens for {self.weights.shape[2]} keys: one a key is needed."
+            )
+        if self.picture is not None and not (
+            self.picture.dtype == np.uint8 and (self.picture.ndim == 2 or self.picture.shape[2:] == (3,))
+        ):
+            raise ValueError(
+                f"a picture is uint8, (H, W) or (H, W, 3), received {self.picture.dtype}, shape {self.picture.shape}. "
+                "Scale the values to 0 ... 255 first."
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class AlignmentPicture:
+    """The alignment kernel W_A of one layer of one run.
+
+    Args:
+        run: name of the run.
+        layer: name of the layer in the model.
+        weight: (l, l), shared by the heads, or (heads, l, l).
+
+    Raises:
+        ValueError: an array of another shape.
+    """
+
+    run: str
+    layer: str
+    weight: NDArray[np.floating]
+
+    def __post_init__(self) -> None:
+        if self.weight.ndim not in (2, 3) or self.weight.shape[-1] != self.weight.shape[-2]:
+            raise ValueError(f"W_A is (l, l) or (heads, l, l), received shape {self.weight.shape}.")
+
+
+@dataclass(frozen=True, slots=True)
+class Study:
+    """Everything a report shows. Text in it may come from anywhere; the report trusts none of it.
+
+    Args:
+        task: name, title, source and the setting, as plain values.
+        records: one mapping a run, see :data:`Record`.
+        curves: name of the run -> its :data:`Curve`.
+        maps: attention maps, in the order in which they are to appear.
+        alignments: pictures of W_A, likewise.
+        command: the command that made it.
+        commit: the commit it was made at, or ``"unknown"``.
+        notes: sentences for the reader: what differs from the paper, what went wrong.
+    """
+
+    task: Mapping[str, object]
+    records: Sequence[Record]
+    curves: Mapping[str, Curve]
+    maps: Sequence[AttentionMap]
+    alignments: Sequence[AlignmentPicture]
+    command: str
+    commit: str
+    notes: Sequence[str] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RunName:
+    """The name of a run, ``MECHANISM-hHEADS-sSEED``, taken apart.
+
+    >>> RunName.of("super+expressive-h4-s0")
+    RunName(mechanism='super+expressive', heads=4, seed=0)
+    >>> str(_)
+    'super+expressive-h4-s0'
+    """
+
+    mechanism: str
+    heads: int | None
+    seed: int | None
+
+    @classmethod
+    def of(cls, name: str) -> RunName:
+        """Read ``name``; one of another form counts as the mechanism, heads and seed unknown."""
+        found = re.fullmatch(r"(.+)-h(\d{1,9})-s(\d{1,9})", name, flags=re.DOTALL)
+        return cls(found[1], int(found[2]), int(found[3])) if found else cls(name, None, None)
+
+    def __str__(self) -> str:
+        return self.mechanism if self.heads is None else f"{self.mechanism}-h{self.heads}-s{self.seed}"

@@ -1,0 +1,231 @@
+"""What an experiment is, as data: a data set, a model, and the settings of its training.
+
+A task is a frozen dataclass that a function of ``tasks/`` returns for a scale; every variant is a
+``dataclasses.replace`` of it. Data lie in memory as tensors, so that an epoch has no per-sample Python.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from better_attention.errors import finite_number, one_of, whole_number
+from better_attention.mechanism import Mechanism
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+SCALES = ("smoke", "small", "paper")
+OPTIMISERS = ("adam", "adamw")
+
+
+@dataclass(frozen=True)
+class Split:
+    """Inputs (N, ...) and the class of each, int64 (N,)."""
+
+    inputs: Tensor
+    targets: Tensor
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def to(self, device: torch.device) -> Split:
+        """The same split on ``device``."""
+        return Split(self.inputs.to(device), self.targets.to(device))
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The data of a task, split once and for all mechanisms and seeds alike.
+
+    ``assets`` is what a finished run needs to read new inputs, as plain JSON values: the names of the
+    classes, the vocabulary. ``notes`` are sentences about the data that a report must carry.
+    """
+
+    train: Split
+    validation: Split
+    test: Split
+    assets: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over every input and target: two runs with equal digests saw the same data."""
+        digest = sha256()
+        for split in (self.train, self.validation, self.test):
+            for tensor in (split.inputs, split.targets):
+                digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.cpu().contiguous().numpy().data)
+        return digest.hexdigest()
+
+    def to(self, device: torch.device) -> Splits:
+        """The same splits on ``device``."""
+        parts = {name: getattr(self, name).to(device) for name in ("train", "validation", "test")}
+        moved = replace(self, **parts)
+        moved.__dict__["digest"] = self.digest
+        return moved
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One input for people to look at: the tokens of a text, or a uint8 picture (H, W) or (H, W, 3)."""
+
+    tokens: tuple[str, ...] | None = None
+    picture: NDArray[np.uint8] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task(ABC):
+    """One experiment at one scale.
+
+    Args:
+        name, title, source: key on the command line, one line for people, where the paper has it.
+        scale: ``"smoke"`` (seconds), ``"small"`` (minutes) or ``"paper"`` (the paper's setting).
+        dataset: key of :data:`better_attention.data.SOURCES`.
+        width, length, layers: model width d, sequence length ℓ, attention layers.
+        heads, default_heads: head counts of the paper's ablation; the one compared by default.
+        seeds: runs of each row unless told otherwise.
+        epochs: most epochs of a run.
+        patience: epochs without a better validation loss after which a run stops; 0: never.
+        batch_size: samples of one update, over all processes together.
+        optimiser, lr, weight_decay: ``"adam"`` or ``"adamw"`` and its numbers.
+        dropout: rate inside the blocks.
+        validation_share: share of the training split that is held out as validation.
+        train_samples, test_samples: random subsets for the smaller scales; None: everything.
+        data_seed: seed of the validation cut and of the subsets, the same for every run.
+    """
+
+    name: str
+    title: str
+    source: str
+    scale: str
+    dataset: str
+    width: int
+    length: int
+    layers: int
+    heads: tuple[int, ...]
+    default_heads: int
+    seeds: int
+    epochs: int
+    patience: int
+    batch_size: int
+    optimiser: str
+    lr: float
+    weight_decay: float = 0.0
+    dropout: float = 0.1
+    validation_share: float = 0.1
+    train_samples: int | None = None
+    test_samples: int | None = None
+    data_seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("width", "length", "layers", "default_heads", "seeds", "epochs", "batch_size"):
+            whole_number(getattr(self, name), name)
+        whole_number(self.patience, "patience", at_least=0)
+        one_of(self.scale, "scale", SCALES)
+        one_of(self.optimiser, "optimiser", OPTIMISERS)
+        if finite_number(self.lr, "lr", low=0.0) == 0:
+            raise ValueError("lr must be above 0, received 0.")
+        finite_number(self.weight_decay, "weight_decay", low=0.0)
+        finite_number(self.dropout, "dropout", low=0.0, high=1.0)
+
+    @abstractmethod
+    def load(self, folder: Path | None = None) -> Splits:
+        """Read the data set from ``folder`` (None: the library's own data home) and split it.
+
+        Raises:
+            ValueError: the data set is missing or damaged; the message says how to get it.
+        """
+
+    @abstractmethod
+    def model(self, mechanism: str | Mechanism, heads: int) -> nn.Module:
+        """A fresh model: inputs (B, ...) to logits (B, K)."""
+
+    @abstractmethod
+    def encode(self, inputs: Any, assets: Mapping[str, Any]) -> Tensor:
+        """New inputs as the model reads them, (N, ...).
+
+        Raises:
+            ValueError, TypeError: inputs that the model cannot read.
+        """
+
+    @abstractmethod
+    def show(self, inputs: Tensor, assets: Mapping[str, Any]) -> Shown:
+        """One encoded input, without the batch dimension, for people to look at."""
+
+    def losses(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy of each sample, (B,), from logits (B, K); K = 1 is the logit of class 1 of two."""
+        if logits.shape[1] == 1:
+            return F.binary_cross_entropy_with_logits(logits[:, 0], targets.to(logits.dtype), reduction="none")
+        return F.cross_entropy(logits, targets, reduction="none")
+
+    def correct(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Whether the likeliest class is the right one, bool (B,)."""
+        predicted = (logits[:, 0] > 0).long() if logits.shape[1] == 1 else logits.argmax(dim=1)
+        return predicted == targets
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Probability of every class, (B, classes)."""
+        if logits.shape[1] == 1:
+            second = logits[:, 0].sigmoid()
+            return torch.stack([1 - second, second], dim=1)
+        return logits.softmax(dim=1)
+
+    def make_optimiser(self, model: nn.Module) -> torch.optim.Optimizer:
+        """The task's optimiser over all parameters of ``model``."""
+        make = torch.optim.AdamW if self.optimiser == "adamw" else torch.optim.Adam
+        return make(model.parameters(), lr=self.lr, weight_decay=self.weight_decay, fused=True)
+
+    def settings(self) -> dict[str, Any]:
+        """Every field as a plain JSON value."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    def with_settings(self, settings: Mapping[str, Any]) -> Self:
+        """This task with the fields that :meth:`settings` once gave.
+
+        Raises:
+            ValueError: an unknown or a missing field, or a value out of range.
+        """
+        own = {f.name for f in fields(self)}
+        if own != set(settings):
+            raise ValueError(
+                f"settings of task {self.name!r}: unknown {sorted(set(settings) - own)}, "
+                f"missing {sorted(own - set(settings))}; written by another version of better-attention."
+            )
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+        return replace(self, **values)
+
+
+def cut(task: Task, train: int, test: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Row numbers of the training, validation and test samples.
+
+    Validation is cut from the official training split; smaller scales then take subsets of each part.
+    All three are random, in an order that depends on ``task.data_seed`` alone.
+
+    Raises:
+        ValueError: a part would be empty.
+    """
+    generator = torch.Generator().manual_seed(task.data_seed)
+    rows = torch.randperm(train, generator=generator)
+    tests = torch.randperm(test, generator=generator)[: task.test_samples].sort().values
+    size = train if task.train_samples is None else min(task.train_samples, train)
+    held_out = round(size * task.validation_share)
+    parts = rows[held_out:size], rows[:held_out], tests
+    for name, part in zip(("training", "validation", "test"), parts, strict=True):
+        if len(part) == 0:
+            raise ValueError(
+                f"task {task.name!r} leaves no {name} samples of {train} training and {test} test samples "
+                f"(validation_share={task.validation_share}, train_samples={task.train_samples}, "
+                f"test_samples={task.test_samples})."
+            )
+    return parts

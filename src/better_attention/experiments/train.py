@@ -1,0 +1,360 @@
+"""The training loop: one run, from its initial weights or its last checkpoint to its record.
+
+Everything random is a pure function of the position: the order of the samples of (seed, epoch), the dropout
+of (seed, epoch, step). A run that was killed at any moment therefore continues in the middle of its epoch
+and, on a CPU, ends with the same bits. It runs on Hugging Face accelerate: on a CPU, a GPU, or several
+processes, where each takes its share of every batch and the gradient is that of the whole batch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from better_attention.experiments import checkpoint
+from better_attention.experiments.files import write_atomic
+from better_attention.experiments.runs import describe_run, environment, open_run, read_json, write_json
+from better_attention.experiments.task import Split, Splits, Task
+from better_attention.mechanism import Mechanism
+from better_attention.module import MultiheadAttention
+
+EVALUATION_BATCH = 512
+CHECKPOINT_SECONDS = 20.0  # at most this much work is lost
+
+
+class DivergedError(RuntimeError):
+    """Training cannot go on: a loss or a gradient is not finite."""
+
+
+class Interrupted(Exception):  # noqa: N818 - no error: the user asked for it
+    """The run was asked to stop, by ``signal``; it is saved and can be continued."""
+
+    signal: int = signal.SIGINT
+
+
+@dataclass
+class Position:
+    """Where a run stands. Plain values; together with the tensors of a checkpoint, all there is to know."""
+
+    epoch: int = 1  # the epoch under way, from 1
+    step: int = 0  # updates done in it
+    loss: float = 0.0  # summed over the samples of the epoch so far
+    correct: float = 0.0
+    seconds: float = 0.0  # spent training in this epoch; evaluation, saving and display excluded
+    best_epoch: int = 0
+    best_loss: float = math.inf
+    curve: list[dict[str, float]] = field(default_factory=list)  # finished epochs
+
+    def finished(self, task: Task) -> bool:
+        """Whether the epochs are used up, or validation has not improved for ``task.patience`` of them."""
+        waited = self.epoch - 1 - self.best_epoch
+        return self.epoch > task.epochs or (task.patience > 0 and waited >= task.patience)
+
+
+@dataclass
+class Training:
+    """One run on its way; :meth:`run` is the story, the other methods are its chapters in order.
+
+    Args:
+        task, mechanism, heads, seed: what is trained.
+        splits: the data, on the accelerator's device.
+        folder: the run's own.
+        accelerator: where it runs.
+        command: the command line, for the record.
+        progress: called after every update with the position and the number of updates of an epoch.
+        stop: asked after every update; true saves the run and raises :class:`Interrupted`.
+        checkpoint_seconds: time between checkpoints; at an epoch's end a tenth of it suffices.
+    """
+
+    task: Task
+    splits: Splits
+    mechanism: Mechanism
+    heads: int
+    seed: int
+    folder: Path
+    accelerator: Accelerator
+    command: str = ""
+    progress: Callable[[Position, int], None] = lambda position, steps: None
+    stop: Callable[[], bool] = lambda: False
+    checkpoint_seconds: float = CHECKPOINT_SECONDS
+
+    def run(self) -> dict[str, Any]:
+        """Train, or continue where the run was interrupted, then test; a finished run is returned as it is.
+
+        The test split is touched once, after the weights of the epoch with the best validation loss are back.
+
+        Returns:
+            The record of the run, as it stands in ``result.json``.
+
+        Raises:
+            DivergedError: a loss or gradient is not finite; raised before the update that it would spoil.
+            Interrupted: ``stop`` said so.
+            ValueError: the folder holds another run.
+            OSError: the disk is full, for example; the last checkpoint is whole.
+        """
+        self.open()
+        if (self.folder / "result.json").is_file():
+            return read_json(self.folder / "result.json")
+        self.restore()
+        self.warm_up()
+        while not self.position.finished(self.task):
+            self.train_epoch()
+            self.validate()
+        self.model.load_state_dict(self.best)
+        record = self.record()
+        if self.main:
+            self.write_curve()
+            write_atomic(self.folder / "model.safetensors", checkpoint.tensor_bytes(self.best))
+            write_json(self.folder / "result.json", record)
+            checkpoint.clear(self.folder)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.free_memory()
+        return record
+
+    def open(self) -> None:
+        """Make the run's folder, or make sure that it is this run's."""
+        device = self.accelerator.device.type
+        run = describe_run(self.task, self.mechanism, self.heads, self.seed, self.splits.digest, device)
+        self.main = self.accelerator.is_main_process
+        if self.main:
+            open_run(self.folder, run, self.command)
+            if not (self.folder / "assets.json").is_file():
+                write_json(self.folder / "assets.json", self.splits.assets)
+        self.accelerator.wait_for_everyone()
+
+    def restore(self) -> None:
+        """Build model and optimiser, at the last checkpoint if there is one."""
+        self.model = initial_model(self.task, self.mechanism, self.heads, self.seed)
+        self.parallel, self.optimiser = self.accelerator.prepare(self.model, self.task.make_optimiser(self.model))
+        self.position = Position()
+        self.best: dict[str, Tensor] = {}
+        self.saved_at = time.monotonic()
+        saved = checkpoint.load(self.folder)
+        if saved is None:
+            return
+        tensors, state = saved
+        self.position = Position(**state)
+        if not self.main:  # the sums that were saved are those of all processes together
+            self.position.loss = self.position.correct = 0.0
+        self.best = {k: v.to(self.accelerator.device) for k, v in _below("best", tensors).items()}
+        self.model.load_state_dict(_below("model", tensors))
+        checkpoint.load_optimiser(self.optimiser, _below("optimiser", tensors))
+
+    def warm_up(self) -> None:
+        """One forward and backward pass without an update: what happens only once is in no epoch's seconds."""
+        batch = slice(self.task.batch_size)
+        self.parallel.train()
+        logits = self.parallel(self.splits.train.inputs[batch])
+        self.accelerator.backward(self.task.losses(logits, self.splits.train.targets[batch]).sum())
+        self.optimiser.zero_grad()
+
+    def train_epoch(self) -> None:
+        """The updates of an epoch that are still to be done."""
+        task, position, train = self.task, self.position, self.splits.train
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        steps = math.ceil(len(train) / task.batch_size)
+        order = epoch_order(len(train), self.seed, position.epoch).to(self.accelerator.device)
+        self.parallel.train()
+        while position.step < steps:
+            began = time.perf_counter()
+            batch = order[position.step * task.batch_size : (position.step + 1) * task.batch_size]
+            mine = batch[rank::processes]
+            reseed(self.accelerator.device, derive("dropout", self.seed, position.epoch, position.step, rank))
+            logits = self.parallel(train.inputs[mine])
+            loss = task.losses(logits, train.targets[mine]).sum()
+            # Processes average their gradients: scaled like this, the average is that of the whole batch.
+            self.accelerator.backward(loss * (processes / len(batch)))
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+            correct = task.correct(logits.detach(), train.targets[mine]).sum()
+            numbers = torch.stack([loss.detach(), norm, correct.to(norm.dtype)]).tolist()  # one wait for the device
+            due = time.monotonic() - self.saved_at >= self.checkpoint_seconds
+            failed, due, stopped = self.any_process(not all(map(math.isfinite, numbers)), due, self.stop())
+            if failed:
+                raise DivergedError(
+                    f"{self.folder.name}: epoch {position.epoch}, step {position.step + 1} of {steps}: loss "
+                    f"{numbers[0] / max(1, len(mine))}, gradient norm {numbers[1]}. The run was stopped before the "
+                    f"update; its last checkpoint is kept. Try a lower --lr (it was {task.lr})."
+                )
+            self.optimiser.step()
+            self.optimiser.zero_grad()
+            position.step += 1
+            position.loss += numbers[0]
+            position.correct += numbers[2]
+            position.seconds += time.perf_counter() - began
+            self.progress(position, steps)
+            if stopped or (due and position.step < steps):
+                self.save()
+            if stopped:
+                raise Interrupted(f"{self.folder.name}: saved in epoch {position.epoch} after step {position.step}.")
+
+    def validate(self) -> None:
+        """Close the epoch: its line of the curve, its weights if they are the best so far, a checkpoint."""
+        position = self.position
+        loss, correct = self.total(position.loss, position.correct)
+        validation = evaluate(self.accelerator, self.model, self.task, self.splits.validation)
+        if not math.isfinite(validation["loss"]):
+            raise DivergedError(f"{self.folder.name}: epoch {position.epoch}: validation loss {validation['loss']}.")
+        position.curve.append(
+            {
+                "epoch": position.epoch,
+                "train_loss": loss / len(self.splits.train),
+                "train_accuracy": 100 * correct / len(self.splits.train),
+                "validation_loss": validation["loss"],
+                "validation_accuracy": validation["accuracy"],
+                "seconds": position.seconds,
+            }
+        )
+        if validation["loss"] < position.best_loss:
+            position.best_epoch, position.best_loss = position.epoch, validation["loss"]
+            self.best = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
+        position.epoch += 1
+        position.step, position.loss, position.correct, position.seconds = 0, 0.0, 0.0, 0.0
+        due = time.monotonic() - self.saved_at >= self.checkpoint_seconds / 10
+        if self.any_process(due)[0] or position.finished(self.task):
+            self.save()
+
+    def save(self) -> None:
+        """Write a checkpoint and the curve."""
+        loss, correct = self.total(self.position.loss, self.position.correct)
+        if self.main:
+            tensors = {f"model.{name}": t for name, t in self.model.state_dict().items()}
+            tensors |= {f"best.{name}": t for name, t in self.best.items()}
+            tensors |= {f"optimiser.{name}": t for name, t in checkpoint.optimiser_tensors(self.optimiser).items()}
+            state = asdict(self.position) | {"loss": loss, "correct": correct}
+            if not self.best:
+                del state["best_loss"]  # infinite, which JSON does not know
+            checkpoint.save(self.folder, tensors, state)
+            self.write_curve()
+        self.saved_at = time.monotonic()
+
+    def write_curve(self) -> None:
+        """``metrics.jsonl``: the finished epochs."""
+        write_atomic(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.position.curve))
+
+    def record(self) -> dict[str, Any]:
+        """Evaluate the restored weights on every split; what ``results.json`` says of this run."""
+        parts = {name: getattr(self.splits, name) for name in ("train", "validation", "test")}
+        found = {name: evaluate(self.accelerator, self.model, self.task, split) for name, split in parts.items()}
+        attention = next(m for m in self.model.modules() if isinstance(m, MultiheadAttention))
+        where = environment(self.command)
+        return {
+            "task": self.task.name,
+            "scale": self.task.scale,
+            "mechanism": self.mechanism.name,
+            "score": self.mechanism.score,
+            "heads": self.heads,
+            "seed": self.seed,
+            **{f"{name}_{key}": value for name, values in found.items() for key, value in values.items()},
+            **{f"{name}_{key}": None for name in ("train", "test") for key in ("top5", "bleu")},
+            "attention_params": count(attention),
+            "total_params": count(self.model),
+            "epoch_seconds": sum(line["seconds"] for line in self.position.curve) / len(self.position.curve),
+            "epochs": len(self.position.curve),
+            "best_epoch": self.position.best_epoch,
+            "samples": {name: len(split) for name, split in parts.items()},
+            "device": self.accelerator.device.type,
+            "processes": self.accelerator.num_processes,
+            **{key: where[key] for key in ("threads", "commit", "command", "versions")},
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+
+    def any_process(self, *flags: bool) -> list[bool]:
+        """Each flag, true on every process if it is true on one, so that all of them decide alike."""
+        return [n > 0 for n in self.total(*map(float, flags))]
+
+    def total(self, *values: float) -> list[float]:
+        """The sum of each value over the processes."""
+        return total(self.accelerator, *values)
+
+
+def initial_model(task: Task, mechanism: Mechanism, heads: int, seed: int) -> nn.Module:
+    """The model of a mechanism at its initial weights, which depend on the seed alone.
+
+    Every tensor that the standard model has under the same name and in the same shape starts from the same
+    values, so that mechanisms differ in what they compute and not in their luck.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive("standard", seed))
+        standard = task.model("standard", heads).state_dict()
+        torch.manual_seed(derive("own", seed))
+        model = task.model(mechanism, heads)
+    own = model.state_dict()
+    shared = {name: t for name, t in standard.items() if name in own and own[name].shape == t.shape}
+    model.load_state_dict(own | shared)
+    return model
+
+
+def epoch_order(samples: int, seed: int, epoch: int) -> Tensor:
+    """The order of the samples in an epoch, int64 (samples,): the same for every mechanism."""
+    return torch.randperm(samples, generator=torch.Generator().manual_seed(derive("order", seed, epoch)))
+
+
+def reseed(device: torch.device, seed: int) -> None:
+    """Start the generator that dropout on ``device`` draws from.
+
+    Not ``torch.manual_seed``: that tells every kind of device, at milliseconds a call where there is none.
+    """
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(seed)
+    else:
+        getattr(torch, device.type).manual_seed(seed)
+
+
+def derive(*parts: str | int) -> int:
+    """A seed, 0 ... 2^63 - 1, that depends on all ``parts``; unrelated for any two of them.
+
+    >>> derive("order", 0, 1) != derive("order", 1, 0)
+    True
+    """
+    return int.from_bytes(sha256(repr(parts).encode()).digest()[:8]) >> 1
+
+
+def evaluate(accelerator: Accelerator, model: nn.Module, task: Task, split: Split) -> dict[str, float]:
+    """Mean loss and accuracy in per cent of ``split``, every sample counted once over all processes.
+
+    Raises:
+        RuntimeError: a sample was lost or counted twice.
+    """
+    shares = slice(accelerator.process_index, None, accelerator.num_processes)
+    inputs, targets = split.inputs[shares], split.targets[shares]
+    loss = correct = seen = 0.0
+    model.eval()
+    with torch.inference_mode():
+        for x, y in zip(inputs.split(EVALUATION_BATCH), targets.split(EVALUATION_BATCH), strict=True):
+            logits = model(x)
+            loss += float(task.losses(logits, y).sum())
+            correct += float(task.correct(logits, y).sum())
+            seen += len(y)
+    loss, correct, seen = total(accelerator, loss, correct, seen)
+    if seen != len(split):
+        raise RuntimeError(f"evaluation counted {seen:.0f} samples of {len(split)}: this is a bug of better-attention.")
+    return {"accuracy": 100 * correct / seen, "loss": loss / seen}
+
+
+def total(accelerator: Accelerator, *values: float) -> list[float]:
+    """The sum of each value over the processes."""
+    if accelerator.num_processes == 1:
+        return list(values)
+    sums: Tensor = accelerator.reduce(torch.tensor(values, dtype=torch.float64, device=accelerator.device), "sum")
+    return [float(value) for value in sums.tolist()]
+
+
+def count(module: nn.Module) -> int:
+    """Number of learned values of a module."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {n.removeprefix(f"{prefix}."): t for n, t in tensors.items() if n.startswith(f"{prefix}.")}

@@ -1,0 +1,1 @@
+"""The small models in which the experiments compare attention mechanisms."""

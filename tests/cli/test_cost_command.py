@@ -1,0 +1,129 @@
+"""``better-attention cost``: the numbers of the papers, the figures, and what is refused."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from better_attention.cli import UserError
+from better_attention.cli import cost as verb
+from better_attention.cost import cost
+
+
+def run(*words: str) -> int:
+    parser = argparse.ArgumentParser()
+    verb.add_arguments(parser)
+    return verb.run(parser.parse_args(words))
+
+
+def as_json(capsys: pytest.CaptureFixture[str], *words: str) -> Any:
+    assert run(*words, "--json") == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "params"),
+    [  # PAPERS.md section 1: standard, optimised, efficient, super
+        ((128, 4, 64), (66_048, 49_536, 33_024, 37_184)),
+        ((256, 8, 257), (263_168, 197_376, 131_584, 197_890)),
+        ((32, 4, 32), (4_224, 3_168, 2_112, 3_168)),
+        ((64, 4, 64), (16_640, 12_480, 8_320, 12_480)),
+    ],
+)
+def test_parameters_of_the_papers_layers(
+    capsys: pytest.CaptureFixture[str], sizes: tuple[int, int, int], params: tuple[int, ...]
+) -> None:
+    d, h, n = map(str, sizes)
+    rows = as_json(capsys, "--embed-dim", d, "--heads", h, "--length", n)
+    found = {row["mechanism"]: row["params"] for row in rows}
+    assert found == dict(zip(("standard", "optimised", "efficient", "super"), params, strict=True)) | {
+        "expressive": params[0]
+    }
+
+
+def test_every_count_is_that_of_the_library(capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    words = ("--embed-dim", "24", "--heads", "3", "--length", "7", "--batch", "5", "--dtype", "bfloat16")
+    (row,) = as_json(capsys, *words, "--mechanisms", "super+expressive")
+    sizes: dict[str, Any] = {"mechanism": "super+expressive", "batch": 5, "dtype": torch.bfloat16}
+    expected = cost(24, 3, 7, **sizes)
+    assert row == {
+        "mechanism": "super+expressive",
+        "params": expected.params,
+        "flops_paper": expected.flops_paper,
+        "flops": expected.flops,
+        "flops_forward": cost(24, 3, 7, backward=False, **sizes).flops,
+        "flops_to_standard": expected.flops / cost(24, 3, 7, batch=5).flops,
+        "weight_bytes": 2 * expected.params,
+        "cache_bytes_per_token": 2 * 2 * 24,
+    }
+
+
+def test_efficient_keeps_one_tensor(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = as_json(capsys, "--mechanisms", "standard,efficient,optimized")
+    assert [row["mechanism"] for row in rows] == ["standard", "efficient", "optimised"]
+    assert [row["cache_bytes_per_token"] for row in rows] == [1024, 512, 1024]
+
+
+def test_the_table_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run() == 0
+    out = capsys.readouterr().out
+    line = next(line.split() for line in out.splitlines() if line.split()[:1] == ["super"])
+    assert line == ["super", "37,184", "344,064", "7,340,032", "22,020,096", "0.700", "148,736", "1,024"]
+    assert "d = 128, h = 4, ℓ = 64, batch 1, float32" in out
+
+
+@pytest.mark.parametrize("form", ["paper", "exact"])
+def test_a_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str) -> None:
+    path = tmp_path / "figure.svg"
+    assert run("--figure", "2", "--out", str(path), "--form", form) == 0
+    assert path.read_bytes().startswith(b"<?xml")
+    assert str(path) in capsys.readouterr().out
+
+
+def test_figure_3_prints_the_papers_averages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--figure", "3", "--out", str(tmp_path / "figure.svg")) == 0
+    out = capsys.readouterr().out
+    for heads, average in ((1, "29.7"), (2, "24.9"), (4, "20.3"), (8, "16.2")):
+        assert f"h = {heads}: standard needs {average} % more" in out
+    found = as_json(capsys, "--figure", "3", "--out", str(tmp_path / "figure.svg"))
+    assert {h: round(100 * v, 1) for h, v in found["average_overheads"].items()} == {
+        "1": 29.7,
+        "2": 24.9,
+        "4": 20.3,
+        "8": 16.2,
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--embed-dim", "10", "--heads", "4"), "--embed-dim must be divisible by --heads, received 10 and 4"),
+        (("--figure", "2"), "--figure 2 needs --out FILE"),
+        (("--out", "x.png"), "--out is the file of a figure: say which with --figure"),
+    ],
+)
+def test_words_that_do_not_go_together(words: tuple[str, ...], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        run(*words)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("--figure", "1"), ("--heads", "0"), ("--length", "-3"), ("--mechanisms", "standrad"), ("--dtype", "int8")],
+)
+def test_words_the_parser_refuses(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run(*words)
+    assert stop.value.code == 2
+    assert words[0] in capsys.readouterr().err
+
+
+def test_a_kind_of_picture_that_does_not_exist(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"'x\.gif' names no kind of picture: end it in \.png, \.svg or \.pdf"):
+        run("--figure", "2", "--out", str(tmp_path / "x.gif"))

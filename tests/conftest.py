@@ -1,0 +1,42 @@
+"""Fixtures for every test: randomness that follows from the test's own name, and where the real data lies."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(1)  # one summation order, on whatever machine
+
+
+@pytest.fixture(autouse=True)
+def seed(request: pytest.FixtureRequest) -> int:
+    """The test's seed, a function of its id alone; torch's global generator starts from it. Shown when a test fails."""
+    value = zlib.crc32(request.node.nodeid.encode())
+    torch.default_generator.manual_seed(value)  # torch.manual_seed also tells CUDA, 8 ms where there is none
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(value)
+    print(f"seed {value}")
+    return value
+
+
+@pytest.fixture
+def rng(seed: int) -> np.random.Generator:
+    """A NumPy generator started from the test's seed."""
+    return np.random.default_rng(seed)
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real data sets; a test that asks for it is skipped where there is none."""
+    folder = os.environ.get("BETTER_ATTENTION_DATA")
+    if not folder:
+        pytest.skip("BETTER_ATTENTION_DATA is not set: this test reads real data")
+    path = Path(folder)
+    if not path.is_dir():
+        pytest.fail(f"BETTER_ATTENTION_DATA={folder!r} is not a folder")
+    return path

@@ -1,0 +1,126 @@
+"""Words as numbers, against a slow and obvious implementation."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from better_attention.data import DataError, Vocabulary
+from better_attention.data.vocabulary import tokens
+
+TEXTS = ["b a. B", "a c!", "it's <br />It's"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("Hello, WORLD!", ["hello", "world"]),
+        ("one<br />two<BR />three", ["one", "two", "three"]),
+        ("isn't don’t 'quoted' rock'n'roll boys'", ["isn't", "don't", "quoted", "rock'n'roll", "boys"]),
+        ("7/10, état-major", ["7", "10", "état", "major"]),
+        (" ... ", []),
+        ("", []),
+    ],
+)
+def test_tokens(text: str, words: list[str]) -> None:
+    assert tokens(text) == words == Vocabulary.tokens(text)
+
+
+def test_words_by_falling_frequency_then_alphabet() -> None:
+    vocabulary = Vocabulary.build(["b a b", "d c d b", "c"], 100)
+    assert vocabulary.words == ("b", "c", "d", "a")  # 3, 2, 2, 1 times
+    assert len(vocabulary) == 6
+
+
+def test_the_size_counts_padding_and_unknown() -> None:
+    vocabulary = Vocabulary.build(["b a b", "d c d b", "c"], 4)
+    assert len(vocabulary) == 4
+    assert vocabulary.words == ("b", "c")
+    assert vocabulary.encode(["a b c d"], 4).max() == len(vocabulary) - 1
+
+
+def test_the_last_words_padded_on_the_left() -> None:
+    vocabulary = Vocabulary(["a", "b"])
+    rows = vocabulary.encode(["a b x", "x a b a", "", "B"], 3)
+    assert rows.dtype == np.int64
+    assert rows.tolist() == [[2, 3, 1], [2, 3, 2], [0, 0, 0], [0, 0, 3]]
+    assert vocabulary.encode([], 3).shape == (0, 3)
+
+
+WORDS = st.lists(
+    st.sampled_from(["a", "Bb", "c'd", "<br />", "é", "İ", "ΟΔΟΣ", ".", "\n", "\u00a0", "x" * 30]), max_size=60
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    texts=st.lists(st.builds(lambda words, gap: gap.join(words), WORDS, st.sampled_from([" ", "", "  "])), max_size=4),
+    size=st.integers(3, 9),
+    length=st.integers(1, 7),
+)
+def test_against_the_obvious_way(texts: list[str], size: int, length: int) -> None:
+    counts = Counter(word for text in texts for word in tokens(text))
+    if not counts:
+        with pytest.raises(DataError, match="no word"):
+            Vocabulary.build(texts, size)
+        return
+    words = sorted(counts, key=lambda word: (-counts[word], word))[: size - 2]
+    expected = []
+    for text in texts:
+        numbers = [words.index(word) + 2 if word in words else 1 for word in tokens(text)]
+        expected.append(([0] * length + numbers)[-length:])
+    assert Vocabulary.build(texts, size).encode(texts, length).tolist() == expected
+
+
+def test_the_test_split_has_no_say() -> None:
+    """Building from train alone must differ from building from everything: else nobody would notice a leak."""
+    train, test = ["a a b"], ["c c c c"]
+    assert "c" not in Vocabulary.build(train, 10).words
+    assert "c" in Vocabulary.build([*train, *test], 10).words
+
+
+def test_json_there_and_back() -> None:
+    vocabulary = Vocabulary.build([*TEXTS, "Ça 你好"], 50)
+    again = Vocabulary.from_json(vocabulary.to_json())
+    assert again == vocabulary
+    assert hash(again) == hash(vocabulary)
+    assert again != Vocabulary.build(TEXTS, 50)
+    np.testing.assert_array_equal(again.encode(TEXTS, 5), vocabulary.encode(TEXTS, 5))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        "null",
+        "[" * 100_000,
+        '{"format": "other", "words": []}',
+        '{"format": "better-attention vocabulary 1", "words": "ab"}',
+        '{"format": "better-attention vocabulary 1", "words": ["a", 3]}',
+        '{"format": "better-attention vocabulary 1", "words": ["a", ""]}',
+        '{"format": "better-attention vocabulary 1", "words": ["a", "b", "a"]}',
+        '{"format": "better-attention vocabulary 1", "words": [["a"]]}',
+    ],
+)
+def test_other_json_is_refused(text: str) -> None:
+    with pytest.raises(DataError, match="vocabulary"):
+        Vocabulary.from_json(text)
+
+
+@pytest.mark.parametrize("size", [2, 0, -1])
+def test_a_size_without_room_for_a_word(size: int) -> None:
+    with pytest.raises(ValueError, match=f"size must be >= 3, received {size}"):
+        Vocabulary.build(TEXTS, size)
+
+
+def test_a_length_that_is_none() -> None:
+    with pytest.raises(ValueError, match="length must be >= 1, received 0"):
+        Vocabulary(["a"]).encode(TEXTS, 0)
+    with pytest.raises(TypeError, match="length must be a whole number"):
+        Vocabulary(["a"]).encode(TEXTS, 2.5)  # type: ignore[arg-type]

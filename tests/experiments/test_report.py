@@ -1,0 +1,371 @@
+"""The report: what it shows, and that nothing that is written into a study becomes more than text (S9)."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+import shutil
+import subprocess
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from studies import MECHANISMS, attention_map, curve, record, study
+
+from better_attention.experiments import gallery, report
+from better_attention.experiments.figures import Series, learning_curves
+from better_attention.experiments.files import plain
+from better_attention.experiments.looks import look
+from better_attention.experiments.report import render, write_report
+from better_attention.experiments.study import AlignmentPicture, Study
+
+VOID = {"meta", "img", "source", "br", "hr", "input", "link"}
+
+
+class Page(HTMLParser):
+    """Tags, attributes and text of a page, as a browser would see them."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tags: Counter[str] = Counter()
+        self.attributes: list[tuple[str, str, str]] = []
+        self.pieces: list[str] = []
+        self.open: list[str] = []
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, f"</{tag}> closes another tag"
+
+    def handle_data(self, data: str) -> None:
+        self.pieces.append(data)
+
+    def handle_comment(self, data: str) -> None:
+        raise AssertionError(f"a comment: {data!r}")
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.pieces).split())
+
+    def values(self, tag: str, name: str) -> list[str]:
+        return [value for t, n, value in self.attributes if (t, n) == (tag, name)]
+
+
+CURVES: dict[str, bytes] = {}
+
+
+@pytest.fixture(autouse=True)
+def curves_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matplotlib takes most of the time of a page: equal curves are drawn once for all tests here."""
+
+    def draw(runs: Mapping[str, Sequence[Series]], *, dark: bool) -> bytes:
+        key = repr(([look(name) for name in runs], list(runs.values()), dark))
+        if key not in CURVES:
+            CURVES[key] = learning_curves(runs, dark=dark)
+        return CURVES[key]
+
+    monkeypatch.setattr(gallery, "learning_curves", draw)
+
+
+@pytest.fixture
+def benign() -> Page:
+    return Page(render(study()))
+
+
+# ---------------------------------------------------------------------------------------------------- S9: payloads
+
+PAYLOADS = (
+    "<script>alert(1)</script>",
+    "</script><script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    "<svg onload=alert(1)>",
+    "<svg><script href=https://x.example/a.js></script></svg>",
+    '"><script>alert(1)</script>',
+    "'><script>alert(1)</script>",
+    '" onmouseover="alert(1)',
+    "' onfocus='alert(1)' autofocus='",
+    "` onload=`alert(1)",
+    "javascript:alert(1)",
+    "JaVaScRiPt:alert(1)",
+    "java\tscript:alert(1)",
+    "data:text/html,<script>alert(1)</script>",
+    "<a href=javascript:alert(1)>x</a>",
+    '<a href="https://x.example">x</a>',
+    "<iframe src=https://x.example></iframe>",
+    "<iframe srcdoc='<script>alert(1)</script>'>",
+    "<object data=https://x.example></object>",
+    "<embed src=https://x.example>",
+    "<link rel=stylesheet href=https://x.example>",
+    "<meta http-equiv=refresh content='0;url=https://x.example'>",
+    "<base href=https://x.example>",
+    "<style>*{background:url(https://x.example)}</style>",
+    "</style><script>alert(1)</script>",
+    "</title><script>alert(1)</script>",
+    "</textarea></table></section><h1>x</h1>",
+    "<form action=https://x.example><input></form>",
+    "<!-- x",
+    "--><script>alert(1)</script>",
+    "<![CDATA[<script>alert(1)</script>]]>",
+    "&lt;script&gt;alert(1)&lt;/script&gt;",
+    "&#60;script&#62;alert(1)&#60;/script&#62;",
+    "&#x3c;script&#x3e;",
+    "{{7*7}}",
+    "{% for x in ().__class__.__bases__ %}{% endfor %}{{ config }}",
+    "${7*7} #{7*7} <%= 7*7 %>",
+    "\u2028\u2029</script>\u202egnp.exe",
+    "<scr\x00ipt>alert(1)</scr\x00ipt>",
+    "\ud800<b>lone</b>\x1b[31m",
+    "＜script＞alert(1)＜/script＞",
+    "+ADw-script+AD4-alert(1)+ADw-/script+AD4-",
+    "$\\frac{1}{0$ \\input{/etc/passwd}",
+    "; background: url(https://x.example)",
+)
+
+
+@pytest.mark.parametrize("payload", PAYLOADS)
+def test_s9_a_payload_in_every_field_is_text(benign: Page, payload: str) -> None:
+    page = Page(render(study(payload, mechanism=payload)))
+    assert page.tags == benign.tags
+    assert Counter((t, n) for t, n, _ in page.attributes) == Counter((t, n) for t, n, _ in benign.attributes)
+    assert_harmless(page)
+    assert " ".join(plain(payload).split()) in page.text
+
+
+def assert_harmless(page: Page) -> None:
+    assert not {"script", "iframe", "object", "embed", "link", "base", "form"} & set(page.tags)
+    for tag, name, value in page.attributes:
+        assert not name.startswith("on"), (tag, name)
+        if name in ("src", "srcset", "href", "action", "data", "xlink:href"):
+            assert re.fullmatch(r"data:image/(png|svg\+xml);base64,[A-Za-z0-9+/=]+", value), (tag, name, value[:80])
+        if name == "style":
+            assert re.fullmatch(r"--(light:#[0-9a-f]{6};--dark:#[0-9a-f]{6}|share:[01]\.\d\d)", value), value
+
+
+def test_s9_the_check_itself_sees_what_is_wrong() -> None:
+    for wrong in (
+        "<script>alert(1)</script>",
+        "<p onclick=x>",
+        "<img src=https://x.example/a.png>",
+        "<img src=javascript:x>",
+        "<p style='background:url(https://x.example)'>",
+    ):
+        with pytest.raises(AssertionError):
+            assert_harmless(Page(wrong.replace("<p ", "<img ")))
+
+
+def test_s9_the_policy_comes_first_and_forbids_everything_but_our_pictures(benign: Page) -> None:
+    html = render(study())
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    assert benign.values("meta", "content")[0] == policy
+    assert html.index("Content-Security-Policy") < html.index("<title>")
+
+
+def test_s9_no_address_outside_the_page() -> None:
+    html = render(study())
+    assert "://" not in re.sub(r"data:image/[a-z+]+;base64,[A-Za-z0-9+/=]+", "", html)
+    assert "@import" not in html
+    assert "url(" not in html
+
+
+@pytest.mark.parametrize("field", ["title", "command", "note", "mechanism", "label", "token"])
+def test_s9_a_megabyte_is_cut(field: str) -> None:
+    long = "<" + "x" * 999_999
+    one = study(mechanism=long if field == "mechanism" else "super")
+    changes: dict[str, object] = {
+        "title": {"task": {**one.task, "title": long}},
+        "command": {"command": long},
+        "note": {"notes": [long]},
+        "mechanism": {},
+        "label": {"maps": [attention_map("super-h4-s0", label=long)]},
+        "token": {"maps": [attention_map("super-h4-s0", picture=None, tokens=[long] * 9)]},
+    }[field]  # type: ignore[assignment]
+    html = render(replace(one, **changes))  # type: ignore[arg-type]
+    assert len(html) < 500_000
+    assert "xxx… (1,000,000 characters)" in html
+
+
+# ------------------------------------------------------------------------------------------------------ what it shows
+
+
+def whole(task: str = "mnist", seeds: int = 3, scale: str = "paper") -> Study:
+    """Five mechanisms at one and four heads, every kind of curve."""
+    keys = ("train_loss", "train_accuracy", "validation_loss", "validation_accuracy")
+    names = [(name, h, s) for name in MECHANISMS for h in (1, 4) for s in range(seeds)]
+    return replace(
+        study(task=task, mechanism="super"),
+        records=[record(name, s, h, task=task, scale=scale) for name, h, s in names],
+        curves={f"{name}-h{h}-s{s}": curve(keys=keys) for name, h, s in names if (h, s) == (4, 0)},
+    )
+
+
+def test_the_tables_hold_the_numbers() -> None:
+    page = Page(render(whole()))
+    # 4 heads: accuracies 97.5, 98.5, 99.5; t(0.975, 2) = 4.303, so ± 2.48
+    assert "super 4 3 4,224 (1) 1.35 ± 0.25 (1) 99.00 ± 0.00 (1) 0.030 ± 0.000 (1) 98.50 ± 2.48 (1)" in page.text
+    assert "super 4 0.00 ± 0.00 0.000 ± 0.000" in page.text  # against standard, seed by seed
+    assert "super 4 4,224 37,184 −32,960 99.00 96.96 +2.04 0.030 0.112 −0.082 98.50 98.62 −0.12" in page.text
+
+
+def test_the_papers_table_is_there_where_the_paper_has_the_task() -> None:
+    assert "Beside the paper" not in render(whole("digits"))
+    text = Page(render(whole("mnist"))).text
+    assert "Beside the paper" in text
+    assert "table 5" in text
+    assert "not the paper’s setting" not in text
+    text = Page(render(whole("mnist", scale="small"))).text
+    assert "Ours at scale “small”, which is not the paper’s setting" in text
+
+
+def test_the_first_sentence_says_who_is_best_and_how_surely() -> None:
+    runs = [record("standard", s, test_accuracy=90.0 + s) for s in (0, 1, 2)]
+    clear = [record("super", s, test_accuracy=92.0 + s + s / 100) for s in (0, 1, 2)]
+    page = Page(render(replace(study(), records=runs + clear)))
+    assert (
+        "With 4 heads, super has the highest test accuracy, 93.01 ± 2.51 % (3 seeds): +2.01 ± 0.02 points against "
+        "standard." in page.text.replace("\N{NO-BREAK SPACE}", " ")
+    )
+    noise = [record("super", s, test_accuracy=(91.5, 90.1, 92.9)[s]) for s in (0, 1, 2)]
+    page = Page(render(replace(study(), records=runs + noise)))
+    assert "which does not tell them apart" in page.text
+
+
+def test_a_single_seed_claims_no_spread() -> None:
+    page = Page(render(whole(seeds=1)))
+    assert "97.50 ± – (1)" in page.text
+    assert "single seed" in page.text
+    assert "does not tell" not in page.text
+    assert "single seed" not in Page(render(whole())).text
+
+
+def test_ranks_and_best_are_marked() -> None:
+    records = [record("standard"), record("super", test_accuracy=99.0)]
+    html = render(replace(study(), records=records))
+    assert re.search(r'<td class="best">99.00 ± –\s*<small>\(1\)</small>', html)
+    assert re.search(r'<td class="other">97.50 ± –\s*<small>\(2\)</small>', html)
+
+
+def test_command_commit_setting_and_versions() -> None:
+    one = replace(whole(), command="better-attention compare mnist --seeds 3", commit="f00dface")
+    text = Page(render(one)).text
+    for part in ("better-attention compare mnist --seeds 3", "f00dface", "torch 2.13.0", "train 1293", "lr 0.003"):
+        assert part in text
+
+
+def test_pictures_are_pictures_with_words_in_both_themes(benign: Page) -> None:
+    assert all(benign.values("img", "alt"))
+    assert len(benign.values("img", "alt")) == benign.tags["img"]
+    addresses = benign.values("img", "src") + benign.values("source", "srcset")
+    kinds = Counter(address.partition(";")[0] for address in addresses)
+    assert kinds["data:image/svg+xml"] == 2  # one panel, light and dark
+    for address in addresses:
+        content = base64.b64decode(address.partition(",")[2])
+        if address.startswith("data:image/png"):
+            Image.open(io.BytesIO(content)).verify()
+        else:
+            assert content.startswith(b"<?xml")
+            assert b"<script" not in content
+    assert benign.values("source", "media") == ["(prefers-color-scheme: dark)"]
+
+
+def test_what_keeps_it_readable_by_everybody(benign: Page) -> None:
+    assert benign.values("html", "lang") == ["en"]
+    assert "width=device-width" in benign.values("meta", "content")[1]
+    assert benign.tags["h1"] == 1
+    assert set(benign.values("th", "scope")) <= {"col", "row", "colgroup"}
+    scrolling = [v for v in benign.values("div", "class") if v == "scroll"]
+    assert len(scrolling) == benign.tags["table"] == benign.values("div", "role").count("region")
+    assert benign.values("div", "tabindex") == ["0"] * len(scrolling)  # can be scrolled by keyboard
+    described = benign.values("table", "aria-describedby")
+    assert set(described) <= set(benign.values("p", "id"))
+    html = render(study())
+    assert "prefers-color-scheme: dark" in html
+    assert "color-scheme: light dark" in html
+
+
+def test_runs_that_differ_in_length_or_diverged_are_shown() -> None:
+    bad = [{"epoch": 1, "train_loss": float("nan")}, {"epoch": 2, "train_loss": float("inf")}]
+    records = [record("standard"), record("super", test_accuracy=float("nan"), test_loss=float("inf"))]
+    html = render(replace(study(), records=records, curves={"super-h4-s0": bad, "standard-h4-s0": curve(1)}))
+    assert "nan ± –" in html
+    assert "inf ± –" in html
+
+
+def test_an_empty_study_is_a_page() -> None:
+    page = Page(render(Study(task={}, records=(), curves={}, maps=(), alignments=(), command="", commit="unknown")))
+    assert "No run has finished." in page.text
+    assert "img" not in page.tags
+
+
+def test_pages_stay_small_and_say_what_was_left_out(monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator) -> None:
+    monkeypatch.setattr(report, "PICTURE_ROOM", 200_000)
+    noise = rng.random((16, 128, 128))
+    maps = [attention_map("super-h16-s0", label=str(k), weights=noise, picture=None) for k in range(2)]
+    alignments = [AlignmentPicture("super-h16-s0", "a", noise[0])]
+    html = render(replace(study(), maps=maps, alignments=alignments))
+    assert len(html) < 260_000
+    assert re.search(r"\d\d more pictures were left out to keep the page small", html)
+    assert 'class="matrix"' in html
+
+
+def test_the_room_for_pictures_leaves_a_page_below_three_megabytes() -> None:
+    assert report.PICTURE_ROOM < 3_000_000 - 500_000
+
+
+def test_it_is_written_whole(tmp_path: Path) -> None:
+    write_report(study(), tmp_path / "out" / "report.html")
+    html = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert html.startswith("<!DOCTYPE html>")
+    assert html.rstrip().endswith("</html>")
+    assert Page(html).open == []  # every tag is closed
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["report.html"]
+
+
+def test_equal_studies_are_equal_pages() -> None:
+    assert render(study()) == render(study())
+
+
+# ---------------------------------------------------------------------------------------------------------- a browser
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed: the report is not opened in a browser")
+@pytest.mark.parametrize("width", [360, 1200])
+def test_a_browser_shows_it_without_complaint_and_without_scrolling_sideways(tmp_path: Path, width: int) -> None:
+    write_report(whole(seeds=2), tmp_path / "report.html")
+    # Headless windows are at least 500 wide, so a frame plays the phone; it tells its width through the title.
+    (tmp_path / "frame.html").write_text(
+        f"<iframe src=report.html style='width:{width}px;height:800px;border:0' onload='const d = this.contentDocument;"
+        'document.title = [d.documentElement.scrollWidth, d.querySelectorAll("img").length,'
+        "[...d.images].filter(i => i.naturalWidth).length].join()'></iframe>"
+    )
+    command = [
+        str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
+        "--disable-dev-shm-usage", "--allow-file-access-from-files", "--enable-logging=stderr",
+        "--virtual-time-budget=5000", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom",
+        (tmp_path / "frame.html").as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    title = re.search(r"<title>(\d+),(\d+),(\d+)</title>", done.stdout)
+    assert title, done.stdout[:500]
+    scrolled, images, loaded = map(int, title.groups())
+    assert scrolled <= width
+    assert images == loaded > 0
+    assert "CONSOLE" not in done.stderr  # where a policy's refusals and errors go
