@@ -99,15 +99,15 @@ class Mechanism:
     @property
     def name(self) -> str:
         """The shortest name that :meth:`of` turns back into this mechanism, or a description of it."""
-        for name, row in MECHANISMS.items():
-            if row == self:
-                return name
-        for name, row in MECHANISMS.items():
-            for suffix, change in ((f"+{m}", c) for m, c in _MODIFIERS.items()):
+        modified: dict[str, Mapping[str, Any]] = {
+            "": {},
+            **{f"+{m}": change for m, change in _MODIFIERS.items()},
+            "".join(f"+{m}" for m in _MODIFIERS): {k: v for change in _MODIFIERS.values() for k, v in change.items()},
+        }
+        for suffix, change in modified.items():
+            for name, row in MECHANISMS.items():
                 if replace(row, **change) == self:
                     return name + suffix
-            if replace(row, aligned=True, score="expressive") == self:
-                return f"{name}+expressive+align"
         parts = ["".join(p for p in PROJECTIONS if p in self.projections) or "none"]
         parts += ["align"] * self.aligned + [self.score] * (self.score != "softmax")
         return f"custom({'+'.join(parts)})"
