@@ -369,8 +369,8 @@ class MultiheadAttention(nn.Module):
 
     def _split(self, x_BLD: Tensor) -> Tensor:
         """Heads apart: head i has columns i*H ... (i+1)*H; a view."""
-        x_BLNH: Tensor = x_BLD.unflatten(-1, (self.num_heads, self.head_dim))
-        return x_BLNH.transpose(1, 2)
+        B, L, _ = x_BLD.shape
+        return x_BLD.view(B, L, self.num_heads, self.head_dim).transpose(1, 2)
 
     def _scaled(self, q_BNLH: Tensor) -> Tensor:
         if self.log_scale is None:

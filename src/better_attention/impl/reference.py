@@ -23,15 +23,20 @@ def compute(call: Call) -> tuple[Tensor, Tensor]:
     """Head outputs (B, N, L, H) and weights (B, N, L, S), the weights after dropout as torch returns them."""
     call = call.with_repeated_heads()
     dtype = island(call.q_BNLH.dtype)
-    q_BNLH, k_BNSH, v_BNSH = (x.to(dtype) for x in (call.q_BNLH, call.k_BNSH, call.v_BNSH))
+    q_BNLH, k_BNSH, v_BNSH = call.q_BNLH, call.k_BNSH, call.v_BNSH
+    if dtype != q_BNLH.dtype:
+        q_BNLH, k_BNSH, v_BNSH = q_BNLH.to(dtype), k_BNSH.to(dtype), v_BNSH.to(dtype)
 
     z_BNLS = (q_BNLH * call.scale) @ k_BNSH.transpose(-1, -2)  # Q W_Q (K W_K)^T / sqrt(d_k): 2403.01643 eq. 3
-    bias, hide = _bias_and_hidden(call, z_BNLS)
+    bias, hide = _bias_and_hidden(call, z_BNLS) if call.restricted else (None, None)
     weights_BNLS = (_softmax if call.score == "softmax" else _expressive)(z_BNLS, bias, hide)
-    weights_BNLS = F.dropout(weights_BNLS, call.dropout_p, training=call.dropout_p > 0.0)
+    if call.dropout_p > 0.0:
+        weights_BNLS = F.dropout(weights_BNLS, call.dropout_p)
     heads_BNLH = weights_BNLS @ v_BNSH
 
-    return heads_BNLH.to(call.q_BNLH.dtype), weights_BNLS.to(call.q_BNLH.dtype)
+    if dtype != call.q_BNLH.dtype:
+        heads_BNLH, weights_BNLS = heads_BNLH.to(call.q_BNLH.dtype), weights_BNLS.to(call.q_BNLH.dtype)
+    return heads_BNLH, weights_BNLS
 
 
 def _bias_and_hidden(call: Call, z_BNLS: Tensor) -> tuple[Tensor | None, Tensor | None]:
