@@ -20,7 +20,7 @@ def task(**changes: Any) -> ImageTask:
     """90 training samples in 6 updates an epoch, 10 of validation, 37 of the test."""
     base = TASKS["digits"]("smoke")
     assert isinstance(base, ImageTask)
-    small = {"width": 6, "default_heads": 3, "heads": (3,), "train_samples": 100, "test_samples": 37}
+    small: dict[str, Any] = {"width": 6, "default_heads": 3, "heads": (3,), "train_samples": 100, "test_samples": 37}
     return replace(base, **(small | {"batch_size": 16, "epochs": 3, "patience": 0, "lr": 1e-2} | changes))
 
 

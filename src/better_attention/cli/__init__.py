@@ -18,8 +18,10 @@ def console(*, stderr: bool = False) -> Console:
     """Where a verb prints: colours and live display on a terminal, plain lines anywhere else.
 
     A pipe or a file has no width: tables are then as wide as they need to be, unless ``COLUMNS`` says otherwise.
+    Of several processes of one launch, the first alone prints.
     """
     from rich.console import Console
 
     terminal = (sys.stderr if stderr else sys.stdout).isatty()
-    return Console(stderr=stderr, highlight=False, width=None if terminal or "COLUMNS" in os.environ else 200)
+    width = None if terminal or "COLUMNS" in os.environ else 200
+    return Console(stderr=stderr, highlight=False, width=width, quiet=os.environ.get("RANK", "0") != "0")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from better_attention.experiments.runs import (
     list_runs,
     load_run,
     locked,
+    read_curve,
     run_name,
 )
 from better_attention.experiments.study import AlignmentPicture, AttentionMap, Study
@@ -104,7 +106,10 @@ class Stop:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Listen while the block runs."""
+        """Listen while the block runs; signals reach the main thread alone, so elsewhere nothing is changed."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
         self.previous = {number: signal.signal(number, self._wish) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
@@ -153,6 +158,8 @@ def compare(plan: Plan, watcher: Watcher) -> tuple[Study, list[str]]:
                 except Interrupted as error:
                     error.signal = stop.signal or error.signal
                     raise
+                finally:
+                    accelerator.free_memory()  # it holds on to every model it has prepared
     study = make_study(plan, splits, failed)
     if accelerator.is_main_process and study.records:
         write_results(study, plan.out)
@@ -200,11 +207,11 @@ def make_study(plan: Plan, splits: Splits, failed: Sequence[str] = ()) -> Study:
     for entry in finished:
         record = entry["result"]
         name = f"{record['mechanism']}-h{record['heads']}-s{record['seed']}"
-        run = load_run(entry["path"])
-        curves[name] = run.curve
+        curves[name] = read_curve(entry["path"])
         if record["seed"] == 0 and record["heads"] == plan.heads[-1]:
-            maps += draw_maps(name, run.model, plan.task, splits)
-            alignments += [AlignmentPicture(name, layer, w.numpy()) for layer, w in alignment_kernels(run.model)]
+            model = load_run(entry["path"]).model
+            maps += draw_maps(name, model, plan.task, splits)
+            alignments += [AlignmentPicture(name, layer, w.numpy()) for layer, w in alignment_kernels(model)]
     notes = [
         *splits.notes,
         *(f"{name} failed: its loss or gradient was not finite; it is in no table" for name in failed),

@@ -142,8 +142,7 @@ def load_run(path: str | Path) -> Run:
     with torch.device("meta"):
         model = task.model(mechanism, heads)
     load_weights(model, folder / "model.safetensors")
-    lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
-    return Run(folder, model.eval(), task, config, result, assets, [json.loads(line) for line in lines])
+    return Run(folder, model.eval(), task, config, result, assets, read_curve(folder))
 
 
 def _what(config: Mapping[str, Any], folder: Path) -> tuple[Task, Mechanism, int]:
@@ -300,6 +299,19 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path} is damaged: it holds {type(value).__name__}, not an object.")
     return value
+
+
+def read_curve(folder: Path) -> list[dict[str, float]]:
+    """The finished epochs of the run in ``folder``, one entry each.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    path = folder / "metrics.jsonl"
+    try:
+        return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}). Delete the folder {folder} and run again.") from None
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -120,7 +120,6 @@ class Training:
             write_json(self.folder / "result.json", record)
             checkpoint.clear(self.folder)
         self.accelerator.wait_for_everyone()
-        self.accelerator.free_memory()
         return record
 
     def open(self) -> None:

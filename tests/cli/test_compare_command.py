@@ -1,0 +1,165 @@
+"""``better-attention compare``: arguments, what it prints, how it ends."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from better_attention.cli import compare, main
+from better_attention.cli.watch import LiveWatcher, PlainWatcher, make_watcher
+from better_attention.experiments.tasks import TASKS
+from better_attention.experiments.train import DivergedError, Position
+
+
+def parse(*arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    compare.add_arguments(parser)
+    return parser.parse_args(arguments)
+
+
+def test_without_arguments_it_compares_five_mechanisms_on_digits() -> None:
+    plan = compare.make_plan(parse())
+    task = TASKS["digits"]("small")
+    assert plan.task == task
+    assert [m.name for m in plan.mechanisms] == ["standard", "optimised", "efficient", "super", "expressive"]
+    assert (plan.heads, plan.seeds, plan.out) == ((task.default_heads,), task.seeds, Path("runs/digits-small"))
+    assert (plan.device, plan.data) == ("auto", None)
+
+
+def test_every_argument_arrives() -> None:
+    options = "--mechanisms super,efficient+expressive --heads 1,2 --seeds 7 --scale paper --epochs 9 --patience 0"
+    more = "--batch-size 5 --lr 0.25 --device cpu --data there --out here"
+    plan = compare.make_plan(parse("imdb", *options.split(), *more.split()))
+    assert [m.name for m in plan.mechanisms] == ["super", "efficient+expressive"]
+    assert (plan.heads, plan.seeds, plan.device) == ((1, 2), 7, "cpu")
+    assert (plan.task.name, plan.task.scale) == ("imdb", "paper")
+    assert (plan.task.epochs, plan.task.patience, plan.task.batch_size, plan.task.lr) == (9, 0, 5, 0.25)
+    assert (plan.data, plan.out) == (Path("there"), Path("here"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--mechanisms", "standard,quick"], "unknown mechanism 'quick'. Choose one of standard, optimised"),
+        (["--heads", "0"], "expected a whole number of at least 1, received 0"),
+        (["--heads", "two"], "expected a whole number, received 'two'"),
+        (["--seeds", "-1"], "expected a whole number, received '-1'"),
+        (["--seeds", "1.5"], "expected a whole number, received '1.5'"),
+        (["--scale", "huge"], "invalid choice: 'huge'"),
+    ],
+)
+def test_arguments_that_mean_nothing_are_refused(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main.main(["compare", *arguments])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["chess"], "unknown task 'chess': choose one of digits, mnist, imdb."),
+        (["--lr", "0"], "lr must be above 0"),
+        (["--lr", "nan"], "lr must be"),
+        (["--heads", "5", "--device", "cpu"], "5"),
+        (["imdb", "--data", "nowhere", "--device", "cpu"], "nowhere does not exist"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main.main(["compare", *arguments, "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr()
+    assert message in said.err
+    assert "Traceback" not in said.err
+    assert not (tmp_path / "out").exists()
+
+
+SHORT = ["--scale", "smoke", "--epochs", "1", "--seeds", "1", "--device", "cpu"]
+
+
+def test_it_ends_with_the_table_and_says_where_the_files_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["compare", "digits", "--mechanisms", "super", *SHORT, "--out", str(tmp_path)]
+    assert main.main(arguments) == 0
+    said = capsys.readouterr().out
+    assert "[1/1] super-h4-s0  test " in said
+    assert "2,384" in said  # 2 (32^2 + 32) + 16^2 + 16 parameters of attention
+    for name in ("report.html", "results.csv", "results.json"):
+        assert str(tmp_path / name) in said
+        assert (tmp_path / name).stat().st_size > 100
+    (record,) = json.loads((tmp_path / "results.json").read_text())
+    assert record["command"] == compare.command_line()
+    assert main.main([*arguments, "--lr", "0.5"]) == 2
+    assert "lr: 0.003 there, 0.5 now" in capsys.readouterr().err
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
+    code = "import sys; from better_attention.cli.main import main; sys.argv[0] = 'better-attention'; sys.exit(main())"
+    arguments = ["compare", "--mechanisms", "super", "--scale", "small", "--epochs", "1000", "--patience", "0"]
+    command = [sys.executable, "-c", code, *arguments, "--device", "cpu", "--out", str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True
+    ) as program:
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob("*/config.json")):
+            assert program.poll() is None, program.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        program.send_signal(signal.SIGINT)
+        out, err = program.communicate(timeout=60)
+    assert program.returncode == 130
+    assert "stopping after this step" in out
+    assert "Interrupted. super-h4-s0: saved in epoch" in out
+    assert "better-attention compare --mechanisms super" in out
+    assert err == ""
+
+
+def watcher_on(terminal: bool) -> tuple[PlainWatcher, io.StringIO]:
+    screen = io.StringIO()
+    plan = compare.make_plan(parse("digits", "--seeds", "1"))
+    return make_watcher(Console(file=screen, force_terminal=terminal, width=200, highlight=False), plan), screen
+
+
+def test_a_terminal_gets_bars_and_anything_else_plain_lines() -> None:
+    record: dict[str, Any] = {
+        "test_accuracy": 97.531,
+        "test_loss": 0.25,
+        "best_epoch": 3,
+        "epochs": 5,
+        "epoch_seconds": 1.25,
+    }
+    curve = [{"validation_accuracy": 91.5, "validation_loss": 0.5}]
+    position = Position(epoch=2, step=7, curve=curve)
+    for terminal, kind in ((True, LiveWatcher), (False, PlainWatcher)):
+        watcher, screen = watcher_on(terminal)
+        assert type(watcher) is kind
+        with watcher:
+            watcher.begin("super-h4-s0", 2, 5)
+            watcher.said_at -= 60
+            watcher.progress(position, 21)
+            if isinstance(watcher, LiveWatcher):
+                watcher.bars.refresh()
+            watcher.end("super-h4-s0", record)
+            watcher.failed("super-h4-s0", DivergedError("loss nan"))
+            watcher.stopping()
+        said = screen.getvalue()
+        assert "[2/5] super-h4-s0  test 97.53 %, loss 0.250; best epoch 3 of 5; 1.25 s/epoch" in said
+        assert "epoch 2/40, step 7/21  validation 91.50 %, loss 0.500" in said
+        assert "FAILED  loss nan" in said
+        assert ("\x1b[" in said) == terminal

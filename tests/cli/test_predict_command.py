@@ -1,0 +1,164 @@
+"""``better-attention predict``: texts, pictures and test samples through a finished run."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from better_attention.cli import main
+
+SHORT = ["--mechanisms", "super", "--scale", "smoke", "--epochs", "1", "--seeds", "1", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained run of the digits task."""
+    out = tmp_path_factory.mktemp("digits")
+    assert main.main(["compare", "digits", *SHORT, "--out", str(out)]) == 0
+    return out / "super-h4-s0"
+
+
+@pytest.fixture(scope="module")
+def reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained run of the imdb task on a few reviews of ours: "good" is positive, "bad" is not."""
+    folder = tmp_path_factory.mktemp("reviews")
+    for split in ("train", "test"):
+        for label, word, rating in (("neg", "bad", 2), ("pos", "good", 9)):
+            (folder / "aclImdb" / split / label).mkdir(parents=True)
+            for number in range(30):
+                text = " ".join(["a", word, "film"] * (number % 7 + 1))
+                (folder / "aclImdb" / split / label / f"{number}_{rating}.txt").write_text(text, encoding="utf-8")
+    options = [
+        "--lr",
+        "0.05",
+        "--batch-size",
+        "8",
+        "--epochs",
+        "8",
+        "--data",
+        str(folder),
+        "--out",
+        str(folder / "out"),
+    ]
+    assert main.main(["compare", "imdb", *SHORT, *options]) == 0
+    return folder / "out" / "super-h4-s0"
+
+
+def predict(capsys: pytest.CaptureFixture[str], *arguments: object) -> list[dict[str, Any]]:
+    capsys.readouterr()
+    assert main.main(["predict", *map(str, arguments), "--json"]) == 0
+    rows: list[dict[str, Any]] = json.loads(capsys.readouterr().out)
+    return rows
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    capsys.readouterr()
+    assert main.main(["predict", *map(str, arguments)]) == 2
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    return said
+
+
+def picture(number: int = 0) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    return np.asarray(load_digits().images[number], dtype=np.uint8)
+
+
+def test_pictures_of_every_kind_give_the_same_answer(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.save(tmp_path / "one.npy", picture())
+    np.save(tmp_path / "many.npy", np.stack([picture(1), picture(0)]))
+    Image.fromarray((picture() * (255 / 16)).round().astype(np.uint8)).save(tmp_path / "grey.png")
+    rows = predict(capsys, digits, tmp_path / "one.npy", tmp_path / "many.npy", tmp_path / "grey.png")
+    assert [Path(row["input"]).name for row in rows] == ["one.npy", "many.npy[0]", "many.npy[1]", "grey.png"]
+    one, other, again, grey = (row["probabilities"] for row in rows)
+    assert one == pytest.approx(again)
+    assert one == pytest.approx(grey)
+    assert one != pytest.approx(other)
+    assert rows[0]["class"] == max(one, key=one.get)
+    assert rows[0]["probability"] == max(one.values())
+
+
+def test_a_picture_of_another_size_is_resized_only_if_asked(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    large = Image.fromarray((picture() * 15).astype(np.uint8)).resize((80, 64))
+    large.convert("RGBA").save(tmp_path / "large.png")
+    assert "has 80x64 pixels; task 'digits' reads 8x8" in refused(capsys, digits, tmp_path / "large.png")
+    assert len(predict(capsys, digits, tmp_path / "large.png", "--resize")) == 1
+
+
+def test_test_samples_come_with_their_class(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = predict(capsys, digits, "--index", 0, "--index", 358)
+    assert [row["input"] for row in rows] == ["test sample 0", "test sample 358"]
+    assert {row["truth"] for row in rows} <= set("0123456789")
+    assert "the test split has samples 0 to 358" in refused(capsys, digits, "--index", 359)
+    assert main.main(["predict", str(digits), "--index", "0"]) == 0
+    assert "Truth" in capsys.readouterr().out
+
+
+def test_texts_from_everywhere(
+    reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "review.txt").write_text("bad bad\nfilm")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a good film\n\na bad film\n"))
+    rows = predict(capsys, reviews, "a good film", tmp_path / "review.txt", "-")
+    assert [row["input"] for row in rows] == ["a good film", "bad bad\nfilm", "a good film", "a bad film"]
+    assert [row["class"] for row in rows] == ["pos", "neg", "pos", "neg"]
+    assert rows[0]["probabilities"] == rows[2]["probabilities"]
+    assert sum(rows[0]["probabilities"].values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("name", ["nothing.png", "text.png", "pickled.npy", "short.npy", "flat.npy", "bright.npy"])
+def test_files_that_are_no_pictures_are_refused(
+    name: str, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.png").write_text("no picture")
+    np.save(tmp_path / "pickled.npy", np.array([{}], dtype=object), allow_pickle=True)
+    (tmp_path / "short.npy").write_bytes(b"\x93NUMPY")
+    np.save(tmp_path / "flat.npy", np.zeros(64, dtype=np.uint8))
+    np.save(tmp_path / "bright.npy", np.full((8, 8), 200, dtype=np.uint8))
+    message = {
+        "nothing.png": "there is no such file",
+        "text.png": "is not an image that can be read",
+        "pickled.npy": "is not an array of numbers",
+        "short.npy": "is not an array of numbers",
+        "flat.npy": "reads images of shape (8, 8)",
+        "bright.npy": "pixels from 0 (black) to 16 (white)",
+    }[name]
+    assert message in refused(capsys, digits, tmp_path / name)
+
+
+def test_what_holds_no_text_is_refused(
+    reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
+    assert "is not UTF-8 text" in refused(capsys, reviews, tmp_path / "latin.txt")
+    assert "holds no text" in refused(capsys, reviews, "  ")
+    assert "standard input holds no text" in refused(capsys, reviews, "-")
+    assert "nothing to predict" in refused(capsys, reviews)
+
+
+def test_what_is_no_run_is_refused(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "It holds the runs super-h4-s0" in refused(capsys, digits.parent, "--index", 0)
+    damaged = Path(shutil.copytree(digits, tmp_path / "damaged"))
+    (damaged / "model.safetensors").write_bytes(b"")
+    assert "is not a whole safetensors file" in refused(capsys, damaged, "--index", 0)
+
+
+def test_a_hostile_text_cannot_write_to_the_terminal(reviews: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert main.main(["predict", str(reviews), "good \x1b[31m[bold]film[/bold]"]) == 0
+    said = capsys.readouterr().out
+    assert "\x1b[31m" not in said
+    assert "[bold]film[/bold]" in said

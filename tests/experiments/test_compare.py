@@ -1,0 +1,172 @@
+"""Comparisons: what is trained, what is kept, what is written."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from better_attention.experiments import train
+from better_attention.experiments.compare import Plan, Watcher, compare, make_accelerator
+from better_attention.experiments.train import DivergedError, Interrupted, Position
+from better_attention.mechanism import Mechanism
+
+
+class Diary(Watcher):
+    """Writes down what a comparison tells."""
+
+    def __init__(self) -> None:
+        self.begun: list[str] = []
+        self.ended: list[str] = []
+        self.lost: list[str] = []
+        self.updates = 0
+        self.asked_to_stop = False
+
+    def begin(self, name: str, number: int, runs: int) -> None:
+        self.begun.append(f"{number}/{runs} {name}")
+
+    def progress(self, position: Position, steps: int) -> None:
+        self.updates += 1
+
+    def end(self, name: str, record: dict[str, Any]) -> None:
+        self.ended.append(name)
+
+    def failed(self, name: str, error: DivergedError) -> None:
+        self.lost.append(name)
+
+    def stopping(self) -> None:
+        self.asked_to_stop = True
+
+
+def plan(out: Path, mechanisms: Sequence[str] = ("standard", "super"), **changes: Any) -> Plan:
+    names = [Mechanism.of(name) for name in mechanisms]
+    own: dict[str, Any] = {"heads": (3,), "seeds": 1, "device": "cpu", "command": "better-attention compare"}
+    return Plan(task=tiny.task(epochs=1), mechanisms=names, out=out, **(own | changes))
+
+
+def test_seeds_are_outermost(tmp_path: Path) -> None:
+    order = plan(tmp_path, heads=(1, 2), seeds=2).runs()
+    assert [seed for _, _, seed in order] == [0] * 4 + [1] * 4
+    assert [(m.name, h) for m, h, _ in order[:4]] == [("standard", 1), ("super", 1), ("standard", 2), ("super", 2)]
+
+
+def test_a_comparison_writes_its_results_and_is_then_kept(tmp_path: Path) -> None:
+    diary = Diary()
+    study, failed = compare(plan(tmp_path, seeds=2), diary)
+    assert failed == []
+    assert diary.begun == ["1/4 standard-h3-s0", "2/4 super-h3-s0", "3/4 standard-h3-s1", "4/4 super-h3-s1"]
+    assert diary.updates == 4 * 6
+    records = json.loads((tmp_path / "results.json").read_text())
+    assert [(r["mechanism"], r["heads"], r["seed"]) for r in records] == [
+        ("standard", 3, 0),
+        ("super", 3, 0),
+        ("standard", 3, 1),
+        ("super", 3, 1),
+    ]
+    assert set(study.curves) == {"standard-h3-s0", "super-h3-s0", "standard-h3-s1", "super-h3-s1"}
+    assert [(m.run, m.weights.shape) for m in study.maps[:1]] == [("standard-h3-s0", (3, 16, 16))]
+    assert len(study.maps) == 2 * 2 * 2  # mechanisms, layers, samples
+    assert {a.run for a in study.alignments} == {"super-h3-s0"}
+    with (tmp_path / "results.csv").open(newline="") as file:
+        assert len(list(csv.DictReader(file))) == 2
+    assert "<html" in (tmp_path / "report.html").read_text("utf-8")
+
+    again = Diary()
+    compare(plan(tmp_path, seeds=2), again)
+    assert again.updates == 0
+    assert again.ended == diary.ended
+
+
+def test_later_comparisons_add_to_a_folder(tmp_path: Path) -> None:
+    compare(plan(tmp_path, ["standard"]), Watcher())
+    study, _ = compare(plan(tmp_path, ["efficient"]), Watcher())
+    assert {record["mechanism"] for record in study.records} == {"standard", "efficient"}
+
+
+def test_a_folder_does_not_mix_settings(tmp_path: Path) -> None:
+    compare(plan(tmp_path, ["standard"]), Watcher())
+    other = replace(plan(tmp_path, ["super"]), task=tiny.task(epochs=1, lr=0.5))
+    with pytest.raises(ValueError, match=r"another configuration:\n  lr: 0.01 there, 0.5 now\n.*--out"):
+        compare(other, Watcher())
+    assert not (tmp_path / "super-h3-s0").exists()
+
+
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGINT, "SIGINT"), (signal.SIGTERM, "SIGTERM")])
+def test_a_signal_saves_and_the_next_call_continues(tmp_path: Path, number: signal.Signals, name: str) -> None:
+    class Hurry(Diary):
+        def progress(self, position: Position, steps: int) -> None:
+            super().progress(position, steps)
+            if self.updates == 8:
+                os.kill(os.getpid(), number)
+
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    hurry = Hurry()
+    with pytest.raises(Interrupted, match=r"super-h3-s0: saved in epoch 1 after step 3") as caught:
+        compare(plan(tmp_path), hurry)
+    assert caught.value.signal == number
+    assert hurry.asked_to_stop
+    assert hurry.ended == ["standard-h3-s0"]
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    diary = Diary()
+    compare(plan(tmp_path), diary)
+    assert diary.updates == 6 - 3
+
+
+def test_a_run_that_fails_does_not_take_the_others_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = train.Training.train_epoch
+
+    def poisoned(self: train.Training) -> None:
+        if self.mechanism.name == "standard":
+            next(self.model.parameters()).data.fill_(torch.nan)
+        real(self)
+
+    monkeypatch.setattr(train.Training, "train_epoch", poisoned)
+    diary = Diary()
+    study, failed = compare(plan(tmp_path), diary)
+    assert failed == diary.lost == ["standard-h3-s0"]
+    assert [record["mechanism"] for record in study.records] == ["super"]
+    assert any("standard-h3-s0 failed" in note for note in study.notes)
+
+
+def test_all_mechanisms_see_the_samples_in_the_same_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, list[list[int]]] = {}
+    real = type(tiny.task()).losses
+
+    class Note(Diary):
+        def begin(self, name: str, number: int, runs: int) -> None:
+            seen[name] = []
+            self.name = name
+
+    note = Note()
+
+    def losses(self: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            seen[note.name].append(targets.tolist())
+        return real(self, logits, targets)
+
+    monkeypatch.setattr(type(tiny.task()), "losses", losses)
+    compare(plan(tmp_path, seeds=2), note)
+    assert seen["standard-h3-s0"] == seen["super-h3-s0"]
+    assert seen["standard-h3-s1"] == seen["super-h3-s1"]
+    assert seen["standard-h3-s0"] != seen["standard-h3-s1"]
+
+
+def test_what_cannot_be_built_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="embed_dim"):
+        compare(plan(tmp_path, heads=(3, 4)), Watcher())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ValueError, match="--device cuda: there is no such device here"):
+        make_accelerator("cuda")
