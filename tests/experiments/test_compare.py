@@ -17,6 +17,7 @@ import torch
 
 from better_attention.experiments import train
 from better_attention.experiments.compare import Plan, Watcher, compare, make_accelerator
+from better_attention.experiments.study import Study
 from better_attention.experiments.train import DivergedError, Interrupted, Position
 from better_attention.mechanism import Mechanism
 
@@ -59,6 +60,10 @@ def test_seeds_are_outermost(tmp_path: Path) -> None:
     assert [(m.name, h) for m, h, _ in order[:4]] == [("standard", 1), ("super", 1), ("standard", 2), ("super", 2)]
 
 
+def first_three(study: Study) -> list[tuple[str, int]]:
+    return [(run, int(epoch["epoch"])) for run, curve in study.curves.items() for epoch in curve][:3]
+
+
 def test_a_comparison_writes_its_results_and_is_then_kept(tmp_path: Path) -> None:
     diary = Diary()
     study, failed = compare(plan(tmp_path, seeds=2), diary)
@@ -78,6 +83,12 @@ def test_a_comparison_writes_its_results_and_is_then_kept(tmp_path: Path) -> Non
     assert {a.run for a in study.alignments} == {"super-h3-s0"}
     with (tmp_path / "results.csv").open(newline="") as file:
         assert len(list(csv.DictReader(file))) == 2
+    with (tmp_path / "curves.csv").open(newline="") as file:
+        epochs = list(csv.DictReader(file))
+    assert [(e["run"], e["epoch"]) for e in epochs[:3]] == [(r, str(n)) for r, n in first_three(study)]
+    assert {e["run"]: float(e["train_loss"]) for e in epochs} == {
+        r: c[-1]["train_loss"] for r, c in study.curves.items()
+    }
     assert "<html" in (tmp_path / "report.html").read_text("utf-8")
 
     again = Diary()

@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
         return 128 + stopped.signal
     if study.records:
         tables.print_table(tables.summarise(study.records), screen)
-        for name in ("report.html", "results.csv", "results.json"):
+        for name in ("report.html", "results.csv", "results.json", "curves.csv"):
             screen.print(f"{plan.out / name}", markup=False, soft_wrap=True)
     return 1 if failed else 0
 

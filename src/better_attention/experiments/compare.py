@@ -255,7 +255,8 @@ def draw_maps(name: str, model: torch.nn.Module, task: Task, splits: Splits) -> 
 
 
 def write_results(study: Study, out: Path) -> None:
-    """``results.csv``, ``results.json`` and ``report.html`` in ``out``."""
+    """``results.csv``, ``results.json``, ``curves.csv`` and ``report.html`` in ``out``."""
     tables.write_csv(tables.summarise(study.records), out / "results.csv")
     tables.write_json(study.records, out / "results.json")
+    tables.write_curves(study.curves, out / "curves.csv")
     report.write_report(study, out / "report.html")

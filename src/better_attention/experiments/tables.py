@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -116,11 +116,26 @@ def write_csv(rows: Sequence[Row], path: str | Path) -> None:
     apostrophe. A cell without a value is empty.
     """
     table = [_flat(row, columns_of(rows)) for row in rows]
+    header = tuple(table[0]) if table else ("task", "scale", "mechanism", "score", "heads", "seeds")
+    _write(path, header, (cells.values() for cells in table))
+
+
+def write_curves(curves: Mapping[str, Sequence[Mapping[str, float]]], path: str | Path) -> None:
+    """Write learning curves as CSV, atomically: a line an epoch of every run, keyed by the run's name.
+
+    Training values are running averages over the epoch, dropout on; ``results.csv`` has those of the finished model.
+    """
+    header = list(dict.fromkeys(key for curve in curves.values() for epoch in curve for key in epoch))
+    lines = ([_safe(run), *(epoch.get(key) for key in header)] for run, curve in curves.items() for epoch in curve)
+    _write(path, ("run", *header), lines)
+
+
+def _write(path: str | Path, header: Iterable[str], lines: Iterable[Iterable[object]]) -> None:
     buffer = io.StringIO(newline="")
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(table[0] if table else ("task", "scale", "mechanism", "score", "heads", "seeds"))
-    for cells in table:
-        writer.writerow("" if cell is None else cell for cell in cells.values())
+    writer.writerow(header)
+    for cells in lines:
+        writer.writerow("" if cell is None else cell for cell in cells)
     write_atomic(path, buffer.getvalue())
 
 
