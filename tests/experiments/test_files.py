@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
+import sys
 import unicodedata
 from pathlib import Path
 
@@ -94,3 +96,29 @@ def test_what_plain_takes_out() -> None:
 def test_a_megabyte_is_cut() -> None:
     assert plain("x" * 1_000_000) == "x" * 2000 + "… (1,000,000 characters)"
     assert plain("x" * 2000) == "x" * 2000
+
+
+FULL_DISK = """
+import resource, signal, sys
+from better_attention.experiments.files import write_atomic
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write itself then fails, as on a full disk
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    write_atomic(sys.argv[1], b"x" * 100_000)
+except OSError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no RLIMIT_FSIZE there")
+def test_a_full_disk_is_named_and_costs_nothing_old(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    write_atomic(path, "old")
+    child = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(path)], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert "100,000 bytes" in child.stdout
+    assert str(path) in child.stdout
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["result.json"]

@@ -13,18 +13,27 @@ def write_atomic(path: str | Path, content: bytes | str) -> None:
 
     The bytes go to a new file in the same folder, reach the disk, and take the name ``path`` in one step. Folders that
     are missing are made.
+
+    Raises:
+        OSError: it cannot be written, the disk is full for example; names the path and the bytes needed. What stood at
+            ``path`` before is still there.
     """
     path = Path(path)
+    data = content.encode("utf-8") if isinstance(content, str) else content
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name[:64]}.", suffix=".tmp", dir=path.parent)
     temporary = Path(name)
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(content.encode("utf-8") if isinstance(content, str) else content)
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_umask())  # mkstemp makes it readable to nobody else
         temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        why = f"{error.strerror} (while writing {len(data):,} bytes; free some space and run again)"
+        raise OSError(error.errno, why, str(path)) from error
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
