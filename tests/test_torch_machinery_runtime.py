@@ -221,6 +221,11 @@ class LargestTensor(TorchDispatchMode):
                     self.largest, self.by = elements, str(function)
         return result
 
+    def count(self, elements: int) -> int:
+        """How many different storages of at least that many elements were made."""
+        storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() // t.element_size() for t in self.keep}
+        return sum(size >= elements for size in storages.values())
+
 
 LONG = 8_192
 LONG_MASKS = {
@@ -231,20 +236,20 @@ LONG_MASKS = {
 }
 
 
-def largest_intermediate(name: str, mask: str, *, training: bool, need_weights: bool = False) -> tuple[int, str]:
-    """The largest tensor made by a forward (and backward) of a layer at 8,192 tokens, nothing really allocated."""
+def watched(name: str, mask: str, *, training: bool, batch: int = 1, need_weights: bool = False) -> LargestTensor:
+    """What a forward (and backward) of a layer makes at 8,192 tokens, nothing really allocated."""
     with FakeTensorMode():
         module = layer(name, 32, 2, max_len=LONG)
-        x = torch.empty(1, LONG, 32, requires_grad=training)
+        x = torch.empty(batch, LONG, 32, requires_grad=training)
         arguments = dict(LONG_MASKS[mask])
         if "key_padding_mask" in arguments:
-            arguments["key_padding_mask"] = torch.zeros(1, LONG, dtype=torch.bool)
+            arguments["key_padding_mask"] = torch.zeros(batch, LONG, dtype=torch.bool)
         watch = LargestTensor(*module.parameters())
         with watch, torch.set_grad_enabled(training):
             output, _ = module(x, x, x, need_weights=need_weights, **arguments)
             if training:
                 output.sum().backward()
-        return watch.largest, watch.by
+        return watch
 
 
 WITHOUT_KERNEL = [name for name in ALL if not ba.Mechanism.of(LAYERS[name]["mechanism"]).aligned]
@@ -260,25 +265,30 @@ WITHOUT_KERNEL = [name for name in ALL if not ba.Mechanism.of(LAYERS[name]["mech
     ],
 )
 def test_m12_nothing_of_the_size_of_the_score_matrix(name: str, mask: str, training: bool) -> None:
-    largest, by = largest_intermediate(name, mask, training=training)
-    assert 0 < largest < LONG * LONG, f"{by} made {largest:,} elements"
+    watch = watched(name, mask, training=training)
+    assert 0 < watch.largest < LONG * LONG, f"{watch.by} made {watch.largest:,} elements"
 
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("name", ["super", "super causal", "super per head", "super+expressive"])
-def test_m12_super_makes_nothing_larger_than_its_own_kernel(name: str, training: bool) -> None:
-    """W_A and its gradient are ℓ × ℓ (h of them if per head); that much is its own, and no more."""
+def test_m12_super_makes_nothing_of_that_size_but_its_own_kernel(name: str, training: bool) -> None:
+    """W_A's lower triangle and its gradient are ℓ × ℓ (h of them if per head): no more of them for a larger batch."""
     kernels = 2 if LAYERS[name].get("align_heads") == "per_head" else 1
-    masks = ["none", "padding"] + (["causal and padding"] if name in CAUSAL else [])
-    for mask in masks:
-        largest, by = largest_intermediate(name, mask, training=training)
-        assert 0 < largest <= kernels * LONG * LONG, f"{mask}: {by} made {largest:,} elements"
+    for mask in ("none", "padding", *(["causal and padding"] if name in CAUSAL else [])):
+        watch = watched(name, mask, training=training, batch=1)
+        assert watch.largest <= kernels * LONG * LONG, f"{mask}: {watch.by} made {watch.largest:,} elements"
+        if not training:
+            assert watch.count(LONG * LONG) == (1 if name in CAUSAL else 0), mask
+    larger = watched(name, mask, training=training, batch=3)
+    assert larger.largest <= kernels * LONG * LONG, f"{larger.by} made {larger.largest:,} elements for 3 samples"
+    assert larger.count(LONG * LONG) == watch.count(LONG * LONG)
 
 
 @pytest.mark.parametrize("name", ["standard", "expressive"])
 def test_m12_the_watch_sees_a_score_matrix_where_there_is_one(name: str) -> None:
-    largest, _ = largest_intermediate(name, "none", training=False, need_weights=True)
-    assert largest >= 2 * LONG * LONG
+    watch = watched(name, "none", training=False, need_weights=True)
+    assert watch.largest >= 2 * LONG * LONG
+    assert watch.count(LONG * LONG) >= 1
 
 
 @contextmanager
@@ -434,8 +444,10 @@ def test_m14_torch_alone_is_enough(bare_process: dict[str, str]) -> None:
 
 
 def test_m14_the_public_names_are_the_documented_ones() -> None:
-    promised = "MECHANISMS Mechanism MultiheadAttention attention explain cost assert_causal load_run"
+    promised = "MECHANISMS Mechanism MultiheadAttention attention explain cost assert_causal"
     assert set(promised.split()) <= set(ba.__all__)
+    assert callable(ba.load_run)
+    assert "load_run" not in ba.__all__  # a star import must work without the extras that it needs
     source = Path(ba.__file__)
     assert (source.parent / "py.typed").exists()
 

@@ -18,7 +18,7 @@ from .mechanism import MECHANISMS, Mechanism
 from .module import MultiheadAttention
 
 if TYPE_CHECKING:
-    from .experiments.runs import load_run
+    from .experiments.runs import load_run as load_run
 
 __version__ = "0.1.0"
 
@@ -32,8 +32,7 @@ __all__ = [
     "attention",
     "cost",
     "explain",
-    "load_run",
-]
+]  # and load_run, which needs the extras: a star import must not
 
 
 def __getattr__(name: str) -> Any:

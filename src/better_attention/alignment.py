@@ -93,11 +93,13 @@ class Alignment(nn.Module):
         if self.heads == "shared":
             aligned_BSD: Tensor = weight @ value_BSD
             return aligned_BSD if bias is None else aligned_BSD + bias
-        value_BNSH = value_BSD.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        aligned_BNSH: Tensor = weight @ value_BNSH
+        # The batch becomes columns, so that each head's kernel is used as it is and not copied for every sample.
+        (B, S, D), N = value_BSD.shape, self.num_heads
+        columns_NSC = value_BSD.reshape(B, S, N, D // N).permute(2, 1, 0, 3).reshape(N, S, B * (D // N))
+        aligned_NSC: Tensor = weight @ columns_NSC
         if bias is not None:
-            aligned_BNSH = aligned_BNSH + bias
-        return aligned_BNSH.transpose(1, 2).flatten(-2)
+            aligned_NSC = aligned_NSC + bias
+        return aligned_NSC.reshape(N, S, B, D // N).permute(2, 1, 0, 3).reshape(B, S, D)
 
     def _first(self, S: int) -> tuple[Tensor, Tensor | None]:
         """The part of W_A for S positions, and of its bias as a column."""

@@ -11,6 +11,9 @@ from typing import SupportsIndex
 import torch
 from torch import Tensor
 
+LARGEST = 2**31 - 1
+"""The largest size that is taken for one rather than for a slip."""
+
 
 def describe(value: object) -> str:
     """What came, in one line: a tensor by dtype and shape, anything else by value and type."""
@@ -30,13 +33,13 @@ def whole_number(value: object, name: str, *, at_least: int = 1) -> int:
 
     Raises:
         TypeError: not a whole number (bool included: ``True`` heads is a slip, not a one).
-        ValueError: below ``at_least``.
+        ValueError: below ``at_least``, or beyond any size a tensor could have.
     """
     if isinstance(value, bool) or not isinstance(value, SupportsIndex) or isinstance(value, Tensor):
         raise TypeError(f"{name} must be a whole number >= {at_least}, received {describe(value)}.")
     number = operator.index(value)
-    if number < at_least:
-        raise ValueError(f"{name} must be >= {at_least}, received {number}.")
+    if not at_least <= number <= LARGEST:
+        raise ValueError(f"{name} must be between {at_least} and {LARGEST:,}, received {number}.")
     return number
 
 
@@ -79,6 +82,17 @@ def flag(value: object, name: str) -> bool:
     """
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, received {describe(value)}.")
+    return value
+
+
+def floating_dtype(value: object, name: str) -> torch.dtype:
+    """``value`` if it is one of the dtypes that attention computes in, or an error naming the argument.
+
+    Raises:
+        TypeError: anything else.
+    """
+    if not isinstance(value, torch.dtype) or value not in _DTYPES:
+        raise TypeError(f"{name} must be torch.float64, float32, bfloat16 or float16, received {describe(value)}.")
     return value
 
 

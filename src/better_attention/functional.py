@@ -16,7 +16,7 @@ from .impl import IMPLEMENTATIONS
 from .impl.call import Call, hidden, triangle
 from .masks import check_mask
 from .mechanism import SCORES
-from .values import surely_finite, without
+from .values import autocast_dtype, surely_finite, without
 
 IMPLS = ("auto", *IMPLEMENTATIONS)
 
@@ -305,9 +305,10 @@ def _prepare(
     query, key, value = (floating_tensor(x, n) for x, n in ((query, "query"), (key, "key"), (value, "value")))
     query, key, value = same_dtype(query, key, value)
     lead = _check_shapes(query, key, value, enable_gqa)
+    shape = (*lead, query.shape[-2], key.shape[-2])
     call = Call(
         *_four_dimensional(query, key, value, lead, enable_gqa),
-        mask_BNLS=None if attn_mask is None else _mask(attn_mask, (*lead, query.shape[-2], key.shape[-2])),
+        mask_BNLS=None if attn_mask is None else _mask(attn_mask, shape, query.device),
         causal=is_causal,
         score=score,
         scale=1.0 / math.sqrt(max(1, query.shape[-1])) if scale is None else finite_number(scale, "scale"),
@@ -329,8 +330,8 @@ def same_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tenso
         raise ValueError(
             f"query, key and value must be on one device, received {query.device}, {key.device}, {value.device}."
         )
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    dtype = autocast_dtype(device)
+    if dtype is not None:
         aliased = value is key
         query, key, value = (x if x.dtype == torch.float64 else x.to(dtype) for x in (query, key, value))
         value = key if aliased else value
@@ -384,9 +385,9 @@ def _four_dimensional(
     return shaped(query), k_BNSH, k_BNSH if value is key else shaped(value)
 
 
-def _mask(attn_mask: Tensor, shape: tuple[int, ...]) -> Tensor:
+def _mask(attn_mask: Tensor, shape: tuple[int, ...], device: torch.device) -> Tensor:
     """``attn_mask`` as (B|1, N|1, L|1, S|1)."""
-    mask = check_mask(attn_mask, "attn_mask", one_means="attend")
+    mask = check_mask(attn_mask, "attn_mask", one_means="attend", device=device)
     trailing = shape[len(shape) - mask.dim() :] if 0 < mask.dim() <= len(shape) else ()
     if (
         mask.dim() == 0

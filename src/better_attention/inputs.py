@@ -9,6 +9,7 @@ from .errors import describe, floating_tensor
 from .impl.call import hidden
 from .masks import check_mask
 from .mechanism import Mechanism
+from .values import autocast_dtype
 
 
 def sequences(
@@ -36,9 +37,9 @@ def sequences(
     if rank not in (2, 3) or key.dim() != rank or value.dim() != rank:
         layout = "(B, L, D)" if batch_first else "(L, B, D)"
         raise ValueError(f"expected query, key and value all {layout} or all unbatched (L, D), received {received()}.")
-    for (name, x), width in zip(named.items(), widths, strict=True):
+    for (name, x), argument, width in zip(named.items(), ("embed_dim", "kdim", "vdim"), widths, strict=True):
         if x.shape[-1] != width:
-            raise ValueError(f"{name} must have last size {width}, received {received()}.")
+            raise ValueError(f"{name} must have last size {argument}={width}, received {received()}.")
     batch_dim = 0 if batch_first else 1
     if key.shape[:-1] != value.shape[:-1] or (rank == 3 and query.shape[batch_dim] != key.shape[batch_dim]):
         raise ValueError(
@@ -53,24 +54,33 @@ def sequences(
     return ready(query), key_BSD, key_BSD if value is key else ready(value)
 
 
-def check_dtypes(layer: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> None:
-    """Refuse inputs in another dtype than the layer's parameters, except under autocast.
+def check_placement(layer: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Refuse inputs on another device than the layer's parameters, or (except under autocast) in another dtype.
 
     Raises:
+        ValueError: devices differ.
         TypeError: dtypes differ.
     """
-    if torch.is_autocast_enabled(query.device.type):
-        return
-    own = next((p.dtype for p in layer.parameters()), query.dtype)
-    if not query.dtype == key.dtype == value.dtype == own:
+    own = next(layer.parameters(), query)
+    if not query.device == key.device == value.device == own.device:
+        raise ValueError(
+            f"this layer's parameters are on {own.device}, received query on {query.device}, key on {key.device}, "
+            f"value on {value.device}. Move them with .to({str(own.device)!r}), or the layer."
+        )
+    if autocast_dtype(query.device.type) is None and not query.dtype == key.dtype == value.dtype == own.dtype:
         raise TypeError(
-            f"this layer's parameters are {own}, received query {query.dtype}, key {key.dtype}, value {value.dtype}. "
-            f"Convert the inputs with .to({own}), the layer with .to(dtype), or run under torch.autocast."
+            f"this layer's parameters are {own.dtype}, received query {query.dtype}, key {key.dtype}, value "
+            f"{value.dtype}. Convert the inputs with .to({own.dtype}), the layer with .to(dtype), or autocast."
         )
 
 
 def torch_masks(
-    attn_mask: Tensor | None, key_padding_mask: Tensor | None, sizes: tuple[int, int, int, int], *, batched: bool
+    attn_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    sizes: tuple[int, int, int, int],
+    *,
+    batched: bool,
+    device: torch.device,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Torch's mask forms (bool True = hide) in the internal one (True = attend).
 
@@ -79,6 +89,7 @@ def torch_masks(
         key_padding_mask: (B, S), or (S) if not ``batched``.
         sizes: (B, N, L, S).
         batched: whether the user's tensors have a batch dimension.
+        device: where the inputs are.
 
     Returns:
         A mask broadcastable to (B, N, L, S) and a padding (B, 1, 1, S), each None where not given.
@@ -89,7 +100,7 @@ def torch_masks(
     B, N, L, S = sizes
     mask_BNLS = padding_B11S = None
     if attn_mask is not None:
-        mask = check_mask(attn_mask, "attn_mask", one_means="hide")
+        mask = check_mask(attn_mask, "attn_mask", one_means="hide", device=device)
         if tuple(mask.shape) not in ((L, S), (B * N, L, S)):
             raise ValueError(
                 f"attn_mask must be (L, S) = {(L, S)} or ({'B h' if batched else 'h'}, L, S) = {(B * N, L, S)}, "
@@ -98,7 +109,7 @@ def torch_masks(
         mask_BNLS = mask[None, None] if mask.dim() == 2 else mask.reshape(B, N, L, S)
         mask_BNLS = ~mask_BNLS if mask.dtype == torch.bool else mask_BNLS
     if key_padding_mask is not None:
-        padding = check_mask(key_padding_mask, "key_padding_mask", one_means="hide")
+        padding = check_mask(key_padding_mask, "key_padding_mask", one_means="hide", device=device)
         if tuple(padding.shape) != ((B, S) if batched else (S,)):
             expected = f"(B, S) = {(B, S)}" if batched else f"(S,) = {(S,)}"
             raise ValueError(f"key_padding_mask must be {expected}, received {describe(padding)}.")

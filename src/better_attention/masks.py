@@ -6,21 +6,22 @@ import torch
 from torch import Tensor
 
 from .errors import describe
-from .impl.call import hidden
 from .values import readable
 
 
-def check_mask(mask: object, name: str, *, one_means: str) -> Tensor:
+def check_mask(mask: object, name: str, *, one_means: str, device: torch.device) -> Tensor:
     """A bool or additive float mask, or an error.
 
     Args:
         mask: what the user passed.
         name: the argument's name, for the message.
         one_means: what True means in this argument ("attend" or "hide"), for the message.
+        device: where the inputs are.
 
     Raises:
         TypeError: neither bool nor floating point.
-        ValueError: a float mask of zeros and ones, which as an additive mask hides nothing (eager mode only).
+        ValueError: on another device; or a float mask of zeros and ones, which as an additive mask hides nothing
+            (looked at in eager mode only).
     """
     if not isinstance(mask, Tensor):
         raise TypeError(f"{name} must be a bool or float tensor, received {describe(mask)}.")
@@ -29,6 +30,8 @@ def check_mask(mask: object, name: str, *, one_means: str) -> Tensor:
             f"{name} must be bool (True = {one_means}) or float (added to the log weights), received {describe(mask)}. "
             "Integers could mean either: convert with mask.bool(), or mask.logical_not() for the opposite meaning."
         )
+    if mask.device != device:
+        raise ValueError(f"{name} is on {mask.device}, the inputs are on {device}. Move it with .to({str(device)!r}).")
     if mask.is_floating_point() and _zeros_and_ones(mask):
         raise ValueError(
             f"{name} is {describe(mask)} that holds only 0 and 1. A float mask is added to the log weights, where 1 "
@@ -49,7 +52,11 @@ def _zeros_and_ones(mask: Tensor) -> bool:
         return False
 
 
-def hides_the_future(mask_BNLS: Tensor, score: str) -> bool:
+NEARLY_HIDDEN = -1e4
+"""Biases at or below this are what people write instead of -inf (-1e4, -1e9, finfo.min)."""
+
+
+def hides_the_future(mask_BNLS: Tensor) -> bool:
     """Whether a mask lets no query see a later key (eager mode only; False where values cannot be read).
 
     A small mask can hide its few later keys by chance, so one below 8 x 8 counts only if it is the triangle
@@ -59,7 +66,7 @@ def hides_the_future(mask_BNLS: Tensor, score: str) -> bool:
     if L < 2 or S < 2 or not readable():
         return False
     try:
-        keep = ~hidden(mask_BNLS, score)
+        keep = mask_BNLS if mask_BNLS.dtype == torch.bool else mask_BNLS > NEARLY_HIDDEN
         lower = torch.ones(L, S, dtype=torch.bool, device=keep.device).tril()
         if bool((keep & ~lower).any()):
             return False

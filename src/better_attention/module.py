@@ -7,7 +7,6 @@ L queries, S keys, N heads, H head width, D model width.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch.nn import functional as F
 
 from . import inputs, masks
 from .alignment import Alignment
-from .errors import finite_number, flag, one_of, whole_number
+from .errors import finite_number, flag, floating_dtype, one_of, whole_number
 from .functional import IMPLS, attend, same_dtype
 from .impl.call import Call
 from .mechanism import MECHANISMS, Mechanism
@@ -134,13 +133,15 @@ class MultiheadAttention(nn.Module):
                 "Pass max_len=..., or use 'efficient', which has no fixed length."
             )
 
+        if dtype is not None:
+            floating_dtype(dtype, "dtype")
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         widths = {"q": self.embed_dim, "k": self.kdim, "v": self.vdim}
         # out_proj is drawn first, as in torch, so that one seed gives both classes the same weights.
         out_proj = nn.Linear(self.embed_dim, self.embed_dim, bias, **factory) if self._learns("o") else nn.Identity()
         for p, width in widths.items():
-            linear = nn.utils.skip_init(nn.Linear, width, self.embed_dim, bias, **_explicit(factory))
-            setattr(self, f"{p}_proj", linear if self._learns(p) else nn.Identity())
+            linear = _undrawn(width, self.embed_dim, bias, **factory) if self._learns(p) else nn.Identity()
+            setattr(self, f"{p}_proj", linear)
         self.align: nn.Module = nn.Identity()
         if max_len is not None:
             self.align = Alignment(
@@ -169,7 +170,7 @@ class MultiheadAttention(nn.Module):
         with torch.no_grad():
             if self.kdim == self.vdim == self.embed_dim:
                 # One draw for the packed (3D, D) matrix has torch's bound, and torch's numbers for "standard".
-                bound = math.sqrt(6.0 / (4 * self.embed_dim))
+                bound = math.sqrt(3.0) * math.sqrt(2.0 / (4 * self.embed_dim))
                 weights = [linear.weight for linear in kept]
                 if weights:
                     packed = torch.empty_like(torch.cat(weights)).uniform_(-bound, bound)
@@ -219,10 +220,12 @@ class MultiheadAttention(nn.Module):
         query_BLD, key_BSD, value_BSD = inputs.sequences(
             query, key, value, widths=(self.embed_dim, self.kdim, self.vdim), batch_first=self.batch_first
         )
-        inputs.check_dtypes(self, query, key, value)
+        inputs.check_placement(self, query, key, value)
         batched = query.dim() == 3
         sizes = (query_BLD.shape[0], self.num_heads, query_BLD.shape[1], key_BSD.shape[1])
-        mask_BNLS, padding_B11S = inputs.torch_masks(attn_mask, key_padding_mask, sizes, batched=batched)
+        mask_BNLS, padding_B11S = inputs.torch_masks(
+            attn_mask, key_padding_mask, sizes, batched=batched, device=query.device
+        )
         self._refuse_leak(mask_BNLS, is_causal)
         padded_BS1 = inputs.padded_positions(padding_B11S, self.mechanism)
         key_BSD, value_BSD = inputs.silence(key_BSD, value_BSD, padded_BS1)
@@ -320,7 +323,7 @@ class MultiheadAttention(nn.Module):
     def _refuse_leak(self, mask_BNLS: Tensor | None, is_causal: bool) -> None:
         if not isinstance(self.align, Alignment) or self.align.causal:
             return
-        if is_causal or (mask_BNLS is not None and masks.hides_the_future(mask_BNLS, self.mechanism.score)):
+        if is_causal or (mask_BNLS is not None and masks.hides_the_future(mask_BNLS)):
             came = "is_causal=True" if is_causal else "a causal attn_mask"
             raise ValueError(
                 f"mechanism {self.mechanism.name!r} received {came}, but its W_A mixes every value position, later "
@@ -384,6 +387,14 @@ class MultiheadAttention(nn.Module):
         return 1.0 if isinstance(self.scale, str) else self.scale
 
 
-def _explicit(factory: Mapping[str, Any]) -> dict[str, Any]:
-    """``skip_init`` wants a device by name."""
-    return {**factory, "device": factory["device"] if factory["device"] is not None else torch.get_default_device()}
+class _Undrawn(nn.Linear):
+    """A linear map whose weights the layer draws itself, so that it draws no random numbers of its own."""
+
+    def reset_parameters(self) -> None:
+        """Leave the weights as allocated."""
+
+
+def _undrawn(*args: Any, **kwargs: Any) -> nn.Linear:
+    linear: nn.Linear = _Undrawn(*args, **kwargs)
+    linear.__class__ = nn.Linear  # an ordinary one from here on: some tools ask for exactly this class
+    return linear

@@ -13,17 +13,15 @@ def unpack(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) 
     """Load hook: torch's packed (``in_proj_weight``) and separate (``q_proj_weight`` ...) names become ours.
 
     What the module has no place for, W_V for "optimised" say, is left under our name, so that a strict load
-    reports it as unexpected rather than dropping it.
+    reports it as unexpected rather than dropping it; so is one of two layouts that come together.
     """
     for kind in ("weight", "bias"):
-        packed = state_dict.pop(f"{prefix}in_proj_{kind}", None)
-        if packed is not None:
-            for p, part in zip("qkv", packed.chunk(3), strict=True):
-                state_dict[f"{prefix}{p}_proj.{kind}"] = part
+        ours = [f"{prefix}{p}_proj.{kind}" for p in "qkv"]
+        if f"{prefix}in_proj_{kind}" in state_dict and not any(name in state_dict for name in ours):
+            state_dict.update(zip(ours, state_dict.pop(f"{prefix}in_proj_{kind}").chunk(3), strict=True))
     for p in "qkv":
-        separate = state_dict.pop(f"{prefix}{p}_proj_weight", None)
-        if separate is not None:
-            state_dict[f"{prefix}{p}_proj.weight"] = separate
+        if f"{prefix}{p}_proj_weight" in state_dict and f"{prefix}{p}_proj.weight" not in state_dict:
+            state_dict[f"{prefix}{p}_proj.weight"] = state_dict.pop(f"{prefix}{p}_proj_weight")
 
 
 def to_packed(state_dict: Mapping[str, Tensor], *, packed: bool) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Looking at tensor values from Python: only in eager mode, only where a tensor has values to look at."""
+"""What Python may ask at run time: the values of tensors (in eager mode only), and what autocast would do."""
 
 from __future__ import annotations
 
@@ -11,6 +11,13 @@ from torch import Tensor
 def readable() -> bool:
     """Whether Python may look at values here: not while a graph is being traced."""
     return not (torch.compiler.is_compiling() or torch.jit.is_tracing())  # type: ignore[attr-defined]
+
+
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """The dtype autocast would compute in on a device type, None where it is off or unknown (the meta device)."""
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
 
 
 def surely_finite(x: Tensor) -> bool:

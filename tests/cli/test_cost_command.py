@@ -70,12 +70,22 @@ def test_efficient_keeps_one_tensor(capsys: pytest.CaptureFixture[str]) -> None:
     assert [row["cache_bytes_per_token"] for row in rows] == [1024, 512, 1024]
 
 
-def test_the_table_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_says_the_same(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     assert run() == 0
     out = capsys.readouterr().out
     line = next(line.split() for line in out.splitlines() if line.split()[:1] == ["super"])
     assert line == ["super", "37,184", "344,064", "7,340,032", "22,020,096", "0.700", "148,736", "1,024"]
     assert "d = 128, h = 4, ℓ = 64, batch 1, float32" in out
+
+
+def test_a_narrow_screen_cuts_nothing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run() == 0
+    table = {line.strip().split("  ")[0]: line.split() for line in capsys.readouterr().out.splitlines()}
+    assert table["Mechanism"][1:] == ["standard", "optimised", "efficient", "super", "expressive"]
+    assert table["forward + backward"][-2:] == ["22,020,096", "31,457,280"]
+    assert table["Cache, bytes/token"][-3] == "512"
 
 
 @pytest.mark.parametrize("form", ["paper", "exact"])

@@ -120,14 +120,18 @@ def _print(rows: list[Entry], args: argparse.Namespace) -> None:
     from rich.table import Table
 
     title = f"One layer: d = {args.embed_dim}, h = {args.heads}, ℓ = {args.length}, batch {args.batch}, {args.dtype}"
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("Mechanism", no_wrap=True)
-    for title in _TITLES.values():
-        table.add_column(title, justify="right")
+    lines = [["Mechanism", *_TITLES.values()]]
     for row in rows:
         cells = [f"{row[key]:,}" if isinstance(row[key], int) else f"{row[key]:.3f}" for key in _TITLES]
-        table.add_row(str(row["mechanism"]), *cells)
+        lines.append([str(row["mechanism"]), *cells])
     out = console()
+    if out.width < sum(max(map(len, column)) + 3 for column in zip(*lines, strict=True)):
+        lines = [list(column) for column in zip(*lines, strict=True)]  # a narrow screen: mechanisms side by side
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    for i, header in enumerate(lines[0]):
+        table.add_column(header, justify="right" if i else "left", overflow="fold")
+    for line in lines[1:]:
+        table.add_row(*line)
     out.print(table)
     out.print(
         "Eq. 24 of arXiv 2403.01643 counts forward and backward and is linear in d; the other counts are those of the\n"

@@ -38,7 +38,7 @@ def compute(call: Call) -> tuple[Tensor, None]:
     call = call.with_repeated_heads()
     # A custom operator's own autograd does not know torch.func, an autograd.Function does not stay one graph node.
     run = torch.ops.better_attention.chunked if torch.compiler.is_compiling() else _Chunked.apply
-    heads_BNLH, _, _ = run(
+    heads_BNLH, *_ = run(
         call.q_BNLH, call.k_BNSH, call.v_BNSH, call.mask_BNLS, call.padding_B11S, call.causal, call.score, call.scale
     )
     return heads_BNLH, None
@@ -96,8 +96,8 @@ def _restrictions(
 # --- scores on a tile: weights, and their derivative towards z -------------------------------------------------
 
 
-def _unnormalised(score: str, z: Tensor, hide: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Weights before division, and per row the constant taken out of their exponent (0 where there is none)."""
+def _unnormalised(score: str, z: Tensor, hide: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights before division, and per row the constants taken out of their exponent (0) and of z (1 if none)."""
     if score == "softmax":
         if bias is not None:
             z += bias
@@ -105,19 +105,23 @@ def _unnormalised(score: str, z: Tensor, hide: Tensor | None, bias: Tensor | Non
             z.masked_fill_(hide, -math.inf)
         shift = z.amax(dim=-1, keepdim=True)
         shift.masked_fill_(shift == -math.inf, 0.0)
-        return z.sub_(shift).exp_(), shift
+        return z.sub_(shift).exp_(), shift, torch.ones_like(shift)
+    if hide is not None:
+        z.masked_fill_(hide, 0.0)  # z = 0 is weight 0
+    # Rows of scores so small that z**2 would underflow are measured in their largest; the normaliser cancels it.
+    unit = torch.linalg.vector_norm(z, math.inf, dim=-1, keepdim=True)
+    unit.masked_fill_((unit == 0.0) | ~(unit <= 1e-8), 1.0)
+    in_units = (z / unit).square_() if bool((unit != 1.0).any()) else None
     # 1 + z**2 loses nothing beyond `far`, and inf / inf cannot arise.
     far = 2.0**60 if z.dtype == torch.float64 else 2.0**30
-    a = z.square_().clamp_(max=far)
-    a /= a + 1.0
-    if hide is not None:
-        a.masked_fill_(hide, 0.0)
+    square = z.square_().clamp_(max=far)
+    a = (square if in_units is None else in_units).div_(square + 1.0)
     if bias is None:
-        return a, a.new_zeros(()).expand(*a.shape[:-1], 1)
+        return a, torch.zeros_like(unit), unit
     a.masked_fill_(a < torch.finfo(a.dtype).tiny, 0.0)
     shift = (a.log() + bias).amax(dim=-1, keepdim=True)
     shift.masked_fill_(shift == -math.inf, 0.0)
-    return a.mul_(_factor(bias, shift)), shift
+    return a.mul_(_factor(bias, shift)), shift, unit
 
 
 def _factor(bias: Tensor, shift: Tensor) -> Tensor:
@@ -126,7 +130,7 @@ def _factor(bias: Tensor, shift: Tensor) -> Tensor:
 
 
 def _weights_and_slope(
-    score: str, z: Tensor, hide: Tensor | None, bias: Tensor | None, total: Tensor, shift: Tensor
+    score: str, z: Tensor, hide: Tensor | None, bias: Tensor | None, total: Tensor, shift: Tensor, unit: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Normalised weights w, and s with dw_k/dz_k = s_k before the normaliser's own share: s = w for softmax."""
     if score == "softmax":
@@ -136,19 +140,20 @@ def _weights_and_slope(
             z.masked_fill_(hide, -math.inf)
         weights = z.sub_(shift).exp_().div_(total)
         return weights, weights
+    if hide is not None:
+        z.masked_fill_(hide, 0.0)
     far = 2.0**30 if z.dtype == torch.float64 else 2.0**15
     z.clamp_(-far, far)
     inverse = (z.square() + 1.0).reciprocal_()
     factor = 1.0 / total
     if bias is not None:
         factor = _factor(bias, shift) * factor
-    if hide is not None:
-        factor = factor.expand_as(z).masked_fill(hide, 0.0)
-    slope = (z * inverse).mul_(factor)  # z / (1 + z^2) * factor
+    z /= unit
+    slope = (z * inverse).mul_(factor)  # z / (1 + z^2) * factor, z in units
     weights = slope * z  # z^2 / (1 + z^2) * factor
     if bias is not None:
         weights.masked_fill_(z.square() * inverse < torch.finfo(z.dtype).tiny, 0.0)
-    return weights, slope.mul_(inverse).mul_(2.0)  # 2 z / (1 + z^2)^2 * factor
+    return weights, slope.mul_(inverse).mul_(2.0 / unit)  # 2 z / (1 + z^2)^2 * factor
 
 
 # --- the operators ---------------------------------------------------------------------------------------------
@@ -157,8 +162,8 @@ def _weights_and_slope(
 @torch.library.custom_op("better_attention::chunked", mutates_args=())
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, padding: Tensor | None, causal: bool, score: str, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Head outputs (B, N, L, H); per row the normaliser (inf for a row without weight) and the exponent's constant."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Head outputs (B, N, L, H); per row the normaliser (inf if there is no weight) and the two constants."""
     (B, N, L, _), S = q.shape, k.shape[2]
     dtype = island(q.dtype)
     masks = [m for m in (mask, padding) if m is not None]
@@ -167,27 +172,27 @@ def _forward(
     heads = q.new_zeros(B, N, L, v.shape[-1])
     total = torch.full((B, N, L, 1), math.inf, dtype=dtype, device=q.device)
     shift = torch.zeros((B, N, L, 1), dtype=dtype, device=q.device)
+    unit = torch.ones((B, N, L, 1), dtype=dtype, device=q.device)
     if S == 0:
-        return heads, total, shift
+        return heads, total, shift, unit
     for tile in _tiles(B, N, L, S, causal):
         at, keys = (tile.batch, tile.heads, tile.rows), (tile.batch, tile.heads, tile.keys)
         z = q_BNLH[at] @ k_BNSH[keys].transpose(-1, -2)
         hide, bias = _restrictions(masks, causal, score, tile, z)
-        a, constant = _unnormalised(score, z, hide, bias)
+        a, shift[at], unit[at] = _unnormalised(score, z, hide, bias)
         row = a.sum(dim=-1, keepdim=True)
         row.masked_fill_(row == 0.0, math.inf)
         heads[at] = ((a @ v_BNSH[keys]) / row).to(q.dtype)
-        total[at], shift[at] = row, constant
-    return heads, total, shift
+        total[at] = row
+    return heads, total, shift, unit
 
 
 @_forward.register_fake
 def _(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, padding: Tensor | None, causal: bool, score: str, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    rows = (*q.shape[:3], 1)
-    dtype = island(q.dtype)
-    return q.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(rows, dtype=dtype), q.new_empty(rows, dtype=dtype)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    total, shift, unit = (q.new_empty((*q.shape[:3], 1), dtype=island(q.dtype)) for _ in range(3))
+    return q.new_empty(*q.shape[:3], v.shape[-1]), total, shift, unit
 
 
 @torch.library.custom_op("better_attention::chunked_backward", mutates_args=())
@@ -201,6 +206,7 @@ def _backward(
     heads: Tensor,
     total: Tensor,
     shift: Tensor,
+    unit: Tensor,
     causal: bool,
     score: str,
     scale: float,
@@ -221,7 +227,7 @@ def _backward(
         at, keys = (tile.batch, tile.heads, tile.rows), (tile.batch, tile.heads, tile.keys)
         z = q_BNLH[at] @ k_BNSH[keys].transpose(-1, -2)
         hide, bias = _restrictions(masks, causal, score, tile, z)
-        weights, slope = _weights_and_slope(score, z, hide, bias, total[at], shift[at])
+        weights, slope = _weights_and_slope(score, z, hide, bias, total[at], shift[at], unit[at])
         dv[keys] += weights.transpose(-1, -2) @ g_BNLH[at]
         dw = (g_BNLH[at] @ v_BNSH[keys].transpose(-1, -2)).sub_(delta[at])
         for gradient in wanted:
@@ -249,6 +255,7 @@ def _(
     heads: Tensor,
     total: Tensor,
     shift: Tensor,
+    unit: Tensor,
     causal: bool,
     score: str,
     scale: float,
@@ -267,7 +274,7 @@ def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.settings = (causal, score, scale, [bool(ctx.needs_input_grad[3]), bool(ctx.needs_input_grad[4])])
 
 
-def _derive(ctx, grad, _total, _shift):  # type: ignore[no-untyped-def]
+def _derive(ctx, grad, *_constants):  # type: ignore[no-untyped-def]
     run = torch.ops.better_attention.chunked_backward if torch.compiler.is_compiling() else _ChunkedBackward.apply
     gradients = run(grad, *ctx.saved_tensors, *ctx.settings)
     wished = ctx.settings[-1]
@@ -331,13 +338,13 @@ def _vmap_forward(info, in_dims, q, k, v, mask, padding, causal, score, scale): 
     batch = q.shape[0 if in_dims[0] is None or in_dims[0] > 0 else 1]
     folded = _fold_all(info, in_dims[:5], (q, k, v, mask, padding), batch)
     outputs = torch.ops.better_attention.chunked(*folded, causal, score, scale)
-    return tuple(x.unflatten(0, (info.batch_size, batch)) for x in outputs), (0, 0, 0)
+    return tuple(x.unflatten(0, (info.batch_size, batch)) for x in outputs), (0,) * 4
 
 
 def _vmap_backward(info, in_dims, *args):  # type: ignore[no-untyped-def]
-    tensors, settings = args[:9], args[9:]
+    tensors, settings = args[:10], args[10:]
     batch = tensors[1].shape[0 if in_dims[1] is None or in_dims[1] > 0 else 1]
-    folded = _fold_all(info, in_dims[:9], tensors, batch)
+    folded = _fold_all(info, in_dims[:10], tensors, batch)
     *main, mask, padding = (
         x.unflatten(0, (info.batch_size, batch)) if x.dim() == 4 else x.expand(info.batch_size, 0)
         for x in torch.ops.better_attention.chunked_backward(*folded, *settings)

@@ -70,16 +70,24 @@ def _softmax(z_BNLS: Tensor, bias: Tensor | None, hide: Tensor | None) -> Tensor
 
 def _expressive(z_BNLS: Tensor, bias: Tensor | None, hide: Tensor | None) -> Tensor:
     """a exp(bias) / sum over keys with a = z^2 / (1 + z^2) (2407.18601); a row without weight is zero."""
+    if hide is not None:
+        z_BNLS = z_BNLS.masked_fill(hide, 0.0)  # z = 0 is weight 0
     # Far out a is 1 to the last bit, and z**2 would overflow: the clamp changes no value, only prevents inf/inf.
     far = 2.0**30 if z_BNLS.dtype == torch.float64 else 2.0**15
-    square = z_BNLS.clamp(-far, far).square()
-    a_BNLS = square / (1.0 + square)
+    z_BNLS = z_BNLS.clamp(-far, far)
+    a_BNLS = (z_BNLS / _unit(z_BNLS.detach())).square() / (1.0 + z_BNLS.square())
     if bias is not None:
         a_BNLS = _with_bias(a_BNLS, bias, hide)
-    if hide is not None:
-        a_BNLS = a_BNLS.masked_fill(hide, 0.0)
     total_BNL1 = a_BNLS.sum(dim=-1, keepdim=True)
     return a_BNLS / total_BNL1.masked_fill(total_BNL1 == 0.0, 1.0)
+
+
+def _unit(z_BNLS: Tensor) -> Tensor:
+    """1, or the largest |z| of a row where all are so small that z**2 would underflow; the normaliser cancels it."""
+    if z_BNLS.shape[-1] == 0:
+        return z_BNLS.new_ones(())
+    largest_BNL1 = z_BNLS.abs().amax(dim=-1, keepdim=True)
+    return largest_BNL1.masked_fill((largest_BNL1 == 0.0) | (largest_BNL1 > 1e-8), 1.0)
 
 
 def _with_bias(a_BNLS: Tensor, bias: Tensor, hide: Tensor | None) -> Tensor:
