@@ -82,10 +82,9 @@ def test_the_table_says_the_same(capsys: pytest.CaptureFixture[str], monkeypatch
 def test_a_narrow_screen_cuts_nothing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     assert run() == 0
-    table = {line.strip().split("  ")[0]: line.split() for line in capsys.readouterr().out.splitlines()}
-    assert table["Mechanism"][1:] == ["standard", "optimised", "efficient", "super", "expressive"]
-    assert table["forward + backward"][-2:] == ["22,020,096", "31,457,280"]
-    assert table["Cache, bytes/token"][-3] == "512"
+    words = capsys.readouterr().out.split()
+    for wanted in ("standard", "optimised", "efficient", "super", "expressive", "22,020,096", "31,457,280", "148,736"):
+        assert wanted in words
 
 
 @pytest.mark.parametrize("form", ["paper", "exact"])
