@@ -181,3 +181,16 @@ def test_what_cannot_be_built_is_refused_before_anything_is_trained(tmp_path: Pa
 def test_a_device_that_is_not_there_is_refused() -> None:
     with pytest.raises(ValueError, match="--device cuda: there is no such device here"):
         make_accelerator("cuda")
+
+
+def test_a_task_limits_the_threads_of_its_runs(tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for threads, seen in ((None, 2), (1, 1), (5, 2)):
+            wish = replace(plan(tmp_path / str(threads), ["standard"]), task=tiny.task(epochs=1, threads=threads))
+            study, _ = compare(wish, Watcher())
+            assert [record["threads"] for record in study.records] == [seen]
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

@@ -117,6 +117,17 @@ class Stop:
             self._restore()
 
 
+@contextmanager
+def at_most(threads: int | None) -> Iterator[None]:
+    """Let torch use at most this many CPU threads while the block runs; None: as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(before, threads or before))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def compare(plan: Plan, watcher: Watcher) -> tuple[Study, list[str]]:
     """Train what is not yet trained, then write ``results.csv``, ``results.json`` and ``report.html``.
 
@@ -139,7 +150,7 @@ def compare(plan: Plan, watcher: Watcher) -> tuple[Study, list[str]]:
     check_agreement(plan.out, same)
     failed: list[str] = []
     stop = Stop(watcher)
-    with stop.listening():
+    with at_most(plan.task.threads), stop.listening():
         for number, (mechanism, heads, seed) in enumerate(plan.runs(), start=1):
             name = run_name(mechanism, heads, seed)
             watcher.begin(name, number, len(plan.runs()))

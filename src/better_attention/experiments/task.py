@@ -103,6 +103,8 @@ class Task(ABC):
         validation_share: share of the training split that is held out as validation.
         train_samples, test_samples: random subsets for the smaller scales; None: everything.
         data_seed: seed of the validation cut and of the subsets, the same for every run.
+        threads: most CPU threads of a run; None: as many as torch takes. Models this small lose more by handing work
+            to a second thread than it gains, and lose badly where another program wants that core.
     """
 
     name: str
@@ -127,11 +129,14 @@ class Task(ABC):
     train_samples: int | None = None
     test_samples: int | None = None
     data_seed: int = 0
+    threads: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("width", "length", "layers", "default_heads", "seeds", "epochs", "batch_size"):
             whole_number(getattr(self, name), name)
         whole_number(self.patience, "patience", at_least=0)
+        if self.threads is not None:
+            whole_number(self.threads, "threads")
         one_of(self.scale, "scale", SCALES)
         one_of(self.optimiser, "optimiser", OPTIMISERS)
         if finite_number(self.lr, "lr", low=0.0) == 0:

@@ -31,12 +31,13 @@ def digits(scale: str = "small") -> Task:
         heads=(1, 2, 4),
         default_heads=4,
         seeds=3,
-        epochs=40,
-        patience=10,
+        epochs=30,
+        patience=8,
         batch_size=64,
         optimiser="adamw",
         lr=3e-3,
         weight_decay=1e-4,
+        threads=1,
     )
     variants: dict[str, Task] = {
         "smoke": replace(small, scale="smoke", seeds=1, epochs=2),

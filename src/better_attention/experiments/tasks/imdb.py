@@ -33,6 +33,7 @@ def imdb(scale: str = "small") -> Task:
         batch_size=64,
         optimiser="adam",
         lr=1e-3,
+        threads=1,
     )
     variants: dict[str, Task] = {
         "smoke": replace(paper, scale="smoke", seeds=1, epochs=1, train_samples=1_000, test_samples=500),
