@@ -53,6 +53,10 @@ def _disturbances(inputs: Tensor, start: int, dim: int) -> list[tuple[str, Tenso
     head, tail = inputs.narrow(dim, 0, start), inputs.narrow(dim, start, inputs.shape[dim] - start)
     if inputs.is_floating_point():
         tails = [("values times 100 plus 100", tail * 100 + 100), ("NaN", torch.full_like(tail, float("nan")))]
+    elif inputs.dtype == torch.bool:
+        tails = [("the opposite values", ~tail)]
+    elif inputs.is_complex():
+        raise TypeError(f"inputs must be real numbers, integers or bools, received {describe(inputs)}.")
     else:
         ids = inputs.unique()
         if len(ids) < 2:

@@ -38,8 +38,10 @@ def whole_number(value: object, name: str, *, at_least: int = 1) -> int:
     if isinstance(value, bool) or not isinstance(value, SupportsIndex) or isinstance(value, Tensor):
         raise TypeError(f"{name} must be a whole number >= {at_least}, received {describe(value)}.")
     number = operator.index(value)
-    if not at_least <= number <= LARGEST:
-        raise ValueError(f"{name} must be between {at_least} and {LARGEST:,}, received {number}.")
+    if number < at_least:
+        raise ValueError(f"{name} must be >= {at_least}, received {number}.")
+    if number > LARGEST:
+        raise ValueError(f"{name} must be <= {LARGEST:,}, received {number}.")
     return number
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal, overload
@@ -190,10 +191,16 @@ def attend(call: Call, impl: str) -> tuple[Tensor, Tensor | None]:
     chosen = _choose(call, impl)
     if chosen is None:
         raise ValueError(_refusal(call, impl))
-    heads_BNLH, weights_BNLS = IMPLEMENTATIONS[chosen].compute(call)
-    if call.restricted and not surely_finite(heads_BNLH):
-        heads_BNLH, weights_BNLS = _keep_apart(call, chosen, heads_BNLH, weights_BNLS)
+    with _without_autocast(call.q_BNLH.device.type):
+        heads_BNLH, weights_BNLS = IMPLEMENTATIONS[chosen].compute(call)
+        if call.restricted and not surely_finite(heads_BNLH):
+            heads_BNLH, weights_BNLS = _keep_apart(call, chosen, heads_BNLH, weights_BNLS)
     return heads_BNLH, weights_BNLS if call.need_weights else None
+
+
+def _without_autocast(device: str) -> AbstractContextManager[object]:
+    """Autocast has had its say in :func:`same_dtype`; inside, it would undo the float32 that 16-bit weights need."""
+    return nullcontext() if autocast_dtype(device) is None else torch.autocast(device, enabled=False)
 
 
 def _choose(call: Call, impl: str) -> str | None:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .errors import describe, floating_tensor
 from .impl.call import hidden
-from .masks import check_mask
+from .masks import NEARLY_HIDDEN, check_mask
 from .mechanism import Mechanism
 from .values import autocast_dtype
 
@@ -121,8 +121,16 @@ def padded_positions(padding_B11S: Tensor | None, mechanism: Mechanism) -> Tenso
     """Which keys are hidden from every query, (B, S, 1), or None."""
     if padding_B11S is None:
         return None
-    # Behind W_A a bias at the dtype's minimum has to silence as well; plain softmax adds it, as torch does.
-    return hidden(padding_B11S, "expressive" if mechanism.aligned else mechanism.score)[:, 0, 0, :, None]
+    padding_BS1 = padding_B11S[:, 0, 0, :, None]
+    if padding_BS1.dtype == torch.bool:
+        return ~padding_BS1
+    if mechanism.aligned:
+        return padding_BS1 <= NEARLY_HIDDEN
+    lowest = hidden(padding_BS1, "expressive")
+    if mechanism.score == "expressive":
+        return lowest
+    # torch adds the dtype's lowest number like any other: it hides, unless a sample has nothing else.
+    return (lowest & ~lowest.all(dim=1, keepdim=True)) | hidden(padding_BS1, "softmax")
 
 
 def silence(key_BSD: Tensor, value_BSD: Tensor, padded_BS1: Tensor | None) -> tuple[Tensor, Tensor]:

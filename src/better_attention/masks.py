@@ -52,14 +52,14 @@ def _zeros_and_ones(mask: Tensor) -> bool:
         return False
 
 
-NEARLY_HIDDEN = -1e4
-"""Biases at or below this are what people write instead of -inf (-1e4, -1e9, finfo.min)."""
+NEARLY_HIDDEN = -1e3
+"""Biases at or below this are what people write instead of -inf (-1e4, -1e9, finfo.min). They hide from W_A too."""
 
 
 def hides_the_future(mask_BNLS: Tensor) -> bool:
     """Whether a mask lets no query see a later key (eager mode only; False where values cannot be read).
 
-    A small mask can hide its few later keys by chance, so one below 8 x 8 counts only if it is the triangle
+    A small mask can hide its few later keys by chance, so one below 5 x 5 counts only if it is the triangle
     itself, apart from keys hidden from every query.
     """
     L, S = mask_BNLS.shape[-2:]
@@ -73,6 +73,6 @@ def hides_the_future(mask_BNLS: Tensor) -> bool:
         seen = keep.any(dim=-2, keepdim=True)
         if not bool(seen[..., 1:].any()):
             return False  # nothing but the first key is visible at all: padding, not a triangle
-        return min(L, S) >= 8 or bool((keep == (lower & seen)).all())
+        return min(L, S) >= 5 or bool((keep == (lower & seen)).all())
     except RuntimeError:
         return False

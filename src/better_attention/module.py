@@ -68,7 +68,7 @@ class MultiheadAttention(nn.Module):
         together with a mask (torch demands a mask and then trusts the flag). A query with every key hidden gets
         weights 0 and the output bias on every path (torch: NaN on some). Misuse raises ValueError or TypeError, 0/1
         float masks included (torch: AssertionError, RuntimeError, or nothing). Numbers in padded keys and values,
-        NaN included, never reach the output.
+        NaN included, never reach the output, whether they are padded by True, -inf or the dtype's lowest number.
 
     Source: arXiv 2403.01643, definitions 1-4; arXiv 2407.18601.
 
@@ -217,6 +217,8 @@ class MultiheadAttention(nn.Module):
         Raises:
             TypeError, ValueError: inputs that do not fit the layer or one another.
         """
+        if query.is_nested:
+            return self._nested(query, key, value, key_padding_mask, need_weights, attn_mask), None
         query_BLD, key_BSD, value_BSD = inputs.sequences(
             query, key, value, widths=(self.embed_dim, self.kdim, self.vdim), batch_first=self.batch_first
         )
@@ -319,6 +321,28 @@ class MultiheadAttention(nn.Module):
                 )
 
     # --- forward, in order of use ------------------------------------------------------------------------------
+
+    def _nested(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        need_weights: bool,
+        attn_mask: Tensor | None,
+    ) -> Tensor:
+        """Self-attention on what ``nn.TransformerEncoder`` makes of padded input if its first layer is torch's own."""
+        own = query is key and key is value and self.batch_first
+        if not own or need_weights or attn_mask is not None or key_padding_mask is not None:
+            raise TypeError(
+                "nested tensors are taken for self-attention with batch_first=True, need_weights=False and no mask: "
+                "pad them (to_padded_tensor) and pass key_padding_mask, or set encoder.use_nested_tensor = False."
+            )
+        lengths = [len(x) for x in query.unbind()]
+        padded_BLD = query.to_padded_tensor(0.0)
+        padding_BL = torch.arange(padded_BLD.shape[1]) >= torch.tensor(lengths)[:, None]
+        output_BLD, _ = self(padded_BLD, padded_BLD, padded_BLD, padding_BL.to(query.device), need_weights=False)
+        return torch.nested.as_nested_tensor([x[:n] for x, n in zip(output_BLD, lengths, strict=True)])
 
     def _refuse_leak(self, mask_BNLS: Tensor | None, is_causal: bool) -> None:
         if not isinstance(self.align, Alignment) or self.align.causal:

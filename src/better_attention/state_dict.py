@@ -13,12 +13,16 @@ def unpack(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) 
     """Load hook: torch's packed (``in_proj_weight``) and separate (``q_proj_weight`` ...) names become ours.
 
     What the module has no place for, W_V for "optimised" say, is left under our name, so that a strict load
-    reports it as unexpected rather than dropping it; so is one of two layouts that come together.
+    reports it as unexpected rather than dropping it; so are the second of two layouts
+    that come together, and a packed matrix of another height.
     """
     for kind in ("weight", "bias"):
         ours = [f"{prefix}{p}_proj.{kind}" for p in "qkv"]
-        if f"{prefix}in_proj_{kind}" in state_dict and not any(name in state_dict for name in ours):
-            state_dict.update(zip(ours, state_dict.pop(f"{prefix}in_proj_{kind}").chunk(3), strict=True))
+        packed = state_dict.get(f"{prefix}in_proj_{kind}")
+        fits = packed is not None and packed.shape[:1] == (3 * int(module.embed_dim),)  # type: ignore[arg-type]
+        if packed is not None and fits and not any(name in state_dict for name in ours):
+            del state_dict[f"{prefix}in_proj_{kind}"]
+            state_dict.update(zip(ours, packed.chunk(3), strict=True))
     for p in "qkv":
         if f"{prefix}{p}_proj_weight" in state_dict and f"{prefix}{p}_proj.weight" not in state_dict:
             state_dict[f"{prefix}{p}_proj.weight"] = state_dict.pop(f"{prefix}{p}_proj_weight")

@@ -22,6 +22,8 @@ def unsupported(call: Call) -> list[str]:
         reasons.append("it does not return weights")
     if len(call.masks) + call.causal > 1 and _merged_elements(call) > MERGE_LIMIT:
         reasons.append("mask, padding and triangle together would have to be merged into one (B, N, L, S) mask")
+    if call.q_BNLH.dtype == torch.float16 and any(m.dtype in (torch.float32, torch.float64) for m in call.masks):
+        reasons.append("it takes masks in float16 only, which has no room for large biases")
     if any(m.requires_grad for m in call.masks):
         reasons.append("it does not differentiate with respect to a mask on every device")
     if any(forward_ad.unpack_dual(x).tangent is not None for x in (call.q_BNLH, call.k_BNSH, call.v_BNSH)):
@@ -32,14 +34,17 @@ def unsupported(call: Call) -> list[str]:
 def compute(call: Call) -> tuple[Tensor, None]:
     """Head outputs (B, N, L, H)."""
     mask = _merge(call)
+    q_BNLH, scale = call.q_BNLH, call.scale
+    if scale <= 0.0:  # the fused kernel multiplies the triangle's -inf by it as well
+        q_BNLH, scale = q_BNLH * scale, 1.0
     heads_BNLH = F.scaled_dot_product_attention(
-        call.q_BNLH,
+        q_BNLH,
         call.k_BNSH,
         call.v_BNSH,
         attn_mask=mask,
         dropout_p=call.dropout_p,
         is_causal=call.causal and mask is None,
-        scale=call.scale,
+        scale=scale,
         enable_gqa=call.q_BNLH.shape[1] != call.k_BNSH.shape[1],
     )
     return heads_BNLH, None
@@ -76,4 +81,7 @@ def _merge(call: Call) -> Tensor | None:
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     if mask.dtype == torch.bool:
         return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf)
-    return mask.to(dtype)
+    if mask.dtype == dtype:
+        return mask
+    # Finite stays finite: float32's lowest number would become -inf in 16 bits, and hide.
+    return mask.clamp(min=torch.finfo(dtype).min).to(dtype).masked_fill(mask == -torch.inf, -torch.inf)
