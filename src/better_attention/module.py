@@ -217,7 +217,7 @@ class MultiheadAttention(nn.Module):
         Raises:
             TypeError, ValueError: inputs that do not fit the layer or one another.
         """
-        if query.is_nested:
+        if isinstance(query, Tensor) and query.is_nested:
             return self._nested(query, key, value, key_padding_mask, need_weights, attn_mask), None
         query_BLD, key_BSD, value_BSD = inputs.sequences(
             query, key, value, widths=(self.embed_dim, self.kdim, self.vdim), batch_first=self.batch_first

@@ -160,6 +160,6 @@ def test_a_terminal_gets_bars_and_anything_else_plain_lines() -> None:
             watcher.stopping()
         said = screen.getvalue()
         assert "[2/5] super-h4-s0  test 97.53 %, loss 0.250; best epoch 3 of 5; 1.25 s/epoch" in said
-        assert "epoch 2/40, step 7/21  validation 91.50 %, loss 0.500" in said
+        assert "epoch 2/30, step 7/21  validation 91.50 %, loss 0.500" in said
         assert "FAILED  loss nan" in said
         assert ("\x1b[" in said) == terminal
