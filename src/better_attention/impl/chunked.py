@@ -315,22 +315,15 @@ class _ChunkedBackward(torch.autograd.Function):
         raise ValueError("impl='chunked' has a first derivative only: pass impl='reference' for higher ones.")
 
 
-def _fold(x: Tensor | None, dim: int | None, size: int) -> Tensor | None:
-    """A vmapped dimension folded into the batch, what is not vmapped repeated (masks with their broadcast batch)."""
-    if x is None:
-        return None
-    x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
-    return x.flatten(0, 1)
-
-
 def _fold_all(info, in_dims, tensors, batch):  # type: ignore[no-untyped-def]
-    """Every tensor with batch ``size * batch``; a mask that broadcasts over the batch is expanded (a view) first."""
+    """Every tensor with a batch of ``size * batch``: the vmapped dimension folded in, what is not vmapped repeated."""
     folded = []
     for x, dim in zip(tensors, in_dims, strict=True):
-        if x is not None and x.shape[0 if dim is None or dim > 0 else 1] != batch:
-            x = x.movedim(dim, 0) if dim is not None else x.expand(info.batch_size, *x.shape)
-            x, dim = x.expand(info.batch_size, batch, *x.shape[2:]), 0
-        folded.append(_fold(x, dim, info.batch_size))
+        if x is not None:
+            x = x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+            # A mask that broadcasts over the batch is expanded, a view.
+            x = x.expand(info.batch_size, batch, *x.shape[2:]).flatten(0, 1)
+        folded.append(x)
     return folded
 
 
