@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt --editable
 
-.PHONY: compare test test-slow lint types clean
+.PHONY: compare test test-slow bench lint types clean
 
 compare: $(VENV)/installed-all  ## train the five mechanisms on real handwritten digits (about two minutes)
 	$(BIN)/better-attention compare digits
@@ -14,6 +14,10 @@ test: $(VENV)/installed-dev  ## unit tests and documentation examples (about 90 
 
 test-slow: $(VENV)/installed-dev  ## everything, the long tests too
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not gpu"
+
+BENCH ?= --flex
+bench: $(VENV)/installed-bench  ## speed and memory against others (tens of minutes); less: make bench BENCH="--suite kernel --quick"
+	$(BIN)/better-attention bench $(BENCH)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
@@ -32,6 +36,10 @@ $(VENV)/installed-all: $(VENV)/bin/pip pyproject.toml constraints.txt
 $(VENV)/installed-dev: $(VENV)/bin/pip pyproject.toml constraints.txt
 	$(INSTALL) ".[dev]"
 	touch $@ $(VENV)/installed-all
+
+$(VENV)/installed-bench: $(VENV)/bin/pip pyproject.toml constraints.txt
+	$(INSTALL) ".[bench]"
+	touch $@
 
 clean:
 	rm -rf $(VENV) build dist

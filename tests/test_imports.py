@@ -17,7 +17,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 # --- imports ----------------------------------------------------------------------------------------------------------
 
 RANKS: list[set[str]] = [
-    {"mechanism", "errors", "values"},
+    {"mechanism", "errors", "values", "native"},
     {"impl"},
     {"masks", "positions"},
     {"inputs", "alignment", "causality", "state_dict"},
@@ -27,6 +27,7 @@ RANKS: list[set[str]] = [
     {"adapters", "convert", "distill", "export"},
     {"models", "data"},
     {"experiments"},
+    {"benchmarks"},
     {"cli"},
 ]
 """cli → experiments → models, data → adapters … → module → functional → impl → mechanism; helpers where they serve."""
@@ -35,7 +36,7 @@ RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 LIGHT = {"torch"}
 """What the core may import beside the standard library; NumPy too is an extra."""
 HEAVY = {"numpy", "scipy", "sklearn", "matplotlib", "accelerate", "safetensors", "jinja2", "pooch"}
-SHARED_BY_IMPLS = {"__init__", "call"}
+SHARED_BY_IMPLS = {"__init__", "call"}  # align computes W_A, not a call
 
 
 def imports(tree: ast.AST, package: str) -> Iterator[tuple[str, bool]]:

@@ -8,7 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from .errors import flag, one_of, whole_number
+from .impl import align
+from .impl.call import plain_tensors
 from .values import surely_finite, without
+
+COMPILED_LENGTH = 1024
+"""Positions up to which the compiled gradients of a full W_A beat torch's; a triangular one is faster at any length."""
 
 
 class Alignment(nn.Module):
@@ -24,6 +29,8 @@ class Alignment(nn.Module):
         init: "xavier" (Glorot uniform, Keras' default for such a map; the paper does not say) or "identity",
             which makes super start out as efficient.
         bias: whether there is a bias, one number per position (and head), added to every feature.
+        compiled: whether the compiled CPU kernels may compute it where they are faster; they have a first derivative
+            only.
         device, dtype: of the parameters.
 
     Raises:
@@ -42,6 +49,7 @@ class Alignment(nn.Module):
         causal: bool = False,
         init: str = "xavier",
         bias: bool = True,
+        compiled: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -50,6 +58,7 @@ class Alignment(nn.Module):
         self.num_heads = num_heads
         self.heads = one_of(heads, "align_heads", ("shared", "per_head"))
         self.causal = flag(causal, "align_causal")
+        self.compiled = flag(compiled, "compiled")
         self.init = one_of(init, "align_init", ("xavier", "identity"))
         sizes = (num_heads,) if heads == "per_head" else ()
         self.weight = nn.Parameter(torch.empty(*sizes, self.max_len, self.max_len, device=device, dtype=dtype))
@@ -88,6 +97,9 @@ class Alignment(nn.Module):
     def _mix(self, value_BSD: Tensor) -> Tensor:
         S = value_BSD.shape[1]
         weight, bias = self._first(S)
+        if self._kernels_serve(weight, value_BSD):
+            column = None if bias is None else bias.reshape(-1, S)
+            return align.align(weight if weight.dim() == 3 else weight[None], column, value_BSD, self.causal)
         if self.causal:
             weight = weight.tril()
         if self.heads == "shared":
@@ -100,6 +112,15 @@ class Alignment(nn.Module):
         if bias is not None:
             aligned_NSC = aligned_NSC + bias
         return aligned_NSC.reshape(N, S, B, D // N).permute(2, 1, 0, 3).reshape(B, S, D)
+
+    def _kernels_serve(self, weight: Tensor, value_BSD: Tensor) -> bool:
+        if not self.compiled or not align.supported(weight, self.bias, value_BSD):
+            return False
+        if torch.compiler.is_compiling():
+            return self.causal
+        trains = torch.is_grad_enabled() and (weight.requires_grad or value_BSD.requires_grad)
+        faster = self.causal or (trains and value_BSD.shape[1] <= COMPILED_LENGTH)
+        return faster and plain_tensors(weight, value_BSD)
 
     def _first(self, S: int) -> tuple[Tensor, Tensor | None]:
         """The part of W_A for S positions, and of its bias as a column."""

@@ -21,12 +21,16 @@ from .values import autocast_dtype, surely_finite, without
 
 IMPLS = ("auto", *IMPLEMENTATIONS)
 
-# Where the plain formula is the fastest on a CPU, and its L x S weights are smaller than the inputs of most layers
-# (measured against the other implementations, forward and backward; it also has derivatives of every order).
-SMALL = MappingProxyType({"softmax": 1 << 20, "expressive": 1 << 17})
-"""Weights (B N L S) up to which the plain formula is taken, per score."""
+# Crossovers measured on CPUs, forward and backward (benchmarks/results): below them calls between Python and the
+# implementation take longer than the arithmetic.
+PLAIN = MappingProxyType({"softmax": 1 << 20, "expressive": 1 << 17})
+"""Weights (B N L S) up to which the plain formula is taken where no compiled kernel serves, per score."""
 SHORT = 32
-"""Longest S at which it still beats PyTorch's fused softmax attention."""
+"""Longest S at which it still beats PyTorch's fused softmax attention (it also has derivatives of every order)."""
+HEADS = 32
+"""Heads (B N) from which the compiled kernels beat PyTorch's fused softmax attention at any length."""
+WORK = 1 << 20
+"""Multiplications for the scores (B N L S H) from which they do with fewer heads."""
 
 
 @overload
@@ -171,6 +175,7 @@ def explain(
     >>> print(explain(q, q, q, score="expressive", impl="sdpa"))
     attention(q (1, 1, 512, 8), k (1, 1, 512, 8), v (1, 1, 512, 8), float32 on cpu, score='expressive')
       chosen: none
+      native: impl='sdpa' was asked for
       sdpa: it computes softmax weights only, not 'expressive'
       chunked: impl='sdpa' was asked for
       reference: impl='sdpa' was asked for
@@ -207,20 +212,19 @@ def _choose(call: Call, impl: str) -> str | None:
     """The implementation for a call, or None where the one asked for refuses it."""
     if impl != "auto":
         return None if IMPLEMENTATIONS[impl].unsupported(call) else impl
-    if _small(call):
-        return "reference"
-    return next(name for name, i in IMPLEMENTATIONS.items() if not i.unsupported(call))
+    able = [name for name, i in IMPLEMENTATIONS.items() if not i.unsupported(call)]
+    if call.q_BNLH.device.type == "cpu" and not torch.compiler.is_compiling():  # there, sizes may be symbols
+        able.sort(key=lambda name: _slow(call, name, able))
+    return able[0]
 
 
-def _small(call: Call) -> bool:
-    """Whether the plain formula serves best: few weights, and (for softmax) rows too short for the fused kernel."""
-    if torch.compiler.is_compiling():
-        return False  # a comparison of symbolic lengths would pin them
-    (B, N, L, _), S = call.q_BNLH.shape, call.k_BNSH.shape[2]
-    weights = B * N * L * S
-    if call.q_BNLH.device.type != "cpu" or weights > SMALL[call.score]:
-        return False
-    return call.score != "softmax" or S <= SHORT
+def _slow(call: Call, name: str, able: list[str]) -> bool:
+    """Whether something later in the order of implementations is faster on a CPU at these sizes."""
+    (B, N, L, H), S = call.q_BNLH.shape, call.k_BNSH.shape[2]
+    if name == "native":
+        return "sdpa" in able and B * N < HEADS and B * N * L * S * H < WORK
+    small = PLAIN[call.score] >= B * N * L * S and (call.score != "softmax" or S <= SHORT)
+    return small and "native" not in able and name != "reference"
 
 
 def _refusal(call: Call, impl: str) -> str:
@@ -369,6 +373,8 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -
             raise wrong("as many value heads as key heads, and query heads a multiple of them (enable_gqa=True)")
         heads = lead_q[-1]
         lead_q, lead_k, lead_v = ((*x[:-1], 1) for x in (lead_q, lead_k, lead_v))
+    if lead_q == lead_k == lead_v:  # the general answer takes longer than a small attention
+        return (*lead_q[:-1], heads) if enable_gqa else lead_q
     try:
         lead = torch.broadcast_shapes(lead_q, lead_k, lead_v)
     except RuntimeError:
@@ -383,6 +389,8 @@ def _four_dimensional(
     """q, k, v as (B, N, length, width), views wherever the input allows one."""
 
     def shaped(x: Tensor) -> Tensor:
+        if x.dim() == 4 and (enable_gqa or x.shape[:2] == lead) and x.shape[0] == lead[0]:
+            return x
         heads = x.shape[-3] if enable_gqa else (lead[-1] if lead else 1)
         x = x.expand(*lead[:-1], *((heads,) if lead else ()), *x.shape[-2:])
         batch = math.prod(lead[:-1])

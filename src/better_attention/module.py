@@ -151,6 +151,7 @@ class MultiheadAttention(nn.Module):
                 causal=align_causal,
                 init=align_init,
                 bias=bias,
+                compiled=self.impl in ("auto", "native"),
                 **factory,
             )
         self.out_proj = out_proj

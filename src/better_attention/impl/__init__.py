@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from . import chunked, reference, sdpa
+from . import chunked, native, reference, sdpa
 from .call import Call
 
 
@@ -20,6 +20,9 @@ class Implementation(NamedTuple):
 
 
 IMPLEMENTATIONS: Mapping[str, Implementation] = MappingProxyType(
-    {m.__name__.rpartition(".")[2]: Implementation(m.unsupported, m.compute) for m in (sdpa, chunked, reference)}
+    {
+        m.__name__.rpartition(".")[2]: Implementation(m.unsupported, m.compute)
+        for m in (native, sdpa, chunked, reference)
+    }
 )
 """By name; ``impl="auto"`` asks them in this order, after the small-call rule in :mod:`better_attention.functional`."""

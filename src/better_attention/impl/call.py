@@ -6,6 +6,7 @@ Shape suffixes, here and everywhere below: B batch, L queries, S keys, N heads, 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,3 +79,28 @@ def island(dtype: torch.dtype) -> torch.dtype:
 def triangle(rows: Tensor, length: int) -> Tensor:
     """Bool (len(rows), length), True where key s may be seen by query ``rows[i]``, that is s <= rows[i]."""
     return torch.arange(length, device=rows.device) <= rows[:, None]
+
+
+def plain_tensors(*tensors: Tensor | None) -> bool:
+    """Whether these are ordinary tensors whose memory may be read here and now.
+
+    Not so while a graph is traced, under torch.func transforms and dispatch modes (fake tensors among them), and for
+    subclasses.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    if torch._C._are_functorch_transforms_active():
+        return False
+    return all(x is None or type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
+
+
+def fold_batch(info: Any, in_dims: Any, tensors: Any, batch: int) -> list[Tensor | None]:
+    """For vmap rules: every tensor with a batch of ``size * batch``, what is not vmapped repeated."""
+    folded: list[Tensor | None] = []
+    for x, dim in zip(tensors, in_dims, strict=True):
+        if x is not None:
+            x = x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+            # A mask that broadcasts over the batch is expanded, a view.
+            x = x.expand(info.batch_size, batch, *x.shape[2:]).flatten(0, 1)
+        folded.append(x)
+    return folded

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .call import Call, hidden, island, triangle
+from .call import Call, fold_batch, hidden, island, triangle
 
 TILE = 1 << 19
 """Elements of one tile: 2 MiB of float32, a few of which fit a desktop processor's cache."""
@@ -315,21 +315,9 @@ class _ChunkedBackward(torch.autograd.Function):
         raise ValueError("impl='chunked' has a first derivative only: pass impl='reference' for higher ones.")
 
 
-def _fold_all(info, in_dims, tensors, batch):  # type: ignore[no-untyped-def]
-    """Every tensor with a batch of ``size * batch``: the vmapped dimension folded in, what is not vmapped repeated."""
-    folded = []
-    for x, dim in zip(tensors, in_dims, strict=True):
-        if x is not None:
-            x = x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
-            # A mask that broadcasts over the batch is expanded, a view.
-            x = x.expand(info.batch_size, batch, *x.shape[2:]).flatten(0, 1)
-        folded.append(x)
-    return folded
-
-
 def _vmap_forward(info, in_dims, q, k, v, mask, padding, causal, score, scale):  # type: ignore[no-untyped-def]
     batch = q.shape[0 if in_dims[0] is None or in_dims[0] > 0 else 1]
-    folded = _fold_all(info, in_dims[:5], (q, k, v, mask, padding), batch)
+    folded = fold_batch(info, in_dims[:5], (q, k, v, mask, padding), batch)
     outputs = torch.ops.better_attention.chunked(*folded, causal, score, scale)
     return tuple(x.unflatten(0, (info.batch_size, batch)) for x in outputs), (0,) * 4
 
@@ -337,7 +325,7 @@ def _vmap_forward(info, in_dims, q, k, v, mask, padding, causal, score, scale): 
 def _vmap_backward(info, in_dims, *args):  # type: ignore[no-untyped-def]
     tensors, settings = args[:10], args[10:]
     batch = tensors[1].shape[0 if in_dims[1] is None or in_dims[1] > 0 else 1]
-    folded = _fold_all(info, in_dims[:10], tensors, batch)
+    folded = fold_batch(info, in_dims[:10], tensors, batch)
     *main, mask, padding = (
         x.unflatten(0, (info.batch_size, batch)) if x.dim() == 4 else x.expand(info.batch_size, 0)
         for x in torch.ops.better_attention.chunked_backward(*folded, *settings)

@@ -1,0 +1,300 @@
+"""How a run is told: tables on a screen, one JSON document, or both JSON and CSV in files."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from better_attention.benchmarks.machine import Limits
+from better_attention.benchmarks.runner import BOUNDS, FEWEST_ROUNDS, SLOW, Result, Settings, Spread
+from better_attention.benchmarks.targets import TIE, Verdict
+from better_attention.experiments.files import plain, write_atomic
+
+SIGNS = {True: "met", False: "MISSED", None: "open"}
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Everything about a run.
+
+    Args:
+        machine: as :func:`better_attention.benchmarks.machine.describe` gives it.
+        settings: of the runner.
+        limits: before and, where the run came to its end, after the rows.
+        results, verdicts: what was found.
+        rows: how many rows were planned.
+        dtype, suite: what was asked for.
+        complete: False if it was interrupted.
+    """
+
+    machine: Mapping[str, Any]
+    settings: Settings
+    limits: Sequence[Limits]
+    results: Sequence[Result]
+    verdicts: Sequence[Verdict]
+    rows: int
+    dtype: str
+    suite: str
+    complete: bool
+
+    @property
+    def best(self) -> Limits:
+        """The better of the two measurements of the limits, number by number."""
+        return self.limits[0] if len(self.limits) == 1 else self.limits[0].better(self.limits[1])
+
+    def document(self) -> dict[str, Any]:
+        """The run as JSON values."""
+        return {
+            "machine": self.machine,
+            "settings": asdict(self.settings) | {"switches": sorted(self.settings.switches)},
+            "suite": self.suite,
+            "dtype": self.dtype,
+            "complete": self.complete,
+            "limits": [asdict(limits) for limits in self.limits],
+            "rows": [record(result, self.best) for result in self.results],
+            "targets": [asdict(verdict) for verdict in self.verdicts],
+        }
+
+    def stem(self) -> str:
+        """Name of the run's files without their ending: suite, device, threads, version, dtype."""
+        cpu = re.sub(r"\((r|tm)\)", " ", self.machine["cpu"].lower())
+        cpu = re.sub(r"[^a-z0-9]+", "-", cpu).strip("-")[:48]
+        version = re.sub(r"[^A-Za-z0-9.+]", "", self.machine["versions"]["torch"])
+        return f"{self.suite}-{cpu}-{self.machine['threads']}t-torch{version}-{self.dtype}"
+
+
+def rates(result: Result, limits: Limits) -> dict[str, float | None]:
+    """Numbers that follow from a result: rates, their shares of the machine's limits, ratio over FLOP ratio."""
+    found: dict[str, float | None] = dict.fromkeys(
+        ("gflops", "product_share", "gbytes", "read_share", "flop_ratio", "ratio_over_flop_ratio")
+    )
+    if result.seconds is None:
+        return found
+    seconds, work = result.seconds.median, result.work
+    if work.flops:
+        rate = work.flops / seconds / 1e9
+        found |= {"gflops": rate, "product_share": rate / limits.product[_dtype(result)]}
+    if work.bytes:
+        rate = work.bytes / seconds / 1e9
+        found |= {"gbytes": rate, "read_share": rate / max(limits.read.values())}
+    if work.flop_ratio and result.ratio:
+        found |= {"flop_ratio": work.flop_ratio, "ratio_over_flop_ratio": result.ratio.median / work.flop_ratio}
+    return found
+
+
+def record(result: Result, limits: Limits) -> dict[str, Any]:
+    """One result as JSON values."""
+    row = result.row
+    values = asdict(result)
+    del values["row"], values["work"]
+    head = {
+        "suite": row.suite,
+        **row.shape._asdict(),
+        "variant": row.variant,
+        "mode": row.mode,
+        "dtype": _dtype(result),
+    }
+    return head | values | {"flops": result.work.flops, "bytes": result.work.bytes} | rates(result, limits)
+
+
+def _dtype(result: Result) -> str:
+    return str(result.row.dtype).removeprefix("torch.")
+
+
+# --- files -----------------------------------------------------------------------------------------------------
+
+
+def write(report: Report, folder: Path) -> list[Path]:
+    """Write the run as JSON and as CSV, a line for each contender of each row; returns the paths."""
+    paths = [folder / f"{report.stem()}.{ending}" for ending in ("json", "csv")]
+    write_atomic(paths[0], as_json(report) + "\n")
+    buffer = io.StringIO(newline="")
+    lines = [_flat(record(result, report.best)) for result in report.results]
+    writer = csv.DictWriter(buffer, fieldnames=list(lines[0]) if lines else ["suite"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    write_atomic(paths[1], buffer.getvalue())
+    return paths
+
+
+def as_json(report: Report) -> str:
+    """The run as one JSON document."""
+    return json.dumps(_finite(report.document()), indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def _finite(value: object) -> object:
+    """JSON knows no infinity (the error of a NaN): such a number becomes null."""
+    if isinstance(value, float):
+        return value if abs(value) < float("inf") else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    cells: dict[str, Any] = {}
+    for key, value in values.items():
+        if key in ("seconds", "ratio"):
+            cells |= {f"{key}_{part}": value and value[part] for part in ("median", "low", "high")}
+        elif isinstance(value, str):
+            text = plain(value)
+            cells[key] = f"'{text}" if text.startswith(("=", "+", "-", "@")) else text  # else a spreadsheet's formula
+        else:
+            cells[key] = value
+    return cells
+
+
+# --- the screen ------------------------------------------------------------------------------------------------
+
+
+def print_report(report: Report, out: Console) -> None:
+    """Machine, limits, a table for each row, and what became of the targets."""
+    for line in machine_lines(report):
+        out.print(Text(line), soft_wrap=True)
+    for name, results in groupby(report.results, key=lambda result: result.row.name):
+        _print_row(name, list(results), report.best, out)
+    _print_method(report, out)
+    _print_verdicts(report, out)
+    for result in report.results:
+        if result.status in ("wrong", "failed"):
+            line = f"{result.status.upper()}: {result.row.name}: {result.contender}: {plain(result.reason, 400)}"
+            out.print(Text(line, style="bold red"), soft_wrap=True)
+    if not report.complete:
+        out.print(f"Interrupted: {len({r.row for r in report.results})} of {report.rows} rows were measured.")
+
+
+def machine_lines(report: Report) -> list[str]:
+    """The machine and its limits in a few lines."""
+    about = report.machine
+    cache, load = about["last_level_cache_bytes"], about["load_average"]
+    parts = [about["cpu"], f"cores: {about['cores']}", f"threads: {about['threads']}"]
+    parts += [f"last-level cache {cache / 2**20:.0f} MiB"] if cache else []
+    parts += [f"load {load:.2f} at the start"] if load is not None else []
+    lines = [", ".join(parts)]
+    lines.append(", ".join(f"{name} {version}" for name, version in about["versions"].items()))
+    lines.append(f"kernels: {about['instruction_set']}; torch: {about['torch_instruction_set']}")
+    lines.append(f"commit {about['commit']}, {about['date']}, {about['command']}")
+    for when, limits in zip(("before", "after"), report.limits, strict=False):
+        product = ", ".join(f"{rate:,.0f} GFLOP/s in {dtype}" for dtype, rate in limits.product.items())
+        read = ", ".join(f"{rate:.1f} ({name})" for name, rate in limits.read.items())
+        lines.append(
+            f"limits {when}: product of {limits.product_size}² matrices {product}; "
+            f"reading {limits.read_bytes / 2**20:.0f} MiB, GB/s: {read}"
+        )
+    return lines
+
+
+Cell = Callable[[Result, Mapping[str, float | None]], str]
+
+
+def _percent(key: str) -> Cell:
+    return lambda result, rate: "" if (share := rate[key]) is None else f"{100 * share:.0f} %"
+
+
+def _number(key: str, digits: int) -> Cell:
+    return lambda result, rate: "" if (value := rate[key]) is None else f"{value:,.{digits}f}"
+
+
+def _range(spread: Spread | None, factor: float = 1.0, digits: int = 2) -> str:
+    return "" if spread is None else f"{spread.low * factor:.{digits}f}–{spread.high * factor:.{digits}f}"
+
+
+_TIMES: dict[str, Cell] = {
+    "ms": lambda result, rate: "" if result.seconds is None else f"{1e3 * result.seconds.median:.3f}",
+    "10–90 %": lambda result, rate: _range(result.seconds, 1e3, 3),
+    "÷ baseline": lambda result, rate: "" if result.ratio is None else f"{result.ratio.median:.2f}",
+    "10–90 % ": lambda result, rate: _range(result.ratio),
+}
+_PRODUCT: dict[str, Cell] = {"GFLOP/s": _number("gflops", 1), "of product": _percent("product_share")}
+_RATES: dict[str, dict[str, Cell]] = {
+    "kernel": _PRODUCT,
+    "align": _PRODUCT,
+    "layer": {"FLOP ratio": _number("flop_ratio", 2), "÷ FLOP ratio": _number("ratio_over_flop_ratio", 2), **_PRODUCT},
+    "decode": {"GB/s": _number("gbytes", 1), "of read": _percent("read_share")},
+}
+_REST: dict[str, Cell] = {
+    "extra MiB": lambda result, rate: "not measured" if result.memory is None else f"{result.memory / 2**20:.1f}",
+    "error": lambda result, rate: "" if result.error is None else f"{result.error:.0e}",
+    "rounds × calls": lambda result, rate: f"{result.rounds} × {result.calls}",
+}
+
+
+def _print_row(name: str, results: Sequence[Result], limits: Limits, out: Console) -> None:
+    columns = _TIMES | _RATES[results[0].row.suite] | _REST
+    unbounded = out.options.update(max_width=10_000)
+    table = _table(name, results, columns, limits)
+    while len(columns) > len(_TIMES) and out.measure(table, options=unbounded).maximum > out.width:
+        columns.popitem()  # a narrow screen: the last columns are in the files alone
+        table = _table(name, results, columns, limits)
+    out.print(table)
+    notes: dict[str, list[str]] = {}
+    for result in results:
+        text = result.note if result.status == "ok" else f"{result.status}: {plain(result.reason, 400)}"
+        if text:
+            notes.setdefault(text, []).append(result.contender)
+    for text, names in notes.items():
+        out.print(Text(f"  {' | '.join(names)}: {text}", style="dim"), soft_wrap=True)
+    out.print()
+
+
+def _table(name: str, results: Sequence[Result], columns: Mapping[str, Cell], limits: Limits) -> Table:
+    table = Table(title=name, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("Contender", no_wrap=True)
+    for column in columns:
+        table.add_column(column.strip(), justify="right", no_wrap=True)
+    for result in results:
+        if result.seconds is not None:
+            rate = rates(result, limits)
+            table.add_row(Text(result.contender), *(cell(result, rate) for cell in columns.values()))
+    return table
+
+
+def _print_method(report: Report, out: Console) -> None:
+    bounds = ", ".join(f"{bound:.0e} in {str(dtype).removeprefix('torch.')}" for dtype, bound in BOUNDS.items())
+    out.print(
+        Text(
+            "ms: median of one call over rounds, every contender once a round in alternation. ÷ baseline: speed over "
+            "that of the row's first line, median of the ratios within a round; above 1 is faster. 10–90 %: "
+            f"percentiles over rounds. Contenders more than {SLOW:g} times slower than the baseline take part in "
+            f"{FEWEST_ROUNDS} rounds only. extra MiB: by how much one call raises the high-water mark of resident "
+            "memory, results included. error: largest |x − float64 reference| over the largest number of a tensor, "
+            f"outputs and gradients; allowed {bounds}. Shares are of the better of the limits before and after.",
+            style="dim",
+        )
+    )
+
+
+def _print_verdicts(report: Report, out: Console) -> None:
+    if not report.verdicts:
+        return
+    heading = "Targets" if report.dtype == "float32" else "Targets of float32, as goals"
+    table = Table(title=heading, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    for column in ("", "Target", "at least", "found", "where not"):
+        table.add_column(column, justify="right" if column in ("at least", "found") else "left", overflow="fold")
+    for verdict in report.verdicts:
+        found = "–" if verdict.found is None else f"{verdict.found:.2f}"
+        style = "bold red" if verdict.met is False else ""
+        cells = (SIGNS[verdict.met], verdict.name, f"{verdict.least:.2f}", found, plain(verdict.detail, 400))
+        table.add_row(*(Text(cell, style=style) for cell in cells))
+    out.print(table)
+    out.print(
+        Text(
+            f"found: the geometric mean, or the worst row. open: rows are missing. Never slower: at least {1 - TIE:g}, "
+            "as two medians of the same code differ by as much.",
+            style="dim",
+        )
+    )

@@ -1,0 +1,139 @@
+"""``better-attention bench``: how fast, against whom, and how far from what the machine can do."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from better_attention.cli import UserError, console
+from better_attention.cli.compare import command_line, positive
+
+if TYPE_CHECKING:
+    from better_attention.benchmarks.runner import Settings
+    from better_attention.benchmarks.tables import Report
+
+HELP = "measure speed and memory against PyTorch and others: tables, JSON, targets met and missed"
+SUITES = ("kernel", "layer", "decode", "align")
+DTYPES = ("float32", "bfloat16")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the verb."""
+    parser.add_argument(
+        "--suite",
+        choices=(*SUITES, "all"),
+        default="all",
+        help="the attention function, whole layers, one query over a long cache, W_A; default: all of them",
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of every tensor; default: float32")
+    parser.add_argument(
+        "--shapes",
+        type=shapes,
+        metavar="BxLxDxH,...",
+        help="batch x length (decode: keys) x model width x heads, as in 64x32x32x4; default: the papers'",
+    )
+    parser.add_argument("--threads", type=positive, metavar="N", help="of everybody; default: as many as torch takes")
+    parser.add_argument("--repeats", type=positive, metavar="N", help="most rounds of a row; default: 15, quick: 5")
+    parser.add_argument(
+        "--seconds", type=seconds, metavar="S", help="no new round of a row after S seconds; default: 10, quick: 2"
+    )
+    parser.add_argument(
+        "--limit", type=seconds, default=120.0, metavar="S", help="for a contender to be ready; default: 120 seconds"
+    )
+    parser.add_argument("--flex", action="store_true", help="FlexAttention too: it compiles for seconds in each row")
+    parser.add_argument("--quick", action="store_true", help="one shape of each suite, few rounds, rougher limits")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="also write JSON and CSV files there")
+
+
+def shapes(text: str) -> tuple[tuple[int, ...], ...]:
+    """Shapes from a comma-separated list; each once."""
+    found = []
+    for word in text.split(","):
+        sizes = tuple(int(part) if part.isdecimal() else 0 for part in word.strip().split("x"))
+        if len(sizes) != 4 or min(sizes) < 1:
+            raise argparse.ArgumentTypeError(
+                f"expected batch x length x width x heads, as in 64x32x32x4, received {word!r}"
+            )
+        if sizes[2] % sizes[3]:
+            raise argparse.ArgumentTypeError(f"the width must be divisible by the heads, received {word!r}")
+        found.append(sizes)
+    return tuple(dict.fromkeys(found))
+
+
+def seconds(text: str) -> float:
+    """A positive, finite number."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0.0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a positive number of seconds, received {text!r}")
+    return number
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print, write; 0, 1 if a contender's numbers were wrong or it failed, 130 after Ctrl-C."""
+    from better_attention.benchmarks import tables
+    from better_attention.benchmarks.runner import Settings, threads
+
+    if args.out is not None and args.out.exists() and not args.out.is_dir():
+        raise UserError(f"--out is a folder for the files, but {args.out} is a file: choose another name.")
+    rounds, budget = (5, 2.0) if args.quick else (15, 10.0)
+    settings = Settings(
+        repeats=args.repeats or rounds,
+        seconds=args.seconds or budget,
+        limit=args.limit,
+        switches=frozenset({"flex"} if args.flex else ()),
+    )
+    with threads(args.threads):
+        report = measure(args, settings)
+    if args.json:
+        print(tables.as_json(report))
+    else:
+        tables.print_report(report, console())
+    if args.out is not None:
+        for path in tables.write(report, args.out):
+            say(f"wrote {path}")
+    if not report.complete:
+        return 130
+    return 1 if any(result.status in ("wrong", "failed") for result in report.results) else 0
+
+
+def measure(args: argparse.Namespace, settings: Settings) -> Report:
+    """Limits, every row, limits again; what is done by then, if Ctrl-C ends it."""
+    import torch
+
+    from better_attention.benchmarks import machine, runner, tables, targets
+    from better_attention.benchmarks.registry import Shape
+    from better_attention.benchmarks.suites import SUITES
+
+    dtype: torch.dtype = getattr(torch, args.dtype)
+    suites = SUITES.values() if args.suite == "all" else [SUITES[args.suite]]
+    given = tuple(Shape(*sizes) for sizes in args.shapes or ())
+    rows = [row for suite in suites for row in suite.rows(dtype, given or (suite.quick if args.quick else None))]
+    about = machine.describe(command_line())
+    results: list[runner.Result] = []
+    sizes = {"size": 1024, "read_bytes": 256 << 20} if args.quick else {}
+    say("machine limits: a large matrix product, reading memory")
+    limits = [machine.measure_limits(dtype, **sizes)]
+    complete = True
+    try:
+        for number, row in enumerate(rows, start=1):
+            say(f"[{number}/{len(rows)}] {row.name}")
+            results += runner.measure(row, SUITES[row.suite].contenders(row), settings)
+        say("machine limits once more")
+        limits.append(machine.measure_limits(dtype, **sizes))
+    except KeyboardInterrupt:
+        complete = False
+        say("interrupted: what follows is what was done by then.")
+    best = limits[0].better(limits[-1])
+    verdicts = targets.verdicts(results, best)
+    return tables.Report(about, settings, limits, results, verdicts, len(rows), args.dtype, args.suite, complete)
+
+
+def say(line: str) -> None:
+    """Progress, on stderr."""
+    print(line, file=sys.stderr, flush=True)

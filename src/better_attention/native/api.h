@@ -1,0 +1,88 @@
+/* The compiled kernels' whole interface: plain C over pointers and strides, no torch and no Python in it.
+ *
+ * Letters as everywhere in better_attention: B batch, N query heads, G key/value heads (N is a multiple of G),
+ * L queries, S keys, H width of q and k, W width of v. Strides count elements; the last dimension (H, W) of every
+ * tensor is contiguous. Nothing here checks its arguments: impl/native.py does.
+ */
+#ifndef BETTER_ATTENTION_API_H
+#define BETTER_ATTENTION_API_H
+
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define BA_EXPORT __declspec(dllexport)
+#else
+#define BA_EXPORT __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum { BA_ABI = 1 };                                                     /* counts incompatible changes of this file */
+enum { BA_F32 = 0, BA_BF16 = 1, BA_BOOL = 2, BA_NONE = 3 };              /* element types; bool: 1 byte, 1 = attend */
+enum { BA_SOFTMAX = 0, BA_EXPRESSIVE = 1 };                              /* scores */
+enum { BA_OK = 0, BA_NO_MEMORY = 1, BA_NO_SUCH_ISA = 2 };                /* what every function returns */
+enum { BA_BEST = 0, BA_PORTABLE = 1, BA_NEON = 2, BA_AVX2 = 3, BA_AVX512 = 4 }; /* instruction sets */
+
+/* One attention call. All fields are 8 bytes wide, so that the layout is the same for every compiler. */
+typedef struct {
+    int64_t isa;                     /* BA_BEST, or one that ba_isas() reports */
+    int64_t threads;                 /* at least 1 */
+    int64_t dtype;                   /* of q, k, v, out and their gradients: BA_F32, BA_BF16 */
+    int64_t score, causal;           /* causal: query l sees keys s <= l */
+    double scale;                    /* z = scale * q.k */
+    int64_t B, N, G, L, S, H, W;     /* S, H and W at least 1; the others may be 0 */
+    const void *q, *k, *v;           /* k == v with equal strides: one tensor that serves as both */
+    int64_t q_b, q_n, q_l;           /* strides of q (B, N, L, H) */
+    int64_t k_b, k_g, k_s;           /* of k (B, G, S, H) */
+    int64_t v_b, v_g, v_s;           /* of v (B, G, S, W) */
+    const void *mask;                /* (B, N, L, S): bool, or added to the log weights (-inf hides; for the */
+    int64_t mask_type;               /* expressive score so does the type's lowest number). BA_NONE: no mask */
+    int64_t mask_b, mask_n, mask_l, mask_s; /* 0 where it broadcasts */
+    const void *padding;             /* (B, S), the same */
+    int64_t padding_type;
+    int64_t padding_b, padding_s;
+    void *out;                       /* (B, N, L, W) */
+    int64_t out_b, out_n, out_l;
+    float *stats;                    /* (B, N, L, 2), contiguous: the normaliser of each row and the shift of its
+                                        exponent, written by ba_forward and read by ba_backward. A row without any
+                                        weight has an infinite normaliser. May be NULL in ba_forward. */
+    /* ba_backward alone */
+    const void *grad;                /* of out (B, N, L, W) */
+    int64_t grad_b, grad_n, grad_l;
+    void *dq, *dk, *dv;              /* dv == NULL: k and v are one tensor, and dk its whole gradient (H == W) */
+    int64_t dq_b, dq_n, dq_l, dk_b, dk_g, dk_s, dv_b, dv_g, dv_s;
+} ba_call;
+
+/* out[g][i][:] = sum_j weight[g][i][j] value[b][j][g][:] + bias[g][i], the alignment kernel W_A on the values. */
+typedef struct {
+    int64_t isa, threads, dtype;     /* of every tensor here */
+    int64_t causal;                  /* only j <= i; the upper triangle of weight is not read */
+    int64_t B, G, S, W;              /* G = 1: one kernel, W = D; else one for each head */
+    const void *weight;              /* (G, S, S) */
+    int64_t weight_g, weight_i;
+    const void *bias;                /* (G, S), or NULL */
+    int64_t bias_g;
+    const void *value;               /* (B, S, G, W) */
+    int64_t value_b, value_s, value_g;
+    void *out;                       /* (B, S, G, W), contiguous */
+    /* ba_align_backward alone: grad of out, and where the gradients go; NULL where one is not wanted */
+    const void *grad;                /* (B, S, G, W) */
+    int64_t grad_b, grad_s, grad_g;
+    void *dvalue;                    /* (B, S, G, W), contiguous */
+    void *dweight;                   /* (G, S, S), contiguous; its upper triangle is zero if causal */
+} ba_align;
+
+BA_EXPORT int64_t ba_abi(void);       /* BA_ABI of the library */
+BA_EXPORT int64_t ba_isas(void);      /* bit i: instruction set i was built and this machine has it */
+BA_EXPORT int64_t ba_pool(void);      /* 1: the OpenMP threads that torch uses serve us too, 0: our own */
+BA_EXPORT int64_t ba_forward(const ba_call *call);
+BA_EXPORT int64_t ba_backward(const ba_call *call);
+BA_EXPORT int64_t ba_align_forward(const ba_align *call);
+BA_EXPORT int64_t ba_align_backward(const ba_align *call);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,297 @@
+// The forward pass: panels of queries against blocks of keys.
+//
+// A panel is up to BA_WIDE vectors of queries, turned over so that lanes are queries; keys and values are read as they
+// lie. Scores of a block stay in the first-level cache, weights take their place, and go on into the panel's sums.
+
+namespace BA_ISA {
+namespace {
+
+constexpr int64_t TILE_FLOATS = 3072;  // of one block of scores: 12 KiB of the first-level cache
+constexpr int64_t DEPTH = 128;         // of q and k multiplied at a time, for the same reason
+
+struct Panels {  // how L queries are cut
+    int64_t vectors, count;
+};
+
+static Panels panels(int64_t L, int64_t wide) {
+    const int64_t vectors = (L + LANES - 1) / LANES;
+    return {vectors, (vectors + wide - 1) / wide};
+}
+
+// Keys in a block: all blocks about the same, in whole tiles of 6 rows, about TILE_FLOATS scores of `wide` vectors.
+static int64_t block_keys(const ba_call& c, int64_t wide) {
+    const int64_t ideal = TILE_FLOATS / (wide * LANES);
+    int64_t count = (c.S + ideal / 2) / ideal;
+    if (count < 1) count = 1;
+    return ((c.S + count - 1) / count + 5) / 6 * 6;
+}
+
+struct Forward {
+    const ba_call* c;
+    Panels cut;
+    int64_t wide, keys;      // vectors in a panel, keys in a block
+    int64_t chunks, run;     // tasks for one head, or heads for one task
+    bool copy_k, copy_v;     // whether a task brings keys and values into one piece first
+    int64_t Hp, Wp, floats;  // widths in whole vectors, scratch of a thread
+};
+
+struct Panel {
+    const ba_call* c;
+    Restriction hide;
+    const float *k, *v;
+    int64_t k_s, v_s, l0, rows, pitch, keys;
+    float *q, *out, *z, *tile, *spare, *total, *shift, *rescale;
+    bool empty;  // nothing is in `out` yet
+    bool ahead;  // whether to ask for what the next head needs
+    const char *next_q, *next_k, *next_v;
+};
+
+template <int NV>
+BA_INLINE void scores(const Panel& p, int64_t lane, int64_t s0, int64_t n) {
+    const int64_t H = p.c->H;
+    for (int64_t h = 0; h < H; h += DEPTH)
+        product<NV, false>(n, H - h < DEPTH ? H - h : DEPTH, p.k + s0 * p.k_s + h, p.k_s, p.q + h * p.pitch + lane,
+            p.pitch, p.z + lane, p.pitch, h > 0);
+}
+
+template <int NV, int SCORE>
+static __attribute__((noinline)) bool weigh_any(Panel& p, int mode, int64_t lane, int64_t s0, int64_t n) {
+    const int64_t query = p.l0 + lane;
+    float *z = p.z + lane, *total = p.total + lane, *shift = p.shift + lane, *rescale = p.rescale + lane;
+    const float* tile = p.tile + lane;
+    const int64_t first = p.hide.causal ? query : INT32_MAX;  // INT32_MAX: behind every key, the triangle hides nothing
+    switch (mode) {
+    case FREE: return weigh<NV, SCORE, FREE>(z, n, p.pitch, tile, first, s0, total, shift, rescale);
+    case TRIANGLE: return weigh<NV, SCORE, TRIANGLE>(z, n, p.pitch, tile, first, s0, total, shift, rescale);
+    case HIDING: return weigh<NV, SCORE, HIDING>(z, n, p.pitch, tile, first, s0, total, shift, rescale);
+    default: return weigh<NV, SCORE, BIASED>(z, n, p.pitch, tile, first, s0, total, shift, rescale);
+    }
+}
+
+// Keys s0 + [0, n) for the panel's lanes from `lane` on, NV vectors of them.
+template <int NV, int SCORE>
+static void block(Panel& p, int64_t lane, int64_t s0, int64_t n) {
+    const State state = mask_tile(p.hide, p.l0, p.rows, s0, n, p.pitch, p.tile, p.spare);
+    if (p.ahead) {
+        const int64_t size = p.c->dtype == BA_BF16 ? 2 : 4;
+        soon<2>(p.next_k + s0 * p.c->k_s * size, p.c->k_s * size, n, p.c->H * size);
+        if (p.next_v != p.next_k) soon<2>(p.next_v + s0 * p.c->v_s * size, p.c->v_s * size, n, p.c->W * size);
+    }
+    if (state == CLOSED) return;
+    const bool crosses = p.hide.causal && p.l0 + lane < s0 + n - 1;
+    const int mode = state == BIASES ? BIASED : state == HIDES ? HIDING : crosses ? TRIANGLE : FREE;
+    scores<NV>(p, lane, s0, n);
+    const bool changed = weigh_any<NV, SCORE>(p, mode, lane, s0, n);
+    const int64_t W = p.c->W;
+    if (p.empty && lane > 0) {
+        memset(p.out, 0, static_cast<size_t>(W * p.pitch) * sizeof(float));
+        p.empty = false;
+    }
+    if (changed && !p.empty)
+        for (int64_t w = 0; w < W; ++w)
+#pragma GCC unroll 4
+            for (int v = 0; v < NV; ++v) {
+                float* x = p.out + w * p.pitch + lane + v * LANES;
+                store(x, load(x) * load(p.rescale + lane + v * LANES));
+            }
+    product<NV, true>(W, n, p.v + s0 * p.v_s, p.v_s, p.z + lane, p.pitch, p.out + lane, p.pitch, !p.empty);
+    p.empty = false;
+}
+
+template <int SCORE>
+static void block_of(Panel& p, int64_t vectors, int64_t lane, int64_t s0, int64_t n) {
+    switch (vectors) {
+    case 1: return block<1, SCORE>(p, lane, s0, n);
+    case 2: return block<2, SCORE>(p, lane, s0, n);
+#if BA_WIDE == 4
+    case 3: return block<3, SCORE>(p, lane, s0, n);
+    default: return block<4, SCORE>(p, lane, s0, n);
+#endif
+    }
+}
+
+// A row of expressive attention in double precision, for scores so small that float32 loses their squares.
+// Returns its normaliser, 0 if there is no weight at all; `weights` (S) are normalised.
+static double careful_row(const ba_call& c, const Restriction& r, int64_t b, int64_t n, int64_t l, double* weights) {
+    const bool bf16 = c.dtype == BA_BF16;
+    const int64_t g = n / (c.N / c.G);
+    const void* q = shifted(c.q, b * c.q_b + n * c.q_n + l * c.q_l, bf16);
+    bool zero = true;
+    for (int64_t h = 0; h < c.H && zero; ++h) zero = load_row({q, bf16}, h, 1)[0] == 0.0f;
+    double most = -HUGE_VAL;
+    const int64_t end = zero ? 0 : c.S;
+    for (int64_t s = 0; s < end; ++s) {
+        float bias;
+        double z = 0.0;
+        if (sees(r, l, s, &bias)) {
+            const void* k = shifted(c.k, b * c.k_b + g * c.k_g + s * c.k_s, bf16);
+            for (int64_t h = 0; h < c.H; ++h)
+                z += static_cast<double>(load_row({q, bf16}, h, 1)[0]) * load_row({k, bf16}, h, 1)[0];
+            z *= c.scale;
+        }
+        // In logarithms, where nothing underflows: 2 log|z| - log(1 + z^2) + bias.
+        weights[s] = z == 0.0 ? -HUGE_VAL : 2.0 * log(fabs(z)) - log1p(z * z) + static_cast<double>(bias) * M_LN2;
+        if (weights[s] > most) most = weights[s];
+    }
+    if (most == -HUGE_VAL) {
+        for (int64_t s = 0; s < c.S; ++s) weights[s] = 0.0;
+        return 0.0;
+    }
+    double total = 0.0;
+    for (int64_t s = 0; s < c.S; ++s) total += weights[s] = exp(weights[s] - most);
+    for (int64_t s = 0; s < c.S; ++s) weights[s] /= total;
+    return total;
+}
+
+// Output and stats of such a row. Its stats say (0, 0): the backward pass does it again in the same way.
+static void careful_forward(const ba_call& c, int64_t b, int64_t n, int64_t l, float* scratch) {
+    double* weights = reinterpret_cast<double*>(scratch);
+    const bool bf16 = c.dtype == BA_BF16;
+    const double total = careful_row(c, restriction(c, b, n), b, n, l, weights);
+    const int64_t g = n / (c.N / c.G);
+    void* out = shifted(c.out, b * c.out_b + n * c.out_n + l * c.out_l, bf16);
+    for (int64_t w = 0; w < c.W; ++w) {
+        double sum = 0.0;
+        for (int64_t s = 0; s < (total > 0.0 ? c.S : 0); ++s)
+            if (weights[s] != 0.0)
+                sum += weights[s] *
+                    load_row({shifted(c.v, b * c.v_b + g * c.v_g + s * c.v_s, bf16), bf16}, w, 1)[0];
+        store_row(out, bf16, w, fill(static_cast<float>(sum)), 1);
+    }
+    if (c.stats != NULL) {
+        float* stats = c.stats + 2 * ((b * c.N + n) * c.L + l);
+        stats[0] = total > 0.0 ? 0.0f : INF;
+        stats[1] = 0.0f;
+    }
+}
+
+template <int SCORE>
+static void one_panel(const Forward& f, Panel& p, int64_t b, int64_t n, int64_t index) {
+    const ba_call& c = *f.c;
+    const bool bf16 = c.dtype == BA_BF16;
+    const int64_t from = index * f.cut.vectors / f.cut.count, to = (index + 1) * f.cut.vectors / f.cut.count;
+    const int64_t vectors = to - from;
+    p.l0 = from * LANES;
+    p.pitch = vectors * LANES;
+    p.rows = c.L - p.l0 < p.pitch ? c.L - p.l0 : p.pitch;
+    p.empty = true;
+    for (int64_t lane = 0; lane < p.pitch; lane += LANES) {
+        store(p.total + lane, V{});
+        store(p.shift + lane, fill(-INF));
+    }
+    const float factor = static_cast<float>(SCORE == BA_SOFTMAX ? c.scale * static_cast<double>(LOG2E) : c.scale);
+    turn_rows({shifted(c.q, b * c.q_b + n * c.q_n + p.l0 * c.q_l, bf16), bf16}, c.q_l, p.rows, c.H, factor, p.q,
+        p.pitch);
+    const int64_t size = bf16 ? 2 : 4;
+    if (p.next_q != NULL) soon<2>(p.next_q + p.l0 * c.q_l * size, c.q_l * size, p.rows, c.H * size);
+    int64_t s = 0;
+    // Up to the triangle's edge all lanes see every key; beyond, vectors of queries drop out one by one.
+    const int64_t whole = c.causal && p.l0 < c.S ? p.l0 : c.S;
+    for (; s < whole; s += p.keys) block_of<SCORE>(p, vectors, 0, s, whole - s < p.keys ? whole - s : p.keys);
+    if (c.causal)
+        for (int64_t v = 0; v < vectors && p.l0 + v * LANES < c.S; ++v) {
+            const int64_t s0 = p.l0 + v * LANES;
+            block_of<SCORE>(p, vectors - v, v * LANES, s0, c.S - s0 < LANES ? c.S - s0 : LANES);
+        }
+
+    if (p.empty) memset(p.out, 0, static_cast<size_t>(c.W * p.pitch) * sizeof(float));
+    float* inverse = p.rescale;
+    for (int64_t lane = 0; lane < p.pitch; lane += LANES) {
+        const V total = load(p.total + lane);
+        store(inverse + lane, select(total == 0.0f, V{}, 1.0f / total));
+    }
+    void* out = shifted(c.out, b * c.out_b + n * c.out_n + p.l0 * c.out_l, bf16);
+    turn_back(p.out, p.pitch, inverse, out, bf16, c.out_l, p.rows, c.W);
+    float* stats = c.stats == NULL ? NULL : c.stats + 2 * ((b * c.N + n) * c.L + p.l0);
+    for (int64_t l = 0; l < p.rows; ++l) {
+        const float total = p.total[l];
+        if (stats != NULL) {
+            stats[2 * l] = total == 0.0f ? INF : total;
+            stats[2 * l + 1] = p.shift[l] == -INF ? 0.0f : p.shift[l];
+        }
+        if (SCORE == BA_EXPRESSIVE && total < FAINT) careful_forward(c, b, n, p.l0 + l, p.spare);
+    }
+}
+
+// Panels [from, to) of one head. The next head is told of so that its rows are on their way in time.
+static void one_head(const Forward& f, int64_t head, int64_t from, int64_t to, bool more, float* scratch) {
+    const ba_call& c = *f.c;
+    const bool bf16 = c.dtype == BA_BF16;
+    const int64_t n = head % c.N, b = head / c.N, g = n / (c.N / c.G);
+    const int64_t pitch = f.wide * LANES;
+    Panel p;
+    p.c = &c;
+    p.hide = restriction(c, b, n);
+    p.keys = f.keys;
+    float* at = scratch;
+    p.q = at, at += c.H * pitch;
+    p.out = at, at += c.W * pitch;
+    p.z = at, at += f.keys * pitch;
+    p.tile = at, at += f.keys * pitch;
+    p.total = at, at += pitch;
+    p.shift = at, at += pitch;
+    p.rescale = at, at += pitch;
+    const Row k = {shifted(c.k, b * c.k_b + g * c.k_g, bf16), bf16}, v = {shifted(c.v, b * c.v_b + g * c.v_g, bf16), bf16};
+    p.k = static_cast<const float*>(k.p), p.k_s = c.k_s;
+    p.v = static_cast<const float*>(v.p), p.v_s = c.v_s;
+    if (f.copy_k) {
+        copy_rows(k, c.k_s, c.S, c.H, at, f.Hp);
+        p.k = at, p.k_s = f.Hp, at += c.S * f.Hp;
+    }
+    if (f.copy_v && c.v == c.k && f.copy_k && c.H == c.W) {
+        p.v = p.k, p.v_s = p.k_s;
+    } else if (f.copy_v) {
+        copy_rows(v, c.v_s, c.S, c.W, at, f.Wp);
+        p.v = at, p.v_s = f.Wp, at += c.S * f.Wp;
+    }
+    p.spare = at;
+    p.next_q = NULL;
+    if (more) {
+        const int64_t next = head + 1, nn = next % c.N, nb = next / c.N, ng = nn / (c.N / c.G);
+        p.next_q = static_cast<const char*>(shifted(c.q, nb * c.q_b + nn * c.q_n, bf16));
+        p.next_k = static_cast<const char*>(shifted(c.k, nb * c.k_b + ng * c.k_g, bf16));
+        p.next_v = static_cast<const char*>(shifted(c.v, nb * c.v_b + ng * c.v_g, bf16));
+    }
+    for (int64_t i = from; i < to; ++i) {
+        p.ahead = more && i == from;
+        c.score == BA_SOFTMAX ? one_panel<BA_SOFTMAX>(f, p, b, n, i) : one_panel<BA_EXPRESSIVE>(f, p, b, n, i);
+    }
+}
+
+static void forward_task(void* context, int64_t task, float* scratch) {
+    const Forward& f = *static_cast<const Forward*>(context);
+    if (f.chunks > 1) {
+        const int64_t chunk = task % f.chunks;
+        one_head(f, task / f.chunks, chunk * f.cut.count / f.chunks, (chunk + 1) * f.cut.count / f.chunks, false, scratch);
+        return;
+    }
+    const int64_t heads = f.c->B * f.c->N, end = (task + 1) * f.run < heads ? (task + 1) * f.run : heads;
+    for (int64_t head = task * f.run; head < end; ++head) one_head(f, head, 0, f.cut.count, f.copy_k && head + 1 < end, scratch);
+}
+
+static int64_t wide_forward(const ba_call& c) {
+    Forward f = {};
+    f.c = &c;
+    f.wide = BA_WIDE;
+    f.cut = panels(c.L, f.wide);
+    if (f.cut.vectors < f.wide) f.wide = f.cut.vectors;
+    f.keys = block_keys(c, f.wide);
+    f.Hp = (c.H + LANES - 1) / LANES * LANES;
+    f.Wp = (c.W + LANES - 1) / LANES * LANES;
+    const bool bf16 = c.dtype == BA_BF16;
+    const int64_t heads = c.B * c.N;
+    const int64_t wanted = (4 * c.threads + heads - 1) / heads;
+    f.chunks = c.threads == 1 || heads >= 4 * c.threads ? 1 : wanted < f.cut.count ? wanted : f.cut.count;
+    f.run = heads / (16 * c.threads) > 1 ? heads / (16 * c.threads) : 1;
+    // Rows that lie apart fall on few sets of the caches and on many pages: in one piece, if they are read repeatedly.
+    f.copy_k = bf16 || f.cut.count > 1;
+    f.copy_v = bf16 || f.cut.count > 1;
+    int64_t spare = tile_spare(f.wide * LANES, f.keys > LANES ? f.keys : LANES);
+    if (c.score == BA_EXPRESSIVE && spare < 2 * c.S + 2) spare = 2 * c.S + 2;
+    f.floats = f.wide * LANES * (c.H + c.W + 2 * f.keys + 3) + spare + (f.copy_k ? c.S * f.Hp : 0) +
+        (f.copy_v ? c.S * f.Wp : 0);
+    return ba_parallel(c.threads, f.chunks > 1 ? heads * f.chunks : (heads + f.run - 1) / f.run, f.floats, forward_task, &f);
+}
+
+}  // namespace
+}  // namespace BA_ISA

@@ -1,0 +1,31 @@
+// Every kernel for one instruction set. An isa_*.cpp says which and includes this.
+
+#include "api.h"
+#include "lanes.hpp"
+#include "parallel.hpp"
+#include "products.hpp"
+#include "masks.hpp"
+#include "scores.hpp"
+#include "forward.hpp"
+#include "backward.hpp"
+#include "decode.hpp"
+#include "align.hpp"
+
+namespace BA_ISA {
+
+int64_t forward(const ba_call& c) {
+    if (c.B * c.N * c.L == 0) return BA_OK;
+    return is_decode(c) ? decode(c) : wide_forward(c);
+}
+
+int64_t backward(const ba_call& c) { return wide_backward(c); }
+
+int64_t align_forward(const ba_align& c) {
+    ba_align only = c;
+    only.grad = NULL;
+    return c.B * c.G * c.S * c.W == 0 ? int64_t{BA_OK} : align_values(only);
+}
+
+int64_t align_backward(const ba_align& c) { return c.B * c.G * c.S * c.W == 0 ? int64_t{BA_OK} : align_gradients(c); }
+
+}  // namespace BA_ISA

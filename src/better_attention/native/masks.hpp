@@ -1,0 +1,152 @@
+// What hides keys, and what is added to their log weights: one tile of numbers for a block of keys and queries.
+//
+// A tile holds, in units of log2, 0 for an open key, a bias, or -inf for a hidden one. Masks lie in memory key by key,
+// the kernels want query beside query, so mask rows are turned over a block at a time: nothing of size L x S appears.
+
+namespace BA_ISA {
+namespace {
+
+constexpr float LOG2E = 1.44269504088896340736f;
+constexpr float LN2 = 0.693147180559945309417f;
+constexpr float LOWEST_BF16 = -3.38953138925153547590e38f;
+
+enum State { OPEN, HIDES, BIASES, CLOSED };  // nothing to apply; 0 and -inf only; biases too; no key is open
+
+struct Restriction {  // of one batch element and head
+    const void* mask;
+    int64_t mask_type, mask_l, mask_s;
+    const void* padding;
+    int64_t padding_type, padding_s;
+    bool causal, softmax;
+    bool exponent;  // the expressive score under a mask of numbers: every block has a tile, so that one shift holds
+};
+
+static int64_t size_of(int64_t type) { return type == BA_F32 ? 4 : type == BA_BF16 ? 2 : 1; }
+
+static Restriction restriction(const ba_call& c, int64_t b, int64_t n) {
+    Restriction r = {};
+    r.mask_type = c.mask_type;
+    if (c.mask_type != BA_NONE)
+        r.mask = static_cast<const char*>(c.mask) + (b * c.mask_b + n * c.mask_n) * size_of(c.mask_type);
+    r.mask_l = c.mask_l;
+    r.mask_s = c.mask_s;
+    r.padding_type = c.padding_type;
+    if (c.padding_type != BA_NONE)
+        r.padding = static_cast<const char*>(c.padding) + b * c.padding_b * size_of(c.padding_type);
+    r.padding_s = c.padding_s;
+    r.causal = c.causal != 0;
+    r.softmax = c.score == BA_SOFTMAX;
+    r.exponent = !r.softmax && (c.mask_type < BA_BOOL || c.padding_type < BA_BOOL);
+    return r;
+}
+
+struct Seen {
+    bool biased, open;  // any number beside 0 and -inf; any number but -inf
+};
+
+// Numbers [from, from + n) of a mask's row into out, in units of log2.
+static Seen read_mask(const void* row, int64_t type, int64_t stride, int64_t n, bool softmax, float* out) {
+    if (type == BA_BOOL) {
+        const uint8_t* p = static_cast<const uint8_t*>(row);
+        int32_t open = 0;
+        if (stride == 1)
+            for (int64_t i = 0; i < n; ++i) {
+                out[i] = p[i] ? 0.0f : -INF;
+                open |= p[i];
+            }
+        else
+            for (int64_t i = 0; i < n; ++i) {
+                const uint8_t x = p[i * stride];
+                out[i] = x ? 0.0f : -INF;
+                open |= x;
+            }
+        return {false, open != 0};
+    }
+    // The expressive score has no exponential to drown a very low bias in: the type's lowest number hides.
+    const float hides = softmax ? -INF : type == BA_F32 ? -FLT_MAX : LOWEST_BF16;
+    int32_t open = 0, biased = 0;
+    for (int64_t i = 0; i < n; ++i) {
+        const float x = type == BA_F32 ? static_cast<const float*>(row)[i * stride]
+                                       : from_bf16(static_cast<const uint16_t*>(row)[i * stride]);
+        float y = x * LOG2E;
+        y = y < -FLT_MAX ? -FLT_MAX : y;  // finite stays finite
+        const bool hidden = x <= hides;
+        out[i] = hidden ? -INF : y;
+        open |= !hidden;
+        biased |= !hidden & (x != 0.0f);
+    }
+    return {biased != 0, open != 0};
+}
+
+static bool sees(const Restriction& r, int64_t l, int64_t s, float* bias) {  // one key of one query
+    *bias = 0.0f;
+    if (r.causal && s > l) return false;
+    const void* rows[2] = {r.mask, r.padding};
+    const int64_t types[2] = {r.mask_type, r.padding_type};
+    const int64_t at[2] = {l * r.mask_l + s * r.mask_s, s * r.padding_s};
+    for (int i = 0; i < 2; ++i) {
+        if (types[i] == BA_NONE) continue;
+        float x;
+        read_mask(static_cast<const char*>(rows[i]) + at[i] * size_of(types[i]), types[i], 1, 1, r.softmax, &x);
+        if (x == -INF) return false;
+        *bias += x;
+    }
+    return true;
+}
+
+static int64_t tile_spare(int64_t pitch, int64_t keys) { return (pitch + 1) * ba_padded(keys); }
+
+// The tile for queries l0 + [0, rows) and keys s0 + [0, n): tile[s][lane], `pitch` lanes to a row. Only masks; of the
+// triangle it knows nothing. `spare` has tile_spare(pitch, n) floats.
+static State mask_tile(
+    const Restriction& r, int64_t l0, int64_t rows, int64_t s0, int64_t n, int64_t pitch, float* tile, float* spare) {
+    if (r.mask_type == BA_NONE && r.padding_type == BA_NONE) return OPEN;
+    const int64_t length = ba_padded(n);
+    float* keys = spare;  // what holds for a key whatever the query
+    float* natural = spare + length;
+    bool biased = r.exponent, hides = false;
+    for (int64_t i = 0; i < n; ++i) keys[i] = 0.0f;
+    const bool per_query = r.mask_type != BA_NONE && r.mask_l != 0 && rows > 1;
+    for (int i = 0; i < 2; ++i) {
+        const int64_t type = i ? r.padding_type : r.mask_type;
+        if (type == BA_NONE || (i == 0 && per_query)) continue;
+        const int64_t stride = i ? r.padding_s : r.mask_s;
+        const int64_t at = (i ? 0 : l0 * r.mask_l) + s0 * stride;
+        const Seen seen = read_mask(
+            static_cast<const char*>(i ? r.padding : r.mask) + at * size_of(type), type, stride, n, r.softmax, natural);
+        if (!seen.open) return CLOSED;
+        biased |= seen.biased;
+        for (int64_t s = 0; s < n; ++s) keys[s] += natural[s];
+    }
+    for (int64_t s = 0; s < n; ++s) hides |= keys[s] == -INF;
+    if (!per_query) {
+        if (!hides && !biased) return OPEN;
+        for (int64_t s = 0; s < n; ++s)
+            for (int64_t lane = 0; lane < pitch; lane += LANES) store(tile + s * pitch + lane, fill(keys[s]));
+        return biased ? BIASES : HIDES;
+    }
+    bool open = false;
+    for (int64_t l = 0; l < rows; ++l) {
+        float* out = natural + l * length;
+        const int64_t at = (l0 + l) * r.mask_l + s0 * r.mask_s;
+        const Seen seen = read_mask(
+            static_cast<const char*>(r.mask) + at * size_of(r.mask_type), r.mask_type, r.mask_s, n, r.softmax, out);
+        biased |= seen.biased;
+        open |= seen.open;
+        int32_t hidden = 0;
+        for (int64_t s = 0; s < n; ++s) hidden |= out[s] == -INF;
+        hides |= hidden != 0;
+    }
+    if (!open) return CLOSED;
+    if (!hides && !biased) return OPEN;
+    // turn_rows multiplies, and -inf * 1 stays what it is.
+    turn_rows({natural, false}, length, rows, n, 1.0f, tile, pitch);
+    for (int64_t s = 0; s < n; ++s)
+        if (keys[s] != 0.0f)
+            for (int64_t lane = 0; lane < pitch; lane += LANES)
+                store(tile + s * pitch + lane, load(tile + s * pitch + lane) + keys[s]);
+    return biased ? BIASES : HIDES;
+}
+
+}  // namespace
+}  // namespace BA_ISA

@@ -1,0 +1,147 @@
+// From scores z = q.k to weights, and their derivative: what tells the softmax from the expressive score.
+//
+// Lanes are queries, so a row's maximum and sum are plain vector operations. Scores of the softmax come in units of
+// log2. arXiv 2407.18601: expressive weights are z^2 / (1 + z^2), normalised; they need no exponential and no maximum.
+
+namespace BA_ISA {
+namespace {
+
+enum { FREE, TRIANGLE, HIDING, BIASED };  // what restricts a block: nothing, causality alone, a tile, a tile with biases
+
+constexpr float FAR_SQUARE = 1.0995116277760e12f;  // 2^40: beyond, z^2 / (1 + z^2) is 1, and inf / inf must not arise
+constexpr float FAR = 1048576.0f;                  // 2^20
+
+// Below this a row's sum of z^2 has lost digits to underflow: the row is computed again in double precision.
+constexpr float FAINT = 1e-24f;
+
+// One block of scores z[s][lane], for keys s0 + [0, n): replaced by weights, before normalisation. total and shift
+// (LANES * NV each) are the rows' running sums and the constant taken out of their exponents; `rescale` says by what
+// earlier sums have to be multiplied. Returns whether any has to be.
+template <int NV, int SCORE, int MODE>
+BA_INLINE bool weigh(
+    float* z, int64_t n, int64_t pitch, const float* tile, int64_t first_query, int64_t s0, float* total, float* shift,
+    float* rescale) {
+    constexpr bool EXPONENT = SCORE == BA_SOFTMAX || MODE == BIASED;
+    V sum[NV], low[NV], top[NV];
+    I query[NV];
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) {
+        sum[v] = V{};
+        low[v] = fill(0.0f);
+        query[v] = first_lanes() + static_cast<int32_t>(first_query + v * LANES - s0);  // sees keys s - s0 <= query
+    }
+    bool changed = false;
+    if constexpr (EXPONENT) {
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) top[v] = load(shift + v * LANES);
+        for (int64_t s = 0; s < n; ++s)
+#pragma GCC unroll 4
+            for (int v = 0; v < NV; ++v) {
+                V x;
+                if constexpr (SCORE == BA_SOFTMAX) {
+                    x = load(z + s * pitch + v * LANES);
+                    if constexpr (MODE >= HIDING) x += load(tile + s * pitch + v * LANES);
+                } else {
+                    x = load(tile + s * pitch + v * LANES);
+                }
+                // The tile knows nothing of the triangle.
+                if (MODE == TRIANGLE || (MODE >= HIDING && first_query < s0 + n))
+                    x = select(query[v] >= static_cast<int32_t>(s), x, fill(-INF));
+                if constexpr (SCORE == BA_SOFTMAX && MODE != FREE) store(z + s * pitch + v * LANES, x);
+                top[v] = larger(x, top[v]);
+            }
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) {
+            const V before = load(shift + v * LANES);
+            // A row that has seen no key yet has shift -inf and nothing to rescale.
+            const V old = select(before == -INF, V{}, before);
+            low[v] = select(top[v] == -INF, V{}, top[v]);
+            const V factor = exp2_of(old - low[v]);
+            const I moved = (top[v] != before) & (before != -INF);
+            changed |= any(moved);
+            store(rescale + v * LANES, select(moved, factor, fill(1.0f)));
+            store(shift + v * LANES, top[v]);
+        }
+    }
+    for (int64_t s = 0; s < n; ++s)
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) {
+            float* p = z + s * pitch + v * LANES;
+            V w = load(p);
+            if constexpr (SCORE == BA_SOFTMAX) {
+                w = exp2_of(w - low[v]);
+            } else {
+                if (MODE == TRIANGLE || (MODE >= HIDING && first_query < s0 + n))
+                    w = select(query[v] >= static_cast<int32_t>(s), w, V{});
+                V bias;
+                if constexpr (MODE >= HIDING) {
+                    bias = load(tile + s * pitch + v * LANES);
+                    w = select(bias == -INF, V{}, w);  // z = 0 is weight 0
+                }
+                const V square = at_most(FAR_SQUARE, w * w);
+                w = square * reciprocal(1.0f + square);
+                if constexpr (MODE == BIASED) w *= exp2_of(bias - low[v]);
+            }
+            sum[v] += w;
+            store(p, w);
+        }
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) {
+        V t = load(total + v * LANES);
+        if constexpr (EXPONENT) t *= load(rescale + v * LANES);
+        store(total + v * LANES, t + sum[v]);
+    }
+    return changed;
+}
+
+// Backwards: scores z and dp[s][lane] = dL/dw become the normalised weights and dL/d(q.k). `inverse` is 1 / normaliser
+// (0 for rows without weight), delta the normaliser's share, sum over keys of w dL/dw.
+template <int NV, int SCORE, int MODE>
+BA_INLINE void slope(
+    float* z, float* dp, int64_t n, int64_t pitch, const float* tile, int64_t first_query, int64_t s0,
+    const float* inverse, const float* shift, const float* delta, float scale) {
+    V inv[NV], low[NV], del[NV];
+    I query[NV];
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) {
+        inv[v] = load(inverse + v * LANES);
+        low[v] = load(shift + v * LANES);
+        del[v] = load(delta + v * LANES);
+        query[v] = first_lanes() + static_cast<int32_t>(first_query + v * LANES - s0);
+    }
+    for (int64_t s = 0; s < n; ++s)
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) {
+            float* pz = z + s * pitch + v * LANES;
+            float* pd = dp + s * pitch + v * LANES;
+            V x = load(pz), bias = {};
+            I hidden = {};
+            if (MODE == TRIANGLE || (MODE >= HIDING && first_query < s0 + n))
+                hidden = query[v] < static_cast<int32_t>(s);
+            if constexpr (MODE >= HIDING) {
+                bias = load(tile + s * pitch + v * LANES);
+                hidden |= bias == -INF;
+            }
+            const V g = (load(pd) - del[v]) * scale;
+            if constexpr (SCORE == BA_SOFTMAX) {
+                if constexpr (MODE == BIASED) x += bias;
+                V w = exp2_of(x - low[v]) * inv[v];
+                if constexpr (MODE != FREE) w = select(hidden, V{}, w);
+                store(pz, w);
+                store(pd, w * g);
+            } else {
+                if constexpr (MODE != FREE) x = select(hidden, V{}, x);
+                x = at_most(FAR, at_least(-FAR, x));
+                const V r = reciprocal(1.0f + x * x);
+                V part = x * r * inv[v];
+                if constexpr (MODE == BIASED) {
+                    part *= select(hidden, V{}, exp2_of(bias - low[v]));
+                }
+                store(pz, part * x);
+                store(pd, 2.0f * part * r * g);
+            }
+        }
+}
+
+}  // namespace
+}  // namespace BA_ISA

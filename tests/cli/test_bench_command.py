@@ -1,0 +1,215 @@
+"""``better-attention bench``: what it prints and writes, exit statuses, Ctrl-C, and what is refused."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from better_attention.alignment import Alignment
+from better_attention.benchmarks import machine, runner, tables
+from better_attention.benchmarks.suites import SUITES
+from better_attention.cli import UserError
+from better_attention.cli import bench as verb
+
+SHORT = ("--suite", "align", "--shapes", "2x5x6x2", "--repeats", "3")
+
+
+@pytest.fixture(autouse=True)
+def quick_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = machine.measure_limits
+    monkeypatch.setattr(machine, "measure_limits", lambda dtype, **sizes: real(dtype, size=32, read_bytes=1 << 16))
+
+
+def run(*words: str) -> int:
+    parser = argparse.ArgumentParser()
+    verb.add_arguments(parser)
+    return verb.run(parser.parse_args(words))
+
+
+def document(capsys: pytest.CaptureFixture[str], *words: str) -> Any:
+    assert run(*words, "--json") == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_suites_are_those_of_the_registry() -> None:
+    assert set(SUITES) == set(verb.SUITES)
+    assert {str(dtype).removeprefix("torch.") for dtype in runner.BOUNDS} == set(verb.DTYPES)
+
+
+def test_the_document(capsys: pytest.CaptureFixture[str]) -> None:
+    threads = torch.get_num_threads()
+    found = document(capsys, *SHORT, "--threads", "1", "--seconds", "3.5", "--dtype", "bfloat16")
+    assert torch.get_num_threads() == threads
+    assert found["machine"]["threads"] == 1
+    assert found["settings"]["repeats"] == 3
+    assert found["settings"]["seconds"] == 3.5
+    assert (found["suite"], found["dtype"], found["complete"]) == ("align", "bfloat16", True)
+    assert len(found["limits"]) == 2
+    assert set(found["limits"][0]["product"]) == {"float32", "bfloat16"}
+    rows = found["rows"]
+    assert [row["contender"] for row in rows] == ["torch.matmul", "Alignment"] * 4
+    assert [(row["variant"], row["mode"]) for row in rows[::2]] == [
+        ("plain", "forward"),
+        ("plain", "forward+backward"),
+        ("causal", "forward"),
+        ("causal", "forward+backward"),
+    ]
+    for row in rows:
+        assert (row["batch"], row["length"], row["width"], row["heads"]) == (2, 5, 6, 2)
+        assert row["status"] == "ok"
+        assert row["rounds"] == 3
+        assert row["calls"] >= 1
+        assert 0 < row["seconds"]["low"] <= row["seconds"]["median"] <= row["seconds"]["high"]
+        assert row["gflops"] == pytest.approx(row["flops"] / row["seconds"]["median"] / 1e9)
+        assert 0 <= row["error"] < row["bound"] == 3e-2
+    assert all(row["ratio"] == {"median": 1.0, "low": 1.0, "high": 1.0} for row in rows[::2])
+    best = max(limits["product"]["bfloat16"] for limits in found["limits"])
+    assert rows[0]["product_share"] == pytest.approx(rows[0]["gflops"] / best)
+
+
+def test_the_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*SHORT) == 0
+    said = capsys.readouterr()
+    for words in (
+        machine.cpu_name(),
+        f"torch {torch.__version__}",
+        "limits before: product of 32² matrices",
+        "limits after",
+        "align: batch 2, ℓ 5, d 6, h 2 (width 3), causal, forward+backward",
+        "torch.matmul",
+        "Alignment",
+        "extra MiB",
+        "median of the ratios within a round",
+    ):
+        assert words in said.out
+    assert "[4/4] align" in said.err
+    assert "Targets" not in said.out, "no target speaks of these rows"
+
+
+def test_a_narrow_screen_shows_whole_numbers(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run(*SHORT) == 0
+    out = capsys.readouterr().out
+    assert "…" not in out
+    lines = [line.split() for line in out.splitlines() if line.split()[:1] == ["Alignment"]]
+    assert len(lines) == 4
+    assert all(float(line[1]) > 0 for line in lines)
+
+
+def test_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*SHORT, "--out", str(tmp_path / "new")) == 0
+    paths = sorted((tmp_path / "new").iterdir())
+    assert [path.suffix for path in paths] == [".csv", ".json"]
+    version = torch.__version__
+    for path in paths:
+        assert path.name.startswith("align-")
+        assert path.stem.endswith(f"-{torch.get_num_threads()}t-torch{version}-float32")
+        assert f"wrote {path}" in capsys.readouterr().err or path is paths[1]
+    stored = json.loads(paths[1].read_text("utf-8"))
+    with paths[0].open(newline="", encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == len(stored["rows"]) == 8
+    for line, row in zip(lines, stored["rows"], strict=True):
+        assert line["contender"] == row["contender"]
+        assert float(line["seconds_median"]) == row["seconds"]["median"]
+        assert float(line["ratio_high"]) == row["ratio"]["high"]
+
+
+def test_wrong_numbers_are_not_timed_and_fail_the_command(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = Alignment.forward
+    monkeypatch.setattr(Alignment, "forward", lambda self, value: right(self, value) * 1.001)
+    assert run(*SHORT) == 1
+    out = capsys.readouterr().out
+    assert "WRONG: align: batch 2, ℓ 5, d 6, h 2 (width 3), plain, forward: Alignment: output is off by" in out
+    assert not [line for line in out.splitlines() if line.split()[:1] == ["Alignment"]]
+    assert [line for line in out.splitlines() if line.split()[:1] == ["torch.matmul"]]
+
+
+def test_ctrl_c_shows_what_was_done(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    real, done = runner.measure, []
+
+    def measure(*arguments: Any) -> Any:
+        if done:
+            raise KeyboardInterrupt
+        done.append(True)
+        return real(*arguments)
+
+    monkeypatch.setattr(runner, "measure", measure)
+    assert run(*SHORT) == 130
+    said = capsys.readouterr()
+    assert "Interrupted: 1 of 4 rows were measured." in said.out
+    tables_of = [line.split(":")[1].strip() for line in said.out.splitlines() if line.startswith("align:")]
+    assert tables_of == ["batch 2, ℓ 5, d 6, h 2 (width 3), plain, forward"]
+    done.clear()
+    assert run(*SHORT, "--json") == 130
+    found = json.loads(capsys.readouterr().out)
+    assert found["complete"] is False
+    assert len(found["rows"]) == 2
+    assert len(found["limits"]) == 1
+
+
+def test_targets_are_told_where_their_rows_were_run(capsys: pytest.CaptureFixture[str]) -> None:
+    """Fewer than all seven shapes leave a mean open."""
+    assert run("--suite", "layer", "--shapes", "64x32x32x4", "--repeats", "1") == 0
+    out = capsys.readouterr().out
+    line = next(line for line in out.splitlines() if "efficient layer, inference, mean" in line)
+    assert line.split()[0] == "open"
+    assert "6 of 7 shapes not run" in line
+
+
+def test_a_number_that_json_does_not_know(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Alignment, "forward", lambda self, value: value * float("nan"))
+    assert run(*SHORT, "--json") == 1
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    ours = [row for row in rows if row["contender"] == "Alignment" and row["mode"] == "forward"]
+    assert [(row["status"], row["error"]) for row in ours] == [("wrong", None)] * 2
+
+
+def test_a_reason_is_no_formula() -> None:
+    assert tables._flat({"reason": "=cmd()", "note": "a\nb", "seconds": None}) == {
+        "reason": "'=cmd()",
+        "note": "a b",
+        "seconds_median": None,
+        "seconds_low": None,
+        "seconds_high": None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--shapes", "64x32"), "expected batch x length x width x heads, as in 64x32x32x4, received '64x32'"),
+        (("--shapes", "1x2x3x0"), "received '1x2x3x0'"),
+        (("--shapes", "1x2x3x4,"), "divisible by the heads, received '1x2x3x4'"),
+        (("--shapes", "axbxcxd"), "received 'axbxcxd'"),
+        (("--suite", "everything"), "invalid choice"),
+        (("--dtype", "float16"), "invalid choice"),
+        (("--threads", "0"), "at least 1"),
+        (("--repeats", "-1"), "expected a whole number"),
+        (("--seconds", "nan"), "a positive number of seconds, received 'nan'"),
+        (("--limit", "soon"), "a positive number of seconds, received 'soon'"),
+    ],
+)
+def test_words_the_parser_refuses(words: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run(*words)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_file_is_no_folder(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("mine", "utf-8")
+    with pytest.raises(UserError, match="--out is a folder"):
+        run(*SHORT, "--out", str(path))
+    assert path.read_text("utf-8") == "mine"
