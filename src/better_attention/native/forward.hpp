@@ -42,8 +42,10 @@ struct Panel {
     int64_t k_s, v_s, l0, rows, pitch, keys;
     float *q, *out, *z, *tile, *spare, *total, *shift, *rescale;
     bool empty;  // nothing is in `out` yet
-    bool ahead;  // whether to ask for what the next head needs
-    const char *next_q, *next_k, *next_v;
+    char* rows_out;           // where the panel's rows go
+    const char* next_q;       // queries of the panel after it, and how many
+    int64_t rows_ahead, asked;
+    const char *next_k, *next_v;  // of the next head, or NULL
 };
 
 template <int NV>
@@ -68,15 +70,28 @@ static __attribute__((noinline)) bool weigh_any(Panel& p, int mode, int64_t lane
     }
 }
 
+// Asks for what comes after this block and this panel, a share of it with every block: rows that the panel will
+// write, the next panel's queries, and during a head's first panel the keys and values of the next head.
+static void ask_ahead(Panel& p, int64_t s0, int64_t n) {
+    const ba_call& c = *p.c;
+    const int64_t size = c.dtype == BA_BF16 ? 2 : 4;
+    int64_t to = p.asked + (p.rows * n + c.S - 1) / c.S;
+    if (to > p.rows) to = p.rows;
+    for (int64_t r = p.asked; r < to; ++r)
+        for (int64_t i = 0; i < c.W * size; i += 64) __builtin_prefetch(p.rows_out + r * c.out_l * size + i, 1, 2);
+    const int64_t end = to < p.rows_ahead ? to : p.rows_ahead;
+    if (end > p.asked) soon<2>(p.next_q + p.asked * c.q_l * size, c.q_l * size, end - p.asked, c.H * size);
+    p.asked = to;
+    if (p.next_k == NULL) return;
+    soon<2>(p.next_k + s0 * c.k_s * size, c.k_s * size, n, c.H * size);
+    if (p.next_v != p.next_k) soon<2>(p.next_v + s0 * c.v_s * size, c.v_s * size, n, c.W * size);
+}
+
 // Keys s0 + [0, n) for the panel's lanes from `lane` on, NV vectors of them.
 template <int NV, int SCORE>
 static void block(Panel& p, int64_t lane, int64_t s0, int64_t n) {
     const State state = mask_tile(p.hide, p.l0, p.rows, s0, n, p.pitch, p.tile, p.spare);
-    if (p.ahead) {
-        const int64_t size = p.c->dtype == BA_BF16 ? 2 : 4;
-        soon<2>(p.next_k + s0 * p.c->k_s * size, p.c->k_s * size, n, p.c->H * size);
-        if (p.next_v != p.next_k) soon<2>(p.next_v + s0 * p.c->v_s * size, p.c->v_s * size, n, p.c->W * size);
-    }
+    ask_ahead(p, s0, n);
     if (state == CLOSED) return;
     const bool crosses = p.hide.causal && p.l0 + lane < s0 + n - 1;
     const int mode = state == BIASES ? BIASED : state == HIDES ? HIDING : crosses ? TRIANGLE : FREE;
@@ -182,8 +197,10 @@ static void one_panel(const Forward& f, Panel& p, int64_t b, int64_t n, int64_t 
     const float factor = static_cast<float>(SCORE == BA_SOFTMAX ? c.scale * static_cast<double>(LOG2E) : c.scale);
     turn_rows({shifted(c.q, b * c.q_b + n * c.q_n + p.l0 * c.q_l, bf16), bf16}, c.q_l, p.rows, c.H, factor, p.q,
         p.pitch);
-    const int64_t size = bf16 ? 2 : 4;
-    if (p.next_q != NULL) soon<2>(p.next_q + p.l0 * c.q_l * size, c.q_l * size, p.rows, c.H * size);
+    p.asked = 0;
+    p.rows_out = static_cast<char*>(shifted(c.out, b * c.out_b + n * c.out_n + p.l0 * c.out_l, bf16));
+    p.next_q = static_cast<const char*>(shifted(c.q, b * c.q_b + n * c.q_n + (p.l0 + p.pitch) * c.q_l, bf16));
+    p.rows_ahead = c.L - p.l0 - p.pitch;
     int64_t s = 0;
     // Up to the triangle's edge all lanes see every key; beyond, vectors of queries drop out one by one.
     const int64_t whole = c.causal && p.l0 < c.S ? p.l0 : c.S;
@@ -200,8 +217,7 @@ static void one_panel(const Forward& f, Panel& p, int64_t b, int64_t n, int64_t 
         const V total = load(p.total + lane);
         store(inverse + lane, select(total == 0.0f, V{}, 1.0f / total));
     }
-    void* out = shifted(c.out, b * c.out_b + n * c.out_n + p.l0 * c.out_l, bf16);
-    turn_back(p.out, p.pitch, inverse, out, bf16, c.out_l, p.rows, c.W);
+    turn_back(p.out, p.pitch, inverse, p.rows_out, bf16, c.out_l, p.rows, c.W);
     float* stats = c.stats == NULL ? NULL : c.stats + 2 * ((b * c.N + n) * c.L + p.l0);
     for (int64_t l = 0; l < p.rows; ++l) {
         const float total = p.total[l];
@@ -213,7 +229,7 @@ static void one_panel(const Forward& f, Panel& p, int64_t b, int64_t n, int64_t 
     }
 }
 
-// Panels [from, to) of one head. The next head is told of so that its rows are on their way in time.
+// Panels [from, to) of one head; `more`: the next head follows on this thread.
 static void one_head(const Forward& f, int64_t head, int64_t from, int64_t to, bool more, float* scratch) {
     const ba_call& c = *f.c;
     const bool bf16 = c.dtype == BA_BF16;
@@ -245,15 +261,13 @@ static void one_head(const Forward& f, int64_t head, int64_t from, int64_t to, b
         p.v = at, p.v_s = f.Wp, at += c.S * f.Wp;
     }
     p.spare = at;
-    p.next_q = NULL;
-    if (more) {
-        const int64_t next = head + 1, nn = next % c.N, nb = next / c.N, ng = nn / (c.N / c.G);
-        p.next_q = static_cast<const char*>(shifted(c.q, nb * c.q_b + nn * c.q_n, bf16));
-        p.next_k = static_cast<const char*>(shifted(c.k, nb * c.k_b + ng * c.k_g, bf16));
-        p.next_v = static_cast<const char*>(shifted(c.v, nb * c.v_b + ng * c.v_g, bf16));
-    }
     for (int64_t i = from; i < to; ++i) {
-        p.ahead = more && i == from;
+        p.next_k = p.next_v = NULL;
+        if (more && i == from) {
+            const int64_t next = head + 1, nb = next / c.N, ng = next % c.N / (c.N / c.G);
+            p.next_k = static_cast<const char*>(shifted(c.k, nb * c.k_b + ng * c.k_g, bf16));
+            p.next_v = static_cast<const char*>(shifted(c.v, nb * c.v_b + ng * c.v_g, bf16));
+        }
         c.score == BA_SOFTMAX ? one_panel<BA_SOFTMAX>(f, p, b, n, i) : one_panel<BA_EXPRESSIVE>(f, p, b, n, i);
     }
 }

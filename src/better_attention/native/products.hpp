@@ -106,55 +106,70 @@ static void wide_product(
     }
 }
 
+// One square of turn_rows: rows of which n are there and `width` columns, LANES of each if WHOLE.
+template <bool BF16, bool WHOLE>
+BA_INLINE void turn_square(
+    const void* rows, int64_t stride, int64_t n, int64_t width, float factor, float* out, int64_t pitch) {
+    V x[BA_LANES];
+    if constexpr (WHOLE) {
+#pragma GCC unroll 16
+        for (int r = 0; r < BA_LANES; ++r)
+            x[r] = factor * (BF16 ? load_bf16(static_cast<const uint16_t*>(rows) + r * stride)
+                                  : load(static_cast<const float*>(rows) + r * stride));
+        turn_over<1>(x);
+#pragma GCC unroll 16
+        for (int r = 0; r < BA_LANES; ++r) store(out + r * pitch, x[r]);
+    } else {
+        for (int64_t r = 0; r < LANES; ++r)
+            x[r] = r < n ? factor * load_row({shifted(rows, r * stride, BF16), BF16}, 0, width) : V{};
+        turn_over<1>(x);
+        for (int64_t r = 0; r < (width < LANES ? width : LANES); ++r) store(out + r * pitch, x[r]);
+    }
+}
+
+template <bool BF16>
+BA_INLINE void turn_rows_of(
+    const void* rows, int64_t stride, int64_t n, int64_t width, float factor, float* out, int64_t pitch) {
+    for (int64_t i = 0; i < width; i += LANES)
+        for (int64_t lane = 0; lane < pitch; lane += LANES) {
+            const void* from = shifted(rows, lane * stride + i, BF16);
+            float* to = out + i * pitch + lane;
+            if (lane + LANES <= n && i + LANES <= width)
+                turn_square<BF16, true>(from, stride, LANES, LANES, factor, to, pitch);
+            else
+                turn_square<BF16, false>(from, stride, n - lane, width - i, factor, to, pitch);
+        }
+}
+
 // Up to n rows of `width` numbers, times `factor`, turned over: out[i][lane] = factor * row(lane)[i], zeros in lanes
 // beyond n. `pitch` is the length of a row of out, in floats, a multiple of LANES.
 static void turn_rows(Row rows, int64_t stride, int64_t n, int64_t width, float factor, float* out, int64_t pitch) {
-    for (int64_t i = 0; i < width; i += LANES) {
-        const int64_t part = width - i < LANES ? width - i : LANES;
-        for (int64_t lane = 0; lane < pitch; lane += LANES) {
-            V x[BA_LANES];
-#pragma GCC unroll 16
-            for (int r = 0; r < BA_LANES; ++r)
-                x[r] = lane + r < n
-                    ? load_row({shifted(rows.p, (lane + r) * stride, rows.bf16), rows.bf16}, i, part) * factor
-                    : V{};
-            turn_over<1>(x);
-            if (part == LANES) {
-#pragma GCC unroll 16
-                for (int r = 0; r < BA_LANES; ++r) store(out + (i + r) * pitch + lane, x[r]);
-            } else {
-                for (int r = 0; r < part; ++r) store(out + (i + r) * pitch + lane, x[r]);
-            }
-        }
-    }
+    if (rows.bf16) turn_rows_of<true>(rows.p, stride, n, width, factor, out, pitch);
+    else turn_rows_of<false>(rows.p, stride, n, width, factor, out, pitch);
 }
 
 // The way back: row(lane)[i] = in[i][lane] * by[lane] for lanes below n.
 static void turn_back(
     const float* in, int64_t pitch, const float* by, void* rows, bool bf16, int64_t stride, int64_t n, int64_t width) {
-    for (int64_t i = 0; i < width; i += LANES) {
-        const int64_t part = width - i < LANES ? width - i : LANES;
-        for (int64_t lane = 0; lane < n; lane += LANES) {
+    for (int64_t lane = 0; lane < n; lane += LANES)
+        for (int64_t i = 0; i < width; i += LANES) {
             V x[BA_LANES];
             const V factor = load(by + lane);
-            if (part == LANES) {
+            const float* from = in + i * pitch + lane;
+            void* to = shifted(rows, lane * stride + i, bf16);
+            if (!bf16 && lane + LANES <= n && i + LANES <= width) {
 #pragma GCC unroll 16
-                for (int r = 0; r < BA_LANES; ++r) x[r] = load(in + (i + r) * pitch + lane) * factor;
-            } else {
-                for (int r = 0; r < BA_LANES; ++r) x[r] = r < part ? load(in + (i + r) * pitch + lane) * factor : V{};
-            }
-            turn_over<1>(x);
-            const int64_t count = n - lane < LANES ? n - lane : LANES;
-            if (count == LANES && part == LANES) {
+                for (int r = 0; r < BA_LANES; ++r) x[r] = load(from + r * pitch) * factor;
+                turn_over<1>(x);
 #pragma GCC unroll 16
-                for (int r = 0; r < BA_LANES; ++r)
-                    store_row(shifted(rows, (lane + r) * stride, bf16), bf16, i, x[r], LANES);
+                for (int r = 0; r < BA_LANES; ++r) store(static_cast<float*>(to) + r * stride, x[r]);
             } else {
-                for (int64_t r = 0; r < count; ++r)
-                    store_row(shifted(rows, (lane + r) * stride, bf16), bf16, i, x[r], part);
+                for (int64_t r = 0; r < LANES; ++r) x[r] = i + r < width ? load(from + r * pitch) * factor : V{};
+                turn_over<1>(x);
+                for (int64_t r = 0; r < LANES && lane + r < n; ++r)
+                    store_row(shifted(to, r * stride, bf16), bf16, 0, x[r], width - i);
             }
         }
-    }
 }
 
 // Asks for n rows that will be needed soon, into the cache of that level. Without, a head of a few dozen rows in a
