@@ -31,6 +31,8 @@ HEADS = 32
 """Heads (B N) from which the compiled kernels beat PyTorch's fused softmax attention at any length."""
 WORK = 1 << 20
 """Multiplications for the scores (B N L S H) from which they do with fewer heads."""
+HALF, HALF_TRAINED = 128, 512
+"""Longest S at which they do in bfloat16, in inference and in training: beyond, PyTorch has matrix instructions for it."""
 
 
 @overload
@@ -222,9 +224,17 @@ def _slow(call: Call, name: str, able: list[str]) -> bool:
     """Whether something later in the order of implementations is faster on a CPU at these sizes."""
     (B, N, L, H), S = call.q_BNLH.shape, call.k_BNSH.shape[2]
     if name == "native":
-        return "sdpa" in able and B * N < HEADS and B * N * L * S * H < WORK
+        if "sdpa" not in able:
+            return False
+        if call.q_BNLH.dtype == torch.bfloat16 and (HALF_TRAINED if _trains(call) else HALF) < S:
+            return True
+        return B * N < HEADS and B * N * L * S * H < WORK
     small = PLAIN[call.score] >= B * N * L * S and (call.score != "softmax" or S <= SHORT)
     return small and "native" not in able and name != "reference"
+
+
+def _trains(call: Call) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in (call.q_BNLH, call.k_BNSH, call.v_BNSH))
 
 
 def _refusal(call: Call, impl: str) -> str:
