@@ -96,7 +96,7 @@ class Alignment(nn.Module):
 
     def _mix(self, value_BSD: Tensor) -> Tensor:
         S = value_BSD.shape[1]
-        weight, bias = self._first(S)
+        weight, bias = self.first(S)
         if self._kernels_serve(weight, value_BSD):
             column = None if bias is None else bias.reshape(-1, S)
             return align.align(weight if weight.dim() == 3 else weight[None], column, value_BSD, self.causal)
@@ -122,7 +122,11 @@ class Alignment(nn.Module):
         faster = self.causal or (trains and value_BSD.shape[1] <= COMPILED_LENGTH)
         return faster and plain_tensors(weight, value_BSD)
 
-    def _first(self, S: int) -> tuple[Tensor, Tensor | None]:
+    def is_plain(self, S: int) -> bool:
+        """Whether this is one full matrix for all heads that ``S`` positions fit into."""
+        return self.heads == "shared" and not self.causal and self.max_len >= S
+
+    def first(self, S: int) -> tuple[Tensor, Tensor | None]:
         """The part of W_A for S positions, and of its bias as a column."""
         if not torch.compiler.is_compiling():
             return self.weight[..., :S, :S], None if self.bias is None else self.bias[..., :S, None]

@@ -32,7 +32,7 @@ HEADS = 32
 WORK = 1 << 20
 """Multiplications for the scores (B N L S H) from which they do with fewer heads."""
 HALF, HALF_TRAINED = 128, 512
-"""Longest S at which they do in bfloat16, in inference and in training: beyond, PyTorch has matrix instructions for it."""
+"""Longest S at which they do in bfloat16, in inference and in training; beyond, PyTorch has matrix instructions."""
 
 
 @overload

@@ -12,14 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from . import inputs, masks
 from .alignment import Alignment
 from .errors import finite_number, flag, floating_dtype, one_of, whole_number
 from .functional import IMPLS, attend, same_dtype
-from .impl.call import Call
+from .impl import layer
+from .impl.call import Call, plain_tensors
 from .mechanism import MECHANISMS, Mechanism
 from .state_dict import to_packed, unpack
+from .values import autocast_dtype, surely_finite
 
 
 class _NoFastPath:
@@ -225,6 +228,16 @@ class MultiheadAttention(nn.Module):
         )
         inputs.check_placement(self, query, key, value)
         batched = query.dim() == 3
+        if (
+            key_padding_mask is None
+            and attn_mask is None
+            and not need_weights
+            and key_BSD is value_BSD
+            and key is query
+        ):
+            output = self._in_one_call(query_BLD, is_causal)
+            if output is not None:
+                return output if batched else output.squeeze(0), None
         sizes = (query_BLD.shape[0], self.num_heads, query_BLD.shape[1], key_BSD.shape[1])
         mask_BNLS, padding_B11S = inputs.torch_masks(
             attn_mask, key_padding_mask, sizes, batched=batched, device=query.device
@@ -345,6 +358,35 @@ class MultiheadAttention(nn.Module):
         output_BLD, _ = self(padded_BLD, padded_BLD, padded_BLD, padding_BL.to(query.device), need_weights=False)
         return torch.nested.as_nested_tensor([x[:n] for x, n in zip(output_BLD, lengths, strict=True)])
 
+    def _in_one_call(self, x_BLD: Tensor, is_causal: bool) -> Tensor | None:
+        """Small self-attention in inference by one compiled call; None where it has to go step by step."""
+        if torch.is_grad_enabled() or not plain_tensors(x_BLD) or not layer.serves(x_BLD):
+            return None
+        projections = (self.q_proj, self.k_proj, self.v_proj, self.out_proj)
+        if (
+            self.impl not in ("auto", "native")
+            or not self.batch_first
+            or not self.kdim == self.vdim == self.embed_dim
+            or self.bias_k is not None
+            or self.add_zero_attn
+            or self.log_scale is not None
+            or (self.training and self.dropout > 0.0)
+            or autocast_dtype("cpu") is not None
+            or not all(_is_bare(projection) for projection in projections)
+        ):
+            return None
+        alignment = None
+        if isinstance(self.align, Alignment):
+            if is_causal or not _is_bare(self.align) or not self.align.is_plain(x_BLD.shape[1]):
+                return None
+            alignment = self.align.first(x_BLD.shape[1])
+        output_BLD = layer.self_attention(
+            x_BLD, self.num_heads, projections, alignment, self.mechanism.score, bool(is_causal), self._fixed_scale()
+        )
+        if is_causal and not surely_finite(output_BLD):
+            return None  # which queries may have seen what is not finite is sorted out step by step
+        return output_BLD
+
     def _refuse_leak(self, mask_BNLS: Tensor | None, is_causal: bool) -> None:
         if not isinstance(self.align, Alignment) or self.align.causal:
             return
@@ -410,6 +452,16 @@ class MultiheadAttention(nn.Module):
         if self.scale is None:
             return 1.0 / math.sqrt(self.head_dim)
         return 1.0 if isinstance(self.scale, str) else self.scale
+
+
+def _is_bare(part: nn.Module) -> bool:
+    """Whether a part of the layer is just what it seems: no adapter, hook, patch or special weight would be skipped."""
+    if type(part) not in (nn.Linear, nn.Identity, Alignment):
+        return False
+    if not all(plain_tensors(p) and p.dtype == torch.float32 for p in part._parameters.values() if p is not None):
+        return False
+    hooks = (part._forward_hooks, part._forward_pre_hooks, _global_forward_hooks, _global_forward_pre_hooks)
+    return len(part._parameters) in (0, 2) and not any(hooks) and "forward" not in part.__dict__
 
 
 class _Undrawn(nn.Linear):

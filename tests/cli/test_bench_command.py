@@ -26,6 +26,12 @@ def quick_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "measure_limits", lambda dtype, **sizes: real(dtype, size=32, read_bytes=1 << 16))
 
 
+@pytest.fixture(autouse=True)
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables as wide as they need to be, whatever screen the tests are run on."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
 def run(*words: str) -> int:
     parser = argparse.ArgumentParser()
     verb.add_arguments(parser)

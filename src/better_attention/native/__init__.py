@@ -52,7 +52,7 @@ class _Library:
                 raise _MissingError(
                     f"{file.name} has interface {abi}, this version of better-attention needs {ABI}: reinstall it"
                 )
-            calls = ("ba_forward", "ba_backward", "ba_align_forward", "ba_align_backward")
+            calls = ("ba_forward", "ba_backward", "ba_layer_forward", "ba_align_forward", "ba_align_backward")
             self.calls = {name: _function(library, name, [ctypes.c_char_p]) for name in calls}
             self.shares_threads = bool(_function(library, "ba_pool", [])())
         except (OSError, AttributeError) as error:

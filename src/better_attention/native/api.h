@@ -74,11 +74,26 @@ typedef struct {
     void *dweight;                   /* (G, S, S), contiguous; its upper triangle is zero if causal */
 } ba_align;
 
+/* A whole layer's self-attention in inference, float32: out = W_O heads(W_Q x, W_K x, W_A W_V x), for small layers
+ * whose cost is the way between operators. A weight that is NULL is the identity, a bias that is NULL is zero. */
+typedef struct {
+    int64_t isa, threads, score, causal;
+    double scale;
+    int64_t B, N, L, D;              /* N divides D */
+    const void *x;                   /* (B, L, D) */
+    int64_t x_b, x_l;
+    const void *wq, *bq, *wk, *bk, *wv, *bv, *wo, *bo; /* weights (D, D), output feature by input feature, contiguous */
+    const void *wa, *ba;             /* W_A (L, L) on the values and its bias (L), or NULL */
+    int64_t wa_i;                    /* stride of W_A's rows */
+    void *out;                       /* (B, L, D), contiguous */
+} ba_layer;
+
 BA_EXPORT int64_t ba_abi(void);       /* BA_ABI of the library */
 BA_EXPORT int64_t ba_isas(void);      /* bit i: instruction set i was built and this machine has it */
 BA_EXPORT int64_t ba_pool(void);      /* 1: the OpenMP threads that torch uses serve us too, 0: our own */
 BA_EXPORT int64_t ba_forward(const ba_call *call);
 BA_EXPORT int64_t ba_backward(const ba_call *call);
+BA_EXPORT int64_t ba_layer_forward(const ba_layer *call);
 BA_EXPORT int64_t ba_align_forward(const ba_align *call);
 BA_EXPORT int64_t ba_align_backward(const ba_align *call);
 

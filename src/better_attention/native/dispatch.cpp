@@ -6,6 +6,7 @@
     namespace ba_##name {                        \
     int64_t forward(const ba_call&);             \
     int64_t backward(const ba_call&);            \
+    int64_t layer_forward(const ba_layer&);      \
     int64_t align_forward(const ba_align&);      \
     int64_t align_backward(const ba_align&);     \
     }
@@ -26,11 +27,14 @@ namespace {
 struct Set {
     int64_t (*forward)(const ba_call&);
     int64_t (*backward)(const ba_call&);
+    int64_t (*layer_forward)(const ba_layer&);
     int64_t (*align_forward)(const ba_align&);
     int64_t (*align_backward)(const ba_align&);
 };
 
-#define BA_SET(name) {ba_##name::forward, ba_##name::backward, ba_##name::align_forward, ba_##name::align_backward}
+#define BA_SET(name)                                                                              \
+    {ba_##name::forward, ba_##name::backward, ba_##name::layer_forward, ba_##name::align_forward, \
+     ba_##name::align_backward}
 
 const Set PORTABLE = BA_SET(portable);
 #if defined(BA_HAS_NEON)
@@ -98,6 +102,11 @@ int64_t ba_forward(const ba_call* call) {
 int64_t ba_backward(const ba_call* call) {
     const Set* set = set_of(call->isa);
     return set ? set->backward(*call) : int64_t{BA_NO_SUCH_ISA};
+}
+
+int64_t ba_layer_forward(const ba_layer* call) {
+    const Set* set = set_of(call->isa);
+    return set ? set->layer_forward(*call) : int64_t{BA_NO_SUCH_ISA};
 }
 
 int64_t ba_align_forward(const ba_align* call) {

@@ -283,7 +283,7 @@ static void forward_task(void* context, int64_t task, float* scratch) {
     for (int64_t head = task * f.run; head < end; ++head) one_head(f, head, 0, f.cut.count, f.copy_k && head + 1 < end, scratch);
 }
 
-static int64_t wide_forward(const ba_call& c) {
+static Forward plan_forward(const ba_call& c) {
     Forward f = {};
     f.c = &c;
     f.wide = BA_WIDE;
@@ -304,6 +304,12 @@ static int64_t wide_forward(const ba_call& c) {
     if (c.score == BA_EXPRESSIVE && spare < 2 * c.S + 2) spare = 2 * c.S + 2;
     f.floats = f.wide * LANES * (c.H + c.W + 2 * f.keys + 3) + spare + (f.copy_k ? c.S * f.Hp : 0) +
         (f.copy_v ? c.S * f.Wp : 0);
+    return f;
+}
+
+static int64_t wide_forward(const ba_call& c) {
+    Forward f = plan_forward(c);
+    const int64_t heads = c.B * c.N;
     return ba_parallel(c.threads, f.chunks > 1 ? heads * f.chunks : (heads + f.run - 1) / f.run, f.floats, forward_task, &f);
 }
 

@@ -10,6 +10,7 @@
 #include "backward.hpp"
 #include "decode.hpp"
 #include "align.hpp"
+#include "layer.hpp"
 
 namespace BA_ISA {
 
@@ -19,6 +20,8 @@ int64_t forward(const ba_call& c) {
 }
 
 int64_t backward(const ba_call& c) { return wide_backward(c); }
+
+int64_t layer_forward(const ba_layer& c) { return c.B * c.L == 0 ? int64_t{BA_OK} : whole_layer(c); }
 
 int64_t align_forward(const ba_align& c) {
     ba_align only = c;
