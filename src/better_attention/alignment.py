@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .errors import flag, one_of, whole_number
 from .impl import align
-from .impl.call import plain_tensors
+from .impl.call import transformed
 from .values import surely_finite, without
 
 COMPILED_LENGTH = 1024
@@ -120,7 +120,7 @@ class Alignment(nn.Module):
             return self.causal
         trains = torch.is_grad_enabled() and (weight.requires_grad or value_BSD.requires_grad)
         faster = self.causal or (trains and value_BSD.shape[1] <= COMPILED_LENGTH)
-        return faster and plain_tensors(weight, value_BSD)
+        return faster and not transformed()
 
     def is_plain(self, S: int) -> bool:
         """Whether this is one full matrix for all heads that ``S`` positions fit into."""

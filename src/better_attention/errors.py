@@ -55,7 +55,8 @@ def finite_number(value: object, name: str, *, low: float = -math.inf, high: flo
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, received {describe(value)}.")
     number = float(value)
-    if not math.isfinite(number) or not low <= number <= high:
+    # Comparisons only: torch.compile can trace them where the number is symbolic.
+    if not -math.inf < number < math.inf or not low <= number <= high:
         span = "finite" if math.isinf(low) else f"between {low:g} and {high:g}"
         raise ValueError(f"{name} must be {span}, received {number!r}.")
     return number

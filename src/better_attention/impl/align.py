@@ -168,7 +168,7 @@ class _AlignBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> Any:
-        return _run_backward(*args)
+        return _run_backward(*args) if plain_tensors(*args[:3]) else torch.ops.better_attention.align_backward(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

@@ -81,15 +81,18 @@ def triangle(rows: Tensor, length: int) -> Tensor:
     return torch.arange(length, device=rows.device) <= rows[:, None]
 
 
+def transformed() -> bool:
+    """Whether transforms of torch.func are at work."""
+    return torch._C._are_functorch_transforms_active()
+
+
 def plain_tensors(*tensors: Tensor | None) -> bool:
     """Whether these are ordinary tensors whose memory may be read here and now.
 
     Not so while a graph is traced, under torch.func transforms and dispatch modes (fake tensors among them), and for
     subclasses.
     """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        return False
-    if torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or transformed():
         return False
     return all(x is None or type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
 

@@ -129,7 +129,7 @@ static void back_panel(const Backward& f, BackPanel& p, int64_t b, int64_t n, in
     p.hide = restriction(c, b, n);
     const Row q = {shifted(c.q, b * c.q_b + n * c.q_n + p.l0 * c.q_l, bf16), bf16};
     const Row grad = {shifted(c.grad, b * c.grad_b + n * c.grad_n + p.l0 * c.grad_l, bf16), bf16};
-    const float factor = static_cast<float>(SCORE == BA_SOFTMAX ? c.scale * static_cast<double>(LOG2E) : c.scale);
+    const float factor = static_cast<float>(c.scale);
     turn_rows(q, c.q_l, p.rows, c.H, factor, p.q, p.pitch);
     turn_rows(grad, c.grad_l, p.rows, c.W, 1.0f, p.grad, p.pitch);
     p.q_rows = static_cast<const float*>(q.p), p.q_s = c.q_l;

@@ -91,26 +91,30 @@ static void stretch(
         V top = fill(state[1]);
         for (int64_t i = 0; i < vectors; ++i) top = larger(softmax ? z[i] : bias[i], top);
         const float high = max_of(top);
-        if (high == -INF) return;  // a NaN is not: it goes on
+        if (high == -INF) {  // nothing to see, unless it is NaN, which no maximum shows
+            I nan = {};
+            for (int64_t i = 0; i < vectors; ++i) nan |= (z[i] != z[i]) | (bias[i] != bias[i]);
+            if (!any(nan)) return;
+        }
         if (high != state[1]) {
             if (state[1] != -INF) {
-                const float factor = exp2_of(fill(state[1] - high))[0];
+                const float factor = exp_of(fill(state[1] - high))[0];
                 state[0] *= factor;
                 for (int64_t w = 0; w < c.W; w += LANES)
                     store(state + LANES + w, load(state + LANES + w) * factor);
             }
             state[1] = high;
         }
-        low = high;
+        low = high == -INF ? 0.0f : high;
     }
     V sum = {};
     for (int64_t i = 0; i < vectors; ++i) {
         if (softmax) {
-            z[i] = exp2_of(z[i] - low);
+            z[i] = exp_of(z[i] - low);
         } else {
             const V square = at_most(FAR_SQUARE, z[i] * z[i]);
             z[i] = square * reciprocal(1.0f + square);
-            if (biased) z[i] *= exp2_of(bias[i] - low);
+            if (biased) z[i] *= exp_of(bias[i] - low);
         }
         sum += z[i];
         store(x + i * LANES, z[i]);
@@ -179,7 +183,7 @@ static void combine(const Decode& f, int64_t b, int64_t g, int64_t r, float* scr
     for (int64_t i = 0; i < f.chunks; ++i) {
         const float* part = parts + i * f.state;
         if (part[0] == 0.0f) continue;
-        const float factor = high == -INF ? 1.0f : exp2_of(fill(part[1] - high))[0];  // -inf: no exponents at all
+        const float factor = high == -INF ? 1.0f : exp_of(fill(part[1] - high))[0];  // -inf: no exponents at all
         total += part[0] * factor;
         for (int64_t w = 0; w < f.Wp; w += LANES) store(scratch + w, load(scratch + w) + load(part + LANES + w) * factor);
     }
@@ -225,7 +229,7 @@ static int64_t decode(const ba_call& c) {
     if (f.q == NULL) return BA_NO_MEMORY;
     f.parts = f.q + rows * f.Hp;
     const bool bf16 = c.dtype == BA_BF16;
-    const float factor = static_cast<float>(c.score == BA_SOFTMAX ? c.scale * static_cast<double>(LOG2E) : c.scale);
+    const float factor = static_cast<float>(c.scale);
     for (int64_t i = 0; i < rows; ++i) {
         const int64_t r = i % f.few, g = i / f.few % c.G, b = i / f.few / c.G;
         const Row q = {shifted(c.q, b * c.q_b + (g * f.group + r / c.L) * c.q_n + r % c.L * c.q_l, bf16), bf16};

@@ -7,7 +7,10 @@ namespace BA_ISA {
 namespace {
 
 constexpr int64_t TILE_FLOATS = 3072;  // of one block of scores: 12 KiB of the first-level cache
-constexpr int64_t DEPTH = 128;         // of q and k multiplied at a time, for the same reason
+// Of q and k multiplied at a time, for the same reason; and sums of sums lose fewer digits than one long sum, which
+// counts where a product is rounded before it is added.
+constexpr int64_t DEPTH = LANES == 4 ? 32 : 128;
+constexpr int64_t MOST_KEYS = LANES == 4 ? 48 : 96;  // in a block, for that reason too
 
 struct Panels {  // how L queries are cut
     int64_t vectors, count;
@@ -20,7 +23,8 @@ static Panels panels(int64_t L, int64_t wide) {
 
 // Keys in a block: all blocks about the same, in whole tiles of 6 rows, about TILE_FLOATS scores of `wide` vectors.
 static int64_t block_keys(const ba_call& c, int64_t wide) {
-    const int64_t ideal = TILE_FLOATS / (wide * LANES);
+    int64_t ideal = TILE_FLOATS / (wide * LANES);
+    if (ideal > MOST_KEYS) ideal = MOST_KEYS;
     int64_t count = (c.S + ideal / 2) / ideal;
     if (count < 1) count = 1;
     return ((c.S + count - 1) / count + 5) / 6 * 6;
@@ -145,7 +149,7 @@ static double careful_row(const ba_call& c, const Restriction& r, int64_t b, int
             z *= c.scale;
         }
         // In logarithms, where nothing underflows: 2 log|z| - log(1 + z^2) + bias.
-        weights[s] = z == 0.0 ? -HUGE_VAL : 2.0 * log(fabs(z)) - log1p(z * z) + static_cast<double>(bias) * M_LN2;
+        weights[s] = z == 0.0 ? -HUGE_VAL : 2.0 * log(fabs(z)) - log1p(z * z) + static_cast<double>(bias);
         if (weights[s] > most) most = weights[s];
     }
     if (most == -HUGE_VAL) {
@@ -194,7 +198,7 @@ static void one_panel(const Forward& f, Panel& p, int64_t b, int64_t n, int64_t 
         store(p.total + lane, V{});
         store(p.shift + lane, fill(-INF));
     }
-    const float factor = static_cast<float>(SCORE == BA_SOFTMAX ? c.scale * static_cast<double>(LOG2E) : c.scale);
+    const float factor = static_cast<float>(c.scale);
     turn_rows({shifted(c.q, b * c.q_b + n * c.q_n + p.l0 * c.q_l, bf16), bf16}, c.q_l, p.rows, c.H, factor, p.q,
         p.pitch);
     p.asked = 0;

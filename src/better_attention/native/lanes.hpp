@@ -65,13 +65,15 @@ BA_INLINE V reciprocal(V x) {  // to about one unit in the last place; x >= 1 he
 #endif
 }
 
-BA_INLINE V exp2_of(V x) {
-    // 2^x = 2^n * 2^f with n the nearest integer, f in [-1/2, 1/2]; 0 at and below -127, finite above 127.
-    x = at_most(127.0f, at_least(-127.0f, x));
+constexpr float LOG2E = 1.44269504088896340736f;
+
+BA_INLINE V exp_of(V x) {
+    // e^x = 2^n * 2^f with n the integer nearest to x log2(e), f in [-1/2, 1/2]; 0 below -88.05, finite above 88.
+    x = at_most(88.0f, at_least(-88.05f, x));
     const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which sits in the low bits
-    V shifted = x + magic;
-    I n = reinterpret_cast<I>(shifted) - reinterpret_cast<I>(fill(magic));
-    V f = x - (shifted - magic);
+    const V shifted = x * LOG2E + magic;
+    const I n = reinterpret_cast<I>(shifted) - reinterpret_cast<I>(fill(magic));
+    const V f = x * LOG2E - (shifted - magic);
     // Minimax polynomial of 2^f in relative error (Remez exchange with p(0) = 1): 2.6e-9 before rounding.
     V p = fill(1.5594677825e-4f);
     p = p * f + 1.34066434111e-3f;

@@ -1,13 +1,11 @@
 // What hides keys, and what is added to their log weights: one tile of numbers for a block of keys and queries.
 //
-// A tile holds, in units of log2, 0 for an open key, a bias, or -inf for a hidden one. Masks lie in memory key by key,
+// A tile holds 0 for an open key, a bias, or -inf for a hidden one. Masks lie in memory key by key,
 // the kernels want query beside query, so mask rows are turned over a block at a time: nothing of size L x S appears.
 
 namespace BA_ISA {
 namespace {
 
-constexpr float LOG2E = 1.44269504088896340736f;
-constexpr float LN2 = 0.693147180559945309417f;
 constexpr float LOWEST_BF16 = -3.38953138925153547590e38f;
 
 enum State { OPEN, HIDES, BIASES, CLOSED };  // nothing to apply; 0 and -inf only; biases too; no key is open
@@ -44,7 +42,7 @@ struct Seen {
     bool biased, open;  // any number beside 0 and -inf; any number but -inf
 };
 
-// Numbers [from, from + n) of a mask's row into out, in units of log2.
+// Numbers [from, from + n) of a mask's row into out.
 static Seen read_mask(const void* row, int64_t type, int64_t stride, int64_t n, bool softmax, float* out) {
     if (type == BA_BOOL) {
         const uint8_t* p = static_cast<const uint8_t*>(row);
@@ -68,10 +66,8 @@ static Seen read_mask(const void* row, int64_t type, int64_t stride, int64_t n, 
     for (int64_t i = 0; i < n; ++i) {
         const float x = type == BA_F32 ? static_cast<const float*>(row)[i * stride]
                                        : from_bf16(static_cast<const uint16_t*>(row)[i * stride]);
-        float y = x * LOG2E;
-        y = y < -FLT_MAX ? -FLT_MAX : y;  // finite stays finite
         const bool hidden = x <= hides;
-        out[i] = hidden ? -INF : y;
+        out[i] = hidden ? -INF : x;
         open |= !hidden;
         biased |= !hidden & (x != 0.0f);
     }

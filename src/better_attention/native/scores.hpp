@@ -1,7 +1,7 @@
 // From scores z = q.k to weights, and their derivative: what tells the softmax from the expressive score.
 //
-// Lanes are queries, so a row's maximum and sum are plain vector operations. Scores of the softmax come in units of
-// log2. arXiv 2407.18601: expressive weights are z^2 / (1 + z^2), normalised; they need no exponential and no maximum.
+// Lanes are queries, so a row's maximum and sum are plain vector operations.
+// arXiv 2407.18601: expressive weights are z^2 / (1 + z^2), normalised; they need no exponential and no maximum.
 
 namespace BA_ISA {
 namespace {
@@ -56,7 +56,7 @@ BA_INLINE bool weigh(
             // A row that has seen no key yet has shift -inf and nothing to rescale.
             const V old = select(before == -INF, V{}, before);
             low[v] = select(top[v] == -INF, V{}, top[v]);
-            const V factor = exp2_of(old - low[v]);
+            const V factor = exp_of(old - low[v]);
             const I moved = (top[v] != before) & (before != -INF);
             changed |= any(moved);
             store(rescale + v * LANES, select(moved, factor, fill(1.0f)));
@@ -69,7 +69,7 @@ BA_INLINE bool weigh(
             float* p = z + s * pitch + v * LANES;
             V w = load(p);
             if constexpr (SCORE == BA_SOFTMAX) {
-                w = exp2_of(w - low[v]);
+                w = exp_of(w - low[v]);
             } else {
                 if (MODE == TRIANGLE || (MODE >= HIDING && first_query < s0 + n))
                     w = select(query[v] >= static_cast<int32_t>(s), w, V{});
@@ -80,7 +80,7 @@ BA_INLINE bool weigh(
                 }
                 const V square = at_most(FAR_SQUARE, w * w);
                 w = square * reciprocal(1.0f + square);
-                if constexpr (MODE == BIASED) w *= exp2_of(bias - low[v]);
+                if constexpr (MODE == BIASED) w *= exp_of(bias - low[v]);
             }
             sum[v] += w;
             store(p, w);
@@ -125,7 +125,7 @@ BA_INLINE void slope(
             const V g = (load(pd) - del[v]) * scale;
             if constexpr (SCORE == BA_SOFTMAX) {
                 if constexpr (MODE == BIASED) x += bias;
-                V w = exp2_of(x - low[v]) * inv[v];
+                V w = exp_of(x - low[v]) * inv[v];
                 if constexpr (MODE != FREE) w = select(hidden, V{}, w);
                 store(pz, w);
                 store(pd, w * g);
@@ -135,7 +135,7 @@ BA_INLINE void slope(
                 const V r = reciprocal(1.0f + x * x);
                 V part = x * r * inv[v];
                 if constexpr (MODE == BIASED) {
-                    part *= select(hidden, V{}, exp2_of(bias - low[v]));
+                    part *= select(hidden, V{}, exp_of(bias - low[v]));
                 }
                 store(pz, part * x);
                 store(pd, 2.0f * part * r * g);

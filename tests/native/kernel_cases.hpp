@@ -1,0 +1,72 @@
+// What is tested: every case is a row of data. kernel_cases.cpp lists those of attention.
+#ifndef KERNEL_CASES_HPP
+#define KERNEL_CASES_HPP
+
+#include "kernel_support.hpp"
+
+enum Fill {
+    NORMAL,
+    SCALED,          // queries times `amount`: rows of tiny or huge scores
+    SCALED_ODD_ROWS, // every other query times `amount`
+    LOUD_HIDDEN,     // queries times `amount`, keys that the padding hides over `amount`, and loud values there
+    RAMP_UP,         // scores grow from key to key: expressive from `amount` to 1, softmax from -40 to 40
+    RAMP_DOWN,
+    EXACT,           // q.k is a whole number, exact in float32 in whatever order it is summed
+    EQUAL,           // all scores of a query are equal
+    SOME_ZERO        // a third of the queries and a third of the keys are zero
+};
+
+struct Mask {
+    int64_t type = BA_NONE;
+    int dims = 0;            // bits: 8 has B, 4 has N, 2 has L, 1 has S; 0 where it broadcasts
+    Layout layout = CONTIGUOUS;
+    double hide = 0.3;       // share of what is hidden
+    double size = 1.0;       // spread of the biases
+    bool lowest = false;     // a float mask holds the type's lowest number where it would hold -inf
+    bool rows = true;        // whether some queries see nothing at all
+};
+
+struct Padding {
+    int64_t type = BA_NONE;
+    enum Form { RANDOM, TAIL, FRONT, WHOLE } form = RANDOM; // WHOLE: the first batch element is all padding
+    bool per_batch = true, per_key = true, strided = false;
+};
+
+struct Case {
+    std::string name;
+    int64_t B, N, G, L, S, H, W;
+    int64_t score = BA_SOFTMAX, dtype = BA_F32;
+    bool causal = false, shared = false, backward = true;
+    double scale = 0;        // 0: 1 / sqrt(H)
+    bool zero_scale = false;
+    Layout in = CONTIGUOUS, keys = CONTIGUOUS, out = CONTIGUOUS;
+    Mask mask;
+    Padding padding;
+    Fill fill = NORMAL;
+    double amount = 1;
+    double gradient_floor = 0; // granted to gradients besides the rule: what far-out scores may lose
+};
+
+struct AlignCase {
+    std::string name;
+    int64_t B, G, S, W, dtype;
+    bool causal, bias, strided;
+};
+
+struct LayerCase {
+    std::string name;
+    int64_t B, N, L, D, score;
+    bool q, k, v, o, aligned; // which maps are learned
+    bool causal, bias, strided;
+};
+
+std::vector<Case> attention_cases();
+std::vector<AlignCase> align_cases();
+std::vector<LayerCase> layer_cases();
+
+void run_attention(const Case &c);
+void run_align(const AlignCase &c);
+void run_layer(const LayerCase &c);
+void run_special(); // what is no row of data: hidden NaN, concurrent callers, refusals ...
+
+#endif
