@@ -98,8 +98,9 @@ class Alignment(nn.Module):
         S = value_BSD.shape[1]
         weight, bias = self.first(S)
         if self._kernels_serve(weight, value_BSD):
-            column = None if bias is None else bias.reshape(-1, S)
-            return align.align(weight if weight.dim() == 3 else weight[None], column, value_BSD, self.causal)
+            shared = weight.dim() == 2
+            column = None if bias is None else bias.squeeze(-1)[None] if shared else bias.squeeze(-1)
+            return align.align(weight[None] if shared else weight, column, value_BSD, self.causal)
         if self.causal:
             weight = weight.tril()
         if self.heads == "shared":

@@ -372,12 +372,12 @@ class MultiheadAttention(nn.Module):
             or self.log_scale is not None
             or (self.training and self.dropout > 0.0)
             or autocast_dtype("cpu") is not None
-            or not all(_is_bare(projection) for projection in projections)
+            or not all(_is_bare(part) for part in (*projections, self.align))
         ):
             return None
         alignment = None
         if isinstance(self.align, Alignment):
-            if is_causal or not _is_bare(self.align) or not self.align.is_plain(x_BLD.shape[1]):
+            if is_causal or not self.align.is_plain(x_BLD.shape[1]):
                 return None
             alignment = self.align.first(x_BLD.shape[1])
         output_BLD = layer.self_attention(

@@ -236,6 +236,33 @@ void check(const Case &c, int64_t isa, const Outputs &o, const Answer &exact, Pl
     if (!c.shared) compare("dv", o.dv, exact.dv, &Plain::dv, 3, 0, 0);
 }
 
+namespace {
+
+// Forward alone, without stats, as in inference: kernels may take another way then.
+void check_inference(const Case &c, const Inputs &in, int64_t isa, const Answer &exact, Plain &plain) {
+    Case alone = c;
+    alone.backward = false;
+    Tensor first;
+    for (int64_t threads : {1, 2, 1}) {
+        ba_call call = make_call(alone, in);
+        Outputs o = make_outputs(alone, in, call);
+        call.isa = isa, call.threads = threads, call.stats = nullptr;
+        if (ba_forward(&call) != BA_OK) return fail(c.name, isa, "without stats: not BA_OK");
+        if (!first.empty() && !first.same(o.out)) fail(c.name, isa, "without stats: another run, other bits");
+        check_canaries(alone, isa, o);
+        std::string what;
+        do what = beyond(o.out, exact.out, 2 * plain.out, c.dtype == BA_BF16);
+        while (!what.empty() && plain.another());
+        if (!what.empty()) return fail(c.name, isa, "without stats: out" + what);
+        for (int64_t row = 0; row < c.B * c.N * c.L; ++row)
+            if (exact.blind[(size_t)row] && !zeros(o.out, row / c.L / c.N, row / c.L % c.N, row % c.L))
+                return fail(c.name, isa, "without stats: out of a row without weight is not zero");
+        first = std::move(o.out);
+    }
+}
+
+} // namespace
+
 void run_attention(const Case &c) {
     if (!chosen(c.name)) return;
     const Inputs in = make_inputs(c);
@@ -250,6 +277,7 @@ void run_attention(const Case &c) {
         check(c, isa, one, exact, plain);
         if (!one.same(compute(c, in, isa, 2))) fail(c.name, isa, "1 and 2 threads do not give the same bits");
         if (!one.same(compute(c, in, isa, 1))) fail(c.name, isa, "a second run does not give the same bits");
+        check_inference(c, in, isa, exact, plain);
         for (size_t i = 0; i < before.size(); ++i)
             if (!before[i].same(*tensors[i])) fail(c.name, isa, "input " + std::to_string(i) + " was written to");
     }

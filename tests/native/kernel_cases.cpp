@@ -64,9 +64,9 @@ void widths_and_lengths(List &list) {
 
 void decoding(List &list) {
     for (int64_t L = 1; L <= 8; ++L) {
-        Case c = sizes("decode L " + number(L), 1, 6, 2, L, L % 2 ? 3001 : 1009, 64, 64);
+        Case c = sizes("decode L " + number(L), 1, 6, 2, L, L % 7 == 1 ? 3001 : 509, 64, 64);
         list.four(c);
-        c = sizes("decode shared L " + number(L), 2, 3, 3, L, L % 2 ? 1511 : 3001, 32, 32);
+        c = sizes("decode shared L " + number(L), 2, 3, 3, L, L == 2 ? 3001 : 709, 32, 32);
         c.shared = true;
         c.padding = {BA_BOOL, Padding::TAIL, true, true, false};
         c.out = HEADS_INSIDE, c.in = HEADS_INSIDE, c.keys = PACKED;

@@ -142,9 +142,14 @@ void run_layer(const LayerCase &c) {
     std::vector<Tensor> before;
     for (const Tensor &t : kept) before.push_back(t.copy());
     const std::vector<double> exact = evaluate_layer<double>(c, n, Way());
+    int64_t tried = 0; // ways of the plain formula, as in Plain
     double plain = 0;
-    for (int64_t way = 0; way < 4; ++way)
-        plain = std::max(plain, largest_error(evaluate_layer<float>(c, n, Way(way)), exact));
+    const auto another = [&] {
+        if (tried == WAYS) return false;
+        plain = std::max(plain, largest_error(evaluate_layer<float>(c, n, Way(tried++)), exact));
+        return true;
+    };
+    another();
     for (int64_t isa : options.isas) {
         std::vector<Tensor> outs;
         for (int64_t threads : {1, 2, 1}) {
@@ -152,7 +157,9 @@ void run_layer(const LayerCase &c) {
             call.isa = isa, call.threads = threads, call.out = outs.back().data();
             if (ba_layer_forward(&call) != BA_OK) return fail(c.name, isa, "ba_layer_forward does not return BA_OK");
         }
-        const std::string what = beyond(outs[0], exact, 2 * plain, false);
+        std::string what;
+        do what = beyond(outs[0], exact, 2 * plain, false);
+        while (!what.empty() && another());
         if (!what.empty()) fail(c.name, isa, "out" + what);
         if (!outs[0].same(outs[1])) fail(c.name, isa, "1 and 2 threads do not give the same bits");
         if (!outs[0].same(outs[2])) fail(c.name, isa, "a second run does not give the same bits");

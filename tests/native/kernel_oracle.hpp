@@ -28,11 +28,9 @@ struct Answer {
 struct Way {
     bool scale_first; // of the product's factors, the queries
     bool inverse;     // a weight is a (1/N), not a / N, and is so before the values are summed
-    bool base_two;    // exponents in units of log2, the usual form of a fused softmax: 2^x, not e^x
     int64_t order;    // of sums: 0 forwards, 1 backwards, k: every k-th term, then the ones behind those ...
 
-    explicit Way(int64_t number = 0)
-        : scale_first(number & 1), inverse(number / 2 & 1), base_two(number >= 8), order(number) {}
+    explicit Way(int64_t number = 0) : scale_first(number & 1), inverse(number / 2 & 1), order(number) {}
     int64_t term(int64_t i, int64_t n) const {
         if (order < 2) return order == 0 ? i : n - 1 - i;
         for (int64_t first = 0;; ++first) {
@@ -41,25 +39,21 @@ struct Way {
             i -= count;
         }
     }
-    double unit() const { return base_two ? 1.4426950408889634 : 1.0; } // of an exponent
-    template <class T> T log_bias(double bias) const { return (T)std::max(bias * unit(), -0x1p127); }
-    template <class T> T power(T x) const { return base_two ? std::exp2(x) : std::exp(x); }
 };
-constexpr int64_t WAYS = 24;
+constexpr int64_t WAYS = 16;
 
 // Weights of one row before division by the normaliser, and slope = d log-weight / dz times that weight.
-// Returns the normaliser; 0 if the row has no weight. Scores of the softmax come in the way's unit of exponents.
+// Returns the normaliser; 0 if the row has no weight.
 template <class T>
-T row_weights(int64_t score, const Way &way, const std::vector<T> &z, const double *bias, std::vector<T> &w,
-              std::vector<T> &slope) {
+T row_weights(int64_t score, const std::vector<T> &z, const double *bias, std::vector<T> &w, std::vector<T> &slope) {
     const size_t S = z.size();
     T total = 0;
     if (score == BA_SOFTMAX) {
         T largest = -INFINITY;
         for (size_t s = 0; s < S; ++s)
-            if (bias[s] != -INFINITY) largest = std::max(largest, z[s] + way.log_bias<T>(bias[s]));
+            if (bias[s] != -INFINITY) largest = std::max(largest, z[s] + (T)bias[s]);
         for (size_t s = 0; s < S; ++s) {
-            w[s] = slope[s] = bias[s] == -INFINITY ? 0 : way.power(z[s] + way.log_bias<T>(bias[s]) - largest);
+            w[s] = slope[s] = bias[s] == -INFINITY ? 0 : std::exp(z[s] + (T)bias[s] - largest);
             total += w[s];
         }
         return total;
@@ -77,12 +71,12 @@ T row_weights(int64_t score, const Way &way, const std::vector<T> &z, const doub
         const T square = z[s] * z[s], in_units = z[s] / unit;
         w[s] = square > 1 ? 1 / (1 + 1 / square) : in_units * in_units / (1 + square);
         if (bias[s] == -INFINITY || w[s] < std::numeric_limits<T>::min()) w[s] = 0;
-        if (w[s] != 0) shift = std::max(shift, (T)way.unit() * std::log(w[s]) + way.log_bias<T>(bias[s]));
+        if (w[s] != 0) shift = std::max(shift, std::log(w[s]) + (T)bias[s]);
     }
     for (size_t s = 0; s < S; ++s) {
         slope[s] = 0;
         if (w[s] == 0) continue;
-        const T factor = biased ? way.power(way.log_bias<T>(bias[s]) - shift) : 1, base = 1 + z[s] * z[s];
+        const T factor = biased ? std::exp((T)bias[s] - shift) : 1, base = 1 + z[s] * z[s];
         slope[s] = 2 * (z[s] / unit) / base / base / unit * factor; // d/dz z^2/(1+z^2) = 2z/(1+z^2)^2
         w[s] *= factor;
         total += w[s];
@@ -145,7 +139,7 @@ template <class T> Answer evaluate(const Problem &p, bool backward, const Way &w
     std::vector<T> out((size_t)(p.B * N * L * W)), dq(q.size()), dk(k.size()), dv(v.size());
     std::vector<T> z((size_t)S), w((size_t)S), slope((size_t)S);
     std::vector<double> spread_k(k.size());
-    const T scale = (T)(p.score == BA_SOFTMAX ? p.scale * way.unit() : p.scale);
+    const T scale = (T)p.scale;
     Answer a;
     a.blind.assign((size_t)(p.B * N * L), 1);
     a.unseen.assign((size_t)(p.B * G * S), 1);
@@ -159,7 +153,7 @@ template <class T> Answer evaluate(const Problem &p, bool backward, const Way &w
             if (!way.scale_first) z[(size_t)s] *= scale;
             if (bias[s] != -INFINITY) a.unseen[(size_t)(kv * S + s)] = 0;
         }
-        const T total = row_weights(p.score, way, z, bias, w, slope);
+        const T total = row_weights(p.score, z, bias, w, slope);
         if (!(total > 0)) continue;
         a.blind[(size_t)row] = 0;
         const T before = way.inverse ? 1 / total : 1, after = way.inverse ? 1 : total;

@@ -22,6 +22,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.export import Dim
+from torch.nn.utils.parametrize import register_parametrization
+from torch.nn.utils.prune import l1_unstructured
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
@@ -29,7 +31,7 @@ import better_attention as ba
 from better_attention.alignment import Alignment
 from better_attention.impl import native
 from bridge import array, assert_close, assert_within_plain
-from layers import ALL, CAUSAL, NAMED, layer, padding, refused, tokens
+from layers import ALL, CAUSAL, LAYERS, NAMED, layer, padding, refused, tokens
 from native_cases import (
     DTYPES,
     ISAS,
@@ -563,6 +565,162 @@ def test_layers_agree_with_the_reference(name: str, how: str) -> None:
 
 
 @needs_native
+@pytest.mark.parametrize("name", ALL)
+def test_layers_in_inference(name: str) -> None:
+    """Without gradients a layer may go another way, and a small one as a whole: the same numbers under the 2x rule."""
+    for batch, length, width, heads, how in (
+        (1, 1, 16, 2, "plain"),
+        (3, 11, 24, 3, "padded"),
+        (64, 64, 32, 4, "plain"),
+        (5, 37, 64, 4, "biases"),
+        (2, 41, 24, 3, "causal and padded"),
+    ):
+        arguments = dict(LAYER_CALLS[how])
+        if arguments.get("is_causal") and name not in CAUSAL:
+            continue
+        masks = {"key_padding_mask": padding(batch, length, 3), "attn_mask": torch.randn(length, length)}
+        arguments |= {k: masks[k] for k in masks.keys() & arguments.keys()}
+        first = FEW if "is_causal" in arguments else 0
+        modules = {
+            impl: layer(name, width, heads, max_len=67, impl=impl, spread=0.2).eval()
+            for impl in ("auto", "native", "reference", "chunked")
+        }
+        for twin in modules.values():
+            twin.load_state_dict(modules["auto"].state_dict())
+        x = tokens(batch, length, width, dtype=torch.float32)
+        with torch.inference_mode():
+            found = {i: m(x, x, x, need_weights=False, **arguments)[0][:, first:] for i, m in modules.items()}
+            wide = {k: m.double() if k == "attn_mask" else m for k, m in arguments.items()}
+            double = modules["reference"].double()
+            exact = array(double(*[x.double()] * 3, need_weights=False, **wide)[0][:, first:])
+            plain = worst([found["reference"], found["chunked"]], exact)
+            for impl in ("auto", "native"):
+                note = f"{impl} {name} {how} {batch}x{length}x{width}"
+                assert_within_plain(found[impl], plain, exact, note)
+                again, _ = modules[impl](x, x, x, need_weights=False, **arguments)
+                assert same_bits([again[:, first:]], [found[impl]]), note
+
+
+def draw_layer_call(name: str, rng: np.random.Generator) -> tuple[nn.Module, list[Tensor], dict[str, object]]:
+    """A layer of any settings, its inputs in any of torch's forms, and masks."""
+
+    def maybe(p: float = 0.5) -> bool:
+        return bool(rng.random() < p)
+
+    heads, head, batch = (int(rng.integers(1, n)) for n in (5, 20, 4))
+    length, keys = int(rng.integers(0 if maybe(0.1) else 1, 40)), int(rng.integers(0 if maybe(0.1) else 1, 40))
+    width = heads * head
+    options: dict[str, object] = {"bias": maybe(0.8), "batch_first": maybe(), "dropout": 0.3 if maybe(0.2) else 0.0}
+    options |= {"add_bias_kv": maybe(0.15), "add_zero_attn": maybe(0.15)}
+    options["impl"] = "native" if not options["dropout"] and maybe() else "auto"  # the kernels have no dropout
+    if "scale" not in LAYERS[name] and maybe(0.3):
+        options["scale"] = float(rng.uniform(-1, 1))
+    module = layer(name, width, heads, max_len=max(keys, length) + int(rng.integers(0, 3)), **options).eval()
+    own = maybe()
+    keys = length if own else keys
+    shape = lambda n: (batch, n, width) if options["batch_first"] else (n, batch, width)  # noqa: E731
+    query = torch.randn(shape(length))
+    key = query if own else torch.randn(shape(keys))
+    value = key if maybe() else torch.randn(shape(keys))
+    masks: dict[str, object] = {}
+    if maybe(0.3):
+        masks["key_padding_mask"] = torch.rand(batch, keys) < (1.0 if maybe(0.1) else 0.3)
+    if maybe(0.3):
+        masks["attn_mask"] = torch.rand(length, keys) < 0.3 if maybe() else torch.randn(batch * heads, length, keys)
+    if name in CAUSAL and maybe(0.3):
+        masks["is_causal"] = True
+    return module, [query, key, value], masks
+
+
+@needs_native
+@pytest.mark.parametrize("count", [25, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ALL)
+def test_inference_is_the_forward_pass_of_training(name: str, count: int, rng: np.random.Generator) -> None:
+    """Whatever way a layer takes without gradients, for any settings, masks and sizes."""
+    seen = 0
+    for index in range(count):
+        module, inputs, masks = draw_layer_call(name, rng)
+        if name not in CAUSAL and "attn_mask" in masks and hides_every_later_key(masks["attn_mask"]):
+            continue  # what looks causal is refused where W_A would leak
+        expected, _ = module(*inputs, need_weights=False, **masks)
+        for context in (torch.no_grad, torch.inference_mode):
+            with context(), poisoned():
+                output, weights = module(*inputs, need_weights=False, **masks)
+            assert weights is None
+            assert output.stride() == expected.stride(), f"{index} {module}"
+            assert_close(output, expected, f"{index} {module} {masks}", tolerance=1e-5, vacuous=True)
+        seen += output.numel() > 0
+        with torch.no_grad():
+            assert module.train()(*inputs, need_weights=False, **masks)[0].isfinite().all()
+            if module.dropout and output.numel() > 500 and not masks:
+                assert not torch.allclose(module(*inputs, need_weights=False)[0], output), "no dropout in training"
+    assert seen > count / 2
+
+
+def hides_every_later_key(mask: Tensor) -> bool:
+    """Whether a mask (True = hide) could be taken for causal."""
+    return mask.dtype == torch.bool and bool((mask | torch.ones_like(mask).tril()).all())
+
+
+class Shifted(nn.Module):
+    """Stands in the place of a sub-module, as an adapter would."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        shifted: Tensor = 1.25 * self.module(x) + 0.5
+        return shifted
+
+
+class Doubled(nn.Module):
+    """A parametrisation."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+def interventions(module: nn.Module, child: str) -> Iterator[tuple[str, nn.Module]]:
+    """Copies of a layer, one of whose sub-modules was changed from outside in some way."""
+    for how in ("hook", "hook before", "replaced", "parametrised", "pruned", "other weight"):
+        twin = copy.deepcopy(module)
+        inner = getattr(twin, child)
+        if how == "hook":
+            inner.register_forward_hook(lambda module, inputs, output: 1.5 * output)
+        elif how == "hook before":
+            inner.register_forward_pre_hook(lambda module, inputs: (1.5 * inputs[0],))
+        elif how == "replaced":
+            setattr(twin, child, Shifted(inner))
+        elif not hasattr(inner, "weight"):
+            continue
+        elif how == "parametrised":
+            register_parametrization(inner, "weight", Doubled())
+        elif how == "pruned":
+            l1_unstructured(inner, "weight", 0.5)
+        else:
+            inner.weight = nn.Parameter(inner.weight.detach().flip(0).mT.contiguous().mT)
+        yield how, twin
+
+
+@needs_native
+@pytest.mark.parametrize("name", ["standard", "efficient", "super", "super per head", "expressive"])
+def test_inference_goes_through_the_sub_modules(name: str) -> None:
+    """What hooks, adapters, parametrisations and pruning do to a sub-module, they do in inference too."""
+    module = layer(name, 16, 2, max_len=9, impl="native").eval()
+    x = tokens(2, 9, 16, dtype=torch.float32)
+    before = module(x, x, x, need_weights=False)[0].detach()
+    for child in ("q_proj", "k_proj", "v_proj", "align", "out_proj"):
+        for how, twin in interventions(module, child):
+            expected, _ = twin(x, x, x, need_weights=False)
+            assert not torch.allclose(expected, before, atol=1e-3), f"{how} of {child} does nothing"
+            for context in (torch.no_grad, torch.inference_mode):
+                with context():
+                    output, _ = twin(x, x, x, need_weights=False)
+                assert_close(output, expected, f"{how} of {child} in {context.__name__}", tolerance=1e-5)
+
+
+@needs_native
 @pytest.mark.parametrize(("name", "tensors"), [("efficient", 2), ("optimised", 3), ("standard", 3), ("super", 3)])
 def test_the_efficient_layer_hands_over_one_tensor(name: str, tensors: int) -> None:
     module = layer(name, 16, 2, max_len=19, impl="native")
@@ -666,6 +824,23 @@ def test_alignment(heads: str, causal: bool, dtype: torch.dtype, isa: str, rng: 
         assert not weight_gradient[..., length:].any()
         if causal:
             assert not weight_gradient.triu(1).any(), note
+
+
+@needs_native
+@dtypes
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("heads", ["shared", "per_head"])
+@pytest.mark.parametrize("shape", [(2, 0, 6), (0, 5, 6), (0, 0, 6)], ids=str)
+def test_alignment_of_nothing(shape: tuple[int, int, int], heads: str, causal: bool, dtype: torch.dtype) -> None:
+    align = Alignment(5, 3, heads=heads, causal=causal, dtype=dtype)
+    value = torch.ones(shape, dtype=dtype, requires_grad=True)
+    with poisoned():
+        output = align(value)
+        gradients = torch.autograd.grad(output.sum(), [value, *align.parameters()])
+        with torch.no_grad():
+            assert align(value).shape == shape
+    assert output.shape == shape
+    assert not any(g.any() for g in gradients)
 
 
 @needs_native

@@ -359,7 +359,8 @@ def check_extreme(
         assert gradient.isfinite().all(), f"gradient of {name}, {note}"
         if gradients:
             error, largest = np.abs(array(gradient) - true).max(), np.abs(true).max()
-            bound = LOOSE[q.dtype] * largest + 4 * np.max(noise) + 1e-6
+            # What cancels is rounded in several places: dL/dw, the output, the normaliser, the weights.
+            bound = LOOSE[q.dtype] * largest + 6 * np.max(noise) + 1e-6
             assert error <= bound, f"gradient of {name}, {note}: {error:.3g} above {bound:.3g} of {largest:.3g}"
     return weights
 
@@ -398,7 +399,7 @@ class TestExtremes:
         base = 1e4 if dtype == torch.float32 else 240.0
         for sign in (1, -1):
             k = line(*(sign * base + rng.integers(0, 6, self.S)), dtype=dtype)
-            weights = check_extreme(isa, "softmax", line(1, 1, 1, dtype=dtype), k, self.values(rng, dtype))
+            weights = check_extreme(isa, "softmax", line(*[1] * 8, dtype=dtype), k, self.values(rng, dtype))
             assert weights.max() < 0.1
 
     @scores

@@ -143,7 +143,7 @@ def _derive(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     dweight, dvalue = run(grad, weight, value, causal, *wished)
     dbias = None
     if groups is not None and ctx.needs_input_grad[1]:
-        dbias = grad.unflatten(2, (groups, -1)).sum(dim=(0, 3)).transpose(0, 1)
+        dbias = grad.unflatten(2, (groups, grad.shape[2] // groups)).sum(dim=(0, 3)).transpose(0, 1)
     return dweight if wished[0] else None, dbias, dvalue if wished[1] else None, None
 
 

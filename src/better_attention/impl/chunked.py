@@ -149,7 +149,8 @@ def _weights_and_slope(
         return weights, weights
     if hide is not None:
         z.masked_fill_(hide, 0.0)
-    far = 2.0**30 if z.dtype == torch.float64 else 2.0**15
+    far = 2.0**30
+    beyond = z.abs() >= far if bool(torch.linalg.vector_norm(z, math.inf) >= far) else None
     z.clamp_(-far, far)
     inverse = (z.square() + 1.0).reciprocal_()
     factor = 1.0 / total
@@ -160,6 +161,8 @@ def _weights_and_slope(
     weights = slope * z  # z^2 / (1 + z^2) * factor
     if bias is not None:
         weights.masked_fill_(z.square() * inverse < torch.finfo(z.dtype).tiny, 0.0)
+    if beyond is not None:  # the slope falls with z^-3: bounded, it is far too large for what it is multiplied by
+        slope.masked_fill_(beyond, 0.0)
     return weights, slope.mul_(inverse).mul_(2.0 / unit)  # 2 z / (1 + z^2)^2 * factor
 
 

@@ -47,7 +47,7 @@ def self_attention(
         x_BLD: (B, L, D), float32, on the CPU.
         heads: number of heads.
         projections: those of query, key, value and output: linear maps (D, D), or identities.
-        alignment: W_A (L, L), with contiguous rows, and its bias (L), or None.
+        alignment: W_A (L, L) and its bias, of L elements, or None.
         score, causal, scale: as for an attention call.
     """
     x_BLD = rows(x_BLD)
@@ -62,7 +62,8 @@ def self_attention(
             if parameter is not None:
                 kept.append(parameter.contiguous())
             addresses.append(0 if parameter is None else kept[-1].data_ptr())
-    weight, bias = (None, None) if alignment is None else alignment
+    weight, bias = (None, None) if alignment is None else (rows(alignment[0]), alignment[1])
+    bias = None if bias is None else bias.contiguous()
     arguments = _LAYER.pack(
         current_instruction_set(),
         torch.get_num_threads(),

@@ -36,7 +36,7 @@ struct BackPanel {
 
 template <int NV, int SCORE>
 static __attribute__((noinline)) void slope_any(BackPanel& p, int mode, int64_t lane, int64_t s0, int64_t n) {
-    const int64_t first = p.hide.causal ? p.l0 + lane : INT32_MAX;
+    const int64_t first = p.hide.causal ? p.l0 + lane : BEHIND;
     const float scale = static_cast<float>(p.c->scale);
     float *z = p.z + lane, *dp = p.dp + lane;
     const float *tile = p.tile + lane, *inv = p.inverse + lane, *shift = p.shift + lane, *delta = p.delta + lane;

@@ -208,6 +208,22 @@ static bool is_decode(const ba_call& c) {
     return c.G > 0 && c.N / c.G * c.L <= FEW && c.S >= 2 * LANES;
 }
 
+// Backwards, panels serve these too. Their scores differ in the last bits, so the normalisers have to be theirs as well:
+// where scores cancel, weights and a normaliser of another rounding would not add up to one.
+static int64_t decode_backward(const ba_call& c) {
+    const int64_t rows = c.B * c.N * c.L;
+    float* memory = ba_allocate(rows * (c.W + 2) + 16);
+    if (memory == NULL) return BA_NO_MEMORY;
+    ba_call again = c;
+    again.stats = memory;
+    again.out = memory + ba_padded(2 * rows);
+    again.out_l = c.W, again.out_n = c.L * c.W, again.out_b = c.N * c.L * c.W;
+    int64_t status = wide_forward(again);
+    if (status == BA_OK) status = wide_backward(again);
+    ba_release(memory);
+    return status;
+}
+
 static int64_t decode(const ba_call& c) {
     Decode f = {};
     f.c = &c;

@@ -65,7 +65,7 @@ static __attribute__((noinline)) bool weigh_any(Panel& p, int mode, int64_t lane
     const int64_t query = p.l0 + lane;
     float *z = p.z + lane, *total = p.total + lane, *shift = p.shift + lane, *rescale = p.rescale + lane;
     const float* tile = p.tile + lane;
-    const int64_t first = p.hide.causal ? query : INT32_MAX;  // INT32_MAX: behind every key, the triangle hides nothing
+    const int64_t first = p.hide.causal ? query : BEHIND;
     switch (mode) {
     case FREE: return weigh<NV, SCORE, FREE>(z, n, p.pitch, tile, first, s0, total, shift, rescale);
     case TRIANGLE: return weigh<NV, SCORE, TRIANGLE>(z, n, p.pitch, tile, first, s0, total, shift, rescale);

@@ -19,7 +19,7 @@ int64_t forward(const ba_call& c) {
     return is_decode(c) ? decode(c) : wide_forward(c);
 }
 
-int64_t backward(const ba_call& c) { return wide_backward(c); }
+int64_t backward(const ba_call& c) { return is_decode(c) ? decode_backward(c) : wide_backward(c); }
 
 int64_t layer_forward(const ba_layer& c) { return c.B * c.L == 0 ? int64_t{BA_OK} : whole_layer(c); }
 

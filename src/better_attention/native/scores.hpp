@@ -8,8 +8,9 @@ namespace {
 
 enum { FREE, TRIANGLE, HIDING, BIASED };  // what restricts a block: nothing, causality alone, a tile, a tile with biases
 
-constexpr float FAR_SQUARE = 1.0995116277760e12f;  // 2^40: beyond, z^2 / (1 + z^2) is 1, and inf / inf must not arise
-constexpr float FAR = 1048576.0f;                  // 2^20
+constexpr int64_t BEHIND = 1 << 30;  // a first query behind every key: no triangle
+
+constexpr float FAR_SQUARE = 1.152921504606847e18f;  // 2^60: beyond, a weight is 1, its slope 0, and inf / inf must not arise
 
 // Below this a row's sum of z^2 has lost digits to underflow: the row is computed again in double precision.
 constexpr float FAINT = 1e-24f;
@@ -131,14 +132,13 @@ BA_INLINE void slope(
                 store(pd, w * g);
             } else {
                 if constexpr (MODE != FREE) x = select(hidden, V{}, x);
-                x = at_most(FAR, at_least(-FAR, x));
-                const V r = reciprocal(1.0f + x * x);
-                V part = x * r * inv[v];
-                if constexpr (MODE == BIASED) {
-                    part *= select(hidden, V{}, exp_of(bias - low[v]));
-                }
-                store(pz, part * x);
-                store(pd, 2.0f * part * r * g);
+                const V square = at_most(FAR_SQUARE, x * x);
+                const V r = reciprocal(1.0f + square);
+                V factor = inv[v];
+                if constexpr (MODE == BIASED) factor *= select(hidden, V{}, exp_of(bias - low[v]));
+                store(pz, square * r * factor);
+                // The slope falls with z^-3; a bounded square would leave it far too large for what it is multiplied by.
+                store(pd, select(square >= FAR_SQUARE, V{}, 2.0f * (x * r) * (r * factor)) * g);
             }
         }
 }
