@@ -28,8 +28,10 @@ def surely_finite(x: Tensor) -> bool:
     if x.device.type != "cpu" or not readable():
         return True
     try:
-        wide = torch.float64 if x.dtype in (torch.float32, torch.float64) else torch.float32
-        return math.isfinite(x.detach().sum(dtype=wide).item())
+        x = x.detach()
+        # In another dtype the sum would convert all of x first. It may overflow where no number does: then look closely.
+        wide = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
+        return math.isfinite(x.sum(dtype=wide).item()) or bool(x.isfinite().all())
     except RuntimeError:  # no values to look at: fake tensors, vmap
         return True
 

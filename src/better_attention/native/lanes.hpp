@@ -25,6 +25,7 @@ typedef float V __attribute__((vector_size(4 * BA_LANES)));
 typedef int32_t I __attribute__((vector_size(4 * BA_LANES)));
 typedef uint32_t U __attribute__((vector_size(4 * BA_LANES)));
 typedef uint16_t U16 __attribute__((vector_size(2 * BA_LANES)));
+typedef uint8_t UnalignedU8 __attribute__((vector_size(BA_LANES), aligned(1), may_alias));
 typedef float UnalignedV __attribute__((vector_size(4 * BA_LANES), aligned(4), may_alias));
 typedef uint16_t UnalignedU16 __attribute__((vector_size(2 * BA_LANES), aligned(2), may_alias));
 
@@ -124,6 +125,16 @@ BA_INLINE void store_bf16(uint16_t* p, V x) {
     U nan = (bits >> 16) | 0x40;
     U chosen = (x == x) ? rounded : nan;
     *reinterpret_cast<UnalignedU16*>(p) = __builtin_convertvector(chosen, U16);
+}
+
+BA_INLINE I load_bytes(const uint8_t* p) {  // compilers take the general conversion apart byte by byte
+#if BA_LANES == 16 && defined(__AVX512F__)
+    return reinterpret_cast<I>(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif BA_LANES == 8 && defined(__AVX2__)
+    return reinterpret_cast<I>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
+    return __builtin_convertvector(*reinterpret_cast<const UnalignedU8*>(p), I);
+#endif
 }
 
 BA_INLINE V load_some(const float* p, int64_t n) {  // the first n < LANES, zeros behind

@@ -39,39 +39,47 @@ static Restriction restriction(const ba_call& c, int64_t b, int64_t n) {
 }
 
 struct Seen {
-    bool biased, open;  // any number beside 0 and -inf; any number but -inf
+    bool biased, open, hides;  // any number beside 0 and -inf; any number but -inf; any -inf
 };
 
 // Numbers [from, from + n) of a mask's row into out.
 static Seen read_mask(const void* row, int64_t type, int64_t stride, int64_t n, bool softmax, float* out) {
     if (type == BA_BOOL) {
         const uint8_t* p = static_cast<const uint8_t*>(row);
-        int32_t open = 0;
-        if (stride == 1)
-            for (int64_t i = 0; i < n; ++i) {
-                out[i] = p[i] ? 0.0f : -INF;
-                open |= p[i];
+        int32_t open = 0, closed = 0;
+        int64_t i = 0;
+        if (stride == 1) {
+            I seen = {}, unseen = {};
+            for (; i + LANES <= n; i += LANES) {
+                const I x = load_bytes(p + i);
+                seen |= x;
+                unseen |= x == 0;
+                store(out + i, select(x != 0, V{}, fill(-INF)));
             }
-        else
-            for (int64_t i = 0; i < n; ++i) {
-                const uint8_t x = p[i * stride];
-                out[i] = x ? 0.0f : -INF;
-                open |= x;
-            }
-        return {false, open != 0};
+            open = any(seen);
+            closed = any(unseen);
+        }
+        for (; i < n; ++i) {
+            const uint8_t x = p[i * stride];
+            out[i] = x ? 0.0f : -INF;
+            open |= x;
+            closed |= !x;
+        }
+        return {false, open != 0, closed != 0};
     }
     // The expressive score has no exponential to drown a very low bias in: the type's lowest number hides.
-    const float hides = softmax ? -INF : type == BA_F32 ? -FLT_MAX : LOWEST_BF16;
-    int32_t open = 0, biased = 0;
+    const float floor = softmax ? -INF : type == BA_F32 ? -FLT_MAX : LOWEST_BF16;
+    int32_t open = 0, biased = 0, hides = 0;
     for (int64_t i = 0; i < n; ++i) {
         const float x = type == BA_F32 ? static_cast<const float*>(row)[i * stride]
                                        : from_bf16(static_cast<const uint16_t*>(row)[i * stride]);
-        const bool hidden = x <= hides;
+        const bool hidden = x <= floor;
         out[i] = hidden ? -INF : x;
         open |= !hidden;
+        hides |= hidden;
         biased |= !hidden & (x != 0.0f);
     }
-    return {biased != 0, open != 0};
+    return {biased != 0, open != 0, hides != 0};
 }
 
 static bool sees(const Restriction& r, int64_t l, int64_t s, float* bias) {  // one key of one query
@@ -129,9 +137,7 @@ static State mask_tile(
             static_cast<const char*>(r.mask) + at * size_of(r.mask_type), r.mask_type, r.mask_s, n, r.softmax, out);
         biased |= seen.biased;
         open |= seen.open;
-        int32_t hidden = 0;
-        for (int64_t s = 0; s < n; ++s) hidden |= out[s] == -INF;
-        hides |= hidden != 0;
+        hides |= seen.hides;
     }
     if (!open) return CLOSED;
     if (!hides && !biased) return OPEN;
