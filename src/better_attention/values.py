@@ -29,7 +29,7 @@ def surely_finite(x: Tensor) -> bool:
         return True
     try:
         x = x.detach()
-        # In another dtype the sum would convert all of x first. It may overflow where no number does: then look closely.
+        # In another dtype the sum would convert all of x first. It may overflow where no number does: then look twice.
         wide = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
         return math.isfinite(x.sum(dtype=wide).item()) or bool(x.isfinite().all())
     except RuntimeError:  # no values to look at: fake tensors, vmap
