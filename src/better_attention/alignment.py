@@ -12,8 +12,11 @@ from .impl import align
 from .impl.call import transformed
 from .values import surely_finite, without
 
-COMPILED_LENGTH = 1024
-"""Positions up to which the compiled gradients of a full W_A beat torch's; a triangular one is faster at any length."""
+# Lengths at which the compiled kernels beat torch's matrix product (benchmarks/results).
+TRAINED = (64, 1024)
+"""Shortest length in training, and the longest of a full W_A; a triangular one stays ahead."""
+TRIANGULAR = 192
+"""Shortest length of a triangular W_A in inference; a full one is torch's there."""
 
 
 class Alignment(nn.Module):
@@ -120,7 +123,11 @@ class Alignment(nn.Module):
         if torch.compiler.is_compiling():
             return self.causal
         trains = torch.is_grad_enabled() and (weight.requires_grad or value_BSD.requires_grad)
-        faster = self.causal or (trains and value_BSD.shape[1] <= COMPILED_LENGTH)
+        S = value_BSD.shape[1]
+        if trains:
+            faster = TRAINED[0] <= S and (self.causal or TRAINED[1] >= S)
+        else:
+            faster = self.causal and S >= TRIANGULAR
         return faster and not transformed()
 
     def is_plain(self, S: int) -> bool:
