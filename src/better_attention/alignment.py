@@ -124,11 +124,11 @@ class Alignment(nn.Module):
             return self.causal
         trains = torch.is_grad_enabled() and (weight.requires_grad or value_BSD.requires_grad)
         S = value_BSD.shape[1]
+        if transformed():
+            return False
         if trains:
-            faster = TRAINED[0] <= S and (self.causal or TRAINED[1] >= S)
-        else:
-            faster = self.causal and S >= TRIANGULAR
-        return faster and not transformed()
+            return TRAINED[0] <= S and (self.causal or TRAINED[1] >= S)
+        return self.causal and S >= TRIANGULAR
 
     def is_plain(self, S: int) -> bool:
         """Whether this is one full matrix for all heads that ``S`` positions fit into."""
