@@ -303,8 +303,8 @@ class Problem:
 
 
 @lru_cache(maxsize=10)
-def problem(case: Case, score: str, dtype: torch.dtype) -> Problem:
-    """The case with numbers that follow from its description alone."""
+def problem(case: Case, score: str, dtype: torch.dtype, orders: int = 6) -> Problem:
+    """The case with numbers that follow from its description alone; the plain formula is tried in ``orders`` orders."""
     rng = np.random.default_rng(zlib.crc32(f"{case} {score} {dtype}".encode()))
     B, N, G, L, S, H, W = case.sizes
     lay = [LAYOUTS[name] for name in case.layouts]
@@ -320,7 +320,9 @@ def problem(case: Case, score: str, dtype: torch.dtype) -> Problem:
         keep = keep & np.tri(L, S, dtype=bool)
     seen = keep.sum(-1)
     empty = seen == 0
-    few = ~empty & (seen < (FEW if score == "expressive" else 2))  # a softmax over one key is 1, and a gradient of 0
+    biased = any(m is not None and m.is_floating_point() for m in (mask, padding))  # some keys then count for little
+    enough = (2 * FEW if biased else FEW) if score == "expressive" else 2  # a softmax over one key is 1, its gradient 0
+    few = ~empty & (seen < enough)
     # Long rows have small weights: a larger upstream gradient keeps all gradients well above the vacuous.
     upstream = normal(rng, B, N, L, W, dtype=dtype) * 2.0 ** np.ceil(np.log2(max(1, S / 16)))
     strict = upstream.masked_fill(torch.from_numpy(few)[..., None], 0)
@@ -329,7 +331,7 @@ def problem(case: Case, score: str, dtype: torch.dtype) -> Problem:
     asked = ~torch.from_numpy(empty)[..., None]
     safe = torch.from_numpy(keep).clone()
     safe[..., 0] |= ~asked[..., 0]  # the plain formula has no answer to an empty row; nobody asks it for one
-    plain = list(_plain_in_some_orders(leaves, rng, score, safe, torch.from_numpy(bias).to(dtype), scale))
+    plain = list(_plain_in_orders(orders, leaves, rng, score, safe, torch.from_numpy(bias).to(dtype), scale))
     rows = ~(empty | few) if (~empty & ~few).any() else few
 
     def gradients(upward: Tensor) -> list[Gradient]:
@@ -350,16 +352,16 @@ def problem(case: Case, score: str, dtype: torch.dtype) -> Problem:
     )  # fmt: skip
 
 
-def _plain_in_some_orders(
-    leaves: list[Tensor], rng: np.random.Generator, score: str, keep: Tensor, bias: Tensor, scale: float
+def _plain_in_orders(
+    count: int, leaves: list[Tensor], rng: np.random.Generator, score: str, keep: Tensor, bias: Tensor, scale: float
 ) -> Iterator[Tensor]:
-    """The plain formula on the keys and the features as they come, and five times in a random order of both.
+    """The plain formula on the keys and the features as they come, then in random orders of both, ``count`` in all.
 
     The same numbers by the same formula, rounded otherwise: one order may be lucky, and luck is no yardstick.
     """
     q, k, v = leaves[0], leaves[1], leaves[-1]
     group, S, H = q.shape[1] // k.shape[1], k.shape[2], q.shape[3]
-    for shuffled in (False, *(True,) * 5):
+    for shuffled in (False, *(True,) * (count - 1)):
         keys, features = (rng.permutation(n) if shuffled else np.arange(n) for n in (S, H))
         k_all, v_all = (x[:, :, keys].repeat_interleave(group, 1) for x in (k, v))
         output, _ = plain_attention(
@@ -458,9 +460,9 @@ def assert_gradient(actual: Tensor, expected: Gradient, note: str, *, trivial: b
     assert error.mean() <= bound, f"{note}: mean error {error.mean():.3g} above {bound:.3g}"
 
 
-def check(case: Case, score: str, dtype: torch.dtype, isa: str) -> None:
+def check(case: Case, score: str, dtype: torch.dtype, isa: str, *, orders: int = 6) -> None:
     """The case on one instruction set, from poisoned buffers: output under the 2x rule, gradients under the 3x rule."""
-    p = problem(case, score, dtype)
+    p = problem(case, score, dtype, orders)
     leaves, note = p.leaves(), f"{isa} {score} {dtype} {case}"
     with native.instruction_set(isa), poisoned():
         output, _ = native.compute(p.call(leaves))

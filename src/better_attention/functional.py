@@ -218,7 +218,7 @@ def _choose(call: Call, impl: str) -> str | None:
         return None if IMPLEMENTATIONS[impl].unsupported(call) else impl
     able = [name for name, i in IMPLEMENTATIONS.items() if not i.unsupported(call)]
     if call.q_BNLH.device.type == "cpu" and not torch.compiler.is_compiling():  # there, sizes may be symbols
-        able.sort(key=lambda name: _slow(call, name, able))
+        return min(able, key=lambda name: _slow(call, name, able))  # the first that is not slow
     return able[0]
 
 
