@@ -303,7 +303,7 @@ class Problem:
 
 
 @lru_cache(maxsize=10)
-def problem(case: Case, score: str, dtype: torch.dtype, orders: int = 6) -> Problem:
+def problem(case: Case, score: str, dtype: torch.dtype, orders: int = 4) -> Problem:
     """The case with numbers that follow from its description alone; the plain formula is tried in ``orders`` orders."""
     rng = np.random.default_rng(zlib.crc32(f"{case} {score} {dtype}".encode()))
     B, N, G, L, S, H, W = case.sizes
@@ -460,7 +460,7 @@ def assert_gradient(actual: Tensor, expected: Gradient, note: str, *, trivial: b
     assert error.mean() <= bound, f"{note}: mean error {error.mean():.3g} above {bound:.3g}"
 
 
-def check(case: Case, score: str, dtype: torch.dtype, isa: str, *, orders: int = 6) -> None:
+def check(case: Case, score: str, dtype: torch.dtype, isa: str, *, orders: int = 4) -> None:
     """The case on one instruction set, from poisoned buffers: output under the 2x rule, gradients under the 3x rule."""
     p = problem(case, score, dtype, orders)
     leaves, note = p.leaves(), f"{isa} {score} {dtype} {case}"

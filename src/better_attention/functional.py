@@ -234,7 +234,7 @@ def _slow(call: Call, name: str, able: list[str]) -> bool:
             return True
         return B * N < HEADS and B * N * L * S * H < WORK
     small = PLAIN[call.score] >= B * N * L * S and (call.score != "softmax" or S <= SHORT)
-    return small and "native" not in able and name != "reference"
+    return small and name != "reference"
 
 
 def _trains(call: Call) -> bool:

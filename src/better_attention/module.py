@@ -22,7 +22,7 @@ from .impl import layer
 from .impl.call import Call, plain_tensors
 from .mechanism import MECHANISMS, Mechanism
 from .state_dict import to_packed, unpack
-from .values import autocast_dtype, surely_finite
+from .values import autocast_dtype
 
 
 class _NoFastPath:
@@ -360,7 +360,8 @@ class MultiheadAttention(nn.Module):
 
     def _in_one_call(self, x_BLD: Tensor, is_causal: bool) -> Tensor | None:
         """Small self-attention in inference by one compiled call; None where it has to go step by step."""
-        if torch.is_grad_enabled() or not plain_tensors(x_BLD) or not layer.serves(x_BLD):
+        # Under the triangle a past row keeps its bits whatever the future holds, NaN too: one way for both.
+        if is_causal or torch.is_grad_enabled() or not plain_tensors(x_BLD) or not layer.serves(x_BLD):
             return None
         projections = (self.q_proj, self.k_proj, self.v_proj, self.out_proj)
         if (
@@ -377,14 +378,12 @@ class MultiheadAttention(nn.Module):
             return None
         alignment = None
         if isinstance(self.align, Alignment):
-            if is_causal or not self.align.is_plain(x_BLD.shape[1]):
+            if not self.align.is_plain(x_BLD.shape[1]):
                 return None
             alignment = self.align.first(x_BLD.shape[1])
         output_BLD = layer.self_attention(
             x_BLD, self.num_heads, projections, alignment, self.mechanism.score, bool(is_causal), self._fixed_scale()
         )
-        if is_causal and not surely_finite(output_BLD):
-            return None  # which queries may have seen what is not finite is sorted out step by step
         return output_BLD
 
     def _refuse_leak(self, mask_BNLS: Tensor | None, is_causal: bool) -> None:

@@ -120,13 +120,14 @@ OPERATOR_CALLS = {
     "float mask": {"attn_mask": "float", "scale": -0.3},
     "one tensor": {"shared": True},
 }
+OFTEN = {("softmax", "one tensor"), ("expressive", "float mask")}
 
 
 @needs_native
 @pytest.mark.parametrize(
     ("score", "name"),
     [
-        pytest.param(score, name, marks=[] if name in ("float mask", "one tensor") else pytest.mark.slow)
+        pytest.param(score, name, marks=[] if (score, name) in OFTEN else pytest.mark.slow)
         for score in SCORES
         for name in OPERATOR_CALLS
     ],
@@ -404,7 +405,9 @@ def check_compiled_function(score: str, backend: str, dynamic: bool | None) -> N
 
 @needs_native
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("dynamic", [None, True], ids=["when it changes", "from the start"])
+@pytest.mark.parametrize(
+    "dynamic", [pytest.param(None, marks=pytest.mark.slow), True], ids=["when it changes", "from the start"]
+)
 @pytest.mark.parametrize("score", ["expressive", pytest.param("softmax", marks=pytest.mark.slow)])
 def test_m3_one_graph_for_every_length(score: str, dynamic: bool | None) -> None:
     check_compiled_function(score, "aot_eager", dynamic)
