@@ -381,10 +381,9 @@ class MultiheadAttention(nn.Module):
             if not self.align.is_plain(x_BLD.shape[1]):
                 return None
             alignment = self.align.first(x_BLD.shape[1])
-        output_BLD = layer.self_attention(
+        return layer.self_attention(
             x_BLD, self.num_heads, projections, alignment, self.mechanism.score, bool(is_causal), self._fixed_scale()
         )
-        return output_BLD
 
     def _refuse_leak(self, mask_BNLS: Tensor | None, is_causal: bool) -> None:
         if not isinstance(self.align, Alignment) or self.align.causal:
