@@ -32,7 +32,7 @@ def test_without_arguments_it_compares_five_mechanisms_on_digits() -> None:
     plan = compare.make_plan(parse())
     task = TASKS["digits"]("small")
     assert plan.task == task
-    assert [m.name for m in plan.mechanisms] == ["standard", "optimised", "efficient", "super", "expressive"]
+    assert [m.name for m in plan.variants] == ["standard", "optimised", "efficient", "super", "expressive"]
     assert (plan.heads, plan.seeds, plan.out) == ((task.default_heads,), task.seeds, Path("runs/digits-small"))
     assert (plan.device, plan.data) == ("auto", None)
 
@@ -41,7 +41,7 @@ def test_every_argument_arrives() -> None:
     options = "--mechanisms super,efficient+expressive --heads 1,2 --seeds 7 --scale paper --epochs 9 --patience 0"
     more = "--batch-size 5 --lr 0.25 --device cpu --data there --out here"
     plan = compare.make_plan(parse("imdb", *options.split(), *more.split()))
-    assert [m.name for m in plan.mechanisms] == ["super", "efficient+expressive"]
+    assert [m.name for m in plan.variants] == ["super", "efficient+expressive"]
     assert (plan.heads, plan.seeds, plan.device) == ((1, 2), 7, "cpu")
     assert (plan.task.name, plan.task.scale) == ("imdb", "paper")
     assert (plan.task.epochs, plan.task.patience, plan.task.batch_size, plan.task.lr) == (9, 0, 5, 0.25)

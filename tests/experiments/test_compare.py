@@ -19,7 +19,7 @@ from better_attention.experiments import train
 from better_attention.experiments.compare import Plan, Watcher, compare, make_accelerator
 from better_attention.experiments.study import Study
 from better_attention.experiments.train import DivergedError, Interrupted, Position
-from better_attention.mechanism import Mechanism
+from better_attention.experiments.variant import Variant
 
 
 class Diary(Watcher):
@@ -49,9 +49,9 @@ class Diary(Watcher):
 
 
 def plan(out: Path, mechanisms: Sequence[str] = ("standard", "super"), **changes: Any) -> Plan:
-    names = [Mechanism.of(name) for name in mechanisms]
+    names = [Variant.of(name) for name in mechanisms]
     own: dict[str, Any] = {"heads": (3,), "seeds": 1, "device": "cpu", "command": "better-attention compare"}
-    return Plan(task=tiny.task(epochs=1), mechanisms=names, out=out, **(own | changes))
+    return Plan(task=tiny.task(epochs=1), variants=names, out=out, **(own | changes))
 
 
 def test_seeds_are_outermost(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_a_run_that_fails_does_not_take_the_others_along(tmp_path: Path, monkeyp
     real = train.Training.train_epoch
 
     def poisoned(self: train.Training) -> None:
-        if self.mechanism.name == "standard":
+        if self.variant.name == "standard":
             next(self.model.parameters()).data.fill_(torch.nan)
         real(self)
 
@@ -160,7 +160,7 @@ def test_all_mechanisms_see_the_samples_in_the_same_order(tmp_path: Path, monkey
     note = Note()
 
     def losses(self: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and hasattr(note, "name"):  # after the pace was measured
             seen[note.name].append(targets.tolist())
         return real(self, logits, targets)
 

@@ -31,7 +31,8 @@ def test_parameter_counts_are_those_of_our_layers(task: str) -> None:
 
 
 def test_the_names_are_those_of_our_records() -> None:
-    assert {column.key for column in COLUMNS} <= set(paper.COLUMNS)
+    own = {"epoch_ratio"}  # against torch's layer, which the paper did not measure
+    assert {column.key for column in COLUMNS} - own <= set(paper.COLUMNS)
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -17,6 +17,7 @@ import better_attention
 from better_attention import MECHANISMS
 from better_attention.experiments import runs
 from better_attention.experiments.runs import list_runs, load_run, locked, run_name
+from better_attention.experiments.variant import Variant
 from better_attention.mechanism import Mechanism
 
 
@@ -42,16 +43,16 @@ def edit(path: Path, **changes: Any) -> None:
 
 @pytest.mark.parametrize("name", [*MECHANISMS, *(f"{m}+expressive" for m in MECHANISMS), "standard+align"])
 def test_names_are_safe_and_tell_mechanisms_apart(name: str) -> None:
-    mechanism = Mechanism.of(name)
+    mechanism = Variant.of(name)
     folder = run_name(mechanism, 4, 12)
     assert folder.isascii()
     assert not set(folder) - set("abcdefghijklmnopqrstuvwxyz0123456789.-")
-    assert Mechanism.of(folder.removesuffix("-h4-s12").replace(".", "+")) == mechanism
+    assert Variant.of(folder.removesuffix("-h4-s12").replace(".", "+")) == mechanism
 
 
 def test_a_mechanism_without_a_name_has_no_run() -> None:
     with pytest.raises(ValueError, match="unknown mechanism 'custom"):
-        run_name(Mechanism(frozenset("ko")), 4, 0)
+        run_name(Variant(Mechanism(frozenset("ko"))), 4, 0)
 
 
 def test_a_finished_run_comes_back(finished: Path) -> None:

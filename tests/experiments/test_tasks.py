@@ -31,7 +31,7 @@ def test_every_task_and_scale_is_whole(name: str, scale: str) -> None:
         assert task.length == (task.image_size // task.patch) ** 2
     with torch.device("meta"):
         for mechanism in MECHANISMS:
-            task.model(mechanism, task.default_heads)
+            task.build(mechanism, task.default_heads)
     assert TASKS[name]("smoke").with_settings(json.loads(json.dumps(task.settings()))) == task
 
 

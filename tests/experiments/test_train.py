@@ -30,7 +30,7 @@ from better_attention.experiments.train import (
     evaluate,
     initial_model,
 )
-from better_attention.mechanism import Mechanism
+from better_attention.experiments.variant import Variant
 
 
 def weights(folder: Path) -> str:
@@ -39,9 +39,9 @@ def weights(folder: Path) -> str:
 
 
 def curve(folder: Path) -> list[dict[str, float]]:
-    """A run's curve without its seconds."""
+    """A run's curve without its times."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+    return [{key: value for key, value in line.items() if key not in ("seconds", "waiting")} for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +54,8 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("mechanism", [*MECHANISMS, "super+expressive"])
 def test_what_mechanisms_share_starts_from_the_same_values(mechanism: str) -> None:
-    standard = initial_model(tiny.task(), Mechanism.of("standard"), 3, seed=5).state_dict()
-    model = initial_model(tiny.task(), Mechanism.of(mechanism), 3, seed=5).state_dict()
+    standard = initial_model(tiny.task(), Variant.of("standard"), 3, seed=5).state_dict()
+    model = initial_model(tiny.task(), Variant.of(mechanism), 3, seed=5).state_dict()
     shared = [name for name in model if name in standard]
     assert len(shared) >= 20
     assert all(torch.equal(model[name], standard[name]) for name in shared)
@@ -63,7 +63,7 @@ def test_what_mechanisms_share_starts_from_the_same_values(mechanism: str) -> No
 
 
 def test_initial_weights_depend_on_the_seed_alone() -> None:
-    super_ = Mechanism.of("super")
+    super_ = Variant.of("super")
     first = initial_model(tiny.task(), super_, 3, seed=5).state_dict()
     torch.rand(7)
     again = initial_model(tiny.task(), super_, 3, seed=5).state_dict()
@@ -142,7 +142,7 @@ def test_the_test_split_is_touched_once_and_last(tmp_path: Path, monkeypatch: py
 def test_evaluation_counts_every_sample_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three processes are played one after the other; their sums must be those of one process alone."""
     run = tiny.training(Path("unused"))
-    model = initial_model(run.task, run.mechanism, 3, 0)
+    model = initial_model(run.task, run.variant, 3, 0)
     monkeypatch.setattr(train, "EVALUATION_BATCH", 5)
     alone = evaluate(run.accelerator, model, run.task, run.splits.test)
 

@@ -13,7 +13,7 @@ from better_attention.experiments.kinds import ImageTask
 from better_attention.experiments.task import Splits
 from better_attention.experiments.tasks import TASKS
 from better_attention.experiments.train import Training
-from better_attention.mechanism import Mechanism
+from better_attention.experiments.variant import Variant
 
 
 def task(**changes: Any) -> ImageTask:
@@ -36,7 +36,7 @@ def training(folder: Path, mechanism: str = "super", seed: int = 0, **changes: A
     return Training(
         task=task(**changes),
         splits=own.pop("splits", None) or splits(),
-        mechanism=Mechanism.of(mechanism),
+        variant=Variant.of(mechanism),
         heads=3,
         seed=seed,
         folder=folder,

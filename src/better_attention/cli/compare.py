@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from better_attention.cli import UserError, console
-from better_attention.mechanism import MECHANISMS, Mechanism
+from better_attention.experiments.variant import Variant
+from better_attention.mechanism import MECHANISMS
 
 if TYPE_CHECKING:
     from better_attention.experiments.compare import Plan
+    from better_attention.experiments.task import Task
 
 HELP = "train the mechanisms side by side on real data: table, results.csv, results.json, report.html"
 
@@ -26,7 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=names,
         default=tuple(MECHANISMS),
         metavar="A,B,...",
-        help=f"default: {','.join(MECHANISMS)}; each may be followed by +expressive or +align",
+        help=f"default: {','.join(MECHANISMS)}; each may be followed by +expressive or +align, and one with W_A by "
+        "+per-head (a kernel each) or +identity (where it starts)",
     )
     parser.add_argument("--heads", type=numbers, metavar="1,2,4", help="attention heads; default: the task's")
     parser.add_argument(
@@ -42,6 +46,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--patience", type=whole, metavar="N", help="stop after N epochs without a better validation loss; 0: never"
     )
+    parser.add_argument(
+        "--equal-params",
+        action="store_true",
+        help="widen each mechanism until its model has about as many parameters as the standard one (table 7)",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="any other setting of the task, such as layers=4; repeatable; the report lists them all",
+    )
     parser.add_argument("--batch-size", type=positive, metavar="N", help="samples of one update")
     parser.add_argument("--lr", type=float, metavar="X", help="learning rate")
     parser.add_argument(
@@ -56,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def names(text: str) -> tuple[str, ...]:
     """Mechanisms from a comma-separated list; each once."""
     try:
-        return tuple(dict.fromkeys(Mechanism.of(name.strip()).name for name in text.split(",")))
+        return tuple(dict.fromkeys(Variant.of(name.strip()).name for name in text.split(",")))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
@@ -118,10 +134,11 @@ def make_plan(args: argparse.Namespace) -> Plan:
         raise UserError(f"unknown task {args.task!r}: choose one of {', '.join(TASKS)}.")
     task = TASKS[args.task](args.scale)
     given = {name: getattr(args, name) for name in ("epochs", "patience", "batch_size", "lr")}
-    task = replace(task, **{name: value for name, value in given.items() if value is not None})
+    settings = {name: value for name, value in given.items() if value is not None}
+    task = replace(task, **dict(setting(task, text) for text in args.set), **settings, equal_params=args.equal_params)
     return Plan(
         task=task,
-        mechanisms=[Mechanism.of(name) for name in args.mechanisms],
+        variants=[Variant.of(name) for name in args.mechanisms],
         heads=args.heads or (task.default_heads,),
         seeds=args.seeds or task.seeds,
         out=args.out or Path("runs") / f"{task.name}-{task.scale}",
@@ -129,6 +146,32 @@ def make_plan(args: argparse.Namespace) -> Plan:
         device=args.device,
         command=command_line(),
     )
+
+
+OWN_OPTIONS = ("name", "title", "source", "scale", "dataset", "equal_params")
+
+
+def setting(task: Task, text: str) -> tuple[str, Any]:
+    """Name and value of ``NAME=VALUE``, the value as JSON or, failing that, as it stands.
+
+    Raises:
+        UserError: no such setting, or a value of another kind than the task's own.
+    """
+    name, sign, value = text.partition("=")
+    names = sorted(field.name for field in fields(task) if field.name not in OWN_OPTIONS)
+    if not sign or name not in names:
+        raise UserError(f"--set {text!r}: expected NAME=VALUE with one of the names {', '.join(names)}.")
+    try:
+        parsed = json.loads(value)
+    except ValueError:
+        parsed = value
+    own = getattr(task, name)
+    kind = (int, type(None)) if own is None else (int, float) if isinstance(own, float) else type(own)
+    if isinstance(own, tuple):
+        parsed = tuple(parsed) if isinstance(parsed, list) else parsed
+    if not isinstance(parsed, kind) or (isinstance(parsed, bool) and not isinstance(own, bool)):
+        raise UserError(f"--set {text!r}: {name} is {own!r} by default; {value!r} is of another kind.")
+    return name, parsed
 
 
 def command_line() -> str:

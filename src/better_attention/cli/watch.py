@@ -44,6 +44,12 @@ class PlainWatcher(Watcher):
             "{:,} training, {:,} validation and {:,} test samples; ".format(*sizes) + f"device {accelerator.device}"
         )
 
+    def estimate(self, seconds: float, runs: int) -> None:
+        """See :class:`Watcher`."""
+        task = self.plan.task
+        sooner = f"; patience {task.patience} may end a run sooner" if task.patience else ""
+        self.say(f"about {duration(seconds)} of training for {runs} runs of at most {task.epochs} epochs{sooner}")
+
     def begin(self, name: str, number: int, runs: int) -> None:
         """See :class:`Watcher`."""
         self.title, self.said_at = f"[{number}/{runs}] {name}", time.monotonic()
@@ -123,6 +129,20 @@ class LiveWatcher(PlainWatcher):
 def make_watcher(console: Console, plan: Plan) -> PlainWatcher:
     """The watcher that suits the console."""
     return LiveWatcher(console, plan) if console.is_terminal else PlainWatcher(console, plan)
+
+
+def duration(seconds: float) -> str:
+    """A time in the two units that matter.
+
+    >>> duration(8000)
+    '2 h 13 min'
+    """
+    minutes, hours = round(seconds / 60), round(seconds / 3600)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if minutes < 60:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min" if hours < 48 else f"{hours // 24} days {hours % 24} h"
 
 
 def where(position: Position, epochs: int, steps: int) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,6 +17,7 @@ from accelerate import Accelerator
 
 from better_attention.experiments import report, tables
 from better_attention.experiments.maps import alignment_kernels, attention_maps
+from better_attention.experiments.pace import Pace, measure
 from better_attention.experiments.runs import (
     check_agreement,
     commit,
@@ -29,7 +31,7 @@ from better_attention.experiments.runs import (
 from better_attention.experiments.study import AlignmentPicture, AttentionMap, Study
 from better_attention.experiments.task import Splits, Task
 from better_attention.experiments.train import DivergedError, Interrupted, Position, Training
-from better_attention.mechanism import Mechanism
+from better_attention.experiments.variant import Variant
 
 EXAMPLES = 2  # test samples whose attention maps are drawn
 
@@ -40,7 +42,7 @@ class Plan:
 
     Args:
         task: the task, its settings resolved.
-        mechanisms, heads, seeds: a run is trained for each combination; ``seeds`` counts from 0.
+        variants, heads, seeds: a run is trained for each combination; ``seeds`` counts from 0.
         out: folder of the comparison, a folder a run below it.
         data: the user's data folder; None: the library's own.
         device: ``"auto"`` (a GPU if there is one), ``"cpu"``, ``"cuda"`` or ``"mps"``.
@@ -48,7 +50,7 @@ class Plan:
     """
 
     task: Task
-    mechanisms: Sequence[Mechanism]
+    variants: Sequence[Variant]
     heads: Sequence[int]
     seeds: int
     out: Path
@@ -56,9 +58,9 @@ class Plan:
     device: str = "auto"
     command: str = ""
 
-    def runs(self) -> list[tuple[Mechanism, int, int]]:
-        """Mechanism, heads and seed of every run, seeds outermost: what is interrupted is balanced."""
-        return [(m, h, s) for s in range(self.seeds) for h in self.heads for m in self.mechanisms]
+    def runs(self) -> list[tuple[Variant, int, int]]:
+        """Variant, heads and seed of every run, seeds outermost: what is interrupted is balanced."""
+        return [(v, h, s) for s in range(self.seeds) for h in self.heads for v in self.variants]
 
 
 class Watcher:
@@ -66,6 +68,9 @@ class Watcher:
 
     def data(self, splits: Splits, accelerator: Accelerator) -> None:
         """The data have been read."""
+
+    def estimate(self, seconds: float, runs: int) -> None:
+        """The ``runs`` that are not finished take at most this long, every epoch used, evaluation left out."""
 
     def begin(self, name: str, number: int, runs: int) -> None:
         """Run ``number`` of ``runs``, from 1, begins or continues."""
@@ -143,21 +148,24 @@ def compare(plan: Plan, watcher: Watcher) -> tuple[Study, list[str]]:
         Interrupted: a signal arrived; everything is saved.
     """
     accelerator = make_accelerator(plan.device)
+    plan = replace(plan, task=plan.task.fitted(plan.data))
     check_models(plan)
     splits = plan.task.load(plan.data).to(accelerator.device)
     watcher.data(splits, accelerator)
-    same = describe_run(plan.task, plan.mechanisms[0], plan.heads[0], 0, splits.digest, accelerator.device.type)
+    same = describe_run(plan.task, plan.variants[0], plan.heads[0], 0, splits.digest, accelerator.device.type)
     check_agreement(plan.out, same)
     failed: list[str] = []
     stop = Stop(watcher)
     with at_most(plan.task.threads), stop.listening():
-        for number, (mechanism, heads, seed) in enumerate(plan.runs(), start=1):
-            name = run_name(mechanism, heads, seed)
+        paces = measure_paces(plan, splits, accelerator, watcher)
+        for number, (variant, heads, seed) in enumerate(plan.runs(), start=1):
+            name = run_name(variant, heads, seed)
             watcher.begin(name, number, len(plan.runs()))
             with locked(plan.out / name) if accelerator.is_main_process else nullcontext():
                 training = Training(
-                    *(plan.task, splits, mechanism, heads, seed, plan.out / name, accelerator),
+                    *(plan.task, splits, variant, heads, seed, plan.out / name, accelerator),
                     command=plan.command,
+                    pace=paces.get((variant, heads)),
                     progress=watcher.progress,
                     stop=stop,
                 )
@@ -199,11 +207,27 @@ def check_models(plan: Plan) -> None:
     Raises:
         ValueError: heads that do not divide the width, for example.
     """
-    for mechanism in plan.mechanisms:
+    for variant in plan.variants:
         for heads in plan.heads:
-            run_name(mechanism, heads, 0)
+            run_name(variant, heads, 0)
             with torch.device("meta"):
-                plan.task.model(mechanism, heads)
+                plan.task.build(variant, heads)
+
+
+def measure_paces(
+    plan: Plan, splits: Splits, accelerator: Accelerator, watcher: Watcher
+) -> dict[tuple[Variant, int], Pace]:
+    """The speed of every model that is still to be trained; the watcher hears how long all of it will take."""
+    waiting = [run for run in plan.runs() if not (plan.out / run_name(*run) / "result.json").is_file()]
+    paces: dict[tuple[Variant, int], Pace] = {}
+    for variant, heads, _ in waiting:
+        if (variant, heads) not in paces:
+            paces[variant, heads] = measure(plan.task, splits.train, variant, heads, accelerator.device)
+    if waiting:
+        share = len(splits.train) / accelerator.num_processes
+        seconds = sum(paces[v, h].run_seconds(plan.task, math.ceil(share)) for v, h, _ in waiting)
+        watcher.estimate(seconds, len(waiting))
+    return paces
 
 
 def make_study(plan: Plan, splits: Splits, failed: Sequence[str] = ()) -> Study:
@@ -219,7 +243,11 @@ def make_study(plan: Plan, splits: Splits, failed: Sequence[str] = ()) -> Study:
         record = entry["result"]
         name = f"{record['mechanism']}-h{record['heads']}-s{record['seed']}"
         curves[name] = read_curve(entry["path"])
-        if record["seed"] == 0 and record["heads"] == plan.heads[-1]:
+        if (
+            record["seed"] == 0
+            and record["heads"] == plan.heads[-1]
+            and (entry["path"] / "model.safetensors").is_file()
+        ):
             model = load_run(entry["path"]).model
             maps += draw_maps(name, model, plan.task, splits)
             alignments += [AlignmentPicture(name, layer, w.numpy()) for layer, w in alignment_kernels(model)]
@@ -245,19 +273,16 @@ def make_study(plan: Plan, splits: Splits, failed: Sequence[str] = ()) -> Study:
 
 
 def _rank(plan: Plan, mechanism: str) -> tuple[int, str]:
-    names = [m.name for m in plan.mechanisms]
+    names = [variant.name for variant in plan.variants]
     return (names.index(mechanism) if mechanism in names else len(names), mechanism)
 
 
 def draw_maps(name: str, model: torch.nn.Module, task: Task, splits: Splits) -> list[AttentionMap]:
-    """The attention maps of every layer on the first test samples, each of another class."""
-    targets = splits.test.targets.tolist()
-    rows = [targets.index(target) for target in dict.fromkeys(targets)][:EXAMPLES]
+    """The attention maps of every layer on a few test samples."""
     maps = []
-    for row in rows:
+    for row, label in task.examples(splits, EXAMPLES):
         inputs = splits.test.inputs[row].cpu()
         shown = task.show(inputs, splits.assets)
-        label = f"test sample {row + 1}, class {splits.assets['classes'][targets[row]]}"
         maps += [
             AttentionMap(name, layer, label, weights[0].numpy(), tokens=shown.tokens, picture=shown.picture)
             for layer, weights in attention_maps(model, inputs[None]).items()

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from better_attention.experiments.task import Shown, Split, Splits, Task, cut
-from better_attention.mechanism import Mechanism
+from better_attention.experiments.variant import Variant
 
 if TYPE_CHECKING:
     import numpy as np
@@ -56,7 +56,7 @@ class ImageTask(Task):
             notes=images.notes,
         )
 
-    def model(self, mechanism: str | Mechanism, heads: int) -> nn.Module:
+    def model(self, variant: Variant, heads: int) -> nn.Module:
         """See :meth:`Task.model`."""
         from better_attention.models.vit import VisionTransformer
 
@@ -68,7 +68,8 @@ class ImageTask(Task):
             width=self.width,
             layers=self.layers,
             heads=heads,
-            mechanism=mechanism,
+            mechanism=variant.mechanism,
+            options=variant.options,
             dropout=self.dropout,
             head_dropout=self.head_dropout,
             peak=self.peak,
@@ -149,7 +150,7 @@ class TextTask(Task):
             notes=texts.notes,
         )
 
-    def model(self, mechanism: str | Mechanism, heads: int) -> nn.Module:
+    def model(self, variant: Variant, heads: int) -> nn.Module:
         """See :meth:`Task.model`."""
         from better_attention.models.classifier import TextClassifier
 
@@ -159,7 +160,8 @@ class TextTask(Task):
             width=self.width,
             layers=self.layers,
             heads=heads,
-            mechanism=mechanism,
+            mechanism=variant.mechanism,
+            options=variant.options,
             hidden=self.hidden,
             head=self.head,
             outputs=1 if self.classes == 2 else self.classes,

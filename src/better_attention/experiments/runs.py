@@ -32,43 +32,28 @@ import better_attention
 from better_attention.errors import whole_number
 from better_attention.experiments.checkpoint import load_weights
 from better_attention.experiments.files import write_atomic
-from better_attention.experiments.task import SCALES, Task
+from better_attention.experiments.task import SCALES, Prediction, Task
 from better_attention.experiments.tasks import TASKS
-from better_attention.mechanism import Mechanism
+from better_attention.experiments.variant import Variant
 
 FORMAT = 1
 LARGEST = 2**20  # bound on every size in a config that is read: a damaged file must not ask for all memory
 
 
-def run_name(mechanism: Mechanism, heads: int, seed: int) -> str:
+def run_name(variant: Variant, heads: int, seed: int) -> str:
     """The name of a run's folder; a ``+`` in the mechanism's name becomes a dot.
 
-    >>> run_name(Mechanism.of("super+expressive"), 4, 0)
+    >>> run_name(Variant.of("super+expressive"), 4, 0)
     'super.expressive-h4-s0'
 
     Raises:
         ValueError: a mechanism without a name, or a name that no folder should have.
     """
-    Mechanism.of(mechanism.name)  # a custom row has a description only, which nothing reads back
-    name = f"{mechanism.name.replace('+', '.')}-h{heads}-s{seed}"
+    Variant.of(variant.name)  # a custom row has a description only, which nothing reads back
+    name = f"{variant.name.replace('+', '.')}-h{heads}-s{seed}"
     if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", name):
         raise ValueError(f"run name {name!r}: at most 64 letters, digits, dots, dashes and underscores are allowed.")
     return name
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """The likeliest class of one input.
-
-    Args:
-        label: its name.
-        probability: its probability, 0 ... 1.
-        probabilities: name -> probability, of every class.
-    """
-
-    label: str
-    probability: float
-    probabilities: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -96,19 +81,11 @@ class Run:
         Raises:
             ValueError, TypeError: inputs that the model cannot read; the message says what it reads.
         """
-        classes = self.assets["classes"]
         encoded = self.task.encode(inputs, self.assets)
         self.model.eval()
         with torch.inference_mode():
-            rows = [
-                row
-                for batch in encoded.split(batch_size)
-                for row in self.task.probabilities(self.model(batch)).tolist()
-            ]
-        return [
-            Prediction(classes[best := row.index(max(row))], row[best], dict(zip(classes, row, strict=True)))
-            for row in rows
-        ]
+            batches = [self.task.predictions(self.model, batch, self.assets) for batch in encoded.split(batch_size)]
+        return [prediction for batch in batches for prediction in batch]
 
 
 def load_run(path: str | Path) -> Run:
@@ -138,15 +115,15 @@ def load_run(path: str | Path) -> Run:
             f"{folder} is not finished: run the command of its config.json again, it continues there."
         )
     config, assets, result = (read_json(folder / f"{name}.json") for name in ("config", "assets", "result"))
-    task, mechanism, heads = _what(config, folder)
+    task, variant, heads = _what(config, folder)
     with torch.device("meta"):
-        model = task.model(mechanism, heads)
+        model = task.build(variant, heads)
     load_weights(model, folder / "model.safetensors")
     return Run(folder, model.eval(), task, config, result, assets, read_curve(folder))
 
 
-def _what(config: Mapping[str, Any], folder: Path) -> tuple[Task, Mechanism, int]:
-    """Task, mechanism and heads of a configuration that may have been damaged or edited."""
+def _what(config: Mapping[str, Any], folder: Path) -> tuple[Task, Variant, int]:
+    """Task, variant and heads of a configuration that may have been damaged or edited."""
     try:
         run = config["run"]
         name, settings = run["task"], run["settings"]
@@ -158,7 +135,7 @@ def _what(config: Mapping[str, Any], folder: Path) -> tuple[Task, Mechanism, int
             if isinstance(value, int) and not -LARGEST <= value <= LARGEST:
                 raise ValueError(f"{key}={value} is out of range")
         task = TASKS[name](settings["scale"]).with_settings(settings)
-        return task, Mechanism.of(run["mechanism"]), whole_number(run["heads"], "heads")
+        return task, Variant.of(run["mechanism"]), whole_number(run["heads"], "heads")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{folder / 'config.json'} cannot be read by this version of better-attention: {error}."
@@ -178,11 +155,11 @@ def list_runs(out: str | Path) -> list[dict[str, Any]]:
     ]
 
 
-def describe_run(task: Task, mechanism: Mechanism, heads: int, seed: int, data: str, device: str) -> dict[str, Any]:
+def describe_run(task: Task, variant: Variant, heads: int, seed: int, data: str, device: str) -> dict[str, Any]:
     """What decides a run's outcome: two runs that agree in this are the same run."""
     return {
         "task": task.name,
-        "mechanism": mechanism.name,
+        "mechanism": variant.name,
         "heads": heads,
         "seed": seed,
         "settings": task.settings(),

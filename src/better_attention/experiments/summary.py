@@ -25,6 +25,7 @@ class Column:
 COLUMNS = (
     Column("attention_params", "Params", 0, higher_is_better=False, kind="size"),
     Column("epoch_seconds", "s/epoch", 2, higher_is_better=False, kind="time"),
+    Column("epoch_ratio", "÷ nn.MHA", 2, higher_is_better=False, kind="time"),
     Column("train_accuracy", "Train acc. %", 2, higher_is_better=True),
     Column("train_loss", "Train loss", 3, higher_is_better=False),
     Column("train_top5", "Train top 5 %", 2, higher_is_better=True),
@@ -181,5 +182,5 @@ def against_paper(rows: Sequence[Row]) -> list[Column]:
 
 def paper_value(row: Row, column: Column) -> float | None:
     """The paper's number for ``row``, or None."""
-    value = row.published[column.key] if row.published else None
+    value = row.published.get(column.key) if row.published else None
     return value if isinstance(value, int | float) else None

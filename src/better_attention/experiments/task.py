@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cached_property
+from functools import cache, cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from better_attention.errors import finite_number, one_of, whole_number
+from better_attention.experiments.variant import Variant
 from better_attention.mechanism import Mechanism
 
 if TYPE_CHECKING:
@@ -84,6 +85,21 @@ class Shown:
     picture: NDArray[np.uint8] | None = None
 
 
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says of one input.
+
+    Args:
+        label: the likeliest class, or the text that was generated.
+        probability: its probability, 0 ... 1.
+        probabilities: name -> probability, of every class; empty for a text.
+    """
+
+    label: str
+    probability: float
+    probabilities: Mapping[str, float]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Task(ABC):
     """One experiment at one scale.
@@ -103,6 +119,8 @@ class Task(ABC):
         validation_share: share of the training split that is held out as validation.
         train_samples, test_samples: random subsets for the smaller scales; None: everything.
         data_seed: seed of the validation cut and of the subsets, the same for every run.
+        equal_params: give every mechanism the width at which its model comes nearest to the parameters of the standard
+            model at ``width``, as table 7 of arXiv 2403.01643 does by hand.
         threads: most CPU threads of a run; None: as many as torch takes. Models this small lose more by handing work
             to a second thread than it gains, and lose badly where another program wants that core.
     """
@@ -129,6 +147,7 @@ class Task(ABC):
     train_samples: int | None = None
     test_samples: int | None = None
     data_seed: int = 0
+    equal_params: bool = False
     threads: int | None = None
 
     def __post_init__(self) -> None:
@@ -144,6 +163,14 @@ class Task(ABC):
         finite_number(self.weight_decay, "weight_decay", low=0.0)
         finite_number(self.dropout, "dropout", low=0.0, high=1.0)
 
+    def fitted(self, folder: Path | None = None) -> Self:
+        """This task with what only the user's data can tell (classes, sizes) filled in; known data sets know it all.
+
+        Raises:
+            ValueError: the data set is missing or damaged; the message says how to get it.
+        """
+        return self
+
     @abstractmethod
     def load(self, folder: Path | None = None) -> Splits:
         """Read the data set from ``folder`` (None: the library's own data home) and split it.
@@ -153,8 +180,17 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def model(self, mechanism: str | Mechanism, heads: int) -> nn.Module:
-        """A fresh model: inputs (B, ...) to logits (B, K)."""
+    def model(self, variant: Variant, heads: int) -> nn.Module:
+        """A fresh model of this width: inputs (B, ...) to logits (B, K), or (B, T, K) of T targets a sample."""
+
+    def build(self, variant: str | Mechanism | Variant, heads: int) -> nn.Module:
+        """A fresh model for a comparison: :meth:`model`, at the width that ``equal_params`` asks for."""
+        variant = Variant.of(variant)
+        return self.sized(variant, heads).model(variant, heads)
+
+    def sized(self, variant: Variant, heads: int) -> Self:
+        """This task at the width of ``variant``: its own, or the one of about equal parameters in total."""
+        return replace(self, width=equal_width(self, variant, heads)) if self.equal_params else self
 
     @abstractmethod
     def encode(self, inputs: Any, assets: Mapping[str, Any]) -> Tensor:
@@ -168,6 +204,31 @@ class Task(ABC):
     def show(self, inputs: Tensor, assets: Mapping[str, Any]) -> Shown:
         """One encoded input, without the batch dimension, for people to look at."""
 
+    def augment(self, inputs: Tensor) -> Tensor:
+        """Training inputs (B, ...) changed at random, by the generator of their device; unchanged unless overridden."""
+        return inputs
+
+    def scores(self, model: nn.Module, split: Split, assets: Mapping[str, Any]) -> dict[str, float]:
+        """What a finished model is measured by beside accuracy and loss: ``"top5"`` (%) or ``"bleu"`` (points).
+
+        The model is in eval mode, on the device of ``split``.
+        """
+        return {}
+
+    def examples(self, splits: Splits, number: int) -> list[tuple[int, str]]:
+        """Test samples for people to look at, each of another class: row and description."""
+        targets = splits.test.targets.tolist()
+        rows = [targets.index(target) for target in dict.fromkeys(targets)][:number]
+        return [(row, f"test sample {row + 1}, class {splits.assets['classes'][targets[row]]}") for row in rows]
+
+    def predictions(self, model: nn.Module, inputs: Tensor, assets: Mapping[str, Any]) -> list[Prediction]:
+        """What ``model``, in eval mode, says of encoded inputs (B, ...): the likeliest class of each."""
+        classes = assets["classes"]
+        return [
+            Prediction(classes[best := row.index(max(row))], row[best], dict(zip(classes, row, strict=True)))
+            for row in self.probabilities(model(inputs)).tolist()
+        ]
+
     def losses(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy of each sample, (B,), from logits (B, K); K = 1 is the logit of class 1 of two."""
         if logits.shape[1] == 1:
@@ -175,7 +236,7 @@ class Task(ABC):
         return F.cross_entropy(logits, targets, reduction="none")
 
     def correct(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Whether the likeliest class is the right one, bool (B,)."""
+        """Whether the likeliest class is the right one, bool (B,); with several targets a sample, the share, float."""
         predicted = (logits[:, 0] > 0).long() if logits.shape[1] == 1 else logits.argmax(dim=1)
         return predicted == targets
 
@@ -209,6 +270,26 @@ class Task(ABC):
             )
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
         return replace(self, **values)
+
+
+@cache
+def equal_width(task: Task, variant: Variant, heads: int) -> int:
+    """The multiple of 2 · ``heads`` at which ``variant`` comes nearest to the parameters of standard at ``task.width``.
+
+    Even head widths only, since rotary positions turn pairs of features.
+    """
+
+    def size(width: int, of: Variant) -> int:
+        with torch.device("meta"):
+            model = replace(task, width=width, equal_params=False).model(of, heads)
+        return sum(parameter.numel() for parameter in model.parameters())
+
+    aim, step = size(task.width, Variant.of("standard")), 2 * heads
+    low, high = 1, max(2, 4 * task.width // step)
+    while high - low > 1:  # parameters grow with the width
+        middle = (low + high) // 2
+        low, high = (middle, high) if size(middle * step, variant) <= aim else (low, middle)
+    return min((low * step, high * step, task.width), key=lambda width: abs(size(width, variant) - aim))
 
 
 def cut(task: Task, train: int, test: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -25,9 +25,10 @@ from torch import Tensor, nn
 
 from better_attention.experiments import checkpoint
 from better_attention.experiments.files import write_atomic
+from better_attention.experiments.pace import Pace
 from better_attention.experiments.runs import describe_run, environment, open_run, read_json, write_json
 from better_attention.experiments.task import Split, Splits, Task
-from better_attention.mechanism import Mechanism
+from better_attention.experiments.variant import Variant
 from better_attention.module import MultiheadAttention
 
 EVALUATION_BATCH = 512
@@ -53,6 +54,7 @@ class Position:
     loss: float = 0.0  # summed over the samples of the epoch so far
     correct: float = 0.0
     seconds: float = 0.0  # spent training in this epoch; evaluation, saving and display excluded
+    waiting: float = 0.0  # of these, the ones in which the batch was made ready
     best_epoch: int = 0
     best_loss: float = math.inf
     curve: list[dict[str, float]] = field(default_factory=list)  # finished epochs
@@ -68,7 +70,7 @@ class Training:
     """One run on its way; :meth:`run` is the story, the other methods are its chapters in order.
 
     Args:
-        task, mechanism, heads, seed: what is trained.
+        task, variant, heads, seed: what is trained.
         splits: the data, on the accelerator's device.
         folder: the run's own.
         accelerator: where it runs.
@@ -76,11 +78,12 @@ class Training:
         progress: called after every update with the position and the number of updates of an epoch.
         stop: asked after every update; true saves the run and raises :class:`Interrupted`.
         checkpoint_seconds: time between checkpoints; at an epoch's end a tenth of it suffices.
+        pace: what was measured of the model's speed before training, for the record.
     """
 
     task: Task
     splits: Splits
-    mechanism: Mechanism
+    variant: Variant
     heads: int
     seed: int
     folder: Path
@@ -89,6 +92,7 @@ class Training:
     progress: Callable[[Position, int], None] = lambda position, steps: None
     stop: Callable[[], bool] = lambda: False
     checkpoint_seconds: float = CHECKPOINT_SECONDS
+    pace: Pace | None = None
 
     def run(self) -> dict[str, Any]:
         """Train, or continue where the run was interrupted, then test; a finished run is returned as it is.
@@ -125,7 +129,7 @@ class Training:
     def open(self) -> None:
         """Make the run's folder, or make sure that it is this run's."""
         device = self.accelerator.device.type
-        run = describe_run(self.task, self.mechanism, self.heads, self.seed, self.splits.digest, device)
+        run = describe_run(self.task, self.variant, self.heads, self.seed, self.splits.digest, device)
         self.main = self.accelerator.is_main_process
         if self.main:
             open_run(self.folder, run, self.command)
@@ -135,7 +139,7 @@ class Training:
 
     def restore(self) -> None:
         """Build model and optimiser, at the last checkpoint if there is one."""
-        self.model = initial_model(self.task, self.mechanism, self.heads, self.seed)
+        self.model = initial_model(self.task, self.variant, self.heads, self.seed)
         self.parallel, self.optimiser = self.accelerator.prepare(self.model, self.task.make_optimiser(self.model))
         self.position = Position()
         self.best: dict[str, Tensor] = {}
@@ -155,7 +159,7 @@ class Training:
         """One forward and backward pass without an update: what happens only once is in no epoch's seconds."""
         batch = slice(self.task.batch_size)
         self.parallel.train()
-        logits = self.parallel(self.splits.train.inputs[batch])
+        logits = self.parallel(self.task.augment(self.splits.train.inputs[batch]))
         self.accelerator.backward(self.task.losses(logits, self.splits.train.targets[batch]).sum())
         self.optimiser.zero_grad()
 
@@ -171,12 +175,14 @@ class Training:
             batch = order[position.step * task.batch_size : (position.step + 1) * task.batch_size]
             mine = batch[rank::processes]
             reseed(self.accelerator.device, derive("dropout", self.seed, position.epoch, position.step, rank))
-            logits = self.parallel(train.inputs[mine])
-            loss = task.losses(logits, train.targets[mine]).sum()
+            inputs, targets = task.augment(train.inputs[mine]), train.targets[mine]
+            ready = time.perf_counter()
+            logits = self.parallel(inputs)
+            loss = task.losses(logits, targets).sum()
             # Processes average their gradients: scaled like this, the average is that of the whole batch.
             self.accelerator.backward(loss * (processes / len(batch)))
             norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-            correct = task.correct(logits.detach(), train.targets[mine]).sum()
+            correct = task.correct(logits.detach(), targets).sum()
             numbers = torch.stack([loss.detach(), norm, correct.to(norm.dtype)]).tolist()  # one wait for the device
             due = time.monotonic() - self.saved_at >= self.checkpoint_seconds
             failed, due, stopped = self.any_process(not all(map(math.isfinite, numbers)), due, self.stop())
@@ -192,6 +198,7 @@ class Training:
             position.loss += numbers[0]
             position.correct += numbers[2]
             position.seconds += time.perf_counter() - began
+            position.waiting += ready - began
             self.progress(position, steps)
             if stopped or (due and position.step < steps):
                 self.save()
@@ -213,13 +220,15 @@ class Training:
                 "validation_loss": validation["loss"],
                 "validation_accuracy": validation["accuracy"],
                 "seconds": position.seconds,
+                "waiting": position.waiting,
             }
         )
         if validation["loss"] < position.best_loss:
             position.best_epoch, position.best_loss = position.epoch, validation["loss"]
             self.best = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
         position.epoch += 1
-        position.step, position.loss, position.correct, position.seconds = 0, 0.0, 0.0, 0.0
+        position.step, position.loss, position.correct = 0, 0.0, 0.0
+        position.seconds = position.waiting = 0.0
         due = time.monotonic() - self.saved_at >= self.checkpoint_seconds / 10
         if self.any_process(due)[0] or position.finished(self.task):
             self.save()
@@ -246,20 +255,26 @@ class Training:
         """Evaluate the restored weights on every split; what ``results.json`` says of this run."""
         parts = {name: getattr(self.splits, name) for name in ("train", "validation", "test")}
         found = {name: evaluate(self.accelerator, self.model, self.task, split) for name, split in parts.items()}
+        self.model.eval()
+        with torch.inference_mode():
+            more = {name: self.task.scores(self.model, parts[name], self.splits.assets) for name in ("train", "test")}
+        seconds, waiting = (sum(line[key] for line in self.position.curve) for key in ("seconds", "waiting"))
         attention = next(m for m in self.model.modules() if isinstance(m, MultiheadAttention))
         where = environment(self.command)
         return {
             "task": self.task.name,
             "scale": self.task.scale,
-            "mechanism": self.mechanism.name,
-            "score": self.mechanism.score,
+            "mechanism": self.variant.name,
+            "score": self.variant.mechanism.score,
             "heads": self.heads,
             "seed": self.seed,
             **{f"{name}_{key}": value for name, values in found.items() for key, value in values.items()},
-            **{f"{name}_{key}": None for name in ("train", "test") for key in ("top5", "bleu")},
+            **{f"{name}_{key}": more[name].get(key) for name in more for key in ("top5", "bleu")},
             "attention_params": count(attention),
             "total_params": count(self.model),
-            "epoch_seconds": sum(line["seconds"] for line in self.position.curve) / len(self.position.curve),
+            "epoch_seconds": seconds / len(self.position.curve),
+            "waiting_share": waiting / seconds,
+            "epoch_ratio": self.pace.ratio if self.pace else None,
             "epochs": len(self.position.curve),
             "best_epoch": self.position.best_epoch,
             "samples": {name: len(split) for name, split in parts.items()},
@@ -278,17 +293,17 @@ class Training:
         return total(self.accelerator, *values)
 
 
-def initial_model(task: Task, mechanism: Mechanism, heads: int, seed: int) -> nn.Module:
-    """The model of a mechanism at its initial weights, which depend on the seed alone.
+def initial_model(task: Task, variant: Variant, heads: int, seed: int) -> nn.Module:
+    """The model of a variant at its initial weights, which depend on the seed alone.
 
     Every tensor that the standard model has under the same name and in the same shape starts from the same
     values, so that mechanisms differ in what they compute and not in their luck.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive("standard", seed))
-        standard = task.model("standard", heads).state_dict()
+        standard = task.build("standard", heads).state_dict()
         torch.manual_seed(derive("own", seed))
-        model = task.model(mechanism, heads)
+        model = task.build(variant, heads)
     own = model.state_dict()
     shared = {name: t for name, t in standard.items() if name in own and own[name].shape == t.shape}
     model.load_state_dict(own | shared)

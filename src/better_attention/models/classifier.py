@@ -5,6 +5,9 @@ Shape letters: B batch, L tokens, D model width, K outputs.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -19,10 +22,24 @@ NORM_EPS = 1e-6  # Keras' text example; torch's default is 1e-5
 class Block(nn.Module):
     """Post-norm transformer block: ``norm(x + attention(x))``, then ``norm(x + MLP(x))``."""
 
-    def __init__(self, width: int, heads: int, length: int, mechanism: Mechanism, hidden: int, dropout: float) -> None:
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        length: int,
+        mechanism: Mechanism,
+        options: Mapping[str, Any],
+        hidden: int,
+        dropout: float,
+    ) -> None:
         super().__init__()
         self.attention = MultiheadAttention(
-            width, heads, batch_first=True, mechanism=mechanism, max_len=length if mechanism.aligned else None
+            width,
+            heads,
+            batch_first=True,
+            mechanism=mechanism,
+            max_len=length if mechanism.aligned else None,
+            **options,
         )
         self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
         self.expand = nn.Linear(width, hidden)
@@ -52,6 +69,7 @@ class TextClassifier(nn.Module):
         length: tokens of a text, L.
         width, layers, heads: model width D, number of blocks, attention heads.
         mechanism: name or row of :data:`better_attention.MECHANISMS`.
+        options: further arguments of every :class:`~better_attention.MultiheadAttention`.
         hidden: width of a block's MLP.
         head: width of the ReLU layer before the outputs.
         outputs: number of logits, K: one for two classes.
@@ -72,6 +90,7 @@ class TextClassifier(nn.Module):
         layers: int,
         heads: int,
         mechanism: str | Mechanism = "standard",
+        options: Mapping[str, Any] | None = None,
         hidden: int = 32,
         head: int = 6,
         outputs: int = 1,
@@ -82,7 +101,9 @@ class TextClassifier(nn.Module):
         self.dropout = dropout
         self.tokens = nn.Embedding(vocabulary, width)
         self.positions = nn.Embedding(length, width)
-        self.blocks = nn.ModuleList(Block(width, heads, length, mechanism, hidden, dropout) for _ in range(layers))
+        self.blocks = nn.ModuleList(
+            Block(width, heads, length, mechanism, options or {}, hidden, dropout) for _ in range(layers)
+        )
         self.hidden = nn.Linear(width, head)
         self.output = nn.Linear(head, outputs)
         keras_(self)

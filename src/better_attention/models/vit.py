@@ -6,6 +6,9 @@ channels of an image, P side of a patch.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -19,7 +22,9 @@ NORM_EPS = 1e-6  # Keras' ViT example; torch's default is 1e-5
 class Block(nn.Module):
     """Pre-norm transformer block: ``x + attention(norm(x))``, then ``x + MLP(norm(x))``, MLP widths [2D, D]."""
 
-    def __init__(self, width: int, heads: int, length: int, mechanism: Mechanism, dropout: float) -> None:
+    def __init__(
+        self, width: int, heads: int, length: int, mechanism: Mechanism, options: Mapping[str, Any], dropout: float
+    ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
         self.attention = MultiheadAttention(
@@ -29,6 +34,7 @@ class Block(nn.Module):
             batch_first=True,
             mechanism=mechanism,
             max_len=length if mechanism.aligned else None,
+            **options,
         )
         self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
         self.expand = nn.Linear(width, 2 * width)
@@ -56,6 +62,7 @@ class VisionTransformer(nn.Module):
         classes: number of outputs.
         width, layers, heads: model width D, number of blocks, attention heads.
         mechanism: name or row of :data:`better_attention.MECHANISMS`.
+        options: further arguments of every :class:`~better_attention.MultiheadAttention`.
         dropout: on attention weights and after both linear maps of a block's MLP.
         head_dropout: before the head.
         peak: the pixel value that means white; pixels are mapped from 0 ... peak to -1 ... 1.
@@ -80,6 +87,7 @@ class VisionTransformer(nn.Module):
         layers: int,
         heads: int,
         mechanism: str | Mechanism = "standard",
+        options: Mapping[str, Any] | None = None,
         dropout: float = 0.1,
         head_dropout: float = 0.5,
         peak: int = 255,
@@ -95,7 +103,9 @@ class VisionTransformer(nn.Module):
         self.patch, self.peak, self.head_dropout = patch, peak, head_dropout
         self.embed = nn.Linear(patch * patch * channels, width)
         self.positions = nn.Embedding(length, width)
-        self.blocks = nn.ModuleList(Block(width, heads, length, mechanism, dropout) for _ in range(layers))
+        self.blocks = nn.ModuleList(
+            Block(width, heads, length, mechanism, options or {}, dropout) for _ in range(layers)
+        )
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
         self.head = nn.Linear(width, classes)
         keras_(self)

@@ -1,0 +1,130 @@
+"""How fast a model trains: the hours that a comparison will take, and the same model on torch's own layer beside it.
+
+Seconds of an epoch depend on what else the machine does that hour; the ratio of two updates that follow each other
+does so far less. Both are measured before training, a few updates each, in turn.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+
+from better_attention.experiments.task import Split, Task
+from better_attention.experiments.variant import Variant
+from better_attention.module import MultiheadAttention
+
+ROUNDS = (3, 25)  # at least, at most
+BUDGET = 1.5  # seconds for the rounds beyond the least number
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """Speed of a model in training.
+
+    Args:
+        seconds: of one update, the median.
+        ratio: update time over that of the same model on ``torch.nn.MultiheadAttention``, the median of neighbouring
+            pairs; None where torch's layer cannot stand in (rotary positions, a scale of one's own).
+    """
+
+    seconds: float
+    ratio: float | None
+
+    def run_seconds(self, task: Task, samples: int) -> float:
+        """Training time of a run that uses all its epochs, evaluation left out."""
+        return self.seconds * math.ceil(samples / task.batch_size) * task.epochs
+
+
+def measure(task: Task, train: Split, variant: Variant, heads: int, device: torch.device) -> Pace:
+    """Train throw-away models for a moment, ours and one on torch's layer in turn."""
+    with torch.random.fork_rng(devices=[]):
+        ours = _updates(task, task.build(variant, heads), train, device)
+        rival = on_torch(task.build("standard", heads))
+        theirs = None if rival is None else _updates(task, rival, train, device)
+        own: list[float] = []
+        other: list[float] = []
+        ours()
+        if theirs is not None:
+            theirs()
+        began = time.perf_counter()
+        while len(own) < ROUNDS[0] or (len(own) < ROUNDS[1] and time.perf_counter() - began < BUDGET):
+            own.append(ours())
+            if theirs is not None:
+                other.append(theirs())
+    ratio = median(a / b for a, b in zip(own, other, strict=True)) if other else None
+    return Pace(median(own), ratio)
+
+
+def _updates(task: Task, model: nn.Module, train: Split, device: torch.device) -> Callable[[], float]:
+    """A function that does one update of ``model`` and returns its seconds."""
+    model.to(device).train()
+    optimiser = task.make_optimiser(model)
+    batch = slice(min(task.batch_size, len(train)))
+
+    def update() -> float:
+        began = time.perf_counter()
+        loss = task.losses(model(task.augment(train.inputs[batch])), train.targets[batch]).mean()
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        loss.item()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - began
+
+    return update
+
+
+def on_torch(model: nn.Module) -> nn.Module | None:
+    """A copy of a standard model whose attention layers are torch's own; None where torch's cannot compute them."""
+    copied = copy.deepcopy(model)
+    for name, module in list(copied.named_modules()):
+        if isinstance(module, MultiheadAttention):
+            try:
+                layer = _TorchLayer(module)
+            except ValueError:
+                return None
+            holder, _, own = name.rpartition(".")
+            setattr(copied.get_submodule(holder), own, layer)
+    return copied
+
+
+class _TorchLayer(nn.Module):
+    """``torch.nn.MultiheadAttention``, which takes ``is_causal`` only together with the mask it stands for."""
+
+    def __init__(self, ours: MultiheadAttention) -> None:
+        super().__init__()
+        weights = ours.to_torch_state_dict()
+        sizes = {"kdim": ours.kdim, "vdim": ours.vdim, "bias": "in_proj_bias" in weights}
+        self.layer = nn.MultiheadAttention(
+            ours.embed_dim, ours.num_heads, ours.dropout, batch_first=ours.batch_first, **sizes
+        )
+        self.layer.load_state_dict(weights)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """See ``torch.nn.MultiheadAttention``."""
+        if is_causal and attn_mask is None:
+            axis = 1 if self.layer.batch_first else 0
+            shape = query.shape[axis], key.shape[axis]
+            attn_mask = torch.ones(shape, dtype=torch.bool, device=query.device).triu(1)
+        output: tuple[Tensor, Tensor | None] = self.layer(
+            *(query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+        )
+        return output
