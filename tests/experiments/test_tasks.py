@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 
 from better_attention import MECHANISMS
-from better_attention.experiments.kinds import ImageTask, TextTask
+from better_attention.experiments.image_task import ImageTask
 from better_attention.experiments.task import SCALES, cut
 from better_attention.experiments.tasks import TASKS
+from better_attention.experiments.text_task import TextTask
 
 
 @pytest.mark.parametrize("scale", SCALES)

@@ -9,7 +9,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from better_attention.experiments.kinds import ImageTask
+from better_attention.experiments.image_task import ImageTask
 from better_attention.experiments.task import Splits
 from better_attention.experiments.tasks import TASKS
 from better_attention.experiments.train import Training

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from better_attention.experiments.kinds import ImageTask
+    from better_attention.experiments.image_task import ImageTask
     from better_attention.experiments.runs import Run
 
 HELP = "classify new inputs, or test samples, with the model of a finished run"
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Predict, and print a line an input: class, probability, and the true class of a test sample."""
-    from better_attention.experiments.kinds import ImageTask
+    from better_attention.experiments.image_task import ImageTask
     from better_attention.experiments.runs import load_run
 
     if not args.inputs and not args.index:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from better_attention.experiments.kinds import ImageTask
+from better_attention.experiments.image_task import ImageTask
 from better_attention.experiments.task import Task
 
 

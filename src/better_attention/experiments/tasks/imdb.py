@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from better_attention.experiments.kinds import TextTask
 from better_attention.experiments.task import Task
+from better_attention.experiments.text_task import TextTask
 
 
 def imdb(scale: str = "small") -> Task:
