@@ -216,17 +216,21 @@ def _choose(call: Call, impl: str) -> str | None:
     """The implementation for a call, or None where the one asked for refuses it."""
     if impl != "auto":
         return None if IMPLEMENTATIONS[impl].unsupported(call) else impl
-    able = [name for name, i in IMPLEMENTATIONS.items() if not i.unsupported(call)]
-    if call.q_BNLH.device.type == "cpu" and not torch.compiler.is_compiling():  # there, sizes may be symbols
-        return min(able, key=lambda name: _slow(call, name, able))  # the first that is not slow
-    return able[0]
+    choosy = call.q_BNLH.device.type == "cpu" and not torch.compiler.is_compiling()  # there, sizes may be symbols
+    first = None
+    for name, implementation in IMPLEMENTATIONS.items():  # the first that is not slow; small calls feel each question
+        if not implementation.unsupported(call):
+            if not (choosy and _slow(call, name)):
+                return name
+            first = first or name
+    return first
 
 
-def _slow(call: Call, name: str, able: list[str]) -> bool:
+def _slow(call: Call, name: str) -> bool:
     """Whether something later in the order of implementations is faster on a CPU at these sizes."""
     (B, N, L, H), S = call.q_BNLH.shape, call.k_BNSH.shape[2]
     if name == "native":
-        if "sdpa" not in able:
+        if call.score != "softmax" or IMPLEMENTATIONS["sdpa"].unsupported(call):
             return False
         if call.q_BNLH.dtype == torch.bfloat16 and (HALF_TRAINED if _trains(call) else HALF) < S:
             return True

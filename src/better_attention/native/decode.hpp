@@ -9,7 +9,7 @@ namespace {
 
 constexpr int64_t FEW = 8;       // queries that share a head's keys
 constexpr int64_t CHUNK = 512;   // keys of a task at most
-constexpr int64_t STRETCH = 64;  // keys weighed at a time
+constexpr int64_t STRETCH = 32;  // keys weighed at a time
 
 struct Decode {
     const ba_call* c;
@@ -57,6 +57,7 @@ static void stretch(
     const float* q, float* state) {
     V z[STRETCH / LANES], bias[STRETCH / LANES];
     float x[STRETCH], mask[STRETCH];
+    constexpr int64_t size = BF16 ? 2 : 4;
     const bool softmax = c.score == BA_SOFTMAX;
     const int64_t vectors = (n + LANES - 1) / LANES;
     const bool biased = r.exponent;
@@ -80,8 +81,9 @@ static void stretch(
     for (int64_t i = 0; i < vectors; ++i) {
         const int64_t s = i * LANES, count = n - s < LANES ? n - s : LANES;
         // What comes next is asked for while this is computed; a prefetch beyond the end does nothing.
-        soon<1>(shifted(k, (s + STRETCH) * c.k_s, BF16), c.k_s * (BF16 ? 2 : 4), count, c.H * (BF16 ? 2 : 4));
-        if (v != k) soon<1>(shifted(v, (s + STRETCH) * c.v_s, BF16), c.v_s * (BF16 ? 2 : 4), count, c.W * (BF16 ? 2 : 4));
+        // Of what serves as both, half: the other half is asked for while the values are weighed.
+        const int64_t ahead = v == k ? s / 2 : s, asked = v == k ? count / 2 : count;
+        soon<2>(shifted(k, (STRETCH + ahead) * c.k_s, BF16), c.k_s * size, asked, c.H * size);
         z[i] = dots<BF16>(shifted(k, s * c.k_s, BF16), c.k_s, count, q, c.H);
         if (hides && softmax) z[i] = select(bias[i] == -INF, fill(-INF), z[i] + bias[i]);
         if (hides && !softmax) z[i] = select(bias[i] == -INF, V{}, z[i]);
@@ -125,10 +127,15 @@ static void stretch(
     for (; w + 4 * LANES <= c.W; w += 4 * LANES) {
         V a[4];
         for (int i = 0; i < 4; ++i) a[i] = load(out + w + i * LANES);
-        for (int64_t s = 0; s < n; ++s)
+        for (int64_t s = 0; s < n; ++s) {
+            if (w == 0) {
+                const int64_t ahead = v == k ? STRETCH / 2 + s / 2 : s;
+                if (v != k || s % 2 == 0) soon<2>(shifted(v, (STRETCH + ahead) * c.v_s, BF16), 0, 1, c.W * size);
+            }
             for (int i = 0; i < 4; ++i)
                 a[i] += x[s] * (BF16 ? load_bf16(static_cast<const uint16_t*>(v) + s * c.v_s + w + i * LANES)
                                      : load(static_cast<const float*>(v) + s * c.v_s + w + i * LANES));
+        }
         for (int i = 0; i < 4; ++i) store(out + w + i * LANES, a[i]);
     }
     for (; w < c.W; w += LANES) {
