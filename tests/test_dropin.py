@@ -330,6 +330,7 @@ def test_m8_signatures_are_those_of_torch() -> None:
         "align_causal": False,
         "align_init": "xavier",
         "scale": None,
+        "rotary": None,
         "impl": "auto",
     }
     assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for p in own)
@@ -347,6 +348,7 @@ def test_m8_signature_of_attention() -> None:
         "is_causal": False,
         "dropout_p": 0.0,
         "scale": None,
+        "rotary": None,
         "enable_gqa": False,
         "need_weights": False,
         "impl": "auto",

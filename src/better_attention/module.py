@@ -19,8 +19,9 @@ from .alignment import Alignment
 from .errors import finite_number, flag, floating_dtype, one_of, whole_number
 from .functional import IMPLS, attend, same_dtype
 from .impl import layer
-from .impl.call import Call, plain_tensors
+from .impl.call import Call, island, plain_tensors
 from .mechanism import MECHANISMS, Mechanism
+from .positions import BASE, angles, even_width, turned
 from .state_dict import to_packed, unpack
 from .values import autocast_dtype
 
@@ -61,6 +62,9 @@ class MultiheadAttention(nn.Module):
         align_init: "xavier" or "identity".
         scale: factor on q.k: None for 1/sqrt(head width), a number, or "learned", which starts there as the
             parameter ``log_scale`` (h,).
+        rotary: turn queries and keys by their positions, counted from 0 on both sides (:mod:`.positions`): True for
+            base 10,000, or the base. Needs an even head width; the keys of ``add_bias_kv`` and ``add_zero_attn`` have
+            no position and are not turned.
         impl: who computes, see :func:`better_attention.attention`.
 
     Raises:
@@ -110,6 +114,7 @@ class MultiheadAttention(nn.Module):
         align_causal: bool = False,
         align_init: str = "xavier",
         scale: float | str | None = None,
+        rotary: bool | float | None = None,
         impl: str = "auto",
     ) -> None:
         super().__init__()
@@ -125,6 +130,7 @@ class MultiheadAttention(nn.Module):
         self.batch_first = flag(batch_first, "batch_first")
         self.add_zero_attn = flag(add_zero_attn, "add_zero_attn")
         self.scale = self._check_scale(scale)
+        self.rotary = self._check_rotary(rotary)
         self.impl = one_of(impl, "impl", IMPLS)
         flag(bias, "bias")
         flag(add_bias_kv, "add_bias_kv")
@@ -251,6 +257,8 @@ class MultiheadAttention(nn.Module):
             v_BSD = v_BSD.masked_fill(padded_BS1, 0.0)  # W_V's bias has made them non-zero again
         v_BSD = self.align(v_BSD)
         q_BLD, k_BSD, v_BSD = same_dtype(q_BLD, k_BSD, v_BSD)
+        if self.rotary is not None:
+            q_BLD, k_BSD = (self._turned(x, self.rotary) for x in (q_BLD, k_BSD))
         if self.bias_k is not None or self.add_zero_attn:
             k_BSD, v_BSD = self._with_extra_keys(k_BSD, v_BSD)
             mask_BNLS, padding_B11S = self._with_extra_columns(mask_BNLS, padding_B11S, q_BLD, k_BSD, is_causal)
@@ -286,17 +294,19 @@ class MultiheadAttention(nn.Module):
         Raises:
             ValueError: the layer computes what torch's class cannot.
         """
-        if self.mechanism != MECHANISMS["standard"] or self.scale is not None:
+        if self.mechanism != MECHANISMS["standard"] or self.scale is not None or self.rotary is not None:
             raise ValueError(
-                f"torch.nn.MultiheadAttention computes 'standard' attention with scale=None only; this layer is "
-                f"{self.mechanism.name!r} with scale={self.scale!r}."
+                f"torch.nn.MultiheadAttention computes 'standard' attention with scale=None and without rotary "
+                f"positions only; this layer is {self.mechanism.name!r} with scale={self.scale!r}, "
+                f"rotary={self.rotary!r}."
             )
         return to_packed(self.state_dict(), packed=self.kdim == self.vdim == self.embed_dim)
 
     def extra_repr(self) -> str:
         """Settings for ``print(module)``."""
         parts = [f"{self.embed_dim}, {self.num_heads}, mechanism={self.mechanism.name!r}"]
-        defaults = {"dropout": 0.0, "batch_first": False, "add_zero_attn": False, "scale": None, "impl": "auto"}
+        defaults: dict[str, object] = {"dropout": 0.0, "batch_first": False, "add_zero_attn": False}
+        defaults |= {"scale": None, "rotary": None, "impl": "auto"}
         parts += [f"{n}={getattr(self, n)!r}" for n, default in defaults.items() if getattr(self, n) != default]
         return ", ".join(parts)
 
@@ -323,6 +333,12 @@ class MultiheadAttention(nn.Module):
         if isinstance(scale, str):
             raise ValueError(f"scale must be None, a number or 'learned', received {scale!r}.")
         return finite_number(scale, "scale")
+
+    def _check_rotary(self, rotary: bool | float | None) -> float | None:
+        if rotary is None or rotary is False:
+            return None
+        even_width(self.head_dim)
+        return BASE if rotary is True else finite_number(rotary, "rotary", low=1.0)
 
     def _refuse_alignment(self, max_len: int | None, heads: str, causal: bool, init: str) -> None:
         given = {"max_len": max_len, "align_heads": heads, "align_causal": causal, "align_init": init}
@@ -371,6 +387,7 @@ class MultiheadAttention(nn.Module):
             or self.bias_k is not None
             or self.add_zero_attn
             or self.log_scale is not None
+            or self.rotary is not None
             or (self.training and self.dropout > 0.0)
             or autocast_dtype("cpu") is not None
             or not all(_is_bare(part) for part in (*projections, self.align))
@@ -439,6 +456,14 @@ class MultiheadAttention(nn.Module):
         """Heads apart: head i has columns i*H ... (i+1)*H; a view."""
         B, L, _ = x_BLD.shape
         return x_BLD.view(B, L, self.num_heads, self.head_dim).transpose(1, 2)
+
+    def _turned(self, x_BLD: Tensor, base: float) -> Tensor:
+        """Every head's pairs of features turned by the position."""
+        B, L, _ = x_BLD.shape
+        positions_L = torch.arange(L, device=x_BLD.device)
+        cos_LP, sin_LP = angles(positions_L, self.head_dim, base=base, dtype=island(x_BLD.dtype))
+        heads_BLNH = x_BLD.view(B, L, self.num_heads, self.head_dim)
+        return turned(heads_BLNH, cos_LP[:, None], sin_LP[:, None]).flatten(2)
 
     def _scaled(self, q_BNLH: Tensor) -> Tensor:
         if self.log_scale is None:

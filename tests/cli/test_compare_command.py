@@ -71,7 +71,7 @@ def test_arguments_that_mean_nothing_are_refused(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["chess"], "unknown task 'chess': choose one of digits, mnist, imdb."),
+        (["chess"], f"unknown task 'chess': choose one of {', '.join(TASKS)}."),
         (["--lr", "0"], "lr must be above 0"),
         (["--lr", "nan"], "lr must be"),
         (["--heads", "5", "--device", "cpu"], "5"),

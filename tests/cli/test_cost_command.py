@@ -99,7 +99,12 @@ def test_figure_3_prints_the_papers_averages(tmp_path: Path, capsys: pytest.Capt
     assert run("--figure", "3", "--out", str(tmp_path / "figure.svg")) == 0
     out = capsys.readouterr().out
     for heads, average in ((1, "29.7"), (2, "24.9"), (4, "20.3"), (8, "16.2")):
-        assert f"h = {heads}: standard needs {average} % more" in out
+        paper = {1: 30, 2: 25, 4: 20, 8: 16}[heads]
+        assert (
+            f"h = {heads}: standard needs {average} % more FLOPs than efficient on average (the paper prints {paper} %)"
+            in out
+        )
+    assert "averaged over ℓ and d = 1, 2, 4, ..., 1024\n" in out
     found = as_json(capsys, "--figure", "3", "--out", str(tmp_path / "figure.svg"))
     assert {h: round(100 * v, 1) for h, v in found["average_overheads"].items()} == {
         "1": 29.7,
@@ -107,6 +112,19 @@ def test_figure_3_prints_the_papers_averages(tmp_path: Path, capsys: pytest.Capt
         "4": 20.3,
         "8": 16.2,
     }
+    assert found["paper"] == {"1": 0.3, "2": 0.25, "4": 0.2, "8": 0.16}
+    assert found["grid"] == [2**k for k in range(11)]
+
+
+def test_figure_3_from_the_exact_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--figure", "3", "--form", "exact", "--out", str(tmp_path / "figure.svg")) == 0
+    out = capsys.readouterr().out
+    grid = [2**k for k in range(11)]
+    for heads in (1, 2, 4, 8):  # forward, standard 8ℓd² + 4ℓ²d, efficient 4ℓd² + 4ℓ²d
+        ratios = [(2 * d + n) / (d + n) for d in grid if d % heads == 0 for n in grid]
+        assert f"h = {heads}: standard needs {100 * (sum(ratios) / len(ratios) - 1):.1f} % more" in out
+    assert "the paper prints" not in out  # its averages are of eq. 24
+    assert "averaged over ℓ and d = 1, 2, 4, ..., 1024, where h divides d\n" in out
 
 
 @pytest.mark.parametrize(

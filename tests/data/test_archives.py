@@ -49,7 +49,7 @@ def test_the_compression_is_told_by_content_not_by_name(tmp_path: Path, suffix: 
 def test_plain_files_only_where_they_are_allowed(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"\x00\x01 plain")
     assert contents(tmp_path / "a", plain=True) == b"\x00\x01 plain"
-    with pytest.raises(DataError, match=r"a is neither gzip nor xz: it starts with b'\\x00\\x01 plain'"):
+    with pytest.raises(DataError, match=r"a is neither gzip, bzip2 nor xz: it starts with b'\\x00\\x01 plain'"):
         contents(tmp_path / "a")
 
 

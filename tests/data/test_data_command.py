@@ -38,11 +38,9 @@ def test_the_list_as_json(cache: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert call("--json", "--data", tmp_path / "mine") == 0
     record = json.loads(capsys.readouterr().out)
     assert record["folder"] == str(tmp_path / "mine")
-    assert [(row["name"], row["state"]) for row in record["data_sets"]] == [
-        ("digits", "embedded"),
-        ("mnist", "found"),
-        ("imdb", "absent"),
-    ]
+    states = {row["name"]: row["state"] for row in record["data_sets"]}
+    assert list(states) == list(SOURCES)
+    assert states == dict.fromkeys(SOURCES, "absent") | {"digits": "embedded", "mnist": "found"}
 
 
 def test_options_count_before_and_after_the_action(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -158,7 +156,9 @@ def test_fetch_draws_bars_on_a_terminal(
 
 
 def test_mistakes(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(DataError, match="unknown data set 'minst': choose one of digits, mnist, imdb"):
+    with pytest.raises(
+        DataError, match="unknown data set 'minst': choose one of digits, mnist, cifar100, imdb, amazon, translation"
+    ):
         call("show", "minst")
     with pytest.raises(DataError, match="'digits' needs no download"):
         call("fetch", "digits")

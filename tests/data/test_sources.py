@@ -14,7 +14,7 @@ from better_attention.data import SOURCES, DataError, Images, NotFetched, Texts,
 
 
 def test_the_table() -> None:
-    assert list(SOURCES) == ["digits", "mnist", "imdb"]
+    assert list(SOURCES) == ["digits", "mnist", "cifar100", "imdb", "amazon", "translation"]
     assert all(name == source.name for name, source in SOURCES.items())
     with pytest.raises(TypeError):
         SOURCES["mine"] = SOURCES["mnist"]  # type: ignore[index]
@@ -68,7 +68,7 @@ def test_what_is_missing_says_how_to_get_it(cache: Path, name: str) -> None:
 def test_a_folder_that_does_not_exist_and_a_name_that_does_not(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nowhere does not exist"):
         read("mnist", tmp_path / "nowhere")
-    with pytest.raises(DataError, match="unknown data set 'mnits': choose one of digits, mnist, imdb"):
+    with pytest.raises(DataError, match="unknown data set 'mnits': choose one of digits, mnist, cifar100, imdb"):
         read("mnits")
 
 

@@ -68,26 +68,41 @@ def attention_map(run: str, heads: int = 2, **changes: Any) -> AttentionMap:
 
 
 def study(text: str = "plain words", mechanism: str = "custom(q+align)", task: str = "digits") -> Study:
-    """A whole study with ``text`` in every field of free text and ``mechanism`` beside standard attention."""
+    """A whole study with ``text`` in every field of free text, and ``mechanism`` beside standard and expressive.
+
+    Three seeds at one and four heads, of which ``mechanism`` lacks one; a layer of more heads than are drawn.
+    """
     rng = np.random.default_rng(5)
-    names = ("standard", mechanism)
+    names = ("standard", mechanism, "expressive")
     other = f"{mechanism}-h4-s0"
     free: dict[str, Any] = {"device": text, "commit": text, "command": text, "finished": text}
+    runs = [(name, seed, heads) for name in names for seed in (0, 1, 2) for heads in (1, 4)]
     return Study(
         task={"name": task, "title": text, "source": text, "settings": {"dataset": text, "lr": 0.003, text: text}},
         records=[
-            record(name, seed, task=task, **free, versions={text: text}, samples={text: 7})
-            for name in names
-            for seed in (0, 1)
+            record(
+                name,
+                seed,
+                heads,
+                task=task,
+                **free,
+                test_accuracy=97.0 + seed + names.index(name) * (1 + seed / 50),
+                waiting_share=0.04 + names.index(name) / 100,
+                epoch_ratio=0.9 + seed / 100,
+                versions={text: text},
+                samples={text: 7},
+            )
+            for name, seed, heads in runs
+            if (name, seed, heads) != (mechanism, 2, 1)
         ],
-        curves={f"{name}-h4-s{seed}": curve(3 + seed) for name in names for seed in (0, 1)},
+        curves={f"{name}-h4-s{seed}": curve(3 + seed) for name in names[:2] for seed in (0, 1)},
         maps=[
             attention_map(other, label=text, layer=text),
-            attention_map(other, label=f"{text} again", layer=text, picture=None, tokens=[text] * 9),
+            attention_map(other, label=f"{text} again", layer=text, picture=None, tokens=[text] * 9, heads=12),
         ],
         alignments=[
             AlignmentPicture(other, text, rng.normal(size=(5, 5))),
-            AlignmentPicture(other, text, rng.normal(size=(2, 5, 5))),
+            AlignmentPicture(other, text, rng.normal(size=(12, 5, 5))),
         ],
         command=text,
         commit=text,

@@ -10,28 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
-from matplotlib.figure import Figure
 from PIL import Image
 
-from better_attention.experiments import figures
-from better_attention.experiments.figures import average_overheads, cost_figure, cost_ratio, flops, learning_curves
+from better_attention.experiments import canvas, charts, figures
+from better_attention.experiments.figures import average_overheads, cost_figure, cost_ratio, flops
 from better_attention.experiments.looks import DARK, LIGHT, look
 from better_attention.mechanism import MECHANISMS
-
-
-@pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """The figures that are saved while the test runs."""
-    kept: list[Figure] = []
-    save = figures._saved
-
-    def keep(figure: Figure, kind: str, *, transparent: bool = False) -> bytes:
-        kept.append(figure)
-        return save(figure, kind, transparent=transparent)
-
-    monkeypatch.setattr(figures, "_saved", keep)
-    return kept
-
 
 # --------------------------------------------------------------------------------------------- the paper's figures
 
@@ -132,67 +116,12 @@ def test_figures_that_cannot_be_drawn(
 
 
 def test_pyplot_and_its_global_state_stay_out() -> None:
-    tree = ast.parse(inspect.getsource(figures))
-    names = [
-        alias.name for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom) for alias in node.names
-    ]
-    modules = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    trees = [ast.parse(inspect.getsource(module)) for module in (figures, charts, canvas)]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    names = [alias.name for node in nodes if isinstance(node, ast.Import | ast.ImportFrom) for alias in node.names]
+    modules = [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
     assert "Figure" in names
     assert not [name for name in (*names, *modules) if name and "pyplot" in name]
-
-
-# ------------------------------------------------------------------------------------------------ learning curves
-
-
-def test_the_mean_ends_where_the_first_seed_ends(drawn: list[Figure]) -> None:
-    seeds = [([1.0, 2.0, 3.0, 4.0], [8.0, 6.0, 4.0, 2.0]), ([1.0, 2.0, 3.0], [4.0, 4.0, 2.0])]
-    learning_curves({"super": seeds}, dark=False)
-    (axes,) = drawn[0].axes
-    *thin, mean = axes.lines
-    assert np.asarray(mean.get_xdata()).tolist() == [1, 2, 3]
-    assert np.asarray(mean.get_ydata()).tolist() == [6, 5, 3]
-    assert [np.asarray(line.get_xdata()).tolist() for line in thin] == [[3, 4], [3]]
-    (band,) = axes.collections
-    corners = band.get_paths()[0].get_extents()
-    assert (corners.ymin, corners.ymax) == (2.0, 8.0)
-
-
-def test_one_seed_has_no_band(drawn: list[Figure]) -> None:
-    learning_curves({"super": [([1.0, 2.0], [2.0, 1.0])]}, dark=False)
-    (axes,) = drawn[0].axes
-    assert len(axes.lines) == 1
-    assert not axes.collections
-
-
-@pytest.mark.parametrize(("values", "scale"), [([1.0, 0.2], "log"), ([1.0, 0.5], "linear"), ([1.0, 0.0], "linear")])
-def test_a_long_fall_has_a_logarithmic_axis(drawn: list[Figure], values: list[float], scale: str) -> None:
-    learning_curves({"super": [([1.0, 2.0], values)]}, dark=False)
-    assert drawn[0].axes[0].get_yscale() == scale
-
-
-@pytest.mark.parametrize("values", [[np.nan, np.nan], [1.0, np.inf], [1.0, np.nan]])
-def test_diverged_runs_can_be_drawn(values: list[float]) -> None:
-    assert learning_curves({"super": [([1.0, 2.0], values)]}, dark=True).startswith(b"<?xml")
-
-
-def test_names_choose_looks_and_are_not_drawn() -> None:
-    one = learning_curves({r"$\frac{": [([1.0, 2.0], [2.0, 1.0])]}, dark=False)
-    assert b"frac" not in one
-    assert one == learning_curves({"\N{PILE OF POO}": [([1.0, 2.0], [2.0, 1.0])]}, dark=False)
-
-
-def test_curves_hold_no_address_but_names_of_formats() -> None:
-    text = learning_curves({"super": [([1.0, 2.0], [2.0, 1.0])]}, dark=False).decode()
-    found = set(re.findall(r"\w+://[^\s\"'<>]*", text))
-    assert found <= {
-        "http://www.w3.org/2000/svg",
-        "http://www.w3.org/1999/xlink",
-        "http://www.w3.org/Graphics/SVG/1.1/DTD/svg11.dtd",
-        "http://purl.org/dc/elements/1.1/",
-        "http://creativecommons.org/ns#",
-        "http://www.w3.org/1999/02/22-rdf-syntax-ns#",
-    }
-    assert "<script" not in text
 
 
 # ---------------------------------------------------------------------------------------------------------- looks
@@ -228,14 +157,3 @@ def test_the_five_are_told_apart_without_colour() -> None:
 def test_variants_keep_the_colour_and_get_a_marker() -> None:
     assert look("efficient+expressive").light == look("efficient").light
     assert look("efficient+expressive").marker != look("standard+align").marker != ""
-
-
-def test_figures_do_not_depend_on_the_callers_settings() -> None:
-    import matplotlib
-
-    runs = {"super": [([1.0, 2.0], [2.0, 1.0])]}
-    plain = learning_curves(runs, dark=False)
-    with matplotlib.rc_context(
-        {"axes.facecolor": "red", "font.size": 30, "axes.linewidth": 9, "xtick.direction": "in"}
-    ):
-        assert learning_curves(runs, dark=False) == plain

@@ -11,11 +11,12 @@ import pytest
 from matplotlib import colormaps
 from numpy.typing import NDArray
 from PIL import Image
-from studies import attention_map, curve
+from studies import attention_map, curve, record
 
 from better_attention.experiments import gallery, pictures
 from better_attention.experiments.gallery import Album
 from better_attention.experiments.study import AlignmentPicture, AttentionMap, RunName
+from better_attention.experiments.summary import summarise
 
 
 def pixels(content: bytes) -> NDArray[np.uint8]:
@@ -177,6 +178,45 @@ def test_a_heads_words_are_its_numbers() -> None:
     assert head.shades == [("not", "0.60"), ("so", "1.00"), ("bad", "0.00")]
     assert head.over is None
     assert (pixels(base64.b64decode(head.matrix.partition(",")[2]))[1, 1] == colour("viridis", 1)).all()
+
+
+@pytest.mark.parametrize(("heads", "shown"), [(1, 1), (8, 8), (12, 8)])
+def test_up_to_eight_heads_are_shown_and_counted(heads: int, shown: int) -> None:
+    (one,) = gallery.inputs([attention_map("super-h12-s0", heads=heads)], Album(10**9))
+    (layer,) = one.layers
+    assert (len(layer.heads), layer.total) == (shown, heads)
+    assert [head.caption.split(",")[0] for head in layer.heads] == [f"head {k + 1}" for k in range(shown)]
+    (kernel,) = gallery.kernels([AlignmentPicture("super-h12-s0", "a", np.ones((heads, 3, 3)))], Album(10**9))
+    assert (len(kernel.pictures), kernel.total) == (shown, heads)
+
+
+def test_heads_without_room_are_counted_as_missing() -> None:
+    one = attention_map("super-h4-s0", heads=4, picture=None)
+    sizes = [len(pictures.data_uri(pictures.heat(weights), "image/png")) for weights in one.weights]
+    (found,) = gallery.inputs([one], Album(room=sum(sizes[:2])))
+    assert (len(found.layers[0].heads), found.layers[0].total) == (2, 4)
+
+
+def test_results_over_heads_need_two_of_them() -> None:
+    rows = summarise(record(name, s, h) for name in ("standard", "super") for h in (1, 4) for s in (0, 1))
+    names, (panel,) = gallery.ablation(rows, Album(10**9))
+    assert names == ["standard", "super"]
+    # 97 + seed + heads / 8: t(0.975, 1) / 2 = 6.353
+    assert panel.alt == (
+        "Test acc. % by number of heads. standard: 97.62 ± 6.35 with 1, 98.00 ± 6.35 with 4; "
+        "super: 97.62 ± 6.35 with 1, 98.00 ± 6.35 with 4."
+    )
+    assert panel.light != panel.dark
+    assert gallery.ablation([row for row in rows if row.heads == 4], Album(10**9)) == ([], [])
+    assert gallery.ablation(rows, Album(10)) == ([], [])
+
+
+def test_the_weights_over_the_angle_in_words() -> None:
+    softmax, expressive = gallery.angle_panels(Album(10**9))
+    assert (
+        "for |q| |k| · scale of 1: 2.718, 1.000, 0.368; 2: 7.389, 1.000, 0.135; 4: 54.598, 1.000, 0.018." in softmax.alt
+    )
+    assert "scale of 1: 0.500, 0.000, 0.500; 2: 0.800, 0.000, 0.800; 4: 0.941, 0.000, 0.941." in expressive.alt
 
 
 def test_kernels_of_every_head() -> None:

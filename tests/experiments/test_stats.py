@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from better_attention.experiments.stats import Estimate, estimate, number, paired_difference, ranks
+from better_attention.experiments.paired import paired_difference
+from better_attention.experiments.stats import Estimate, Ratio, estimate, number, ranks, ratio
 
 FINITE = st.floats(-1e6, 1e6)
 
@@ -46,6 +47,43 @@ def test_one_seed_has_no_interval_and_says_so() -> None:
 
 def test_equal_values_have_a_width_of_zero() -> None:
     assert estimate([7.0, 7.0, 7.0]).half_width == 0.0
+
+
+def test_equal_values_have_no_trace_of_rounding() -> None:
+    assert estimate([0.1, 0.1, 0.1]).half_width == 0.0  # their mean is 0.10000000000000002
+
+
+def test_ends_of_the_interval() -> None:
+    assert (Estimate(3.0, 1.0, 4).low, Estimate(3.0, 1.0, 4).high) == (2.0, 4.0)
+    assert (Estimate(3.0, None, 1).low, Estimate(3.0, None, 1).high) == (None, None)
+
+
+def test_ratios_have_a_geometric_mean() -> None:
+    found = ratio([0.5, 1.0, 2.0])
+    # logarithms -ln 2, 0, ln 2: mean 0, s = ln 2, half width 4.302652729749464 · ln 2 / √3 = 1.72187
+    assert (found.mean, found.half_width, found.n) == (1.0, None, 3)
+    assert found.factor == pytest.approx(math.exp(4.302652729749464 * math.log(2) / math.sqrt(3)), rel=1e-12)
+    assert found.format(2) == "1.00 [0.18, 5.59]"
+    assert ratio([2.0, 8.0]).mean == pytest.approx(4.0)
+
+
+@given(st.lists(st.floats(0.1, 10), min_size=2, max_size=6, unique=True))
+def test_the_ratio_of_the_inverse_is_the_inverse(values: list[float]) -> None:
+    one, other = ratio(values), ratio([1 / value for value in values])
+    assert other.mean == pytest.approx(1 / one.mean, rel=1e-9)
+    assert None not in (one.low, other.high)
+    assert other.high == pytest.approx(1 / (one.low or math.nan), rel=1e-6)
+
+
+def test_one_measurement_that_many_runs_share_is_one() -> None:
+    assert ratio([0.93, 0.93, 0.93]) == Ratio(pytest.approx(0.93), None, 1)
+    assert ratio([0.93, 0.93, 0.93]).format(2) == "0.93 [–]"
+    assert ratio([0.9, 0.9, 1.0]).n == 2
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 0.0, -1.0])
+def test_what_is_no_ratio_spoils_the_mean_visibly(bad: float) -> None:
+    assert ratio([1.0, bad]).format(2) == "nan [–]"
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -99,6 +137,8 @@ def test_what_is_missing_or_nan_has_no_rank_and_costs_none() -> None:
         (0.0, 2, True, "0.00"),
         (-1234.5, 1, True, "−1,234.5"),
         (math.nan, 2, False, "nan"),
+        (math.nan, 2, True, "nan"),
+        (math.inf, 2, True, "+inf"),
         (-math.inf, 2, False, "−inf"),
     ],
 )

@@ -14,7 +14,14 @@ from rich.console import Console
 from studies import MECHANISMS, record
 
 from better_attention.experiments import tables
-from better_attention.experiments.summary import Row, against_paper, columns_of, paper_value, summarise
+from better_attention.experiments.summary import (
+    Row,
+    against_paper,
+    columns_of,
+    compared_columns,
+    paper_value,
+    summarise,
+)
 
 # ---------------------------------------------------------------------------------------------------- summarise
 
@@ -88,6 +95,52 @@ def test_the_papers_row_of_the_same_heads_is_attached() -> None:
     assert all(paper_value(rows[1], column) is None for column in columns_of(rows))
 
 
+def test_every_mechanism_and_number_of_heads_is_compared_with_standard() -> None:
+    runs = [record(name, s, h) for name in ("standard", "super", "efficient") for h in (1, 4) for s in range(3)]
+    rows = summarise(runs)
+    assert [(row.heads, row.mechanism) for row in rows if row.tests] == [
+        (1, "efficient"), (1, "super"), (4, "efficient"), (4, "super"),
+    ]  # fmt: skip
+    for row in rows:
+        for key, test in row.tests.items():
+            assert key in ("test_accuracy", "test_loss")  # never of another split
+            assert test.family == 4  # one metric: two mechanisms at two numbers of heads
+    assert [column.key for column in compared_columns(rows)] == ["test_accuracy", "test_loss"]
+
+
+def test_families_end_at_a_task_and_a_scale() -> None:
+    runs = [
+        record(name, s, task=task, scale=scale)
+        for name in ("standard", "super", "efficient")
+        for task, scale in (("digits", "small"), ("digits", "smoke"), ("mnist", "small"))
+        for s in range(3)
+    ]
+    assert {test.family for row in summarise(runs) for test in row.tests.values()} == {2}
+
+
+def test_p_is_corrected_over_heads() -> None:
+    steps = {1: (1.0, 1.2, 1.4), 4: (1.0, 1.1, 1.3)}  # t = 10.39 and 12.85, df 2: p = 1 - t/√(2 + t²)
+    runs = [record("standard", s, h, test_accuracy=90.0) for h in (1, 4) for s in range(3)]
+    runs += [record("super", s, h, test_accuracy=90.0 + step) for h in (1, 4) for s, step in enumerate(steps[h])]
+    one, four = (row.tests["test_accuracy"] for row in summarise(runs) if row.mechanism == "super")
+    p = {h: 1 - (t := t_of(v)) / math.sqrt(2 + t * t) for h, v in steps.items()}
+    assert (one.t_p, four.t_p) == (pytest.approx(p[1]), pytest.approx(p[4]))
+    assert four.corrected_p == pytest.approx(2 * p[4])
+    assert one.corrected_p == pytest.approx(max(p[1], 2 * p[4]))
+
+
+def t_of(values: tuple[float, float, float]) -> float:
+    mean = sum(values) / 3
+    return mean / math.sqrt(sum((v - mean) ** 2 for v in values) / 2 / 3)
+
+
+def test_speed_ratios_have_a_geometric_mean() -> None:
+    (row,) = summarise(record(seed=s, epoch_ratio=value) for s, value in enumerate((0.5, 2.0)))
+    assert row.estimates["epoch_ratio"].mean == pytest.approx(1.0)
+    (row,) = summarise(record(seed=s, epoch_ratio=0.9) for s in range(3))
+    assert row.estimates["epoch_ratio"].n == 1  # one measurement, shared by the runs of a command
+
+
 @pytest.mark.parametrize(
     ("runs", "message"),
     [
@@ -149,6 +202,24 @@ def test_a_task_the_paper_lacks_has_no_second_table() -> None:
     assert "paper" not in printed(five("digits"), 200)
 
 
+def test_differences_their_p_and_the_word_for_it() -> None:
+    steps = {"super": (1.0, 1.01, 1.02), "efficient": (0.5, -0.4, 0.3), "expressive": (-2.0, -2.01, -2.03)}
+    runs = [record("standard", s, test_accuracy=90.0 + s) for s in range(3)]
+    runs += [record(m, s, test_accuracy=90.0 + s + v) for m, values in steps.items() for s, v in enumerate(values)]
+    text = printed(summarise(runs), 200)
+    table = text[text.index("Difference to standard") :].splitlines()
+    lines = {line.split()[0]: " ".join(line.split()) for line in table if line.split()}
+    assert "Test acc. % − standard" in lines["Mechanism"]
+    assert lines["super"].startswith("super 4 +1.01 ± 0.02 (p < 0.001) higher")
+    assert lines["efficient"].startswith("efficient 4 +0.13 ± 1.17 (p 0.67) no difference shown")
+    assert lines["expressive"].startswith("expressive 4 −2.01 ± 0.04 (p < 0.001) lower")
+    assert "standard" not in lines
+
+
+def test_one_mechanism_has_no_differences() -> None:
+    assert "Difference" not in printed(summarise([record(), record(seed=1)]), 200)
+
+
 def test_a_single_seed_is_told() -> None:
     text = printed(five(seeds=1), 200)
     assert "97.50 ± – (1)" in text
@@ -186,9 +257,32 @@ def test_csv_holds_full_precision_and_empty_cells(tmp_path: Path) -> None:
     assert float(expressive["test_loss_gain"]) == pytest.approx(0.0)
     for empty in ("train_accuracy", "test_accuracy_interval", "test_accuracy_paper", "test_accuracy_difference"):
         assert expressive[empty] == ""
-    assert standard["test_accuracy_gain"] == ""
+    assert standard["test_accuracy_gain"] == standard["test_accuracy_verdict"] == standard["test_accuracy_p"] == ""
+    assert (expressive["test_accuracy_pairs"], expressive["test_accuracy_verdict"]) == ("1", "no difference shown")
+    assert expressive["test_accuracy_p"] == expressive["test_accuracy_effect"] == ""
     assert "attention_params_interval" not in standard
     assert "epoch_seconds_difference" not in standard
+
+
+def test_csv_holds_what_the_comparison_shows(tmp_path: Path) -> None:
+    runs = [record("standard", s, test_accuracy=90.0, test_loss=1.0) for s in range(3)]
+    runs += [record("super", s, test_accuracy=v, test_loss=1.0) for s, v in enumerate((91.0, 92.0, 93.0))]
+    runs += [record("efficient", s, test_accuracy=90.0, test_loss=1.0) for s in range(3)]  # p = 1
+    runs = [run | {"epoch_ratio": 0.5 * 2 ** run["seed"]} for run in runs]
+    tables.write_csv(summarise(runs), tmp_path / "results.csv")
+    with (tmp_path / "results.csv").open(newline="", encoding="utf-8") as file:
+        _, _, ours = csv.DictReader(file)
+    # 1, 2, 3: t = 2√3, p = 1 - √(12/14); d_z = 2, J = 1/√π
+    assert float(ours["test_accuracy_p"]) == pytest.approx(1 - math.sqrt(12 / 14))
+    assert float(ours["test_accuracy_p_holm"]) == pytest.approx(2 * (1 - math.sqrt(12 / 14)))
+    assert float(ours["test_accuracy_p_wilcoxon"]) == 0.25
+    assert float(ours["test_accuracy_effect"]) == pytest.approx(2 / math.sqrt(math.pi))
+    assert (ours["test_accuracy_pairs"], ours["test_accuracy_verdict"]) == ("3", "no difference shown")
+    assert (float(ours["test_loss_p_holm"]), ours["test_loss_verdict"]) == (1.0, "no difference shown")
+    assert float(ours["epoch_ratio"]) == pytest.approx(1.0)
+    assert float(ours["epoch_ratio_low"]) == pytest.approx(1 / float(ours["epoch_ratio_high"]))
+    assert not [key for key in ours if key.startswith("train") and key.endswith(("_p", "_verdict", "_p_holm"))]
+    assert not {"epoch_ratio_interval", "epoch_ratio_difference"} & set(ours)
 
 
 def test_csv_of_nothing_is_a_header(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ def test_every_task_and_scale_is_whole(name: str, scale: str) -> None:
     assert (task.name, task.scale) == (name, scale)
     assert task.default_heads in task.heads
     if isinstance(task, ImageTask):
-        assert task.length == (task.image_size // task.patch) ** 2
+        assert task.length == (task.image_size // task.patch) ** 2 + task.class_token
     with torch.device("meta"):
         for mechanism in MECHANISMS:
             task.build(mechanism, task.default_heads)

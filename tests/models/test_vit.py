@@ -97,3 +97,78 @@ def test_initial_weights_are_keras_own_outside_attention() -> None:
     before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
     keras_(layer)
     assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "attention"),
+    [("standard", 263_168), ("optimised", 197_376), ("efficient", 131_584), ("super", 197_890)],
+)
+def test_with_a_class_token_it_has_the_attention_parameters_of_the_papers_cifar100_model(
+    mechanism: str, attention: int
+) -> None:
+    sizes = {"image_size": 32, "patch": 2, "channels": 3, "classes": 100, "width": 256, "layers": 8, "heads": 8}
+    with torch.device("meta"):
+        model = VisionTransformer(mechanism=mechanism, class_token=True, **sizes)
+    layers = [m for m in model.modules() if isinstance(m, MultiheadAttention)]
+    assert [sum(p.numel() for p in layer.parameters()) for layer in layers] == [attention] * 8
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "width", "layers", "millions"),
+    [
+        ("standard", 768, 8, "60.54"),
+        ("optimised", 816, 8, "60.12"),
+        ("efficient", 804, 9, "60.09"),
+        ("super", 804, 9, "60.44"),
+    ],
+)
+def test_it_has_the_size_of_the_papers_imagenet_models(mechanism: str, width: int, layers: int, millions: str) -> None:
+    sizes = {"image_size": 112, "patch": 8, "channels": 3, "classes": 1000, "heads": 12, "mlp": 3072}
+    options = {"head_hidden": 2000, "final_norm": False, "embed_bias": False}
+    with torch.device("meta"):
+        model = VisionTransformer(mechanism=mechanism, width=width, layers=layers, **sizes, **options)
+    assert f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}" == millions
+
+
+def test_the_class_token_alone_is_read_and_sees_every_patch() -> None:
+    model, images = build(class_token=True), torch.randint(256, (3, 6, 6), dtype=torch.uint8)
+    seen: list[torch.Tensor] = []
+    model.norm.register_forward_hook(lambda _, __, normed: seen.append(normed))
+    logits = model(images)
+    assert seen[0].shape == (3, 5, 6)  # four patches behind the token
+    torch.testing.assert_close(logits, seen[0][:, 0] @ model.head.weight.T + model.head.bias)
+    for y, x in ((0, 0), (5, 5)):
+        other = images.clone()
+        other[:, y, x] ^= 128
+        assert not torch.allclose(model(other), logits)
+
+
+def test_without_a_class_token_the_patches_are_averaged() -> None:
+    model, images = build(head_hidden=7, final_norm=False), torch.randint(256, (3, 6, 6), dtype=torch.uint8)
+    seen: list[torch.Tensor] = []
+    model.blocks[-1].register_forward_hook(lambda _, __, output: seen.append(output))
+    logits = model(images)
+    hidden = F.gelu(seen[0].mean(dim=1) @ model.head_hidden.weight.T + model.head_hidden.bias)
+    torch.testing.assert_close(logits, hidden @ model.head.weight.T + model.head.bias)
+
+
+def test_every_option_of_the_model_is_trained_too() -> None:
+    model = build(class_token=True, mlp=5, head_hidden=7, embed_bias=False)
+    assert model.embed.bias is None
+    assert model.blocks[0].expand.out_features == 5
+    model(torch.randint(256, (7, 6, 6), dtype=torch.uint8)).pow(2).sum().backward()
+    for name, parameter in model.named_parameters():
+        if "k_proj.bias" not in name:
+            assert parameter.grad is not None, name
+            assert parameter.grad.abs().max() > 0, name
+
+
+def test_the_options_change_nothing_where_they_are_not_used() -> None:
+    """Runs that were trained before the options existed load, and new ones start from the same weights."""
+    torch.manual_seed(3)
+    plain = build().state_dict()
+    torch.manual_seed(3)
+    same = build(class_token=False, mlp=12, head_hidden=0, final_norm=True, embed_bias=True).state_dict()
+    assert list(plain) == list(same)
+    assert all(torch.equal(plain[name], same[name]) for name in plain)
+    assert {name.split(".")[0] for name in plain} == {"embed", "positions", "blocks", "norm", "head"}

@@ -18,12 +18,15 @@ if TYPE_CHECKING:
     from better_attention.experiments.compare import Plan
     from better_attention.experiments.task import Task
 
+TASK_LIST = (
+    "mnist, cifar100, imagenet, imdb, amazon, translation, recurrence; images or text: your own, named by --data"
+)
 HELP = "train the mechanisms side by side on real data: table, results.csv, results.json, report.html"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the verb."""
-    parser.add_argument("task", nargs="?", default="digits", metavar="TASK", help="digits (default), mnist or imdb")
+    parser.add_argument("task", nargs="?", default="digits", metavar="TASK", help=f"digits (default), {TASK_LIST}")
     parser.add_argument(
         "--mechanisms",
         type=names,
@@ -64,9 +67,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default: a GPU if there is one"
     )
     parser.add_argument(
-        "--data", type=Path, metavar="DIR", help="folder with the data; default: where `data fetch` puts it"
+        "--data", type=Path, metavar="DIR", help="folder (or file) with the data; default: where `data fetch` puts it"
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the runs; default: runs/TASK-SCALE")
+    parser.add_argument(
+        "--track",
+        type=trackers,
+        default=(),
+        metavar="A,B",
+        help="also log learning curves to tensorboard and/or wandb (offline unless WANDB_MODE says otherwise), below "
+        "OUT/trackers; default: to neither",
+    )
 
 
 def names(text: str) -> tuple[str, ...]:
@@ -75,6 +86,11 @@ def names(text: str) -> tuple[str, ...]:
         return tuple(dict.fromkeys(Variant.of(name.strip()).name for name in text.split(",")))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def trackers(text: str) -> tuple[str, ...]:
+    """Trackers from a comma-separated list; each once."""
+    return tuple(dict.fromkeys(name.strip() for name in text.split(",")))
 
 
 def numbers(text: str) -> tuple[int, ...]:
@@ -101,15 +117,17 @@ def run(args: argparse.Namespace) -> int:
     """Compare, and print the table."""
     from better_attention.cli.watch import make_watcher
     from better_attention.experiments import tables
-    from better_attention.experiments.compare import compare
+    from better_attention.experiments.compare import Watchers, compare
+    from better_attention.experiments.trackers import TrackingWatcher
     from better_attention.experiments.train import Interrupted
 
     plan = make_plan(args)
     screen = console()
     watcher = make_watcher(screen, plan)
+    tracking = TrackingWatcher(plan, args.track, watcher.say)
     try:
-        with watcher:
-            study, failed = compare(plan, watcher)
+        with watcher, tracking:
+            study, failed = compare(plan, Watchers(watcher, tracking) if args.track else watcher)
     except Interrupted as stopped:
         message = f"Interrupted. {stopped} The same command continues there:\n  {plan.command}"
         screen.print(message, markup=False, soft_wrap=True)
@@ -135,7 +153,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
     task = TASKS[args.task](args.scale)
     given = {name: getattr(args, name) for name in ("epochs", "patience", "batch_size", "lr")}
     settings = {name: value for name, value in given.items() if value is not None}
-    task = replace(task, **dict(setting(task, text) for text in args.set), **settings, equal_params=args.equal_params)
+    named = dict(setting(task, text) for text in args.set)
+    task = replace(task, **(named | settings), equal_params=args.equal_params)
     return Plan(
         task=task,
         variants=[Variant.of(name) for name in args.mechanisms],
@@ -158,15 +177,17 @@ def setting(task: Task, text: str) -> tuple[str, Any]:
         UserError: no such setting, or a value of another kind than the task's own.
     """
     name, sign, value = text.partition("=")
-    names = sorted(field.name for field in fields(task) if field.name not in OWN_OPTIONS)
-    if not sign or name not in names:
-        raise UserError(f"--set {text!r}: expected NAME=VALUE with one of the names {', '.join(names)}.")
+    kinds = {field.name: str(field.type) for field in fields(task) if field.name not in OWN_OPTIONS}
+    if not sign or name not in kinds:
+        raise UserError(f"--set {text!r}: expected NAME=VALUE with one of the names {', '.join(sorted(kinds))}.")
     try:
         parsed = json.loads(value)
     except ValueError:
         parsed = value
     own = getattr(task, name)
-    kind = (int, type(None)) if own is None else (int, float) if isinstance(own, float) else type(own)
+    kind = (int,) if own is None else (int, float) if isinstance(own, float) else (type(own),)
+    if "None" in kinds[name]:
+        kind = (*kind, type(None))
     if isinstance(own, tuple):
         parsed = tuple(parsed) if isinstance(parsed, list) else parsed
     if not isinstance(parsed, kind) or (isinstance(parsed, bool) and not isinstance(own, bool)):

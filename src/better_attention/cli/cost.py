@@ -142,17 +142,28 @@ def _print(rows: list[Entry], args: argparse.Namespace) -> None:
 
 
 def _draw(args: argparse.Namespace) -> int:
-    from better_attention.experiments.figures import average_overheads, cost_figure
+    from better_attention.experiments.figures import PAPER_OVERHEADS, POWERS, average_overheads, cost_figure
 
     if args.out is None:
         raise UserError(f"--figure {args.figure} needs --out FILE, ending in .png, .svg or .pdf.")
     cost_figure(args.figure, args.out, form=args.form)
     overheads = average_overheads(args.form) if args.figure == 3 else {}
     if args.json:
-        averages = {"average_overheads": {str(heads): value for heads, value in overheads.items()}} if overheads else {}
+        averages: dict[str, object] = {}
+        if overheads:
+            averages = {"average_overheads": _keyed(overheads), "paper": _keyed(PAPER_OVERHEADS), "grid": POWERS}
         print(json.dumps({"figure": args.figure, "form": args.form, "file": str(args.out), **averages}, indent=2))
         return 0
     for heads, value in overheads.items():
-        print(f"h = {heads}: standard needs {100 * value:.1f} % more FLOPs than efficient on average")
+        printed = f" (the paper prints {100 * PAPER_OVERHEADS[heads]:.0f} %)" if args.form == "paper" else ""
+        print(f"h = {heads}: standard needs {100 * value:.1f} % more FLOPs than efficient on average{printed}")
+    if overheads:
+        only = "" if args.form == "paper" else ", where h divides d"
+        print(f"averaged over ℓ and d = {POWERS[0]}, {POWERS[1]}, {POWERS[2]}, ..., {POWERS[-1]}{only}")
     print(f"figure {args.figure} ({args.form}): {args.out}")
     return 0
+
+
+def _keyed(values: dict[int, float]) -> dict[str, float]:
+    """For JSON, whose keys are text."""
+    return {str(heads): value for heads, value in values.items()}

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     fetch = actions.add_parser("fetch", help="download the official files, with their SHA-256 checked")
     adopt = actions.add_parser("import", help="copy the official files from a folder of yours, after checking them")
     for action in (show, fetch, adopt):
-        action.add_argument("name", metavar="NAME", help="digits, mnist or imdb")
+        action.add_argument("name", metavar="NAME", help="digits, mnist, cifar100, imdb, amazon or translation")
         _add_common(action)
     adopt.add_argument("origin", metavar="FROM", type=Path, help="the folder or file that holds the data")
 
@@ -87,6 +87,7 @@ def _state(row: Source, folder: Path | None) -> Record:
     from better_attention.data import DataError, sources, store
 
     record: Record = {"name": row.name, "title": row.title, "state": "embedded", "where": None}
+    record["fetchable"] = bool(row.remotes)
     if row.embedded:
         return record
     try:
@@ -103,7 +104,7 @@ def _state(row: Source, folder: Path | None) -> Record:
 
 def _details(row: Source, folder: Path | None) -> Record:
     """Everything: origin and terms, and of what is here, the contents after reading all of it."""
-    from better_attention.data import Images, NotFetched, read, sources, store
+    from better_attention.data import Images, NotFetched, Pairs, read, sources, store
 
     record = _state(row, folder) | {
         "terms": row.terms,
@@ -119,11 +120,15 @@ def _details(row: Source, folder: Path | None) -> Record:
     hashes = {file.name: store.sha256(file) for file in files}
     contents: Record = {
         "files": [{"name": name, "sha256": hash_, "official": hash_ in digests} for name, hash_ in hashes.items()],
+        "notes": list(data.notes),
+        "fingerprint": data.fingerprint(),
+    }
+    if isinstance(data, Pairs):
+        return record | contents | {"pairs": len(data.pairs)}
+    contents |= {
         "train": len(data.train_labels),
         "test": len(data.test_labels),
         "classes": list(data.classes),
-        "notes": list(data.notes),
-        "fingerprint": data.fingerprint(),
     }
     if isinstance(data, Images):
         contents |= {"shape": list(data.train_images.shape[1:]), "peak": data.peak}
@@ -156,7 +161,8 @@ def _print_list(out: Console, place: str, rows: list[Record]) -> None:
             out.print(Text(f"{row['name']}: {row['problem']}"))
         elif row["state"] == "absent":
             name = row["name"]
-            out.print(Text(f"better-attention data fetch {name}   (or: data import {name} FROM)"))
+            fetch = f"better-attention data fetch {name}   (or: data import {name} FROM)"
+            out.print(Text(fetch if row["fetchable"] else f"better-attention data import {name} FROM"))
 
 
 def _print_record(out: Console, record: Record) -> None:
@@ -172,8 +178,12 @@ def _print_record(out: Console, record: Record) -> None:
             verdict = "the official file" if file["official"] else "not the official file's; contents checked"
             lines.append(f"{file['name']}: SHA-256 {file['sha256']} ({verdict})")
         shape = f" of {'×'.join(map(str, record['shape']))}, white is {record['peak']}" if "shape" in record else ""
-        lines.append(f"{record['train']:,} training and {record['test']:,} test samples{shape}")
-        lines += [f"classes: {', '.join(record['classes'])}", *(f"note: {note}" for note in record["notes"])]
+        if "pairs" in record:
+            lines.append(f"{record['pairs']:,} sentence pairs, which the task splits")
+        else:
+            lines.append(f"{record['train']:,} training and {record['test']:,} test samples{shape}")
+            lines.append(f"classes: {', '.join(record['classes'])}")
+        lines += [f"note: {note}" for note in record["notes"]]
         lines.append(f"contents: SHA-256 {record['fingerprint']}")
     if "problem" in record:
         lines.append(record["problem"])

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from better_attention import __version__
 
-VERBS = ("compare", "data", "list", "show", "cost", "predict", "bench")
+VERBS = ("compare", "ladder", "table", "runs", "data", "list", "show", "cost", "predict", "bench", "edge")
 EXTRAS = frozenset(
     {
         "accelerate",

@@ -120,6 +120,8 @@ def read_images(path: Path, task: ImageTask, resize: bool) -> list[tuple[str, ND
     """
     import numpy as np
 
+    from better_attention.experiments.folder_task import FolderTask
+
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file.")
     if path.suffix == ".npy":
@@ -135,6 +137,9 @@ def read_images(path: Path, task: ImageTask, resize: bool) -> list[tuple[str, ND
             if array.ndim == plane + 1
             else [(str(path), array)]
         )
+
+    if isinstance(task, FolderTask):  # pictures of all sizes are what it was trained on
+        return [(str(path), task.picture(path))]
 
     from PIL import Image, UnidentifiedImageError
 
@@ -162,11 +167,24 @@ def numbered_samples(trained: Run, rows: Sequence[int], folder: Path | None) -> 
     """
     if not rows:
         return []
-    from better_attention.data import Images, read
+    from better_attention.data import Images, Pairs, read
+    from better_attention.experiments.folder_task import FolderTask
+    from better_attention.experiments.text_task import TextTask
 
-    data = read(trained.task.dataset, folder)
-    inputs = data.test_images if isinstance(data, Images) else data.test_texts
+    inputs: Any
+    if isinstance(trained.task, FolderTask):
+        test = trained.task.load(folder).test
+        inputs, labels, classes = test.inputs.numpy(), test.targets.numpy(), trained.assets["classes"]
+    else:
+        task = trained.task
+        data = task.texts(folder) if isinstance(task, TextTask) else read(task.dataset, folder)
+        if isinstance(data, Pairs):
+            raise UserError(
+                f"--index: {trained.task.dataset!r} has no test split of its own. Name the sentences instead."
+            )
+        inputs = data.test_images if isinstance(data, Images) else data.test_texts
+        labels, classes = data.test_labels, data.classes
     for row in rows:
         if not 0 <= row < len(inputs):
             raise UserError(f"--index {row}: the test split has samples 0 to {len(inputs) - 1}.")
-    return [(f"test sample {row}", inputs[row], data.classes[data.test_labels[row]]) for row in rows]
+    return [(f"test sample {row}", inputs[row], classes[labels[row]]) for row in rows]

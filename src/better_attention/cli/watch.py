@@ -43,6 +43,8 @@ class PlainWatcher(Watcher):
         self.say(
             "{:,} training, {:,} validation and {:,} test samples; ".format(*sizes) + f"device {accelerator.device}"
         )
+        for note in splits.notes:
+            self.say(f"note: {note}")
 
     def estimate(self, seconds: float, runs: int) -> None:
         """See :class:`Watcher`."""

@@ -1,4 +1,4 @@
-"""Reading compressed files and tar archives that somebody else made, without trusting them.
+"""Reading compressed files, tar and zip archives that somebody else made, without trusting them.
 
 Everything is read as a stream and nothing is ever extracted: a member's name is only compared with the
 names that are wanted, so that no path of an archive reaches the file system. What is too large, expands
@@ -7,12 +7,15 @@ too much, ends early, fails its checksum, or could point outside the archive is 
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
 import lzma
 import re
+import stat
 import struct
 import tarfile
+import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -28,7 +31,7 @@ _CHUNK = MIB // 4
 _RATIO = 100  # text and pictures compress 2 to 10 times; only made-up data reaches a hundred
 _RATIO_FROM = MIB  # below this size the ratio says nothing: a few zeros compress as well
 _XZ_MEMORY = 256 * MIB  # `xz -9` needs 65 MiB; a forged header asks for gigabytes
-_GZIP, _XZ = b"\x1f\x8b", b"\xfd7zXZ\x00"
+_GZIP, _XZ, _BZ2 = b"\x1f\x8b", b"\xfd7zXZ\x00", b"BZh"
 
 
 class Readable(Protocol):
@@ -62,7 +65,7 @@ class Bounded:
             data = self._stream.read(min(size, _CHUNK))
         except EOFError:
             raise DataError(f"{self._path} is cut short: its compressed data has no end. {AGAIN}") from None
-        except (gzip.BadGzipFile, zlib.error, lzma.LZMAError) as error:
+        except (OSError, zlib.error, lzma.LZMAError) as error:  # gzip's and bz2's word, and an unreadable disk's
             raise DataError(f"{self._path} is damaged ({error}). {AGAIN}") from None
         self._total += len(data)
         if self._total > self._limit:
@@ -100,7 +103,7 @@ class _XzStream:
 
 @contextmanager
 def decompressed(path: Path, *, limit: int, plain: bool = False) -> Iterator[Bounded]:
-    """The contents of a ``.gz`` or ``.xz`` file as a stream, told apart by content, not by name.
+    """The contents of a ``.gz``, ``.bz2`` or ``.xz`` file as a stream, told apart by content, not by name.
 
     Args:
         path: the file.
@@ -108,48 +111,54 @@ def decompressed(path: Path, *, limit: int, plain: bool = False) -> Iterator[Bou
         plain: whether a file that is not compressed is read as it is; refused otherwise.
 
     Raises:
-        DataError: not a file, empty, a web page, or (without ``plain``) neither gzip nor xz.
+        DataError: not a file, empty, a web page, or (without ``plain``) neither gzip, bzip2 nor xz.
     """
     if not path.is_file():
         raise DataError(f"{path} is not a file.")
     size = path.stat().st_size
     with path.open("rb") as file:
-        head = file.read(64)
-        file.seek(0)
-        if not head:
-            raise DataError(f"{path} is empty (0 bytes). {AGAIN}")
-        if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
-            raise DataError(
-                f"{path} is a web page, not data: a server answered the download with a page instead of the file. "
-                f"{AGAIN}"
-            )
+        head = _head(path, file)
         if head.startswith(_GZIP):
             with gzip.GzipFile(fileobj=file, mode="rb") as stream:
                 yield Bounded(path, stream, limit, size)
         elif head.startswith(_XZ):
             yield Bounded(path, _XzStream(file), limit, size)
+        elif head.startswith(_BZ2):
+            with bz2.BZ2File(file) as bzipped:
+                yield Bounded(path, bzipped, limit, size)
         elif plain:
             yield Bounded(path, file, limit, None)
         else:
-            raise DataError(f"{path} is neither gzip nor xz: it starts with {head[:8]!r}. {AGAIN}")
+            raise DataError(f"{path} is neither gzip, bzip2 nor xz: it starts with {head[:8]!r}. {AGAIN}")
 
 
 def tar_members(
     path: Path, wanted: re.Pattern[str], *, member_limit: int, total_limit: int
 ) -> Iterator[tuple[re.Match[str], bytes]]:
-    """The wanted members of a ``.tar.gz`` or ``.tar.xz``, in archive order, each as ``(matched name, contents)``.
+    """The wanted members of a tar archive as :func:`tar_streams` finds them, each as ``(matched name, contents)``."""
+    for match, stream in tar_streams(path, wanted, member_limit=member_limit, total_limit=total_limit):
+        yield match, stream.read(-1)
+
+
+def tar_streams(
+    path: Path, wanted: re.Pattern[str], *, member_limit: int, total_limit: int, plain: bool = False
+) -> Iterator[tuple[re.Match[str], Readable]]:
+    """The wanted members of a compressed tar archive, in archive order, each as ``(matched name, its contents)``.
+
+    The contents can be read until the next member is asked for.
 
     Args:
         path: the archive.
         wanted: what a member's whole name must match; others are skipped, though never if they are unsafe.
         member_limit: the most bytes of one wanted member.
         total_limit: the most bytes of the whole archive, decompressed.
+        plain: whether an archive that is not compressed is read too.
 
     Raises:
         DataError: a damaged archive, an unsafe or repeated member, or a limit passed.
     """
     seen: set[str] = set()
-    with decompressed(path, limit=total_limit) as stream, _open_tar(path, stream) as tar:
+    with decompressed(path, limit=total_limit, plain=plain) as stream, _open_tar(path, stream) as tar:
         while (member := _next(path, tar)) is not None:
             # tarfile keeps every header it has read; a hundred thousand of them are 100 MB.
             tar.members.clear()  # type: ignore[attr-defined]
@@ -165,10 +174,53 @@ def tar_members(
             if name in seen:
                 raise DataError(f"{path}: member {name!r} occurs twice. {AGAIN}")
             seen.add(name)
-            with _damage_named(path):
-                data = tar.extractfile(member).read()  # type: ignore[union-attr] # a regular file is never None
-            yield match, data
+            yield match, _Member(path, tar.extractfile(member))  # type: ignore[arg-type] # a regular file is never None
         _check_end(path, tar)
+
+
+class _Member:
+    """A member's contents, whose damage is told with the archive's name."""
+
+    def __init__(self, path: Path, stream: Readable) -> None:
+        self._path, self._stream = path, stream
+
+    def read(self, size: int, /) -> bytes:
+        with _damage_named(self._path):
+            return self._stream.read(size)
+
+
+def zip_members(path: Path, wanted: re.Pattern[str], *, member_limit: int) -> Iterator[tuple[re.Match[str], bytes]]:
+    """The wanted members of a ``.zip``, in archive order, each as ``(matched name, contents)``.
+
+    Args:
+        path: the archive.
+        wanted: what a member's whole name must match; others are skipped, though never if they are unsafe.
+        member_limit: the most bytes of one wanted member.
+
+    Raises:
+        DataError: a damaged archive, an unsafe, encrypted or repeated member, or the limit passed.
+    """
+    if not path.is_file():
+        raise DataError(f"{path} is not a file.")
+    with path.open("rb") as file:
+        _head(path, file)
+        with _damage_named(path, "zip archive"):
+            archive = zipfile.ZipFile(file)
+        seen: set[str] = set()
+        for member in archive.infolist():
+            link = stat.S_ISLNK(member.external_attr >> 16)
+            _refuse_unsafe(path, member.orig_filename, "a link" if link else "")
+            match = None if member.is_dir() else wanted.fullmatch(member.filename)
+            if match is None:
+                continue
+            if member.filename in seen:
+                raise DataError(f"{path}: member {member.filename!r} occurs twice. {AGAIN}")
+            seen.add(member.filename)
+            if member.flag_bits & 1 or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise DataError(f"{path}: member {member.filename!r} is encrypted, or compressed in an unusual way.")
+            with _damage_named(path, "zip archive"), archive.open(member) as stream:
+                data = _everything(Bounded(path, stream, member_limit, member.compress_size))
+            yield match, data
 
 
 def pack(members: Iterable[tuple[str, Path]], target: BinaryIO) -> None:
@@ -184,15 +236,39 @@ def pack(members: Iterable[tuple[str, Path]], target: BinaryIO) -> None:
             tar.addfile(header, io.BytesIO(data))
 
 
+def _everything(stream: Readable) -> bytes:
+    return b"".join(iter(lambda: stream.read(_CHUNK), b""))
+
+
+def _head(path: Path, file: BinaryIO) -> bytes:
+    """The first bytes of a file, read without moving on; what is plainly no data is refused."""
+    head = file.read(64)
+    file.seek(0)
+    if not head:
+        raise DataError(f"{path} is empty (0 bytes). {AGAIN}")
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        raise DataError(
+            f"{path} is a web page, not data: a server answered the download with a page instead of the file. {AGAIN}"
+        )
+    return head
+
+
+_DAMAGE = (
+    *(tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError),
+    *(ValueError, ArithmeticError, LookupError, struct.error, RecursionError),
+)
+"""What the standard library raises of damaged or forged archives."""
+
+
 @contextmanager
-def _damage_named(path: Path) -> Iterator[None]:
-    """Turn whatever tarfile raises of a damaged or forged archive into our error, with the file's name."""
+def _damage_named(path: Path, kind: str = "tar archive") -> Iterator[None]:
+    """Turn whatever reading a damaged or forged archive raises into our error, with the file's name."""
     try:
         yield
     except DataError:
         raise
-    except (tarfile.TarError, ValueError, ArithmeticError, LookupError, struct.error, RecursionError) as error:
-        raise DataError(f"{path} is no tar archive, or a damaged one ({error}). {AGAIN}") from None
+    except _DAMAGE as error:
+        raise DataError(f"{path} is no {kind}, or a damaged one ({error}). {AGAIN}") from None
 
 
 def _open_tar(path: Path, stream: Bounded) -> tarfile.TarFile:
@@ -206,13 +282,17 @@ def _next(path: Path, tar: tarfile.TarFile) -> tarfile.TarInfo | None:
 
 
 def _check_safe(path: Path, member: tarfile.TarInfo) -> None:
+    """Refuse a member that is neither a folder nor an ordinary file under an ordinary name."""
+    plain = member.isdir() or (member.isreg() and not member.issparse())
+    _refuse_unsafe(path, member.name, "" if plain else "a link, device or sparse file")
+
+
+def _refuse_unsafe(path: Path, name: str, kind: str) -> None:
     """Refuse what no data set needs and an attacker would: links, devices, paths that lead elsewhere.
 
     Nothing is extracted, so that none of these could do harm here; but an archive with one of them was
     not made by its publisher, and its reviews are then worth nothing either.
     """
-    name = member.name
-    kind = "" if member.isdir() or (member.isreg() and not member.issparse()) else "a link, device or sparse file"
     parts = PurePosixPath(name).parts
     if name.startswith("/") or ".." in parts or "\\" in name or re.match("[A-Za-z]:", name):
         kind = "a path that leads out of the archive"

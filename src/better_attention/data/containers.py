@@ -81,6 +81,8 @@ class Texts:
         test_labels: int64 ``(M,)``.
         classes: the name of each label.
         notes: what a report should say about the data.
+        validation_texts, validation_labels: the validation split where the data has one; None: it is yet to be cut
+            from the training split.
 
     Raises:
         DataError: the parts do not fit together, a text is empty, or there is only one class to learn.
@@ -93,19 +95,55 @@ class Texts:
     test_labels: Int64
     classes: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    validation_texts: list[str] | None = None
+    validation_labels: Int64 | None = None
 
     def __post_init__(self) -> None:
-        for split, texts in (("train", self.train_texts), ("test", self.test_texts)):
+        splits = {"train": (self.train_texts, self.train_labels), "test": (self.test_texts, self.test_labels)}
+        if self.validation_texts is not None and self.validation_labels is not None:
+            splits["validation"] = (self.validation_texts, self.validation_labels)
+        for split, (texts, labels) in splits.items():
             for index, text in enumerate(texts):
                 if not text or text.isspace():
                     raise DataError(f"{self.name}: text {index} of the {split} split is empty. Remove it.")
-        _check_labels(self.name, "train", len(self.train_texts), self.train_labels, self.classes)
-        _check_labels(self.name, "test", len(self.test_texts), self.test_labels, self.classes)
+            _check_labels(self.name, split, len(texts), labels, self.classes)
 
     def fingerprint(self) -> str:
         """SHA-256 of the contents, 64 hexadecimal digits: equal for equal data, whatever file it came from."""
-        texts = [*self.train_texts, *self.test_texts]
-        return _digest([self.train_labels, self.test_labels], [*self.classes, *texts])
+        texts = [*self.train_texts, *self.test_texts, *(self.validation_texts or ())]
+        labels = [self.train_labels, self.test_labels]
+        if self.validation_labels is not None:
+            labels.append(self.validation_labels)
+        return _digest(labels, [*self.classes, *texts])
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """Sentences and their translations, in one list that nobody has split yet.
+
+    Args:
+        name: the data set's name.
+        pairs: raw source and target sentence.
+        notes: what a report should say about the data.
+
+    Raises:
+        DataError: no pair, or one with an empty side.
+    """
+
+    name: str
+    pairs: list[tuple[str, str]]
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.pairs:
+            raise DataError(f"{self.name}: there is no sentence pair.")
+        for index, (source, target) in enumerate(self.pairs):
+            if not source.strip() or not target.strip():
+                raise DataError(f"{self.name}: pair {index} has an empty side ({source!r}, {target!r}). Remove it.")
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the contents, 64 hexadecimal digits: equal for equal data, whatever file it came from."""
+        return _digest([], (text for pair in self.pairs for text in pair))
 
 
 def size_notes(train: int, test: int, official: tuple[int, int]) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from .containers import DataError
 if TYPE_CHECKING:
     import requests
 
-HOSTS = frozenset({"storage.googleapis.com", "ai.stanford.edu"})
+HOSTS = frozenset({"storage.googleapis.com", "ai.stanford.edu", "www.cs.toronto.edu"})
 """The publishers' hosts. A redirect to any other is refused, whatever it offers."""
 
 Progress = Callable[[int], None]

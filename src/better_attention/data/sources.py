@@ -8,8 +8,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TypeAlias
 
-from . import digits, imdb, mnist
-from .containers import DataError, Images, NotFetched, Texts
+from . import amazon, cifar100, digits, imdb, mnist, translation
+from .containers import DataError, Images, NotFetched, Pairs, Texts
 from .download import Remote
 from .store import home
 
@@ -35,7 +35,7 @@ class Source:
     title: str
     terms: str
     layout: str
-    load: Callable[[Files], Images | Texts]
+    load: Callable[[Files], Images | Texts | Pairs]
     locate: Callable[[Path], Files | None] | None = None
     remotes: tuple[Remote, ...] = ()
     members: Callable[[Path], Iterator[tuple[str, Path]]] | None = None
@@ -67,6 +67,16 @@ SOURCES: Mapping[str, Source] = MappingProxyType(
                 remotes=mnist.REMOTES,
             ),
             Source(
+                name="cifar100",
+                title="60,000 photographs of 100 kinds of things, 32×32",
+                terms="Krizhevsky 2009; no licence stated, with citation",
+                layout=cifar100.LAYOUT,
+                load=cifar100.read,
+                locate=cifar100.locate,
+                remotes=cifar100.REMOTES,
+                members=cifar100.members,
+            ),
+            Source(
                 name="imdb",
                 title="50,000 movie reviews, positive or negative",
                 terms="Maas et al. 2011; academic use, with citation",
@@ -75,6 +85,22 @@ SOURCES: Mapping[str, Source] = MappingProxyType(
                 locate=imdb.locate,
                 remotes=imdb.REMOTES,
                 members=imdb.members,
+            ),
+            Source(
+                name="amazon",
+                title="3,650,000 product reviews, one to five stars",
+                terms="Zhang, Zhao, LeCun 2015, from McAuley, Leskovec 2013; research use, with citation",
+                layout=amazon.LAYOUT,
+                load=amazon.read,
+                locate=amazon.locate,
+            ),
+            Source(
+                name="translation",
+                title="English sentences and their Spanish translations: Anki and Europarl",
+                terms="Tatoeba (tatoeba.org), CC BY 2.0 FR; Koehn 2005 (Europarl v7), no known restriction",
+                layout=translation.LAYOUT,
+                load=translation.read,
+                locate=translation.locate,
             ),
         )
     }
@@ -111,7 +137,7 @@ def find(source: Source, folder: Path | None = None) -> Files | None:
     return source.locate(base / source.name) or (source.locate(base) if folder is not None else None)
 
 
-def read(name: str, folder: Path | None = None) -> Images | Texts:
+def read(name: str, folder: Path | None = None) -> Images | Texts | Pairs:
     """One data set, read and checked completely; never from the network.
 
     Args:
@@ -120,7 +146,7 @@ def read(name: str, folder: Path | None = None) -> Images | Texts:
             data home, where ``better-attention data fetch`` and ``import`` put it.
 
     Returns:
-        :class:`Images` or :class:`Texts`, the same for the same data on every machine.
+        :class:`Images`, :class:`Texts` or :class:`Pairs`, the same for the same data on every machine.
 
     Raises:
         NotFetched: the data is not there; the message says how to get it.

@@ -137,8 +137,8 @@ def sha256(path: Path) -> str:
 
 
 def _stored_name(source: Source, file: Path) -> str:
-    """The name in the home: a data set of several files is known by their names, one archive gets the official one."""
-    if len(source.remotes) > 1:
+    """The name in the home: one archive gets the official name, what has several files or no address keeps its own."""
+    if len(source.remotes) != 1:
         return file.name
     official = source.remotes[0].name
     if file.is_dir():

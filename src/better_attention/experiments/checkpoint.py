@@ -21,8 +21,6 @@ from torch import Tensor, nn
 
 from better_attention.experiments.files import write_atomic
 
-KEPT = 2
-
 
 def save(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
     """Write a new checkpoint into ``folder`` and remove all but the last two.
@@ -35,13 +33,20 @@ def save(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) 
         OSError: the disk is full or the folder cannot be written; earlier checkpoints are untouched.
     """
     numbers = _numbers(folder)
-    stem = f"checkpoint-{max(numbers, default=0) + 1:06d}"
+    number = max(numbers, default=0) + 1
+    stem = f"checkpoint-{number:06d}"
     content = tensor_bytes(tensors)
     manifest = {"tensors": sha256(content).hexdigest(), "state": state}
-    write_atomic(folder / f"{stem}.safetensors", content)
-    write_atomic(folder / f"{stem}.json", json.dumps({"digest": _digest(manifest), **manifest}, allow_nan=False))
-    for number in sorted(numbers)[: 1 - KEPT]:
-        _remove(folder, number)
+    # An earlier one without its JSON was never whole: it is not the one to fall back on.
+    previous = max((n for n in numbers if (folder / f"checkpoint-{n:06d}.json").exists()), default=None)
+    try:
+        write_atomic(folder / f"{stem}.safetensors", content)
+        write_atomic(folder / f"{stem}.json", json.dumps({"digest": _digest(manifest), **manifest}, allow_nan=False))
+    except OSError:
+        _remove(folder, number)  # half a pair would only take room
+        raise
+    for other in numbers - {previous}:
+        _remove(folder, other)
 
 
 def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
@@ -62,6 +67,24 @@ def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
             return safetensors.torch.load(content), manifest["state"]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             warnings.warn(f"{folder}: passing over a damaged checkpoint ({error}).", stacklevel=2)
+    return None
+
+
+def last_state(folder: Path) -> dict[str, Any] | None:
+    """The state of the newest checkpoint in ``folder`` whose tensors are there, None if there is none.
+
+    Of the tensors only the head is read, for a listing; :func:`load` checks every byte.
+    """
+    for number in sorted(_numbers(folder), reverse=True):
+        stem = folder / f"checkpoint-{number:06d}"
+        try:
+            manifest = json.loads(stem.with_suffix(".json").read_bytes())
+            if manifest.pop("digest") == _digest(manifest):
+                with safetensors.safe_open(stem.with_suffix(".safetensors"), framework="pt"):
+                    found: dict[str, Any] = manifest["state"]
+                    return found
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError):
+            continue
     return None
 
 

@@ -88,6 +88,48 @@ class Watcher:
         """The user asked to stop: the run ends its step and is saved."""
 
 
+class Watchers(Watcher):
+    """Tells several watchers the same, in their order."""
+
+    def __init__(self, *watchers: Watcher) -> None:
+        self.watchers = watchers
+
+    def data(self, splits: Splits, accelerator: Accelerator) -> None:
+        """See :class:`Watcher`."""
+        for watcher in self.watchers:
+            watcher.data(splits, accelerator)
+
+    def estimate(self, seconds: float, runs: int) -> None:
+        """See :class:`Watcher`."""
+        for watcher in self.watchers:
+            watcher.estimate(seconds, runs)
+
+    def begin(self, name: str, number: int, runs: int) -> None:
+        """See :class:`Watcher`."""
+        for watcher in self.watchers:
+            watcher.begin(name, number, runs)
+
+    def progress(self, position: Position, steps: int) -> None:
+        """See :class:`Watcher`."""
+        for watcher in self.watchers:
+            watcher.progress(position, steps)
+
+    def end(self, name: str, record: dict[str, Any]) -> None:
+        """See :class:`Watcher`."""
+        for watcher in self.watchers:
+            watcher.end(name, record)
+
+    def failed(self, name: str, error: DivergedError) -> None:
+        """See :class:`Watcher`."""
+        for watcher in self.watchers:
+            watcher.failed(name, error)
+
+    def stopping(self) -> None:
+        """See :class:`Watcher`."""
+        for watcher in self.watchers:
+            watcher.stopping()
+
+
 @dataclass
 class Stop:
     """Turns the first Ctrl-C or SIGTERM into a wish that training asks for; the second acts at once."""
@@ -284,7 +326,9 @@ def draw_maps(name: str, model: torch.nn.Module, task: Task, splits: Splits) -> 
         inputs = splits.test.inputs[row].cpu()
         shown = task.show(inputs, splits.assets)
         maps += [
-            AttentionMap(name, layer, label, weights[0].numpy(), tokens=shown.tokens, picture=shown.picture)
+            AttentionMap(
+                name, layer, label, weights[0].numpy(), tokens=task.key_tokens(layer, shown), picture=shown.picture
+            )
             for layer, weights in attention_maps(model, inputs[None]).items()
         ]
     return maps

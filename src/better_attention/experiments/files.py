@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 import unicodedata
@@ -21,23 +22,25 @@ def write_atomic(path: str | Path, content: bytes | str) -> None:
     path = Path(path)
     data = content.encode("utf-8") if isinstance(content, str) else content
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name[:64]}.", suffix=".tmp", dir=path.parent)
-    temporary = Path(name)
+    temporary: Path | None = None
     try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name[:64]}.", suffix=".tmp", dir=path.parent)
+        temporary = Path(name)
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_umask())  # mkstemp makes it readable to nobody else
         temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        why = f"{error.strerror} (while writing {len(data):,} bytes; free some space and run again)"
+        _sync_folder(path.parent)
+    except BaseException as error:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        if not isinstance(error, OSError):
+            raise
+        way_out = "; free some space and run again" if error.errno in _FULL else ""
+        why = f"{error.strerror} (while writing {len(data):,} bytes{way_out})"
         raise OSError(error.errno, why, str(path)) from error
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
 
 
 def plain(text: object, limit: int = 2000) -> str:
@@ -55,6 +58,7 @@ def plain(text: object, limit: int = 2000) -> str:
     return short if len(whole) <= limit else f"{short}… ({len(whole):,} characters)"
 
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DIRECTION_MARKS = frozenset(map(chr, [*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0x061C]))
 
 

@@ -11,11 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from better_attention.errors import one_of, whole_number
+from better_attention.experiments.augmentation import AUGMENTATIONS, keras_augmented
 from better_attention.experiments.task import Shown, Split, Splits, Task, cut
 from better_attention.experiments.variant import Variant
 
 if TYPE_CHECKING:
     import numpy as np
+
+SCORING_BATCH = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,9 +29,13 @@ class ImageTask(Task):
     Args:
         raw_size: side of the data set's square images, in pixels.
         image_size: side after padding with black on all sides.
-        patch: side of a patch; ``length`` is (image_size / patch)^2.
+        patch: side of a patch; ``length`` is (image_size / patch)^2, and one more with a class token.
         channels, classes, peak: 1 (grey) or 3; number of classes; the value that means white.
         head_dropout: before the head.
+        class_token, mlp, head_hidden, final_norm, embed_bias: of the model, as described there.
+        augmentation: of training images: ``"none"``, or ``"keras"`` for
+            :func:`~better_attention.experiments.augmentation.keras_augmented`.
+        top5: measure the share of images whose class is among the five likeliest, where there are more than five.
     """
 
     raw_size: int
@@ -37,6 +45,22 @@ class ImageTask(Task):
     classes: int
     peak: int = 255
     head_dropout: float = 0.5
+    class_token: bool = False
+    mlp: int | None = None
+    head_hidden: int = 0
+    final_norm: bool = True
+    embed_bias: bool = True
+    augmentation: str = "none"
+    top5: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("raw_size", "image_size", "patch", "classes"):
+            whole_number(getattr(self, name), name)
+        if self.mlp is not None:
+            whole_number(self.mlp, "mlp")
+        whole_number(self.head_hidden, "head_hidden", at_least=0)
+        one_of(self.augmentation, "augmentation", AUGMENTATIONS)
 
     def load(self, folder: Path | None = None) -> Splits:
         """See :meth:`Task.load`."""
@@ -73,7 +97,26 @@ class ImageTask(Task):
             dropout=self.dropout,
             head_dropout=self.head_dropout,
             peak=self.peak,
+            class_token=self.class_token,
+            mlp=self.mlp,
+            head_hidden=self.head_hidden,
+            final_norm=self.final_norm,
+            embed_bias=self.embed_bias,
         )
+
+    def augment(self, inputs: Tensor) -> Tensor:
+        """See :meth:`Task.augment`."""
+        return keras_augmented(inputs) if self.augmentation == "keras" else inputs
+
+    def scores(self, model: nn.Module, split: Split, assets: Mapping[str, Any]) -> dict[str, float]:
+        """``"top5"``, in per cent, where the task asks for it."""
+        if not self.top5 or self.classes <= 5:
+            return {}
+        hits = 0
+        for x, y in zip(split.inputs.split(SCORING_BATCH), split.targets.split(SCORING_BATCH), strict=True):
+            likeliest = model(x).topk(5, dim=1).indices
+            hits += int((likeliest == y[:, None]).sum())
+        return {"top5": 100 * hits / len(split)}
 
     def encode(self, inputs: Any, assets: Mapping[str, Any]) -> Tensor:
         """Images (N, H, W[, 3]) or one image (H, W[, 3]), pixels 0 ... ``peak``, of the data set's size."""

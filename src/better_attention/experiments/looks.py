@@ -41,18 +41,45 @@ _LOOKS = dict(
     )
 )
 _OTHER = Look("#7a6a00", "#cdbb3c", (1, 1))
-_MARKERS = {"expressive": "o", "align": "^"}
+_MARKERS: dict[tuple[str, ...], str] = {
+    (): "",
+    ("expressive",): "o",
+    ("align",): "^",
+    ("per-head",): "s",
+    ("identity",): "D",
+    ("align", "expressive"): "v",
+    ("align", "per-head"): "<",
+    ("align", "identity"): ">",
+    ("identity", "per-head"): "P",
+}
+"""What a name adds to the mechanism it varies, sorted -> its marker; "X" for what is not here."""
+
+MARKER_PATHS = {
+    "": "",
+    "o": "M17 1.6a3.4 3.4 0 1 0 .01 0z",
+    "^": "M17 1l3.8 7h-7.6z",
+    "v": "M17 9l3.8-7h-7.6z",
+    "<": "M13 5l7-3.8v7.6z",
+    ">": "M21 5l-7-3.8v7.6z",
+    "s": "M14 2h6v6h-6z",
+    "D": "M17 .9l4.1 4.1-4.1 4.1-4.1-4.1z",
+    "P": "M15.8 1h2.4v2.8H21v2.4h-2.8V9h-2.4V6.2H13V3.8h2.8z",
+    "X": "M14.3 1.2L17 3.9l2.7-2.7 1.1 1.1L18.1 5l2.7 2.7-1.1 1.1L17 6.1l-2.7 2.7-1.1-1.1L15.9 5l-2.7-2.7z",
+}
+"""Marker -> its outline in SVG around (17, 5), for the legends of a page."""
+
+_MODIFIERS = ("align", "expressive", "identity", "per-head")
 
 
 def look(mechanism: str) -> Look:
-    """The look of a mechanism: that of the one it varies, with a marker for ``+expressive`` or ``+align``.
+    """The look of a mechanism: that of the one it varies, with a marker for what its name adds.
 
     >>> look("super+expressive").light == look("super").light, look("super+expressive").marker
     (True, 'o')
     """
     base, *modifiers = mechanism.split("+")
-    marker = next((_MARKERS[m] for m in modifiers if m in _MARKERS), "")
-    return replace(_LOOKS.get(base, _OTHER), marker=marker)
+    added = tuple(sorted({m for m in modifiers if m in _MODIFIERS}))
+    return replace(_LOOKS.get(base, _OTHER), marker=_MARKERS.get(added, "X"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -120,10 +120,13 @@ class _TorchLayer(nn.Module):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """See ``torch.nn.MultiheadAttention``."""
-        if is_causal and attn_mask is None:
+        if is_causal:
             axis = 1 if self.layer.batch_first else 0
             shape = query.shape[axis], key.shape[axis]
-            attn_mask = torch.ones(shape, dtype=torch.bool, device=query.device).triu(1)
+            future = torch.ones(shape, dtype=torch.bool, device=query.device).triu(1)
+            if attn_mask is not None:  # torch would take the hint for the mask and forget the bias
+                future, is_causal = attn_mask.masked_fill(future, -torch.inf), False
+            attn_mask = future
         output: tuple[Tensor, Tensor | None] = self.layer(
             *(query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
         )

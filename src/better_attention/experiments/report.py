@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
 import jinja2
 from markupsafe import Markup
 
-from better_attention.experiments import gallery, pictures, summary
+from better_attention.experiments import findings, gallery, pictures, summary
 from better_attention.experiments.files import plain, write_atomic
-from better_attention.experiments.looks import DARK, LIGHT, look
+from better_attention.experiments.forest import forest
+from better_attention.experiments.looks import DARK, LIGHT, MARKER_PATHS, look
+from better_attention.experiments.paired import p_text
 from better_attention.experiments.stats import number
 from better_attention.experiments.study import Study
 
@@ -22,10 +24,12 @@ PICTURE_ROOM = 2_400_000
 def write_report(study: Study, path: str | Path) -> None:
     """Write the report of ``study`` to ``path`` (``OUT/report.html``), atomically.
 
-    The page holds the result table (beside the paper's numbers, where it has the task), differences to standard
-    attention, learning curves, attention maps, pictures of W_A, setting, notes, command, commit and versions. Text of
-    the study is escaped and cut at 2,000 characters, and the page's own policy forbids scripts and every address but
-    ``data:``. Pictures beyond :data:`PICTURE_ROOM` are left out, and the page says how many.
+    The page holds findings in words, what is the paper's and what is ours, the result table (beside the paper's
+    numbers, where it has the task), a forest plot and the tests of the differences to standard attention, mean ranks,
+    results over the number of heads, learning curves, attention maps, pictures of W_A, the weights of both scores over
+    the angle between query and key, setting, notes, command, commit and versions. Text of the study is escaped and cut
+    at 2,000 characters, and the page's own policy forbids scripts and every address but ``data:``. Pictures beyond
+    :data:`PICTURE_ROOM` are left out, and the page says how many.
 
     Raises:
         ValueError: records that :func:`better_attention.experiments.summary.summarise` cannot read.
@@ -38,14 +42,27 @@ def render(study: Study) -> str:
     rows = summary.summarise(study.records)
     columns = summary.columns_of(rows)
     album = gallery.Album(PICTURE_ROOM)
+    compared = summary.compared_columns(rows)
+    # Small and about everything first: what finds no room is the last of the maps and kernels.
+    ablation_names, ablation_panels = gallery.ablation(rows, album)
+    expressive = any(row.score == "expressive" for row in rows)
     return _template().render(
         study=study,
         task=study.task,
         setting=_setting(study.task),
         rows=rows,
         columns=columns,
-        findings=_findings(rows),
-        gain_columns=[column for column in columns if column.key in ("test_accuracy", "test_loss", "test_bleu")],
+        findings=findings.sentences(rows),
+        origin=findings.origin(str(study.task.get("name", "")), rows),
+        notes=[*study.notes, *findings.gaps(rows)],
+        standings=findings.standings(rows),
+        rank_columns=[column for column in columns if column.tested],
+        compared=compared,
+        forests=[drawn for column in compared if (drawn := forest(rows, column))],
+        fewest=min((row.tests[c.key].difference.n for row in rows for c in compared if c.key in row.tests), default=0),
+        ablation_names=ablation_names,
+        ablation_panels=ablation_panels,
+        angle_panels=gallery.angle_panels(album) if expressive else [],
         paper_columns=summary.against_paper(rows),
         paper_value=summary.paper_value,
         curve_groups=gallery.curve_groups(study.curves, album),
@@ -54,6 +71,7 @@ def render(study: Study) -> str:
         left_out=album.left_out,
         bars={name: pictures.data_uri(pictures.scale_bar(name), "image/png") for name in _SCALES},
         made_on=_made_on(study),
+        waiting=findings.waiting(study.records),
         light=LIGHT,
         dark=DARK,
     )
@@ -73,7 +91,7 @@ def _template() -> jinja2.Template:
         # Every value that is printed, wherever it stands, comes through here: no field can be forgotten.
         finalize=lambda value: value if isinstance(value, Markup) else plain(value),
     )
-    environment.globals.update(look=look, number=number)
+    environment.globals.update(look=look, number=number, p_text=p_text, marker_paths=MARKER_PATHS)
     return environment.get_template("report.html")
 
 
@@ -89,31 +107,6 @@ def _setting(task: Mapping[str, object]) -> dict[str, object]:
         for key, value in flat.items()
         if key not in _SHOWN_ELSEWHERE and value not in (None, (), [], "")
     }
-
-
-def _findings(rows: Sequence[summary.Row]) -> list[str]:
-    """One sentence a number of heads: which mechanism tests best, and how far that is from standard attention."""
-    sentences = []
-    for heads in sorted({row.heads for row in rows}):
-        compared = [row for row in rows if row.heads == heads]
-        best = [row for row in compared if row.ranks.get("test_accuracy") == 1]
-        if not best or len(compared) < 2:
-            continue
-        accuracy, gain = best[0].estimates["test_accuracy"], best[0].gains.get("test_accuracy")
-        sentence = (
-            f"With {heads} head{'s' * (heads > 1)}, {' and '.join(row.mechanism for row in best)} "
-            f"{'has' if len(best) == 1 else 'share'} the highest test accuracy, {accuracy.format(2)} % "
-            f"({accuracy.n} seed{'s' * (accuracy.n > 1)})"
-        )
-        if gain is None or gain.half_width is None:
-            sentences.append(f"{sentence}.")
-            continue
-        points = gain.format(2, sign=True)
-        clear = "" if abs(gain.mean) > gain.half_width else ", which does not tell them apart"
-        sentences.append(f"{sentence}: {points} points against standard{clear}.")
-    return [
-        sentence.replace(" ±", "\N{NO-BREAK SPACE}±").replace(" %", "\N{NO-BREAK SPACE}%") for sentence in sentences
-    ]
 
 
 def _made_on(study: Study) -> dict[str, str]:

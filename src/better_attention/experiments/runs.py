@@ -17,13 +17,14 @@ import platform
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import nn
@@ -236,18 +237,39 @@ def locked(folder: Path) -> Iterator[None]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("a+", encoding="ascii") as file:
-        try:
-            _lock(file.fileno())
-        except OSError:
-            file.seek(0)
-            raise ValueError(
-                f"{folder} is being written by another process ({file.read().strip() or 'number unknown'}). "
-                "Wait until it ends, stop it, or choose another --out."
-            ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()}")
-        file.flush()
+        for patience in (0.0, 0.1, 0.1, None):  # a listing holds it for a moment, see :func:`holder`
+            try:
+                _lock(file.fileno())
+                break
+            except OSError:
+                if patience is None:
+                    raise ValueError(
+                        f"{folder} is being written by another process ({_signature(file)}). "
+                        "Wait until it ends, stop it, or choose another --out."
+                    ) from None
+                time.sleep(patience)
+        with suppress(OSError):  # a full disk: the lock holds without its signature
+            os.ftruncate(file.fileno(), 0)
+            os.write(file.fileno(), f"process {os.getpid()}".encode("ascii"))
         yield
+
+
+def holder(folder: Path) -> str | None:
+    """The process that holds the folder of a run, as it signed itself; None if nobody does."""
+    try:
+        with (folder / ".lock").open("r+", encoding="ascii") as file:
+            try:
+                _lock(file.fileno())
+            except OSError:
+                return _signature(file)
+    except OSError:  # no such file, or one that cannot be written: on a medium that is only read
+        return None
+    return None
+
+
+def _signature(file: TextIO) -> str:
+    file.seek(0)
+    return file.read(64).strip() or "number unknown"
 
 
 if sys.platform == "win32":

@@ -1,9 +1,9 @@
-"""Means over seeds with their intervals, differences seed by seed, and ranks."""
+"""Means over seeds with their intervals, and ranks."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,6 +36,47 @@ class Estimate:
         width = "–" if self.half_width is None else number(self.half_width, digits)
         return f"{number(self.mean, digits, sign=sign)} ± {width}"
 
+    @property
+    def low(self) -> float | None:
+        """Lower end of the interval."""
+        return None if self.half_width is None else self.mean - self.half_width
+
+    @property
+    def high(self) -> float | None:
+        """Upper end of the interval."""
+        return None if self.half_width is None else self.mean + self.half_width
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio(Estimate):
+    """A geometric mean of ratios; its interval reaches from ``mean / factor`` to ``mean * factor``.
+
+    Args:
+        factor: at least 1; None for a single measurement. ``half_width`` is None always: the two sides differ.
+    """
+
+    factor: float | None = None
+
+    def format(self, digits: int, *, sign: bool = False) -> str:
+        """The ratio as tables print it: ``0.90 [0.85, 0.95]``, and ``0.90 [–]`` for a single measurement.
+
+        >>> Ratio(0.9, None, 3, factor=1.06).format(2)
+        '0.90 [0.85, 0.95]'
+        """
+        low, high = self.low, self.high
+        reach = "–" if low is None or high is None else f"{number(low, digits)}, {number(high, digits)}"
+        return f"{number(self.mean, digits, sign=sign)} [{reach}]"
+
+    @property
+    def low(self) -> float | None:
+        """Lower end of the interval."""
+        return None if self.factor is None else self.mean / self.factor
+
+    @property
+    def high(self) -> float | None:
+        """Upper end of the interval."""
+        return None if self.factor is None else self.mean * self.factor
+
 
 def number(value: float, digits: int, *, sign: bool = False) -> str:
     """``value`` as people read it: thousands apart, a true minus sign, and no minus before a zero.
@@ -44,7 +85,7 @@ def number(value: float, digits: int, *, sign: bool = False) -> str:
     ('66,048', '−0.012', '+0.012', '0.00')
     """
     text = f"{value:{'+' if sign else ''},.{digits}f}".replace("-", "−")
-    return text.lstrip("+−") if not any(c in "123456789ainf" for c in text) else text
+    return text if any(c in "123456789i" for c in text) else text.lstrip("+−")
 
 
 def estimate(values: Sequence[float]) -> Estimate:
@@ -66,28 +107,30 @@ def estimate(values: Sequence[float]) -> Estimate:
     if n == 1 or not np.isfinite(sample).all():
         # A diverged run (NaN, infinity) leaves the mean NaN or infinite and the spread without meaning.
         return Estimate(float(sample.sum()) / n, None, n)
-    half_width = stats.t.ppf((1 + CONFIDENCE) / 2, df=n - 1) * sample.std(ddof=1) / math.sqrt(n)
+    # Equal values have no spread; the deviation of their rounded mean would be a trace of one.
+    spread = sample.std(ddof=1) if np.ptp(sample) > 0 else 0.0
+    half_width = stats.t.ppf((1 + CONFIDENCE) / 2, df=n - 1) * spread / math.sqrt(n)
     return Estimate(float(sample.mean()), float(half_width), n)
 
 
-def paired_difference(ours: Mapping[int, float], baseline: Mapping[int, float]) -> Estimate | None:
-    """Mean of ``ours - baseline`` seed by seed, with its 95 % interval.
+def ratio(values: Sequence[float]) -> Ratio:
+    """Geometric mean and 95 % interval of ratios: :func:`estimate` of their logarithms.
 
-    Runs of one seed share data order and, where they can, initial weights, so their difference spreads less than the
-    two means do.
+    A ratio of 1/2 and one of 2 cancel. Runs of one command share one measurement of speed; times are never equal by
+    chance, so equal values count once.
 
-    Args:
-        ours: seed -> value.
-        baseline: seed -> value.
+    Raises:
+        ValueError: no value at all.
 
-    Returns:
-        The estimate over the seeds that both have; None where they share none.
-
-    >>> paired_difference({0: 3.0, 1: 5.0}, {0: 1.0, 1: 3.0, 2: 9.0})
-    Estimate(mean=2.0, half_width=0.0, n=2)
+    >>> ratio([0.5, 2.0]).mean, ratio([0.9, 0.9, 0.9]).n
+    (1.0, 1)
     """
-    seeds = sorted(ours.keys() & baseline.keys())
-    return estimate([ours[seed] - baseline[seed] for seed in seeds]) if seeds else None
+    distinct = sorted(set(values))
+    if any(not (math.isfinite(value) and value > 0) for value in distinct):
+        return Ratio(math.nan, None, len(distinct))
+    logs = estimate([math.log(value) for value in distinct])
+    factor = None if logs.half_width is None else math.exp(min(logs.half_width, 700.0))  # two of them: t is 12.7
+    return Ratio(math.exp(logs.mean), None, logs.n, factor)
 
 
 def ranks(values: Sequence[float | None], *, higher_is_better: bool) -> list[int | None]:

@@ -1,12 +1,13 @@
-"""Runs brought together: a row a mechanism, means and intervals over seeds, ranks, the paper's numbers beside them."""
+"""Runs brought together: a row a mechanism with means, intervals, tests and ranks, the paper's numbers beside them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from better_attention.experiments import paper
-from better_attention.experiments.stats import Estimate, estimate, paired_difference, ranks
+from better_attention.experiments.paired import Comparison, compare_paired, corrected, paired_difference
+from better_attention.experiments.stats import Estimate, estimate, ranks, ratio
 from better_attention.experiments.study import Record
 from better_attention.mechanism import MECHANISMS
 
@@ -19,13 +20,19 @@ class Column:
     title: str
     digits: int
     higher_is_better: bool
-    kind: str = "metric"  # or "size", the same for every seed; or "time", which is this machine's
+    # "size": the same for every seed; "time" and "ratio": this machine's, a ratio has a geometric mean.
+    kind: str = "metric"
+
+    @property
+    def tested(self) -> bool:
+        """Whether claims may rest on it: figures of the test split alone."""
+        return self.key.startswith("test_")
 
 
 COLUMNS = (
     Column("attention_params", "Params", 0, higher_is_better=False, kind="size"),
     Column("epoch_seconds", "s/epoch", 2, higher_is_better=False, kind="time"),
-    Column("epoch_ratio", "÷ nn.MHA", 2, higher_is_better=False, kind="time"),
+    Column("epoch_ratio", "÷ nn.MHA", 2, higher_is_better=False, kind="ratio"),
     Column("train_accuracy", "Train acc. %", 2, higher_is_better=True),
     Column("train_loss", "Train loss", 3, higher_is_better=False),
     Column("train_top5", "Train top 5 %", 2, higher_is_better=True),
@@ -36,6 +43,9 @@ COLUMNS = (
     Column("test_bleu", "Test BLEU", 1, higher_is_better=True),
 )
 """What is shown, in the paper's order; a column that no row has a value for is left out."""
+
+MACHINE = ("time", "ratio")
+"""Kinds of column whose numbers are this machine's: not to be set against the paper's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +63,8 @@ class Row:
         ranks: key of a column -> rank among the rows of the same task, scale and number of heads.
         gains: key of a column -> difference to standard attention, seed by seed; empty for standard itself.
         published: the paper's numbers for this task, mechanism and number of heads; None where it has none.
+        tests: key of a column of the test split -> comparison with standard, its p corrected for all comparisons of
+            that metric in the task: every other mechanism at every number of heads. Empty for standard itself.
     """
 
     task: str
@@ -65,17 +77,18 @@ class Row:
     ranks: Mapping[str, int]
     gains: Mapping[str, Estimate]
     published: paper.Row | None = None
+    tests: Mapping[str, Comparison] = field(default_factory=dict)
 
 
 def summarise(records: Iterable[Record], baseline: str = "standard") -> list[Row]:
-    """One row a (task, scale, number of heads, mechanism): means, 95 % intervals and ranks.
+    """One row a (task, scale, number of heads, mechanism): means, 95 % intervals, differences, tests and ranks.
 
     Ranks compare rows of equal task, scale and number of heads, as in the paper, and count as equal what is printed
     equal.
 
     Args:
         records: one mapping a run, as in ``results.json``.
-        baseline: the mechanism that ``gains`` are differences to.
+        baseline: the mechanism that ``gains`` are differences to, and ``tests`` comparisons with.
 
     Raises:
         ValueError: two records of one seed, or a record without a key it needs.
@@ -89,10 +102,10 @@ def summarise(records: Iterable[Record], baseline: str = "standard") -> list[Row
         groups.setdefault(group, {}).setdefault(str(record["mechanism"]), []).append(record)
     rows: list[Row] = []
     for (task, scale, heads), mechanisms in sorted(groups.items()):
-        printed = {(row["mechanism"], row["heads"]): row for row in paper.rows(task)}
+        printed = {(row["mechanism"], row["heads"]): row for row in paper.rows(_published(task, mechanisms))}
         values = {name: _values(runs, f"{task}, {name}, {heads} heads") for name, runs in _in_order(mechanisms)}
         estimates = {
-            name: {key: estimate(list(seeds.values())) for key, seeds in by_key.items()}
+            name: {key: _estimate(key, list(seeds.values())) for key, seeds in by_key.items()}
             for name, by_key in values.items()
         }
         places = _ranks(estimates)
@@ -109,9 +122,16 @@ def summarise(records: Iterable[Record], baseline: str = "standard") -> list[Row
                     ranks=places[name],
                     gains={} if name == baseline else _gains(by_key, values.get(baseline, {})),
                     published=printed.get((name, heads)),
+                    tests={} if name == baseline else _tests(by_key, values.get(baseline, {})),
                 )
             )
-    return rows
+    return _corrected(rows)
+
+
+def _published(task: str, mechanisms: Mapping[str, Sequence[Record]]) -> str:
+    """The paper's table for these runs: widened to equal parameters, they are table 7's or nobody's."""
+    settings = next((run.get("settings") for runs in mechanisms.values() for run in runs), None)
+    return f"{task}-equal-size" if isinstance(settings, Mapping) and settings.get("equal_params") else task
 
 
 def _int(value: object) -> int:
@@ -143,6 +163,13 @@ def _values(runs: Sequence[Record], where: str) -> dict[str, dict[int, float]]:
     return found
 
 
+def _estimate(key: str, values: Sequence[float]) -> Estimate:
+    return ratio(values) if key in _RATIOS else estimate(values)
+
+
+_RATIOS = frozenset(column.key for column in COLUMNS if column.kind == "ratio")
+
+
 def _ranks(estimates: Mapping[str, Mapping[str, Estimate]]) -> dict[str, dict[str, int]]:
     places: dict[str, dict[str, int]] = {name: {} for name in estimates}
     for column in COLUMNS:
@@ -156,7 +183,11 @@ def _ranks(estimates: Mapping[str, Mapping[str, Estimate]]) -> dict[str, dict[st
     return places
 
 
-def _gains(ours: Mapping[str, Mapping[int, float]], baseline: Mapping[str, Mapping[int, float]]) -> dict[str, Estimate]:
+_Values = Mapping[str, Mapping[int, float]]
+"""Key of a column -> seed -> value."""
+
+
+def _gains(ours: _Values, baseline: _Values) -> dict[str, Estimate]:
     pairs = {
         column.key: paired_difference(ours.get(column.key, {}), baseline.get(column.key, {}))
         for column in COLUMNS
@@ -165,9 +196,32 @@ def _gains(ours: Mapping[str, Mapping[int, float]], baseline: Mapping[str, Mappi
     return {key: pair for key, pair in pairs.items() if pair is not None}
 
 
+def _tests(ours: _Values, baseline: _Values) -> dict[str, Comparison]:
+    found = {c.key: compare_paired(ours.get(c.key, {}), baseline.get(c.key, {})) for c in COLUMNS if c.tested}
+    return {key: one for key, one in found.items() if one is not None}
+
+
+def _corrected(rows: Sequence[Row]) -> list[Row]:
+    """The rows with their tests corrected: a family is all rows of a task and scale, in one metric."""
+    tests: list[dict[str, Comparison]] = [dict(row.tests) for row in rows]
+    families: dict[tuple[str, str, str], list[int]] = {}
+    for place, row in enumerate(rows):
+        for key in row.tests:
+            families.setdefault((row.task, row.scale, key), []).append(place)
+    for (_, _, key), places in families.items():
+        for place, one in zip(places, corrected([tests[p][key] for p in places]), strict=True):
+            tests[place][key] = one
+    return [replace(row, tests=found) for row, found in zip(rows, tests, strict=True)]
+
+
 def columns_of(rows: Sequence[Row]) -> list[Column]:
     """The columns that at least one row has a value for."""
     return [column for column in COLUMNS if any(column.key in row.estimates for row in rows)]
+
+
+def compared_columns(rows: Sequence[Row]) -> list[Column]:
+    """The columns of the test split in which at least one row is compared with standard."""
+    return [column for column in COLUMNS if any(column.key in row.tests for row in rows)]
 
 
 def against_paper(rows: Sequence[Row]) -> list[Column]:
@@ -175,7 +229,7 @@ def against_paper(rows: Sequence[Row]) -> list[Column]:
     return [
         column
         for column in columns_of(rows)
-        if column.kind != "time"
+        if column.kind not in MACHINE
         and any(column.key in row.estimates and paper_value(row, column) is not None for row in rows)
     ]
 

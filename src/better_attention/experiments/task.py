@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from better_attention.errors import finite_number, one_of, whole_number
+from better_attention.experiments.rmsprop import RMSprop
 from better_attention.experiments.variant import Variant
 from better_attention.mechanism import Mechanism
 
@@ -27,12 +28,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 SCALES = ("smoke", "small", "paper")
-OPTIMISERS = ("adam", "adamw")
+OPTIMISERS = ("adam", "adamw", "rmsprop")
 
 
 @dataclass(frozen=True)
 class Split:
-    """Inputs (N, ...) and the class of each, int64 (N,)."""
+    """Inputs (N, ...) and the class of each, int64 (N,), or T classes of each, (N, T)."""
 
     inputs: Tensor
     targets: Tensor
@@ -114,7 +115,7 @@ class Task(ABC):
         epochs: most epochs of a run.
         patience: epochs without a better validation loss after which a run stops; 0: never.
         batch_size: samples of one update, over all processes together.
-        optimiser, lr, weight_decay: ``"adam"`` or ``"adamw"`` and its numbers.
+        optimiser, lr, weight_decay: ``"adam"``, ``"adamw"`` or ``"rmsprop"`` (Keras') and its numbers.
         dropout: rate inside the blocks.
         validation_share: share of the training split that is held out as validation.
         train_samples, test_samples: random subsets for the smaller scales; None: everything.
@@ -204,6 +205,10 @@ class Task(ABC):
     def show(self, inputs: Tensor, assets: Mapping[str, Any]) -> Shown:
         """One encoded input, without the batch dimension, for people to look at."""
 
+    def key_tokens(self, layer: str, shown: Shown) -> tuple[str, ...] | None:
+        """The tokens of ``shown`` that are the keys of an attention layer, by its name in the model; None: no text."""
+        return shown.tokens
+
     def augment(self, inputs: Tensor) -> Tensor:
         """Training inputs (B, ...) changed at random, by the generator of their device; unchanged unless overridden."""
         return inputs
@@ -214,6 +219,10 @@ class Task(ABC):
         The model is in eval mode, on the device of ``split``.
         """
         return {}
+
+    def solved(self, epoch: Mapping[str, float]) -> bool:
+        """Whether a run may end after ``epoch``, its line of the curve, since more cannot be learned."""
+        return False
 
     def examples(self, splits: Splits, number: int) -> list[tuple[int, str]]:
         """Test samples for people to look at, each of another class: row and description."""
@@ -249,6 +258,8 @@ class Task(ABC):
 
     def make_optimiser(self, model: nn.Module) -> torch.optim.Optimizer:
         """The task's optimiser over all parameters of ``model``."""
+        if self.optimiser == "rmsprop":
+            return RMSprop(model.parameters(), lr=self.lr, weight_decay=self.weight_decay)
         make = torch.optim.AdamW if self.optimiser == "adamw" else torch.optim.Adam
         return make(model.parameters(), lr=self.lr, weight_decay=self.weight_decay, fused=True)
 

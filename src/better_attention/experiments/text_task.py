@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from better_attention.experiments.task import Shown, Split, Splits, Task, cut
 from better_attention.experiments.variant import Variant
 
 if TYPE_CHECKING:
-    import numpy as np
+    from better_attention.data import Texts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,25 +37,31 @@ class TextTask(Task):
 
     def load(self, folder: Path | None = None) -> Splits:
         """See :meth:`Task.load`."""
-        from better_attention.data import Texts, Vocabulary, read
+        from better_attention.data import Vocabulary
+
+        texts = self.texts(folder)
+        parts = chosen(self, texts)
+        vocabulary = Vocabulary.build(parts["train"].texts, self.vocabulary)
+
+        def split(part: Part) -> Split:
+            return Split(torch.from_numpy(vocabulary.encode(part.texts, self.length)), part.targets)
+
+        return Splits(
+            train=split(parts["train"]),
+            validation=split(parts["validation"]),
+            test=split(parts["test"]),
+            assets={"classes": list(texts.classes), "vocabulary": list(vocabulary.words)},
+            notes=texts.notes,
+        )
+
+    def texts(self, folder: Path | None = None) -> Texts:
+        """The data set as it is read, before anything is left out."""
+        from better_attention.data import Texts, read
 
         texts = read(self.dataset, folder)
         if not isinstance(texts, Texts):
             raise TypeError(f"task {self.name!r} needs texts; data set {self.dataset!r} holds none.")
-        train, validation, test = cut(self, len(texts.train_texts), len(texts.test_texts))
-        vocabulary = Vocabulary.build([texts.train_texts[i] for i in train.tolist()], self.vocabulary)
-
-        def split(sources: Sequence[str], labels: np.ndarray[Any, Any], rows: Tensor) -> Split:
-            tokens = vocabulary.encode([sources[i] for i in rows.tolist()], self.length)
-            return Split(torch.from_numpy(tokens), torch.from_numpy(labels)[rows])
-
-        return Splits(
-            train=split(texts.train_texts, texts.train_labels, train),
-            validation=split(texts.train_texts, texts.train_labels, validation),
-            test=split(texts.test_texts, texts.test_labels, test),
-            assets={"classes": list(texts.classes), "vocabulary": list(vocabulary.words)},
-            notes=texts.notes,
-        )
+        return texts
 
     def model(self, variant: Variant, heads: int) -> nn.Module:
         """See :meth:`Task.model`."""
@@ -89,3 +95,87 @@ class TextTask(Task):
         """The tokens that the model reads; padding is empty, an unknown word a question mark."""
         words = ["", "?", *assets["vocabulary"]]
         return Shown(tokens=tuple(words[number] for number in inputs.tolist()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnTextTask(TextTask):
+    """The user's own texts; classes and words are counted when their file is known.
+
+    Args:
+        text_column, label_column: the columns of the file; "": one of the usual names, such as ``text`` and ``label``.
+    """
+
+    text_column: str = ""
+    label_column: str = ""
+
+    def fitted(self, folder: Path | None = None) -> Self:
+        """With the number of classes, no more words than there are, and a last layer no narrower than the outputs."""
+        from better_attention.data import Vocabulary
+
+        texts = self.texts(folder)
+        words = Vocabulary.build(chosen(self, texts)["train"].texts, self.vocabulary)
+        classes = len(texts.classes)
+        return replace(self, classes=classes, vocabulary=len(words), head=max(self.head, classes))
+
+    def texts(self, folder: Path | None = None) -> Texts:
+        """See :meth:`TextTask.texts`; ``folder`` may be a file."""
+        from better_attention.data import NotFetched, tables
+
+        if folder is None:
+            raise NotFetched(f"task {self.name!r} reads texts of your own: name them with `--data`, {tables.LAYOUT}.")
+        return tables.read(folder, self.text_column, self.label_column)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some texts and the class of each, int64 (N,)."""
+
+    texts: Sequence[str]
+    targets: Tensor
+
+
+def chosen(task: TextTask, texts: Texts) -> dict[str, Part]:
+    """The texts of ``"train"``, ``"validation"`` and ``"test"`` that the task uses.
+
+    A validation split of the data set's own is kept; without one it is cut from the training split by
+    :func:`~better_attention.experiments.task.cut`.
+
+    Raises:
+        ValueError: a part would be empty.
+    """
+    train, test = (texts.train_texts, texts.train_labels), (texts.test_texts, texts.test_labels)
+    if texts.validation_texts is None or texts.validation_labels is None:
+        validation, rows = train, cut(task, len(train[0]), len(test[0]))
+    else:
+        validation = texts.validation_texts, texts.validation_labels
+        rows = subsets(task, len(train[0]), len(validation[0]), len(test[0]))
+    parts = zip(("train", "validation", "test"), (train, validation, test), rows, strict=True)
+    return {
+        name: Part([sources[row] for row in some.tolist()], torch.from_numpy(labels)[some])
+        for name, (sources, labels), some in parts
+    }
+
+
+def subsets(task: Task, train: int, validation: int, test: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Row numbers of the training, validation and test samples where all three are given: all, or random subsets.
+
+    ``task.train_samples`` counts training and validation together, as it does where validation is cut from training.
+
+    Raises:
+        ValueError: a part would be empty.
+    """
+    limits: tuple[int | None, int | None] = (None, None)
+    if task.train_samples is not None:
+        held_out = min(validation, round(task.train_samples * task.validation_share))
+        limits = task.train_samples - held_out, held_out
+        if min(limits) < 1:
+            raise ValueError(
+                f"task {task.name!r} leaves no training or no validation samples (train_samples={task.train_samples}, "
+                f"validation_share={task.validation_share})."
+            )
+    generator = torch.Generator().manual_seed(task.data_seed)
+
+    def some(size: int, limit: int | None) -> Tensor:
+        return torch.randperm(size, generator=generator)[:limit].sort().values
+
+    return some(train, limits[0]), some(validation, limits[1]), some(test, task.test_samples)

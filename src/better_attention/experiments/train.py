@@ -60,7 +60,9 @@ class Position:
     curve: list[dict[str, float]] = field(default_factory=list)  # finished epochs
 
     def finished(self, task: Task) -> bool:
-        """Whether the epochs are used up, or validation has not improved for ``task.patience`` of them."""
+        """Whether epochs are used up, validation has not improved for ``task.patience`` of them, or all is solved."""
+        if self.curve and task.solved(self.curve[-1]):
+            return True
         waited = self.epoch - 1 - self.best_epoch
         return self.epoch > task.epochs or (task.patience > 0 and waited >= task.patience)
 
@@ -110,6 +112,8 @@ class Training:
         """
         self.open()
         if (self.folder / "result.json").is_file():
+            if self.main:
+                checkpoint.clear(self.folder)  # a crash may have come right after the result
             return read_json(self.folder / "result.json")
         self.restore()
         self.warm_up()
@@ -268,6 +272,7 @@ class Training:
             "score": self.variant.mechanism.score,
             "heads": self.heads,
             "seed": self.seed,
+            "settings": self.task.settings(),
             **{f"{name}_{key}": value for name, values in found.items() for key, value in values.items()},
             **{f"{name}_{key}": more[name].get(key) for name in more for key in ("top5", "bleu")},
             "attention_params": count(attention),

@@ -19,7 +19,8 @@ def keras_(module: nn.Module) -> None:
             continue
         if isinstance(child, nn.Linear):
             nn.init.xavier_uniform_(child.weight)
-            nn.init.zeros_(child.bias)
+            if child.bias is not None:
+                nn.init.zeros_(child.bias)
         elif isinstance(child, nn.Embedding):
             nn.init.uniform_(child.weight, -0.05, 0.05)
         keras_(child)

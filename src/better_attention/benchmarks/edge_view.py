@@ -1,0 +1,251 @@
+"""Table 4 beside ours: on the screen, as CSV and as JSON, and read back from there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from better_attention.benchmarks.edge import BASELINE, PAPER_TASKS, Settings, Timing
+from better_attention.benchmarks.runner import Spread
+from better_attention.experiments import paper
+from better_attention.experiments.files import write_atomic
+from better_attention.experiments.stats import number
+from better_attention.experiments.tables import Strip, print_fitting, safe, write_lines
+
+TITLE = "inference on an edge device: seconds for 5,000 samples"
+PAPER_DEVICE = "Apple M2"
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A run of ``better-attention edge``.
+
+    Args:
+        machine: as :func:`better_attention.benchmarks.machine.describe` gives it.
+        settings: what was timed.
+        timings: what was found.
+        complete: False if it was interrupted.
+    """
+
+    machine: Mapping[str, Any]
+    settings: Settings
+    timings: Sequence[Timing]
+    complete: bool = True
+
+
+def published(task: str, mechanism: str, heads: int) -> tuple[float | None, float | None]:
+    """The paper's seconds and their ratio to those of standard attention with as many heads.
+
+    >>> published("mnist", "standard", 4)
+    (5.27, 1.0)
+    """
+    rows = {(row["mechanism"], row["heads"]): row.get(task) for row in paper.edge_inference()}
+    own, standard = rows.get((mechanism, heads)), rows.get((BASELINE, heads))
+    if not isinstance(own, int | float) or not isinstance(standard, int | float):
+        return None, None
+    return own, own / standard
+
+
+def beside_paper(report: Report | None) -> list[dict[str, Any]]:
+    """A flat mapping a timing, ours and the paper's; then the paper's rows that were not run (``rounds`` 0)."""
+    rows = [_flat(timing, report.settings.samples) for timing in report.timings] if report else []
+    done = {(row["task"], row["mechanism"], row["heads"]) for row in rows if row["rounds"]}
+    missing = [
+        Timing(task, int(str(row["heads"])), "float32", str(row["mechanism"]), reason="not run")
+        for task in PAPER_TASKS
+        for row in paper.edge_inference()
+        if (task, row["mechanism"], row["heads"]) not in done
+    ]
+    return rows + [_flat(timing, 5000) for timing in missing]
+
+
+def _flat(timing: Timing, samples: int) -> dict[str, Any]:
+    seconds, ratio = published(timing.task, timing.mechanism, timing.heads)
+    return {
+        "task": timing.task,
+        "mechanism": timing.mechanism,
+        "heads": timing.heads,
+        "precision": timing.precision,
+        "samples": samples,
+        "measured": timing.measured,
+        "rounds": timing.rounds,
+        **{f"seconds_{key}": value for key, value in _spread(timing.seconds).items()},
+        "seconds_paper": seconds,
+        **{f"to_standard_{key}": value for key, value in _spread(timing.ratio).items()},
+        "to_standard_paper": ratio,
+        "quantised_linears": timing.quantised,
+        "reason": timing.reason,
+    }
+
+
+def _spread(spread: Spread | None) -> dict[str, float | None]:
+    return asdict(spread) if spread else dict.fromkeys(("median", "low", "high"))
+
+
+# --- on the screen ---------------------------------------------------------------------------------------------
+
+
+def print_report(report: Report, console: Console) -> None:
+    """A table for each precision: seconds and the ratio to standard attention, ours and the paper's."""
+    machine, settings = report.machine, report.settings
+    console.print(Text(f"Table 4 of arXiv 2403.01643v2: {TITLE}", style="bold"))
+    console.print(
+        f"{machine['cpu']}, {machine['threads']} threads, torch {machine['versions']['torch']}, "
+        f"commit {machine['commit']}, {machine['date']}",
+        markup=False,
+        soft_wrap=True,
+    )
+    console.print(
+        Text(
+            f"{settings.samples:,} random inputs in batches of {settings.batch_size}, untrained weights (speed only); "
+            f"median (10th–90th percentile) over rounds. The paper's seconds are those of an {PAPER_DEVICE}: what can "
+            "be compared is the ratio to standard attention (÷ standard, below 1 is faster).",
+            style="dim",
+        )
+    )
+    for precision in dict.fromkeys(timing.precision for timing in report.timings):
+        _print_precision(precision, [t for t in report.timings if t.precision == precision], settings, console)
+    if not report.complete:
+        console.print(Text("Interrupted: this is what was timed by then.", style="bold"))
+    missing = [row for row in beside_paper(report) if row["reason"] == "not run"]
+    if missing:
+        console.print(Text(f"Of the paper's table not run: {_named(missing)}."))
+
+
+def _named(missing: Sequence[Mapping[str, Any]]) -> str:
+    """``mnist (h 8), imagenet, imdb (h 1: super)``: whole data sets and numbers of heads by their name alone."""
+    mechanisms = {row["mechanism"] for row in paper.edge_inference()}
+    found: dict[str, dict[int, set[str]]] = {}
+    for row in missing:
+        found.setdefault(row["task"], {}).setdefault(row["heads"], set()).add(row["mechanism"])
+    most = {row["heads"] for row in paper.edge_inference()}
+    texts = []
+    for task, heads in found.items():
+        parts = [
+            f"h {h}" if names == mechanisms else f"h {h}: {', '.join(sorted(names))}"
+            for h, names in sorted(heads.items())
+        ]
+        whole = heads.keys() == most and all(names == mechanisms for names in heads.values())
+        texts.append(task if whole else f"{task} ({'; '.join(parts)})")
+    return ", ".join(texts)
+
+
+def _print_precision(precision: str, timings: Sequence[Timing], settings: Settings, console: Console) -> None:
+    found = {(t.task, t.mechanism, t.heads): t for t in timings}
+    mechanisms, heads = (dict.fromkeys(getattr(t, name) for t in timings) for name in ("mechanism", "heads"))
+    rows = [(mechanism, h) for h in heads for mechanism in mechanisms]
+    title = precision
+    if precision == "int8":
+        done = {t.task: t.quantised for t in timings if t.quantised}
+        title += " (torchao, dynamic: linear maps " + ", ".join(f"{task} {n}" for task, n in done.items())
+        title += "; attention itself and W_A in float32)"
+    groups = [_strips(found, task, rows) for task in dict.fromkeys(t.task for t in timings)]
+    ends = [place % len(mechanisms) == len(mechanisms) - 1 for place in range(len(rows))]
+    start: list[Strip] = [("Mechanism", [m for m, _ in rows]), ("Heads", [h for _, h in rows])]
+    print_fitting(title, start, groups, ends, console)
+    for task in dict.fromkeys(t.task for t in timings):
+        shorter = {t.measured for t in timings if t.task == task and t.rounds and t.measured < settings.samples}
+        if shorter:
+            span = f"{min(shorter):,}" if len(shorter) == 1 else f"{min(shorter):,} to {max(shorter):,}"
+            console.print(Text(f"{task}: {settings.samples:,} extrapolated from {span}.", style="bold yellow"))
+    for reason in dict.fromkeys(f"{t.task}, h {t.heads}: {t.reason}" for t in timings if t.reason):
+        console.print(Text(f"Not timed: {reason}"))
+
+
+def _strips(found: Mapping[tuple[str, str, int], Timing], task: str, rows: Sequence[tuple[str, int]]) -> list[Strip]:
+    timings = [found.get((task, *row)) for row in rows]
+    theirs = [published(task, *row) for row in rows]
+    return [
+        (f"{task}, s", [_cell(t.seconds if t else None) for t in timings]),
+        (PAPER_DEVICE, ["–" if s is None else f"{s:g}" for s, _ in theirs]),
+        ("÷ standard", [_cell(t.ratio if t else None, 3) for t in timings]),
+        (PAPER_DEVICE, ["–" if r is None else f"{r:.3f}" for _, r in theirs]),
+    ]
+
+
+def _cell(spread: Spread | None, digits: int | None = None) -> str:
+    if spread is None:
+        return "–"
+    places = digits if digits is not None else 3 if spread.median < 1 else 2
+    low, high = number(spread.low, places), number(spread.high, places)
+    return f"{number(spread.median, places)} ({low}–{high})"
+
+
+def print_paper(console: Console) -> None:
+    """Table 4 alone, where nothing of ours is there."""
+    rows = [(str(row["mechanism"]), int(str(row["heads"]))) for row in paper.edge_inference()]
+    console.print(Text(f"Table 4 of arXiv 2403.01643v2: {TITLE}", style="bold"))
+    start: list[Strip] = [("Mechanism", [m for m, _ in rows]), ("Heads", [h for _, h in rows])]
+    groups: list[list[Strip]] = [_strips({}, task, rows)[1:] for task in PAPER_TASKS]
+    named: list[list[Strip]] = [
+        [(f"{task}, s", seconds[1]), ("÷ standard", ratios[1])]
+        for task, (seconds, _, ratios) in zip(PAPER_TASKS, groups, strict=True)
+    ]
+    print_fitting(f"the paper's ({PAPER_DEVICE}); ours: not run", start, named, [False] * len(rows), console)
+    console.print("Not run: no edge.json was found. To run: better-attention edge")
+
+
+# --- files -----------------------------------------------------------------------------------------------------
+
+
+def write(report: Report, folder: Path) -> list[Path]:
+    """``edge.csv`` and ``edge.json`` in ``folder``; returns the paths."""
+    document = {
+        "machine": dict(report.machine),
+        "settings": asdict(report.settings),
+        "complete": report.complete,
+        "weights": "untrained",
+        "timings": [asdict(timing) for timing in report.timings],
+    }
+    write_atomic(folder / "edge.json", json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_csv([report], folder / "edge.csv")
+    return [folder / "edge.csv", folder / "edge.json"]
+
+
+def write_csv(reports: Sequence[Report], path: Path) -> None:
+    """Ours beside the paper's, a line a timing."""
+    rows = [row for report in reports for row in beside_paper(report)] or beside_paper(None)
+    header = list(rows[0])
+    text = ("task", "mechanism", "precision", "reason")
+    write_lines(path, header, ([safe(row[k]) if k in text else row[k] for k in header] for row in rows))
+
+
+def read(path: Path) -> Report:
+    """The report that :func:`write` wrote.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    try:
+        document = json.loads(path.read_bytes())
+        timings = [
+            Timing(**{**t, "seconds": _as_spread(t["seconds"]), "ratio": _as_spread(t["ratio"])})
+            for t in document["timings"]
+        ]
+        machine = document["machine"]
+        if (
+            any(key not in machine for key in ("cpu", "threads", "commit", "date"))
+            or "torch" not in machine["versions"]
+        ):
+            raise ValueError("the machine is not described")
+        return Report(machine, Settings(**document["settings"]), timings, bool(document["complete"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is damaged or no edge.json ({type(error).__name__}: {error}). "
+            "`better-attention edge` writes it again."
+        ) from None
+
+
+def _as_spread(value: Mapping[str, float] | None) -> Spread | None:
+    if value is None:
+        return None
+    numbers = {key: value[key] for key in ("median", "low", "high")}
+    if not all(isinstance(x, int | float) and not isinstance(x, bool) for x in numbers.values()):
+        raise ValueError(f"{value} is no spread of numbers")
+    return Spread(**numbers)

@@ -1,0 +1,175 @@
+"""``better-attention ladder``: softmax against expressive attention on recurrences of rising difficulty."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from better_attention.cli import UserError, console
+from better_attention.cli.compare import command_line, names, numbers, positive, setting
+from better_attention.experiments.variant import Variant
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from better_attention.experiments.compare import Watcher
+    from better_attention.experiments.ladder import Ladder
+
+HELP = "how hard a recurrence each score still predicts: heat maps over N and τ, updates to 99 %, paired tests"
+MECHANISMS = ("standard", "expressive", "efficient", "efficient+expressive")
+GRID = ("modulus", "delay", "scaling", "positions", "layers", "epochs", "seeds", "length")
+"""Settings of the task that the grid and the options below set."""
+PLAIN_SECONDS = 30.0  # between two lines about one run
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the verb."""
+    parser.add_argument(
+        "--scale",
+        choices=("smoke", "small", "paper"),
+        default="small",
+        help="the grid: a minute, hours (default; the estimate says how many), days; our own task, in no paper",
+    )
+    parser.add_argument(
+        "--mechanisms", type=names, default=MECHANISMS, metavar="A,B,...", help=f"default: {','.join(MECHANISMS)}"
+    )
+    parser.add_argument("--rungs", type=rungs, metavar="2x4,8x4", help="N x τ, rising in difficulty")
+    parser.add_argument("--scalings", type=words, metavar="A,B", help="sqrt (1/√d_k), raw (1), learned (per head)")
+    parser.add_argument("--positions", type=words, metavar="A,B", help="learned, rotary, alibi")
+    parser.add_argument("--layers", type=numbers, metavar="1,2", help="depths of the model")
+    parser.add_argument("--heads", type=positive, metavar="N", help="default: the task's")
+    parser.add_argument("--seeds", type=positive, metavar="N", help="seeds 0 ... N-1")
+    parser.add_argument("--updates", type=positive, metavar="N", help="most updates of a run")
+    parser.add_argument(
+        "--screen",
+        action="store_true",
+        help="all settings with seed 0 alone, the other seeds where validation was best",
+    )
+    parser.add_argument(
+        "--equal-width", action="store_true", help="one width for all; default: widths of about equal parameters"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="any other setting of the task; repeatable"
+    )
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda", "mps"), default="cpu", help="default: cpu; the models are small"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the runs; default: runs/ladder-SCALE")
+
+
+def rungs(text: str) -> tuple[tuple[int, int], ...]:
+    """Rungs from a comma-separated list of NxT."""
+    pairs = [part.partition("x") for part in text.split(",")]
+    return tuple((positive(modulus), positive(delay)) for modulus, _, delay in pairs)
+
+
+def words(text: str) -> tuple[str, ...]:
+    """Words from a comma-separated list; each once."""
+    return tuple(dict.fromkeys(word.strip() for word in text.split(",")))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Climb, and write the page after every rung; 0, 1 where a run diverged, 130 after Ctrl-C."""
+    from better_attention.experiments import ladder_page
+    from better_attention.experiments.climb import Climb
+    from better_attention.experiments.ladder_findings import duels, sentence
+    from better_attention.experiments.train import Interrupted
+
+    ladder = make_ladder(args)
+    screen = console()
+    climb = Climb(ladder, make_watcher(screen, ladder))
+    try:
+        for rung in climb.run():
+            ladder_page.write(ladder, climb.rows, climb.notes, complete=rung == ladder.rungs[-1])
+    except Interrupted as stopped:
+        message = f"Interrupted. {stopped} The same command continues there:\n  {ladder.command}"
+        screen.print(message, markup=False, soft_wrap=True)
+        return 128 + stopped.signal
+    for duel in duels(climb.rows)["overall"]:
+        screen.print(sentence(duel), markup=False, soft_wrap=True)
+    for name in ("ladder.html", "ladder.csv", "ladder.json"):
+        screen.print(f"{ladder.out / name}", markup=False, soft_wrap=True)
+    return 1 if any(row.test_accuracy is None for row in climb.rows) else 0
+
+
+def make_ladder(args: argparse.Namespace) -> Ladder:
+    """The ladder that the arguments describe.
+
+    Raises:
+        UserError, ValueError: a setting out of range.
+    """
+    from better_attention.experiments.climb import epoch_updates
+    from better_attention.experiments.ladder import SCALES, Ladder, Setting
+    from better_attention.experiments.recurrence_task import RecurrenceTask
+    from better_attention.experiments.tasks import TASKS
+
+    grid = SCALES[args.scale]
+    task = TASKS["recurrence"](args.scale)
+    assert isinstance(task, RecurrenceTask)  # noqa: S101 - for the type checker
+    chosen = dict(setting(task, text) for text in args.set)
+    taken = [name for name in chosen if name in GRID]
+    if taken:
+        raise UserError(f"--set {taken[0]}: the ladder's grid sets it; see --rungs, --scalings, --layers, --updates.")
+    # The model is that of "small" at every scale; only the grid grows.
+    task = replace(task, **{"width": TASKS["recurrence"]("small").width, "equal_params": not args.equal_width} | chosen)
+    task = replace(task, epochs=-(-(args.updates or grid["updates"]) // epoch_updates(task)))
+    columns = [getattr(args, name) or grid[name] for name in ("scalings", "positions", "layers")]
+    ladder = Ladder(
+        task=task,
+        rungs=args.rungs or grid["rungs"],
+        settings=[Setting(*column) for column in product(*columns)],
+        variants=[Variant.of(name) for name in args.mechanisms],
+        heads=args.heads or task.default_heads,
+        seeds=args.seeds or grid["seeds"],
+        out=args.out or Path("runs") / f"ladder-{args.scale}",
+        screen=args.screen,
+        device=args.device,
+        command=command_line(),
+    )
+    for rung, column in product(ladder.rungs, ladder.settings):
+        ladder.task_of(rung, column)  # refuses what the task cannot be
+    return ladder
+
+
+def make_watcher(screen: Console, ladder: Ladder) -> Watcher:
+    """Prints a line a run, and one every half minute of a long one."""
+    from better_attention.cli.watch import duration, where
+    from better_attention.experiments.climb import epoch_updates
+    from better_attention.experiments.compare import Watcher
+    from better_attention.experiments.train import DivergedError, Position
+
+    class LadderWatcher(Watcher):
+        title, said_at = "", 0.0
+
+        def say(self, line: str) -> None:
+            screen.print(line, markup=False, soft_wrap=True)
+
+        def estimate(self, seconds: float, runs: int) -> None:
+            self.say(
+                f"at most {duration(seconds)} of training for {runs} runs of {epoch_updates(ladder.task)} updates an "
+                f"epoch and at most {ladder.task.epochs} epochs; solved runs end sooner, hopeless ones are not begun"
+            )
+
+        def begin(self, name: str, number: int, runs: int) -> None:
+            self.title, self.said_at = f"[{number} of at most {runs}] {name}", time.monotonic()
+
+        def progress(self, position: Position, steps: int) -> None:
+            if time.monotonic() - self.said_at >= PLAIN_SECONDS:
+                self.said_at = time.monotonic()
+                self.say(f"{self.title}  {where(position, ladder.task.epochs, steps)}")
+
+        def end(self, name: str, record: dict[str, Any]) -> None:
+            updates = record["epochs"] * epoch_updates(ladder.task)
+            self.say(f"{self.title}  test {record['test_accuracy']:.2f} % after {updates:,} updates")
+
+        def failed(self, name: str, error: DivergedError) -> None:
+            self.say(f"{self.title}  FAILED  {error}")
+
+        def stopping(self) -> None:
+            self.say("stopping after this step; once more stops at once")
+
+    return LadderWatcher()

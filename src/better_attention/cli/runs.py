@@ -1,0 +1,85 @@
+"""``better-attention runs``: the runs below a folder, and the state of each."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from better_attention.cli import UserError, console
+
+if TYPE_CHECKING:
+    from better_attention.experiments.inventory import Found
+
+HELP = "list the runs below a folder: finished, interrupted where, being written by whom, damaged why"
+DEFAULT = ("runs", "results")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the verb."""
+    parser.add_argument("folders", nargs="*", type=Path, metavar="DIR", help="default: runs/ and results/")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the list; returns 0, or 1 where a run is damaged.
+
+    Raises:
+        UserError: a folder that does not exist.
+    """
+    from better_attention.experiments.inventory import inventory
+
+    for folder in args.folders:
+        if not folder.is_dir():
+            raise UserError(f"{folder} is no folder. Runs are what `better-attention compare` writes below its --out.")
+    folders = args.folders or [Path(name) for name in DEFAULT if Path(name).is_dir()]
+    found = inventory(folders)
+    if args.json:
+        print(json.dumps([one.as_json() for one in found], indent=2, ensure_ascii=False))
+    else:
+        print_runs(found, folders)
+    return 1 if any(one.state == "damaged" for one in found) else 0
+
+
+def print_runs(found: list[Found], folders: list[Path]) -> None:
+    """A table, a line a run; then how many there are in each state."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    from better_attention.cli.watch import duration
+    from better_attention.experiments.files import plain
+
+    screen = console()
+    if not found:
+        where = " and ".join(map(str, folders)) or "runs/ and results/, which do not exist"
+        screen.print(f"No run folders below {where}. `better-attention compare` makes some.", markup=False)
+        if any(any(folder.glob("*/results.json")) for folder in folders):
+            screen.print("There are results of comparisons without their runs: `better-attention table N` reads them.")
+        return
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for title in ("Run", "Task", "Scale", "State"):
+        table.add_column(title, overflow="fold")
+    for title in ("Test acc. %", "Epochs", "Time", "Commit"):
+        table.add_column(title, justify="right", no_wrap=True)
+    colours = {"finished": "green", "damaged": "bold red", "being written": "cyan", "interrupted": "yellow"}
+    for one in found:
+        told = one.as_json()
+        accuracy = told["test_accuracy"]
+        cells = [
+            plain(one.path),
+            *(plain("–" if told[key] is None else told[key], 60) for key in ("task", "scale")),
+            f"{one.state}{': ' if one.detail else ''}{plain(one.detail, 300)}",
+            f"{accuracy:.2f}" if isinstance(accuracy, int | float) else "–",
+            str(one.epochs),
+            duration(one.seconds),
+            plain(told["commit"] or "–", 80)[:10],
+        ]
+        texts = [Text(cell) for cell in cells]
+        texts[3].stylize(colours[one.state])
+        table.add_row(*texts)
+    screen.print(table)
+    counts = Counter(one.state for one in found)
+    screen.print(", ".join(f"{number} {state}" for state, number in counts.items()), markup=False)

@@ -1,0 +1,77 @@
+"""``better-attention table N``: a table of the paper, ours beside it, and what was not run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from better_attention.cli import UserError, console
+
+HELP = "print a table of the paper beside our figures: difference, seeds, intervals, what was not run"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the verb."""
+    parser.add_argument("number", type=number, metavar="N", help="1 to 10; 4 is that of `better-attention edge`")
+    parser.add_argument(
+        "results",
+        nargs="*",
+        type=Path,
+        metavar="RESULTS",
+        help="results.json (of table 4: edge.json), or folders with one; default: results/*/ and runs/*/",
+    )
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="also write the rows there")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def number(text: str) -> int:
+    """The number of a table."""
+    if text not in map(str, range(1, 11)):
+        raise argparse.ArgumentTypeError(f"the paper has tables 1 to 10, received {text!r}")
+    return int(text)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the table; returns 0.
+
+    Raises:
+        UserError, ValueError, FileNotFoundError: results that are not there, or damaged.
+    """
+    from better_attention.experiments import paper_tables, paper_view
+
+    if args.csv is not None and args.csv.is_dir():
+        raise UserError(f"--csv is the file of the table, but {args.csv} is a folder: name a file in it.")
+    if args.number == paper_tables.EDGE:
+        return edge_table(args)
+    found = paper_tables.blocks(args.number, paper_tables.find_results(args.results))
+    if args.csv is not None:
+        paper_view.write_csv(found, args.csv)
+    if args.json:
+        print(json.dumps(paper_view.as_json(args.number, found), indent=2, ensure_ascii=False))
+    else:
+        paper_view.print_blocks(args.number, found, console())
+    return 0
+
+
+def edge_table(args: argparse.Namespace) -> int:
+    """Table 4, from what ``better-attention edge`` wrote."""
+    from better_attention.benchmarks import edge_view
+    from better_attention.experiments.paper_tables import find_results
+
+    files = find_results(args.results, "edge.json")
+    reports = [(file, edge_view.read(file)) for file in files]
+    if args.csv is not None:
+        edge_view.write_csv([report for _, report in reports], args.csv)
+    if args.json:
+        told = [{"file": str(file), "rows": edge_view.beside_paper(report)} for file, report in reports]
+        blocks = told or [{"file": "", "rows": edge_view.beside_paper(None)}]
+        print(json.dumps({"table": 4, "title": edge_view.TITLE, "blocks": blocks}, indent=2, ensure_ascii=False))
+        return 0
+    screen = console()
+    for file, report in reports:
+        screen.print(f"{file}", markup=False, soft_wrap=True)
+        edge_view.print_report(report, screen)
+    if not reports:
+        edge_view.print_paper(screen)
+    return 0

@@ -1,0 +1,235 @@
+"""Pictures in a folder per class: the user's own, and ImageNet as everybody arranges it.
+
+Three layouts, in a folder, in one archive, or in archives ``NAME-train.tar.gz``, ``NAME-val.tar.gz`` that lie together:
+
+    CLASS/.../picture                      no split: a tenth is held out by a hash of each name
+    train/CLASS/... and val/ or test/      that one is the test split
+    train/CLASS/..., val/ and test/        validation and test split
+
+``val/`` may be called ``valid/`` or ``validation/``. A file ``classes.tsv`` or ``words.txt`` beside them may name the
+classes: a line holds the name of a class's folder in one column and what people call it in the last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from .containers import DataError, Int64, UInt8
+from .image_cache import decoded, remembered
+from .picture import SUFFIXES, is_grey, quiet
+from .picture_tree import SPLITS, PictureTree, grow
+
+LAYOUT = (
+    "a folder per class, or train/ and val/ (or test/) folders of such, or archives NAME-train.tar.* and NAME-val.tar.*"
+)
+HELD_OUT = 0.1
+"""Share of the pictures that are held out where the data has no split of its own."""
+
+
+@dataclass(frozen=True, eq=False)
+class Pictures:
+    """Labelled pictures, found but not decoded.
+
+    Args:
+        tree: where they lie.
+        names: of every picture, in the tree.
+        labels: int64 ``(N,)``, indices into ``folders``.
+        folders: the name of each class's folder, sorted.
+        classes: what people call it.
+        parts: ``"train"``, ``"test"`` and maybe ``"validation"`` -> the rows of the split, ascending.
+        notes: what a report should say about the data.
+    """
+
+    tree: PictureTree
+    names: Sequence[str]
+    labels: Int64
+    folders: tuple[str, ...]
+    classes: tuple[str, ...]
+    parts: Mapping[str, Int64]
+    notes: tuple[str, ...]
+
+    @cached_property
+    def channels(self) -> int:
+        """1 if every picture stores grey values, else 3.
+
+        Raises:
+            DataError: something that is no picture, met before one with colours.
+        """
+
+        def find() -> int:
+            rows = {name: row for row, name in enumerate(self.names)}
+            with quiet():
+                return 1 if all(is_grey(name, source) for _, name, source in self.tree.contents(rows)) else 3
+
+        return 1 if remembered(_key("channels", self.tree.stamp, np.arange(0)), find) == 1 else 3
+
+    def pixels(self, rows: Int64, size: int, channels: int) -> UInt8:
+        """The pictures of some rows, in their order: see :func:`~better_attention.data.image_cache.decoded`."""
+        wanted = {self.names[row]: place for place, row in enumerate(rows.tolist())}
+        key = _key(f"{size} {channels}", self.tree.stamp, rows)
+        return decoded(key, len(rows), lambda: self.tree.contents(wanted), size, channels)
+
+
+def find(place: Path) -> Pictures:
+    """The pictures at ``place``, and how they are split; none is decoded yet.
+
+    Args:
+        place: a folder or an archive.
+
+    Returns:
+        The same on every machine for the same names; of an unsplit set, a picture that is held out stays held out when
+        others are added, and each class has one at least.
+
+    Raises:
+        DataError: no pictures, one class only, a class without pictures or with too few, a damaged archive.
+    """
+    tree = grow(place)
+    splits = _splits(tree.names)
+    members = {split: _classes(tree.names, top) for split, top in splits.items()}
+    members = {split: classes for split, classes in members.items() if classes}
+    _check(tree, members, splits)
+    folders = tuple(sorted(members["train"]))
+    names: list[str] = []
+    labels: list[int] = []
+    parts: dict[str, Int64] = {}
+    for split, own in members.items():
+        first = len(names)
+        for label, folder in enumerate(folders):
+            names += own.get(folder, [])
+            labels += [label] * len(own.get(folder, []))
+        parts[split] = np.arange(first, len(names), dtype=np.int64)
+    found = Pictures(tree, names, np.array(labels, dtype=np.int64), folders, _called(tree, folders), parts, ())
+    found = replace(found, notes=_ignored(found, splits))
+    if parts.keys() == {"train"}:
+        found = _with_held_out(found, splits["train"])
+    elif "test" not in parts:
+        note = f"{splits['validation']}/ is the test split here; validation is cut from {splits['train']}/"
+        found = replace(found, parts={"train": parts["train"], "test": parts["validation"]}, notes=(*found.notes, note))
+    return replace(found, notes=(*found.notes, _majority(found)))
+
+
+def _splits(names: Sequence[str]) -> dict[str, str]:
+    """Split -> its folder. A folder train/ that holds pictures itself is a class, of trains for example."""
+    below = [name for name in names if name.startswith("train/")]
+    if not below or any(name.count("/") == 1 for name in below):
+        return {"train": ""}
+    return {SPLITS[top]: top for top in sorted({name.partition("/")[0] for name in names} & SPLITS.keys())}
+
+
+def _class_of(name: str, top: str) -> str | None:
+    """The class folder of a picture below the folder ``top`` ("": the root); None if it lies in none."""
+    parts = name.split("/")[1 if top else 0 :] if not top or name.startswith(f"{top}/") else []
+    return parts[0] if len(parts) > 1 else None
+
+
+def _classes(names: Sequence[str], top: str) -> dict[str, list[str]]:
+    found: defaultdict[str, list[str]] = defaultdict(list)
+    for name in names:
+        folder = _class_of(name, top)
+        if folder is not None:
+            found[folder].append(name)
+    return dict(found)
+
+
+def _check(tree: PictureTree, members: Mapping[str, Mapping[str, object]], splits: Mapping[str, str]) -> None:
+    """Refuse what nothing can be learned from, or not what is meant."""
+    kinds = ", ".join(SUFFIXES)
+    top = splits["train"]
+    where = tree.place / top if top else tree.place
+    if "train" not in members:
+        loose = "pictures that lie in no class's folder" if tree.names else f"no pictures ({kinds})"
+        raise DataError(f"{where} holds {loose}; expected {LAYOUT}.")
+    for split, name in splits.items():
+        base = f"{name}/" if name else ""
+        empty = sorted(f for f in tree.folders if f.startswith(base) and f.count("/") == base.count("/"))
+        empty = [f for f in empty if f.removeprefix(base) not in members.get(split, {})]
+        if empty and (split == "train" or split in members):
+            raise DataError(
+                f"{tree.place / empty[0]} holds no pictures ({kinds}): a class without pictures. Remove the folder, or "
+                "put pictures there."
+            )
+    if len(members["train"]) == 1:
+        (only,) = members["train"]
+        raise DataError(
+            f"{where} has only one class, {only!r}; there is nothing to learn. If its classes are the folders "
+            f"below that, name it: {where / only}."
+        )
+    for split, classes in members.items():
+        unknown = sorted(classes.keys() - members["train"].keys())
+        if unknown:
+            raise DataError(
+                f"{tree.place / splits[split] / unknown[0]} is a class that {top}/ does not have "
+                f"({len(unknown):,} such): a model cannot know it. Expected {LAYOUT}."
+            )
+
+
+def _with_held_out(found: Pictures, top: str) -> Pictures:
+    """The same pictures with a test split: those whose name hashes below a tenth, and the lowest of each class."""
+    own_names = [name.removeprefix(f"{top}/" if top else "") for name in found.names]
+    hashes = np.array([_unit(name) for name in own_names])
+    held = hashes < HELD_OUT
+    for label in range(len(found.folders)):
+        own = np.flatnonzero(found.labels == label)
+        if len(own) == 1:
+            raise DataError(
+                f"{found.tree.place / found.names[own[0]]} is the only picture of its class: one to learn from and "
+                "one to test with are needed. Add pictures, or remove the class."
+            )
+        held[own[hashes[own].argmin()]] = True
+        held[own[hashes[own].argmax()]] = False
+    note = (
+        "the data has no split of its own: about a tenth of each class, chosen by a hash of the files' names, is the "
+        "test split; pictures that are nearly alike may lie on both sides"
+    )
+    parts = {"train": np.flatnonzero(~held), "test": np.flatnonzero(held)}
+    return replace(found, parts=parts, notes=(*found.notes, note))
+
+
+def _unit(name: str) -> float:
+    """A number in 0 ... 1 that depends on the name alone, however a file system writes its accents."""
+    digest = hashlib.sha256(unicodedata.normalize("NFC", name).encode("utf-8", "surrogateescape")).digest()
+    return int.from_bytes(digest[:6], "big") / 2**48
+
+
+def _ignored(found: Pictures, splits: Mapping[str, str]) -> tuple[str, ...]:
+    """Notes on pictures that are not read."""
+    flat = [f"{top}/ holds no folder per class and is not read" for split, top in splits.items()
+            if split not in found.parts]  # fmt: skip
+    loose = len(found.tree.names) - len(found.names)
+    return (*flat, *([f"{loose:,} pictures lie in no class's folder and are not read"] if loose else []))
+
+
+def _majority(found: Pictures) -> str:
+    """The note that gives an accuracy its zero."""
+    counts = np.bincount(found.labels[found.parts["test"]])
+    often, share = found.classes[counts.argmax()], 100 * counts.max() / counts.sum()
+    return f"guessing {often!r}, the most frequent class, is right for {share:.1f} % of the test pictures"
+
+
+def _called(tree: PictureTree, folders: Sequence[str]) -> tuple[str, ...]:
+    """What people call the classes; the folder's name where nobody says, or where two classes are called alike."""
+    said: dict[str, str] = {}
+    wanted = set(folders)
+    for line in tree.called():
+        columns = [column.strip() for column in line.split("\t")]
+        own = next((column for column in columns[:-1] if column in wanted), None)
+        if own is not None and columns[-1]:
+            said[own] = columns[-1]
+    often = Counter(said.get(folder, folder) for folder in folders)
+    names = [said.get(folder, folder) for folder in folders]
+    unique = [name if often[name] == 1 else f"{name} ({folder})" for name, folder in zip(names, folders, strict=True)]
+    return tuple(name.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for name in unique)
+
+
+def _key(what: str, stamp: str, rows: Int64) -> str:
+    digest = hashlib.sha256(f"1 {what} {stamp} {rows.shape}".encode())
+    digest.update(rows.tobytes())
+    return digest.hexdigest()[:32]

@@ -1,0 +1,201 @@
+"""One file of labelled texts: which columns hold them, and every row checked, with the line on which it begins."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .containers import DataError
+from .records import DELIMITERS, csv_records, json_records, parquet_columns, parquet_records, text_lines, whole
+
+TEXT_COLUMNS = (
+    *("text", "review", "sentence", "content", "body", "comment", "message", "tweet", "document", "review_text"),
+    *("reviewtext", "review_body", "description"),
+)
+LABEL_COLUMNS = (
+    *("label", "class", "stars", "sentiment", "target", "category", "rating", "score", "polarity", "star_rating"),
+    *("overall", "labels", "y"),
+)
+"""What a column may be called, in any case; the first that is there counts."""
+
+FORMATS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet"}
+KINDS = "a .csv, .tsv, .jsonl or .parquet file with a text and a label column (.gz, .bz2 and .xz are read too)"
+
+_COMPRESSED = (".gz", ".bz2", ".xz")
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """Which columns hold texts and labels: names that the user gave, or "" for the usual ones.
+
+    >>> Columns().of(["id", "Review", "Stars"])
+    ('Review', 'Stars')
+    """
+
+    text: str = ""
+    label: str = ""
+
+    def of(self, names: Sequence[str]) -> tuple[str | None, str | None]:
+        """The two columns among ``names``; None for one that is not there."""
+        return _find(names, self.text, TEXT_COLUMNS), _find(names, self.label, LABEL_COLUMNS)
+
+    def pick(self, place: str, names: Sequence[str]) -> tuple[str, str]:
+        """The two columns among ``names``.
+
+        Raises:
+            DataError: one is missing, or not unique; lists the columns that are there.
+        """
+        text, label = self.of(names)
+        some = ", ".join(repr(name[:40]) for name in names[:20]) or "none"
+        there = f"It has {some}{', ...' if len(names) > 20 else ''}"
+        for kind, found, asked in (("text", text, self.text), ("label", label, self.label)):
+            if found is None:
+                wanted = f"column {asked!r}" if asked else f"{kind} column"
+                raise DataError(f"{place} has no {wanted}. {there}: name one with `--set {kind}_column=NAME`.")
+            if names.count(found) > 1:
+                raise DataError(f"{place} has {names.count(found)} columns {found!r}. {there}: rename all but one.")
+        if text == label or text is None or label is None:
+            raise DataError(f"{place}: column {text!r} cannot hold the texts and the labels at once. {there}.")
+        return text, label
+
+
+def _find(names: Sequence[str], asked: str, usual: Sequence[str]) -> str | None:
+    if asked in names:
+        return asked
+    folded = {name.strip().casefold(): name for name in reversed(names)}
+    return next((folded[name] for name in ((asked.casefold(),) if asked else usual) if name in folded), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """One file's rows: its text, its label as text, and the line (of Parquet: the row) on which it begins."""
+
+    path: Path
+    unit: str
+    columns: tuple[str, str]
+    lines: list[int]
+    texts: list[str]
+    labels: list[str]
+
+    def place(self, row: int) -> str:
+        """Where a row is, for messages."""
+        return f"{self.path}, {self.unit} {self.lines[row]}"
+
+
+def format_of(path: Path) -> str | None:
+    """``"csv"``, ``"json"`` or ``"parquet"`` by the file's name; None for any other."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if len(suffixes) > 1 and suffixes[-1] in _COMPRESSED and suffixes[-2] != ".parquet":
+        suffixes.pop()
+    return FORMATS.get(suffixes[-1]) if suffixes else None
+
+
+def read_table(path: Path, columns: Columns) -> Table:
+    """The rows of one file, each with a text and a label.
+
+    Raises:
+        DataError: see :func:`better_attention.data.tables.read`.
+    """
+    kind = format_of(path)
+    if kind is None:
+        raise DataError(f"{path} is of no kind that can be read: expected {KINDS}.")
+    rows = {"csv": _csv_rows, "json": _json_rows, "parquet": _parquet_rows}[kind](path, columns)
+    names = next(rows, (0, "", ""))[1:]
+    table = Table(path, "row" if kind == "parquet" else "line", names, [], [], [])
+    for line, text, label in rows:
+        table.lines.append(line)
+        table.texts.append(_text(text, table, len(table.lines) - 1))
+        table.labels.append(_label(label, table, len(table.lines) - 1))
+    if not table.texts:
+        raise DataError(f"{path} holds no texts.")
+    return table
+
+
+def _csv_rows(path: Path, columns: Columns) -> Iterator[tuple[int, Any, Any]]:
+    """The names of the two columns, then line, text and label of each row."""
+    with text_lines(path) as source:
+        start = list(_until_filled(source))
+        delimiter = _delimiter(start[-1] if start else "", columns)
+        records = csv_records(path, itertools.chain(start, source), delimiter)
+        line, names = next(records, (1, []))
+        text, label = columns.pick(f"{path}, line {line} (separated by {DELIMITERS[delimiter]}s)", names)
+        yield line, text, label
+        at_text, at_label = names.index(text), names.index(label)
+        for line, fields in records:
+            yield line, fields[at_text], fields[at_label]
+
+
+def _until_filled(source: Iterator[str]) -> Iterator[str]:
+    for line in source:
+        yield line
+        if not line.isspace():
+            return
+
+
+def _delimiter(header: str, columns: Columns) -> str:
+    """The separator with which ``header`` has the wanted columns, or else the most columns."""
+    # What is too long for a header, or holds a stray carriage return, is for the strict reader to complain of.
+    start = header[:100_000].splitlines()[:1]
+
+    def merit(delimiter: str) -> tuple[int, int]:
+        names = next(csv.reader(start, delimiter=delimiter), [])
+        return sum(found is not None for found in columns.of(names)), len(names)
+
+    return max(DELIMITERS, key=merit)
+
+
+def _json_rows(path: Path, columns: Columns) -> Iterator[tuple[int, Any, Any]]:
+    with text_lines(path) as source:
+        text = label = ""
+        for line, record in json_records(path, source):
+            if not text:
+                text, label = columns.pick(f"{path}, line {line}", list(record))
+                yield line, text, label
+            for name in (text, label):
+                if name not in record:
+                    raise DataError(f"{path}, line {line} has no {name!r}. Every line needs {text!r} and {label!r}.")
+            yield line, record[text], record[label]
+
+
+def _parquet_rows(path: Path, columns: Columns) -> Iterator[tuple[int, Any, Any]]:
+    text, label = columns.pick(str(path), parquet_columns(path))
+    yield 0, text, label
+    for row, values in parquet_records(path, (text, label)):
+        yield row, *values
+
+
+def _text(value: object, table: Table, row: int) -> str:
+    if value is None or (isinstance(value, str) and not value.strip()):
+        raise DataError(f"{table.place(row)}: the text in column {table.columns[0]!r} is empty. Remove that record.")
+    return _plain(value, table, row, "text")
+
+
+def _label(value: object, table: Table, row: int) -> str:
+    """The class's name: numbers without a needless ``.0``, truth values as in JSON."""
+    if value is None or (isinstance(value, str) and not value.strip()) or (isinstance(value, float) and value != value):
+        raise DataError(f"{table.place(row)}: no label in column {table.columns[1]!r}. Add it, or remove that record.")
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, float) and math.isfinite(value):
+        return str(int(value)) if value.is_integer() else repr(value)
+    return _plain(value, table, row, "label").strip()
+
+
+def _plain(value: object, table: Table, row: int, kind: str) -> str:
+    """A text that can be written to a file again."""
+    if not isinstance(value, str):
+        raise DataError(
+            f"{table.place(row)}: the {kind} in column {table.columns[kind == 'label']!r} is {value!r:.40} "
+            f"({type(value).__name__}); {'a text is' if kind == 'text' else 'texts, numbers and truth values are'} "
+            "expected."
+        )
+    if not whole(value):
+        raise DataError(f"{table.place(row)}: the {kind} holds half a character ({value!a:.40}). Mend or remove it.")
+    return value

@@ -1,0 +1,184 @@
+"""Climbing a ladder: train the cells that are worth trying, rung by rung, and put down what came of each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from better_attention.cost import cost
+from better_attention.experiments.compare import Stop, Watcher, at_most, make_accelerator
+from better_attention.experiments.ladder import (
+    GIVE_UP,
+    Cell,
+    Ladder,
+    Row,
+    Rung,
+    Setting,
+    below,
+    best_settings,
+    softmax_twin,
+)
+from better_attention.experiments.pace import measure
+from better_attention.experiments.recurrence_task import RecurrenceTask
+from better_attention.experiments.runs import locked, read_curve
+from better_attention.experiments.task import Splits
+from better_attention.experiments.train import DivergedError, Interrupted, Training
+from better_attention.experiments.variant import Variant
+
+
+@dataclass
+class Climb:
+    """A ladder on its way: what has been found so far, and what is still worth trying.
+
+    Args:
+        rows: of the cells that were run, in their order.
+        notes: what each rung's data say of themselves.
+    """
+
+    ladder: Ladder
+    watcher: Watcher
+    rows: list[Row] = field(default_factory=list)
+    notes: dict[Rung, str] = field(default_factory=dict)
+
+    def run(self) -> Iterator[Rung]:
+        """Train what is not yet trained; a rung is yielded when all its cells are done.
+
+        Raises:
+            ValueError: a folder holds another run; a model cannot be built.
+            Interrupted: a signal arrived; everything is saved.
+        """
+        ladder, accelerator = self.ladder, make_accelerator(self.ladder.device)
+        for setting, variant in product(ladder.settings, ladder.variants):
+            with torch.device("meta"):  # what cannot be built is refused before hours of training
+                ladder.task_of(ladder.rungs[-1], setting).build(variant, ladder.heads)
+        stop = Stop(self.watcher)
+        with at_most(ladder.task.threads), stop.listening():
+            self.estimate(accelerator)
+            for rung in ladder.rungs:
+                splits = ladder.task_of(rung, ladder.settings[0]).load().to(accelerator.device)
+                self.notes[rung] = splits.notes[-1]
+                for seed in range(ladder.seeds):
+                    for cell in self.worth_trying(rung, seed):
+                        self.rows.append(self.train(cell, splits, accelerator, stop))
+                accelerator.free_memory()  # it holds on to every model it has prepared
+                yield rung
+
+    def worth_trying(self, rung: Rung, seed: int) -> list[Cell]:
+        """The cells of a rung and a seed, without those that are given up or, when screening, were not the best."""
+        pairs = list(product(self.ladder.settings, self.ladder.variants))
+        pairs = [(s, v) for s, v in pairs if not self.given_up(rung, s, softmax_twin(v))]
+        if self.ladder.screen and seed > 0:
+            best = best_settings(row for row in self.rows if row.rung == rung)
+            pairs = [(s, v) for s, v in pairs if best.get((v.name, rung)) == s]
+        return [Cell(rung, setting, variant, seed) for setting, variant in pairs]
+
+    def given_up(self, rung: Rung, setting: Setting, twin: str) -> bool:
+        """Whether a setting has failed too often below this rung, with either score: pairs stay whole."""
+        tried: dict[Rung, bool] = {}
+        for row in self.rows:
+            if (row.setting, row.twin) == (setting, twin) and row.rung != rung and below(row.rung, rung):
+                tried[row.rung] = tried.get(row.rung, False) or row.updates_to_target is not None
+        return sum(not solved for solved in tried.values()) >= GIVE_UP
+
+    def train(self, cell: Cell, splits: Splits, accelerator: Accelerator, stop: Stop) -> Row:
+        """One run, or what it had found before."""
+        ladder, folder = self.ladder, self.ladder.folder(cell)
+        task = ladder.task_of(cell.rung, cell.setting)
+        name = str(folder.relative_to(ladder.out))
+        self.watcher.begin(name, len(self.rows) + 1, len(ladder.cells))
+        with locked(folder) if accelerator.is_main_process else nullcontext():
+            training = Training(
+                *(task, splits, cell.variant, ladder.heads, cell.seed, folder, accelerator),
+                command=ladder.command,
+                progress=self.watcher.progress,
+                stop=stop,
+            )
+            try:
+                record: Mapping[str, Any] = training.run()
+            except DivergedError as error:
+                self.watcher.failed(name, error)
+                return row_of(ladder, cell, {}, [])
+            except Interrupted as error:
+                error.signal = stop.signal or error.signal
+                raise
+        self.watcher.end(name, dict(record))
+        return row_of(ladder, cell, record, read_curve(folder))
+
+    def estimate(self, accelerator: Accelerator) -> None:
+        """Tell the watcher how long all of it takes at most: every update made, nothing given up.
+
+        Measured for the shortest and the longest sequences; in between the time is at most linear in the length.
+        """
+        ladder = self.ladder
+        waiting = [cell for cell in ladder.cells if not (ladder.folder(cell) / "result.json").is_file()]
+        if ladder.screen:
+            waiting = [cell for cell in waiting if cell.seed == 0 or cell.setting == ladder.settings[0]]
+        if not waiting:
+            return
+        ends = sorted({min(cell.rung[1] for cell in waiting), max(cell.rung[1] for cell in waiting)})
+        paces: dict[tuple[str, int, int], float] = {}
+        for (positions, layers), delay in product({(c.setting.positions, c.setting.layers) for c in waiting}, ends):
+            task = ladder.task_of((2, delay), Setting("sqrt", positions, layers))
+            small = replace(task, train_samples=min(task.train_samples or 1, task.batch_size), test_samples=1)
+            train = small.load().to(accelerator.device).train
+            found = [measure(task, train, v, ladder.heads, accelerator.device).seconds for v in ladder.variants[:2]]
+            paces[positions, layers, delay] = sum(found) / len(found)
+        updates = ladder.task.epochs * epoch_updates(ladder.task)
+        total = 0.0
+        for cell in waiting:
+            low, high = (paces[cell.setting.positions, cell.setting.layers, end] for end in (ends[0], ends[-1]))
+            share = (cell.rung[1] - ends[0]) / max(1, ends[-1] - ends[0])
+            total += updates * (low + share * (high - low))
+        self.watcher.estimate(total, len(waiting))
+
+
+def epoch_updates(task: RecurrenceTask) -> int:
+    """Updates of an epoch."""
+    return math.ceil((task.train_samples or 0) / task.batch_size)
+
+
+def row_of(ladder: Ladder, cell: Cell, record: Mapping[str, Any], curve: Sequence[Mapping[str, float]]) -> Row:
+    """The row of a cell from its record and its curve; both empty where the run diverged."""
+    task = ladder.task_of(cell.rung, cell.setting)
+    each = epoch_updates(task)
+    solved = [int(epoch["epoch"]) for epoch in curve if task.solved(epoch)]
+    return Row(
+        mechanism=cell.variant.name,
+        score=cell.variant.mechanism.score,
+        modulus=task.modulus,
+        delay=task.delay,
+        scaling=task.scaling,
+        positions=task.positions,
+        layers=task.layers,
+        heads=ladder.heads,
+        seed=cell.seed,
+        width=task.sized(cell.variant, ladder.heads).width,
+        **{key: record.get(key) for key in ("train_accuracy", "validation_accuracy", "test_accuracy", "test_loss")},
+        updates=len(curve) * each if record else None,
+        updates_to_target=solved[0] * each if solved else None,
+        update_flops=update_flops(task, cell.variant, ladder.heads),
+        params=record.get("total_params"),
+        seconds=record.get("epoch_seconds", 0.0) * len(curve) if record else None,
+    )
+
+
+def update_flops(task: RecurrenceTask, variant: Variant, heads: int) -> int:
+    """Operations of the matrix products of one update, forward and backward: attention, MLP 4D, logits."""
+    width, tokens = task.sized(variant, heads).width, task.batch_size * task.length
+    attention = cost(
+        width,
+        heads,
+        task.length,
+        mechanism=variant.mechanism,
+        batch=task.batch_size,
+        align_heads="per_head" if variant.per_head else "shared",
+    ).flops
+    maps = task.layers * 8 * width**2 + width * task.modulus  # multiplications of a token, forward
+    return task.layers * attention + 6 * tokens * maps

@@ -1,0 +1,231 @@
+"""What a report says in words. Every claim is made here, by one function: split, seeds, interval, corrected p, verdict.
+
+Claims rest on the test split alone; figures of training stand in tables and curves and in no sentence.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from better_attention.experiments import paper
+from better_attention.experiments.paired import NOTHING, p_text
+from better_attention.experiments.stats import number
+from better_attention.experiments.study import Record
+from better_attention.experiments.summary import COLUMNS, Column, Row
+
+PAPER = ("standard", "optimised", "efficient", "super")
+"""The mechanisms that arXiv 2403.01643 defines."""
+
+WAITING = 0.05
+"""Most of a step that may be spent waiting for data, before times say more of the pipeline than of the model."""
+
+_WORDS = {
+    "test_accuracy": ("test accuracy", " %", " points"),
+    "test_loss": ("test loss", "", ""),
+    "test_top5": ("test top-5 accuracy", " %", " points"),
+    "test_bleu": ("test BLEU", "", " points"),
+}
+"""Key of a column -> its name in a sentence, the unit of its values, the unit of differences."""
+
+_KEPT = "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}"
+
+
+def sentences(rows: Sequence[Row]) -> list[str]:
+    """The findings: for accuracy and BLEU a sentence a number of heads, and for every test metric what was shown.
+
+    Args:
+        rows: those of one task and scale.
+    """
+    found = []
+    for column in COLUMNS:
+        if column.key in ("test_accuracy", "test_bleu"):
+            blocks = [[row for row in rows if row.heads == heads] for heads in sorted({row.heads for row in rows})]
+            found += [sentence for block in blocks if (sentence := finding(block, column))]
+        if column.key in _WORDS and (sentence := tally(rows, column)):
+            found.append(sentence)
+    return [one.replace(" ± ", _KEPT).replace(" %", "\N{NO-BREAK SPACE}%") for one in found]
+
+
+def finding(rows: Sequence[Row], column: Column) -> str | None:
+    """Who is best in ``column``, and what the comparison with standard shows; None where there is nothing to compare.
+
+    Args:
+        rows: those of one task, scale and number of heads.
+        column: one of the test split.
+
+    Raises:
+        ValueError: a column of another split; no claim rests on it.
+    """
+    name, unit, points = _words(column)
+    best = [row for row in rows if row.ranks.get(column.key) == 1]
+    if not best or len(rows) < 2:
+        return None
+    value, test = best[0].estimates[column.key], best[0].tests.get(column.key)
+    sentence = (
+        f"With {_heads(best[0].heads)}, {_listed([row.mechanism for row in best])} "
+        f"{'has' if len(best) == 1 else 'share'} the {'highest' if column.higher_is_better else 'lowest'} {name}, "
+        f"{value.format(column.digits)}{unit} ({_count(value.n, 'seed')})"
+    )
+    if test is None or any(column.key not in row.tests for row in best):  # standard is among the best
+        return f"{sentence}."
+    who = f"{best[0].mechanism} " if len(best) > 1 else ""
+    against = f"{sentence}: {who}{test.difference.format(column.digits, sign=True)}{points} against standard"
+    if test.corrected_p is None:
+        why = "a single pair of seeds" if test.difference.n == 1 else "no test is possible"
+        return f"{against}, {test.verdict} ({why})."
+    return f"{against}, {test.verdict} ({p_text(test.corrected_p)}, {_corrected(test.family)})."
+
+
+def tally(rows: Sequence[Row], column: Column) -> str | None:
+    """How many comparisons with standard in ``column`` show what; None where there is none.
+
+    Raises:
+        ValueError: a column of another split.
+    """
+    name, _, _ = _words(column)
+    verdicts = [row.tests[column.key].verdict for row in rows if column.key in row.tests]
+    if not verdicts:
+        return None
+    shown = [f"{word} in {verdicts.count(word)}" for word in ("higher", "lower") if word in verdicts]
+    left = verdicts.count(NOTHING)
+    parts = [*shown, f"{NOTHING} in {left}"] if left else shown
+    start = f"{name[0].upper()}{name[1:]} against standard"
+    if left == len(verdicts):
+        return f"{start}: {NOTHING} in {'the only comparison' if left == 1 else f'any of {left} comparisons'}."
+    return f"{start}, {_count(len(verdicts), 'comparison')}: {', '.join(parts)}."
+
+
+def _words(column: Column) -> tuple[str, str, str]:
+    if column.key not in _WORDS:
+        raise ValueError(f"claims rest on the test split, received column {column.key!r}: one of {', '.join(_WORDS)}.")
+    return _WORDS[column.key]
+
+
+def _corrected(family: int) -> str:
+    return "the only comparison" if family == 1 else f"corrected for {family} comparisons"
+
+
+def _heads(heads: int) -> str:
+    return _count(heads, "head")
+
+
+def _count(n: int, word: str) -> str:
+    return f"{n} {word}{'s' * (n != 1)}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def gaps(rows: Sequence[Row]) -> list[str]:
+    """What a reader of the means has to know: seeds that are missing, runs without a number, a missing baseline."""
+    found = []
+    for block in {(row.task, row.scale, row.heads): None for row in rows}:
+        compared = [row for row in rows if (row.task, row.scale, row.heads) == block]
+        seeds = sorted({seed for row in compared for seed in row.seeds})
+        for row in compared:
+            who, missing = f"{row.mechanism} with {_heads(row.heads)}", sorted(set(seeds) - set(row.seeds))
+            if missing:
+                which = f"seed{'s' * (len(missing) > 1)} {_listed(list(map(str, missing)))}"
+                found.append(
+                    f"{who} lacks {which}: its means are over the other seeds, its differences over those that "
+                    "standard has, too."
+                )
+            odd = [c.title for c in COLUMNS if c.tested and not _finite(row, c)]
+            if odd:
+                found.append(f"{who}: {_listed(odd)} of at least one run is no number; nothing is claimed of it.")
+        if len(compared) > 1 and all(row.mechanism != "standard" for row in compared):
+            found.append(f"standard was not run with {_heads(block[2])}: nothing is compared with it there.")
+    return found
+
+
+def _finite(row: Row, column: Column) -> bool:
+    return column.key not in row.estimates or math.isfinite(row.estimates[column.key].mean)
+
+
+def origin(task: str, rows: Sequence[Row]) -> str:
+    """Which part of a report is the paper's and which is ours, in a line.
+
+    Args:
+        task: name of the task.
+        rows: what is reported.
+    """
+    names = list(dict.fromkeys(row.mechanism for row in rows))
+    measured = {row["mechanism"] for row in paper.rows(task)}
+    sources = sorted({str(row["source"]) for row in paper.rows(task)})
+    parts = [
+        f"The task is that of arXiv 2403.01643 ({_listed(sources)}), what it leaves open is our choice"
+        if sources
+        else "The task is not the paper's: its definition and its setting are our own"
+    ]
+    defined = [name for name in names if name in PAPER]
+    if defined:
+        parts.append(f"arXiv 2403.01643 defines {_listed(defined)}")
+    unmeasured = [name for name in defined if name not in measured]
+    if sources and unmeasured:
+        parts.append(f"it has no results of {_listed(unmeasured)} on this task")
+    if "expressive" in names:
+        parts.append("expressive takes its score from arXiv 2407.18601")
+    ours = [name for name in names if name not in (*PAPER, "expressive")]
+    if ours:
+        parts.append(f"{_listed(ours)} {'is our own variant' if len(ours) == 1 else 'are our own variants'}")
+    return f"{'; '.join(parts)}. Seeds, intervals, tests, speeds and pictures are ours."
+
+
+def waiting(records: Sequence[Record]) -> tuple[str, bool] | None:
+    """The worst share of a step that a run spent waiting for data, in words, and whether it is too much.
+
+    None where no run has measured it.
+    """
+    found = []
+    for run in records:
+        share = run.get("waiting_share")
+        if isinstance(share, int | float) and not isinstance(share, bool) and math.isfinite(share):
+            found.append((float(share), f"{run.get('mechanism')}-h{run.get('heads')}-s{run.get('seed')}"))
+    if not found:
+        return None
+    worst, run_name = max(found)
+    text = f"at most {number(100 * worst, 1)} % of a step ({run_name})"
+    if worst < WAITING:
+        return text, False
+    return f"{text}: {100 * WAITING:.0f} % or more, so that times tell of the data pipeline as well", True
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Mean ranks of a mechanism among those compared.
+
+    Args:
+        mechanism: its name.
+        places: key of a column -> mean rank over the numbers of heads.
+        mean: mean of all its ranks.
+        blocks: number of ranks that is the mean of.
+    """
+
+    mechanism: str
+    places: dict[str, float]
+    mean: float
+    blocks: int
+
+
+def standings(rows: Sequence[Row]) -> list[Standing]:
+    """The rank table: mean ranks over the metrics of the test split and the numbers of heads, the best first.
+
+    Ranks are those of the results table: within a number of heads, equal where the printed means are. They know nothing
+    of intervals, so that a better rank is no finding.
+    """
+    ranks: dict[str, dict[str, list[int]]] = {}
+    for row in rows:
+        own = ranks.setdefault(row.mechanism, {})
+        for column in COLUMNS:
+            if column.tested and column.key in row.ranks:
+                own.setdefault(column.key, []).append(row.ranks[column.key])
+    found = []
+    for mechanism, by_key in ranks.items():
+        every = [rank for places in by_key.values() for rank in places]
+        if every:
+            means = {key: sum(places) / len(places) for key, places in by_key.items()}
+            found.append(Standing(mechanism, means, sum(every) / len(every), len(every)))
+    return sorted(found, key=lambda one: one.mean) if len(found) > 1 else []

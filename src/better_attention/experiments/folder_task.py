@@ -1,0 +1,136 @@
+"""Picture files in a folder per class: the user's own, or ImageNet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor
+
+from better_attention.experiments.image_task import ImageTask
+from better_attention.experiments.task import Split, Splits, cut
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from better_attention.data.image_folder import Pictures
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderTask(ImageTask):
+    """Picture files of any size into the classes that their folders name.
+
+    Pictures are scaled to ``image_size`` on their shorter side and cut to the middle square when they are decoded;
+    nothing is padded. :meth:`fitted` sets ``classes`` and ``channels`` by the data, ``length`` and ``raw_size`` by
+    ``image_size``.
+
+    Args:
+        official: pictures to train and to test with in the published data set; a note says where others were read.
+    """
+
+    official: tuple[int, int] | None = None
+
+    def fitted(self, folder: Path | None = None) -> Self:
+        """See :meth:`Task.fitted`."""
+        pictures = self._pictures(folder)
+        return replace(
+            self,
+            classes=len(pictures.classes),
+            channels=pictures.channels,
+            raw_size=self.image_size,
+            length=(self.image_size // self.patch) ** 2 + self.class_token,
+        )
+
+    def load(self, folder: Path | None = None) -> Splits:
+        """See :meth:`Task.load`."""
+        import numpy as np
+
+        from better_attention.data.containers import size_notes
+
+        pictures = self._pictures(folder)
+        if (len(pictures.classes), self.raw_size) != (self.classes, self.image_size):
+            raise ValueError(
+                f"task {self.name!r} is set to {self.classes} classes of {self.raw_size} pixels a side, but "
+                f"{pictures.tree.place} has {len(pictures.classes)} and image_size is {self.image_size}. Take "
+                "task.fitted(folder) first."
+            )
+        rows = self._rows(pictures)
+        # In this order in one array: each split is a slice of it, so that a set larger than memory is never copied.
+        order = np.concatenate(rows)
+        pixels = torch.from_numpy(pictures.pixels(order, self.image_size, self.channels))
+        targets = torch.from_numpy(pictures.labels[order])
+        sizes = [len(part) for part in rows]
+        train, validation, test = map(Split, pixels.split(sizes), targets.split(sizes))
+        notes = [
+            *pictures.notes,
+            f"the shorter side of every picture was scaled to {self.image_size} pixels, and the middle square taken",
+        ]
+        if self.official is not None:
+            notes += size_notes(len(pictures.parts["train"]), len(pictures.parts["test"]), self.official)
+        return Splits(train, validation, test, assets={"classes": list(pictures.classes)}, notes=tuple(notes))
+
+    def encode(self, inputs: Any, assets: Mapping[str, Any]) -> Tensor:
+        """Picture files, or arrays (H, W) or (H, W, 3) with pixels 0 ... 255, of any size; one, or several."""
+        import numpy as np
+
+        if isinstance(inputs, str | Path) or (isinstance(inputs, np.ndarray) and _is_one(inputs)):
+            inputs = [inputs]
+        pictures = [self.picture(one) for one in inputs]
+        shape = (self.image_size, self.image_size, *([self.channels] if self.channels > 1 else []))
+        return super().encode(np.stack(pictures) if pictures else np.empty((0, *shape), np.uint8), assets)
+
+    def picture(self, source: str | Path | NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """One picture, from a file or from pixels, as the model reads it.
+
+        Raises:
+            ValueError: a file or an array that is no picture.
+        """
+        import numpy as np
+        from PIL import Image
+
+        from better_attention.data.picture import fit, quiet, read_picture
+
+        if isinstance(source, str | Path):
+            with quiet():
+                return read_picture(str(source), Path(source), self.image_size, self.channels)
+        array = np.asarray(source)
+        if array.dtype != np.uint8 or array.ndim not in (2, 3) or array.shape[2:] not in ((), (3,)) or 0 in array.shape:
+            raise ValueError(
+                f"task {self.name!r} reads picture files, or uint8 pixels (H, W) or (H, W, 3) from 0 to 255; "
+                f"received {array.dtype} of shape {array.shape}."
+            )
+        return fit(Image.fromarray(array), self.image_size, self.channels)
+
+    def _pictures(self, folder: Path | None) -> Pictures:
+        from better_attention.data import NotFetched
+        from better_attention.data.image_folder import LAYOUT, find
+        from better_attention.data.store import home
+
+        base = home() if folder is None else folder
+        below = base / self.dataset
+        if folder is None and not below.is_dir():
+            raise NotFetched(f"task {self.name!r} reads picture files: name them with `--data DIR`. Layout: {LAYOUT}.")
+        return find(below if folder is None or (below / "train").is_dir() else folder)
+
+    def _rows(self, pictures: Pictures) -> list[NDArray[np.int64]]:
+        """Rows of the training, validation and test pictures; nothing is cut where the data has a validation split."""
+        import numpy as np
+
+        parts = pictures.parts
+        train, held, test = (part.numpy() for part in cut(self, len(parts["train"]), len(parts["test"])))
+        if "validation" not in parts:
+            return [parts["train"][train], parts["train"][held], parts["test"][test]]
+        generator = torch.Generator().manual_seed(self.data_seed)
+        order = torch.randperm(len(parts["validation"]), generator=generator).numpy()
+        kept = order if self.train_samples is None else order[: round(self.train_samples * self.validation_share)]
+        every = np.concatenate([held, train])
+        return [parts["train"][every], parts["validation"][kept], parts["test"][test]]
+
+
+def _is_one(array: NDArray[Any]) -> bool:
+    """Whether an array is one picture, (H, W) or (H, W, 3), and not several grey ones, (N, H, W)."""
+    return array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)

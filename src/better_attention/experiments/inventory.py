@@ -1,0 +1,141 @@
+"""What lies below a folder: every run with its state, finished, interrupted, being written or damaged, and why."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import safetensors
+
+from better_attention.experiments.checkpoint import last_state
+from better_attention.experiments.runs import holder, read_curve, read_json
+
+STATES = ("finished", "interrupted", "being written", "damaged")
+DEPTH = 4
+"""Levels of folders that are searched; a run below a comparison below ``runs/`` needs two."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """One run folder.
+
+    Args:
+        path: the folder.
+        state: one of :data:`STATES`.
+        detail: where it was interrupted, who writes it, or why it is damaged; "" where there is nothing to say.
+        run: what was to be trained: task, mechanism, heads, seed, settings; empty where the configuration is damaged.
+        result: the record of a finished run, else empty.
+        environment: command, commit, versions.
+        epochs: finished epochs.
+        seconds: spent training in them.
+    """
+
+    path: Path
+    state: str
+    detail: str = ""
+    run: Mapping[str, Any] = field(default_factory=dict)
+    result: Mapping[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    epochs: int = 0
+    seconds: float = 0.0
+
+    def as_json(self) -> dict[str, Any]:
+        """What a listing tells, as plain JSON values."""
+        settings = self.run.get("settings")
+        return {
+            "path": str(self.path),
+            "name": self.path.name,
+            "state": self.state,
+            "detail": self.detail,
+            **{key: self.run.get(key) for key in ("task", "mechanism", "heads", "seed", "device")},
+            "scale": settings.get("scale") if isinstance(settings, Mapping) else None,
+            "test_accuracy": self.result.get("test_accuracy"),
+            "epochs": self.epochs,
+            "seconds": self.seconds,
+            "commit": self.environment.get("commit"),
+            "command": self.environment.get("command"),
+        }
+
+
+def inventory(folders: Sequence[Path]) -> list[Found]:
+    """The runs below ``folders``, by path."""
+    configs = [path for folder in folders for path in _configs(folder, DEPTH)]
+    return [look_at(path.parent) for path in dict.fromkeys(configs)]
+
+
+def _configs(folder: Path, depth: int) -> Iterator[Path]:
+    """Every ``config.json`` of a run; a run holds no other run, and links are not followed."""
+    if (folder / "config.json").is_file():
+        yield folder / "config.json"
+    elif depth:
+        try:
+            below = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False))
+        except OSError:  # a folder that may not be read
+            return
+        for name in below:
+            yield from _configs(folder / name, depth - 1)
+
+
+def look_at(folder: Path) -> Found:
+    """The state of the run in ``folder``; reads no tensors."""
+    try:
+        config = read_json(folder / "config.json")
+        run, environment = config["run"], config.get("environment", {})
+        if not isinstance(run, Mapping) or not isinstance(environment, Mapping):
+            raise ValueError(f"{folder / 'config.json'} is damaged: it describes no run.")
+    except KeyError as error:
+        return Found(folder, "damaged", f"config.json describes no run: it lacks {error}")
+    except (OSError, ValueError) as error:
+        return Found(folder, "damaged", str(error))
+    found = Found(folder, "interrupted", run=run, environment=environment)
+    try:
+        epochs, seconds = _curve(folder)
+        found = replace(found, epochs=epochs, seconds=seconds)
+        if (folder / "result.json").is_file():
+            return replace(found, state="finished", detail=_weights(folder), result=_result(folder))
+    except (OSError, ValueError) as error:
+        return replace(found, state="damaged", detail=str(error))
+    writer, state = holder(folder), last_state(folder)
+    where = f"at epoch {state.get('epoch')}, step {state.get('step')}" if state else "before its first checkpoint"
+    if writer:
+        return replace(found, state="being written", detail=f"by {writer}; saved {where}")
+    return replace(found, detail=where)
+
+
+def _result(folder: Path) -> dict[str, Any]:
+    result = read_json(folder / "result.json")
+    for key in ("test_accuracy", "epochs", "commit"):
+        if key not in result:
+            raise ValueError(f"{folder / 'result.json'} is damaged: it lacks {key!r}.")
+    return result
+
+
+def _curve(folder: Path) -> tuple[int, float]:
+    """Number of finished epochs, and the seconds of their training."""
+    if not (folder / "metrics.jsonl").is_file():
+        if (folder / "result.json").is_file():
+            raise ValueError(f"{folder / 'metrics.jsonl'} is missing.")
+        return 0, 0.0
+    lines = read_curve(folder)
+    if not all(isinstance(line, Mapping) and isinstance(line.get("seconds"), int | float) for line in lines):
+        raise ValueError(f"{folder / 'metrics.jsonl'} is damaged: an epoch lacks its seconds.")
+    return len(lines), sum(line["seconds"] for line in lines)
+
+
+def _weights(folder: Path) -> str:
+    """A remark on the weights of a finished run, "" where they are there.
+
+    Raises:
+        ValueError: the file is not whole.
+    """
+    path = folder / "model.safetensors"
+    if not path.is_file():
+        return "published without its weights"
+    try:
+        with safetensors.safe_open(path, framework="pt"):
+            return ""
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}).") from None

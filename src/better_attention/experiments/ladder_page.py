@@ -1,0 +1,149 @@
+"""A climbed ladder in files: ``ladder.csv``, ``ladder.json``, and ``ladder.html``, a page that needs nothing else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+
+import jinja2
+from markupsafe import Markup
+
+from better_attention.experiments.files import plain, write_atomic
+from better_attention.experiments.ladder import GIVE_UP, Ladder, Row, Rung, Setting
+from better_attention.experiments.ladder_findings import at_best, duels, heights, sentence, spots, within
+from better_attention.experiments.looks import DARK, LIGHT
+from better_attention.experiments.paired import p_text
+from better_attention.experiments.recurrence_task import formula
+from better_attention.experiments.runs import commit, versions
+from better_attention.experiments.stats import number
+from better_attention.experiments.tables import safe, write_lines
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a page is made of. Text in it may come from anywhere; the page trusts none of it.
+
+    Args:
+        ladder: what was to be climbed.
+        rows: what has been found so far.
+        notes: rung -> what its data say of themselves.
+        complete: False while rungs are left.
+        commit, versions: of the program.
+    """
+
+    ladder: Ladder
+    rows: Sequence[Row]
+    notes: Mapping[Rung, str]
+    complete: bool
+    commit: str
+    versions: Mapping[str, str]
+
+
+def write(ladder: Ladder, rows: Sequence[Row], notes: Mapping[Rung, str], *, complete: bool) -> None:
+    """Write the three files below ``ladder.out``, each whole or not at all."""
+    report = Report(ladder, rows, notes, complete, commit(), versions())
+    header = [field.name for field in fields(Row)]
+    lines = ([safe(v) if isinstance(v, str) else v for v in asdict(row).values()] for row in rows)
+    write_lines(ladder.out / "ladder.csv", header, lines)
+    text = json.dumps(as_json(report), indent=2, ensure_ascii=False, allow_nan=False)
+    write_atomic(ladder.out / "ladder.json", text.encode("utf-8", "replace") + b"\n")
+    write_atomic(ladder.out / "ladder.html", render(report))
+
+
+def as_json(report: Report) -> dict[str, object]:
+    """The whole ladder as plain values."""
+    ladder = report.ladder
+    return {
+        "source": ladder.task.source,
+        "task": ladder.task.settings(),
+        "grid": {
+            "rungs": [list(rung) for rung in ladder.rungs],
+            "settings": [asdict(setting) for setting in ladder.settings],
+            "mechanisms": [variant.name for variant in ladder.variants],
+            "heads": ladder.heads,
+            "seeds": ladder.seeds,
+            "screen": ladder.screen,
+            "given_up_after": GIVE_UP,
+        },
+        "complete": report.complete,
+        "command": ladder.command,
+        "commit": report.commit,
+        "versions": dict(report.versions),
+        "rows": [asdict(row) for row in report.rows],
+        "findings": [sentence(duel) for duel in duels(report.rows)["overall"]],
+    }
+
+
+def render(report: Report) -> str:
+    """The page as HTML text."""
+    ladder, rows = report.ladder, report.rows
+    budget = ladder.task.epochs * -(-(ladder.task.train_samples or 0) // ladder.task.batch_size)
+    names = [variant.name for variant in ladder.variants]
+    found = duels(rows)
+    best = spots(at_best(rows))
+    return _template().render(
+        ladder=ladder,
+        report=report,
+        task=ladder.task,
+        budget=budget,
+        names=names,
+        rules=[f"{name}: x_t = {formula(name, 0).replace('-0', '-τ')} mod N" for name in ladder.task.rules],
+        moduli=sorted({N for N, _ in ladder.rungs}),
+        delays=sorted({delay for _, delay in ladder.rungs}),
+        best=best,
+        by_setting={setting: spots([r for r in rows if r.setting == setting]) for setting in ladder.settings},
+        heights=heights(rows, ladder.rungs),
+        equal_compute=heights(within(rows, budget), ladder.rungs),
+        sizes={name: size_of(name, rows) for name in names},
+        duels=found,
+        findings=[sentence(duel) for duel in found["overall"]],
+        give_up=GIVE_UP,
+        light=LIGHT,
+        dark=DARK,
+    )
+
+
+def size_of(name: str, rows: Sequence[Row]) -> str:
+    """The widths and parameters of a mechanism's models, from the smallest to the largest."""
+    own = [row for row in rows if row.mechanism == name]
+    widths, params = ({r.width for r in own}, {r.params for r in own if r.params})
+    parts = [
+        f"{what} {number(min(values), 0)}" + (f" … {number(max(values), 0)}" if len(values) > 1 else "")
+        for what, values in (("width", widths), ("parameters", params))
+        if values
+    ]
+    return ", ".join(parts) or "–"
+
+
+def shade(accuracy: float | None, modulus: int) -> str:
+    """How far an accuracy is from chance to 100 %, 0 ... 1, for the colour of its cell.
+
+    >>> shade(50.0, 2), shade(75.0, 2), shade(None, 2)
+    ('0.00', '0.50', '0.00')
+    """
+    chance = 100 / modulus
+    return f"{0.0 if accuracy is None else min(1.0, max(0.0, (accuracy - chance) / (100 - chance))):.2f}"
+
+
+def told(setting: Setting) -> str:
+    """A setting in words."""
+    scale = {"sqrt": "1/√d_k", "raw": "raw q·k", "learned": "learned scale"}[setting.scaling]
+    names = {"alibi": "ALiBi", "learned": "learned positions"}
+    depth = f"{setting.layers} layer{'s' * (setting.layers > 1)}"
+    return f"{scale}, {names.get(setting.positions, setting.positions)}, {depth}"
+
+
+@cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("better_attention.experiments"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: value if isinstance(value, Markup) else plain(value),
+    )
+    environment.globals.update(number=number, shade=shade, told=told, p_text=p_text)
+    return environment.get_template("ladder.html")

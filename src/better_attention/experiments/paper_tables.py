@@ -1,0 +1,309 @@
+"""The paper's tables, and which runs of ours stand beside which of their rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+
+from better_attention.experiments import paper
+from better_attention.experiments.stats import Estimate, estimate
+from better_attention.experiments.study import Record
+from better_attention.experiments.summary import COLUMNS, Column, Row, summarise
+from better_attention.experiments.tasks import TASKS
+
+NUMBERS = range(1, 11)
+EDGE = 4
+"""The table of inference times, which no training run has figures for; see :mod:`better_attention.benchmarks.edge`."""
+
+_COLUMNS = (Column("total_params", "All params", 0, higher_is_better=False, kind="size"), *COLUMNS)
+_NO_OUTCOME = frozenset(
+    {"name", "title", "source", "scale", "heads", "default_heads", "seeds", "threads", "equal_params"}
+)
+"""Settings that decide nothing in a run of given heads and seed; equal_params chooses the table."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The share of one data set in a table.
+
+    Args:
+        task: name of our task.
+        rows: key of the paper's rows, see :func:`paper.rows`.
+        largest: the rows of the most heads alone.
+        equal_params: the runs of ``compare --equal-params``.
+    """
+
+    task: str
+    rows: str
+    largest: bool = False
+    equal_params: bool = False
+
+    def published(self) -> list[paper.Row]:
+        """The paper's rows, in its order."""
+        rows = paper.rows(self.rows)
+        most = max(int(str(row["heads"])) for row in rows)
+        return [row for row in rows if not self.largest or row["heads"] == most]
+
+    @property
+    def command(self) -> str:
+        """What runs the paper's rows of this part."""
+        heads = ",".join(dict.fromkeys(str(row["heads"]) for row in self.published()))
+        options = " --equal-params" if self.equal_params else ""
+        return f"better-attention compare {self.task} --scale paper --heads {heads}{options}"
+
+
+def _parts(*tasks: str, largest: bool = False) -> tuple[Part, ...]:
+    return tuple(Part(task, task, largest) for task in tasks)
+
+
+TABLES: Mapping[int, tuple[str, tuple[Part, ...]]] = MappingProxyType(
+    {
+        1: ("classification of images", _parts("mnist", "cifar100", "imagenet", largest=True)),
+        2: ("classification of texts", _parts("imdb", "amazon", largest=True)),
+        3: ("translation, English to Spanish", _parts("translation", largest=True)),
+        5: ("MNIST over numbers of heads", _parts("mnist")),
+        6: ("CIFAR100 over numbers of heads", _parts("cifar100")),
+        7: ("ImageNet, models of about equal size", (Part("imagenet", "imagenet-equal-size", equal_params=True),)),
+        8: ("IMDB over numbers of heads", _parts("imdb")),
+        9: ("Amazon reviews over numbers of heads", _parts("amazon")),
+        10: ("translation over numbers of heads", _parts("translation")),
+    }
+)
+"""Number of a table -> what it shows, and its parts. Tables 1 to 3 are the rows of the most heads of the later ones."""
+
+
+@dataclass(slots=True)
+class Ours:
+    """Runs of one setting, which may lie in several files.
+
+    Args:
+        scale: the scale they were asked for.
+        changed: settings in which they differ from the paper's scale; None: the record does not tell.
+        files: where they came from.
+        records: one a run.
+    """
+
+    scale: str
+    changed: Mapping[str, object] | None
+    files: list[Path] = field(default_factory=list)
+    records: list[Record] = field(default_factory=list)
+
+    @property
+    def paper_scale(self) -> bool:
+        """Whether the setting is the paper's, as far as it is known."""
+        return self.scale == "paper" and not self.changed
+
+    def description(self) -> str:
+        """Scale, what differs from the paper's, and the files, for people."""
+        if self.changed is None:
+            settings = "" if self.scale == "paper" else ", not the paper's scale"
+            settings += " (no settings recorded)"
+        elif self.changed:
+            named = ", ".join(f"{key}={value}" for key, value in self.changed.items())
+            settings = f", not the paper's {'setting' if self.scale == 'paper' else 'scale'} ({named})"
+        else:
+            settings = "" if self.scale == "paper" else " (its settings are those of the paper's scale)"
+        return f"scale {self.scale}{settings}; {', '.join(map(str, self.files))}"
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One mechanism at one number of heads: ``published`` by the paper, run as ``ours``, or both."""
+
+    mechanism: str
+    heads: int
+    published: paper.Row | None
+    ours: Row | None
+    total: Estimate | None = None
+    """Our parameters of the whole model, which table 7 alone prints."""
+
+    @property
+    def seeds(self) -> int:
+        """Number of our seeds; 0: not run."""
+        return len(self.ours.seeds) if self.ours else 0
+
+    def estimate(self, key: str) -> Estimate | None:
+        """Our figure."""
+        if key == "total_params":
+            return self.total
+        return self.ours.estimates.get(key) if self.ours else None
+
+    def paper(self, key: str) -> float | int | None:
+        """The paper's figure."""
+        value = self.published.get(key) if self.published else None
+        return value if isinstance(value, int | float) else None
+
+    def seconds(self, *, theirs: bool) -> float | None:
+        """Seconds of an epoch, ours or the paper's."""
+        ours = self.estimate("epoch_seconds")
+        return self.paper("epoch_seconds") if theirs else ours.mean if ours else None
+
+    def difference(self, key: str) -> float | None:
+        """Ours less the paper's."""
+        ours, theirs = self.estimate(key), self.paper(key)
+        return None if ours is None or theirs is None else ours.mean - theirs
+
+    def count_agrees(self, key: str) -> bool | None:
+        """Whether our number of parameters is the paper's, to the last digit that the paper prints; None: unknown."""
+        difference, theirs = self.difference(key), self.paper(key)
+        return None if difference is None or theirs is None else abs(difference) < printed_unit(int(theirs))
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """The paper's rows of one data set beside the runs of one setting, or beside nothing."""
+
+    part: Part
+    ours: Ours | None
+    lines: Sequence[Line]
+
+    @property
+    def not_run(self) -> list[Line]:
+        """The paper's rows for which there is no run of ours."""
+        return [line for line in self.lines if not line.seeds]
+
+    def columns(self) -> list[Column]:
+        """What the paper prints, and the pace against torch's own layer where we have it."""
+        return [
+            column
+            for column in _COLUMNS
+            if any(line.paper(column.key) is not None for line in self.lines)
+            or (column.key == "epoch_ratio" and any(line.estimate(column.key) for line in self.lines))
+        ]
+
+    def wrong_counts(self) -> list[tuple[Line, Column]]:
+        """Where our number of parameters is not the paper's."""
+        sizes = [column for column in self.columns() if column.kind == "size"]
+        return [(line, column) for line in self.lines for column in sizes if line.count_agrees(column.key) is False]
+
+    def time_ratio(self, line: Line, *, theirs: bool) -> float | None:
+        """Seconds of an epoch over those of standard attention with as many heads: ours, or the paper's."""
+        standard = [other for other in self.lines if (other.mechanism, other.heads) == ("standard", line.heads)]
+        seconds = [one.seconds(theirs=theirs) for one in (line, *standard)]
+        return seconds[0] / seconds[1] if len(seconds) == 2 and seconds[0] and seconds[1] else None
+
+
+def printed_unit(count: int) -> int:
+    """The unit to which the paper gives a number of parameters: it prints ``66K`` and ``2.36M`` where it cuts.
+
+    >>> printed_unit(66048), printed_unit(66_000), printed_unit(2_360_000)
+    (1, 1000, 10000)
+    """
+    zeros = len(str(count)) - len(str(count).rstrip("0"))
+    return 10**zeros if zeros >= 3 else 1
+
+
+def blocks(table: int, files: Sequence[Path]) -> list[Block]:
+    """Table ``table`` of the paper beside the runs in ``files``.
+
+    A block for each data set and each setting of ours; runs of one setting in several files are brought together,
+    unless they contradict each other (two records of one seed): then they stay apart.
+
+    Raises:
+        ValueError: no such table, or a damaged file.
+    """
+    if table not in TABLES:
+        raise ValueError(f"table {table} has no results of training; {', '.join(map(str, TABLES))} have.")
+    records = [(file, record) for file in files for record in read_results(file)]
+    found = []
+    for part in TABLES[table][1]:
+        sources = _together(part, records)
+        found += [Block(part, ours, _lines(part, ours)) for ours in sources] or [Block(part, None, _lines(part, None))]
+    return found
+
+
+def find_results(paths: Sequence[Path], name: str = "results.json") -> list[Path]:
+    """The files called ``name``: those given, those in the folders given and in the folders directly below them.
+
+    Args:
+        paths: files and folders; none: ``results/*/`` and ``runs/*/`` of the working directory.
+
+    Raises:
+        FileNotFoundError: a path that does not exist, or a folder without any such file.
+    """
+    if not paths:
+        return [file for folder in ("results", "runs") for file in sorted(Path(folder).glob(f"*/{name}"))]
+    found: list[Path] = []
+    for path in paths:
+        if not path.exists():
+            raise FileNotFoundError(f"{path} does not exist: name a {name}, or a folder that holds one.")
+        inside = [path / name] if (path / name).is_file() else sorted(path.glob(f"*/{name}"))
+        if path.is_dir() and not inside:
+            raise FileNotFoundError(
+                f"{path} holds no {name}, nor does a folder in it. Name the --out of the command that writes one."
+            )
+        found += inside if path.is_dir() else [path]
+    return list(dict.fromkeys(found))
+
+
+def read_results(path: Path) -> list[Record]:
+    """The records in a ``results.json``.
+
+    Raises:
+        ValueError: the file is damaged; names it and what is wrong.
+    """
+    damaged = f"{path} is damaged or no results.json"
+    try:
+        records = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{damaged}: {error}. The command that made it writes it again.") from None
+    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+        raise ValueError(f"{damaged}: expected a list of objects, one a run.")
+    try:
+        summarise(records)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{damaged}: {error}") from None
+    return records
+
+
+def _together(part: Part, records: Sequence[tuple[Path, Record]]) -> list[Ours]:
+    """The runs of a part, those of one setting together; the paper's setting first."""
+    found: list[Ours] = []
+    for file, record in records:
+        settings = record.get("settings")
+        settings = settings if isinstance(settings, Mapping) else None
+        if record["task"] != part.task or bool(settings and settings.get("equal_params")) != part.equal_params:
+            continue
+        changed = None if settings is None else _changed(part.task, settings)
+        scale = str(record["scale"])
+        for ours in found:
+            if (ours.scale, ours.changed) == (scale, changed) and not _contradicts(ours.records, record):
+                break
+        else:
+            ours = Ours(scale, changed)
+            found.append(ours)
+        if file not in ours.files:
+            ours.files.append(file)
+        if record not in ours.records:
+            ours.records.append(record)
+    return sorted(found, key=lambda ours: not ours.paper_scale)
+
+
+def _contradicts(records: Sequence[Record], record: Record) -> bool:
+    own = ("mechanism", "heads", "seed")
+    return any(other != record and all(other[key] == record[key] for key in own) for other in records)
+
+
+def _changed(task: str, settings: Mapping[str, object]) -> dict[str, object]:
+    """The settings that differ from those of the paper's scale."""
+    theirs: Mapping[str, object] = TASKS[task]("paper").settings() if task in TASKS else {}
+    return {key: value for key, value in settings.items() if key not in _NO_OUTCOME and theirs.get(key, value) != value}
+
+
+def _lines(part: Part, ours: Ours | None) -> list[Line]:
+    """The paper's rows in its order, then rows of ours that it does not have."""
+    published = {(str(row["mechanism"]), int(str(row["heads"]))): row for row in part.published()}
+    own = {(row.mechanism, row.heads): row for row in summarise(ours.records)} if ours else {}
+    heads = {heads for _, heads in published}
+    totals: dict[tuple[str, int], list[float]] = {}
+    for record in ours.records if ours else ():
+        if isinstance(count := record.get("total_params"), int):
+            totals.setdefault((str(record["mechanism"]), int(str(record["heads"]))), []).append(count)
+    more = [key for key in own if key not in published and (not part.largest or key[1] in heads)]
+    return [
+        Line(*key, published.get(key), own.get(key), estimate(totals[key]) if key in totals else None)
+        for key in (*published, *more)
+    ]

@@ -1,0 +1,157 @@
+"""Where a token stands: rotary positions, which turn queries and keys, and ALiBi, a bias on the log weights.
+
+Both speak of distances alone, have no parameters, and take an offset for generation with a cache. Shape suffixes as in
+impl/call.py: B batch, L queries, S keys, N heads, H head width; P pairs of features, H/2.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .errors import describe, finite_number, floating_tensor, whole_number
+from .impl.call import island
+
+BASE = 10_000.0
+"""The usual base of rotary positions (arXiv 2104.09864, section 3.3)."""
+
+
+def rotary(x_BNLH: Tensor, *, base: float = BASE, offset: int | Tensor = 0, positions: Tensor | None = None) -> Tensor:
+    r"""Turn pairs of features of queries or keys by angles that grow with their position.
+
+    Pair p of the vector at position m, as a complex number, is multiplied by :math:`e^{i m \, base^{-2p/H}}`, so that
+    :math:`q_m \cdot k_n` depends on m and n through m - n alone. Feature p is paired with feature p + H/2 (the half
+    split of GPT-NeoX and Llama; weights trained with neighbours paired, as in GPT-J, have to be permuted).
+
+    Args:
+        x_BNLH: (..., L, H), such as (B, N, L, H), H even.
+        base: the slowest pair turns almost ``base`` times slower than the fastest, which turns by 1 a position.
+        offset: position of the first vector: the number of tokens in the cache while generating.
+        positions: instead of offset, offset + 1, ...: the position of each vector, (L,), or (B, L) for x (B, N, L, H).
+
+    Returns:
+        The shape and dtype of ``x_BNLH``; 16-bit numbers are turned in float32.
+
+    Raises:
+        TypeError, ValueError: an odd width, positions of another kind or shape, or an offset beside positions.
+
+    Source: arXiv 2104.09864, eqs. 14-16 and 34.
+
+    >>> rotary(torch.ones(1, 1, 2, 2))
+    tensor([[[[ 1.0000,  1.0000],
+              [-0.3012,  1.3818]]]])
+    """
+    floating_tensor(x_BNLH, "x")
+    if x_BNLH.dim() < 2:
+        raise ValueError(f"x must be (..., L, H), received {describe(x_BNLH)}.")
+    L, H = x_BNLH.shape[-2:]
+    if positions is None:
+        positions = torch.arange(L, device=x_BNLH.device) + offset
+    elif isinstance(offset, Tensor) or offset != 0:
+        raise ValueError(f"give positions or an offset, not both: received positions and offset={offset}.")
+    elif not isinstance(positions, Tensor) or positions.dtype == torch.bool or positions.is_complex():
+        raise TypeError(f"positions must be a tensor of numbers, received {describe(positions)}.")
+    elif tuple(positions.shape) not in ((L,), (x_BNLH.shape[0], L)) or positions.dim() >= x_BNLH.dim():
+        raise ValueError(
+            f"positions must be (L,) = ({L},), or (B, L) for x (B, N, L, H); received {describe(positions)} for "
+            f"{describe(x_BNLH)}."
+        )
+    cos, sin = angles(positions, H, base=base, dtype=island(x_BNLH.dtype))
+    if positions.dim() == 2:
+        cos, sin = (c.reshape(c.shape[0], *(1,) * (x_BNLH.dim() - 3), *c.shape[1:]) for c in (cos, sin))
+    return turned(x_BNLH, cos, sin)
+
+
+def angles(
+    positions: Tensor, width: int, *, base: float = BASE, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every pair's angle at each position, (..., L, H/2) for positions (..., L).
+
+    Args:
+        positions: numbers of any kind; their device is that of the result.
+        width: head width H.
+        base: see :func:`rotary`.
+        dtype: of the result, and of the angles: float32 errs by 1e-7 of the angle.
+
+    Raises:
+        ValueError: an odd width, or a base below 1.
+    """
+    even_width(width)
+    finite_number(base, "base", low=1.0)
+    pairs = torch.arange(0, width, 2, device=positions.device, dtype=dtype)
+    speeds_P = torch.exp(pairs * (-math.log(base) / width))
+    turns_LP = positions.to(dtype)[..., None] * speeds_P
+    return turns_LP.cos(), turns_LP.sin()
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """``x`` (..., H) with its pairs (p, p + H/2) turned; ``cos`` and ``sin`` broadcast to (..., H/2)."""
+    first, second = x.to(cos.dtype).chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+def even_width(width: int) -> int:
+    """``width`` if pairs of features fill a head of it.
+
+    Raises:
+        ValueError: an odd number.
+    """
+    if width % 2:
+        raise ValueError(
+            f"rotary positions turn pairs of features: the head width must be even, received {width}. "
+            "Choose embed_dim / num_heads even."
+        )
+    return width
+
+
+def alibi_slopes(num_heads: int) -> list[float]:
+    """The slope of each head: a geometric sequence from :math:`2^{-8/N}` with that ratio, for N a power of two.
+
+    Other numbers of heads take the slopes of the power of two below, then every second one of the power above.
+
+    Raises:
+        TypeError, ValueError: not a whole number of at least 1.
+
+    Source: arXiv 2108.12409, section 3, and its code for numbers of heads that are no power of two.
+
+    >>> alibi_slopes(4), alibi_slopes(3)
+    ([0.25, 0.0625, 0.015625, 0.00390625], [0.0625, 0.00390625, 0.25])
+    """
+    num_heads = whole_number(num_heads, "num_heads")
+    below = 1 << (num_heads.bit_length() - 1)
+    slopes = [2.0 ** (-8.0 * (n + 1) / below) for n in range(below)]
+    return slopes + [2.0 ** (-4.0 * (2 * n + 1) / below) for n in range(num_heads - below)]
+
+
+def alibi_bias(
+    num_heads: int,
+    L: int,
+    S: int,
+    *,
+    offset: int | Tensor = 0,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    r"""The additive mask of ALiBi, (N, L, S): minus the head's slope times the distance of query and key.
+
+    Added to the log weights, it multiplies the un-normalised weight of either score by :math:`e^{-slope |l - s|}`.
+    Later keys, which Press et al. hide, count by their distance too; hide them with ``is_causal=True``.
+
+    Args:
+        num_heads: number of heads N.
+        L, S: numbers of queries and keys.
+        offset: position of the first query among the keys: the number of tokens in the cache while generating.
+        device, dtype: of the result.
+
+    Source: arXiv 2108.12409, section 3.
+
+    >>> alibi_bias(1, 2, 3, offset=1) * 256
+    tensor([[[-1.,  0., -1.],
+             [-2., -1.,  0.]]])
+    """
+    slopes_N = torch.tensor(alibi_slopes(num_heads), device=device, dtype=dtype)
+    queries_L = torch.arange(L, device=device) + offset
+    distance_LS = (queries_L[:, None] - torch.arange(S, device=device)).abs()
+    return (-distance_LS).to(dtype) * slopes_N[:, None, None]

@@ -1,0 +1,296 @@
+"""``better-attention edge``: what is timed, what is told beside the paper, int8, and what is refused."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import nn
+
+from better_attention.benchmarks import edge, edge_view, machine
+from better_attention.benchmarks.edge import Settings, Timing
+from better_attention.benchmarks.runner import Spread
+from better_attention.cli import UserError, main
+from better_attention.cli import edge as verb
+from better_attention.experiments import paper
+from better_attention.experiments.tasks import TASKS
+
+SHORT = ["--tasks", "imdb", "--heads", "1,8", "--mechanisms", "standard,super"]
+SHORT += ["--samples", "50", "--batch-size", "20", "--rounds", "3"]
+FP32 = [*SHORT, "--precisions", "float32"]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files go nowhere else, and tables are as wide as they need to be."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
+def run(*words: str) -> int:
+    return main.main(["edge", *words])
+
+
+def document(capsys: pytest.CaptureFixture[str], *words: str) -> Any:
+    assert run(*words, "--json") == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_document(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = document(capsys, *FP32, "--threads", "1")
+    assert found["machine"]["threads"] == 1
+    assert found["machine"]["cpu"] == machine.cpu_name()
+    assert (found["settings"]["samples"], found["settings"]["batch_size"], found["complete"]) == (50, 20, True)
+    timed = [row for row in found["rows"] if row["rounds"]]
+    assert [(row["task"], row["heads"], row["mechanism"]) for row in timed] == [
+        ("imdb", h, m) for h in (1, 8) for m in ("standard", "super")
+    ]
+    for row in timed:
+        assert (row["rounds"], row["measured"], row["precision"]) == (3, 50, "float32")
+        assert 0 < row["seconds_low"] <= row["seconds_median"] <= row["seconds_high"] < 60
+    assert [row["to_standard_median"] for row in timed[::2]] == [1.0, 1.0]
+    assert [row["seconds_paper"] for row in timed] == [0.114, 0.112, 0.266, 0.264]
+    assert [row["to_standard_paper"] for row in timed] == pytest.approx([1, 0.112 / 0.114, 1, 0.264 / 0.266])
+    missing = [row for row in found["rows"] if not row["rounds"]]
+    assert len(missing) == 5 * 12 - 4
+    assert {row["reason"] for row in missing} == {"not run"}
+    assert (tmp_path / "runs" / "edge" / "edge.json").is_file()
+
+
+def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*FP32) == 0
+    out = capsys.readouterr().out
+    for words in (
+        machine.cpu_name(),
+        f"torch {torch.__version__}",
+        "50 random inputs in batches of 20, untrained weights (speed only)",
+        "÷ standard",
+        "Apple M2",
+    ):
+        assert words in out
+    line = next(line for line in out.splitlines() if line.split()[:2] == ["super", "8"])
+    assert "0.264" in line  # the paper's seconds
+    assert "0.992" in line  # and its ratio, 0.264 / 0.266
+    assert "extrapolated" not in out
+    assert "Of the paper's table not run: mnist, cifar100, imagenet, imdb (h 1: efficient, optimised; h 4; h 8: " in out
+
+
+@pytest.mark.parametrize(("words", "measured"), [(["--measured", "30"], 30), (["--measured", "900"], 50)])
+def test_fewer_samples_are_scaled_and_told(
+    words: list[str], measured: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every batch takes a second on the clock of this test: 30 of 50 samples in two batches are 3.33 seconds."""
+
+    def passes(model: nn.Module, batches: Any) -> float:
+        return float(len(batches))
+
+    monkeypatch.setattr(edge, "_pass", passes)
+    assert run(*FP32, *words) == 0
+    out = capsys.readouterr().out
+    assert ("imdb: 50 extrapolated from 30." in out) == (measured == 30)
+    row = json.loads(Path("runs/edge/edge.json").read_text())["timings"][0]
+    assert row["measured"] == measured
+    assert row["seconds"]["median"] == pytest.approx(2 * 50 / 30 if measured == 30 else 3.0)
+
+
+def test_quick_takes_about_a_second_a_pass() -> None:
+    quick = Settings(samples=5000, batch_size=32, quick=True)
+    assert edge.how_many(quick, 0.1) == 320
+    assert edge.how_many(quick, 60.0) == 32
+    assert edge.how_many(quick, 1e-6) == 5000
+    assert edge.how_many(Settings(quick=True, measured=64), 1e-6) == 64
+
+
+def test_the_mechanisms_take_turns_and_ratios_are_formed_within_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    speeds = {"a": iter([1.0, 10.0, 4.0]), "b": iter([2.0, 5.0, 2.0])}
+
+    def passes(model: Any, batches: Any) -> float:
+        if len(batches) == 1:
+            return 0.0
+        order.append(model)
+        return next(speeds[model])
+
+    monkeypatch.setattr(edge, "_pass", passes)
+    found = edge.rounds({"a": "a", "b": "b"}, [torch.zeros(1)] * 2, 3)  # type: ignore[dict-item]
+    assert order == ["a", "b", "b", "a", "a", "b"]
+    assert found == {"a": [1.0, 10.0, 4.0], "b": [2.0, 5.0, 2.0]}
+
+
+def test_ratios_are_own_over_standard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounds of 1, 10, 4 and 2, 5, 2 seconds: the median of 2, 0.5, 0.5, and not the ratio of the medians, 2 / 4."""
+    monkeypatch.setattr(edge, "rounds", lambda models, *rest: {"standard": [1.0, 10.0, 4.0], "super": [2.0, 5.0, 2.0]})
+    task = tiny.task()
+    timings = edge.measure_group(task, ["standard", "super"], 3, "float32", Settings(samples=16, batch_size=16))
+    assert timings[1].ratio == Spread.of([2.0, 0.5, 0.5])
+    assert timings[1].seconds == Spread.of([2.0, 5.0, 2.0])
+
+
+@pytest.mark.parametrize("name", [n for n in edge.PAPER_TASKS if n in TASKS])
+def test_inputs_have_the_tasks_shape(name: str) -> None:
+    task = edge.available_tasks()[name]
+    inputs = edge.random_inputs(task, 3)
+    assert len(inputs) == 3
+    assert torch.equal(inputs, edge.random_inputs(task, 3))
+    assert inputs.float().std() > 0
+    if name in ("mnist", "imdb"):
+        model = task.build("efficient", 4).eval()
+        with torch.inference_mode():
+            assert len(model(inputs)) == 3
+    if not inputs.is_floating_point() and inputs.ndim == 2:
+        assert inputs.min() > 0  # no padding
+
+
+def test_heads_that_do_not_divide_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--tasks", "imdb", "--heads", "5", "--mechanisms", "standard", *FP32[-2:]) == 0
+    assert "Not timed: imdb, h 5: embed_dim must be divisible" in capsys.readouterr().out
+
+
+def test_int8_without_torchao_is_told(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    assert run(*SHORT) == 0
+    out = capsys.readouterr().out
+    assert "pip install torchao" in out
+    timed = [t for t in json.loads(Path("runs/edge/edge.json").read_text())["timings"] if t["rounds"]]
+    assert {t["precision"] for t in timed} == {"float32"}
+
+
+def fake_torchao(monkeypatch: pytest.MonkeyPatch, quantize: Any) -> None:
+    module = ModuleType("torchao.quantization")
+    module.quantize_ = quantize  # type: ignore[attr-defined]
+    module.Int8DynamicActivationInt8WeightConfig = object  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torchao", ModuleType("torchao"))
+    monkeypatch.setitem(sys.modules, "torchao.quantization", module)
+
+
+def test_what_was_not_quantised_is_not_called_int8(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_torchao(monkeypatch, lambda model, config: None)
+    (timing,) = edge.measure_group(tiny.task(), ["standard"], 3, "int8", Settings(samples=16, batch_size=16))
+    assert timing.rounds == 0
+    # a tiny ViT: patches, 2 layers of 4 + 2 maps, head
+    assert timing.reason == "torchao left 14 of 14 linear maps in float32"
+
+
+def test_wrong_int8_numbers_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Rough(torch.Tensor):
+        pass
+
+    def spoil(model: nn.Module, config: Any) -> None:
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                module.weight = nn.Parameter((module.weight.data * 3).as_subclass(Rough), requires_grad=False)
+
+    fake_torchao(monkeypatch, spoil)
+    (timing,) = edge.measure_group(tiny.task(), ["standard"], 3, "int8", Settings(samples=16, batch_size=16))
+    assert timing.rounds == 0
+    assert "of the largest float32 output, allowed 1e-01" in timing.reason
+
+
+@pytest.mark.filterwarnings("ignore")  # of torchao's own
+def test_int8_by_torchao() -> None:
+    pytest.importorskip("torchao")
+    probe = edge.random_inputs(tiny.task(width=12), 16)
+    model, count = edge.prepare(tiny.task(width=12), "super", 3, "int8", probe)
+    # a tiny ViT: patches, 2 layers of q, o and the MLP, head
+    assert count == 1 + 2 * (2 + 2) + 1
+    with torch.inference_mode():
+        exact, _ = edge.prepare(tiny.task(width=12), "super", 3, "float32", probe)
+        off = (model(probe) - exact(probe)).abs().max() / exact(probe).abs().max()
+    assert 0 < off < 0.1  # rounded to 8 bits, and no more than that
+
+
+def test_ctrl_c_keeps_what_was_done(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    real, done = edge.measure_group, []
+
+    def once(*arguments: Any) -> Any:
+        if done:
+            raise KeyboardInterrupt
+        done.append(True)
+        return real(*arguments)
+
+    monkeypatch.setattr(edge, "measure_group", once)
+    assert run(*FP32) == 130
+    assert "Interrupted: this is what was timed by then." in capsys.readouterr().out
+    assert json.loads(Path("runs/edge/edge.json").read_text())["complete"] is False
+
+
+def test_files_come_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*FP32, "--out", "here") == 0
+    said = capsys.readouterr()
+    assert "wrote here/edge.csv" in said.err
+    report = edge_view.read(tmp_path / "here" / "edge.json")
+    assert isinstance(report.timings[0], Timing)
+    assert edge_view.beside_paper(report)[0]["mechanism"] == "standard"
+    with (tmp_path / "here" / "edge.csv").open(newline="", encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == 60
+    assert float(lines[0]["seconds_median"]) == report.timings[0].seconds.median  # type: ignore[union-attr]
+    # Table 4 prints the same.
+    assert main.main(["table", "4", "here"]) == 0
+    table = capsys.readouterr().out
+    assert table.splitlines()[1:] == said.out.splitlines()
+    assert main.main(["table", "4", "here", "--json"]) == 0
+    (block,) = json.loads(capsys.readouterr().out)["blocks"]
+    assert block["rows"] == edge_view.beside_paper(report)
+
+
+def test_table_4_without_ours_is_the_papers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["table", "4"]) == 0
+    out = capsys.readouterr().out
+    assert "Not run: no edge.json was found" in out
+    line = next(line for line in out.splitlines() if line.split()[:2] == ["super", "8"])
+    for task in edge.PAPER_TASKS:
+        (row,) = [r for r in paper.edge_inference() if (r["mechanism"], r["heads"]) == ("super", 8)]
+        assert str(row[task]) in line
+    assert main.main(["table", "4", "--csv", "t.csv"]) == 0
+    assert len(Path("t.csv").read_text().splitlines()) == 61
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"machine": {}, "settings": {}, "timings": [], "complete": true}']
+)
+def test_a_damaged_file_is_refused(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "edge.json"
+    path.write_text(content)
+    assert main.main(["table", "4", str(path)]) == 2
+    assert f"{path} is damaged or no edge.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--tasks", "digits"), "--tasks: expected some of mnist"),
+        (("--tasks", ""), "received ''"),
+        (("--out", "file"), "--out is a folder for the files"),
+    ],
+)
+def test_what_is_refused(words: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("file").write_text("mine")
+    assert run(*words) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [("--precisions", "int4"), ("--heads", "0"), ("--rounds", "0"), ("--samples", "x")])
+def test_words_the_parser_refuses(words: tuple[str, ...]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run(*words)
+    assert stop.value.code == 2
+
+
+def test_without_words_it_is_the_papers_table() -> None:
+    parser = argparse.ArgumentParser()
+    verb.add_arguments(parser)
+    args = parser.parse_args([])
+    assert (args.samples, args.heads, args.precisions) == (5000, (1, 4, 8), ("float32", "int8"))
+    assert [task.name for task in verb.chosen(args.tasks)] == [n for n in edge.PAPER_TASKS if n in TASKS]
+    assert {task.scale for task in verb.chosen(None)} == {"paper"}
+    with pytest.raises(UserError, match="received 'chess'"):
+        verb.chosen("mnist, chess")

@@ -1,0 +1,321 @@
+"""Image tasks beyond digits: augmentation, top 5, table 7, and pictures of one's own from the folder to the report."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+from scipy.ndimage import affine_transform
+from sklearn.metrics import top_k_accuracy_score
+from torch import nn
+
+from better_attention.cli import main
+from better_attention.data import DataError, NotFetched
+from better_attention.experiments.augmentation import TURN, affine_maps, keras_augmented
+from better_attention.experiments.compare import Plan, Watcher, compare
+from better_attention.experiments.folder_task import FolderTask
+from better_attention.experiments.image_task import ImageTask
+from better_attention.experiments.runs import load_run
+from better_attention.experiments.task import Split
+from better_attention.experiments.tasks import TASKS
+from better_attention.experiments.train import Interrupted
+from better_attention.experiments.variant import Variant
+
+# --- augmentation -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channels", [None, 3])
+def test_augmentation_samples_as_scipy_does(channels: int | None) -> None:
+    """scipy's "reflect" is Keras': d c b a | a b c d. Rows come first there, and coordinates are pixels."""
+    images = torch.randint(256, (5, 12, 12, *([channels] if channels else [])), dtype=torch.uint8)
+    torch.manual_seed(7)
+    drawn = torch.rand(5, 4).double().tolist()
+    torch.manual_seed(7)
+    ours = keras_augmented(images).reshape(5, 12, 12, -1)
+    assert ours.dtype == torch.float32
+    centre = np.array([5.5, 5.5])
+    for image, (flip, turn, wide, high), result in zip(images.reshape(5, 12, 12, -1), drawn, ours, strict=True):
+        angle = 0.02 * 2 * math.pi * (2 * turn - 1)
+        rotation = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
+        zoom = np.diag([0.8 + 0.4 * high, 0.8 + 0.4 * wide])
+        matrix = np.diag([1.0, -1.0 if flip < 0.5 else 1.0]) @ rotation @ zoom
+        for channel in range(image.shape[2]):
+            plane = image[..., channel].numpy().astype(np.float64)
+            expected = affine_transform(plane, matrix, centre - matrix @ centre, order=1, mode="reflect")
+            np.testing.assert_allclose(result[..., channel], expected, atol=0.02)
+
+
+def test_half_are_flipped_and_all_stay_within_the_examples_limits() -> None:
+    maps = affine_maps(torch.rand(4000, 4)).double()
+    flipped = torch.det(maps[:, :, :2]) < 0
+    assert 1850 < int(flipped.sum()) < 2150
+    width, height = maps[:, :, 0].norm(dim=1), maps[:, :, 1].norm(dim=1)
+    for side in (width, height):
+        assert 0.8 <= side.min() < 0.81
+        assert 1.19 < side.max() <= 1.2
+    angle = torch.atan2(maps[:, 1, 0], maps[:, 0, 0] * torch.where(flipped, -1.0, 1.0))
+    assert 0.95 * TURN < angle.abs().max() <= TURN * 1.0001
+    assert abs(float(angle.mean())) < 0.1 * TURN
+    assert torch.corrcoef(torch.stack([width, height]))[0, 1].abs() < 0.1
+    assert torch.equal(maps[:, :, 2], torch.zeros(4000, 2, dtype=torch.float64))
+
+
+def test_augmentation_draws_from_the_default_generator_alone() -> None:
+    images = torch.randint(256, (3, 8, 8), dtype=torch.uint8)
+    torch.manual_seed(5)
+    first, after = keras_augmented(images), torch.rand(1)
+    torch.manual_seed(5)
+    assert torch.equal(keras_augmented(images), first)
+    assert torch.equal(torch.rand(1), after)
+    assert not torch.equal(keras_augmented(images), first)
+    assert keras_augmented(images[:0]).shape == (0, 8, 8)
+    assert first.min() >= 0
+    assert first.max() <= 255
+
+
+def test_only_training_is_augmented_and_only_where_it_is_asked_for() -> None:
+    images = tiny.splits().train.inputs[:3]
+    assert tiny.task().augment(images) is images
+    assert not torch.equal(tiny.task(augmentation="keras").augment(images), images.float())
+    with pytest.raises(ValueError, match="augmentation must be one of 'none', 'keras', received 'mixup'"):
+        tiny.task(augmentation="mixup")
+
+
+def test_an_interrupted_run_with_augmentation_ends_with_the_same_bits(tmp_path: Path) -> None:
+    whole = tiny.training(tmp_path / "whole", augmentation="keras").run()
+    asked = iter([False] * 8 + [True])
+    with pytest.raises(Interrupted):
+        tiny.training(tmp_path / "cut", augmentation="keras", stop=lambda: next(asked)).run()
+    assert tiny.training(tmp_path / "cut", augmentation="keras").run()["test_loss"] == whole["test_loss"]
+    assert tiny.training(tmp_path / "plain").run()["test_loss"] != whole["test_loss"]
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "cut")]
+    assert weights[0] == weights[1]
+
+
+# --- top 5 ------------------------------------------------------------------------------------------------------------
+
+
+def test_top_5_is_sklearns() -> None:
+    logits = torch.randn(700, 10).double()
+    split = Split(torch.arange(700)[:, None], torch.randint(10, (700,)))
+    model: Any = lambda rows: logits[rows[:, 0]]  # noqa: E731 - a model is a function here
+    task = tiny.task(top5=True)
+    expected = 100 * top_k_accuracy_score(split.targets.numpy(), logits.numpy(), k=5)
+    assert task.scores(model, split, {}) == {"top5": pytest.approx(expected)}
+    assert replace(task, top5=False).scores(model, split, {}) == {}
+    assert replace(task, classes=5).scores(model, split, {}) == {}
+
+
+def test_top_5_is_in_the_record(tmp_path: Path) -> None:
+    record = tiny.training(tmp_path, top5=True, class_token=True).run()
+    assert record["test_accuracy"] < record["test_top5"] <= 100
+    assert record["train_top5"] > record["train_accuracy"]
+
+
+# --- the paper's models -----------------------------------------------------------------------------------------------
+
+
+def total(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_cifar100_has_the_papers_attention_parameters() -> None:
+    task = TASKS["cifar100"]("paper")
+    assert isinstance(task, ImageTask)
+    assert (task.length, task.layers, task.width, task.default_heads) == (257, 8, 256, 8)
+    with torch.device("meta"):
+        for mechanism, attention in (("standard", 263_168), ("super", 197_890)):
+            model = task.build(mechanism, 8)
+            assert sum(p.numel() for name, p in model.named_parameters() if "attention" in name) == 8 * attention
+
+
+@pytest.mark.parametrize(
+    ("variant", "width", "layers", "millions"),
+    [
+        ("standard", 768, 8, "60.54"),
+        ("optimised", 816, 8, "60.12"),
+        ("efficient", 804, 9, "60.09"),
+        ("super", 804, 9, "60.44"),
+        ("expressive", 768, 8, "60.54"),
+        ("super+expressive", 804, 9, "60.44"),
+        ("super+identity", 804, 9, "60.44"),
+    ],
+)
+def test_equal_parameters_on_imagenet_are_those_of_table_7(
+    variant: str, width: int, layers: int, millions: str
+) -> None:
+    task = replace(TASKS["imagenet"]("paper"), equal_params=True)
+    sized = task.sized(Variant.of(variant), 12)
+    assert (sized.width, sized.layers) == (width, layers)
+    with torch.device("meta"):
+        assert f"{total(task.build(variant, 12)) / 1e6:.2f}" == millions
+        assert total(replace(task, equal_params=False).build("super", 12)) < 54e6
+
+
+@pytest.mark.parametrize(
+    ("variant", "heads", "changes"),
+    [("super+per-head", 12, {}), ("standard+align", 12, {}), ("super", 8, {}), ("super", 12, {"width": 384})],
+)
+def test_what_table_7_does_not_have_gets_the_nearest_width(variant: str, heads: int, changes: dict[str, int]) -> None:
+    task = replace(TASKS["imagenet"]("paper"), equal_params=True, **changes)
+    assert task.sized(Variant.of(variant), heads).layers == 8
+    with torch.device("meta"):
+        assert total(task.build(variant, heads)) == pytest.approx(total(task.build("standard", 12)), rel=0.02)
+
+
+# --- pictures of one's own --------------------------------------------------------------------------------------------
+
+CLASSES = {"ants": (220, 40, 40), "bees": (40, 220, 40), "cats": (40, 40, 220)}
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty noisy pictures of each of three colours, every one of another size."""
+    folder, random = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for name, colour in CLASSES.items():
+        (folder / name).mkdir()
+        for number in range(20):
+            noise = random.integers(-30, 30, (9 + number, 12, 3))
+            Image.fromarray((np.array(colour) + noise).clip(0, 255).astype(np.uint8)).save(
+                folder / name / f"{number}.png"
+            )
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+def small(**changes: Any) -> FolderTask:
+    task = TASKS["images"]("smoke")
+    assert isinstance(task, FolderTask)
+    sizes: dict[str, Any] = {"image_size": 8, "patch": 4, "width": 8, "layers": 1, "batch_size": 8, "epochs": 12}
+    return replace(task, **(sizes | {"lr": 0.02, "dropout": 0.0, "head_dropout": 0.0} | changes))
+
+
+def test_compare_images_from_the_folder_to_the_prediction(photos: Path, tmp_path: Path) -> None:
+    variants = [Variant.of("standard"), Variant.of("super")]
+    plan = Plan(task=small(), variants=variants, heads=(2,), seeds=1, out=tmp_path, data=photos, device="cpu")
+    study, failed = compare(plan, Watcher())
+    assert failed == []
+    for record in study.records:
+        assert record["test_accuracy"] > 90  # the colours tell everything
+        assert sum(record["samples"].values()) == 60
+    assert any("no split of its own" in note for note in study.notes)
+    assert "data:image/png" in (tmp_path / "report.html").read_text("utf-8")
+
+    run = load_run(tmp_path / "super-h2-s0")
+    assert (run.task.settings()["classes"], run.task.settings()["channels"], run.task.length) == (3, 3, 4)
+    colours = [np.full(shape, colour, np.uint8) for shape, colour in zip(
+        ((30, 9, 3), (8, 8, 3), (11, 200, 3)), CLASSES.values(), strict=True)]  # fmt: skip
+    assert [found.label for found in run.predict(colours)] == list(CLASSES)
+    assert run.predict(photos / "bees" / "7.png")[0].label == "bees"
+    assert run.predict([str(photos / "cats" / "7.png"), colours[0]])[0].label == "cats"
+    assert run.predict(np.stack([colours[1]] * 2))[1].label == "bees"
+    assert run.predict([]) == []
+
+
+def test_from_the_command_line(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    sizes = ["width=8", "layers=1", "image_size=8", "dropout=0.0", "head_dropout=0.0"]
+    options = [part for size in sizes for part in ("--set", size)] + ["--epochs", "10", "--lr", "0.02"]
+    command = ["compare", "images", "--scale", "smoke", "--mechanisms", "super", "--heads", "2", "--device", "cpu"]
+    assert main.main([*command, *options, "--batch-size", "8", "--data", str(photos), "--out", str(out)]) == 0
+    capsys.readouterr()
+    run = str(out / "super-h2-s0")
+    assert main.main(["predict", run, str(photos / "ants" / "3.png"), str(photos / "cats" / "4.png"), "--json"]) == 0
+    assert [row["class"] for row in json.loads(capsys.readouterr().out)] == ["ants", "cats"]
+    assert main.main(["predict", run, "--index", "0", "--data", str(photos), "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["class"] == row["truth"]
+    (tmp_path / "text.png").write_text("no picture")
+    assert main.main(["predict", run, str(tmp_path / "text.png")]) == 2
+    assert "text.png is no JPEG, PNG" in capsys.readouterr().err
+    assert main.main(["predict", run, "--index", "99", "--data", str(photos)]) == 2
+    assert "--index 99: the test split has samples 0 to" in capsys.readouterr().err
+
+
+def test_splits_hold_each_picture_once(photos: Path) -> None:
+    task = small(image_size=16).fitted(photos)
+    splits = task.load(photos)
+    parts = (splits.train, splits.validation, splits.test)
+    seen = Counter(bytes(image.numpy()) for part in parts for image in part.inputs)
+    assert len(seen) == 60
+    assert set(seen.values()) == {1}
+    assert splits.digest == task.load(photos).digest
+    assert splits.assets == {"classes": list(CLASSES)}
+    for part in parts:
+        means = part.inputs.float().mean(dim=(1, 2))
+        assert torch.equal(means.argmax(dim=1), part.targets)
+    fewer = replace(task, train_samples=20, test_samples=2).load(photos)
+    assert [len(part) for part in (fewer.train, fewer.validation, fewer.test)] == [18, 2, 2]
+    assert {bytes(image.numpy()) for image in fewer.train.inputs} <= set(seen)
+    with pytest.raises(ValueError, match=r"is set to 2 classes of 32 pixels a side, but .* has 3 and image_size is 16"):
+        small(image_size=16).load(photos)
+
+
+def test_a_validation_split_of_the_datas_own_is_kept(photos: Path, tmp_path: Path) -> None:
+    for top, names in (("train", range(12)), ("val", range(12, 16)), ("test", range(16, 20))):
+        for name in CLASSES:
+            (tmp_path / top / name).mkdir(parents=True)
+            for number in names:
+                (tmp_path / top / name / f"{number}.png").write_bytes((photos / name / f"{number}.png").read_bytes())
+    task = small().fitted(tmp_path)
+    splits = task.load(tmp_path)
+    assert [len(part) for part in (splits.train, splits.validation, splits.test)] == [36, 12, 12]
+    fewer = replace(task, train_samples=20).load(tmp_path)
+    assert [len(part) for part in (fewer.train, fewer.validation, fewer.test)] == [20, 2, 12]
+    own = small(image_size=8).fitted(tmp_path / "val").load(tmp_path / "val")
+    pictures = {bytes(image.numpy()) for part in (own.train, own.validation, own.test) for image in part.inputs}
+    assert {bytes(image.numpy()) for image in splits.validation.inputs} == pictures
+
+
+def test_grey_pictures_make_a_grey_model(tmp_path: Path) -> None:
+    for label in range(2):
+        (tmp_path / f"class{label}").mkdir()
+        for number in range(20):
+            image = Image.new("L", (10, 10), 200 * label + number)
+            image.save(tmp_path / f"class{label}" / f"{number}.png")
+    task = small(class_token=True).fitted(tmp_path)
+    assert (task.channels, task.length) == (1, 5)
+    inputs, targets = task.load(tmp_path).train.inputs, task.load(tmp_path).train.targets
+    assert inputs.shape[1:] == (8, 8)
+    assert torch.equal(inputs[:, 0, 0] >= 200, targets == 1)
+    assert task.encode(np.zeros((4, 20, 30), np.uint8), {}).shape == (4, 8, 8)
+    assert task.encode(np.zeros((20, 30), np.uint8), {}).shape == (1, 8, 8)
+
+
+@pytest.mark.parametrize(
+    "picture", [np.zeros((5, 5)), np.zeros((5, 5, 4), np.uint8), np.zeros((0, 5), np.uint8), np.zeros(5, np.uint8), 3]
+)
+def test_arrays_that_are_no_pictures_are_refused(picture: object) -> None:
+    with pytest.raises(ValueError, match=r"task 'images' reads picture files, or uint8 pixels"):
+        small(raw_size=8).encode([picture], {})
+
+
+def test_without_data_it_says_where_to_name_it(tmp_path: Path) -> None:
+    for name in ("images", "imagenet"):
+        with pytest.raises(NotFetched, match=rf"task '{name}' reads picture files: name them with `--data DIR`"):
+            TASKS[name]("smoke").fitted()
+    with pytest.raises(DataError, match="nowhere does not exist"):
+        TASKS["images"]("smoke").fitted(tmp_path / "nowhere")
+
+
+def test_a_part_of_imagenet_says_so(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "imagenet").mkdir()
+    for top in ("train", "val"):
+        (tmp_path / "imagenet" / top).symlink_to(photos)
+    task = replace(TASKS["imagenet"]("smoke"), image_size=16).fitted(tmp_path)
+    splits = task.load(tmp_path)
+    assert "60 training and 60 test samples, where the official set has 1,281,167 and 50,000" in splits.notes
+    assert "val/ is the test split here; validation is cut from train/" in splits.notes
