@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import better_attention as ba
+from better_attention.native import missing
 from layers import refused, tokens
 
 B, N, L, S, H, V = 2, 3, 5, 7, 4, 2  # an own width for the values: nothing says that it is the keys'
@@ -418,3 +419,12 @@ def test_auto_leaves_long_bfloat16_softmax_to_torch() -> None:
     assert ba.explain(q, q, q).chosen == "sdpa"
     assert ba.explain(q[:, :1, :8], q[:, :1, :8], q[:, :1, :8]).chosen == "reference", "too small for another call"
     assert ba.explain(q, q, q, score="expressive").chosen != "sdpa"
+
+
+@pytest.mark.skipif(bool(missing()), reason="the compiled kernels are missing")
+def test_auto_gives_wide_heads_to_torch_only_where_a_mask_hides_keys() -> None:
+    q, mask = torch.zeros(8, 4, 64, 256), torch.ones(64, 64, dtype=torch.bool)
+    assert ba.explain(q, q, q).chosen == "native"
+    assert ba.explain(q, q, q, is_causal=True).chosen == "native"
+    assert ba.explain(q, q, q, attn_mask=mask).chosen == "sdpa"
+    assert ba.explain(q[..., :128], q[..., :128], q[..., :128], attn_mask=mask).chosen == "native"

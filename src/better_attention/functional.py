@@ -32,7 +32,7 @@ HEADS = 32
 WORK = 1 << 20
 """Multiplications for the scores (B N L S H) from which they do with fewer heads."""
 WIDE = 128
-"""Widest heads for which they do where keys are hidden."""
+"""Widest heads for which they do where a mask hides keys; a triangle costs them nothing."""
 HALF, HALF_TRAINED = 128, 512
 """Longest S at which they do in bfloat16, in inference and in training; beyond, PyTorch has matrix instructions."""
 
@@ -234,7 +234,7 @@ def _slow(call: Call, name: str) -> bool:
             return False
         if call.q_BNLH.dtype == torch.bfloat16 and (HALF_TRAINED if _trains(call) else HALF) < S:
             return True
-        if call.restricted and H > WIDE:
+        if call.masks and H > WIDE:
             return True
         return B * N < HEADS and B * N * L * S * H < WORK
     small = PLAIN[call.score] >= B * N * L * S and (call.score != "softmax" or S <= SHORT)
