@@ -19,6 +19,7 @@ from rich.console import Console
 from better_attention.cli import compare, main
 from better_attention.cli.watch import LiveWatcher, PlainWatcher, make_watcher
 from better_attention.experiments.tasks import TASKS
+from better_attention.experiments.text_task import OwnTextTask
 from better_attention.experiments.train import DivergedError, Position
 
 
@@ -48,6 +49,13 @@ def test_every_argument_arrives() -> None:
     assert (plan.data, plan.out) == (Path("there"), Path("here"))
 
 
+@pytest.mark.parametrize("name", ["2024", "true", "null", "[1]", '"quoted"', "stars"])
+def test_a_column_may_have_any_name(name: str) -> None:
+    plan = compare.make_plan(parse("text", "--set", f"label_column={name}"))
+    assert isinstance(plan.task, OwnTextTask)
+    assert plan.task.label_column == name.strip('"')
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -75,6 +83,7 @@ def test_arguments_that_mean_nothing_are_refused(
         (["--lr", "0"], "lr must be above 0"),
         (["--lr", "nan"], "lr must be"),
         (["--heads", "5", "--device", "cpu"], "5"),
+        (["--set", "classes=5", "--device", "cpu"], "is set to classes=5, but data set 'digits' has 10"),
         (["imdb", "--data", "nowhere", "--device", "cpu"], "nowhere does not exist"),
     ],
 )

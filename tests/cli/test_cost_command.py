@@ -45,6 +45,14 @@ def test_parameters_of_the_papers_layers(
     }
 
 
+def test_a_kernel_for_each_head_is_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    """super has 2(d² + d) + l² + l parameters; with a kernel a head h(l² + l) instead of the last two terms."""
+    words = ("--embed-dim", "32", "--heads", "4", "--length", "16")
+    rows = as_json(capsys, *words, "--mechanisms", "super,super+per-head,super+identity")
+    assert [row["mechanism"] for row in rows] == ["super", "super+per-head", "super+identity"]
+    assert [row["params"] for row in rows] == [2112 + 272, 2112 + 4 * 272, 2112 + 272]
+
+
 def test_every_count_is_that_of_the_library(capsys: pytest.CaptureFixture[str]) -> None:
     import torch
 

@@ -39,6 +39,15 @@ def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> N
     assert f"usage: better-attention {verb}" in capsys.readouterr().out
 
 
+def test_the_help_of_the_whole_lists_every_verb_in_its_own_words(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main.main(["--help"])
+    assert ended.value.code == 0
+    said = " ".join(capsys.readouterr().out.split())
+    for verb in main.VERBS:
+        assert f"{verb} {importlib.import_module(f'better_attention.cli.{verb}').HELP}" in said
+
+
 @pytest.mark.parametrize("arguments", [[], ["dance"], ["list", "--dance"]])
 def test_what_is_no_command_is_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:

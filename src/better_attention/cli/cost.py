@@ -8,7 +8,8 @@ from pathlib import Path
 
 from better_attention.cli import UserError, console
 from better_attention.cli.compare import names, positive
-from better_attention.mechanism import MECHANISMS, Mechanism
+from better_attention.experiments.variant import Variant
+from better_attention.mechanism import MECHANISMS
 
 HELP = "what the mechanisms cost: a table, or the paper's figures 2 to 4"
 DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -26,7 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=names,
         default=tuple(MECHANISMS),
         metavar="A,B,...",
-        help=f"default: {','.join(MECHANISMS)}; each may be followed by +expressive or +align",
+        help=f"default: {','.join(MECHANISMS)}; each may be followed by +expressive or +align, and one with W_A by "
+        "+per-head",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     figure = parser.add_argument_group("figures")
@@ -87,8 +89,10 @@ def entries(args: argparse.Namespace) -> list[Entry]:
     standard = cost(args.embed_dim, args.heads, args.length, **sizes)
     found: list[Entry] = []
     for name in args.mechanisms:
-        whole = cost(args.embed_dim, args.heads, args.length, mechanism=Mechanism.of(name), **sizes)
-        forward = cost(args.embed_dim, args.heads, args.length, mechanism=name, backward=False, **sizes)
+        variant = Variant.of(name)
+        own = {"mechanism": variant.mechanism, "align_heads": "per_head" if variant.per_head else "shared", **sizes}
+        whole = cost(args.embed_dim, args.heads, args.length, **own)
+        forward = cost(args.embed_dim, args.heads, args.length, backward=False, **own)
         found.append(
             {
                 "mechanism": name,

@@ -67,7 +67,10 @@ def _print(found: dict[str, list[Entry]]) -> None:
         table.add_row(str(row["name"]), *marks, "✓" if row["aligned"] else "", str(row["score"]))
     out = console()
     out.print(table)
-    out.print("Any name can be followed by +expressive or +align: efficient+expressive, standard+align.\n")
+    out.print(
+        "Any name can be followed by +expressive or +align: efficient+expressive, standard+align. In a comparison, one "
+        "with W_A can be followed by +per-head or +identity: super+per-head.\n"
+    )
 
     table = Table(title="Tasks", title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     for title in ("Name", "What", "Source"):

@@ -44,7 +44,8 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
     for name in VERBS:
         module = importlib.import_module(f"better_attention.cli.{name}")
-        verb = verbs.add_parser(name, help=module.HELP, description=module.HELP)
+        # argparse fills in %(prog)s where it lists the verbs: a per cent sign is written twice there.
+        verb = verbs.add_parser(name, help=module.HELP.replace("%", "%%"), description=module.HELP)
         module.add_arguments(verb)
         verb.set_defaults(run=module.run)
     return parser

@@ -169,9 +169,14 @@ def numbered_samples(trained: Run, rows: Sequence[int], folder: Path | None) -> 
         return []
     from better_attention.data import Images, Pairs, read
     from better_attention.experiments.folder_task import FolderTask
+    from better_attention.experiments.recurrence_task import RecurrenceTask
     from better_attention.experiments.text_task import TextTask
 
     inputs: Any
+    if isinstance(trained.task, RecurrenceTask):
+        raise UserError(
+            f"--index: task {trained.task.name!r} makes its data itself. Name the symbols instead, as in '1 0 1'."
+        )
     if isinstance(trained.task, FolderTask):
         test = trained.task.load(folder).test
         inputs, labels, classes = test.inputs.numpy(), test.targets.numpy(), trained.assets["classes"]

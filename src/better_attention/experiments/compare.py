@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from better_attention.experiments import report, tables
 from better_attention.experiments.maps import alignment_kernels, attention_maps
 from better_attention.experiments.pace import Pace, measure
+from better_attention.experiments.remarks import remarks
 from better_attention.experiments.runs import (
     check_agreement,
     commit,
@@ -192,7 +193,9 @@ def compare(plan: Plan, watcher: Watcher) -> tuple[Study, list[str]]:
     accelerator = make_accelerator(plan.device)
     plan = replace(plan, task=plan.task.fitted(plan.data))
     check_models(plan)
-    splits = plan.task.load(plan.data).to(accelerator.device)
+    splits = plan.task.load(plan.data)
+    notes = (*splits.notes, *remarks(plan.task, plan.variants, plan.heads))
+    splits = replace(splits, notes=notes).to(accelerator.device)
     watcher.data(splits, accelerator)
     same = describe_run(plan.task, plan.variants[0], plan.heads[0], 0, splits.digest, accelerator.device.type)
     check_agreement(plan.out, same)

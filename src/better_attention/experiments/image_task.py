@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from better_attention.errors import one_of, whole_number
 from better_attention.experiments.augmentation import AUGMENTATIONS, keras_augmented
-from better_attention.experiments.task import Shown, Split, Splits, Task, cut
+from better_attention.experiments.task import Shown, Split, Splits, Task, check_classes, cut
 from better_attention.experiments.variant import Variant
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ class ImageTask(Task):
         images = read(self.dataset, folder)
         if not isinstance(images, Images):
             raise TypeError(f"task {self.name!r} needs images; data set {self.dataset!r} holds none.")
+        check_classes(self, self.classes, images.classes)
         train, validation, test = cut(self, len(images.train_labels), len(images.test_labels))
         kept = Split(self._padded(images.train_images), torch.from_numpy(images.train_labels))
         held = Split(self._padded(images.test_images), torch.from_numpy(images.test_labels))

@@ -267,7 +267,7 @@ def _together(part: Part, records: Sequence[tuple[Path, Record]]) -> list[Ours]:
         settings = settings if isinstance(settings, Mapping) else None
         if record["task"] != part.task or bool(settings and settings.get("equal_params")) != part.equal_params:
             continue
-        changed = None if settings is None else _changed(part.task, settings)
+        changed = None if settings is None else changed_settings(part.task, settings)
         scale = str(record["scale"])
         for ours in found:
             if (ours.scale, ours.changed) == (scale, changed) and not _contradicts(ours.records, record):
@@ -287,7 +287,7 @@ def _contradicts(records: Sequence[Record], record: Record) -> bool:
     return any(other != record and all(other[key] == record[key] for key in own) for other in records)
 
 
-def _changed(task: str, settings: Mapping[str, object]) -> dict[str, object]:
+def changed_settings(task: str, settings: Mapping[str, object]) -> dict[str, object]:
     """The settings that differ from those of the paper's scale."""
     theirs: Mapping[str, object] = TASKS[task]("paper").settings() if task in TASKS else {}
     return {key: value for key, value in settings.items() if key not in _NO_OUTCOME and theirs.get(key, value) != value}

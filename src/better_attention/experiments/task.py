@@ -7,7 +7,7 @@ A task is a frozen dataclass that a function of ``tasks/`` returns for a scale; 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, cached_property
 from hashlib import sha256
@@ -155,14 +155,16 @@ class Task(ABC):
         for name in ("width", "length", "layers", "default_heads", "seeds", "epochs", "batch_size"):
             whole_number(getattr(self, name), name)
         whole_number(self.patience, "patience", at_least=0)
-        if self.threads is not None:
-            whole_number(self.threads, "threads")
+        for name in ("threads", "train_samples", "test_samples"):
+            if getattr(self, name) is not None:
+                whole_number(getattr(self, name), name)
         one_of(self.scale, "scale", SCALES)
         one_of(self.optimiser, "optimiser", OPTIMISERS)
         if finite_number(self.lr, "lr", low=0.0) == 0:
             raise ValueError("lr must be above 0, received 0.")
         finite_number(self.weight_decay, "weight_decay", low=0.0)
-        finite_number(self.dropout, "dropout", low=0.0, high=1.0)
+        for name in ("dropout", "validation_share"):
+            finite_number(getattr(self, name), name, low=0.0, high=1.0)
 
     def fitted(self, folder: Path | None = None) -> Self:
         """This task with what only the user's data can tell (classes, sizes) filled in; known data sets know it all.
@@ -301,6 +303,19 @@ def equal_width(task: Task, variant: Variant, heads: int) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if size(middle * step, variant) <= aim else (low, middle)
     return min((low * step, high * step, task.width), key=lambda width: abs(size(width, variant) - aim))
+
+
+def check_classes(task: Task, classes: int, there: Sequence[str]) -> None:
+    """Refuse data of another number of classes than the model is built for.
+
+    Raises:
+        ValueError: it is another.
+    """
+    if len(there) != classes:
+        raise ValueError(
+            f"task {task.name!r} is set to classes={classes}, but data set {task.dataset!r} has {len(there)}: "
+            f"leave `classes` as it is, or take classes={len(there)}."
+        )
 
 
 def cut(task: Task, train: int, test: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor, nn
 
-from better_attention.experiments.task import Shown, Split, Splits, Task, cut
+from better_attention.experiments.task import Shown, Split, Splits, Task, check_classes, cut
 from better_attention.experiments.variant import Variant
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ class TextTask(Task):
         from better_attention.data import Vocabulary
 
         texts = self.texts(folder)
+        check_classes(self, self.classes, texts.classes)
         parts = chosen(self, texts)
         vocabulary = Vocabulary.build(parts["train"].texts, self.vocabulary)
 
