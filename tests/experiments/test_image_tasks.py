@@ -295,6 +295,26 @@ def test_grey_pictures_make_a_grey_model(tmp_path: Path) -> None:
     assert task.encode(np.zeros((20, 30), np.uint8), {}).shape == (1, 8, 8)
 
 
+def test_coloured_pictures_are_read_as_grey_ones_if_asked(photos: Path) -> None:
+    task = small(channels=1).fitted(photos)
+    assert task.channels == 1
+    assert task.load(photos).train.inputs.shape[1:] == (8, 8)
+    assert small().fitted(photos).channels == 3
+
+
+def test_the_length_follows_from_image_and_patch() -> None:
+    mnist = TASKS["mnist"]("paper")
+    assert isinstance(mnist, ImageTask)
+    assert replace(mnist, patch=8).length == replace(mnist, patch=8, length=3).length == 16
+    with pytest.raises(ValueError, match="patch must be <= image_size=32, received 64"):
+        replace(mnist, patch=64)
+
+
+def test_images_are_padded_and_never_cut() -> None:
+    with pytest.raises(ValueError, match="image_size must be >= 8, received 4"):
+        tiny.task(image_size=4).load()
+
+
 @pytest.mark.parametrize(
     "picture", [np.zeros((5, 5)), np.zeros((5, 5, 4), np.uint8), np.zeros((0, 5), np.uint8), np.zeros(5, np.uint8), 3]
 )

@@ -171,7 +171,7 @@ OWN_OPTIONS = ("name", "title", "source", "scale", "dataset", "equal_params")
 
 
 def setting(task: Task, text: str) -> tuple[str, Any]:
-    """Name and value of ``NAME=VALUE``, the value as JSON or, failing that or where a text is asked for, as it stands.
+    """Name and value of ``NAME=VALUE``, the value as JSON or, failing that or where any text will do, as it stands.
 
     Raises:
         UserError: no such setting, or a value of another kind than the task's own.
@@ -185,7 +185,7 @@ def setting(task: Task, text: str) -> tuple[str, Any]:
     except ValueError:
         parsed = value
     own = getattr(task, name)
-    if isinstance(own, str) and not isinstance(parsed, str):  # a column may be called 2024, or true
+    if own == "" and not isinstance(parsed, str):  # free text: a column may be called 2024, or true
         parsed = value
     kind = (int,) if own is None else (int, float) if isinstance(own, float) else (type(own),)
     if "None" in kinds[name]:

@@ -25,8 +25,8 @@ class FolderTask(ImageTask):
     """Picture files of any size into the classes that their folders name.
 
     Pictures are scaled to ``image_size`` on their shorter side and cut to the middle square when they are decoded;
-    nothing is padded. :meth:`fitted` sets ``classes`` and ``channels`` by the data, ``length`` and ``raw_size`` by
-    ``image_size``.
+    nothing is padded. :meth:`fitted` sets ``classes`` and ``channels`` by the data (``channels=1`` reads coloured
+    pictures as grey ones), ``raw_size`` by ``image_size``.
 
     Args:
         official: pictures to train and to test with in the published data set; a note says where others were read.
@@ -40,9 +40,8 @@ class FolderTask(ImageTask):
         return replace(
             self,
             classes=len(pictures.classes),
-            channels=pictures.channels,
+            channels=min(self.channels, pictures.channels),
             raw_size=self.image_size,
-            length=(self.image_size // self.patch) ** 2 + self.class_token,
         )
 
     def load(self, folder: Path | None = None) -> Splits:

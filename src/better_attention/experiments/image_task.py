@@ -29,7 +29,7 @@ class ImageTask(Task):
     Args:
         raw_size: side of the data set's square images, in pixels.
         image_size: side after padding with black on all sides.
-        patch: side of a patch; ``length`` is (image_size / patch)^2, and one more with a class token.
+        patch: side of a patch; ``length`` follows: (image_size / patch)^2, and one more with a class token.
         channels, classes, peak: 1 (grey) or 3; number of classes; the value that means white.
         head_dropout: before the head.
         class_token, mlp, head_hidden, final_norm, embed_bias: of the model, as described there.
@@ -61,6 +61,9 @@ class ImageTask(Task):
             whole_number(self.mlp, "mlp")
         whole_number(self.head_hidden, "head_hidden", at_least=0)
         one_of(self.augmentation, "augmentation", AUGMENTATIONS)
+        if self.patch > self.image_size:
+            raise ValueError(f"patch must be <= image_size={self.image_size}, received {self.patch}.")
+        object.__setattr__(self, "length", (self.image_size // self.patch) ** 2 + self.class_token)
 
     def load(self, folder: Path | None = None) -> Splits:
         """See :meth:`Task.load`."""
@@ -70,6 +73,11 @@ class ImageTask(Task):
         if not isinstance(images, Images):
             raise TypeError(f"task {self.name!r} needs images; data set {self.dataset!r} holds none.")
         check_classes(self, self.classes, images.classes)
+        if self.image_size < self.raw_size:
+            raise ValueError(
+                f"task {self.name!r} pads its images of {self.raw_size} pixels a side and cuts nothing off: image_size "
+                f"must be >= {self.raw_size}, received {self.image_size}."
+            )
         train, validation, test = cut(self, len(images.train_labels), len(images.test_labels))
         kept = Split(self._padded(images.train_images), torch.from_numpy(images.train_labels))
         held = Split(self._padded(images.test_images), torch.from_numpy(images.test_labels))
