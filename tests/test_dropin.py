@@ -348,7 +348,6 @@ def test_m8_signature_of_attention() -> None:
         "is_causal": False,
         "dropout_p": 0.0,
         "scale": None,
-        "rotary": None,
         "enable_gqa": False,
         "need_weights": False,
         "impl": "auto",

@@ -128,6 +128,7 @@ def test_looking_does_not_keep_a_run_from_starting(study: Path) -> None:
     def look() -> None:
         while not done.is_set():
             holder(folder)
+            time.sleep(0.002)
 
     looking = threading.Thread(target=look)
     looking.start()

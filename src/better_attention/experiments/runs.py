@@ -237,7 +237,7 @@ def locked(folder: Path) -> Iterator[None]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("a+", encoding="ascii") as file:
-        for patience in (0.0, 0.1, 0.1, None):  # a listing holds it for a moment, see :func:`holder`
+        for patience in (*[0.05] * 10, None):  # a listing holds it for a moment, see :func:`holder`
             try:
                 _lock(file.fileno())
                 break
