@@ -76,6 +76,13 @@ def test_arguments_that_mean_nothing_are_refused(
     assert message in capsys.readouterr().err
 
 
+def test_a_file_for_a_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "taken").write_text("mine", encoding="utf-8")
+    assert main.main(["compare", "--out", str(tmp_path / "taken")]) == 2
+    assert "is a file: name a folder for the runs." in capsys.readouterr().err
+    assert (tmp_path / "taken").read_text(encoding="utf-8") == "mine"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

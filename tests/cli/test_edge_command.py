@@ -71,6 +71,7 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     for words in (
         machine.cpu_name(),
         f"torch {torch.__version__}",
+        "Our seconds are for 50 samples: compare the ratios",
         "50 random inputs in batches of 20, untrained weights (speed only)",
         "÷ standard",
         "Apple M2",

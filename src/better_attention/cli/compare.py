@@ -150,6 +150,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
 
     if args.task not in TASKS:
         raise UserError(f"unknown task {args.task!r}: choose one of {', '.join(TASKS)}.")
+    if args.out is not None and args.out.exists() and not args.out.is_dir():
+        raise UserError(f"--out {args.out} is a file: name a folder for the runs.")
     task = TASKS[args.task](args.scale)
     given = {name: getattr(args, name) for name in ("epochs", "patience", "batch_size", "lr")}
     settings = {name: value for name, value in given.items() if value is not None}
