@@ -9,7 +9,7 @@ INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt --editable
 compare: $(VENV)/installed-all  ## train the five mechanisms on real handwritten digits (about two minutes)
 	$(BIN)/better-attention compare digits
 
-test: $(VENV)/installed-dev  ## unit tests and documentation examples (about 90 s on two cores)
+test: $(VENV)/installed-dev  ## unit tests and documentation examples (about three minutes on two cores)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow and not gpu"
 
 test-slow: $(VENV)/installed-dev  ## everything, the long tests too
