@@ -232,6 +232,8 @@ def _slow(call: Call, name: str) -> bool:
     if name == "native":
         if call.score != "softmax" or IMPLEMENTATIONS["sdpa"].unsupported(call):
             return False
+        if call.dropout_p > 0.0:  # torch draws a number for each weight, one by one, and keeps them all
+            return False
         if call.q_BNLH.dtype == torch.bfloat16 and (HALF_TRAINED if _trains(call) else HALF) < S:
             return True
         if call.masks and H > WIDE:

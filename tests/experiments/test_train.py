@@ -20,6 +20,7 @@ from torch import Tensor
 
 from better_attention import MECHANISMS
 from better_attention.experiments import checkpoint, train
+from better_attention.experiments.inventory import look_at
 from better_attention.experiments.task import Split
 from better_attention.experiments.train import (
     DivergedError,
@@ -297,11 +298,18 @@ def test_what_is_not_finite_stops_the_run_before_the_update(
         run.run()
     assert all(torch.equal(tensor, good[name]) for name, tensor in run.model.state_dict().items())
     assert not (tmp_path / "result.json").exists()
+    assert "epoch 2, step 4 of 6" in json.loads((tmp_path / "diverged.json").read_text())["reason"]
+    found = look_at(tmp_path)
+    assert found.state == "diverged"
+    assert "epoch 2, step 4 of 6" in found.detail
     monkeypatch.undo()
     saved = checkpoint.load(tmp_path)
     assert saved is not None
     assert (saved[1]["epoch"], saved[1]["step"]) == (2, 3)
     assert all(t.isfinite().all() for t in saved[0].values())
+    tiny.training(tmp_path).run()  # what made it diverge is gone
+    assert look_at(tmp_path).state == "finished"
+    assert not (tmp_path / "diverged.json").exists()
 
 
 def test_nothing_is_pickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -291,7 +291,6 @@ def unsupported_calls() -> dict[str, tuple[dict[str, object], tuple[str, ...]]]:
     q = torch.ones(1, 2, 3, 4)
     bias = torch.zeros(3, 3, requires_grad=True)
     return {
-        "dropout": ({"dropout_p": 0.5}, ("dropout",)),
         "weights": ({"need_weights": True}, ("weights",)),
         "a learned mask": ({"attn_mask": bias}, ("mask",)),
         "float64": ({"query": q.double()}, ("float64",)),
@@ -615,7 +614,7 @@ def draw_layer_call(name: str, rng: np.random.Generator) -> tuple[nn.Module, lis
     width = heads * head
     options: dict[str, object] = {"bias": maybe(0.8), "batch_first": maybe(), "dropout": 0.3 if maybe(0.2) else 0.0}
     options |= {"add_bias_kv": maybe(0.15), "add_zero_attn": maybe(0.15)}
-    options["impl"] = "native" if not options["dropout"] and maybe() else "auto"  # the kernels have no dropout
+    options["impl"] = "native" if maybe() else "auto"
     if "scale" not in LAYERS[name] and maybe(0.3):
         options["scale"] = float(rng.uniform(-1, 1))
     module = layer(name, width, heads, max_len=max(keys, length) + int(rng.integers(0, 3)), **options).eval()
@@ -756,9 +755,8 @@ def test_m5_copies_and_pickles(name: str) -> None:
 
 @needs_native
 def test_a_layer_that_must_use_the_kernels_says_why_it_cannot() -> None:
-    module = layer("standard", 16, 2, impl="native", dropout=0.5).train()
+    module = layer("standard", 16, 2, impl="native")
     x = tokens(2, 5, 16, dtype=torch.float32)
-    refused(lambda: module(x, x, x, need_weights=False), "native", "dropout", kind=ValueError)
     refused(lambda: module.eval()(x, x, x, need_weights=True), "native", "weights", kind=ValueError)
     refused(lambda: module.double()(x.double(), x.double(), x.double(), need_weights=False), "float64", kind=ValueError)
     assert module.float()(x, x, x, need_weights=False)[0].isfinite().all()

@@ -13,7 +13,7 @@ from better_attention.cli import UserError, console
 if TYPE_CHECKING:
     from better_attention.experiments.inventory import Found
 
-HELP = "list the runs below a folder: finished, interrupted where, being written by whom, damaged why"
+HELP = "list the runs below a folder: finished, interrupted where, diverged why, being written by whom, damaged"
 DEFAULT = ("runs", "results")
 
 
@@ -64,7 +64,7 @@ def print_runs(found: list[Found], folders: list[Path]) -> None:
         table.add_column(title, overflow="fold")
     for title in ("Test acc. %", "Epochs", "Time", "Commit"):
         table.add_column(title, justify="right", no_wrap=True)
-    colours = {"finished": "green", "damaged": "bold red", "being written": "cyan", "interrupted": "yellow"}
+    colours = {"finished": "green", "interrupted": "yellow", "diverged": "red", "being written": "cyan"}
     for one in found:
         told = one.as_json()
         accuracy = told["test_accuracy"]
@@ -78,7 +78,7 @@ def print_runs(found: list[Found], folders: list[Path]) -> None:
             plain(told["commit"] or "–", 80)[:10],
         ]
         texts = [Text(cell) for cell in cells]
-        texts[3].stylize(colours[one.state])
+        texts[3].stylize(colours.get(one.state, "bold red"))
         table.add_row(*texts)
     screen.print(table)
     counts = Counter(one.state for one in found)

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from .archives import MIB, decompressed, tar_streams
-from .containers import DataError, Int64, Texts, size_notes
+from .containers import DataError, Int64, Texts, overlap_notes, size_notes
 from .partition import majority, partition, repeats, text_key
 from .records import csv_records, json_records, lines, text_lines, whole
 
@@ -92,8 +92,6 @@ def read_official(files: Sequence[Path]) -> Texts:
     if found.keys() != {"train", "test"}:
         raise DataError(f"{files[0]} holds no {' and no '.join({'train', 'test'} - found.keys())}.csv: {LAYOUT}.")
     (train, train_labels), (test, test_labels) = found["train"], found["test"]
-    shared = len(set(train) & set(test))
-    notes = (f"{shared:,} texts occur in both splits",) if shared else ()
     return Texts(
         name="amazon",
         train_texts=train,
@@ -101,7 +99,11 @@ def read_official(files: Sequence[Path]) -> Texts:
         test_texts=test,
         test_labels=test_labels,
         classes=CLASSES,
-        notes=(*notes, *size_notes(len(train), len(test), OFFICIAL), majority(test_labels.tolist(), CLASSES)),
+        notes=(
+            *overlap_notes(train, test),
+            *size_notes(len(train), len(test), OFFICIAL),
+            majority(test_labels.tolist(), CLASSES),
+        ),
     )
 
 

@@ -146,6 +146,12 @@ class Pairs:
         return _digest([], (text for pair in self.pairs for text in pair))
 
 
+def overlap_notes(train: Iterable[str], test: Iterable[str]) -> tuple[str, ...]:
+    """A note if a text is in both splits: what a model has trained on says little of what it can do."""
+    shared = len(set(train) & set(test))
+    return (f"{shared:,} texts occur in both splits",) if shared else ()
+
+
 def size_notes(train: int, test: int, official: tuple[int, int]) -> tuple[str, ...]:
     """A note if the splits are not of the ``official`` sizes: a shortened copy must not pass for the real thing."""
     if (train, test) == official:

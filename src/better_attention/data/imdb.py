@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from .archives import AGAIN, MIB, tar_members
-from .containers import DataError, Texts, size_notes
+from .containers import DataError, Texts, overlap_notes, size_notes
 from .download import Remote
 
 # Size and SHA-256: github.com/tensorflow/datasets, tensorflow_datasets/datasets/imdb_reviews/checksums.tsv
@@ -92,7 +92,7 @@ def read(files: Sequence[Path]) -> Texts:
         test_texts=test,
         test_labels=np.array([row[0] for row in reviews["test"]], dtype=np.int64),
         classes=CLASSES,
-        notes=_notes(train, test),
+        notes=overlap_notes(train, test) + size_notes(len(train), len(test), OFFICIAL),
     )
 
 
@@ -137,9 +137,3 @@ def _decode(place: Path, name: str, data: bytes) -> str:
     if not text or text.isspace():
         raise DataError(f"{place}: {name} is empty. {AGAIN}")
     return text
-
-
-def _notes(train: list[str], test: list[str]) -> tuple[str, ...]:
-    shared = len(set(train) & set(test))
-    overlap = (f"{shared:,} texts occur in both splits",) if shared else ()
-    return overlap + size_notes(len(train), len(test), OFFICIAL)

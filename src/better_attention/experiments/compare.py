@@ -23,6 +23,7 @@ from better_attention.experiments.runs import (
     check_agreement,
     commit,
     describe_run,
+    divergence,
     list_runs,
     load_run,
     locked,
@@ -224,7 +225,7 @@ def compare(plan: Plan, watcher: Watcher) -> tuple[Study, list[str]]:
                     raise
                 finally:
                     accelerator.free_memory()  # it holds on to every model it has prepared
-    study = make_study(plan, splits, failed)
+    study = make_study(plan, splits)
     if accelerator.is_main_process and study.records:
         write_results(study, plan.out)
     accelerator.wait_for_everyone()
@@ -275,10 +276,11 @@ def measure_paces(
     return paces
 
 
-def make_study(plan: Plan, splits: Splits, failed: Sequence[str] = ()) -> Study:
-    """What the finished runs in ``plan.out`` amount to."""
+def make_study(plan: Plan, splits: Splits) -> Study:
+    """What the finished runs in ``plan.out`` amount to, and which diverged."""
+    runs = list_runs(plan.out)
     finished = sorted(
-        (run for run in list_runs(plan.out) if run["result"]),
+        (run for run in runs if run["result"]),
         key=lambda run: (run["result"]["seed"], run["result"]["heads"], _rank(plan, run["result"]["mechanism"])),
     )
     curves = {}
@@ -298,7 +300,11 @@ def make_study(plan: Plan, splits: Splits, failed: Sequence[str] = ()) -> Study:
             alignments += [AlignmentPicture(name, layer, w.numpy()) for layer, w in alignment_kernels(model)]
     notes = [
         *splits.notes,
-        *(f"{name} failed: its loss or gradient was not finite; it is in no table" for name in failed),
+        *(
+            f"{run['name']} failed: its loss or gradient was not finite; it is in no table"
+            for run in runs
+            if run["result"] is None and divergence(run["path"])
+        ),
     ]
     return Study(
         task={

@@ -1,4 +1,4 @@
-"""What lies below a folder: every run with its state, finished, interrupted, being written or damaged, and why."""
+"""What lies below a folder: every run with its state, finished, interrupted, diverged, being written or damaged."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 import safetensors
 
 from better_attention.experiments.checkpoint import last_state
-from better_attention.experiments.runs import holder, read_curve, read_json
+from better_attention.experiments.runs import divergence, holder, read_curve, read_json
 
-STATES = ("finished", "interrupted", "being written", "damaged")
+STATES = ("finished", "interrupted", "diverged", "being written", "damaged")
 DEPTH = 4
 """Levels of folders that are searched; a run below a comparison below ``runs/`` needs two."""
 
@@ -25,7 +25,7 @@ class Found:
     Args:
         path: the folder.
         state: one of :data:`STATES`.
-        detail: where it was interrupted, who writes it, or why it is damaged; "" where there is nothing to say.
+        detail: where it was interrupted, why it diverged or is damaged, who writes it; "" if nothing is to be said.
         run: what was to be trained: task, mechanism, heads, seed, settings; empty where the configuration is damaged.
         result: the record of a finished run, else empty.
         environment: command, commit, versions.
@@ -96,12 +96,15 @@ def look_at(folder: Path) -> Found:
         found = replace(found, epochs=epochs, seconds=seconds)
         if (folder / "result.json").is_file():
             return replace(found, state="finished", detail=_weights(folder), result=_result(folder))
+        diverged = divergence(folder)
     except (OSError, ValueError) as error:
         return replace(found, state="damaged", detail=str(error))
     writer, state = holder(folder), last_state(folder)
     where = f"at epoch {state.get('epoch')}, step {state.get('step')}" if state else "before its first checkpoint"
     if writer:
         return replace(found, state="being written", detail=f"by {writer}; saved {where}")
+    if diverged:
+        return replace(found, state="diverged", detail=diverged)
     return replace(found, detail=where)
 
 

@@ -156,6 +156,12 @@ def list_runs(out: str | Path) -> list[dict[str, Any]]:
     ]
 
 
+def divergence(folder: Path) -> str:
+    """Why the run in ``folder`` was given up, as training wrote it down; "" where it was not."""
+    path = folder / "diverged.json"
+    return str(read_json(path).get("reason", "its loss was not finite")) if path.is_file() else ""
+
+
 def describe_run(task: Task, variant: Variant, heads: int, seed: int, data: str, device: str) -> dict[str, Any]:
     """What decides a run's outcome: two runs that agree in this are the same run."""
     return {

@@ -230,7 +230,7 @@ class Task(ABC):
         """Test samples for people to look at, each of another class: row and description."""
         targets = splits.test.targets.tolist()
         rows = [targets.index(target) for target in dict.fromkeys(targets)][:number]
-        return [(row, f"test sample {row + 1}, class {splits.assets['classes'][targets[row]]}") for row in rows]
+        return [(row, f"test sample {row}, class {splits.assets['classes'][targets[row]]}") for row in rows]
 
     def predictions(self, model: nn.Module, inputs: Tensor, assets: Mapping[str, Any]) -> list[Prediction]:
         """What ``model``, in eval mode, says of encoded inputs (B, ...): the likeliest class of each."""

@@ -105,7 +105,8 @@ class Training:
             The record of the run, as it stands in ``result.json``.
 
         Raises:
-            DivergedError: a loss or gradient is not finite; raised before the update that it would spoil.
+            DivergedError: a loss or gradient is not finite; raised before the update that it would spoil, and written
+                down in ``diverged.json``.
             Interrupted: ``stop`` said so.
             ValueError: the folder holds another run.
             OSError: the disk is full, for example; the last checkpoint is whole.
@@ -117,15 +118,21 @@ class Training:
             return read_json(self.folder / "result.json")
         self.restore()
         self.warm_up()
-        while not self.position.finished(self.task):
-            self.train_epoch()
-            self.validate()
+        try:
+            while not self.position.finished(self.task):
+                self.train_epoch()
+                self.validate()
+        except DivergedError as error:
+            if self.main:
+                write_json(self.folder / "diverged.json", {"reason": str(error)})
+            raise
         self.model.load_state_dict(self.best)
         record = self.record()
         if self.main:
             self.write_curve()
             write_atomic(self.folder / "model.safetensors", checkpoint.tensor_bytes(self.best))
             write_json(self.folder / "result.json", record)
+            (self.folder / "diverged.json").unlink(missing_ok=True)
             checkpoint.clear(self.folder)
         self.accelerator.wait_for_everyone()
         return record

@@ -24,14 +24,15 @@ from better_attention.native import (
 )
 from better_attention.native import call as call_library
 
-from .call import Call, fold_batch, plain_tensors
+from .call import Call, fold_batch, plain_tensors, transformed
 
 __all__ = ["compute", "instruction_set", "instruction_sets", "missing", "unsupported"]
 
-_FORWARD = struct.Struct("=5qd7q3q9q2q4q2q2q1q3q1q")  # ba_call in native/api.h, up to stats
+_FORWARD = struct.Struct("=5q2d8q3q9q2q4q2q2q1q3q1q")  # ba_call in native/api.h, up to stats
 _BACKWARD = struct.Struct("=1q3q3q9q")  # and the rest
 _NOTHING_MORE = bytes(_BACKWARD.size)
 _SCORES = {"softmax": 0, "expressive": 1}
+SEEDS = 2**63 - 1
 
 
 def unsupported(call: Call) -> list[str]:
@@ -47,8 +48,8 @@ def unsupported(call: Call) -> list[str]:
         reasons.append("heads of width 0 have no scores")
     if call.need_weights:
         reasons.append("it never holds all the weights, so it cannot return them")
-    if call.dropout_p > 0.0:
-        reasons.append("it has no dropout")
+    if call.dropout_p > 0.0 and transformed():
+        reasons.append("under torch.func it has no dropout")
     for mask in call.masks:
         if mask.requires_grad:
             reasons.append("it does not differentiate with respect to a mask")
@@ -63,7 +64,10 @@ def compute(call: Call) -> tuple[Tensor, None]:
     """Head outputs (B, N, L, H), in the memory order (B, L, N, H)."""
     q, k = call.q_BNLH, call.k_BNSH
     v = None if call.v_BNSH is k else call.v_BNSH
-    arguments = (q, k, v, call.mask_BNLS, call.padding_B11S, call.causal, call.score, call.scale)
+    # What is dropped follows from one number, drawn as dropout draws: torch.manual_seed and checkpointing know of it.
+    seed = torch.randint(SEEDS, (), device=q.device) if call.dropout_p > 0.0 else None
+    masks = (call.mask_BNLS, call.padding_B11S, seed)
+    arguments = (q, k, v, *masks, call.causal, call.score, call.scale, call.dropout_p)
     if torch.compiler.is_compiling():
         return torch.ops.better_attention.native(*arguments)[0], None
     if plain_tensors(q, k, v) and not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, call.v_BNSH))):
@@ -80,9 +84,11 @@ def _describe(
     v: Tensor,
     mask: Tensor | None,
     padding: Tensor | None,
+    seed: Tensor | None,
     causal: bool,
     score: str,
     scale: float,
+    dropout_p: float,
     out: Tensor,
     stats: Tensor | None,
 ) -> bytes:
@@ -104,6 +110,8 @@ def _describe(
         _SCORES[score],
         causal,
         scale,
+        dropout_p,
+        0 if seed is None else int(seed),
         *(B, N, G, L, S, H, W),
         q.data_ptr(),
         k.data_ptr(),
@@ -130,9 +138,11 @@ def _run_forward(
     v: Tensor | None,
     mask: Tensor | None,
     padding: Tensor | None,
+    seed: Tensor | None,
     causal: bool,
     score: str,
     scale: float,
+    dropout_p: float,
     stats: bool = True,
 ) -> tuple[Tensor, Tensor]:
     shared = v is None
@@ -142,7 +152,9 @@ def _run_forward(
     numbers = q.new_empty((*q.shape[:3], 2) if stats else (0,), dtype=torch.float32)
     if k.shape[2] == 0 or v.shape[3] == 0:
         return out.zero_(), numbers.fill_(torch.inf)
-    arguments = _describe(q, k, v, mask, padding, causal, score, scale, out, numbers if stats else None)
+    arguments = _describe(
+        q, k, v, mask, padding, seed, causal, score, scale, dropout_p, out, numbers if stats else None
+    )
     call_library("ba_forward", arguments + _NOTHING_MORE)
     return out, numbers
 
@@ -156,9 +168,11 @@ def _run_backward(
     padding: Tensor | None,
     out: Tensor,
     stats: Tensor,
+    seed: Tensor | None,
     causal: bool,
     score: str,
     scale: float,
+    dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     shared = v is None
     grad, q, k = rows(grad), rows(q), rows(k)
@@ -177,7 +191,8 @@ def _run_backward(
         *dk.stride()[:3],
         *((0, 0, 0) if shared else dv.stride()[:3]),
     )
-    call_library("ba_backward", _describe(q, k, v, mask, padding, causal, score, scale, out, stats) + rest)
+    arguments = _describe(q, k, v, mask, padding, seed, causal, score, scale, dropout_p, out, stats)
+    call_library("ba_backward", arguments + rest)
     return dq, dk, dv
 
 
@@ -191,12 +206,14 @@ def _forward(
     v: Tensor | None,
     mask: Tensor | None,
     padding: Tensor | None,
+    seed: Tensor | None,
     causal: bool,
     score: str,
     scale: float,
+    dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
     """Head outputs (B, N, L, W), and per row the normaliser and the shift of its exponent; v None: k serves as v."""
-    return _run_forward(q, k, v, mask, padding, causal, score, scale)
+    return _run_forward(q, k, v, mask, padding, seed, causal, score, scale, dropout_p)
 
 
 @_forward.register_fake
@@ -206,9 +223,11 @@ def _(
     v: Tensor | None,
     mask: Tensor | None,
     padding: Tensor | None,
+    seed: Tensor | None,
     causal: bool,
     score: str,
     scale: float,
+    dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
     width = k.shape[-1] if v is None else v.shape[-1]
     return _empty(q, width), q.new_empty((*q.shape[:3], 2), dtype=torch.float32)
@@ -224,12 +243,14 @@ def _backward(
     padding: Tensor | None,
     out: Tensor,
     stats: Tensor,
+    seed: Tensor | None,
     causal: bool,
     score: str,
     scale: float,
+    dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v; of k and v together, and an empty one, where v is None."""
-    return _run_backward(grad, q, k, v, mask, padding, out, stats, causal, score, scale)
+    return _run_backward(grad, q, k, v, mask, padding, out, stats, seed, causal, score, scale, dropout_p)
 
 
 @_backward.register_fake
@@ -242,18 +263,20 @@ def _(
     padding: Tensor | None,
     out: Tensor,
     stats: Tensor,
+    seed: Tensor | None,
     causal: bool,
     score: str,
     scale: float,
+    dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dv = q.new_empty(0) if v is None else _empty(v, v.shape[-1])
     return _empty(q, q.shape[-1]), _empty(k, k.shape[-1]), dv
 
 
 def _save(ctx: Any, inputs: Any, output: Any) -> None:
-    q, k, v, mask, padding, causal, score, scale = inputs
-    ctx.save_for_backward(q, k, v, mask, padding, *output)
-    ctx.settings = (causal, score, scale)
+    q, k, v, mask, padding, seed, *settings = inputs
+    ctx.save_for_backward(q, k, v, mask, padding, *output, seed)
+    ctx.settings = tuple(settings)
     if isinstance(ctx, torch.autograd.function.FunctionCtx):
         ctx.mark_non_differentiable(output[1])
 
@@ -266,7 +289,7 @@ def _derive(ctx: Any, grad: Tensor, *_stats: Any) -> tuple[Any, ...]:
     elif not torch.is_grad_enabled() and plain_tensors(grad, *saved):
         run = _run_backward
     dq, dk, dv = run(grad, *saved, *ctx.settings)
-    return dq, dk, None if saved[2] is None else dv, None, None, None, None, None
+    return dq, dk, None if saved[2] is None else dv, *(None,) * 7
 
 
 _forward.register_autograd(_derive, setup_context=_save)
@@ -279,7 +302,7 @@ class _Native(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> Any:
-        return _run_forward(*args) if plain_tensors(*args[:5]) else torch.ops.better_attention.native(*args)
+        return _run_forward(*args) if plain_tensors(*args[:6]) else torch.ops.better_attention.native(*args)
 
     setup_context = staticmethod(_save)
     backward = staticmethod(_derive)
@@ -292,7 +315,7 @@ class _NativeBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> Any:
-        return _run_backward(*args) if plain_tensors(*args[:8]) else torch.ops.better_attention.native_backward(*args)
+        return _run_backward(*args) if plain_tensors(*args[:9]) else torch.ops.better_attention.native_backward(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

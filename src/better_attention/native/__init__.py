@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ABI = 1
+ABI = 2
 """Version of ``api.h`` that this file speaks."""
 SETS = {"portable": 1, "neon": 2, "avx2": 3, "avx512": 4}
 """Instruction sets by their number in ``api.h``, slowest first."""

@@ -19,7 +19,7 @@
 extern "C" {
 #endif
 
-enum { BA_ABI = 1 };                                                     /* counts incompatible changes of this file */
+enum { BA_ABI = 2 };                                                     /* counts incompatible changes of this file */
 enum { BA_F32 = 0, BA_BF16 = 1, BA_BOOL = 2, BA_NONE = 3 };              /* element types; bool: 1 byte, 1 = attend */
 enum { BA_SOFTMAX = 0, BA_EXPRESSIVE = 1 };                              /* scores */
 enum { BA_OK = 0, BA_NO_MEMORY = 1, BA_NO_SUCH_ISA = 2 };                /* what every function returns */
@@ -32,6 +32,8 @@ typedef struct {
     int64_t dtype;                   /* of q, k, v, out and their gradients: BA_F32, BA_BF16 */
     int64_t score, causal;           /* causal: query l sees keys s <= l */
     double scale;                    /* z = scale * q.k */
+    double dropout;                  /* probability, 0 to 1, that a weight is dropped; 1 drops all. dropout.hpp has */
+    int64_t seed;                    /* the rule that says which, by this number */
     int64_t B, N, G, L, S, H, W;     /* S, H and W at least 1; the others may be 0 */
     const void *q, *k, *v;           /* k == v with equal strides: one tensor that serves as both */
     int64_t q_b, q_n, q_l;           /* strides of q (B, N, L, H) */

@@ -22,14 +22,15 @@ struct Backward {
 struct BackPanel {
     const ba_call* c;
     Restriction hide;
+    Drops drops;
     const float *k, *v;
     int64_t k_s, v_s, Hp, Wp, l0, rows, pitch;
     float *q, *grad, *dq;            // turned over: [H or W][pitch]
     float *q_copy, *grad_copy;       // [pitch][Hp or Wp]
     const float *q_rows, *grad_rows; // as they lie
     int64_t q_s, grad_s;
-    float *z, *dp, *tile, *spare;
-    float *inverse, *shift, *delta;
+    float *z, *dp, *tile, *spare, *kept;
+    float *inverse, *shift, *delta, *numbers;
     float *dk, *dv;  // rows of Hp and Wp; the same memory if k and v are one tensor
     int64_t dk_s, dv_s;
 };
@@ -48,6 +49,15 @@ static __attribute__((noinline)) void slope_any(BackPanel& p, int mode, int64_t 
     }
 }
 
+template <int NV> BA_INLINE void times(float* x, const float* factors, int64_t n, int64_t pitch) {
+    for (int64_t s = 0; s < n; ++s)
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) {
+            float* p = x + s * pitch + v * LANES;
+            store(p, load(p) * load(factors + s * pitch + v * LANES));
+        }
+}
+
 template <int NV, int SCORE>
 static void back_block(BackPanel& p, int64_t lane, int64_t s0, int64_t n) {
     const State state = mask_tile(p.hide, p.l0, p.rows, s0, n, p.pitch, p.tile, p.spare);
@@ -62,7 +72,12 @@ static void back_block(BackPanel& p, int64_t lane, int64_t s0, int64_t n) {
     for (int64_t w = 0; w < W; w += DEPTH)
         product<NV, false>(n, W - w < DEPTH ? W - w : DEPTH, v + w, p.v_s, p.grad + w * p.pitch + lane, p.pitch,
             p.dp + lane, p.pitch, w > 0);
+    if (p.drops.any) {  // w reaches the output, and dL/dw comes back, by way of the factor that dropout gave it
+        drop<NV, false>(p.drops, p.numbers + lane, s0, n, p.pitch, p.kept + lane);
+        times<NV>(p.dp + lane, p.kept + lane, n, p.pitch);
+    }
     slope_any<NV, SCORE>(p, mode, lane, s0, n);
+    if (p.drops.any) times<NV>(p.z + lane, p.kept + lane, n, p.pitch);
     const int64_t rows = p.rows - lane;  // queries beyond the last take no part
     wide_product<false>(p.Wp / LANES, n, rows, p.z + lane, p.pitch, p.grad_rows + lane * p.grad_s,
         p.grad_s, p.dv + s0 * p.dv_s, p.dv_s, true);
@@ -92,6 +107,7 @@ static void careful_backward(BackPanel& p, int64_t b, int64_t n, int64_t l) {
     careful_row(c, p.hide, b, n, l, weights);
     const void* q = shifted(c.q, b * c.q_b + n * c.q_n + l * c.q_l, bf16);
     const float* grad = p.grad_rows + (l - p.l0) * p.grad_s;
+    const uint64_t row = row_of(c, b, n, l);
     double share = 0.0;
     for (int pass = 0; pass < 2; ++pass)
         for (int64_t s = 0; s < c.S; ++s) {
@@ -100,6 +116,8 @@ static void careful_backward(BackPanel& p, int64_t b, int64_t n, int64_t l) {
             const float* v = p.v + s * p.v_s;
             double dw = 0.0;
             for (int64_t w = 0; w < c.W; ++w) dw += static_cast<double>(grad[w]) * v[w];
+            const double kept = factor_of(p.drops, row, s);
+            dw *= kept;
             if (pass == 0) {
                 share += weights[s] * dw;
                 continue;
@@ -109,7 +127,7 @@ static void careful_backward(BackPanel& p, int64_t b, int64_t n, int64_t l) {
                 z += static_cast<double>(load_row({q, bf16}, h, 1)[0]) * load_row({k, bf16}, h, 1)[0];
             z *= c.scale;
             const double dz = weights[s] * 2.0 / (z * (1.0 + z * z)) * (dw - share) * c.scale;
-            for (int64_t w = 0; w < c.W; ++w) p.dv[s * p.dv_s + w] += static_cast<float>(weights[s] * grad[w]);
+            for (int64_t w = 0; w < c.W; ++w) p.dv[s * p.dv_s + w] += static_cast<float>(kept * weights[s] * grad[w]);
             for (int64_t h = 0; h < c.H; ++h) {
                 p.dk[s * p.dk_s + h] += static_cast<float>(dz * load_row({q, bf16}, h, 1)[0]);
                 p.dq[h * p.pitch + (l - p.l0)] += static_cast<float>(dz * load_row({k, bf16}, h, 1)[0]);
@@ -127,6 +145,7 @@ static void back_panel(const Backward& f, BackPanel& p, int64_t b, int64_t n, in
     p.pitch = vectors * LANES;
     p.rows = c.L - p.l0 < p.pitch ? c.L - p.l0 : p.pitch;
     p.hide = restriction(c, b, n);
+    if (p.drops.any) row_numbers(p.drops, row_of(c, b, n, p.l0), p.rows, p.pitch, p.numbers);
     const Row q = {shifted(c.q, b * c.q_b + n * c.q_n + p.l0 * c.q_l, bf16), bf16};
     const Row grad = {shifted(c.grad, b * c.grad_b + n * c.grad_n + p.l0 * c.grad_l, bf16), bf16};
     const float factor = static_cast<float>(c.scale);
@@ -199,6 +218,7 @@ static void back_head(const Backward& f, int64_t b, int64_t g, int64_t part, flo
     const int64_t pitch = f.wide * LANES;
     BackPanel p = {};
     p.c = &c;
+    p.drops = drops_of(c);
     p.Hp = f.Hp;
     p.Wp = f.Wp;
     float* at = scratch;
@@ -210,9 +230,11 @@ static void back_head(const Backward& f, int64_t b, int64_t g, int64_t part, flo
     p.z = at, at += f.keys * pitch;
     p.dp = at, at += f.keys * pitch;
     p.tile = at, at += f.keys * pitch;
+    if (p.drops.any) p.kept = at, at += f.keys * pitch;
     p.inverse = at, at += pitch;
     p.shift = at, at += pitch;
     p.delta = at, at += pitch;
+    p.numbers = at, at += 2 * pitch;
     const Row k = {shifted(c.k, b * c.k_b + g * c.k_g, bf16), bf16}, v = {shifted(c.v, b * c.v_b + g * c.v_g, bf16), bf16};
     p.k = static_cast<const float*>(k.p), p.k_s = c.k_s;
     p.v = static_cast<const float*>(v.p), p.v_s = c.v_s;
@@ -307,7 +329,7 @@ static int64_t wide_backward(const ba_call& c) {
     }
     int64_t spare = tile_spare(f.wide * LANES, f.keys);
     if (c.score == BA_EXPRESSIVE && spare < 2 * c.S + 2) spare = 2 * c.S + 2;
-    f.floats = f.wide * LANES * (2 * c.H + c.W + f.Hp + f.Wp + 3 * f.keys + 3) + spare +
+    f.floats = f.wide * LANES * (2 * c.H + c.W + f.Hp + f.Wp + (c.dropout > 0.0 ? 4 : 3) * f.keys + 5) + spare +
         (f.copy_k ? c.S * f.Hp : 0) + (f.copy_v ? c.S * f.Wp : 0) + (f.sums == NULL ? sums_of_part(f) : 0);
     int64_t status = ba_parallel(
         c.threads, f.parts > 1 ? heads * f.parts : (heads + f.run - 1) / f.run, f.floats, backward_task, &f);

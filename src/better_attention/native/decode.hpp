@@ -203,7 +203,7 @@ static void combine(const Decode& f, int64_t b, int64_t g, int64_t r, float* scr
         stats[0] = total == 0.0f ? INF : total;
         stats[1] = high == -INF ? 0.0f : high;
     }
-    if (c.score == BA_EXPRESSIVE && total < FAINT) careful_forward(c, b, n, l, scratch);
+    if (c.score == BA_EXPRESSIVE && total < FAINT) careful_forward(c, b, n, l, drops_of(c), scratch);
 }
 
 static void combine_task(void* context, int64_t head, float* scratch) {

@@ -42,9 +42,10 @@ struct Forward {
 struct Panel {
     const ba_call* c;
     Restriction hide;
+    Drops drops;
     const float *k, *v;
     int64_t k_s, v_s, l0, rows, pitch, keys;
-    float *q, *out, *z, *tile, *spare, *total, *shift, *rescale;
+    float *q, *out, *z, *tile, *spare, *total, *shift, *rescale, *numbers;
     bool empty;  // nothing is in `out` yet
     char* rows_out;           // where the panel's rows go
     const char* next_q;       // queries of the panel after it, and how many
@@ -101,6 +102,7 @@ static void block(Panel& p, int64_t lane, int64_t s0, int64_t n) {
     const int mode = state == BIASES ? BIASED : state == HIDES ? HIDING : crosses ? TRIANGLE : FREE;
     scores<NV>(p, lane, s0, n);
     const bool changed = weigh_any<NV, SCORE>(p, mode, lane, s0, n);
+    if (p.drops.any) drop<NV, true>(p.drops, p.numbers + lane, s0, n, p.pitch, p.z + lane);
     const int64_t W = p.c->W;
     if (p.empty && lane > 0) {
         memset(p.out, 0, static_cast<size_t>(W * p.pitch) * sizeof(float));
@@ -163,10 +165,12 @@ static double careful_row(const ba_call& c, const Restriction& r, int64_t b, int
 }
 
 // Output and stats of such a row. Its stats say (0, 0): the backward pass does it again in the same way.
-static void careful_forward(const ba_call& c, int64_t b, int64_t n, int64_t l, float* scratch) {
+static void careful_forward(const ba_call& c, int64_t b, int64_t n, int64_t l, const Drops& drops, float* scratch) {
     double* weights = reinterpret_cast<double*>(scratch);
     const bool bf16 = c.dtype == BA_BF16;
     const double total = careful_row(c, restriction(c, b, n), b, n, l, weights);
+    const uint64_t row = row_of(c, b, n, l);
+    for (int64_t s = 0; s < c.S; ++s) weights[s] *= factor_of(drops, row, s);
     const int64_t g = n / (c.N / c.G);
     void* out = shifted(c.out, b * c.out_b + n * c.out_n + l * c.out_l, bf16);
     for (int64_t w = 0; w < c.W; ++w) {
@@ -201,6 +205,7 @@ static void one_panel(const Forward& f, Panel& p, int64_t b, int64_t n, int64_t 
     const float factor = static_cast<float>(c.scale);
     turn_rows({shifted(c.q, b * c.q_b + n * c.q_n + p.l0 * c.q_l, bf16), bf16}, c.q_l, p.rows, c.H, factor, p.q,
         p.pitch);
+    if (p.drops.any) row_numbers(p.drops, row_of(c, b, n, p.l0), p.rows, p.pitch, p.numbers);
     p.asked = 0;
     p.rows_out = static_cast<char*>(shifted(c.out, b * c.out_b + n * c.out_n + p.l0 * c.out_l, bf16));
     p.next_q = static_cast<const char*>(shifted(c.q, b * c.q_b + n * c.q_n + (p.l0 + p.pitch) * c.q_l, bf16));
@@ -229,7 +234,7 @@ static void one_panel(const Forward& f, Panel& p, int64_t b, int64_t n, int64_t 
             stats[2 * l] = total == 0.0f ? INF : total;
             stats[2 * l + 1] = p.shift[l] == -INF ? 0.0f : p.shift[l];
         }
-        if (SCORE == BA_EXPRESSIVE && total < FAINT) careful_forward(c, b, n, p.l0 + l, p.spare);
+        if (SCORE == BA_EXPRESSIVE && total < FAINT) careful_forward(c, b, n, p.l0 + l, p.drops, p.spare);
     }
 }
 
@@ -242,6 +247,7 @@ static void one_head(const Forward& f, int64_t head, int64_t from, int64_t to, b
     Panel p;
     p.c = &c;
     p.hide = restriction(c, b, n);
+    p.drops = drops_of(c);
     p.keys = f.keys;
     float* at = scratch;
     p.q = at, at += c.H * pitch;
@@ -251,6 +257,7 @@ static void one_head(const Forward& f, int64_t head, int64_t from, int64_t to, b
     p.total = at, at += pitch;
     p.shift = at, at += pitch;
     p.rescale = at, at += pitch;
+    p.numbers = at, at += 2 * pitch;
     const Row k = {shifted(c.k, b * c.k_b + g * c.k_g, bf16), bf16}, v = {shifted(c.v, b * c.v_b + g * c.v_g, bf16), bf16};
     p.k = static_cast<const float*>(k.p), p.k_s = c.k_s;
     p.v = static_cast<const float*>(v.p), p.v_s = c.v_s;
@@ -306,7 +313,7 @@ static Forward plan_forward(const ba_call& c) {
     f.copy_v = bf16 || f.cut.count > 1;
     int64_t spare = tile_spare(f.wide * LANES, f.keys > LANES ? f.keys : LANES);
     if (c.score == BA_EXPRESSIVE && spare < 2 * c.S + 2) spare = 2 * c.S + 2;
-    f.floats = f.wide * LANES * (c.H + c.W + 2 * f.keys + 3) + spare + (f.copy_k ? c.S * f.Hp : 0) +
+    f.floats = f.wide * LANES * (c.H + c.W + 2 * f.keys + 5) + spare + (f.copy_k ? c.S * f.Hp : 0) +
         (f.copy_v ? c.S * f.Wp : 0);
     return f;
 }

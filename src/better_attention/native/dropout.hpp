@@ -1,0 +1,96 @@
+// Which weights dropout drops: a function of the call's seed, the row (batch element, head, query) and the key alone, so
+// that the backward pass finds the same ones, whatever the blocks, the threads and the instruction set.
+//
+//     row:  r = splitmix64(seed + (2 i + 1) G),  i = (b N + n) L + l,  G = 0x9e3779b97f4a7c15
+//     key:  c = mix(s 0x9e3779b9 + (splitmix64(seed) mod 2^32))        mod 2^32
+//     x = (r mod 2^32) ^ c;  x = (x ^ x >> 16) 0x7feb352d + (r >> 32);  x = (x ^ x >> 15) 0x846ca68b;  x = x ^ x >> 16
+//     dropped if x < floor(p 2^32); what is left is divided by 1 - p
+//
+// splitmix64 is Steele, Lea and Flood's (2014) finaliser, mix Wellons' 32-bit one with the same two multipliers.
+
+namespace BA_ISA {
+namespace {
+
+struct Drops {
+    uint64_t seed;
+    uint32_t salt, below;
+    float kept;  // what a kept weight is multiplied by
+    bool any;
+};
+
+static uint64_t splitmix64(uint64_t x) {
+    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+    x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+    return x ^ (x >> 31);
+}
+
+static Drops drops_of(const ba_call& c) {
+    Drops d = {};
+    d.any = c.dropout > 0.0;
+    d.seed = static_cast<uint64_t>(c.seed);
+    d.salt = static_cast<uint32_t>(splitmix64(d.seed));
+    d.below = c.dropout < 1.0 ? static_cast<uint32_t>(c.dropout * 4294967296.0) : 0xffffffffu;
+    d.kept = c.dropout < 1.0 ? static_cast<float>(1.0 / (1.0 - c.dropout)) : 0.0f;
+    return d;
+}
+
+static uint64_t row_of(const ba_call& c, int64_t b, int64_t n, int64_t l) {
+    return static_cast<uint64_t>((b * c.N + n) * c.L + l);
+}
+
+static uint64_t row_number(const Drops& d, uint64_t row) { return splitmix64(d.seed + (2 * row + 1) * 0x9e3779b97f4a7c15u); }
+
+BA_INLINE uint32_t key_number(const Drops& d, int64_t s) {
+    uint32_t x = static_cast<uint32_t>(s) * 0x9e3779b9u + d.salt;
+    x = (x ^ (x >> 16)) * 0x7feb352du;
+    x = (x ^ (x >> 15)) * 0x846ca68bu;
+    return x ^ (x >> 16);
+}
+
+template <class T> BA_INLINE T meet(T low, T high, uint32_t key) {  // T: U, or uint32_t for one row
+    T x = low ^ key;
+    x = (x ^ (x >> 16)) * 0x7feb352du + high;
+    x = (x ^ (x >> 15)) * 0x846ca68bu;
+    return x ^ (x >> 16);
+}
+
+static float factor_of(const Drops& d, uint64_t row, int64_t s) {  // of one weight
+    if (!d.any) return 1.0f;
+    const uint64_t r = row_number(d, row);
+    const uint32_t x = meet<uint32_t>(static_cast<uint32_t>(r), static_cast<uint32_t>(r >> 32), key_number(d, s));
+    return x < d.below ? 0.0f : d.kept;
+}
+
+// The numbers of `rows` rows from `first` on: low halves in numbers[0 ... pitch), high halves behind; lanes beyond: any.
+static void row_numbers(const Drops& d, uint64_t first, int64_t rows, int64_t pitch, float* numbers) {
+    for (int64_t l = 0; l < pitch; ++l) {
+        const uint64_t r = l < rows ? row_number(d, first + static_cast<uint64_t>(l)) : 0;
+        memcpy(numbers + l, &r, 4);
+        const uint32_t high = static_cast<uint32_t>(r >> 32);
+        memcpy(numbers + pitch + l, &high, 4);
+    }
+}
+
+// Factors 0 and `kept` for keys s0 + [0, n). ONTO: multiplies `out` by them, else they are written there.
+template <int NV, bool ONTO>
+static __attribute__((noinline)) void drop(
+    const Drops& d, const float* numbers, int64_t s0, int64_t n, int64_t pitch, float* out) {
+    U low[NV], high[NV];
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) {
+        low[v] = reinterpret_cast<U>(load(numbers + v * LANES));
+        high[v] = reinterpret_cast<U>(load(numbers + pitch + v * LANES));
+    }
+    for (int64_t s = 0; s < n; ++s) {
+        const uint32_t key = key_number(d, s0 + s);
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) {
+            float* p = out + s * pitch + v * LANES;
+            const V kept = ONTO ? load(p) * d.kept : fill(d.kept);
+            store(p, meet<U>(low[v], high[v], key) < d.below ? V{} : kept);
+        }
+    }
+}
+
+}  // namespace
+}  // namespace BA_ISA
