@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from time import perf_counter, sleep
+from typing import Any
 
 import pytest
 import torch
@@ -81,7 +82,7 @@ def test_the_default_rows() -> None:
 def test_variants_and_scores_ask_for_different_numbers() -> None:
     truths: dict[str, torch.Tensor] = {}
     for row in tiny_rows("kernel"):
-        if row.mode == "forward":
+        if row.mode == "forward" and row.variant != "dropout":
             contenders = {c.name: c for c in SUITES["kernel"].contenders(row)}
             for name in ("SDPA", "expressive auto", "softmax native, k is v"):
                 truths[f"{row.variant} {name}"] = contenders[name].truth()["output"]
@@ -89,6 +90,37 @@ def test_variants_and_scores_ask_for_different_numbers() -> None:
     for a, first in truths.items():
         for b, second in truths.items():
             assert a == b or (first - second).abs().max() > 1e-2, f"{a} and {b} are the same"
+
+
+def test_dropout_is_in_what_is_timed_and_not_in_what_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, float]] = []
+    real_sdpa, real_ours = torch.nn.functional.scaled_dot_product_attention, kernel.ba.attention
+
+    def noting(name: str, real: Any) -> Any:
+        def attention(*tensors: torch.Tensor, **options: Any) -> Any:
+            asked.append((name, options["dropout_p"]))
+            return real(*tensors, **options)
+
+        return attention
+
+    monkeypatch.setattr(kernel.F, "scaled_dot_product_attention", noting("SDPA", real_sdpa))
+    rows = [row for row in tiny_rows("kernel") if row.variant in ("dropout", "plain")]
+    assert len(rows) == 4
+    for row in rows:
+        found = {c.name: c for c in SUITES["kernel"].contenders(row)}
+        for name in ("SDPA", "expressive auto"):
+            runner.admit(row, found[name], Settings())  # against the truth, which knows of no dropout
+            run = found[name].make()
+            with monkeypatch.context() as patch:
+                patch.setattr(kernel.ba, "attention", noting("expressive auto", real_ours))
+                asked.clear()
+                run.sample(2)
+                assert asked == [(name, 0.1 if row.variant == "dropout" else 0.0)] * 2
+                asked.clear()
+                run.results()
+                assert asked == [(name, 0.0)]
+    chunked = found["softmax chunked"]
+    assert "dropout" in (chunked.why_not() or "") or row.variant == "plain"
 
 
 def test_the_gate_of_a_large_row_looks_at_its_corners(monkeypatch: pytest.MonkeyPatch) -> None:

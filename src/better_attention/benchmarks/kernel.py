@@ -36,6 +36,8 @@ IMPL_NAMES = tuple(dict.fromkeys(("auto", "native", *IMPLEMENTATIONS)))
 """Every implementation there is or could be: a missing one is listed with the reason."""
 SLICED = 1 << 25
 """Weights (B N L S) from which on the gate looks at the first and last sequence and head only."""
+DROPOUT = 0.1
+"""Probability in the rows of that name. What is dropped is random, so the gate looks at the same code without it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,10 +114,13 @@ def heads(x_BLD: Tensor, row: Row) -> Tensor:
     return x_BLD.view(*x_BLD.shape[:2], row.shape.heads, -1).transpose(1, 2)
 
 
-def _run(row: Row, inputs: Inputs, output: Callable[[], Tensor], *, shared: bool = False) -> Run:
+def _run(row: Row, inputs: Inputs, output: Callable[[float], Tensor], *, shared: bool = False) -> Run:
+    """The run of a function of the probability of dropout."""
     leaves = {"query": inputs.q, "key": inputs.k} | ({} if shared else {"value": inputs.v})
-    run = differentiable(output, leaves, heads(inputs.grad, row) if row.backward else None)
-    return replace(run, results=lambda: _checked(row, run.results()))
+    grad = heads(inputs.grad, row) if row.backward else None
+    run = differentiable(partial(output, _dropout(row)), leaves, grad)
+    sure = differentiable(partial(output, 0.0), leaves, grad)
+    return replace(run, results=lambda: _checked(row, sure.results()))
 
 
 def _checked(row: Row, results: Results) -> Results:
@@ -164,19 +169,21 @@ def _truth(row: Row, inputs: Callable[[], Inputs], score: str, shared: bool) -> 
 # --- who computes ----------------------------------------------------------------------------------------------
 
 
-def _sdpa(row: Row, inputs: Inputs) -> Callable[[], Tensor]:
-    def output() -> Tensor:
+def _sdpa(row: Row, inputs: Inputs) -> Callable[[float], Tensor]:
+    def output(dropout_p: float) -> Tensor:
         q, k, v = _tensors(row, inputs, shared=False)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=inputs.mask, is_causal=row.variant == "causal")
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=inputs.mask, dropout_p=dropout_p, is_causal=row.variant == "causal"
+        )
 
     return output
 
 
-def _flex(row: Row, inputs: Inputs) -> Callable[[], Tensor]:
+def _flex(row: Row, inputs: Inputs) -> Callable[[float], Tensor]:
     flex = flex_attention(row.shape.length if row.variant == "causal" else None)
     with torch.no_grad():
         flex(*_tensors(row, inputs, shared=False))  # compiles
-    return lambda: flex(*_tensors(row, inputs, shared=False))
+    return lambda _: flex(*_tensors(row, inputs, shared=False))
 
 
 def _no_flex(row: Row) -> str | None:
@@ -191,6 +198,10 @@ def _options(row: Row, mask: Tensor | None, score: str, impl: str) -> dict[str, 
     return {"score": score, "attn_mask": mask, "is_causal": row.variant == "causal", "impl": impl}
 
 
+def _dropout(row: Row) -> float:
+    return DROPOUT if row.variant == "dropout" else 0.0
+
+
 def _tensors(row: Row, inputs: Inputs, shared: bool) -> tuple[Tensor, Tensor, Tensor]:
     k_BNSH = heads(inputs.k, row)
     return heads(inputs.q, row), k_BNSH, k_BNSH if shared else heads(inputs.v, row)
@@ -200,11 +211,11 @@ def _make_ours(row: Row, inputs: Callable[[], Inputs], score: str, impl: str, sh
     given = inputs()
     options = _options(row, given.mask, score, impl)
 
-    def output() -> Tensor:
-        out: Tensor = ba.attention(*_tensors(row, given, shared), **options)
+    def output(dropout_p: float) -> Tensor:
+        out: Tensor = ba.attention(*_tensors(row, given, shared), **options, dropout_p=dropout_p)
         return out
 
-    chosen = ba.explain(*_tensors(row, given, shared), **options).chosen
+    chosen = ba.explain(*_tensors(row, given, shared), **options, dropout_p=_dropout(row)).chosen
     return replace(_run(row, given, output, shared=shared), note=f"took {chosen}" if impl == "auto" else "")
 
 
@@ -214,7 +225,8 @@ def _no_ours(row: Row, inputs: Callable[[], Inputs], score: str, impl: str, shar
     if impl == "reference" and (reason := too_large(row.shape, row.dtype, backward=row.backward)):
         return reason
     given = inputs()
-    explanation = ba.explain(*_tensors(row, given, shared), **_options(row, given.mask, score, impl))
+    options = _options(row, given.mask, score, impl)
+    explanation = ba.explain(*_tensors(row, given, shared), **options, dropout_p=_dropout(row))
     return None if explanation.chosen else "; ".join(explanation.reasons[impl])
 
 
@@ -233,7 +245,7 @@ SUITE = Suite(
     contenders,
     shapes=(*PAPER, Shape(1, 1024, 512, 8), Shape(1, 4096, 512, 8)),
     quick=(Shape(64, 64, 128, 4),),
-    variants=("plain", "causal", "padded", "mask"),
+    variants=("plain", "causal", "padded", "mask", "dropout"),
     modes=("forward", "forward+backward"),
-    skipped=lambda row: row.variant in ("padded", "mask") and row.shape not in (PAPER[2], PAPER[3], PAPER[6]),
+    skipped=lambda row: row.variant not in ("plain", "causal") and row.shape not in (PAPER[2], PAPER[3], PAPER[6]),
 )
