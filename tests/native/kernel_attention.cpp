@@ -109,8 +109,30 @@ bool visible(const Case &c, const Inputs &in, int64_t b, int64_t n, int64_t l, i
     return seen;
 }
 
+namespace {
+
+uint64_t splitmix64(uint64_t x) {
+    x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9;
+    x = (x ^ x >> 27) * 0x94d049bb133111eb;
+    return x ^ x >> 31;
+}
+
+// Whether weight (row, s) is dropped, by the rule that dropout.hpp states.
+bool drops(const Case &c, uint64_t row, int64_t s) {
+    const uint64_t seed = (uint64_t)c.seed, r = splitmix64(seed + (2 * row + 1) * 0x9e3779b97f4a7c15);
+    const auto mix = [](uint32_t x, uint32_t plus) {
+        x = (x ^ x >> 16) * 0x7feb352du + plus;
+        x = (x ^ x >> 15) * 0x846ca68bu;
+        return x ^ x >> 16;
+    };
+    const uint32_t key = mix((uint32_t)s * 0x9e3779b9u + (uint32_t)splitmix64(seed), 0);
+    return mix((uint32_t)r ^ key, (uint32_t)(r >> 32)) < std::floor(std::ldexp(c.dropout, 32));
+}
+
+} // namespace
+
 Problem read(const Case &c, const Inputs &in) {
-    Problem p{c.B, c.N, c.G, c.L, c.S, c.H, c.W, c.score, c.dtype == BA_BF16, c.shared, 0, {}, {}, {}, {}, {}};
+    Problem p{c.B, c.N, c.G, c.L, c.S, c.H, c.W, c.score, c.dtype == BA_BF16, c.shared, 0, {}, {}, {}, {}, {}, {}};
     p.scale = c.zero_scale ? 0 : c.scale != 0 ? c.scale : 1 / std::sqrt((double)c.H);
     p.q = in.q.dense(), p.k = in.k.dense(), p.grad = in.grad.dense();
     p.v = c.shared ? p.k : in.v.dense();
@@ -120,6 +142,7 @@ Problem read(const Case &c, const Inputs &in) {
             double bias;
             const bool seen = visible(c, in, row / c.L / c.N, row / c.L % c.N, row % c.L, s, &bias);
             p.bias.push_back(seen ? bias : -INFINITY);
+            if (c.dropout > 0) p.factor.push_back(drops(c, (uint64_t)row, s) ? 0 : 1 / (1 - c.dropout));
         }
     return p;
 }
@@ -128,6 +151,7 @@ ba_call make_call(const Case &c, const Inputs &in) {
     ba_call call{};
     call.dtype = c.dtype, call.score = c.score, call.causal = c.causal;
     call.scale = c.zero_scale ? 0 : c.scale != 0 ? c.scale : 1 / std::sqrt((double)c.H);
+    call.dropout = c.dropout, call.seed = c.seed;
     call.B = c.B, call.N = c.N, call.G = c.G, call.L = c.L, call.S = c.S, call.H = c.H, call.W = c.W;
     const Tensor &v = c.shared ? in.k : in.v;
     call.q = in.q.data(), call.q_b = in.q.stride[0], call.q_n = in.q.stride[1], call.q_l = in.q.stride[2];

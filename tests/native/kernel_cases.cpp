@@ -229,6 +229,31 @@ void special_scores(List &list) {
     list.four(c, true);
 }
 
+// Every form of tile: which weights are dropped must not depend on it. Few queries take the panels' way here.
+void dropout(List &list) {
+    for (double p : {0.1, 0.5, 1.0}) {
+        Case c = sizes("dropout " + power(p), 2, 4, 2, 67, 149, 16, 31);
+        c.dropout = p, c.seed = 0x123456789abcdef;
+        list.four(c, p == 0.5);
+        c.causal = true, c.name += " causal";
+        list.four(c, p == 0.1);
+        c.mask = {BA_F32, 8 | 2 | 1, GAPPED, 0.3, 1.0, false, true};
+        c.padding = {BA_BOOL, Padding::TAIL, true, true, false}, c.name += " masked";
+        list.four(c, p == 0.5);
+        c.mask = {}, c.padding = {}, c.causal = false, c.shared = true, c.W = c.H;
+        c.in = HEADS_INSIDE, c.keys = GAPPED, c.out = PACKED, c.name += " shared";
+        list.four(c, p == 0.1);
+        c = sizes("dropout few queries " + power(p), 2, 2, 1, 3, 509, 32, 32);
+        c.dropout = p, c.seed = INT64_MAX - 1;
+        list.four(c, p == 0.1);
+    }
+    for (double amount : {1e-12, 1e-20}) {
+        Case c = sizes("dropout, tiny rows among others " + power(amount), 1, 2, 2, 37, 101, 16, 16);
+        c.score = BA_EXPRESSIVE, c.fill = SCALED_ODD_ROWS, c.amount = amount, c.dropout = 0.3, c.seed = 7;
+        list.two(c, amount == 1e-20);
+    }
+}
+
 void empty(List &list) {
     list.four(sizes("no batch", 0, 2, 2, 5, 7, 8, 8), true);
     list.four(sizes("no queries", 2, 2, 1, 0, 7, 8, 8), true);
@@ -262,6 +287,7 @@ void random(List &list) {
         c.mask = {r.pick(types), (int)r.below(16), r.pick(over), r.uniform(), 3 * r.uniform(), false, r.chance(0.5)};
         c.padding = {r.pick(types), (Padding::Form)r.below(4), r.chance(0.8), r.chance(0.9), r.chance(0.3)};
         if (r.chance(0.1)) c.fill = SOME_ZERO;
+        if (r.chance(0.25)) c.dropout = r.uniform(), c.seed = r.below(INT64_MAX);
         list.cases.push_back(c);
     }
 }
@@ -278,6 +304,7 @@ std::vector<Case> attention_cases() {
     tiny(list);
     steep_and_huge(list);
     special_scores(list);
+    dropout(list);
     empty(list);
     random(list);
     return list.cases;

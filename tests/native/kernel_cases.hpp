@@ -42,6 +42,8 @@ struct Case {
     Layout in = CONTIGUOUS, keys = CONTIGUOUS, out = CONTIGUOUS;
     Mask mask;
     Padding padding;
+    double dropout = 0;
+    int64_t seed = 0;
     Fill fill = NORMAL;
     double amount = 1;
     double gradient_floor = 0; // granted to gradients besides the rule: what far-out scores may lose

@@ -64,7 +64,7 @@ template <class From> std::vector<double> heads_apart(const LayerCase &c, const 
 template <class T> std::vector<double> evaluate_layer(const LayerCase &c, const Numbers &n, const Way &way) {
     const std::vector<T> x(n.x.begin(), n.x.end());
     const int64_t H = c.D / c.N;
-    Problem p{c.B, c.N, c.N, c.L, c.L, H, H, c.score, false, false, 1 / std::sqrt((double)H), {}, {}, {}, {}, {}};
+    Problem p{c.B, c.N, c.N, c.L, c.L, H, H, c.score, false, false, 1 / std::sqrt((double)H), {}, {}, {}, {}, {}, {}};
     p.q = heads_apart(c, project(c, x, n.q, way), false);
     p.k = heads_apart(c, project(c, x, n.k, way), false);
     p.v = heads_apart(c, mix(c, project(c, x, n.v, way), n, way), false);

@@ -15,6 +15,7 @@ struct Problem {
     double scale;
     std::vector<double> q, k, v, grad;
     std::vector<double> bias;       // (B, N, L, S): added to the log weight, -inf where the key is hidden
+    std::vector<double> factor;     // (B, N, L, S): of a weight on its way to the output, by dropout; empty: 1
 };
 
 struct Answer {
@@ -109,7 +110,7 @@ template <class T> struct Sums { // what one row adds to
 // The gradients of one row, from its normalised weights and slopes; returns the largest spread of its dq.
 template <class T>
 double row_gradients(const Problem &p, const Way &way, const T *q, const T *keys, const T *values, const T *grad,
-                     const std::vector<T> &w, const std::vector<T> &slope, const Sums<T> &to) {
+                     const double *factor, const std::vector<T> &w, const std::vector<T> &slope, const Sums<T> &to) {
     T delta = 0; // sum_s w_s dL/dw_s, from the output as it is stored
     for (int64_t c = 0; c < p.W; ++c) delta += grad[c] * stored(p, to.out[c]);
     std::vector<double> spread((size_t)p.H);
@@ -117,8 +118,9 @@ double row_gradients(const Problem &p, const Way &way, const T *q, const T *keys
         const int64_t s = way.term(i, p.S);
         const T weight = w[(size_t)s];
         if (weight == 0) continue;
-        for (int64_t c = 0; c < p.W; ++c) to.dv[s * p.W + c] += weight * grad[c];
-        const T dw = dot(grad, values + s * p.W, p.W, (T)1, way);
+        const T kept = factor ? (T)factor[s] : 1;
+        for (int64_t c = 0; c < p.W; ++c) to.dv[s * p.W + c] += weight * kept * grad[c];
+        const T dw = kept * dot(grad, values + s * p.W, p.W, (T)1, way);
         const T dz = slope[(size_t)s] * (dw - delta) * (T)p.scale;
         const double step = std::abs((double)slope[(size_t)s] * p.scale);
         const double size = step * (std::abs((double)dw) + std::abs((double)delta));
@@ -147,6 +149,7 @@ template <class T> Answer evaluate(const Problem &p, bool backward, const Way &w
         const int64_t kv = row / L / N * G + row / L % N / group; // (b, g) in one number
         const T *q_row = &q[(size_t)(row * H)], *keys = &k[(size_t)(kv * S * H)], *values = &v[(size_t)(kv * S * W)];
         const double *bias = &p.bias[(size_t)(row * S)];
+        const double *factor = p.factor.empty() ? nullptr : &p.factor[(size_t)(row * S)];
         T *o = &out[(size_t)(row * W)];
         for (int64_t s = 0; s < S; ++s) {
             z[(size_t)s] = dot(q_row, keys + s * H, H, way.scale_first ? scale : 1, way);
@@ -160,14 +163,15 @@ template <class T> Answer evaluate(const Problem &p, bool backward, const Way &w
         for (int64_t i = 0; i < S; ++i) {
             const size_t s = (size_t)way.term(i, S);
             w[s] *= before, slope[s] *= before;
-            for (int64_t c = 0; w[s] != 0 && c < W; ++c) o[c] += w[s] * values[s * (size_t)W + (size_t)c];
+            const T kept = factor ? w[s] * (T)factor[s] : w[s];
+            for (int64_t c = 0; kept != 0 && c < W; ++c) o[c] += kept * values[s * (size_t)W + (size_t)c];
             w[s] /= after, slope[s] /= after;
         }
         for (int64_t c = 0; c < W; ++c) o[c] /= after;
         if (!backward) continue;
         const size_t key = (size_t)(kv * S * H);
         const Sums<T> to = {o, &dq[(size_t)(row * H)], &dk[key], &dv[(size_t)(kv * S * W)], &spread_k[key]};
-        const double spread = row_gradients(p, way, q_row, keys, values, &grad[(size_t)(row * W)], w, slope, to);
+        const double spread = row_gradients(p, way, q_row, keys, values, &grad[(size_t)(row * W)], factor, w, slope, to);
         a.spread_q = std::max(a.spread_q, spread);
     }
     for (double x : spread_k) a.spread_k = std::max(a.spread_k, x);

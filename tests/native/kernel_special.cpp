@@ -29,7 +29,7 @@ void oracle_itself(int64_t score) {
     c.mask = {BA_F32, 2 | 1, CONTIGUOUS, 0.2, 1.0, false, true};
     if (!chosen(c.name)) return;
     const double inf = INFINITY, a = std::exp(1.0), b = std::exp(2.0);
-    const Problem two{1, 1, 1, 1, 3, 1, 1, score, false, false, 1, {1}, {1, 2, 3}, {10, 20, 30}, {1}, {0, 0, -inf}};
+    const Problem two{1, 1, 1, 1, 3, 1, 1, score, false, false, 1, {1}, {1, 2, 3}, {10, 20, 30}, {1}, {0, 0, -inf}, {}};
     const double by_hand = score == BA_SOFTMAX ? (10 * a + 20 * b) / (a + b) : (10 * 0.5 + 20 * 0.8) / (0.5 + 0.8);
     if (std::abs(evaluate<double>(two, false).out[0] - by_hand) > 1e-14) fail(c.name, BA_BEST, "two keys by hand");
     Problem p = read(c, make_inputs(c));
