@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 
 from better_attention import MECHANISMS
+from better_attention.experiments import task as task_module
 from better_attention.experiments.image_task import ImageTask
-from better_attention.experiments.task import SCALES, cut
+from better_attention.experiments.task import SCALES, Split, cut
 from better_attention.experiments.tasks import TASKS
 from better_attention.experiments.text_task import TextTask
 
@@ -98,6 +99,29 @@ def test_the_cut_depends_on_the_data_seed_alone() -> None:
 def test_a_cut_that_leaves_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="leaves no validation samples of 4 training"):
         cut(tiny.task(), 4, 9)
+
+
+@pytest.mark.parametrize("limit", [0, 2**30])
+def test_large_splits_move_batch_by_batch(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device "meta" stands in for an accelerator: what was moved there is known by its device."""
+    monkeypatch.setattr(task_module, "MOVED_AT_ONCE", limit)
+    elsewhere = torch.device("meta")
+    split = Split(torch.arange(30).reshape(10, 3), torch.arange(10))
+    moved = split.to(elsewhere)
+    assert moved.inputs.device.type == ("meta" if limit else "cpu")
+    for rows in (torch.tensor([3, 1]), slice(2, 4)):
+        inputs, targets = moved.batch(rows)
+        assert (inputs.device, inputs.shape, targets.device) == (elsewhere, (2, 3), elsewhere)
+        assert torch.equal(split.to(torch.device("cpu")).batch(rows)[0], split.inputs[rows])
+
+
+@pytest.mark.parametrize(("first", "step"), [(0, 1), (0, 3), (1, 3), (2, 3), (11, 12)])
+def test_batches_hold_every_sample_of_a_share_once(first: int, step: int) -> None:
+    split = Split(torch.arange(30).reshape(10, 3), torch.arange(10))
+    parts = list(split.batches(2, first, step))
+    assert torch.cat([targets for _, targets in parts]).tolist() == list(range(first, 10, step))
+    assert torch.cat([inputs for inputs, _ in parts])[:, 0].tolist() == list(range(3 * first, 30, 3 * step))
+    assert len(parts) == max(1, -(-len(range(first, 10, step)) // 2))
 
 
 def test_digits_load_whole_and_always_the_same() -> None:

@@ -122,7 +122,7 @@ class ImageTask(Task):
         if not self.top5 or self.classes <= 5:
             return {}
         hits = 0
-        for x, y in zip(split.inputs.split(SCORING_BATCH), split.targets.split(SCORING_BATCH), strict=True):
+        for x, y in split.batches(SCORING_BATCH):
             likeliest = model(x).topk(5, dim=1).indices
             hits += int((likeliest == y[:, None]).sum())
         return {"top5": 100 * hits / len(split)}

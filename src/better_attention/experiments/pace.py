@@ -70,7 +70,8 @@ def _updates(task: Task, model: nn.Module, train: Split, device: torch.device) -
 
     def update() -> float:
         began = time.perf_counter()
-        loss = task.losses(model(task.augment(train.inputs[batch])), train.targets[batch]).mean()
+        inputs, targets = train.batch(batch)
+        loss = task.losses(model(task.augment(inputs)), targets).mean()
         loss.backward()
         optimiser.step()
         optimiser.zero_grad()

@@ -7,7 +7,7 @@ A task is a frozen dataclass that a function of ``tasks/`` returns for a scale; 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, cached_property
 from hashlib import sha256
@@ -28,22 +28,42 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 SCALES = ("smoke", "small", "paper")
+MOVED_AT_ONCE = 4 * 2**30
+"""Bytes up to which a split is kept in an accelerator's memory as a whole."""
 OPTIMISERS = ("adam", "adamw", "rmsprop")
 
 
 @dataclass(frozen=True)
 class Split:
-    """Inputs (N, ...) and the class of each, int64 (N,), or T classes of each, (N, T)."""
+    """Inputs (N, ...) and the class of each, int64 (N,), or T classes of each, (N, T).
+
+    ``device`` is where :meth:`batch` brings samples; None: they stay where they lie.
+    """
 
     inputs: Tensor
     targets: Tensor
+    device: torch.device | None = None
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def to(self, device: torch.device) -> Split:
-        """The same split on ``device``."""
+        """The same split for a model on ``device``: moved there as a whole, or batch by batch where it is large."""
+        if device.type != "cpu" and self.inputs.nbytes + self.targets.nbytes > MOVED_AT_ONCE:
+            return replace(self, device=device)
         return Split(self.inputs.to(device), self.targets.to(device))
+
+    def batch(self, rows: Tensor | slice) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of some samples, on the model's device."""
+        if isinstance(rows, Tensor):
+            rows = rows.to(self.inputs.device)
+        inputs, targets = self.inputs[rows], self.targets[rows]
+        return (inputs, targets) if self.device is None else (inputs.to(self.device), targets.to(self.device))
+
+    def batches(self, size: int, first: int = 0, step: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        """Samples ``first``, ``first + step``, ... in order, ``size`` at a time; one empty batch if there are none."""
+        for start in range(first, max(len(self), first + 1), size * step):
+            yield self.batch(slice(start, start + size * step, step))
 
 
 @dataclass(frozen=True)

@@ -170,8 +170,9 @@ class Training:
         """One forward and backward pass without an update: what happens only once is in no epoch's seconds."""
         batch = slice(self.task.batch_size)
         self.parallel.train()
-        logits = self.parallel(self.task.augment(self.splits.train.inputs[batch]))
-        self.accelerator.backward(self.task.losses(logits, self.splits.train.targets[batch]).sum())
+        inputs, targets = self.splits.train.batch(batch)
+        logits = self.parallel(self.task.augment(inputs))
+        self.accelerator.backward(self.task.losses(logits, targets).sum())
         self.optimiser.zero_grad()
 
     def train_epoch(self) -> None:
@@ -179,14 +180,15 @@ class Training:
         task, position, train = self.task, self.position, self.splits.train
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         steps = math.ceil(len(train) / task.batch_size)
-        order = epoch_order(len(train), self.seed, position.epoch).to(self.accelerator.device)
+        order = epoch_order(len(train), self.seed, position.epoch).to(train.inputs.device)
         self.parallel.train()
         while position.step < steps:
             began = time.perf_counter()
             batch = order[position.step * task.batch_size : (position.step + 1) * task.batch_size]
             mine = batch[rank::processes]
             reseed(self.accelerator.device, derive("dropout", self.seed, position.epoch, position.step, rank))
-            inputs, targets = task.augment(train.inputs[mine]), train.targets[mine]
+            inputs, targets = train.batch(mine)
+            inputs = task.augment(inputs)
             ready = time.perf_counter()
             logits = self.parallel(inputs)
             loss = task.losses(logits, targets).sum()
@@ -353,12 +355,10 @@ def evaluate(accelerator: Accelerator, model: nn.Module, task: Task, split: Spli
     Raises:
         RuntimeError: a sample was lost or counted twice.
     """
-    shares = slice(accelerator.process_index, None, accelerator.num_processes)
-    inputs, targets = split.inputs[shares], split.targets[shares]
     loss = correct = seen = 0.0
     model.eval()
     with torch.inference_mode():
-        for x, y in zip(inputs.split(EVALUATION_BATCH), targets.split(EVALUATION_BATCH), strict=True):
+        for x, y in split.batches(EVALUATION_BATCH, accelerator.process_index, accelerator.num_processes):
             logits = model(x)
             loss += float(task.losses(logits, y).sum())
             correct += float(task.correct(logits, y).sum())

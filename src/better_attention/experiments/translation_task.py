@@ -146,7 +146,7 @@ class TranslationTask(Task):
 
     def scores(self, model: nn.Module, split: Split, assets: Mapping[str, Any]) -> dict[str, float]:
         """BLEU of the translations against the pairs' own, one reference each."""
-        inputs, targets = split.inputs[: self.bleu_samples], split.targets[: self.bleu_samples]
+        inputs, targets = split.batch(slice(self.bleu_samples))
         found = [p.label for batch in inputs.split(DECODING_BATCH) for p in self.predictions(model, batch, assets)]
         # Which unknown word a reference has does not matter, as long as no translation can match it.
         return {"bleu": bleu(found, sentences(targets, assets["target"], unknown=NO_WORD))[0]}
@@ -202,7 +202,7 @@ class TranslationTask(Task):
         meant = sentences(targets[order], splits.assets["target"])
         found: dict[str, tuple[int, str]] = {}
         for row, source, target in zip(order.tolist(), read, meant, strict=True):
-            found.setdefault(source, (row, f"test pair {row + 1}: {source} → {target}"))
+            found.setdefault(source, (row, f"test pair {row}: {source} → {target}"))
         return list(found.values())[:number]
 
 
