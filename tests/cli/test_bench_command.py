@@ -213,6 +213,14 @@ def test_words_the_parser_refuses(words: tuple[str, ...], message: str, capsys: 
     assert message in capsys.readouterr().err
 
 
+def test_rows_of_some_variants_only(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--suite", "kernel", "--shapes", "1x7x6x2", "--repeats", "1", "--seconds", "0.01")
+    rows = document(capsys, *words, "--variants", "dropout,causal")["rows"]
+    assert {row["variant"] for row in rows} == {"dropout", "causal"}
+    with pytest.raises(UserError, match=r"'kernel' has plain, causal, padded, mask, dropout, received 'masked'"):
+        run(*words, "--variants", "masked")
+
+
 def test_a_file_is_no_folder(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("mine", "utf-8")

@@ -34,6 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="BxLxDxH,...",
         help="batch x length (decode: keys) x model width x heads, as in 64x32x32x4; default: the papers'",
     )
+    parser.add_argument(
+        "--variants",
+        type=lambda text: tuple(word.strip() for word in text.split(",")),
+        metavar="A,B,...",
+        help="rows of these kinds only, as in plain,causal,padded,mask,dropout of the suite kernel",
+    )
     parser.add_argument("--threads", type=positive, metavar="N", help="of everybody; default: as many as torch takes")
     parser.add_argument("--repeats", type=positive, metavar="N", help="most rounds of a row; default: 15, quick: 5")
     parser.add_argument(
@@ -114,6 +120,11 @@ def measure(args: argparse.Namespace, settings: Settings) -> Report:
     suites = SUITES.values() if args.suite == "all" else [SUITES[args.suite]]
     given = tuple(Shape(*sizes) for sizes in args.shapes or ())
     rows = [row for suite in suites for row in suite.rows(dtype, given or (suite.quick if args.quick else None))]
+    known = tuple(dict.fromkeys(variant for suite in suites for variant in suite.variants))
+    for name in args.variants or ():
+        if name not in known:
+            raise UserError(f"--variants: the suite {args.suite!r} has {', '.join(known)}, received {name!r}.")
+    rows = [row for row in rows if row.variant in (args.variants or known)]
     about = machine.describe(command_line())
     results: list[runner.Result] = []
     sizes = {"size": 1024, "read_bytes": 256 << 20} if args.quick else {}
