@@ -340,8 +340,6 @@ def test_explain_names_the_choice_and_the_reasons() -> None:
         ("sdpa", {"score": "expressive"}, "expressive"),
         ("sdpa", {"need_weights": True}, "weights"),
         ("chunked", {"need_weights": True}, "weights"),
-        ("chunked", {"dropout_p": 0.5}, "dropout"),
-        ("chunked", {"score": "expressive", "dropout_p": 0.5}, "dropout"),
     ],
 )
 def test_what_an_implementation_cannot_do_is_refused_with_everyones_reasons(

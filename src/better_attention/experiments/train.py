@@ -330,13 +330,12 @@ def epoch_order(samples: int, seed: int, epoch: int) -> Tensor:
 
 
 def reseed(device: torch.device, seed: int) -> None:
-    """Start the generator that dropout on ``device`` draws from.
+    """Start the generators that dropout on ``device`` draws from: ours takes its seed from the CPU's.
 
     Not ``torch.manual_seed``: that tells every kind of device, at milliseconds a call where there is none.
     """
-    if device.type == "cpu":
-        torch.default_generator.manual_seed(seed)
-    else:
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
         getattr(torch, device.type).manual_seed(seed)
 
 

@@ -81,6 +81,17 @@ def triangle(rows: Tensor, length: int) -> Tensor:
     return torch.arange(length, device=rows.device) <= rows[:, None]
 
 
+NO_DROPOUT = "under torch.func it has no dropout: one seed would be one mask for a whole vmap"
+
+
+def dropout_seed(call: Call) -> Tensor | None:
+    """The number from which follows what a call drops, None without dropout.
+
+    Drawn from the CPU's default generator, which torch.manual_seed and activation checkpointing take care of.
+    """
+    return torch.randint(2**63 - 1, (), device="cpu") if call.dropout_p > 0.0 else None
+
+
 def transformed() -> bool:
     """Whether transforms of torch.func are at work."""
     return torch._C._are_functorch_transforms_active()

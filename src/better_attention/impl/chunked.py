@@ -1,8 +1,10 @@
 """Both scores in plain torch, tile by tile: extra memory is one tile, never L x S, in both directions.
 
 A tile holds every key of a few queries of a few heads, so a row is normalised at once and no running maximum
-is needed. The backward pass computes the tiles again. Registered as a custom operator, so that torch.compile and
-torch.export keep it as one node at any length (a Python loop over tiles would be unrolled for one length).
+is needed. The backward pass computes the tiles again, and draws again what dropout drops: both directions visit the
+tiles in one order, with a generator that starts from the call's seed. Registered as a custom operator, so that
+torch.compile and torch.export keep it as one node at any length (a Python loop over tiles would be unrolled for one
+length).
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .call import Call, fold_batch, hidden, island, triangle
+from .call import NO_DROPOUT, Call, dropout_seed, fold_batch, hidden, island, transformed, triangle
 
 TILE = 1 << 19
 """Elements of one tile: 2 MiB of float32, a few of which fit a desktop processor's cache."""
@@ -26,8 +28,8 @@ def unsupported(call: Call) -> list[str]:
     reasons = []
     if call.need_weights:
         reasons.append("it never holds all the weights, so it cannot return them")
-    if call.dropout_p > 0.0:
-        reasons.append("it has no dropout: the dropped weights of a tile would have to be drawn twice alike")
+    if call.dropout_p > 0.0 and transformed():
+        reasons.append(NO_DROPOUT)
     if any(forward_ad.unpack_dual(x).tangent is not None for x in (call.q_BNLH, call.k_BNSH, call.v_BNSH)):
         reasons.append("it has no forward-mode derivative")
     return reasons
@@ -38,9 +40,8 @@ def compute(call: Call) -> tuple[Tensor, None]:
     call = call.with_repeated_heads()
     # A custom operator's own autograd does not know torch.func, an autograd.Function does not stay one graph node.
     run = torch.ops.better_attention.chunked if torch.compiler.is_compiling() else _Chunked.apply
-    heads_BNLH, *_ = run(
-        call.q_BNLH, call.k_BNSH, call.v_BNSH, call.mask_BNLS, call.padding_B11S, call.causal, call.score, call.scale
-    )
+    tensors = (call.q_BNLH, call.k_BNSH, call.v_BNSH, call.mask_BNLS, call.padding_B11S, dropout_seed(call))
+    heads_BNLH, *_ = run(*tensors, call.causal, call.score, call.scale, call.dropout_p)
     return heads_BNLH, None
 
 
@@ -91,6 +92,21 @@ def _restrictions(
         later = ~triangle(torch.arange(tile.rows.start, tile.rows.stop, device=like.device), tile.keys.stop)
         hide = later if hide is None else hide | later
     return hide, bias
+
+
+class _Dropout:
+    """The factors 0 and 1/(1-p) of a call's weights, tile after tile."""
+
+    def __init__(self, seed: Tensor | None, p: float, device: torch.device) -> None:
+        self.keep = 1.0 - p
+        self.generator = None if seed is None else torch.Generator(device).manual_seed(int(seed))
+
+    def next(self, like: Tensor) -> Tensor | None:
+        """Those of the next tile, None without dropout; all 0 where everything is dropped."""
+        if self.generator is None:
+            return None
+        kept = torch.empty_like(like).bernoulli_(self.keep, generator=self.generator)
+        return kept.div_(self.keep) if self.keep > 0.0 else kept
 
 
 # --- scores on a tile: weights, and their derivative towards z -------------------------------------------------
@@ -171,7 +187,16 @@ def _weights_and_slope(
 
 @torch.library.custom_op("better_attention::chunked", mutates_args=())
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, padding: Tensor | None, causal: bool, score: str, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    padding: Tensor | None,
+    seed: Tensor | None,
+    causal: bool,
+    score: str,
+    scale: float,
+    dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Head outputs (B, N, L, H); per row the normaliser (inf if there is no weight) and the two constants."""
     (B, N, L, _), S = q.shape, k.shape[2]
@@ -185,6 +210,7 @@ def _forward(
     unit = torch.ones((B, N, L, 1), dtype=dtype, device=q.device)
     if S == 0:
         return heads, total, shift, unit
+    dropout = _Dropout(seed, dropout_p, q.device)
     faint = torch.finfo(dtype).tiny ** 0.63  # below it a row of squares has lost digits to underflow
     for tile in _tiles(B, N, L, S, causal):
         at, keys = (tile.batch, tile.heads, tile.rows), (tile.batch, tile.heads, tile.keys)
@@ -201,14 +227,24 @@ def _forward(
             a, shift[at], unit[at] = _unnormalised(score, z, hide, bias)
             row = a.sum(dim=-1, keepdim=True)
         row.masked_fill_(row == 0.0, math.inf)
-        heads[at] = ((a @ v_BNSH[keys]) / row).to(q.dtype)
+        kept = dropout.next(a)
+        heads[at] = (((a if kept is None else a * kept) @ v_BNSH[keys]) / row).to(q.dtype)
         total[at] = row
     return heads, total, shift, unit
 
 
 @_forward.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, padding: Tensor | None, causal: bool, score: str, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    padding: Tensor | None,
+    seed: Tensor | None,
+    causal: bool,
+    score: str,
+    scale: float,
+    dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     total, shift, unit = (q.new_empty((*q.shape[:3], 1), dtype=island(q.dtype)) for _ in range(3))
     return q.new_empty(*q.shape[:3], v.shape[-1]), total, shift, unit
@@ -226,9 +262,11 @@ def _backward(
     total: Tensor,
     shift: Tensor,
     unit: Tensor,
+    seed: Tensor | None,
     causal: bool,
     score: str,
     scale: float,
+    dropout_p: float,
     mask_grads: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and of the two masks (empty where ``mask_grads`` says they are not wanted)."""
@@ -242,13 +280,16 @@ def _backward(
     q_BNLH, k_BNSH, v_BNSH, g_BNLH = (x.to(dtype).contiguous() for x in (q.to(dtype) * scale, k, v, grad))
     dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q, k, v))
     delta = (g_BNLH * heads.to(dtype)).sum(dim=-1, keepdim=True)  # sum_k w_k dL/dw_k, the normaliser's share
+    dropout = _Dropout(seed, dropout_p, q.device)
     for tile in _tiles(B, N, L, S, causal) if S else ():
         at, keys = (tile.batch, tile.heads, tile.rows), (tile.batch, tile.heads, tile.keys)
         z = q_BNLH[at] @ k_BNSH[keys].transpose(-1, -2)
         hide, bias = _restrictions(masks, causal, score, tile, z)
         weights, slope = _weights_and_slope(score, z, hide, bias, total[at], shift[at], unit[at])
-        dv[keys] += weights.transpose(-1, -2) @ g_BNLH[at]
-        dw = (g_BNLH[at] @ v_BNSH[keys].transpose(-1, -2)).sub_(delta[at])
+        kept = dropout.next(weights)
+        dv[keys] += (weights if kept is None else weights * kept).transpose(-1, -2) @ g_BNLH[at]
+        dw = g_BNLH[at] @ v_BNSH[keys].transpose(-1, -2)
+        dw = (dw if kept is None else dw.mul_(kept)).sub_(delta[at])
         for gradient in wanted:
             if gradient is not None:
                 part = _cut(gradient, tile)
@@ -275,9 +316,11 @@ def _(
     total: Tensor,
     shift: Tensor,
     unit: Tensor,
+    seed: Tensor | None,
     causal: bool,
     score: str,
     scale: float,
+    dropout_p: float,
     mask_grads: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dmask, dpadding = (
@@ -288,16 +331,16 @@ def _(
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    q, k, v, mask, padding, causal, score, scale = inputs
-    ctx.save_for_backward(q, k, v, mask, padding, *output)
-    ctx.settings = (causal, score, scale, [bool(ctx.needs_input_grad[3]), bool(ctx.needs_input_grad[4])])
+    q, k, v, mask, padding, seed, *settings = inputs
+    ctx.save_for_backward(q, k, v, mask, padding, *output, seed)
+    ctx.settings = (*settings, [bool(ctx.needs_input_grad[3]), bool(ctx.needs_input_grad[4])])
 
 
 def _derive(ctx, grad, *_constants):  # type: ignore[no-untyped-def]
     run = torch.ops.better_attention.chunked_backward if torch.compiler.is_compiling() else _ChunkedBackward.apply
     gradients = run(grad, *ctx.saved_tensors, *ctx.settings)
     wished = ctx.settings[-1]
-    return (*gradients[:3], *(g if wish else None for g, wish in zip(gradients[3:], wished, strict=True)), *(None,) * 3)
+    return (*gradients[:3], *(g if wish else None for g, wish in zip(gradients[3:], wished, strict=True)), *(None,) * 5)
 
 
 _forward.register_autograd(_derive, setup_context=_save)
@@ -334,10 +377,9 @@ class _ChunkedBackward(torch.autograd.Function):
         raise ValueError("impl='chunked' has a first derivative only: pass impl='reference' for higher ones.")
 
 
-def _vmap_forward(info, in_dims, q, k, v, mask, padding, causal, score, scale):  # type: ignore[no-untyped-def]
-    batch = q.shape[0 if in_dims[0] is None or in_dims[0] > 0 else 1]
-    folded = fold_batch(info, in_dims[:5], (q, k, v, mask, padding), batch)
-    outputs = torch.ops.better_attention.chunked(*folded, causal, score, scale)
+def _vmap_forward(info, in_dims, *args):  # type: ignore[no-untyped-def]
+    batch = args[0].shape[0 if in_dims[0] is None or in_dims[0] > 0 else 1]
+    outputs = torch.ops.better_attention.chunked(*fold_batch(info, in_dims[:5], args[:5], batch), *args[5:])
     return tuple(x.unflatten(0, (info.batch_size, batch)) for x in outputs), (0,) * 4
 
 

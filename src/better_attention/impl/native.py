@@ -24,7 +24,7 @@ from better_attention.native import (
 )
 from better_attention.native import call as call_library
 
-from .call import Call, fold_batch, plain_tensors, transformed
+from .call import NO_DROPOUT, Call, dropout_seed, fold_batch, plain_tensors, transformed
 
 __all__ = ["compute", "instruction_set", "instruction_sets", "missing", "unsupported"]
 
@@ -32,7 +32,6 @@ _FORWARD = struct.Struct("=5q2d8q3q9q2q4q2q2q1q3q1q")  # ba_call in native/api.h
 _BACKWARD = struct.Struct("=1q3q3q9q")  # and the rest
 _NOTHING_MORE = bytes(_BACKWARD.size)
 _SCORES = {"softmax": 0, "expressive": 1}
-SEEDS = 2**63 - 1
 
 
 def unsupported(call: Call) -> list[str]:
@@ -49,7 +48,7 @@ def unsupported(call: Call) -> list[str]:
     if call.need_weights:
         reasons.append("it never holds all the weights, so it cannot return them")
     if call.dropout_p > 0.0 and transformed():
-        reasons.append("under torch.func it has no dropout")
+        reasons.append(NO_DROPOUT)
     for mask in call.masks:
         if mask.requires_grad:
             reasons.append("it does not differentiate with respect to a mask")
@@ -64,10 +63,8 @@ def compute(call: Call) -> tuple[Tensor, None]:
     """Head outputs (B, N, L, H), in the memory order (B, L, N, H)."""
     q, k = call.q_BNLH, call.k_BNSH
     v = None if call.v_BNSH is k else call.v_BNSH
-    # What is dropped follows from one number, drawn as dropout draws: torch.manual_seed and checkpointing know of it.
-    seed = torch.randint(SEEDS, (), device=q.device) if call.dropout_p > 0.0 else None
-    masks = (call.mask_BNLS, call.padding_B11S, seed)
-    arguments = (q, k, v, *masks, call.causal, call.score, call.scale, call.dropout_p)
+    tensors = (q, k, v, call.mask_BNLS, call.padding_B11S, dropout_seed(call))
+    arguments = (*tensors, call.causal, call.score, call.scale, call.dropout_p)
     if torch.compiler.is_compiling():
         return torch.ops.better_attention.native(*arguments)[0], None
     if plain_tensors(q, k, v) and not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, call.v_BNSH))):
