@@ -227,12 +227,41 @@ def test_a_folder_of_one_file_is_that_file(tmp_path: Path) -> None:
         (["test.csv"], r"has no training file such as train\.csv, but test\.csv\."),
         (["train.csv", "train.jsonl"], r"has two train files, train\.csv and train\.jsonl\. Remove one\."),
         (["train.csv", "val.csv", "dev.csv"], r"has two validation files, dev\.csv and val\.csv\."),
+        (["train.csv", "train-0-of-1.csv"], r"has two train files, train-0-of-1\.csv and train\.csv\."),
+        (["train-0-of-2.csv", "train-1-of-3.csv"], r"has two train files, train-0-of-2\.csv and train-1-of-3\.csv"),
+        (["train-0-of-3.csv", "train-2-of-3.csv"], r"of the 3 train files, number 1 \(counted from 0\) is missing"),
+        (["train-0-of-2.csv", "train-0-of-2.tsv"], r"of the 2 train files, number 1 .*There are train-0-of-2\.csv, "),
+        (["train-1-of-2.csv", "train-2-of-2.csv"], r"of the 2 train files, number 0"),
     ],
 )
 def test_folders_that_leave_a_doubt(tmp_path: Path, names: list[str], message: str) -> None:
     for name in names:
         write(tmp_path / name, as_csv(ROWS))
     with pytest.raises(DataError, match=message):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("folder", [".", "data"])
+def test_shards_are_one_table(tmp_path: Path, folder: str) -> None:
+    """As published data sets lie: train-00000-of-00002.parquet and so on, often in a folder data/."""
+    for shard in range(11):
+        write(tmp_path / folder / f"train-{shard}-of-11.parquet", as_parquet(numbered(4 * shard, 4 * shard + 4)))
+    write(tmp_path / folder / "validation-00000-of-00001.parquet", as_parquet(numbered(50, 60)))
+    write(tmp_path / folder / "test-00000-of-00001.parquet", as_parquet(numbered(60, 70)))
+    write(tmp_path / "README.md", "about them")
+    data = read(tmp_path)
+    assert data.train_texts == [text for text, _ in numbered(0, 44)]
+    assert data.test_texts == [text for text, _ in numbered(60, 70)]
+    assert len(data.validation_texts or ()) == 10
+
+
+def test_what_is_wrong_in_a_shard_is_told_with_its_name_and_row(tmp_path: Path) -> None:
+    write(tmp_path / "train-0-of-2.csv", as_csv(numbered(0, 40)))
+    odd = write(tmp_path / "train-1-of-2.csv", "text,label\nfine,good\nso so,meh\n")
+    with pytest.raises(DataError, match=r"train-1-of-2\.csv, line 2: class 'good' has too few texts"):
+        read(tmp_path)
+    write(odd, as_csv(numbered(40, 60), names=("review", "label")))
+    with pytest.raises(DataError, match=r"\('text', 'label'\), .*1-of-2\.csv in \('review', 'label'\).*same columns"):
         read(tmp_path)
 
 

@@ -6,7 +6,7 @@ import csv
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,10 @@ def _find(names: Sequence[str], asked: str, usual: Sequence[str]) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """One file's rows: its text, its label as text, and the line (of Parquet: the row) on which it begins."""
+    """One file's rows: its text, its label as text, and the line (of Parquet: the row) on which it begins.
+
+    ``shards``: of a table in several files, the files after the first, each with the number of its first row here.
+    """
 
     path: Path
     unit: str
@@ -81,10 +84,12 @@ class Table:
     lines: list[int]
     texts: list[str]
     labels: list[str]
+    shards: tuple[tuple[int, Path], ...] = ()
 
     def place(self, row: int) -> str:
         """Where a row is, for messages."""
-        return f"{self.path}, {self.unit} {self.lines[row]}"
+        path = next((path for first, path in reversed(self.shards) if first <= row), self.path)
+        return f"{path}, {self.unit} {self.lines[row]}"
 
 
 def format_of(path: Path) -> str | None:
@@ -114,6 +119,27 @@ def read_table(path: Path, columns: Columns) -> Table:
     if not table.texts:
         raise DataError(f"{path} holds no texts.")
     return table
+
+
+def read_shards(paths: Sequence[Path], columns: Columns) -> Table:
+    """The rows of a table that lies in one file or several, one after the other.
+
+    Raises:
+        DataError: of a file, or two of them name their columns differently.
+    """
+    first, *others = (read_table(path, columns) for path in paths)
+    shards: list[tuple[int, Path]] = []
+    for table in others:
+        if table.columns != first.columns:
+            raise DataError(
+                f"{first.path} has its texts and labels in {first.columns}, {table.path} in {table.columns}: parts of "
+                "one table need the same columns."
+            )
+        shards.append((len(first.texts), table.path))
+        first.lines.extend(table.lines)
+        first.texts.extend(table.texts)
+        first.labels.extend(table.labels)
+    return replace(first, shards=tuple(shards))
 
 
 def _csv_rows(path: Path, columns: Columns) -> Iterator[tuple[int, Any, Any]]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from .containers import DataError, Int64, Texts
-from .labelled import KINDS, Columns, Table, format_of, read_table
+from .labelled import KINDS, Columns, Table, format_of, read_shards
 from .partition import HELD_OUT, majority, partition, repeats, text_key
 
 FEWEST = 10  # different texts of a class: fewer leave nothing to validate and test with
@@ -24,6 +24,8 @@ PARTS = {
     "test": ("test", "testing"),
 }
 LAYOUT = f"{KINDS}, or a folder with train, validation and test files of these kinds"
+SHARD = re.compile(r"(.+)-([0-9]+)-of-([0-9]+)")
+"""The name of one of several files that are one table together, as in train-00000-of-00002.parquet."""
 
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
@@ -43,7 +45,7 @@ def read(place: Path, text_column: str = "", label_column: str = "") -> Texts:
             few texts, or a file that is damaged; names file and line.
     """
     columns = Columns(text_column, label_column)
-    tables = {part: read_table(path, columns) for part, path in locate(place).items()}
+    tables = {part: read_shards(paths, columns) for part, paths in locate(place).items()}
     train = tables["train"]
     keys = [text_key(text) for text in train.texts]
     classes = classes_of(train, keys)
@@ -71,30 +73,55 @@ def read(place: Path, text_column: str = "", label_column: str = "") -> Texts:
     )
 
 
-def locate(place: Path) -> dict[str, Path]:
-    """The file of each part in ``place``; one file alone is the training part.
+def locate(place: Path) -> dict[str, list[Path]]:
+    """The file of each part in ``place``, or its shards; one file alone is the training part.
 
     Raises:
-        DataError: nothing there that can be read, or two files for one part.
+        DataError: nothing there that can be read, two files for one part, or a shard is missing.
     """
     if place.is_file():
-        return {"train": place}
+        return {"train": [place]}
     if not place.is_dir():
         raise DataError(f"{place} does not exist: name your texts, {LAYOUT}.")
-    files = [file for file in sorted(place.iterdir()) if format_of(file) and file.is_file()]
-    found: dict[str, Path] = {}
+    files = [file for file in place.iterdir() if format_of(file) and file.is_file()]
+    files.sort(key=lambda file: natural(file.name))
+    if not files and (place / "data").is_dir():  # as data sets are published
+        return locate(place / "data")
+    found: dict[str, list[Path]] = {}
     for file in files:
-        part = next((part for part, names in PARTS.items() if file.name.lower().split(".")[0] in names), None)
-        if part in found:
-            raise DataError(f"{place} has two {part} files, {found[part].name} and {file.name}. Remove one.")
+        stem = file.name.lower().split(".")[0]
+        shard = SHARD.fullmatch(stem)
+        name = shard[1] if shard else stem
+        part = next((part for part, names in PARTS.items() if name in names), None)
         if part:
-            found[part] = file
+            found.setdefault(part, []).append(file)
+    for part, parts in found.items():
+        check_shards(place, part, parts)
     if "train" in found:
         return found
     if len(files) == 1 and not found:
-        return {"train": files[0]}
+        return {"train": files}
     names = ", ".join(file.name for file in files[:10]) or "nothing of the kind"
     raise DataError(f"{place} has no training file such as train.csv, but {names}. Expected {LAYOUT}.")
+
+
+def check_shards(place: Path, part: str, files: Sequence[Path]) -> None:
+    """Make sure that the files of a part are one file, or all shards of one table.
+
+    Raises:
+        DataError: two tables, or a shard that is missing.
+    """
+    shards = [SHARD.fullmatch(file.name.split(".")[0]) for file in files]
+    if len({(shard[1], shard[3]) if shard else file.name for file, shard in zip(files, shards, strict=True)}) > 1:
+        raise DataError(f"{place} has two {part} files, {files[0].name} and {files[1].name}. Remove one.")
+    numbers = [int(shard[2]) for shard in shards if shard]
+    count = next((int(shard[3]) for shard in shards if shard), 0)
+    if numbers != list(range(count)):
+        lost = next((number for number in range(count) if number not in numbers), count)
+        raise DataError(
+            f"{place}: of the {count} {part} files, number {lost} (counted from 0) is missing or there twice. "
+            f"There are {', '.join(file.name for file in files[:10])}."
+        )
 
 
 def natural(name: str) -> tuple[Any, ...]:
