@@ -35,6 +35,8 @@ WIDE = 128
 """Widest heads for which they do where a mask hides keys; a triangle costs them nothing."""
 HALF, HALF_TRAINED = 128, 512
 """Longest S at which they do in bfloat16, in inference and in training; beyond, PyTorch has matrix instructions."""
+DROPPED = 1 << 20
+"""Weights of a head (L S) from which tiles are as fast under dropout as PyTorch, which then keeps every weight."""
 
 
 @overload
@@ -239,6 +241,8 @@ def _slow(call: Call, name: str) -> bool:
         if call.masks and H > WIDE:
             return True
         return B * N < HEADS and B * N * L * S * H < WORK
+    if name == "sdpa" and call.dropout_p > 0.0 and L * S >= DROPPED:
+        return True
     small = PLAIN[call.score] >= B * N * L * S and (call.score != "softmax" or S <= SHORT)
     return small and name != "reference"
 
