@@ -281,7 +281,7 @@ def _keep_apart(
     """Redo a call whose keys or values are not all finite, so that only queries that see those become NaN.
 
     A hidden key has weight 0, but 0 * NaN is NaN. The same implementation runs again with those keys and values
-    zeroed, which leaves every other query bit for bit as with finite ones.
+    zeroed, which leaves every other query bit for bit as with finite ones (without dropout, which draws again).
     """
     bad_BNS = ~(call.k_BNSH.isfinite().all(dim=-1) & call.v_BNSH.isfinite().all(dim=-1))
     if not bool(bad_BNS.any()):

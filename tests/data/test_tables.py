@@ -229,9 +229,16 @@ def test_a_folder_of_one_file_is_that_file(tmp_path: Path) -> None:
         (["train.csv", "val.csv", "dev.csv"], r"has two validation files, dev\.csv and val\.csv\."),
         (["train.csv", "train-0-of-1.csv"], r"has two train files, train-0-of-1\.csv and train\.csv\."),
         (["train-0-of-2.csv", "train-1-of-3.csv"], r"has two train files, train-0-of-2\.csv and train-1-of-3\.csv"),
-        (["train-0-of-3.csv", "train-2-of-3.csv"], r"of the 3 train files, number 1 \(counted from 0\) is missing"),
-        (["train-0-of-2.csv", "train-0-of-2.tsv"], r"of the 2 train files, number 1 .*There are train-0-of-2\.csv, "),
-        (["train-1-of-2.csv", "train-2-of-2.csv"], r"of the 2 train files, number 0"),
+        (
+            ["train-0-of-3.csv", "train-2-of-3.csv"],
+            r"in 3 files needs each of the numbers 0 to 2 once; there",
+        ),
+        (
+            ["train-0-of-2.csv", "train-0-of-2.tsv"],
+            r"in 2 files needs each of .*train-0-of-2\.csv, ",
+        ),
+        (["train-1-of-2.csv", "train-2-of-2.csv"], r"train table in 2 files needs each of"),
+        (["train-0-of-2.csv", "train-1-of-2.csv", "train-2-of-2.csv"], r"train table in 2 files needs each of"),
     ],
 )
 def test_folders_that_leave_a_doubt(tmp_path: Path, names: list[str], message: str) -> None:
@@ -247,12 +254,14 @@ def test_shards_are_one_table(tmp_path: Path, folder: str) -> None:
     for shard in range(11):
         write(tmp_path / folder / f"train-{shard}-of-11.parquet", as_parquet(numbered(4 * shard, 4 * shard + 4)))
     write(tmp_path / folder / "validation-00000-of-00001.parquet", as_parquet(numbered(50, 60)))
-    write(tmp_path / folder / "test-00000-of-00001.parquet", as_parquet(numbered(60, 70)))
+    write(tmp_path / folder / "Test-00000-of-00001-a09b74b3ef9c3b56.parquet", as_parquet(numbered(60, 70)))
     write(tmp_path / "README.md", "about them")
+    write(tmp_path / "dataset_infos.json", "{}")
     data = read(tmp_path)
     assert data.train_texts == [text for text, _ in numbered(0, 44)]
     assert data.test_texts == [text for text, _ in numbered(60, 70)]
     assert len(data.validation_texts or ()) == 10
+    assert any("train-0-of-11.parquet and 10 more" in note for note in data.notes)
 
 
 def test_what_is_wrong_in_a_shard_is_told_with_its_name_and_row(tmp_path: Path) -> None:

@@ -307,7 +307,13 @@ def test_what_is_not_finite_stops_the_run_before_the_update(
     assert saved is not None
     assert (saved[1]["epoch"], saved[1]["step"]) == (2, 3)
     assert all(t.isfinite().all() for t in saved[0].values())
-    tiny.training(tmp_path).run()  # what made it diverge is gone
+    seen: list[int] = []
+    again = tiny.training(tmp_path, checkpoint_seconds=0.0, progress=lambda p, _: seen.append(p.step))
+    again.stop = lambda: len(seen) > 0
+    with pytest.raises(Interrupted):  # what made it diverge is gone
+        again.run()
+    assert look_at(tmp_path).state == "interrupted"
+    tiny.training(tmp_path).run()
     assert look_at(tmp_path).state == "finished"
     assert not (tmp_path / "diverged.json").exists()
 

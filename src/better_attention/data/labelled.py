@@ -130,10 +130,10 @@ def read_shards(paths: Sequence[Path], columns: Columns) -> Table:
     first, *others = (read_table(path, columns) for path in paths)
     shards: list[tuple[int, Path]] = []
     for table in others:
-        if table.columns != first.columns:
+        if (table.columns, table.unit) != (first.columns, first.unit):
             raise DataError(
                 f"{first.path} has its texts and labels in {first.columns}, {table.path} in {table.columns}: parts of "
-                "one table need the same columns."
+                "one table need the same columns and the same kind of file."
             )
         shards.append((len(first.texts), table.path))
         first.lines.extend(table.lines)

@@ -24,7 +24,7 @@ PARTS = {
     "test": ("test", "testing"),
 }
 LAYOUT = f"{KINDS}, or a folder with train, validation and test files of these kinds"
-SHARD = re.compile(r"(.+)-([0-9]+)-of-([0-9]+)")
+SHARD = re.compile(r"(.+)-([0-9]+)-of-([0-9]+)(?:-[0-9a-f]{16})?")
 """The name of one of several files that are one table together, as in train-00000-of-00002.parquet."""
 
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
@@ -85,16 +85,14 @@ def locate(place: Path) -> dict[str, list[Path]]:
         raise DataError(f"{place} does not exist: name your texts, {LAYOUT}.")
     files = [file for file in place.iterdir() if format_of(file) and file.is_file()]
     files.sort(key=lambda file: natural(file.name))
-    if not files and (place / "data").is_dir():  # as data sets are published
-        return locate(place / "data")
     found: dict[str, list[Path]] = {}
     for file in files:
-        stem = file.name.lower().split(".")[0]
-        shard = SHARD.fullmatch(stem)
-        name = shard[1] if shard else stem
+        name = shard_of(file)[0]
         part = next((part for part, names in PARTS.items() if name in names), None)
         if part:
             found.setdefault(part, []).append(file)
+    if not found and (place / "data").is_dir():  # as data sets are published
+        return locate(place / "data")
     for part, parts in found.items():
         check_shards(place, part, parts)
     if "train" in found:
@@ -105,22 +103,31 @@ def locate(place: Path) -> dict[str, list[Path]]:
     raise DataError(f"{place} has no training file such as train.csv, but {names}. Expected {LAYOUT}.")
 
 
+def shard_of(file: Path) -> tuple[str, int, int]:
+    """The name of the table that a file belongs to, the file's number, and how many there are; 0 and 0 if it is whole.
+
+    >>> shard_of(Path("Train-00001-of-00002.parquet"))
+    ('train', 1, 2)
+    """
+    stem = file.name.lower().split(".")[0]
+    shard = SHARD.fullmatch(stem)
+    return (shard[1], int(shard[2]), int(shard[3])) if shard else (stem, 0, 0)
+
+
 def check_shards(place: Path, part: str, files: Sequence[Path]) -> None:
     """Make sure that the files of a part are one file, or all shards of one table.
 
     Raises:
-        DataError: two tables, or a shard that is missing.
+        DataError: two tables, or not each shard once.
     """
-    shards = [SHARD.fullmatch(file.name.split(".")[0]) for file in files]
-    if len({(shard[1], shard[3]) if shard else file.name for file, shard in zip(files, shards, strict=True)}) > 1:
+    found = [shard_of(file) for file in files]
+    if len({(name, count) for name, _, count in found}) > 1 or (found[0][2] == 0 and len(files) > 1):
         raise DataError(f"{place} has two {part} files, {files[0].name} and {files[1].name}. Remove one.")
-    numbers = [int(shard[2]) for shard in shards if shard]
-    count = next((int(shard[3]) for shard in shards if shard), 0)
-    if numbers != list(range(count)):
-        lost = next((number for number in range(count) if number not in numbers), count)
+    numbers, count = [number for _, number, _ in found], found[0][2]
+    if numbers != list(range(max(1, count))):
         raise DataError(
-            f"{place}: of the {count} {part} files, number {lost} (counted from 0) is missing or there twice. "
-            f"There are {', '.join(file.name for file in files[:10])}."
+            f"{place}: a {part} table in {count} files needs each of the numbers 0 to {count - 1} once; there are "
+            f"{', '.join(file.name for file in files[:10])}."
         )
 
 
@@ -181,10 +188,11 @@ def numbered(table: Table, classes: Sequence[str]) -> Int64:
 
 def _origin(train: Table, missing: Sequence[str]) -> tuple[str, ...]:
     text, label = train.columns
-    notes = [f"texts from column {text!r}, classes from column {label!r} of {train.path.name}"]
+    name = train.path.name + (f" and {len(train.shards)} more" if train.shards else "")
+    notes = [f"texts from column {text!r}, classes from column {label!r} of {name}"]
     if missing:
         notes.append(
-            f"a tenth of {train.path.name} each for {' and '.join(missing)}, chosen by hash of the text within each "
+            f"a tenth of {name} each for {' and '.join(missing)}, chosen by hash of the text within each "
             "class; texts of the same words are on one side"
         )
     return tuple(notes)

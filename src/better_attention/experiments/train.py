@@ -132,7 +132,6 @@ class Training:
             self.write_curve()
             write_atomic(self.folder / "model.safetensors", checkpoint.tensor_bytes(self.best))
             write_json(self.folder / "result.json", record)
-            (self.folder / "diverged.json").unlink(missing_ok=True)
             checkpoint.clear(self.folder)
         self.accelerator.wait_for_everyone()
         return record
@@ -257,6 +256,7 @@ class Training:
             if not self.best:
                 del state["best_loss"]  # infinite, which JSON does not know
             checkpoint.save(self.folder, tensors, state)
+            (self.folder / "diverged.json").unlink(missing_ok=True)  # it has got further than that now
             self.write_curve()
         self.saved_at = time.monotonic()
 

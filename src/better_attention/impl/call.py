@@ -97,6 +97,10 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+legacy_batched = torch._C._functorch.is_legacy_batchedtensor
+"""Whether a tensor is one that torch.autograd.grad(is_grads_batched=True) hands out."""
+
+
 def plain_tensors(*tensors: Tensor | None) -> bool:
     """Whether these are ordinary tensors whose memory may be read here and now.
 
@@ -105,7 +109,17 @@ def plain_tensors(*tensors: Tensor | None) -> bool:
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or transformed():
         return False
-    return all(x is None or type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
+    return all(x is None or (type(x) in (Tensor, torch.nn.Parameter) and not legacy_batched(x)) for x in tensors)
+
+
+def one_by_one(info: Any, in_dims: Any, args: Any, operator: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """The vmap rule of an operator with dropout: what it drops depends on its batch, so nothing is folded."""
+    slices = [
+        operator(*(x.select(dim, i) if isinstance(dim, int) else x for x, dim in zip(args, in_dims, strict=True)))
+        for i in range(info.batch_size)
+    ]
+    results = tuple(torch.stack(parts) for parts in zip(*slices, strict=True))
+    return results, (0,) * len(results)
 
 
 def fold_batch(info: Any, in_dims: Any, tensors: Any, batch: int) -> list[Tensor | None]:

@@ -17,7 +17,18 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .call import NO_DROPOUT, Call, dropout_seed, fold_batch, hidden, island, transformed, triangle
+from .call import (
+    NO_DROPOUT,
+    Call,
+    dropout_seed,
+    fold_batch,
+    hidden,
+    island,
+    legacy_batched,
+    one_by_one,
+    transformed,
+    triangle,
+)
 
 TILE = 1 << 19
 """Elements of one tile: 2 MiB of float32, a few of which fit a desktop processor's cache."""
@@ -337,8 +348,11 @@ def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _derive(ctx, grad, *_constants):  # type: ignore[no-untyped-def]
+    saved = ctx.saved_tensors  # once: checkpointing gives them out no second time
+    if saved[-1] is not None and legacy_batched(grad):
+        raise ValueError("impl='chunked' has no dropout with is_grads_batched=True: pass impl='reference' for that.")
     run = torch.ops.better_attention.chunked_backward if torch.compiler.is_compiling() else _ChunkedBackward.apply
-    gradients = run(grad, *ctx.saved_tensors, *ctx.settings)
+    gradients = run(grad, *saved, *ctx.settings)
     wished = ctx.settings[-1]
     return (*gradients[:3], *(g if wish else None for g, wish in zip(gradients[3:], wished, strict=True)), *(None,) * 5)
 
@@ -378,12 +392,16 @@ class _ChunkedBackward(torch.autograd.Function):
 
 
 def _vmap_forward(info, in_dims, *args):  # type: ignore[no-untyped-def]
+    if args[5] is not None:
+        return one_by_one(info, in_dims, args, torch.ops.better_attention.chunked)
     batch = args[0].shape[0 if in_dims[0] is None or in_dims[0] > 0 else 1]
     outputs = torch.ops.better_attention.chunked(*fold_batch(info, in_dims[:5], args[:5], batch), *args[5:])
     return tuple(x.unflatten(0, (info.batch_size, batch)) for x in outputs), (0,) * 4
 
 
 def _vmap_backward(info, in_dims, *args):  # type: ignore[no-untyped-def]
+    if args[10] is not None:
+        return one_by_one(info, in_dims, args, torch.ops.better_attention.chunked_backward)
     tensors, settings = args[:10], args[10:]
     batch = tensors[1].shape[0 if in_dims[1] is None or in_dims[1] > 0 else 1]
     folded = fold_batch(info, in_dims[:10], tensors, batch)

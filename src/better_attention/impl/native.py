@@ -24,7 +24,7 @@ from better_attention.native import (
 )
 from better_attention.native import call as call_library
 
-from .call import NO_DROPOUT, Call, dropout_seed, fold_batch, plain_tensors, transformed
+from .call import NO_DROPOUT, Call, dropout_seed, fold_batch, one_by_one, plain_tensors, transformed
 
 __all__ = ["compute", "instruction_set", "instruction_sets", "missing", "unsupported"]
 
@@ -324,12 +324,16 @@ class _NativeBackward(torch.autograd.Function):
 
 
 def _vmap_forward(info: Any, in_dims: Any, *args: Any) -> Any:
+    if args[5] is not None:
+        return one_by_one(info, in_dims, args, torch.ops.better_attention.native)
     batch = args[0].shape[0 if in_dims[0] is None or in_dims[0] > 0 else 1]
     outputs = torch.ops.better_attention.native(*fold_batch(info, in_dims[:5], args[:5], batch), *args[5:])
     return tuple(x.unflatten(0, (info.batch_size, batch)) for x in outputs), (0, 0)
 
 
 def _vmap_backward(info: Any, in_dims: Any, *args: Any) -> Any:
+    if args[8] is not None:
+        return one_by_one(info, in_dims, args, torch.ops.better_attention.native_backward)
     batch = args[1].shape[0 if in_dims[1] is None or in_dims[1] > 0 else 1]
     outputs = torch.ops.better_attention.native_backward(*fold_batch(info, in_dims[:8], args[:8], batch), *args[8:])
     return tuple(

@@ -65,8 +65,8 @@ static float factor_of(const Drops& d, uint64_t row, int64_t s) {  // of one wei
 static void row_numbers(const Drops& d, uint64_t first, int64_t rows, int64_t pitch, float* numbers) {
     for (int64_t l = 0; l < pitch; ++l) {
         const uint64_t r = l < rows ? row_number(d, first + static_cast<uint64_t>(l)) : 0;
-        memcpy(numbers + l, &r, 4);
-        const uint32_t high = static_cast<uint32_t>(r >> 32);
+        const uint32_t low = static_cast<uint32_t>(r), high = static_cast<uint32_t>(r >> 32);
+        memcpy(numbers + l, &low, 4);
         memcpy(numbers + pitch + l, &high, 4);
     }
 }
