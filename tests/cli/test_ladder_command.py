@@ -46,9 +46,19 @@ def test_every_argument_arrives() -> None:
     assert (made.task.equal_params, made.task.epochs, made.task.width, made.task.steps) == (False, 3, 16, 9)
 
 
+@pytest.mark.parametrize("rules", ["plus,minus,back,negative", '["plus","minus","back","negative"]'])
+@pytest.mark.parametrize("scale", ["smoke", "small"])
+def test_several_rules_at_once(rules: str, scale: str) -> None:
+    """Modulo 2 they would all be the same: the rungs' own moduli count, not the task's."""
+    made = ladder.make_ladder(parse("--scale", scale, "--rungs", "4x4,8x4", "--set", f"rules={rules}"))
+    assert made.task.rules == ("plus", "minus", "back", "negative")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--rungs", "2x9,8x4", "--set", "rules=plus,minus"], "'plus' and 'minus' are the same modulo 2"),
+        (["--set", "rules=plus,times"], "rules must be one of"),
         (["--rungs", "8x4,4x4"], "(4, 4) is easier than (8, 4)"),
         (["--rungs", "1x4"], "modulus must be >= 2"),
         (["--scalings", "cube"], "scaling must be one of"),

@@ -165,6 +165,14 @@ def untimed(rows: Sequence[Row]) -> list[Row]:
     return [replace(one, seconds=None) for one in rows]
 
 
+def test_several_rules_are_climbed_at_once(tmp_path: Path) -> None:
+    """Also where they would be the same modulo 2: the estimate before the first run uses no easier modulus."""
+    of = ladder(tmp_path, rungs=((4, 4),), seeds=1, task=base(epochs=1, rules=("plus", "minus", "back")))
+    climb, notes = climbed(of)
+    assert notes.estimates[0][1] == len(climb.rows) == len(of.cells)
+    assert all(row.test_accuracy is not None for row in climb.rows)
+
+
 def test_every_cell_has_its_folder_and_its_row(tmp_path: Path) -> None:
     of = ladder(tmp_path, rungs=((4, 4), (8, 4)), seeds=1, task=base(epochs=1))
     climb, notes = climbed(of)

@@ -182,21 +182,25 @@ def setting(task: Task, text: str) -> tuple[str, Any]:
     kinds = {field.name: str(field.type) for field in fields(task) if field.name not in OWN_OPTIONS}
     if not sign or name not in kinds:
         raise UserError(f"--set {text!r}: expected NAME=VALUE with one of the names {', '.join(sorted(kinds))}.")
-    try:
-        parsed = json.loads(value)
-    except ValueError:
-        parsed = value
+    parsed = _json_or_text(value)
     own = getattr(task, name)
     if own == "" and not isinstance(parsed, str):  # free text: a column may be called 2024, or true
         parsed = value
     kind = (int,) if own is None else (int, float) if isinstance(own, float) else (type(own),)
     if "None" in kinds[name]:
         kind = (*kind, type(None))
-    if isinstance(own, tuple):
-        parsed = tuple(parsed) if isinstance(parsed, list) else parsed
+    if isinstance(own, tuple):  # a JSON list, or words with commas between
+        parsed = tuple(parsed if isinstance(parsed, list) else map(_json_or_text, value.split(",")))
     if not isinstance(parsed, kind) or (isinstance(parsed, bool) and not isinstance(own, bool)):
         raise UserError(f"--set {text!r}: {name} is {own!r} by default; {value!r} is of another kind.")
     return name, parsed
+
+
+def _json_or_text(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
 
 
 def command_line() -> str:

@@ -114,13 +114,15 @@ def make_ladder(args: argparse.Namespace) -> Ladder:
     taken = [name for name in chosen if name in GRID]
     if taken:
         raise UserError(f"--set {taken[0]}: the ladder's grid sets it; see --rungs, --scalings, --layers, --updates.")
+    rungs = args.rungs or grid["rungs"]
+    task = replace(task, modulus=min(modulus for modulus, _ in rungs))  # rules that differ there differ everywhere
     # The model is that of "small" at every scale; only the grid grows.
     task = replace(task, **{"width": TASKS["recurrence"]("small").width, "equal_params": not args.equal_width} | chosen)
     task = replace(task, epochs=-(-(args.updates or grid["updates"]) // epoch_updates(task)))
     columns = [getattr(args, name) or grid[name] for name in ("scalings", "positions", "layers")]
     ladder = Ladder(
         task=task,
-        rungs=args.rungs or grid["rungs"],
+        rungs=rungs,
         settings=[Setting(*column) for column in product(*columns)],
         variants=[Variant.of(name) for name in args.mechanisms],
         heads=args.heads or task.default_heads,

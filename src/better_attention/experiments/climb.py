@@ -122,10 +122,11 @@ class Climb:
             waiting = [cell for cell in waiting if cell.seed == 0 or cell.setting == ladder.settings[0]]
         if not waiting:
             return
+        modulus = min(cell.rung[0] for cell in waiting)  # one that the rules are different for
         ends = sorted({min(cell.rung[1] for cell in waiting), max(cell.rung[1] for cell in waiting)})
         paces: dict[tuple[str, int, int], float] = {}
         for (positions, layers), delay in product({(c.setting.positions, c.setting.layers) for c in waiting}, ends):
-            task = ladder.task_of((2, delay), Setting("sqrt", positions, layers))
+            task = ladder.task_of((modulus, delay), Setting("sqrt", positions, layers))
             small = replace(task, train_samples=min(task.train_samples or 1, task.batch_size), test_samples=1)
             train = small.load().to(accelerator.device).train
             found = [measure(task, train, v, ladder.heads, accelerator.device).seconds for v in ladder.variants[:2]]
