@@ -349,16 +349,15 @@ def test_a_training_layer_uses_them(score: str, impl: str, rng: np.random.Genera
 
 
 MEASURE = """
-import resource, torch, better_attention as ba
+import torch, better_attention as ba
+from better_attention.benchmarks.machine import extra_memory
 torch.set_num_threads(1)
 score, impl = {score!r}, {impl!r}
 def train(length):
     q, k, v = (torch.randn(1, 1, length, 16, requires_grad=True) for _ in range(3))
     ba.attention(q, k, v, score=score, dropout_p=0.1, impl=impl).sum().backward()
 train(64)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-train(6144)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+print(extra_memory(lambda: train(6144)))
 """
 
 

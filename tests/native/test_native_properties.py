@@ -392,9 +392,10 @@ def test_nothing_outside_the_inputs_is_read(edges: list[str]) -> None:
 
 
 MEMORY = """
-import json, resource, sys
+import json, sys
 import torch
 import better_attention as ba
+from better_attention.benchmarks.machine import extra_memory  # getrusage's peak is inherited from a larger parent
 
 torch.set_num_threads(2)
 
@@ -404,19 +405,10 @@ def train(L, score, causal, masked, shared, dtype):
     output = ba.attention(q, k, k if shared else v, score=score, attn_mask=mask, is_causal=causal, impl="native")
     output.sum().backward()
 
-def peak():
-    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return size if sys.platform == "darwin" else size * 1024
-
 cases = json.loads(sys.argv[1])
 for case in cases:
     train(256, *case[:-1], getattr(torch, case[-1]))
-before = peak()
-grown = []
-for case in cases:
-    train(8192, *case[:-1], getattr(torch, case[-1]))
-    grown.append(peak() - before)
-print(json.dumps(grown))
+print(json.dumps([extra_memory(lambda: train(8192, *case[:-1], getattr(torch, case[-1]))) for case in cases]))
 """
 
 
@@ -424,7 +416,7 @@ FLAGS = (False, True)
 EVERY = [list(c) for c in itertools.product(SCORES, FLAGS, FLAGS, FLAGS, ("float32", "bfloat16"))]
 
 
-@pytest.mark.skipif(os.name != "posix", reason="asks getrusage for the peak of memory")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks the kernel for the peak of memory")
 @pytest.mark.slow
 def test_m12_memory_grows_with_the_length_not_its_square() -> None:
     """The peak of the process, since no profiler of torch's sees what the kernels allocate: far below one L x S."""
