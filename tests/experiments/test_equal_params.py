@@ -143,7 +143,7 @@ def test_an_option_of_its_own_comes_after_set() -> None:
         (["layers=true"], "'true' is of another kind"),
         (["layers="], "'' is of another kind"),
         (["dropout=lots"], "dropout is 0.1 by default; 'lots' is of another kind"),
-        (["heads=4"], "heads is (1, 2, 4) by default; '4' is of another kind"),
+        (["heads=four"], "heads is (1, 2, 4) by default; 'four' is of another kind"),
         (["optimiser=3"], "optimiser is 'adamw' by default; '3' is of another kind"),
         (["train_samples=many"], "train_samples is None by default; 'many' is of another kind"),
     ],

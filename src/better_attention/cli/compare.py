@@ -190,7 +190,8 @@ def setting(task: Task, text: str) -> tuple[str, Any]:
     if "None" in kinds[name]:
         kind = (*kind, type(None))
     if isinstance(own, tuple):  # a JSON list, or words with commas between
-        parsed = tuple(parsed if isinstance(parsed, list) else map(_json_or_text, value.split(",")))
+        words = tuple(parsed if isinstance(parsed, list) else map(_json_or_text, value.split(",")))
+        parsed = words if all(isinstance(word, type(own[0])) for word in words) else value
     if not isinstance(parsed, kind) or (isinstance(parsed, bool) and not isinstance(own, bool)):
         raise UserError(f"--set {text!r}: {name} is {own!r} by default; {value!r} is of another kind.")
     return name, parsed
