@@ -203,7 +203,7 @@ static void combine(const Decode& f, int64_t b, int64_t g, int64_t r, float* scr
         stats[0] = total == 0.0f ? INF : total;
         stats[1] = high == -INF ? 0.0f : high;
     }
-    if (c.score == BA_EXPRESSIVE && total < FAINT) careful_forward(c, b, n, l, drops_of(c), scratch);
+    if (c.score == BA_EXPRESSIVE && total < FAINT) careful_forward(c, b, n, l, scratch);
 }
 
 static void combine_task(void* context, int64_t head, float* scratch) {
@@ -212,7 +212,7 @@ static void combine_task(void* context, int64_t head, float* scratch) {
 }
 
 static bool is_decode(const ba_call& c) {
-    return c.G > 0 && c.N / c.G * c.L <= FEW && c.S >= 2 * LANES;
+    return c.dropout == 0.0 && c.G > 0 && c.N / c.G * c.L <= FEW && c.S >= 2 * LANES;
 }
 
 // Backwards, panels serve these too. Their scores differ in the last bits, so the normalisers have to be theirs as well:

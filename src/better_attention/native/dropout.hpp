@@ -40,18 +40,15 @@ static uint64_t row_of(const ba_call& c, int64_t b, int64_t n, int64_t l) {
 
 static uint64_t row_number(const Drops& d, uint64_t row) { return splitmix64(d.seed + (2 * row + 1) * 0x9e3779b97f4a7c15u); }
 
-BA_INLINE uint32_t key_number(const Drops& d, int64_t s) {
-    uint32_t x = static_cast<uint32_t>(s) * 0x9e3779b9u + d.salt;
-    x = (x ^ (x >> 16)) * 0x7feb352du;
-    x = (x ^ (x >> 15)) * 0x846ca68bu;
-    return x ^ (x >> 16);
-}
-
 template <class T> BA_INLINE T meet(T low, T high, uint32_t key) {  // T: U, or uint32_t for one row
     T x = low ^ key;
     x = (x ^ (x >> 16)) * 0x7feb352du + high;
     x = (x ^ (x >> 15)) * 0x846ca68bu;
     return x ^ (x >> 16);
+}
+
+BA_INLINE uint32_t key_number(const Drops& d, int64_t s) {
+    return meet<uint32_t>(static_cast<uint32_t>(s) * 0x9e3779b9u + d.salt, 0, 0);
 }
 
 static float factor_of(const Drops& d, uint64_t row, int64_t s) {  // of one weight

@@ -165,10 +165,11 @@ static double careful_row(const ba_call& c, const Restriction& r, int64_t b, int
 }
 
 // Output and stats of such a row. Its stats say (0, 0): the backward pass does it again in the same way.
-static void careful_forward(const ba_call& c, int64_t b, int64_t n, int64_t l, const Drops& drops, float* scratch) {
+static void careful_forward(const ba_call& c, int64_t b, int64_t n, int64_t l, float* scratch) {
     double* weights = reinterpret_cast<double*>(scratch);
     const bool bf16 = c.dtype == BA_BF16;
     const double total = careful_row(c, restriction(c, b, n), b, n, l, weights);
+    const Drops drops = drops_of(c);
     const uint64_t row = row_of(c, b, n, l);
     for (int64_t s = 0; s < c.S; ++s) weights[s] *= factor_of(drops, row, s);
     const int64_t g = n / (c.N / c.G);
@@ -234,7 +235,7 @@ static void one_panel(const Forward& f, Panel& p, int64_t b, int64_t n, int64_t 
             stats[2 * l] = total == 0.0f ? INF : total;
             stats[2 * l + 1] = p.shift[l] == -INF ? 0.0f : p.shift[l];
         }
-        if (SCORE == BA_EXPRESSIVE && total < FAINT) careful_forward(c, b, n, p.l0 + l, p.drops, p.spare);
+        if (SCORE == BA_EXPRESSIVE && total < FAINT) careful_forward(c, b, n, p.l0 + l, p.spare);
     }
 }
 
