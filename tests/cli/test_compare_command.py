@@ -18,9 +18,9 @@ from rich.console import Console
 
 from better_attention.cli import compare, main
 from better_attention.cli.watch import LiveWatcher, PlainWatcher, make_watcher
+from better_attention.experiments.position import DivergedError, Position
 from better_attention.experiments.tasks import TASKS
 from better_attention.experiments.text_task import OwnTextTask
-from better_attention.experiments.train import DivergedError, Position
 
 
 def parse(*arguments: str) -> argparse.Namespace:

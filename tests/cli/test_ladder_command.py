@@ -11,7 +11,8 @@ import pytest
 from better_attention.cli import ladder, main
 from better_attention.experiments import pace
 from better_attention.experiments.ladder import SCALES
-from better_attention.experiments.train import Interrupted, Training
+from better_attention.experiments.position import Interrupted
+from better_attention.experiments.train import Training
 
 
 def parse(*arguments: str) -> argparse.Namespace:

@@ -16,8 +16,8 @@ import pytest
 import tiny
 
 from better_attention.cli import main
-from better_attention.experiments.runs import holder, locked
-from better_attention.experiments.train import Interrupted
+from better_attention.experiments.lock import holder, locked
+from better_attention.experiments.position import Interrupted
 
 
 @pytest.fixture(autouse=True)

@@ -16,10 +16,11 @@ import tiny
 import torch
 
 from better_attention.experiments import train
-from better_attention.experiments.compare import Plan, Watcher, compare, make_accelerator
+from better_attention.experiments.compare import Plan, compare, make_accelerator
+from better_attention.experiments.position import DivergedError, Interrupted, Position
 from better_attention.experiments.study import Study
-from better_attention.experiments.train import DivergedError, Interrupted, Position
 from better_attention.experiments.variant import Variant
+from better_attention.experiments.watcher import Watcher
 
 
 class Diary(Watcher):

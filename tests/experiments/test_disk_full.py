@@ -22,10 +22,11 @@ import tiny
 
 from better_attention.cli import main
 from better_attention.experiments import checkpoint
-from better_attention.experiments.compare import Plan, Watcher, compare
+from better_attention.experiments.compare import Plan, compare
 from better_attention.experiments.files import write_atomic
-from better_attention.experiments.runs import locked
+from better_attention.experiments.lock import locked
 from better_attention.experiments.variant import Variant
+from better_attention.experiments.watcher import Watcher
 
 FILES = (
     "config.json",

@@ -18,11 +18,12 @@ from torch import nn
 from better_attention import MultiheadAttention
 from better_attention.cli import UserError, main
 from better_attention.cli import compare as verb
-from better_attention.experiments.compare import Plan, Watcher, compare, make_study
+from better_attention.experiments.compare import Plan, compare, make_study
 from better_attention.experiments.image_task import ImageTask
 from better_attention.experiments.task import Task, equal_width
 from better_attention.experiments.tasks import TASKS
 from better_attention.experiments.variant import Variant
+from better_attention.experiments.watcher import Watcher
 
 
 @pytest.fixture(autouse=True)

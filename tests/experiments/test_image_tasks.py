@@ -21,14 +21,15 @@ from torch import nn
 from better_attention.cli import main
 from better_attention.data import DataError, NotFetched
 from better_attention.experiments.augmentation import TURN, affine_maps, keras_augmented
-from better_attention.experiments.compare import Plan, Watcher, compare
+from better_attention.experiments.compare import Plan, compare
 from better_attention.experiments.folder_task import FolderTask
 from better_attention.experiments.image_task import ImageTask
+from better_attention.experiments.position import Interrupted
 from better_attention.experiments.runs import load_run
-from better_attention.experiments.task import Split
+from better_attention.experiments.splits import Split
 from better_attention.experiments.tasks import TASKS
-from better_attention.experiments.train import Interrupted
 from better_attention.experiments.variant import Variant
+from better_attention.experiments.watcher import Watcher
 
 # --- augmentation -----------------------------------------------------------------------------------------------------
 

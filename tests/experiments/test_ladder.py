@@ -18,13 +18,13 @@ from better_attention.cost import cost
 from better_attention.experiments import climb as climb_module
 from better_attention.experiments import ladder_page, pace
 from better_attention.experiments.climb import Climb, row_of, update_flops
-from better_attention.experiments.compare import Watcher
 from better_attention.experiments.ladder import SCALES, Cell, Ladder, Row, Setting, below, best_settings, softmax_twin
 from better_attention.experiments.ladder_findings import at_best, duels, heights, sentence, spots, within
+from better_attention.experiments.position import Interrupted, Position
 from better_attention.experiments.recurrence_task import RecurrenceTask
 from better_attention.experiments.tasks import TASKS
-from better_attention.experiments.train import Interrupted, Position
 from better_attention.experiments.variant import Variant
+from better_attention.experiments.watcher import Watcher
 
 SQRT, RAW = Setting("sqrt", "rotary", 1), Setting("raw", "alibi", 2)
 PAIR = ("standard", "expressive")

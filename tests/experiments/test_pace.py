@@ -14,10 +14,11 @@ from torch import nn
 from better_attention import MultiheadAttention
 from better_attention.experiments import compare as module
 from better_attention.experiments import pace
-from better_attention.experiments.compare import Plan, Watcher, compare
+from better_attention.experiments.chance import initial_model
+from better_attention.experiments.compare import Plan, compare
 from better_attention.experiments.pace import Pace, measure, on_torch
-from better_attention.experiments.train import initial_model
 from better_attention.experiments.variant import Variant
+from better_attention.experiments.watcher import Watcher
 from better_attention.models.classifier import TextClassifier
 from better_attention.models.vit import VisionTransformer
 

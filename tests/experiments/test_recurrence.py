@@ -14,11 +14,12 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from better_attention import MECHANISMS, assert_causal
+from better_attention.experiments.position import Interrupted, Position
 from better_attention.experiments.recurrence_task import RULES, RecurrenceTask, continued, split_states
 from better_attention.experiments.runs import load_run
-from better_attention.experiments.task import Split
+from better_attention.experiments.splits import Split
 from better_attention.experiments.tasks import TASKS
-from better_attention.experiments.train import Interrupted, Position, Training
+from better_attention.experiments.train import Training
 from better_attention.experiments.variant import Variant
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import tiny
 
-from better_attention.experiments.compare import Plan, Watcher, compare
+from better_attention.experiments.compare import Plan, compare
 from better_attention.experiments.remarks import remarks
 from better_attention.experiments.tasks import TASKS
 from better_attention.experiments.variant import Variant
+from better_attention.experiments.watcher import Watcher
 
 STANDARD = [Variant.of("standard")]
 

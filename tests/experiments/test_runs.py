@@ -15,8 +15,9 @@ import torch
 
 import better_attention
 from better_attention import MECHANISMS
-from better_attention.experiments import runs
-from better_attention.experiments.runs import list_runs, load_run, locked, run_name
+from better_attention.experiments import origin, runs
+from better_attention.experiments.lock import locked
+from better_attention.experiments.runs import list_runs, load_run, run_name
 from better_attention.experiments.variant import Variant
 from better_attention.mechanism import Mechanism
 
@@ -176,11 +177,11 @@ def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
 
 
 def test_the_commit_is_that_of_this_checkout_or_unknown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    found = runs.commit()
+    found = origin.commit()
     assert found == "unknown" or len(found.removesuffix("+changes")) == 40
     # Installed below another project's repository: that one's commit would be a lie.
     (tmp_path / ".git").mkdir()
     monkeypatch.setattr(better_attention, "__file__", str(tmp_path / "venv" / "better_attention" / "__init__.py"))
-    runs.commit.cache_clear()
-    assert runs.commit() == "unknown"
-    runs.commit.cache_clear()
+    origin.commit.cache_clear()
+    assert origin.commit() == "unknown"
+    origin.commit.cache_clear()

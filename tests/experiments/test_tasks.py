@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 
 from better_attention import MECHANISMS
-from better_attention.experiments import task as task_module
+from better_attention.experiments import splits
 from better_attention.experiments.image_task import ImageTask
-from better_attention.experiments.task import SCALES, Split, cut
+from better_attention.experiments.splits import Split
+from better_attention.experiments.task import SCALES, cut
 from better_attention.experiments.tasks import TASKS
 from better_attention.experiments.text_task import TextTask
 
@@ -104,7 +105,7 @@ def test_a_cut_that_leaves_nothing_is_refused() -> None:
 @pytest.mark.parametrize("limit", [0, 2**30])
 def test_large_splits_move_batch_by_batch(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The device "meta" stands in for an accelerator: what was moved there is known by its device."""
-    monkeypatch.setattr(task_module, "MOVED_AT_ONCE", limit)
+    monkeypatch.setattr(splits, "MOVED_AT_ONCE", limit)
     elsewhere = torch.device("meta")
     split = Split(torch.arange(30).reshape(10, 3), torch.arange(10))
     moved = split.to(elsewhere)

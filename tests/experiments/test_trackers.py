@@ -16,12 +16,13 @@ import tiny
 
 from better_attention.cli import main
 from better_attention.experiments import trackers
-from better_attention.experiments.compare import Plan, Watcher, Watchers, compare
+from better_attention.experiments.compare import Plan, compare
 from better_attention.experiments.files import write_atomic
+from better_attention.experiments.position import Interrupted, Position
 from better_attention.experiments.runs import read_curve
 from better_attention.experiments.trackers import TrackingWatcher, check
-from better_attention.experiments.train import Interrupted, Position
 from better_attention.experiments.variant import Variant
+from better_attention.experiments.watcher import Watcher, Watchers
 
 
 def plan(out: Path, epochs: int = 3, mechanisms: Sequence[str] = ("super",)) -> Plan:

@@ -19,18 +19,12 @@ import torch
 from torch import Tensor
 
 from better_attention import MECHANISMS
-from better_attention.experiments import checkpoint, train
+from better_attention.experiments import checkpoint, evaluation, train
+from better_attention.experiments.chance import derive, epoch_order, initial_model
+from better_attention.experiments.evaluation import evaluate
 from better_attention.experiments.inventory import look_at
-from better_attention.experiments.task import Split
-from better_attention.experiments.train import (
-    DivergedError,
-    Interrupted,
-    Position,
-    derive,
-    epoch_order,
-    evaluate,
-    initial_model,
-)
+from better_attention.experiments.position import DivergedError, Interrupted, Position
+from better_attention.experiments.splits import Split
 from better_attention.experiments.variant import Variant
 
 
@@ -144,7 +138,7 @@ def test_evaluation_counts_every_sample_once(monkeypatch: pytest.MonkeyPatch) ->
     """Three processes are played one after the other; their sums must be those of one process alone."""
     run = tiny.training(Path("unused"))
     model = initial_model(run.task, run.variant, 3, 0)
-    monkeypatch.setattr(train, "EVALUATION_BATCH", 5)
+    monkeypatch.setattr(evaluation, "EVALUATION_BATCH", 5)
     alone = evaluate(run.accelerator, model, run.task, run.splits.test)
 
     class Rank:

@@ -18,12 +18,14 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 
 from better_attention.experiments import checkpoint
+from better_attention.experiments.chance import initial_model
 from better_attention.experiments.compare import draw_maps
+from better_attention.experiments.position import Interrupted
 from better_attention.experiments.rmsprop import RMSprop
 from better_attention.experiments.runs import load_run
-from better_attention.experiments.task import Split, Splits
+from better_attention.experiments.splits import Split, Splits
 from better_attention.experiments.tasks import TASKS
-from better_attention.experiments.train import Interrupted, Training, initial_model
+from better_attention.experiments.train import Training
 from better_attention.experiments.translation_task import TranslationTask, bleu, cut_pairs, sentences
 from better_attention.experiments.variant import Variant
 

@@ -110,7 +110,7 @@ def test_identity_starts_as_the_identity_and_learns(tmp_path: Path) -> None:
 
 
 def test_super_from_the_identity_starts_as_efficient() -> None:
-    from better_attention.experiments.train import initial_model
+    from better_attention.experiments.chance import initial_model
 
     inputs = tiny.splits().test.inputs
     with torch.inference_mode():

@@ -10,7 +10,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from better_attention.experiments.image_task import ImageTask
-from better_attention.experiments.task import Splits
+from better_attention.experiments.splits import Splits
 from better_attention.experiments.tasks import TASKS
 from better_attention.experiments.train import Training
 from better_attention.experiments.variant import Variant

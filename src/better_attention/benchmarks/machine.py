@@ -23,7 +23,7 @@ BEST_OF = 7
 
 def describe(command: str) -> dict[str, Any]:
     """Everything about the machine and the software that numbers may depend on."""
-    from better_attention.experiments.runs import commit  # needs the extras
+    from better_attention.experiments.origin import commit  # needs the extras
 
     return {
         "cpu": cpu_name(),

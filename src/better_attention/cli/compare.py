@@ -117,9 +117,10 @@ def run(args: argparse.Namespace) -> int:
     """Compare, and print the table."""
     from better_attention.cli.watch import make_watcher
     from better_attention.experiments import tables
-    from better_attention.experiments.compare import Watchers, compare
+    from better_attention.experiments.compare import compare
+    from better_attention.experiments.position import Interrupted
     from better_attention.experiments.trackers import TrackingWatcher
-    from better_attention.experiments.train import Interrupted
+    from better_attention.experiments.watcher import Watchers
 
     plan = make_plan(args)
     screen = console()

@@ -16,8 +16,8 @@ from better_attention.experiments.variant import Variant
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from better_attention.experiments.compare import Watcher
     from better_attention.experiments.ladder import Ladder
+    from better_attention.experiments.watcher import Watcher
 
 HELP = "how hard a recurrence each score still predicts: heat maps over N and τ, updates to 99 %, paired tests"
 MECHANISMS = ("standard", "expressive", "efficient", "efficient+expressive")
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     from better_attention.experiments import ladder_page
     from better_attention.experiments.climb import Climb
     from better_attention.experiments.ladder_findings import duels, sentence
-    from better_attention.experiments.train import Interrupted
+    from better_attention.experiments.position import Interrupted
 
     ladder = make_ladder(args)
     screen = console()
@@ -141,8 +141,8 @@ def make_watcher(screen: Console, ladder: Ladder) -> Watcher:
     """Prints a line a run, and one every half minute of a long one."""
     from better_attention.cli.watch import duration, where
     from better_attention.experiments.climb import epoch_updates
-    from better_attention.experiments.compare import Watcher
-    from better_attention.experiments.train import DivergedError, Position
+    from better_attention.experiments.position import DivergedError, Position
+    from better_attention.experiments.watcher import Watcher
 
     class LadderWatcher(Watcher):
         title, said_at = "", 0.0

@@ -10,9 +10,10 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from better_attention.experiments.compare import Plan, Watcher
-from better_attention.experiments.task import Splits
-from better_attention.experiments.train import DivergedError, Position
+from better_attention.experiments.compare import Plan
+from better_attention.experiments.position import DivergedError, Position
+from better_attention.experiments.splits import Splits
+from better_attention.experiments.watcher import Watcher
 
 PLAIN_SECONDS = 30.0  # between two lines about one run
 

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 
 from better_attention.cost import cost
-from better_attention.experiments.compare import Stop, Watcher, at_most, make_accelerator
+from better_attention.experiments.compare import at_most, make_accelerator
 from better_attention.experiments.ladder import (
     GIVE_UP,
     Cell,
@@ -25,12 +25,16 @@ from better_attention.experiments.ladder import (
     best_settings,
     softmax_twin,
 )
+from better_attention.experiments.lock import locked
 from better_attention.experiments.pace import measure
+from better_attention.experiments.position import DivergedError, Interrupted
 from better_attention.experiments.recurrence_task import RecurrenceTask
-from better_attention.experiments.runs import locked, read_curve
-from better_attention.experiments.task import Splits
-from better_attention.experiments.train import DivergedError, Interrupted, Training
+from better_attention.experiments.runs import read_curve
+from better_attention.experiments.splits import Splits
+from better_attention.experiments.stop import Stop
+from better_attention.experiments.train import Training
 from better_attention.experiments.variant import Variant
+from better_attention.experiments.watcher import Watcher
 
 
 @dataclass

@@ -3,37 +3,37 @@
 from __future__ import annotations
 
 import math
-import signal
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 
 from better_attention.experiments import report, tables
+from better_attention.experiments.lock import locked
 from better_attention.experiments.maps import alignment_kernels, attention_maps
+from better_attention.experiments.origin import commit
 from better_attention.experiments.pace import Pace, measure
+from better_attention.experiments.position import DivergedError, Interrupted
 from better_attention.experiments.remarks import remarks
 from better_attention.experiments.runs import (
     check_agreement,
-    commit,
     describe_run,
     divergence,
     list_runs,
     load_run,
-    locked,
     read_curve,
     run_name,
 )
+from better_attention.experiments.splits import Splits
+from better_attention.experiments.stop import Stop
 from better_attention.experiments.study import AlignmentPicture, AttentionMap, Study
-from better_attention.experiments.task import Splits, Task
-from better_attention.experiments.train import DivergedError, Interrupted, Position, Training
+from better_attention.experiments.task import Task
+from better_attention.experiments.train import Training
 from better_attention.experiments.variant import Variant
+from better_attention.experiments.watcher import Watcher
 
 EXAMPLES = 2  # test samples whose attention maps are drawn
 
@@ -63,107 +63,6 @@ class Plan:
     def runs(self) -> list[tuple[Variant, int, int]]:
         """Variant, heads and seed of every run, seeds outermost: what is interrupted is balanced."""
         return [(v, h, s) for s in range(self.seeds) for h in self.heads for v in self.variants]
-
-
-class Watcher:
-    """What a comparison tells while it is under way; this one listens to nothing."""
-
-    def data(self, splits: Splits, accelerator: Accelerator) -> None:
-        """The data have been read."""
-
-    def estimate(self, seconds: float, runs: int) -> None:
-        """The ``runs`` that are not finished take at most this long, every epoch used, evaluation left out."""
-
-    def begin(self, name: str, number: int, runs: int) -> None:
-        """Run ``number`` of ``runs``, from 1, begins or continues."""
-
-    def progress(self, position: Position, steps: int) -> None:
-        """An update was made; an epoch has ``steps`` of them."""
-
-    def end(self, name: str, record: dict[str, Any]) -> None:
-        """A run is finished, or had been before."""
-
-    def failed(self, name: str, error: DivergedError) -> None:
-        """A run cannot go on."""
-
-    def stopping(self) -> None:
-        """The user asked to stop: the run ends its step and is saved."""
-
-
-class Watchers(Watcher):
-    """Tells several watchers the same, in their order."""
-
-    def __init__(self, *watchers: Watcher) -> None:
-        self.watchers = watchers
-
-    def data(self, splits: Splits, accelerator: Accelerator) -> None:
-        """See :class:`Watcher`."""
-        for watcher in self.watchers:
-            watcher.data(splits, accelerator)
-
-    def estimate(self, seconds: float, runs: int) -> None:
-        """See :class:`Watcher`."""
-        for watcher in self.watchers:
-            watcher.estimate(seconds, runs)
-
-    def begin(self, name: str, number: int, runs: int) -> None:
-        """See :class:`Watcher`."""
-        for watcher in self.watchers:
-            watcher.begin(name, number, runs)
-
-    def progress(self, position: Position, steps: int) -> None:
-        """See :class:`Watcher`."""
-        for watcher in self.watchers:
-            watcher.progress(position, steps)
-
-    def end(self, name: str, record: dict[str, Any]) -> None:
-        """See :class:`Watcher`."""
-        for watcher in self.watchers:
-            watcher.end(name, record)
-
-    def failed(self, name: str, error: DivergedError) -> None:
-        """See :class:`Watcher`."""
-        for watcher in self.watchers:
-            watcher.failed(name, error)
-
-    def stopping(self) -> None:
-        """See :class:`Watcher`."""
-        for watcher in self.watchers:
-            watcher.stopping()
-
-
-@dataclass
-class Stop:
-    """Turns the first Ctrl-C or SIGTERM into a wish that training asks for; the second acts at once."""
-
-    watcher: Watcher
-    signal: int | None = None
-    previous: dict[int, Any] = field(default_factory=dict)
-
-    def __call__(self) -> bool:
-        """Whether a signal has arrived."""
-        return self.signal is not None
-
-    def _wish(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
-        self._restore()
-        self.watcher.stopping()
-
-    def _restore(self) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Listen while the block runs; signals reach the main thread alone, so elsewhere nothing is changed."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        self.previous = {number: signal.signal(number, self._wish) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            self._restore()
 
 
 @contextmanager

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from better_attention.experiments.image_task import ImageTask
-from better_attention.experiments.task import Split, Splits, cut
+from better_attention.experiments.splits import Split, Splits
+from better_attention.experiments.task import cut
 
 if TYPE_CHECKING:
     import numpy as np

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from better_attention.errors import one_of, whole_number
 from better_attention.experiments.augmentation import AUGMENTATIONS, keras_augmented
-from better_attention.experiments.task import Shown, Split, Splits, Task, check_classes, cut
+from better_attention.experiments.splits import Split, Splits
+from better_attention.experiments.task import Shown, Task, check_classes, cut
 from better_attention.experiments.variant import Variant
 
 if TYPE_CHECKING:

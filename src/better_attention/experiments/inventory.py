@@ -11,7 +11,8 @@ from typing import Any
 import safetensors
 
 from better_attention.experiments.checkpoint import last_state
-from better_attention.experiments.runs import divergence, holder, read_curve, read_json
+from better_attention.experiments.lock import holder
+from better_attention.experiments.runs import divergence, read_curve, read_json
 
 STATES = ("finished", "interrupted", "diverged", "being written", "damaged")
 DEPTH = 4

@@ -14,9 +14,9 @@ from better_attention.experiments.files import plain, write_atomic
 from better_attention.experiments.ladder import GIVE_UP, Ladder, Row, Rung, Setting
 from better_attention.experiments.ladder_findings import at_best, duels, heights, sentence, spots, within
 from better_attention.experiments.looks import DARK, LIGHT
+from better_attention.experiments.origin import commit, versions
 from better_attention.experiments.paired import p_text
 from better_attention.experiments.recurrence_task import formula
-from better_attention.experiments.runs import commit, versions
 from better_attention.experiments.stats import number
 from better_attention.experiments.tables import safe, write_lines
 

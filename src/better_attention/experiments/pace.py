@@ -16,7 +16,8 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from better_attention.experiments.task import Split, Task
+from better_attention.experiments.splits import Split
+from better_attention.experiments.task import Task
 from better_attention.experiments.variant import Variant
 from better_attention.module import MultiheadAttention
 

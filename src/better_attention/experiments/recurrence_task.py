@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from better_attention.errors import finite_number, one_of, whole_number
-from better_attention.experiments.task import Shown, Split, Splits, Task
+from better_attention.experiments.splits import Split, Splits
+from better_attention.experiments.task import Shown, Task
 from better_attention.experiments.variant import Variant
 from better_attention.models.decoder import POSITIONS
 

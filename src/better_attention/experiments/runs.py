@@ -12,27 +12,19 @@ super-h4-s0/
 from __future__ import annotations
 
 import json
-import os
-import platform
 import re
-import subprocess
-import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from torch import nn
 
-import better_attention
 from better_attention.errors import whole_number
 from better_attention.experiments.checkpoint import load_weights
 from better_attention.experiments.files import write_atomic
+from better_attention.experiments.origin import environment
 from better_attention.experiments.task import SCALES, Prediction, Task
 from better_attention.experiments.tasks import TASKS
 from better_attention.experiments.variant import Variant
@@ -175,17 +167,6 @@ def describe_run(task: Task, variant: Variant, heads: int, seed: int, data: str,
     }
 
 
-def environment(command: str) -> dict[str, Any]:
-    """Where a run happens: recorded, not compared."""
-    return {
-        "command": command,
-        "commit": commit(),
-        "versions": versions(),
-        "threads": torch.get_num_threads(),
-        "platform": platform.platform(),
-    }
-
-
 def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """One line for each value in which two :func:`describe_run` differ."""
     lines = []
@@ -234,63 +215,6 @@ def open_run(folder: Path, run: Mapping[str, Any], command: str) -> None:
     write_json(path, {"format": FORMAT, "run": run, "environment": environment(command)})
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder of a run for this process; the system lets go of it whenever the process ends.
-
-    Raises:
-        ValueError: another process holds it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a+", encoding="ascii") as file:
-        for patience in (*[0.05] * 10, None):  # a listing holds it for a moment, see :func:`holder`
-            try:
-                _lock(file.fileno())
-                break
-            except OSError:
-                if patience is None:
-                    raise ValueError(
-                        f"{folder} is being written by another process ({_signature(file)}). "
-                        "Wait until it ends, stop it, or choose another --out."
-                    ) from None
-                time.sleep(patience)
-        with suppress(OSError):  # a full disk: the lock holds without its signature
-            os.ftruncate(file.fileno(), 0)
-            os.write(file.fileno(), f"process {os.getpid()}".encode("ascii"))
-        yield
-
-
-def holder(folder: Path) -> str | None:
-    """The process that holds the folder of a run, as it signed itself; None if nobody does."""
-    try:
-        with (folder / ".lock").open("r+", encoding="ascii") as file:
-            try:
-                _lock(file.fileno())
-            except OSError:
-                return _signature(file)
-    except OSError:  # no such file, or one that cannot be written: on a medium that is only read
-        return None
-    return None
-
-
-def _signature(file: TextIO) -> str:
-    file.seek(0)
-    return file.read(64).strip() or "number unknown"
-
-
-if sys.platform == "win32":
-    import msvcrt
-
-    def _lock(handle: int) -> None:
-        os.lseek(handle, 2**30, os.SEEK_SET)  # beyond the text, which others may read
-        msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
-else:
-    import fcntl
-
-    def _lock(handle: int) -> None:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
@@ -322,38 +246,3 @@ def read_curve(folder: Path) -> list[dict[str, float]]:
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """``value`` as JSON, indented, whole or not at all."""
     write_atomic(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
-
-
-@cache
-def commit() -> str:
-    """The commit of the source that runs, ``+changes`` where files differ from it, or ``"unknown"``.
-
-    Only a checkout of better-attention itself is asked: an installed package may lie inside another
-    project's repository, whose commit would say nothing.
-    """
-    package = Path(better_attention.__file__).resolve().parent
-    checkout = package.parent.parent
-    if package != checkout / "src" / "better_attention" or not (checkout / ".git").exists():
-        return "unknown"
-    try:
-        head = _git(checkout, "rev-parse", "HEAD")
-        return head + ("+changes" if _git(checkout, "status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-
-
-def _git(checkout: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(checkout), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
-
-
-@cache
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that numbers may depend on."""
-    found = {"python": platform.python_version()}
-    for package in ("better-attention", "torch", "accelerate", "numpy", "safetensors"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed as a package"
-    return found

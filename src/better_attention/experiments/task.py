@@ -1,16 +1,15 @@
 """What an experiment is, as data: a data set, a model, and the settings of its training.
 
 A task is a frozen dataclass that a function of ``tasks/`` returns for a scale; every variant is a
-``dataclasses.replace`` of it. Data lie in memory as tensors, so that an epoch has no per-sample Python.
+``dataclasses.replace`` of it.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cache, cached_property
-from hashlib import sha256
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from better_attention.errors import finite_number, one_of, whole_number
 from better_attention.experiments.rmsprop import RMSprop
+from better_attention.experiments.splits import Split, Splits
 from better_attention.experiments.variant import Variant
 from better_attention.mechanism import Mechanism
 
@@ -28,74 +28,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 SCALES = ("smoke", "small", "paper")
-MOVED_AT_ONCE = 4 * 2**30
-"""Bytes up to which a split is kept in an accelerator's memory as a whole."""
 OPTIMISERS = ("adam", "adamw", "rmsprop")
-
-
-@dataclass(frozen=True)
-class Split:
-    """Inputs (N, ...) and the class of each, int64 (N,), or T classes of each, (N, T).
-
-    ``device`` is where :meth:`batch` brings samples; None: they stay where they lie.
-    """
-
-    inputs: Tensor
-    targets: Tensor
-    device: torch.device | None = None
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def to(self, device: torch.device) -> Split:
-        """The same split for a model on ``device``: moved there as a whole, or batch by batch where it is large."""
-        if device.type != "cpu" and self.inputs.nbytes + self.targets.nbytes > MOVED_AT_ONCE:
-            return replace(self, device=device)
-        return Split(self.inputs.to(device), self.targets.to(device))
-
-    def batch(self, rows: Tensor | slice) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of some samples, on the model's device."""
-        if isinstance(rows, Tensor):
-            rows = rows.to(self.inputs.device)
-        inputs, targets = self.inputs[rows], self.targets[rows]
-        return (inputs, targets) if self.device is None else (inputs.to(self.device), targets.to(self.device))
-
-    def batches(self, size: int, first: int = 0, step: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-        """Samples ``first``, ``first + step``, ... in order, ``size`` at a time; one empty batch if there are none."""
-        for start in range(first, max(len(self), first + 1), size * step):
-            yield self.batch(slice(start, start + size * step, step))
-
-
-@dataclass(frozen=True)
-class Splits:
-    """The data of a task, split once and for all mechanisms and seeds alike.
-
-    ``assets`` is what a finished run needs to read new inputs, as plain JSON values: the names of the
-    classes, the vocabulary. ``notes`` are sentences about the data that a report must carry.
-    """
-
-    train: Split
-    validation: Split
-    test: Split
-    assets: Mapping[str, Any]
-    notes: tuple[str, ...] = ()
-
-    @cached_property
-    def digest(self) -> str:
-        """SHA-256 over every input and target: two runs with equal digests saw the same data."""
-        digest = sha256()
-        for split in (self.train, self.validation, self.test):
-            for tensor in (split.inputs, split.targets):
-                digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-                digest.update(tensor.cpu().contiguous().numpy().data)
-        return digest.hexdigest()
-
-    def to(self, device: torch.device) -> Splits:
-        """The same splits on ``device``."""
-        parts = {name: getattr(self, name).to(device) for name in ("train", "validation", "test")}
-        moved = replace(self, **parts)
-        moved.__dict__["digest"] = self.digest
-        return moved
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor, nn
 
-from better_attention.experiments.task import Shown, Split, Splits, Task, check_classes, cut
+from better_attention.experiments.splits import Split, Splits
+from better_attention.experiments.task import Shown, Task, check_classes, cut
 from better_attention.experiments.variant import Variant
 
 if TYPE_CHECKING:

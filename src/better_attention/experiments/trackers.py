@@ -18,10 +18,11 @@ from typing import Any, Protocol, Self
 from accelerate import Accelerator
 from accelerate.tracking import TensorBoardTracker, WandBTracker
 
-from better_attention.experiments.compare import Plan, Watcher
+from better_attention.experiments.compare import Plan
+from better_attention.experiments.position import DivergedError, Position
 from better_attention.experiments.runs import read_curve, read_json, write_json
-from better_attention.experiments.task import Splits
-from better_attention.experiments.train import DivergedError, Position
+from better_attention.experiments.splits import Splits
+from better_attention.experiments.watcher import Watcher
 
 CURVE = ("train_loss", "train_accuracy", "validation_loss", "validation_accuracy")
 FINAL = tuple(f"{split}_{key}" for split in ("validation", "test") for key in ("accuracy", "loss", "top5", "bleu"))

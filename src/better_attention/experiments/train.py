@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import json
 import math
-import signal
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -24,47 +22,19 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from better_attention.experiments import checkpoint
+from better_attention.experiments.chance import derive, epoch_order, initial_model, reseed
+from better_attention.experiments.evaluation import evaluate, total
 from better_attention.experiments.files import write_atomic
+from better_attention.experiments.origin import environment
 from better_attention.experiments.pace import Pace
-from better_attention.experiments.runs import describe_run, environment, open_run, read_json, write_json
-from better_attention.experiments.task import Split, Splits, Task
+from better_attention.experiments.position import DivergedError, Interrupted, Position
+from better_attention.experiments.runs import describe_run, open_run, read_json, write_json
+from better_attention.experiments.splits import Splits
+from better_attention.experiments.task import Task
 from better_attention.experiments.variant import Variant
 from better_attention.module import MultiheadAttention
 
-EVALUATION_BATCH = 512
 CHECKPOINT_SECONDS = 20.0  # at most this much work is lost
-
-
-class DivergedError(RuntimeError):
-    """Training cannot go on: a loss or a gradient is not finite."""
-
-
-class Interrupted(Exception):  # noqa: N818 - no error: the user asked for it
-    """The run was asked to stop, by ``signal``; it is saved and can be continued."""
-
-    signal: int = signal.SIGINT
-
-
-@dataclass
-class Position:
-    """Where a run stands. Plain values; together with the tensors of a checkpoint, all there is to know."""
-
-    epoch: int = 1  # the epoch under way, from 1
-    step: int = 0  # updates done in it
-    loss: float = 0.0  # summed over the samples of the epoch so far
-    correct: float = 0.0
-    seconds: float = 0.0  # spent training in this epoch; evaluation, saving and display excluded
-    waiting: float = 0.0  # of these, the ones in which the batch was made ready
-    best_epoch: int = 0
-    best_loss: float = math.inf
-    curve: list[dict[str, float]] = field(default_factory=list)  # finished epochs
-
-    def finished(self, task: Task) -> bool:
-        """Whether epochs are used up, validation has not improved for ``task.patience`` of them, or all is solved."""
-        if self.curve and task.solved(self.curve[-1]):
-            return True
-        waited = self.epoch - 1 - self.best_epoch
-        return self.epoch > task.epochs or (task.patience > 0 and waited >= task.patience)
 
 
 @dataclass
@@ -305,75 +275,6 @@ class Training:
     def total(self, *values: float) -> list[float]:
         """The sum of each value over the processes."""
         return total(self.accelerator, *values)
-
-
-def initial_model(task: Task, variant: Variant, heads: int, seed: int) -> nn.Module:
-    """The model of a variant at its initial weights, which depend on the seed alone.
-
-    Every tensor that the standard model has under the same name and in the same shape starts from the same
-    values, so that mechanisms differ in what they compute and not in their luck.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive("standard", seed))
-        standard = task.build("standard", heads).state_dict()
-        torch.manual_seed(derive("own", seed))
-        model = task.build(variant, heads)
-    own = model.state_dict()
-    shared = {name: t for name, t in standard.items() if name in own and own[name].shape == t.shape}
-    model.load_state_dict(own | shared)
-    return model
-
-
-def epoch_order(samples: int, seed: int, epoch: int) -> Tensor:
-    """The order of the samples in an epoch, int64 (samples,): the same for every mechanism."""
-    return torch.randperm(samples, generator=torch.Generator().manual_seed(derive("order", seed, epoch)))
-
-
-def reseed(device: torch.device, seed: int) -> None:
-    """Start the generators that dropout on ``device`` draws from: ours takes its seed from the CPU's.
-
-    Not ``torch.manual_seed``: that tells every kind of device, at milliseconds a call where there is none.
-    """
-    torch.default_generator.manual_seed(seed)
-    if device.type != "cpu":
-        getattr(torch, device.type).manual_seed(seed)
-
-
-def derive(*parts: str | int) -> int:
-    """A seed, 0 ... 2^63 - 1, that depends on all ``parts``; unrelated for any two of them.
-
-    >>> derive("order", 0, 1) != derive("order", 1, 0)
-    True
-    """
-    return int.from_bytes(sha256(repr(parts).encode()).digest()[:8]) >> 1
-
-
-def evaluate(accelerator: Accelerator, model: nn.Module, task: Task, split: Split) -> dict[str, float]:
-    """Mean loss and accuracy in per cent of ``split``, every sample counted once over all processes.
-
-    Raises:
-        RuntimeError: a sample was lost or counted twice.
-    """
-    loss = correct = seen = 0.0
-    model.eval()
-    with torch.inference_mode():
-        for x, y in split.batches(EVALUATION_BATCH, accelerator.process_index, accelerator.num_processes):
-            logits = model(x)
-            loss += float(task.losses(logits, y).sum())
-            correct += float(task.correct(logits, y).sum())
-            seen += len(y)
-    loss, correct, seen = total(accelerator, loss, correct, seen)
-    if seen != len(split):
-        raise RuntimeError(f"evaluation counted {seen:.0f} samples of {len(split)}: this is a bug of better-attention.")
-    return {"accuracy": 100 * correct / seen, "loss": loss / seen}
-
-
-def total(accelerator: Accelerator, *values: float) -> list[float]:
-    """The sum of each value over the processes."""
-    if accelerator.num_processes == 1:
-        return list(values)
-    sums: Tensor = accelerator.reduce(torch.tensor(values, dtype=torch.float64, device=accelerator.device), "sum")
-    return [float(value) for value in sums.tolist()]
 
 
 def count(module: nn.Module) -> int:

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from better_attention.errors import finite_number, whole_number
-from better_attention.experiments.task import Prediction, Shown, Split, Splits, Task
+from better_attention.experiments.splits import Split, Splits
+from better_attention.experiments.task import Prediction, Shown, Task
 from better_attention.experiments.variant import Variant
 
 PADDING, END = 0, 3  # as in models.translation, which is imported where it is used

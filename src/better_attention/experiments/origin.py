@@ -1,0 +1,60 @@
+"""Where a number comes from: the commit, the versions, the machine."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import better_attention
+
+
+def environment(command: str) -> dict[str, Any]:
+    """Where a run happens: recorded, not compared."""
+    return {
+        "command": command,
+        "commit": commit(),
+        "versions": versions(),
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+    }
+
+
+@cache
+def commit() -> str:
+    """The commit of the source that runs, ``+changes`` where files differ from it, or ``"unknown"``.
+
+    Only a checkout of better-attention itself is asked: an installed package may lie inside another
+    project's repository, whose commit would say nothing.
+    """
+    package = Path(better_attention.__file__).resolve().parent
+    checkout = package.parent.parent
+    if package != checkout / "src" / "better_attention" or not (checkout / ".git").exists():
+        return "unknown"
+    try:
+        head = _git(checkout, "rev-parse", "HEAD")
+        return head + ("+changes" if _git(checkout, "status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def _git(checkout: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(checkout), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that numbers may depend on."""
+    found = {"python": platform.python_version()}
+    for package in ("better-attention", "torch", "accelerate", "numpy", "safetensors"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed as a package"
+    return found
