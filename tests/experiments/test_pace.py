@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from better_attention.experiments import pace
 from better_attention.experiments.chance import initial_model
 from better_attention.experiments.compare import Plan, compare
 from better_attention.experiments.pace import Pace, measure, on_torch
+from better_attention.experiments.tasks import TASKS
 from better_attention.experiments.variant import Variant
 from better_attention.experiments.watcher import Watcher
 from better_attention.models.classifier import TextClassifier
@@ -101,9 +103,40 @@ def test_another_mechanism_has_no_rival_of_its_own(mechanism: str) -> None:
 
 def test_hours_are_updates_times_epochs() -> None:
     """90 samples in batches of 16 are 6 updates, the last one short; 5 epochs of them at 0.25 s: 7.5 s."""
-    assert Pace(0.25, None).run_seconds(tiny.task(batch_size=16, epochs=5), 90) == pytest.approx(7.5)
-    assert Pace(0.25, None).run_seconds(tiny.task(batch_size=16, epochs=5), 96) == pytest.approx(7.5)
-    assert Pace(0.25, None).run_seconds(tiny.task(batch_size=16, epochs=5), 97) == pytest.approx(8.75)
+    task = tiny.task(batch_size=16, epochs=5)
+    assert Pace(0.25, None).run_seconds(task, 90, 10, 7) == pytest.approx(7.5)
+    assert Pace(0.25, None).run_seconds(task, 96, 10, 7) == pytest.approx(7.5)
+    assert Pace(0.25, None).run_seconds(task, 97, 10, 7) == pytest.approx(8.75)
+
+
+def test_evaluation_counts_too() -> None:
+    """Validation after each of 5 epochs, every split at the end: 5 * 10 + 90 + 10 + 7; training and test are scored."""
+    task = tiny.task(batch_size=16, epochs=5)
+    assert Pace(0.0, None, evaluated=0.5).run_seconds(task, 90, 10, 7) == pytest.approx(0.5 * 157)
+    assert Pace(0.0, None, scored=0.25).run_seconds(task, 90, 10, 7) == pytest.approx(0.25 * 97)
+    few = replace(TASKS["translation"]("smoke"), bleu_samples=8)
+    assert Pace(0.0, None, scored=0.25).run_seconds(few, 90, 10, 7) == pytest.approx(0.25 * 15)
+
+
+def test_what_a_sample_costs_is_measured_on_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that the model and the scores push forward: 3 s a batch of 16, 8 s for 32 samples that are scored."""
+    now = [0.0]
+    model = tiny.task().build("super", 3)
+
+    class Slow(nn.Module):
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            assert not self.training
+            now[0] += 3.0
+            return model.eval()(inputs)
+
+    def scores(task: Any, model: Any, split: Any, assets: Any) -> dict[str, float]:
+        now[0] += 0.25 * len(split)
+        return {}
+
+    monkeypatch.setattr(pace.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(type(tiny.task()), "scores", scores)
+    found = pace._evaluation(tiny.task(batch_size=16), Slow(), tiny.splits())
+    assert found == (3 / 16, 0.25)
 
 
 def test_the_ratio_is_the_median_over_neighbouring_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,14 +148,15 @@ def test_the_ratio_is_the_median_over_neighbouring_pairs(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(pace, "_updates", updates)
     monkeypatch.setattr(pace, "BUDGET", 0.0)
-    found = measure(tiny.task(), tiny.splits().train, Variant.of("super"), 3, torch.device("cpu"))
-    assert found == Pace(3.0, 1.0)
+    found = measure(tiny.task(), tiny.splits(), Variant.of("super"), 3, torch.device("cpu"))
+    assert (found.seconds, found.ratio) == (3.0, 1.0)
+    assert 0 < found.evaluated < 1
 
 
 def test_measuring_draws_no_random_number_and_trains_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pace, "BUDGET", 0.0)
     before = torch.get_rng_state()
-    found = measure(tiny.task(), tiny.splits().train, Variant.of("super"), 3, torch.device("cpu"))
+    found = measure(tiny.task(), tiny.splits(), Variant.of("super"), 3, torch.device("cpu"))
     assert torch.equal(torch.get_rng_state(), before)
     assert found.seconds > 0
     assert found.ratio is not None

@@ -51,7 +51,7 @@ class PlainWatcher(Watcher):
         """See :class:`Watcher`."""
         task = self.plan.task
         sooner = f"; patience {task.patience} may end a run sooner" if task.patience else ""
-        self.say(f"about {duration(seconds)} of training for {runs} runs of at most {task.epochs} epochs{sooner}")
+        self.say(f"about {duration(seconds)} for {runs} runs of at most {task.epochs} epochs{sooner}")
 
     def begin(self, name: str, number: int, runs: int) -> None:
         """See :class:`Watcher`."""

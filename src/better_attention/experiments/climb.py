@@ -132,8 +132,8 @@ class Climb:
         for (positions, layers), delay in product({(c.setting.positions, c.setting.layers) for c in waiting}, ends):
             task = ladder.task_of((modulus, delay), Setting("sqrt", positions, layers))
             small = replace(task, train_samples=min(task.train_samples or 1, task.batch_size), test_samples=1)
-            train = small.load().to(accelerator.device).train
-            found = [measure(task, train, v, ladder.heads, accelerator.device).seconds for v in ladder.variants[:2]]
+            splits = small.load().to(accelerator.device)
+            found = [measure(task, splits, v, ladder.heads, accelerator.device).seconds for v in ladder.variants[:2]]
             paces[positions, layers, delay] = sum(found) / len(found)
         updates = ladder.task.epochs * epoch_updates(ladder.task)
         total = 0.0

@@ -167,10 +167,11 @@ def measure_paces(
     paces: dict[tuple[Variant, int], Pace] = {}
     for variant, heads, _ in waiting:
         if (variant, heads) not in paces:
-            paces[variant, heads] = measure(plan.task, splits.train, variant, heads, accelerator.device)
+            paces[variant, heads] = measure(plan.task, splits, variant, heads, accelerator.device)
     if waiting:
-        share = len(splits.train) / accelerator.num_processes
-        seconds = sum(paces[v, h].run_seconds(plan.task, math.ceil(share)) for v, h, _ in waiting)
+        parts = (splits.train, splits.validation, splits.test)
+        shares = [math.ceil(len(part) / accelerator.num_processes) for part in parts]
+        seconds = sum(paces[v, h].run_seconds(plan.task, *shares) for v, h, _ in waiting)
         watcher.estimate(seconds, len(waiting))
     return paces
 

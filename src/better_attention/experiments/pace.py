@@ -1,7 +1,7 @@
 """How fast a model trains: the hours that a comparison will take, and the same model on torch's own layer beside it.
 
 Seconds of an epoch depend on what else the machine does that hour; the ratio of two updates that follow each other
-does so far less. Both are measured before training, a few updates each, in turn.
+does so far less. Both are measured before training, a few updates each, in turn; then one batch is evaluated.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from better_attention.experiments.splits import Split
+from better_attention.experiments.evaluation import EVALUATION_BATCH
+from better_attention.experiments.splits import Split, Splits
 from better_attention.experiments.task import Task
 from better_attention.experiments.variant import Variant
 from better_attention.module import MultiheadAttention
 
 ROUNDS = (3, 25)  # at least, at most
 BUDGET = 1.5  # seconds for the rounds beyond the least number
+SCORED = 32  # samples that a throw-away model is scored on
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,22 +35,29 @@ class Pace:
         seconds: of one update, the median.
         ratio: update time over that of the same model on ``torch.nn.MultiheadAttention``, the median of neighbouring
             pairs; None where torch's layer cannot stand in (rotary positions, a scale of one's own).
+        evaluated, scored: seconds to evaluate a sample, and to score it by :meth:`Task.scores`.
     """
 
     seconds: float
     ratio: float | None
+    evaluated: float = 0.0
+    scored: float = 0.0
 
-    def run_seconds(self, task: Task, samples: int) -> float:
-        """Training time of a run that uses all its epochs, evaluation left out."""
-        return self.seconds * math.ceil(samples / task.batch_size) * task.epochs
+    def run_seconds(self, task: Task, train: int, validation: int, test: int) -> float:
+        """Time of a run that uses all its epochs, for splits of so many samples."""
+        updates = math.ceil(train / task.batch_size) * task.epochs
+        evaluated = validation * task.epochs + train + validation + test
+        scored = task.scored(train) + task.scored(test)
+        return self.seconds * updates + self.evaluated * evaluated + self.scored * scored
 
 
-def measure(task: Task, train: Split, variant: Variant, heads: int, device: torch.device) -> Pace:
-    """Train throw-away models for a moment, ours and one on torch's layer in turn."""
+def measure(task: Task, splits: Splits, variant: Variant, heads: int, device: torch.device) -> Pace:
+    """Train throw-away models for a moment, ours and one on torch's layer in turn, and evaluate ours once."""
     with torch.random.fork_rng(devices=[]):
-        ours = _updates(task, task.build(variant, heads), train, device)
+        model = task.build(variant, heads)
+        ours = _updates(task, model, splits.train, device)
         rival = on_torch(task.build("standard", heads))
-        theirs = None if rival is None else _updates(task, rival, train, device)
+        theirs = None if rival is None else _updates(task, rival, splits.train, device)
         own: list[float] = []
         other: list[float] = []
         ours()
@@ -59,8 +68,8 @@ def measure(task: Task, train: Split, variant: Variant, heads: int, device: torc
             own.append(ours())
             if theirs is not None:
                 other.append(theirs())
-    ratio = median(a / b for a, b in zip(own, other, strict=True)) if other else None
-    return Pace(median(own), ratio)
+        ratio = median(a / b for a, b in zip(own, other, strict=True)) if other else None
+        return Pace(median(own), ratio, *_evaluation(task, model, splits))
 
 
 def _updates(task: Task, model: nn.Module, train: Split, device: torch.device) -> Callable[[], float]:
@@ -82,6 +91,21 @@ def _updates(task: Task, model: nn.Module, train: Split, device: torch.device) -
         return time.perf_counter() - began
 
     return update
+
+
+def _evaluation(task: Task, model: nn.Module, splits: Splits) -> tuple[float, float]:
+    """Seconds to evaluate one sample with ``model``, and to score one."""
+    model.eval()
+    with torch.inference_mode():
+        model(splits.train.batch(slice(1))[0])  # what happens only once
+        began = time.perf_counter()
+        inputs, targets = splits.train.batch(slice(min(task.batch_size, EVALUATION_BATCH)))
+        task.losses(model(inputs), targets).sum().item()
+        evaluated = (time.perf_counter() - began) / len(targets)
+        few = Split(*splits.train.batch(slice(SCORED)))
+        began = time.perf_counter()
+        task.scores(model, few, splits.assets)
+        return evaluated, (time.perf_counter() - began) / len(few)
 
 
 def on_torch(model: nn.Module) -> nn.Module | None:

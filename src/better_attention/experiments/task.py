@@ -175,6 +175,10 @@ class Task(ABC):
         """
         return {}
 
+    def scored(self, samples: int) -> int:
+        """How many of a split's samples :meth:`scores` looks at."""
+        return samples
+
     def solved(self, epoch: Mapping[str, float]) -> bool:
         """Whether a run may end after ``epoch``, its line of the curve, since more cannot be learned."""
         return False

@@ -152,6 +152,10 @@ class TranslationTask(Task):
         # Which unknown word a reference has does not matter, as long as no translation can match it.
         return {"bleu": bleu(found, sentences(targets, assets["target"], unknown=NO_WORD))[0]}
 
+    def scored(self, samples: int) -> int:
+        """See :meth:`Task.scored`."""
+        return min(samples, self.bleu_samples)
+
     def predictions(self, model: nn.Module, inputs: Tensor, assets: Mapping[str, Any]) -> list[Prediction]:
         """The translation of each source, and the probability of its tokens together."""
         from better_attention.models.decoding import beam_search, greedy

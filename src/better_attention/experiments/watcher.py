@@ -17,7 +17,7 @@ class Watcher:
         """The data have been read."""
 
     def estimate(self, seconds: float, runs: int) -> None:
-        """The ``runs`` that are not finished take at most this long, every epoch used, evaluation left out."""
+        """The ``runs`` that are not finished take at most this long, every epoch used."""
 
     def begin(self, name: str, number: int, runs: int) -> None:
         """Run ``number`` of ``runs``, from 1, begins or continues."""
