@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from better_attention.cli import UserError, console
-from better_attention.cli.compare import command_line, positive
+from better_attention.cli.arguments import positive, words
+from better_attention.cli.compare import command_line
 
 if TYPE_CHECKING:
     from better_attention.benchmarks.runner import Settings
@@ -36,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--variants",
-        type=lambda text: tuple(word.strip() for word in text.split(",")),
+        type=words,
         metavar="A,B,...",
         help="rows of these kinds only, as in plain,causal,padded,mask,dropout of the suite kernel",
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from better_attention.cli import UserError, console
+from better_attention.cli.arguments import names, numbers, positive, whole, words
 from better_attention.experiments.variant import Variant
 from better_attention.mechanism import MECHANISMS
 
@@ -72,45 +73,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the runs; default: runs/TASK-SCALE")
     parser.add_argument(
         "--track",
-        type=trackers,
+        type=words,
         default=(),
         metavar="A,B",
         help="also log learning curves to tensorboard and/or wandb (offline unless WANDB_MODE says otherwise), below "
         "OUT/trackers; default: to neither",
     )
-
-
-def names(text: str) -> tuple[str, ...]:
-    """Mechanisms from a comma-separated list; each once."""
-    try:
-        return tuple(dict.fromkeys(Variant.of(name.strip()).name for name in text.split(",")))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def trackers(text: str) -> tuple[str, ...]:
-    """Trackers from a comma-separated list; each once."""
-    return tuple(dict.fromkeys(name.strip() for name in text.split(",")))
-
-
-def numbers(text: str) -> tuple[int, ...]:
-    """Whole numbers from a comma-separated list; each once."""
-    return tuple(dict.fromkeys(positive(part) for part in text.split(",")))
-
-
-def positive(text: str) -> int:
-    """A whole number of at least 1."""
-    number = whole(text)
-    if number == 0:
-        raise argparse.ArgumentTypeError("expected a whole number of at least 1, received 0")
-    return number
-
-
-def whole(text: str) -> int:
-    """A whole number of at least 0."""
-    if not text.strip().isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a whole number, received {text!r}")
-    return int(text)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from better_attention.cli import UserError, console
-from better_attention.cli.compare import names, positive
+from better_attention.cli.arguments import names, positive
 from better_attention.experiments.variant import Variant
 from better_attention.mechanism import MECHANISMS
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from better_attention.cli import UserError, console
+from better_attention.cli.arguments import names, numbers, positive, words
 from better_attention.cli.bench import say
-from better_attention.cli.compare import command_line, names, numbers, positive
+from better_attention.cli.compare import command_line
 from better_attention.mechanism import MECHANISMS
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def precisions(text: str) -> tuple[str, ...]:
     """Precisions from a comma-separated list; each once."""
-    found = tuple(dict.fromkeys(word.strip() for word in text.split(",")))
+    found = words(text)
     wrong = [word for word in found if word not in PRECISIONS]
     if wrong:
         raise argparse.ArgumentTypeError(f"expected float32, int8 or both, received {wrong[0]!r}")
@@ -88,7 +89,7 @@ def chosen(text: str | None) -> list[Task]:
     tasks = available_tasks()
     if text is None:
         return list(tasks.values())
-    wanted = list(dict.fromkeys(word.strip() for word in text.split(",")))
+    wanted = words(text)
     wrong = [name for name in wanted if name not in tasks]
     if wrong:
         raise UserError(f"--tasks: expected some of {', '.join(tasks)}, received {wrong[0]!r}.")

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from better_attention.cli import UserError, console
-from better_attention.cli.compare import command_line, names, numbers, positive, setting
+from better_attention.cli.arguments import names, numbers, positive, words
+from better_attention.cli.compare import command_line, setting
 from better_attention.experiments.variant import Variant
 
 if TYPE_CHECKING:
@@ -65,11 +66,6 @@ def rungs(text: str) -> tuple[tuple[int, int], ...]:
     """Rungs from a comma-separated list of NxT."""
     pairs = [part.partition("x") for part in text.split(",")]
     return tuple((positive(modulus), positive(delay)) for modulus, _, delay in pairs)
-
-
-def words(text: str) -> tuple[str, ...]:
-    """Words from a comma-separated list; each once."""
-    return tuple(dict.fromkeys(word.strip() for word in text.split(",")))
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,0 +1,40 @@
+"""Kinds of arguments that several verbs take."""
+
+from __future__ import annotations
+
+import argparse
+
+from better_attention.experiments.variant import Variant
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Mechanisms from a comma-separated list; each once."""
+    try:
+        return tuple(dict.fromkeys(Variant.of(name).name for name in words(text)))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def words(text: str) -> tuple[str, ...]:
+    """Words from a comma-separated list; each once."""
+    return tuple(dict.fromkeys(word.strip() for word in text.split(",")))
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """Whole numbers from a comma-separated list; each once."""
+    return tuple(dict.fromkeys(positive(part) for part in text.split(",")))
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    number = whole(text)
+    if number == 0:
+        raise argparse.ArgumentTypeError("expected a whole number of at least 1, received 0")
+    return number
+
+
+def whole(text: str) -> int:
+    """A whole number of at least 0."""
+    if not text.strip().isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number, received {text!r}")
+    return int(text)
