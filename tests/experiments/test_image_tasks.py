@@ -20,6 +20,7 @@ from torch import nn
 
 from better_attention.cli import main
 from better_attention.data import DataError, NotFetched
+from better_attention.experiments import image_task
 from better_attention.experiments.augmentation import TURN, affine_maps, keras_augmented
 from better_attention.experiments.compare import Plan, compare
 from better_attention.experiments.folder_task import FolderTask
@@ -263,6 +264,31 @@ def test_splits_hold_each_picture_once(photos: Path) -> None:
     assert {bytes(image.numpy()) for image in fewer.train.inputs} <= set(seen)
     with pytest.raises(ValueError, match=r"is set to 2 classes of 32 pixels a side, but .* has 3 and image_size is 16"):
         small(image_size=16).load(photos)
+
+
+def test_pictures_on_both_sides_are_counted(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Test holds 3 of the 36 training pictures under other names, validation one, and the two share a fourth."""
+    parts = {"train": range(12), "val": (0, 12, 13, 14), "test": (3, 5, 13, 15, 16)}
+    for top, names in parts.items():
+        for name in CLASSES:
+            (tmp_path / top / name).mkdir(parents=True)
+            for number in names:
+                if top == "train" or name == "ants" or number > 11:
+                    picture = (photos / name / f"{number}.png").read_bytes()
+                    (tmp_path / top / name / f"{top}-{number}.png").write_bytes(picture)
+    (tmp_path / "test" / "bees" / "2.png").write_bytes((photos / "bees" / "2.png").read_bytes())
+    task = small(image_size=16).fitted(tmp_path)
+    notes = [note for note in task.load(tmp_path).notes if "pixel by pixel" in note]
+    assert notes == [
+        "1 of 10 validation pictures are training pictures too, pixel by pixel",
+        "3 of 12 test pictures are training pictures too, pixel by pixel",
+    ]
+    monkeypatch.setattr(image_task, "COMPARED", 1000)
+    assert not any("pixel by pixel" in note for note in task.load(tmp_path).notes)
+
+
+def test_the_digits_have_none_on_both_sides_and_say_nothing() -> None:
+    assert not any("pixel by pixel" in note for note in tiny.splits().notes)
 
 
 def test_a_validation_split_of_the_datas_own_is_kept(photos: Path, tmp_path: Path) -> None:

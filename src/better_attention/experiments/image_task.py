@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     import numpy as np
 
 SCORING_BATCH = 512
+HELD_OUT = ("validation", "test")
+COMPARED = 2 * 2**30
+"""Bytes up to which pictures are searched for ones that are in two splits; above, reading them all takes long."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,13 +86,13 @@ class ImageTask(Task):
         train, validation, test = cut(self, len(images.train_labels), len(images.test_labels))
         kept = Split(self._padded(images.train_images), torch.from_numpy(images.train_labels))
         held = Split(self._padded(images.test_images), torch.from_numpy(images.test_labels))
-        return Splits(
+        splits = Splits(
             train=Split(kept.inputs[train], kept.targets[train]),
             validation=Split(kept.inputs[validation], kept.targets[validation]),
             test=Split(held.inputs[test], held.targets[test]),
             assets={"classes": list(images.classes)},
-            notes=images.notes,
         )
+        return replace(splits, notes=(*images.notes, *overlap_notes(splits)))
 
     def model(self, variant: Variant, heads: int) -> nn.Module:
         """See :meth:`Task.model`."""
@@ -161,3 +165,23 @@ class ImageTask(Task):
         after = self.image_size - self.raw_size - before
         skip = [0, 0] if images.ndim == 4 else []
         return F.pad(torch.from_numpy(images), [*skip, before, after, before, after])
+
+
+def overlap_notes(splits: Splits) -> tuple[str, ...]:
+    """A note for each held-out split with pictures that are trained on too, equal in every pixel that the model reads.
+
+    What a model has trained on says little of what it can do. Splits above :data:`COMPARED` bytes are not searched.
+    """
+    if sum(split.inputs.nbytes for split in (splits.train, splits.validation, splits.test)) > COMPARED:
+        return ()
+    known = set(_digests(splits.train.inputs))
+    shared = {name: sum(digest in known for digest in _digests(getattr(splits, name).inputs)) for name in HELD_OUT}
+    return tuple(
+        f"{count:,} of {len(getattr(splits, name)):,} {name} pictures are training pictures too, pixel by pixel"
+        for name, count in shared.items()
+        if count
+    )
+
+
+def _digests(pictures: Tensor) -> Iterator[bytes]:
+    return (blake2b(picture.data, digest_size=16).digest() for picture in pictures.contiguous().numpy())
