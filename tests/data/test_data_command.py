@@ -8,13 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
+import numpy as np
 import publisher as site
 import pytest
 from layouts import write_imdb, write_mnist
+from PIL import Image
 from publisher import HOST, Publisher
 
 from better_attention.cli import data as verb
 from better_attention.data import SOURCES, DataError, read, sources, store
+from better_attention.data.image_folder import find
 
 
 def call(*words: str | Path) -> int:
@@ -41,6 +44,26 @@ def test_the_list_as_json(cache: Path, tmp_path: Path, capsys: pytest.CaptureFix
     states = {row["name"]: row["state"] for row in record["data_sets"]}
     assert list(states) == list(SOURCES)
     assert states == dict.fromkeys(SOURCES, "absent") | {"digits": "embedded", "mnist": "found"}
+
+
+def test_decoded_pictures_are_listed_with_their_size(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call() == 0
+    assert "decoded pictures" not in capsys.readouterr().out
+    photos = tmp_path / "photos"
+    for label in range(2):
+        (photos / f"class{label}").mkdir(parents=True)
+        for number in range(5):
+            Image.new("L", (9, 9), 90 * label + number).save(photos / f"class{label}" / f"{number}.png")
+    find(photos).pixels(np.arange(10), 8, 1)
+    assert call("--json") == 0
+    told = json.loads(capsys.readouterr().out)["decoded_pictures"]
+    files = list(Path(told["folder"]).glob("*.npy"))
+    assert (told["sets"], told["bytes"]) == (1, sum(file.stat().st_size for file in files))
+    assert told["bytes"] >= 10 * 8 * 8
+    assert call() == 0
+    assert f"1 set of decoded pictures, 0 MiB, in {told['folder']}: may be deleted" in capsys.readouterr().out
 
 
 def test_options_count_before_and_after_the_action(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -43,17 +43,19 @@ def run(args: argparse.Namespace) -> int:
         DataError: unknown data set, failed download, unusable files (a ValueError: the command line prints it).
     """
     from better_attention.cli import console
-    from better_attention.data import sources, store
+    from better_attention.data import image_cache, sources, store
 
     folder: Path | None = getattr(args, "data", None)
     as_json: bool = getattr(args, "json", False)
     if args.action in (None, "list"):
         rows = [_state(row, folder) for row in sources.SOURCES.values()]
         place = str(folder or store.home())
+        sets, size = image_cache.held()
+        decoded: Record = {"folder": str(image_cache.folder()), "sets": sets, "bytes": size}
         if as_json:
-            print(json.dumps({"folder": place, "data_sets": rows}, indent=2))
+            print(json.dumps({"folder": place, "data_sets": rows, "decoded_pictures": decoded}, indent=2))
         else:
-            _print_list(console(), place, rows)
+            _print_list(console(), place, rows, decoded)
         return 0
 
     row = sources.source(args.name)
@@ -145,7 +147,7 @@ _STATES = {
 }
 
 
-def _print_list(out: Console, place: str, rows: list[Record]) -> None:
+def _print_list(out: Console, place: str, rows: list[Record], decoded: Record) -> None:
     from rich.table import Table
     from rich.text import Text
 
@@ -163,6 +165,13 @@ def _print_list(out: Console, place: str, rows: list[Record]) -> None:
             name = row["name"]
             fetch = f"better-attention data fetch {name}   (or: data import {name} FROM)"
             out.print(Text(fetch if row["fetchable"] else f"better-attention data import {name} FROM"))
+    if decoded["sets"]:
+        sets = "1 set" if decoded["sets"] == 1 else f"{decoded['sets']:,} sets"
+        size = f"{decoded['bytes'] / 2**20:,.0f} MiB"
+        out.print(
+            Text(f"\n{sets} of decoded pictures, {size}, in {decoded['folder']}: may be deleted, are made again."),
+            soft_wrap=True,
+        )
 
 
 def _print_record(out: Console, record: Record) -> None:

@@ -37,6 +37,12 @@ def folder() -> Path:
     return home() / "pictures"
 
 
+def held() -> tuple[int, int]:
+    """How many decoded sets lie there, and their bytes."""
+    sizes = [path.stat().st_size for path in folder().glob("*.npy")]
+    return len(sizes), sum(sizes)
+
+
 def decoded(key: str, rows: int, contents: Callable[[], Contents], size: int, channels: int) -> UInt8:
     """The pixels of a set of pictures, from the cache, or decoded now, on all cores.
 
