@@ -11,7 +11,7 @@ from torch.autograd import gradcheck
 from torch.utils.checkpoint import checkpoint
 
 import better_attention as ba
-from better_attention import functional
+from better_attention import choice, functional
 from better_attention.impl import chunked
 from layers import tokens
 
@@ -91,7 +91,8 @@ def test_the_seed_decides_and_checkpointing_drops_the_same_again(score: str) -> 
 def test_long_sequences_under_dropout_keep_no_weights(score: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there are no compiled kernels, the tiles serve: PyTorch's CPU attention keeps L x S weights for dropout."""
     without = {name: one for name, one in functional.IMPLEMENTATIONS.items() if name != "native"}
-    monkeypatch.setattr(functional, "IMPLEMENTATIONS", without)
+    for module in (functional, choice):
+        monkeypatch.setattr(module, "IMPLEMENTATIONS", without)
     q = torch.empty(1, 2, 1024, 16)
     assert ba.explain(q, q, q, score=score, dropout_p=0.1).chosen == "chunked"
     assert ba.explain(q[:, :, :100], q, q, dropout_p=0.1).chosen == "sdpa"

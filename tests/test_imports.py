@@ -19,8 +19,8 @@ FILES = sorted(ROOT.rglob("*.py"))
 RANKS: list[set[str]] = [
     {"mechanism", "errors", "values", "native"},
     {"impl"},
-    {"masks", "positions"},
-    {"inputs", "alignment", "causality", "state_dict"},
+    {"masks", "positions", "choice"},
+    {"inputs", "alignment", "causality", "state_dict", "prepare", "attend"},
     {"functional", "cost"},
     {"module"},
     {"cache"},

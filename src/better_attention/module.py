@@ -16,12 +16,14 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 
 from . import inputs, masks
 from .alignment import Alignment
+from .attend import attend
+from .choice import IMPLS
 from .errors import finite_number, flag, floating_dtype, one_of, whole_number
-from .functional import IMPLS, attend, same_dtype
 from .impl import layer
 from .impl.call import Call, island, plain_tensors
 from .mechanism import MECHANISMS, Mechanism
 from .positions import BASE, angles, even_width, turned
+from .prepare import same_dtype
 from .state_dict import to_packed, unpack
 from .values import autocast_dtype
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 import better_attention as ba
+from better_attention.attend import attend
 from better_attention.impl import native
 from bridge import assert_close
 from native_cases import (
@@ -78,7 +79,7 @@ def run(drawn: dict[str, Tensor], score: str, case: Case) -> list[Tensor]:
         q, k, v, mask_BNLS=drawn.get("mask"), padding_B11S=drawn.get("padding"), causal=case.causal, score=score,
         scale=q.shape[-1] ** -0.5,
     )  # fmt: skip
-    output, _ = ba.functional.attend(call, "native")
+    output, _ = attend(call, "native")
     return [output.detach(), *torch.autograd.grad(output, [q, k] if v is k else [q, k, v], drawn["upstream"])]
 
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 import better_attention as ba
 from better_attention.benchmarks import machine
 from better_attention.benchmarks.registry import Contender, Results, Row, Run, Shape, Suite, Work, here, normal
-from better_attention.functional import IMPLS
+from better_attention.choice import IMPLS
 
 SMALLEST_POOL = 256 << 20
 """Bytes of all caches together, at least; more where the last-level cache is larger, if that fits into memory."""

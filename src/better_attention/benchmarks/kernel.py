@@ -29,7 +29,7 @@ from better_attention.benchmarks.registry import (
     differentiable,
     normal,
 )
-from better_attention.functional import IMPLS
+from better_attention.choice import IMPLS
 from better_attention.impl import IMPLEMENTATIONS
 
 IMPL_NAMES = tuple(dict.fromkeys(("auto", "native", *IMPLEMENTATIONS)))

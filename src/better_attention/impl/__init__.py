@@ -25,4 +25,4 @@ IMPLEMENTATIONS: Mapping[str, Implementation] = MappingProxyType(
         for m in (native, sdpa, chunked, reference)
     }
 )
-"""By name; ``impl="auto"`` asks them in this order, after the small-call rule in :mod:`better_attention.functional`."""
+"""By name; ``impl="auto"`` asks them in this order, after the small-call rule in :mod:`better_attention.choice`."""
