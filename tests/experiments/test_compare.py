@@ -178,6 +178,16 @@ def test_what_cannot_be_built_is_refused_before_anything_is_trained(tmp_path: Pa
     assert not list(tmp_path.iterdir())
 
 
+def test_a_model_that_could_not_be_read_back_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    task = tiny.task(patch=2**20 + 1, image_size=2**20 + 1)
+    plan = Plan(task, [Variant.of("super")], (3,), 1, tmp_path, device="cpu")
+    with pytest.raises(
+        ValueError, match="image_size=1048577 is out of range: models are read with sizes up to 1,048,576"
+    ):
+        compare(plan, Watcher())
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_device_that_is_not_there_is_refused() -> None:
     with pytest.raises(ValueError, match="--device cuda: there is no such device here"):

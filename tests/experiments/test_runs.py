@@ -124,6 +124,14 @@ def test_an_edited_configuration_is_refused(run: Path, change: dict[str, Any], m
         load_run(run)
 
 
+def test_a_number_of_samples_may_be_as_large_as_the_data(tmp_path: Path) -> None:
+    many = {"train_samples": 2**30, "test_samples": 2**21, "data_seed": 2**31 - 1, "validation_share": 0.9}
+    record = tiny.training(tmp_path / "super-h3-s0", epochs=1, **many).run()
+    found = load_run(tmp_path / "super-h3-s0")
+    assert (found.task.train_samples, found.task.data_seed) == (2**30, 2**31 - 1)
+    assert found.result == record
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe"])
 def test_a_damaged_configuration_is_refused(run: Path, content: bytes) -> None:
     (run / "config.json").write_bytes(content)

@@ -20,6 +20,7 @@ from better_attention.experiments.position import DivergedError, Interrupted
 from better_attention.experiments.remarks import remarks
 from better_attention.experiments.runs import (
     check_agreement,
+    check_sizes,
     describe_run,
     divergence,
     list_runs,
@@ -92,6 +93,7 @@ def compare(plan: Plan, watcher: Watcher) -> tuple[Study, list[str]]:
     """
     accelerator = make_accelerator(plan.device)
     plan = replace(plan, task=plan.task.fitted(plan.data))
+    check_sizes(plan.task.settings())
     check_models(plan)
     splits = plan.task.load(plan.data)
     notes = (*splits.notes, *remarks(plan.task, plan.variants, plan.heads))

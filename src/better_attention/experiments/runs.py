@@ -30,7 +30,11 @@ from better_attention.experiments.tasks import TASKS
 from better_attention.experiments.variant import Variant
 
 FORMAT = 1
-LARGEST = 2**20  # bound on every size in a config that is read: a damaged file must not ask for all memory
+LARGEST = 2**20  # bound on every size of a model: a damaged config must not ask for all memory
+COUNTS = frozenset(
+    ["train_samples", "test_samples", "bleu_samples", "data_seed", "seeds", "epochs", "patience", "batch_size"]
+)
+"""Settings that size no model: they may be as large as the data."""
 
 
 def run_name(variant: Variant, heads: int, seed: int) -> str:
@@ -124,15 +128,24 @@ def _what(config: Mapping[str, Any], folder: Path) -> tuple[Task, Variant, int]:
             raise ValueError(
                 f"format {config['format']!r}, task {name!r}, scale {settings['scale']!r} are not all known"
             )
-        for key, value in settings.items():
-            if isinstance(value, int) and not -LARGEST <= value <= LARGEST:
-                raise ValueError(f"{key}={value} is out of range")
+        check_sizes(settings)
         task = TASKS[name](settings["scale"]).with_settings(settings)
         return task, Variant.of(run["mechanism"]), whole_number(run["heads"], "heads")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{folder / 'config.json'} cannot be read by this version of better-attention: {error}."
         ) from None
+
+
+def check_sizes(settings: Mapping[str, Any]) -> None:
+    """Refuse a model too large to be read back.
+
+    Raises:
+        ValueError: a size of the model beyond ``LARGEST``.
+    """
+    for key, value in settings.items():
+        if isinstance(value, int) and key not in COUNTS and not -LARGEST <= value <= LARGEST:
+            raise ValueError(f"{key}={value} is out of range: models are read with sizes up to {LARGEST:,}")
 
 
 def list_runs(out: str | Path) -> list[dict[str, Any]]:
