@@ -133,6 +133,22 @@ def pack(path: Path, files: Mapping[str, bytes]) -> Path:
     return path
 
 
+@pytest.mark.parametrize(
+    "names",
+    [("Training", "Testing"), ("seg_train", "seg_test"), ("TRAIN", "TEST"), ("train_set", "dev"), ("valid", "test")],
+)
+def test_folders_that_look_like_splits_are_not_taken_for_classes(tmp_path: Path, names: tuple[str, str]) -> None:
+    write(tmp_path, photos(f"{names[0]}/") | photos(f"{names[1]}/"))
+    with pytest.raises(DataError, match=rf"{', '.join(sorted(names))}, which look like splits and would be classes"):
+        find(tmp_path)
+
+
+def test_classes_may_be_called_almost_like_splits(tmp_path: Path) -> None:
+    """Two kinds of trains, and no test: no split is meant."""
+    files = {f"{name}/{n}.png": plain(n) for name in ("steam-train", "train station", "contest") for n in range(3)}
+    assert find(write(tmp_path, files)).classes == ("contest", "steam-train", "train station")
+
+
 @pytest.mark.parametrize("suffix", ARCHIVES)
 @pytest.mark.parametrize("inside", ["", "train/", "set/train/"])
 def test_archives_by_split(tmp_path: Path, suffix: str, inside: str) -> None:

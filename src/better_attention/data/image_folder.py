@@ -13,6 +13,7 @@ classes: a line holds the name of a class's folder in one column and what people
 from __future__ import annotations
 
 import hashlib
+import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -32,6 +33,10 @@ LAYOUT = (
 )
 HELD_OUT = 0.1
 """Share of the pictures that are held out where the data has no split of its own."""
+_SPLIT_LIKE = re.compile(
+    r"(?:.*[ _-])?(train|test|val|valid|validation|dev)(?:ing|[ _-]?set)?(?:[ _-].*)?", re.IGNORECASE
+)
+"""Folders that other tools give to splits, ``Training`` or ``seg_test``; a steam-train alone is a class."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,6 +152,12 @@ def _check(tree: PictureTree, members: Mapping[str, Mapping[str, object]], split
     if "train" not in members:
         loose = "pictures that lie in no class's folder" if tree.names else f"no pictures ({kinds})"
         raise DataError(f"{where} holds {loose}; expected {LAYOUT}.")
+    alike = {folder: found[1].lower() for folder in members["train"] if (found := _SPLIT_LIKE.fullmatch(folder))}
+    if not top and len(set(alike.values())) > 1:
+        raise DataError(
+            f"{where} holds the folders {', '.join(sorted(alike))}, which look like splits and would be classes; "
+            f"expected {LAYOUT}. Rename them to train/, val/ and test/, with a folder per class in each."
+        )
     for split, name in splits.items():
         base = f"{name}/" if name else ""
         empty = sorted(f for f in tree.folders if f.startswith(base) and f.count("/") == base.count("/"))
