@@ -77,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
 
     ladder = make_ladder(args)
     screen = console()
+    screen.print("a ladder of recurrences, our own definition: neither paper has it", markup=False, soft_wrap=True)
     climb = Climb(ladder, make_watcher(screen, ladder))
     try:
         for rung in climb.run():
