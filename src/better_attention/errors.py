@@ -28,6 +28,15 @@ def choices(names: Iterable[str]) -> str:
     return ", ".join(repr(name) for name in names)
 
 
+def counted(number: int, word: str) -> str:
+    """A number and its word.
+
+    >>> counted(1, "run"), counted(1200, "pair")
+    ('1 run', '1,200 pairs')
+    """
+    return f"{number:,} {word}{'s' * (number != 1)}"
+
+
 def whole_number(value: object, name: str, *, at_least: int = 1) -> int:
     """``value`` as an int, or an error naming the argument.
 

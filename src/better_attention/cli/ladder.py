@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import time
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -24,7 +23,6 @@ HELP = "how hard a recurrence each score still predicts: heat maps over N and τ
 MECHANISMS = ("standard", "expressive", "efficient", "efficient+expressive")
 GRID = ("modulus", "delay", "scaling", "positions", "layers", "epochs", "seeds", "length")
 """Settings of the task that the grid and the options below set."""
-PLAIN_SECONDS = 30.0  # between two lines about one run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -136,39 +134,24 @@ def make_ladder(args: argparse.Namespace) -> Ladder:
 
 def make_watcher(screen: Console, ladder: Ladder) -> Watcher:
     """Prints a line a run, and one every half minute of a long one."""
-    from better_attention.cli.watch import duration, where
+    from better_attention.cli.watch import LineWatcher, duration
+    from better_attention.errors import counted
     from better_attention.experiments.climb import epoch_updates
-    from better_attention.experiments.position import DivergedError, Position
-    from better_attention.experiments.watcher import Watcher
 
-    class LadderWatcher(Watcher):
-        title, said_at = "", 0.0
-
-        def say(self, line: str) -> None:
-            screen.print(line, markup=False, soft_wrap=True)
-
+    class LadderWatcher(LineWatcher):
         def estimate(self, seconds: float, runs: int) -> None:
             self.say(
-                f"at most {duration(seconds)} of training for {runs} runs of {epoch_updates(ladder.task)} updates an "
-                f"epoch and at most {ladder.task.epochs} epochs; solved runs end sooner, hopeless ones are not begun"
+                f"at most {duration(seconds)} of training for {counted(runs, 'run')} of {epoch_updates(ladder.task)} "
+                f"updates an epoch and at most {counted(self.epochs, 'epoch')}; solved runs end sooner, hopeless ones "
+                "are not begun"
             )
 
         def begin(self, name: str, number: int, runs: int) -> None:
-            self.title, self.said_at = f"[{number} of at most {runs}] {name}", time.monotonic()
-
-        def progress(self, position: Position, steps: int) -> None:
-            if time.monotonic() - self.said_at >= PLAIN_SECONDS:
-                self.said_at = time.monotonic()
-                self.say(f"{self.title}  {where(position, ladder.task.epochs, steps)}")
+            super().begin(name, number, runs)
+            self.title = f"[{number} of at most {runs}] {name}"
 
         def end(self, name: str, record: dict[str, Any]) -> None:
             updates = record["epochs"] * epoch_updates(ladder.task)
             self.say(f"{self.title}  test {record['test_accuracy']:.2f} % after {updates:,} updates")
 
-        def failed(self, name: str, error: DivergedError) -> None:
-            self.say(f"{self.title}  FAILED  {error}")
-
-        def stopping(self) -> None:
-            self.say("stopping after this step; once more stops at once")
-
-    return LadderWatcher()
+    return LadderWatcher(screen, ladder.task.epochs)

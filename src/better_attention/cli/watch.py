@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from better_attention.errors import counted
 from better_attention.experiments.compare import Plan
 from better_attention.experiments.position import DivergedError, Position
 from better_attention.experiments.splits import Splits
@@ -18,40 +19,21 @@ from better_attention.experiments.watcher import Watcher
 PLAIN_SECONDS = 30.0  # between two lines about one run
 
 
-class PlainWatcher(Watcher):
-    """One line a finished run, and one every half minute of a long one."""
+class LineWatcher(Watcher):
+    """A line when something happens to a run, and one every half minute of a long one.
 
-    def __init__(self, console: Console, plan: Plan) -> None:
-        self.console, self.plan = console, plan
+    Args:
+        console: where the lines go.
+        epochs: most epochs of a run.
+    """
+
+    def __init__(self, console: Console, epochs: int) -> None:
+        self.console, self.epochs = console, epochs
         self.title, self.said_at = "", 0.0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Nothing to put away."""
 
     def say(self, line: str) -> None:
         """Print one line."""
         self.console.print(line, markup=False, soft_wrap=True)
-
-    def data(self, splits: Splits, accelerator: Accelerator) -> None:
-        """Say what is compared, on what."""
-        task, sizes = self.plan.task, [len(part) for part in (splits.train, splits.validation, splits.test)]
-        self.say(f"{task.title}, scale {task.scale}: {len(self.plan.runs())} runs below {self.plan.out}")
-        self.say(
-            "{:,} training, {:,} validation and {:,} test samples; ".format(*sizes) + f"device {accelerator.device}"
-        )
-        for note in splits.notes:
-            self.say(f"note: {note}")
-
-    def estimate(self, seconds: float, runs: int) -> None:
-        """See :class:`Watcher`."""
-        task = self.plan.task
-        sooner = f"; patience {task.patience} may end a run sooner" if task.patience else ""
-        self.say(f"about {duration(seconds)} for {runs} runs of at most {task.epochs} epochs{sooner}")
 
     def begin(self, name: str, number: int, runs: int) -> None:
         """See :class:`Watcher`."""
@@ -61,11 +43,7 @@ class PlainWatcher(Watcher):
         """See :class:`Watcher`."""
         if time.monotonic() - self.said_at >= PLAIN_SECONDS:
             self.said_at = time.monotonic()
-            self.say(f"{self.title}  {where(position, self.plan.task.epochs, steps)}")
-
-    def end(self, name: str, record: dict[str, Any]) -> None:
-        """See :class:`Watcher`."""
-        self.say(f"{self.title}  {outcome(record)}")
+            self.say(f"{self.title}  {where(position, self.epochs, steps)}")
 
     def failed(self, name: str, error: DivergedError) -> None:
         """See :class:`Watcher`."""
@@ -74,6 +52,42 @@ class PlainWatcher(Watcher):
     def stopping(self) -> None:
         """See :class:`Watcher`."""
         self.say("stopping after this step; once more stops at once")
+
+
+class PlainWatcher(LineWatcher):
+    """What a comparison says of its data, its time and each finished run."""
+
+    def __init__(self, console: Console, plan: Plan) -> None:
+        super().__init__(console, plan.task.epochs)
+        self.plan = plan
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Nothing to put away."""
+
+    def data(self, splits: Splits, accelerator: Accelerator) -> None:
+        """Say what is compared, on what."""
+        task, sizes = self.plan.task, [len(part) for part in (splits.train, splits.validation, splits.test)]
+        self.say(f"{task.title}, scale {task.scale}: {counted(len(self.plan.runs()), 'run')} below {self.plan.out}")
+        self.say(
+            "{:,} training, {:,} validation and {:,} test samples; ".format(*sizes) + f"device {accelerator.device}"
+        )
+        for note in splits.notes:
+            self.say(f"note: {note}")
+
+    def estimate(self, seconds: float, runs: int) -> None:
+        """See :class:`Watcher`."""
+        sooner = f"; patience {self.plan.task.patience} may end a run sooner" if self.plan.task.patience else ""
+        most = f"at most {counted(self.epochs, 'epoch')}"
+        self.say(f"about {duration(seconds)} for {counted(runs, 'run')} of {most}{sooner}")
+
+    def end(self, name: str, record: dict[str, Any]) -> None:
+        """See :class:`Watcher`."""
+        self.say(f"{self.title}  {outcome(record)}")
 
 
 class LiveWatcher(PlainWatcher):
@@ -110,11 +124,10 @@ class LiveWatcher(PlainWatcher):
 
     def progress(self, position: Position, steps: int) -> None:
         """See :class:`Watcher`."""
-        epochs = self.plan.task.epochs
         self.bars.update(
             self.one,
-            description=f"{self.title}  {where(position, epochs, steps)}",
-            total=epochs * steps,
+            description=f"{self.title}  {where(position, self.epochs, steps)}",
+            total=self.epochs * steps,
             completed=(position.epoch - 1) * steps + position.step,
         )
 

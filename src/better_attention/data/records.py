@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from better_attention.errors import counted
+
 from .archives import MIB, Readable, decompressed
 from .containers import DataError
 
@@ -107,7 +109,7 @@ def csv_records(path: Path | str, source: Iterable[str], delimiter: str = ",") -
             width, first = width or len(fields), first or line
             if len(fields) != width:
                 raise DataError(
-                    f"{path}, line {line} has {_counted(len(fields), 'field')}, line {first} has {width} (separated by "
+                    f"{path}, line {line} has {counted(len(fields), 'field')}, line {first} has {width} (separated by "
                     f"{DELIMITERS[delimiter]}s). Put a field that holds a {DELIMITERS[delimiter]} between quotes."
                 )
             yield line, fields
@@ -207,7 +209,3 @@ def whole(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _counted(number: int, word: str) -> str:
-    return f"{number} {word}" if number == 1 else f"{number} {word}s"

@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from better_attention.errors import counted
 from better_attention.experiments import paper
 from better_attention.experiments.paired import NOTHING, p_text
 from better_attention.experiments.stats import number
@@ -64,9 +65,9 @@ def finding(rows: Sequence[Row], column: Column) -> str | None:
         return None
     value, test = best[0].estimates[column.key], best[0].tests.get(column.key)
     sentence = (
-        f"With {_heads(best[0].heads)}, {_listed([row.mechanism for row in best])} "
+        f"With {counted(best[0].heads, 'head')}, {_listed([row.mechanism for row in best])} "
         f"{'has' if len(best) == 1 else 'share'} the {'highest' if column.higher_is_better else 'lowest'} {name}, "
-        f"{value.format(column.digits)}{unit} ({_count(value.n, 'seed')})"
+        f"{value.format(column.digits)}{unit} ({counted(value.n, 'seed')})"
     )
     if test is None or any(column.key not in row.tests for row in best):  # standard is among the best
         return f"{sentence}."
@@ -94,7 +95,7 @@ def tally(rows: Sequence[Row], column: Column) -> str | None:
     start = f"{name[0].upper()}{name[1:]} against standard"
     if left == len(verdicts):
         return f"{start}: {NOTHING} in {'the only comparison' if left == 1 else f'any of {left} comparisons'}."
-    return f"{start}, {_count(len(verdicts), 'comparison')}: {', '.join(parts)}."
+    return f"{start}, {counted(len(verdicts), 'comparison')}: {', '.join(parts)}."
 
 
 def _words(column: Column) -> tuple[str, str, str]:
@@ -105,14 +106,6 @@ def _words(column: Column) -> tuple[str, str, str]:
 
 def _corrected(family: int) -> str:
     return "the only comparison" if family == 1 else f"corrected for {family} comparisons"
-
-
-def _heads(heads: int) -> str:
-    return _count(heads, "head")
-
-
-def _count(n: int, word: str) -> str:
-    return f"{n} {word}{'s' * (n != 1)}"
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -126,7 +119,7 @@ def gaps(rows: Sequence[Row]) -> list[str]:
         compared = [row for row in rows if (row.task, row.scale, row.heads) == block]
         seeds = sorted({seed for row in compared for seed in row.seeds})
         for row in compared:
-            who, missing = f"{row.mechanism} with {_heads(row.heads)}", sorted(set(seeds) - set(row.seeds))
+            who, missing = f"{row.mechanism} with {counted(row.heads, 'head')}", sorted(set(seeds) - set(row.seeds))
             if missing:
                 which = f"seed{'s' * (len(missing) > 1)} {_listed(list(map(str, missing)))}"
                 found.append(
@@ -137,7 +130,7 @@ def gaps(rows: Sequence[Row]) -> list[str]:
             if odd:
                 found.append(f"{who}: {_listed(odd)} of at least one run is no number; nothing is claimed of it.")
         if len(compared) > 1 and all(row.mechanism != "standard" for row in compared):
-            found.append(f"standard was not run with {_heads(block[2])}: nothing is compared with it there.")
+            found.append(f"standard was not run with {counted(block[2], 'head')}: nothing is compared with it there.")
     return found
 
 

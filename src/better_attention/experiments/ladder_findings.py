@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, median
 
+from better_attention.errors import counted
 from better_attention.experiments.ladder import Row, Rung, Setting, best_settings
 from better_attention.experiments.paired import NOTHING, Comparison, compare_paired, corrected
 from better_attention.experiments.stats import number
@@ -192,6 +193,6 @@ def sentence(duel: Duel) -> str:
     if found is None:
         return f"{duel.expressive} and {duel.softmax} share no pair of runs."
     points = found.difference.format(1, sign=True)
-    pairs = f"{found.difference.n} pair{'s' * (found.difference.n != 1)} of runs"
+    pairs = f"{counted(found.difference.n, 'pair')} of runs"
     told = {"higher": "expressive predicts better", "lower": "softmax predicts better"}.get(duel.verdict, NOTHING)
     return f"{duel.expressive} against {duel.softmax}: {points} points of test accuracy over {pairs}: {told}."

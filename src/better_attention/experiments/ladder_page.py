@@ -8,14 +8,13 @@ from dataclasses import asdict, dataclass, fields
 from functools import cache
 
 import jinja2
-from markupsafe import Markup
 
-from better_attention.experiments.files import plain, write_atomic
+from better_attention.errors import counted
+from better_attention.experiments.files import write_atomic
 from better_attention.experiments.ladder import GIVE_UP, Ladder, Row, Rung, Setting
 from better_attention.experiments.ladder_findings import at_best, duels, heights, sentence, spots, within
-from better_attention.experiments.looks import DARK, LIGHT
 from better_attention.experiments.origin import commit, versions
-from better_attention.experiments.paired import p_text
+from better_attention.experiments.page import template
 from better_attention.experiments.recurrence_task import formula
 from better_attention.experiments.stats import number
 from better_attention.experiments.tables import safe, write_lines
@@ -100,8 +99,6 @@ def render(report: Report) -> str:
         duels=found,
         findings=[sentence(duel) for duel in found["overall"]],
         give_up=GIVE_UP,
-        light=LIGHT,
-        dark=DARK,
     )
 
 
@@ -131,19 +128,10 @@ def told(setting: Setting) -> str:
     """A setting in words."""
     scale = {"sqrt": "1/√d_k", "raw": "raw q·k", "learned": "learned scale"}[setting.scaling]
     names = {"alibi": "ALiBi", "learned": "learned positions"}
-    depth = f"{setting.layers} layer{'s' * (setting.layers > 1)}"
+    depth = counted(setting.layers, "layer")
     return f"{scale}, {names.get(setting.positions, setting.positions)}, {depth}"
 
 
 @cache
 def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("better_attention.experiments"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=lambda value: value if isinstance(value, Markup) else plain(value),
-    )
-    environment.globals.update(number=number, shade=shade, told=told, p_text=p_text)
-    return environment.get_template("ladder.html")
+    return template("ladder.html", shade=shade, told=told)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from better_attention.errors import counted
 from better_attention.experiments import paper
 from better_attention.experiments.paper_tables import changed_settings
 from better_attention.experiments.task import Task
@@ -25,12 +26,10 @@ def remarks(task: Task, variants: Sequence[Variant], heads: Sequence[int]) -> tu
         named = ", ".join(f"{key}={value}" for key, value in changed.items())
         found.append(f"the setting is not the paper's: {named}")
     if task.equal_params:
-        found += [f"equal parameters with {_heads(number)}: {_sizes(task, variants, number)}" for number in heads]
+        found += [
+            f"equal parameters with {counted(number, 'head')}: {_sizes(task, variants, number)}" for number in heads
+        ]
     return tuple(found)
-
-
-def _heads(number: int) -> str:
-    return f"{number} head{'s' * (number != 1)}"
 
 
 def _sizes(task: Task, variants: Sequence[Variant], heads: int) -> str:

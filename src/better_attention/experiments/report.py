@@ -7,14 +7,12 @@ from functools import cache
 from pathlib import Path
 
 import jinja2
-from markupsafe import Markup
 
 from better_attention.experiments import findings, gallery, pictures, summary
-from better_attention.experiments.files import plain, write_atomic
+from better_attention.experiments.files import write_atomic
 from better_attention.experiments.forest import forest
-from better_attention.experiments.looks import DARK, LIGHT, MARKER_PATHS, look
-from better_attention.experiments.paired import p_text
-from better_attention.experiments.stats import number
+from better_attention.experiments.looks import MARKER_PATHS, look
+from better_attention.experiments.page import template
 from better_attention.experiments.study import Study
 
 PICTURE_ROOM = 2_400_000
@@ -72,8 +70,6 @@ def render(study: Study) -> str:
         bars={name: pictures.data_uri(pictures.scale_bar(name), "image/png") for name in _SCALES},
         made_on=_made_on(study),
         waiting=findings.waiting(study.records),
-        light=LIGHT,
-        dark=DARK,
     )
 
 
@@ -82,17 +78,7 @@ _SCALES = (pictures.SEQUENTIAL, pictures.DIVERGING)
 
 @cache
 def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("better_attention.experiments"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        # Every value that is printed, wherever it stands, comes through here: no field can be forgotten.
-        finalize=lambda value: value if isinstance(value, Markup) else plain(value),
-    )
-    environment.globals.update(look=look, number=number, p_text=p_text, marker_paths=MARKER_PATHS)
-    return environment.get_template("report.html")
+    return template("report.html", look=look, marker_paths=MARKER_PATHS)
 
 
 _SHOWN_ELSEWHERE = ("title", "source", "settings", "heads", "default_heads", "seeds")
