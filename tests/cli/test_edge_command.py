@@ -270,7 +270,7 @@ def test_a_damaged_file_is_refused(content: str, tmp_path: Path, capsys: pytest.
     [
         (("--tasks", "digits"), "--tasks: expected some of mnist"),
         (("--tasks", ""), "received ''"),
-        (("--out", "file"), "--out is a folder for the files"),
+        (("--out", "file"), "is a file: name a folder"),
     ],
 )
 def test_what_is_refused(words: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:

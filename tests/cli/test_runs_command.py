@@ -174,7 +174,10 @@ def test_damage_is_named(
 def test_a_published_run_has_no_weights(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (study / "super-h3-s0" / "model.safetensors").unlink()
     found = listed(capsys)["super-h3-s0"]
-    assert (found["state"], found["detail"]) == ("finished", "published without its weights")
+    assert (found["state"], found["detail"]) == (
+        "finished",
+        "without its weights: in tables, but `predict` cannot use it",
+    )
 
 
 def test_where_it_looks(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,6 +20,7 @@ from better_attention.experiments.tables import Strip, print_fitting, safe, writ
 
 TITLE = "inference on an edge device: seconds for 5,000 samples"
 PAPER_DEVICE = "Apple M2"
+FILES = ("edge.json", "edge.csv")
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +200,7 @@ def print_paper(console: Console) -> None:
 
 
 def write(report: Report, folder: Path) -> list[Path]:
-    """``edge.csv`` and ``edge.json`` in ``folder``; returns the paths."""
+    """:data:`FILES` in ``folder``; returns the paths."""
     document = {
         "machine": dict(report.machine),
         "settings": asdict(report.settings),
@@ -207,9 +208,10 @@ def write(report: Report, folder: Path) -> list[Path]:
         "weights": "untrained",
         "timings": [asdict(timing) for timing in report.timings],
     }
-    write_atomic(folder / "edge.json", json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-    write_csv([report], folder / "edge.csv")
-    return [folder / "edge.csv", folder / "edge.json"]
+    paths = [folder / name for name in FILES]
+    write_atomic(paths[0], json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_csv([report], paths[1])
+    return paths
 
 
 def write_csv(reports: Sequence[Report], path: Path) -> None:

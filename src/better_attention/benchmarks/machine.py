@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("better-attention", "torch", "numpy", "x-transformers", "keras", "jax", "jaxlib")
+PACKAGES = ("better-attention", "torch", "torchao", "numpy", "x-transformers", "keras", "jax", "jaxlib")
 BEST_OF = 7
 """Trials of each limit; the best counts, for a limit is what nothing disturbed."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from better_attention.experiments.variant import Variant
 
@@ -23,6 +24,13 @@ def words(text: str) -> tuple[str, ...]:
 def numbers(text: str) -> tuple[int, ...]:
     """Whole numbers from a comma-separated list; each once."""
     return tuple(dict.fromkeys(positive(part) for part in text.split(",")))
+
+
+def folder(text: str) -> Path:
+    """A folder to write into; it need not exist."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("expected the name of a folder, received nothing; . is the folder you are in")
+    return Path(text)
 
 
 def positive(text: str) -> int:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from better_attention.cli import UserError, console
-from better_attention.cli.arguments import positive, words
+from better_attention.cli.arguments import folder, positive, words
 from better_attention.cli.compare import command_line
 
 if TYPE_CHECKING:
@@ -52,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--flex", action="store_true", help="FlexAttention too: it compiles for seconds in each row")
     parser.add_argument("--quick", action="store_true", help="one shape of each suite, few rounds, rougher limits")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="also write JSON and CSV files there")
+    parser.add_argument("--out", type=folder, metavar="DIR", help="also write JSON and CSV files there")
 
 
 def shapes(text: str) -> tuple[tuple[int, ...], ...]:
@@ -85,9 +84,10 @@ def run(args: argparse.Namespace) -> int:
     """Measure, print, write; 0, 1 if a contender's numbers were wrong or it failed, 130 after Ctrl-C."""
     from better_attention.benchmarks import tables
     from better_attention.benchmarks.runner import Settings, threads
+    from better_attention.experiments.output import check_writable
 
-    if args.out is not None and args.out.exists() and not args.out.is_dir():
-        raise UserError(f"--out is a folder for the files, but {args.out} is a file: choose another name.")
+    if args.out is not None:
+        check_writable(args.out)
     rounds, budget = (5, 2.0) if args.quick else (15, 10.0)
     settings = Settings(
         repeats=args.repeats or rounds,

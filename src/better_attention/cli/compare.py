@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from better_attention.cli import UserError, console
-from better_attention.cli.arguments import names, numbers, positive, whole, words
+from better_attention.cli.arguments import folder, names, numbers, positive, whole, words
 from better_attention.experiments.variant import Variant
 from better_attention.mechanism import MECHANISMS
 
@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", type=Path, metavar="DIR", help="folder (or file) with the data; default: where `data fetch` puts it"
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the runs; default: runs/TASK-SCALE")
+    parser.add_argument("--out", type=folder, metavar="DIR", help="folder for the runs; default: runs/TASK-SCALE")
     parser.add_argument(
         "--track",
         type=words,
@@ -119,8 +119,6 @@ def make_plan(args: argparse.Namespace) -> Plan:
 
     if args.task not in TASKS:
         raise UserError(f"unknown task {args.task!r}: choose one of {', '.join(TASKS)}.")
-    if args.out is not None and args.out.exists() and not args.out.is_dir():
-        raise UserError(f"--out {args.out} is a file: name a folder for the runs.")
     task = TASKS[args.task](args.scale)
     given = {name: getattr(args, name) for name in ("epochs", "patience", "batch_size", "lr")}
     settings = {name: value for name, value in given.items() if value is not None}

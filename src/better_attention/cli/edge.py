@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from better_attention.cli import UserError, console
-from better_attention.cli.arguments import names, numbers, positive, words
+from better_attention.cli.arguments import folder, names, numbers, positive, words
 from better_attention.cli.bench import say
 from better_attention.cli.compare import command_line
 from better_attention.mechanism import MECHANISMS
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--threads", type=positive, metavar="N", help="default: as many as torch takes")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for edge.csv, edge.json; default: runs/edge")
+    parser.add_argument("--out", type=folder, metavar="DIR", help="folder for edge.csv, edge.json; default: runs/edge")
 
 
 def precisions(text: str) -> tuple[str, ...]:
@@ -61,10 +61,10 @@ def run(args: argparse.Namespace) -> int:
     """Time, print, write; 0, or 130 after Ctrl-C."""
     from better_attention.benchmarks import edge_view
     from better_attention.benchmarks.runner import threads
+    from better_attention.experiments.output import check_output
 
     out = args.out or Path("runs") / "edge"
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out is a folder for the files, but {out} is a file: choose another name.")
+    check_output(out, edge_view.FILES, lambda found: "timings" in found)
     tasks = chosen(args.tasks)
     with threads(args.threads):
         report = measure(args, tasks)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from better_attention.cli import UserError, console
-from better_attention.cli.arguments import names, numbers, positive, words
+from better_attention.cli.arguments import folder, names, numbers, positive, words
 from better_attention.cli.compare import command_line, setting
 from better_attention.experiments.variant import Variant
 
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda", "mps"), default="cpu", help="default: cpu; the models are small"
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the runs; default: runs/ladder-SCALE")
+    parser.add_argument("--out", type=folder, metavar="DIR", help="folder for the runs; default: runs/ladder-SCALE")
 
 
 def rungs(text: str) -> tuple[tuple[int, int], ...]:
@@ -70,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
     """Climb, and write the page after every rung; 0, 1 where a run diverged, 130 after Ctrl-C."""
     from better_attention.experiments import ladder_page
     from better_attention.experiments.climb import Climb
+    from better_attention.experiments.ladder import FILES
     from better_attention.experiments.ladder_findings import duels, sentence
     from better_attention.experiments.position import Interrupted
 
@@ -86,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
         return 128 + stopped.signal
     for duel in duels(climb.rows)["overall"]:
         screen.print(sentence(duel), markup=False, soft_wrap=True)
-    for name in ("ladder.html", "ladder.csv", "ladder.json"):
+    for name in reversed(FILES):
         screen.print(f"{ladder.out / name}", markup=False, soft_wrap=True)
     return 1 if any(row.test_accuracy is None for row in climb.rows) else 0
 

@@ -7,6 +7,7 @@ recognised, and the previous pair, which is kept until then, takes its place. No
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import warnings
@@ -100,6 +101,27 @@ def tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
     """``tensors`` as the bytes of a safetensors file."""
     content: bytes = safetensors.torch.save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
     return content
+
+
+def check_digest(path: Path, digest: object) -> None:
+    """Make sure that the bytes of a file are those that were written.
+
+    Args:
+        path: the file.
+        digest: their SHA-256 as it was written down; None: by a version that did not.
+
+    Raises:
+        ValueError: they are others.
+    """
+    if digest is None:
+        return
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != digest:
+        raise ValueError(
+            f"{path} was changed since it was written: its SHA-256 is {found}, not {digest}. Delete the run and train "
+            "it again."
+        )
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

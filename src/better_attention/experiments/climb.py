@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from better_attention.cost import cost
 from better_attention.experiments.compare import at_most, make_accelerator
 from better_attention.experiments.ladder import (
+    FILES,
     GIVE_UP,
     Cell,
     Ladder,
@@ -26,10 +27,11 @@ from better_attention.experiments.ladder import (
     softmax_twin,
 )
 from better_attention.experiments.lock import locked
+from better_attention.experiments.output import check_output
 from better_attention.experiments.pace import measure
 from better_attention.experiments.position import DivergedError, Interrupted
 from better_attention.experiments.recurrence_task import RecurrenceTask
-from better_attention.experiments.runs import read_curve
+from better_attention.experiments.runs import list_runs, read_curve
 from better_attention.experiments.splits import Splits
 from better_attention.experiments.stop import Stop
 from better_attention.experiments.train import Training
@@ -58,7 +60,11 @@ class Climb:
             ValueError: a folder holds another run; a model cannot be built.
             Interrupted: a signal arrived; everything is saved.
         """
-        ladder, accelerator = self.ladder, make_accelerator(self.ladder.device)
+        ladder = self.ladder
+        check_output(ladder.out, FILES, lambda found: "grid" in found)
+        if runs := list_runs(ladder.out):
+            raise ValueError(f"{ladder.out} holds runs of a comparison ({runs[0]['name']}): choose another --out.")
+        accelerator = make_accelerator(ladder.device)
         for setting, variant in product(ladder.settings, ladder.variants):
             with torch.device("meta"):  # what cannot be built is refused before hours of training
                 ladder.task_of(ladder.rungs[-1], setting).build(variant, ladder.heads)

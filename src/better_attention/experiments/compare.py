@@ -12,9 +12,11 @@ import torch
 from accelerate import Accelerator
 
 from better_attention.experiments import report, tables
+from better_attention.experiments.inventory import inventory
 from better_attention.experiments.lock import locked
 from better_attention.experiments.maps import alignment_kernels, attention_maps
 from better_attention.experiments.origin import commit
+from better_attention.experiments.output import check_output
 from better_attention.experiments.pace import Pace, measure
 from better_attention.experiments.position import DivergedError, Interrupted
 from better_attention.experiments.remarks import remarks
@@ -36,6 +38,7 @@ from better_attention.experiments.train import Training
 from better_attention.experiments.variant import Variant
 from better_attention.experiments.watcher import Watcher
 
+RESULTS = ("results.json", "results.csv", "curves.csv", "report.html")
 EXAMPLES = 2  # test samples whose attention maps are drawn
 
 
@@ -91,16 +94,19 @@ def compare(plan: Plan, watcher: Watcher) -> tuple[Study, list[str]]:
         ValueError: settings that do not fit, data that is missing, a folder that holds another comparison.
         Interrupted: a signal arrived; everything is saved.
     """
+    check_output(plan.out, RESULTS, lambda found: isinstance(found, list) and all("mechanism" in one for one in found))
     accelerator = make_accelerator(plan.device)
     plan = replace(plan, task=plan.task.fitted(plan.data))
     check_sizes(plan.task.settings())
     check_models(plan)
+    same = describe_run(plan.task, plan.variants[0], plan.heads[0], 0, "", accelerator.device.type)
+    check_finished(plan.out)
+    check_agreement(plan.out, {key: value for key, value in same.items() if key != "data_sha256"})
     splits = plan.task.load(plan.data)
     notes = (*splits.notes, *remarks(plan.task, plan.variants, plan.heads))
     splits = replace(splits, notes=notes).to(accelerator.device)
     watcher.data(splits, accelerator)
-    same = describe_run(plan.task, plan.variants[0], plan.heads[0], 0, splits.digest, accelerator.device.type)
-    check_agreement(plan.out, same)
+    check_agreement(plan.out, same | {"data_sha256": splits.digest})
     failed: list[str] = []
     stop = Stop(watcher)
     with at_most(plan.task.threads), stop.listening():
@@ -131,6 +137,19 @@ def compare(plan: Plan, watcher: Watcher) -> tuple[Study, list[str]]:
         write_results(study, plan.out)
     accelerator.wait_for_everyone()
     return study, failed
+
+
+def check_finished(out: Path) -> None:
+    """Refuse a folder with a finished run that cannot be read: no report could be made of it after all the training.
+
+    Raises:
+        ValueError: names the run, and what is wrong with it.
+    """
+    for found in inventory([out]):
+        if found.state == "damaged" and (found.path / "result.json").is_file():
+            raise ValueError(
+                f"{found.path} is damaged: {found.detail} Delete that folder and run again, it is trained anew."
+            )
 
 
 def make_accelerator(device: str) -> Accelerator:

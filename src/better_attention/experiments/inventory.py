@@ -10,7 +10,7 @@ from typing import Any
 
 import safetensors
 
-from better_attention.experiments.checkpoint import last_state
+from better_attention.experiments.checkpoint import check_digest, last_state
 from better_attention.experiments.lock import holder
 from better_attention.experiments.runs import divergence, read_curve, read_json
 
@@ -81,7 +81,7 @@ def _configs(folder: Path, depth: int) -> Iterator[Path]:
 
 
 def look_at(folder: Path) -> Found:
-    """The state of the run in ``folder``; reads no tensors."""
+    """The state of the run in ``folder``; builds no model."""
     try:
         config = read_json(folder / "config.json")
         run, environment = config["run"], config.get("environment", {})
@@ -96,17 +96,24 @@ def look_at(folder: Path) -> Found:
         epochs, seconds = _curve(folder)
         found = replace(found, epochs=epochs, seconds=seconds)
         if (folder / "result.json").is_file():
-            return replace(found, state="finished", detail=_weights(folder), result=_result(folder))
+            result = _result(folder)
+            return replace(found, state="finished", detail=_weights(folder, result), result=result)
         diverged = divergence(folder)
     except (OSError, ValueError) as error:
         return replace(found, state="damaged", detail=str(error))
     writer, state = holder(folder), last_state(folder)
-    where = f"at epoch {state.get('epoch')}, step {state.get('step')}" if state else "before its first checkpoint"
+    where = _where(state) if state else "before its first checkpoint"
     if writer:
         return replace(found, state="being written", detail=f"by {writer}; saved {where}")
     if diverged:
         return replace(found, state="diverged", detail=diverged)
     return replace(found, detail=where)
+
+
+def _where(state: Mapping[str, Any]) -> str:
+    """A position, for people."""
+    epoch, step = state.get("epoch"), state.get("step")
+    return f"after epoch {epoch - 1}" if step == 0 and isinstance(epoch, int) else f"at epoch {epoch}, step {step}"
 
 
 def _result(folder: Path) -> dict[str, Any]:
@@ -129,17 +136,18 @@ def _curve(folder: Path) -> tuple[int, float]:
     return len(lines), sum(line["seconds"] for line in lines)
 
 
-def _weights(folder: Path) -> str:
+def _weights(folder: Path, result: Mapping[str, Any]) -> str:
     """A remark on the weights of a finished run, "" where they are there.
 
     Raises:
-        ValueError: the file is not whole.
+        ValueError: the file is not whole, or was changed.
     """
     path = folder / "model.safetensors"
     if not path.is_file():
-        return "published without its weights"
+        return "without its weights: in tables, but `predict` cannot use it"
     try:
         with safetensors.safe_open(path, framework="pt"):
+            check_digest(path, result.get("model_sha256"))
             return ""
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error}).") from None

@@ -194,6 +194,9 @@ def best_settings(rows: Iterable[Row]) -> dict[tuple[str, Rung], Setting]:
     return best
 
 
+FILES = ("ladder.json", "ladder.csv", "ladder.html")
+"""What a ladder writes below its folder."""
+
 LEAST_STATES = 256
 """Of a space of fewer states N^τ too little is left to hold out: its rungs measure how few sequences suffice."""
 

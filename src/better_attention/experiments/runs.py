@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from better_attention.errors import whole_number
-from better_attention.experiments.checkpoint import load_weights
+from better_attention.experiments.checkpoint import check_digest, load_weights
 from better_attention.experiments.files import write_atomic
 from better_attention.experiments.origin import environment
 from better_attention.experiments.task import SCALES, Prediction, Task
@@ -93,7 +93,7 @@ def load_run(path: str | Path) -> Run:
 
     Raises:
         FileNotFoundError: there is no finished run; the message says what there is.
-        ValueError: a damaged file, or one of another version.
+        ValueError: a damaged file, one that was changed, or one of another version.
     """
     folder = Path(path)
     if not (folder / "config.json").is_file():
@@ -115,7 +115,13 @@ def load_run(path: str | Path) -> Run:
     task, variant, heads = _what(config, folder)
     with torch.device("meta"):
         model = task.build(variant, heads)
-    load_weights(model, folder / "model.safetensors")
+    weights = folder / "model.safetensors"
+    if not weights.is_file():
+        raise FileNotFoundError(
+            f"{folder} has lost its weights ({weights.name}): delete it, and run the command of its config.json again."
+        )
+    load_weights(model, weights)
+    check_digest(weights, result.get("model_sha256"))
     return Run(folder, model.eval(), task, config, result, assets, read_curve(folder))
 
 
@@ -195,16 +201,20 @@ def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 def check_agreement(out: Path, now: Mapping[str, Any]) -> None:
     """Refuse a folder with runs of another setting than ``now``: one table must not mix them.
 
+    Args:
+        out: folder of the comparison.
+        now: a :func:`describe_run`, or some of it.
+
     Raises:
         ValueError: with the list of differences.
     """
     own = ("mechanism", "heads", "seed")  # what the name of a run tells apart
-
-    def shared(run: Mapping[str, Any]) -> dict[str, Any]:
-        return {key: value for key, value in run.items() if key not in own}
-
+    wanted = {key: value for key, value in now.items() if key not in own}
     for run in list_runs(out):
-        lines = differences(shared(run["config"].get("run", {})), shared(now))
+        there = run["config"].get("run", {})
+        if there.get("task") != now["task"]:
+            raise ValueError(f"{run['path']} is a run of task {there.get('task')!r}: choose another folder with --out.")
+        lines = differences({key: there.get(key) for key in wanted}, wanted)
         if lines:
             raise ValueError(
                 f"{run['path']} holds a run with another configuration:\n  "

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -97,10 +98,11 @@ class Training:
                 write_json(self.folder / "diverged.json", {"reason": str(error)})
             raise
         self.model.load_state_dict(self.best)
-        record = self.record()
+        weights = checkpoint.tensor_bytes(self.best)
+        record = self.record() | {"model_sha256": sha256(weights).hexdigest()}
         if self.main:
             self.write_curve()
-            write_atomic(self.folder / "model.safetensors", checkpoint.tensor_bytes(self.best))
+            write_atomic(self.folder / "model.safetensors", weights)
             write_json(self.folder / "result.json", record)
             checkpoint.clear(self.folder)
         self.accelerator.wait_for_everyone()

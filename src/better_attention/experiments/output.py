@@ -1,0 +1,51 @@
+"""The folder that a command writes its results into: it can be written, and what lies there is not somebody else's."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def check_output(folder: Path, files: Sequence[str], ours: Callable[[Any], bool]) -> None:
+    """Refuse a folder before hours of work: one that cannot be written, or with files of these names by others.
+
+    Nothing is made or changed.
+
+    Args:
+        folder: may not exist yet.
+        files: the names that will be written; first the JSON file by which an earlier result is known.
+        ours: whether the value in that JSON file is one that the command writes.
+
+    Raises:
+        ValueError: says which file stands in the way, or why nothing can be written.
+    """
+    check_writable(folder)
+    there = [name for name in files if (folder / name).exists()]
+    if there and not _is(folder / files[0], ours):
+        raise ValueError(
+            f"{folder} holds {', '.join(there)}, but no {files[0]} of better-attention's: that would be overwritten. "
+            "Choose another folder with --out, or move the files away."
+        )
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse a folder that cannot be made or written.
+
+    Raises:
+        ValueError: says why.
+    """
+    above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not above.is_dir():
+        raise ValueError(f"--out {folder}: {above} is a file: name a folder for the runs.")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ValueError(f"--out {folder}: {above} cannot be written. Choose another folder.")
+
+
+def _is(path: Path, ours: Callable[[Any], bool]) -> bool:
+    try:
+        return ours(json.loads(path.read_bytes()))
+    except (OSError, ValueError, RecursionError):
+        return False

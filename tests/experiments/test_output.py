@@ -1,0 +1,141 @@
+"""Folders that results go into: nothing of others is overwritten, and what cannot be written is said at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import test_compare
+import tiny
+
+from better_attention.experiments.compare import compare
+from better_attention.experiments.output import check_output
+from better_attention.experiments.runs import load_run
+from better_attention.experiments.watcher import Watcher
+
+FILES = ("found.json", "found.html")
+
+
+def check(folder: Path) -> None:
+    check_output(folder, FILES, lambda found: "ours" in found)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("content", ["", "{}", "[1]", "[" * 100_000, '{"theirs": 1}'])
+def test_files_of_others_are_not_overwritten(name: str, content: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=f"holds {name}, but no found.json of better-attention's"):
+        check(tmp_path)
+
+
+def test_our_own_may_be(tmp_path: Path) -> None:
+    (tmp_path / "found.json").write_text('{"ours": 1}')
+    (tmp_path / "found.html").write_text("<p>")
+    (tmp_path / "notes.txt").write_text("theirs, and not in the way")
+    check(tmp_path)
+
+
+def test_a_folder_that_is_not_there_is_not_made(tmp_path: Path) -> None:
+    check(tmp_path / "a" / "b")
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_file_above_is_said(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("")
+    with pytest.raises(ValueError, match="a is a file: name a folder"):
+        check(tmp_path / "a" / "b")
+
+
+def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def access(path: Path, mode: int) -> bool:
+        assert mode & os.W_OK
+        return path != tmp_path
+
+    monkeypatch.setattr(os, "access", access)  # whoever runs this may write everywhere
+    with pytest.raises(ValueError, match="cannot be written. Choose another folder."):
+        check(tmp_path / "a" / "b")
+
+
+def test_a_comparison_leaves_the_users_report_alone(tmp_path: Path) -> None:
+    (tmp_path / "report.html").write_text("<p>mine</p>")
+    with pytest.raises(ValueError, match=r"holds report.html, but no results.json of better-attention's"):
+        compare(test_compare.plan(tmp_path), Watcher())
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+    assert (tmp_path / "report.html").read_text() == "<p>mine</p>"
+
+
+# --- finished runs that were damaged ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("compared")
+    compare(test_compare.plan(folder, ["standard"]), Watcher())
+    return folder
+
+
+def flip(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", ["no curve", "half the weights", "a flipped bit", "no result"])
+def test_a_damaged_run_is_named_before_anything_is_trained(damage: str, compared: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(compared, tmp_path / "copy"))
+    run = folder / "standard-h3-s0"
+    weights = run / "model.safetensors"
+    if damage == "no curve":
+        (run / "metrics.jsonl").unlink()
+    elif damage == "half the weights":
+        weights.write_bytes(weights.read_bytes()[:-1000])
+    elif damage == "a flipped bit":
+        flip(weights, -3)
+    else:
+        (run / "result.json").write_text("{")
+    begun: list[str] = []
+
+    class Diary(Watcher):
+        def begin(self, name: str, number: int, runs: int) -> None:
+            begun.append(name)
+
+    with pytest.raises(
+        ValueError, match="standard-h3-s0.* Delete that folder and run again|damaged .*Delete the folder"
+    ):
+        compare(test_compare.plan(folder, ["standard", "efficient"]), Diary())
+    assert begun == []
+
+
+def test_changed_weights_are_not_loaded(compared: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(compared, tmp_path / "copy"))
+    run = folder / "standard-h3-s0"
+    load_run(run)
+    flip(run / "model.safetensors", -3)
+    with pytest.raises(ValueError, match="was changed since it was written: its SHA-256 is"):
+        load_run(run)
+
+
+def test_lost_weights_are_said(compared: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(compared, tmp_path / "copy"))
+    (folder / "standard-h3-s0" / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"has lost its weights \(model.safetensors\): delete it, and run"):
+        load_run(folder / "standard-h3-s0")
+
+
+def test_a_run_of_an_older_version_without_a_digest_is_read(compared: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(compared / "standard-h3-s0", tmp_path / "copy"))
+    result = json.loads((run / "result.json").read_text())
+    del result["model_sha256"]
+    (run / "result.json").write_text(json.dumps(result))
+    assert load_run(run).task == tiny.task(epochs=1)
+
+
+def test_another_tasks_folder_is_refused_in_one_line(compared: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(compared, tmp_path / "copy"))
+    config = folder / "standard-h3-s0" / "config.json"
+    config.write_text(config.read_text().replace('"task": "digits"', '"task": "mnist"'))
+    with pytest.raises(ValueError, match="is a run of task 'mnist': choose another folder with --out.$"):
+        compare(test_compare.plan(folder), Watcher())
