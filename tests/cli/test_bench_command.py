@@ -224,6 +224,6 @@ def test_rows_of_some_variants_only(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_file_is_no_folder(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("mine", "utf-8")
-    with pytest.raises(UserError, match="--out is a folder"):
+    with pytest.raises(ValueError, match="is a file: name a folder"):
         run(*SHORT, "--out", str(path))
     assert path.read_text("utf-8") == "mine"

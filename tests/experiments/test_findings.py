@@ -60,7 +60,7 @@ def test_a_single_seed_claims_nothing() -> None:
     (sentence, *_) = sentences(summarise([*runs("standard", 90.0), *runs("super", 92.0)]))
     assert said(sentence) == (
         "With 4 heads, super has the highest test accuracy, 92.00 ± – % (1 seed): +2.00 ± – points against standard, "
-        "no difference shown (a single pair of seeds)."
+        "not tested (a single pair of seeds tells nothing about chance)."
     )
 
 
@@ -101,7 +101,7 @@ def test_counts_over_heads_and_mechanisms() -> None:
         *runs("super", 91.0, heads=2),
     ]
     assert tally(summarise(both), KEYS["test_accuracy"]) == (
-        "Test accuracy against standard, 3 comparisons: higher in 1, no difference shown in 2."
+        "Test accuracy against standard, 3 comparisons: higher in 1, no difference shown in 1, not tested in 1."
     )
     assert tally(summarise(runs("super", 90.0)), KEYS["test_accuracy"]) is None
 

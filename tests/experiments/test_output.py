@@ -55,7 +55,7 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path, monkeypatch: py
         return path != tmp_path
 
     monkeypatch.setattr(os, "access", access)  # whoever runs this may write everywhere
-    with pytest.raises(ValueError, match="cannot be written. Choose another folder."):
+    with pytest.raises(ValueError, match=r"cannot be written\. Choose another folder\."):
         check(tmp_path / "a" / "b")
 
 
@@ -103,7 +103,7 @@ def test_a_damaged_run_is_named_before_anything_is_trained(damage: str, compared
             begun.append(name)
 
     with pytest.raises(
-        ValueError, match="standard-h3-s0.* Delete that folder and run again|damaged .*Delete the folder"
+        ValueError, match=r"standard-h3-s0.* Delete that folder and run again|damaged .*Delete the folder"
     ):
         compare(test_compare.plan(folder, ["standard", "efficient"]), Diary())
     assert begun == []
@@ -137,5 +137,5 @@ def test_another_tasks_folder_is_refused_in_one_line(compared: Path, tmp_path: P
     folder = Path(shutil.copytree(compared, tmp_path / "copy"))
     config = folder / "standard-h3-s0" / "config.json"
     config.write_text(config.read_text().replace('"task": "digits"', '"task": "mnist"'))
-    with pytest.raises(ValueError, match="is a run of task 'mnist': choose another folder with --out.$"):
+    with pytest.raises(ValueError, match=r"is a run of task 'mnist': choose another folder with --out\.$"):
         compare(test_compare.plan(folder), Watcher())

@@ -14,6 +14,7 @@ from scipy import stats
 
 from better_attention.experiments.paired import (
     NOTHING,
+    UNTESTED,
     Comparison,
     compare_paired,
     corrected,
@@ -127,7 +128,7 @@ def test_effects_are_right_on_average(rng: np.random.Generator) -> None:
 
 def test_a_single_pair_has_no_test_and_no_effect() -> None:
     assert against_zero(1.5) == Comparison(Estimate(1.5, None, 1), None, None, None)
-    assert against_zero(1.5).verdict == NOTHING
+    assert against_zero(1.5).verdict == UNTESTED
 
 
 def test_two_pairs_have_a_test_and_no_effect() -> None:
@@ -167,7 +168,7 @@ def test_rounding_errors_are_no_spread() -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_diverged_run_leaves_no_claim(bad: float) -> None:
     found = corrected([against_zero(1.0, bad, 1.1), against_zero(1.0, 1.1, 1.2)])
-    assert (found[0].p, found[0].corrected_p, found[0].verdict) == (None, None, NOTHING)
+    assert (found[0].p, found[0].corrected_p, found[0].verdict) == (None, None, UNTESTED)
     assert not math.isfinite(found[0].difference.mean)
     assert found[1].family == 1  # what has no p is not counted
 
@@ -210,12 +211,12 @@ def test_correction_takes_a_verdict_back() -> None:
         (0.049, 1.0, "higher"),
         (0.049, -1.0, "lower"),
         (0.05, 1.0, NOTHING),
-        (None, 1.0, NOTHING),
+        (None, 1.0, UNTESTED),
         (math.nan, 1, NOTHING),
     ],
 )
 def test_the_word_for_it(p: float | None, mean: float, verdict: str) -> None:
-    assert NOTHING == "no difference shown"
+    assert (NOTHING, UNTESTED) == ("no difference shown", "not tested")
     assert Comparison(Estimate(mean, 0.1, 3), p, 0.25, None, corrected_p=p).verdict == verdict
 
 

@@ -258,7 +258,7 @@ def whole(task: str = "mnist", seeds: int = 3, scale: str = "paper") -> Study:
 def test_the_tables_hold_the_numbers() -> None:
     page = Page(render(whole()))
     # 4 heads: accuracies 97.5, 98.5, 99.5; t(0.975, 2) = 4.303, so ± 2.48
-    assert "super 4 3 4,224 (1) 1.35 ± 0.25 (1) 99.00 ± 0.00 (1) 0.030 ± 0.000 (1) 98.50 ± 2.48 (1)" in page.text
+    assert "super 4 3 4,224 (1) 30,000 (1) 1.35 ± 0.25 99.00 ± 0.00 (1) 0.030 ± 0.000 (1) 98.50 ± 2.48 (1)" in page.text
     assert "super 4 heads 0.00 ± 0.00 (p 1.00) no difference shown" in page.text  # against standard, seed by seed
     assert "super 4 3 0.00 ± 0.00 1.00 1.00 1.00 0.00 no difference shown" in page.text
     assert "super 1.00 1.00 1.00 4" in page.text  # all equal: the first rank in every block

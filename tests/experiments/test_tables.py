@@ -52,12 +52,15 @@ def test_what_no_seed_has_is_no_column() -> None:
 
 def test_ranks_follow_the_good_direction_of_each_column() -> None:
     better: dict[str, Any] = {
-        "test_accuracy": 99.0, "test_loss": 0.01, "attention_params": 1, "epoch_seconds": 0.5, "test_bleu": 30.0,
+        "test_accuracy": 99.0, "test_loss": 0.01, "attention_params": 1, "epoch_ratio": 0.5, "test_bleu": 30.0,
+        "total_params": 1,
     }  # fmt: skip
     worse: dict[str, Any] = {
-        "test_accuracy": 98.0, "test_loss": 0.02, "attention_params": 2, "epoch_seconds": 0.6, "test_bleu": 20.0,
+        "test_accuracy": 98.0, "test_loss": 0.02, "attention_params": 2, "epoch_ratio": 0.6, "test_bleu": 20.0,
+        "total_params": 2,
     }  # fmt: skip
-    rows = summarise([record(**worse), record("efficient", **better)])
+    rows = summarise([record(**worse, epoch_seconds=0.6), record("efficient", **better, epoch_seconds=0.5)])
+    assert all("epoch_seconds" not in row.ranks for row in rows)  # they tell of the hour, too
     for key in better:
         assert [row.ranks[key] for row in rows] == [2, 1], key
 
@@ -258,7 +261,7 @@ def test_csv_holds_full_precision_and_empty_cells(tmp_path: Path) -> None:
     for empty in ("train_accuracy", "test_accuracy_interval", "test_accuracy_paper", "test_accuracy_difference"):
         assert expressive[empty] == ""
     assert standard["test_accuracy_gain"] == standard["test_accuracy_verdict"] == standard["test_accuracy_p"] == ""
-    assert (expressive["test_accuracy_pairs"], expressive["test_accuracy_verdict"]) == ("1", "no difference shown")
+    assert (expressive["test_accuracy_pairs"], expressive["test_accuracy_verdict"]) == ("1", "not tested")
     assert expressive["test_accuracy_p"] == expressive["test_accuracy_effect"] == ""
     assert "attention_params_interval" not in standard
     assert "epoch_seconds_difference" not in standard

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from better_attention.errors import counted
 from better_attention.experiments import paper
-from better_attention.experiments.paired import NOTHING, p_text
+from better_attention.experiments.paired import NOTHING, UNTESTED, p_text
 from better_attention.experiments.stats import number
 from better_attention.experiments.study import Record
 from better_attention.experiments.summary import COLUMNS, Column, Row
@@ -74,8 +74,7 @@ def finding(rows: Sequence[Row], column: Column) -> str | None:
     who = f"{best[0].mechanism} " if len(best) > 1 else ""
     against = f"{sentence}: {who}{test.difference.format(column.digits, sign=True)}{points} against standard"
     if test.corrected_p is None:
-        why = "a single pair of seeds" if test.difference.n == 1 else "no test is possible"
-        return f"{against}, {test.verdict} ({why})."
+        return f"{against}, {test.verdict} ({_why(best, column)})."
     return f"{against}, {test.verdict} ({p_text(test.corrected_p)}, {_corrected(test.family)})."
 
 
@@ -89,13 +88,21 @@ def tally(rows: Sequence[Row], column: Column) -> str | None:
     verdicts = [row.tests[column.key].verdict for row in rows if column.key in row.tests]
     if not verdicts:
         return None
-    shown = [f"{word} in {verdicts.count(word)}" for word in ("higher", "lower") if word in verdicts]
-    left = verdicts.count(NOTHING)
-    parts = [*shown, f"{NOTHING} in {left}"] if left else shown
+    words = [word for word in ("higher", "lower", NOTHING, UNTESTED) if word in verdicts]
+    parts = [f"{word} in {verdicts.count(word)}" for word in words]
     start = f"{name[0].upper()}{name[1:]} against standard"
-    if left == len(verdicts):
+    if words == [UNTESTED]:
+        return f"{start}: {UNTESTED}; {_why(rows, column)}."
+    if words == [NOTHING]:
+        left = len(verdicts)
         return f"{start}: {NOTHING} in {'the only comparison' if left == 1 else f'any of {left} comparisons'}."
     return f"{start}, {counted(len(verdicts), 'comparison')}: {', '.join(parts)}."
+
+
+def _why(rows: Sequence[Row], column: Column) -> str:
+    """Why nothing could be tested."""
+    pairs = max(row.tests[column.key].difference.n for row in rows if column.key in row.tests)
+    return "a single pair of seeds tells nothing about chance" if pairs == 1 else "no test is possible"
 
 
 def _words(column: Column) -> tuple[str, str, str]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from better_attention.experiments.paired import NOTHING, p_text
+from better_attention.experiments.paired import p_text
 from better_attention.experiments.stats import number
 from better_attention.experiments.summary import Column, Row
 
@@ -25,7 +25,7 @@ class Bar:
         low, high: places of the interval's ends; None where there is none.
         text: difference, interval and corrected p.
         verdict: what it shows.
-        shown: whether the verdict is more than "no difference shown".
+        shown: whether the verdict is a difference.
     """
 
     mechanism: str
@@ -74,7 +74,7 @@ def forest(rows: Sequence[Row], column: Column) -> Forest | None:
             high=place(one.difference.high),
             text=f"{one.difference.format(column.digits, sign=True)} ({p_text(one.corrected_p)})",
             verdict=one.verdict,
-            shown=one.verdict != NOTHING,
+            shown=one.shows,
         )
         for row, one in tests
     ]

@@ -9,7 +9,7 @@ from statistics import fmean, median
 
 from better_attention.errors import counted
 from better_attention.experiments.ladder import Row, Rung, Setting, best_settings
-from better_attention.experiments.paired import NOTHING, Comparison, compare_paired, corrected
+from better_attention.experiments.paired import NOTHING, UNTESTED, Comparison, compare_paired, corrected
 from better_attention.experiments.stats import number
 
 
@@ -116,7 +116,7 @@ class Duel:
         """``"higher"``, ``"lower"`` or that no difference is shown; that, too, where the interval includes zero."""
         found = self.accuracy
         if found is None or found.difference.half_width is None:
-            return NOTHING
+            return UNTESTED
         return found.verdict if abs(found.difference.mean) > found.difference.half_width else NOTHING
 
     @property
@@ -194,5 +194,5 @@ def sentence(duel: Duel) -> str:
         return f"{duel.expressive} and {duel.softmax} share no pair of runs."
     points = found.difference.format(1, sign=True)
     pairs = f"{counted(found.difference.n, 'pair')} of runs"
-    told = {"higher": "expressive predicts better", "lower": "softmax predicts better"}.get(duel.verdict, NOTHING)
+    told = {"higher": "expressive predicts better", "lower": "softmax predicts better"}.get(duel.verdict, duel.verdict)
     return f"{duel.expressive} against {duel.softmax}: {points} points of test accuracy over {pairs}: {told}."

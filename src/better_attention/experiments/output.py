@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 
-def check_output(folder: Path, files: Sequence[str], ours: Callable[[Any], bool]) -> None:
+def check_output(folder: Path, files: Sequence[str], ours: Callable[[Any], bool], *, known: bool = False) -> None:
     """Refuse a folder before hours of work: one that cannot be written, or with files of these names by others.
 
     Nothing is made or changed.
@@ -18,13 +18,14 @@ def check_output(folder: Path, files: Sequence[str], ours: Callable[[Any], bool]
         folder: may not exist yet.
         files: the names that will be written; first the JSON file by which an earlier result is known.
         ours: whether the value in that JSON file is one that the command writes.
+        known: the folder is the command's own for another reason: its runs lie there.
 
     Raises:
         ValueError: says which file stands in the way, or why nothing can be written.
     """
     check_writable(folder)
     there = [name for name in files if (folder / name).exists()]
-    if there and not _is(folder / files[0], ours):
+    if there and not known and not _is(folder / files[0], ours):
         raise ValueError(
             f"{folder} holds {', '.join(there)}, but no {files[0]} of better-attention's: that would be overwritten. "
             "Choose another folder with --out, or move the files away."

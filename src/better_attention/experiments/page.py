@@ -2,15 +2,36 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import jinja2
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from better_attention.experiments.files import plain
 from better_attention.experiments.looks import DARK, LIGHT
 from better_attention.experiments.paired import p_text
 from better_attention.experiments.stats import number
+
+_SYMBOL = re.compile(r"\b([A-Za-z])_(?:\{([^{}]{1,12})\}|([A-Za-z0-9τ]))(?!\w)")
+
+
+def typeset(text: object) -> Markup:
+    """``text``, escaped, with indices set low: ``x_{t-1}`` and ``W_A``.
+
+    >>> typeset("x_{t-1} < W_A, but train_loss")
+    Markup('x<sub>t−1</sub> &lt; W<sub>A</sub>, but train_loss')
+    """
+
+    def lowered(found: re.Match[str]) -> str:
+        return f"{found[1]}<sub>{(found[2] or found[3]).replace('-', '−')}</sub>"
+
+    return Markup(_SYMBOL.sub(lowered, str(escape(plain(text)))))  # noqa: S704 - escaped on the way in
+
+
+def breakable(name: str) -> str:
+    """A dotted name that may go on, behind a dot, in the next line."""
+    return name.replace(".", ".\N{ZERO WIDTH SPACE}")
 
 
 def template(name: str, **names: Any) -> jinja2.Template:
@@ -27,5 +48,6 @@ def template(name: str, **names: Any) -> jinja2.Template:
         lstrip_blocks=True,
         finalize=lambda value: value if isinstance(value, Markup) else plain(value),
     )
+    environment.filters.update(typeset=typeset, breakable=breakable)
     environment.globals.update(number=number, p_text=p_text, light=LIGHT, dark=DARK, **names)
     return environment.get_template(name)

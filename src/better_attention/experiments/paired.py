@@ -21,6 +21,7 @@ LEVEL = 0.05
 """A corrected p below this shows a difference."""
 
 NOTHING = "no difference shown"
+UNTESTED = "not tested"
 EXACT = 12
 """Up to this many pairs Wilcoxon's p counts all sign patterns, ties and zeros included."""
 
@@ -91,14 +92,22 @@ class Comparison:
     def verdict(self) -> str:
         """``"higher"`` or ``"lower"`` than the baseline where the corrected p is below 0.05, else that nothing shows.
 
-        It speaks of the number, not of which end is good: a higher loss is a worse one.
+        It speaks of the number, not of which end is good: a higher loss is a worse one. Where there is no p, a single
+        pair for example, nothing was tested.
 
         >>> Comparison(Estimate(0.5, 0.1, 5), 0.001, 0.0625, 4.1, corrected_p=0.008).verdict
         'higher'
         """
-        if self.corrected_p is None or not self.corrected_p < LEVEL:
+        if self.corrected_p is None:
+            return UNTESTED
+        if not self.corrected_p < LEVEL:
             return NOTHING
         return "higher" if self.difference.mean > 0 else "lower"
+
+    @property
+    def shows(self) -> bool:
+        """Whether the verdict is a difference."""
+        return self.verdict not in (NOTHING, UNTESTED)
 
 
 def compare_paired(ours: Mapping[int, float], baseline: Mapping[int, float]) -> Comparison | None:

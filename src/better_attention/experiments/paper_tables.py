@@ -9,7 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from better_attention.experiments import paper
-from better_attention.experiments.stats import Estimate, estimate
+from better_attention.experiments.stats import Estimate
 from better_attention.experiments.study import Record
 from better_attention.experiments.summary import COLUMNS, Column, Row, summarise
 from better_attention.experiments.tasks import TASKS
@@ -18,7 +18,6 @@ NUMBERS = range(1, 11)
 EDGE = 4
 """The table of inference times, which no training run has figures for; see :mod:`better_attention.benchmarks.edge`."""
 
-_COLUMNS = (Column("total_params", "All params", 0, higher_is_better=False, kind="size"), *COLUMNS)
 _NO_OUTCOME = frozenset(
     {"name", "title", "source", "scale", "heads", "default_heads", "seeds", "threads", "equal_params"}
 )
@@ -117,8 +116,6 @@ class Line:
     heads: int
     published: paper.Row | None
     ours: Row | None
-    total: Estimate | None = None
-    """Our parameters of the whole model, which table 7 alone prints."""
 
     @property
     def seeds(self) -> int:
@@ -127,8 +124,6 @@ class Line:
 
     def estimate(self, key: str) -> Estimate | None:
         """Our figure."""
-        if key == "total_params":
-            return self.total
         return self.ours.estimates.get(key) if self.ours else None
 
     def paper(self, key: str) -> float | int | None:
@@ -169,7 +164,7 @@ class Block:
         """What the paper prints, and the pace against torch's own layer where we have it."""
         return [
             column
-            for column in _COLUMNS
+            for column in COLUMNS
             if any(line.paper(column.key) is not None for line in self.lines)
             or (column.key == "epoch_ratio" and any(line.estimate(column.key) for line in self.lines))
         ]
@@ -180,8 +175,15 @@ class Block:
         return [(line, column) for line in self.lines for column in sizes if line.count_agrees(column.key) is False]
 
     def time_ratio(self, line: Line, *, theirs: bool) -> float | None:
-        """Seconds of an epoch over those of standard attention with as many heads: ours, or the paper's."""
+        """Time of an epoch over that of standard attention with as many heads: ours, or the paper's.
+
+        Ours is the quotient of the two ÷ nn.MHA where both were measured, in turn with the same model on torch's layer:
+        seconds of runs that are hours apart tell of the hour.
+        """
         standard = [other for other in self.lines if (other.mechanism, other.heads) == ("standard", line.heads)]
+        paces = [one.estimate("epoch_ratio") for one in (line, *standard)]
+        if not theirs and len(paces) == 2 and paces[0] and paces[1]:
+            return paces[0].mean / paces[1].mean
         seconds = [one.seconds(theirs=theirs) for one in (line, *standard)]
         return seconds[0] / seconds[1] if len(seconds) == 2 and seconds[0] and seconds[1] else None
 
@@ -298,12 +300,7 @@ def _lines(part: Part, ours: Ours | None) -> list[Line]:
     published = {(str(row["mechanism"]), int(str(row["heads"]))): row for row in part.published()}
     own = {(row.mechanism, row.heads): row for row in summarise(ours.records)} if ours else {}
     heads = {heads for _, heads in published}
-    totals: dict[tuple[str, int], list[float]] = {}
-    for record in ours.records if ours else ():
-        if isinstance(count := record.get("total_params"), int):
-            totals.setdefault((str(record["mechanism"]), int(str(record["heads"]))), []).append(count)
+    named = list(dict.fromkeys(name for name, _ in own))
     more = [key for key in own if key not in published and (not part.largest or key[1] in heads)]
-    return [
-        Line(*key, published.get(key), own.get(key), estimate(totals[key]) if key in totals else None)
-        for key in (*published, *more)
-    ]
+    more.sort(key=lambda key: (named.index(key[0]), key[1]))  # by mechanism, as the paper's
+    return [Line(*key, published.get(key), own.get(key)) for key in (*published, *more)]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -68,6 +70,7 @@ def render(study: Study) -> str:
         kernels=gallery.kernels(study.alignments, album),
         left_out=album.left_out,
         bars={name: pictures.data_uri(pictures.scale_bar(name), "image/png") for name in _SCALES},
+        commands=_commands(study),
         made_on=_made_on(study),
         waiting=findings.waiting(study.records),
     )
@@ -93,6 +96,24 @@ def _setting(task: Mapping[str, object]) -> dict[str, object]:
         for key, value in flat.items()
         if key not in _SHOWN_ELSEWHERE and value not in (None, (), [], "")
     }
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A command, the commit that it was given at, and how many of the runs it made."""
+
+    command: str
+    commit: str
+    runs: int
+
+
+def _commands(study: Study) -> list[Command]:
+    """The commands that the runs came of, in the order of the runs, and the one that wrote the page."""
+    named = [run for run in study.records if run.get("command")]
+    made = Counter((str(run["command"]), str(run.get("commit", "unknown"))) for run in named)
+    if study.command and study.command not in {command for command, _ in made}:
+        made[study.command, study.commit] = 0
+    return [Command(command, commit, runs) for (command, commit), runs in made.items()]
 
 
 def _made_on(study: Study) -> dict[str, str]:

@@ -31,6 +31,7 @@ class Column:
 
 COLUMNS = (
     Column("attention_params", "Params", 0, higher_is_better=False, kind="size"),
+    Column("total_params", "All params", 0, higher_is_better=False, kind="size"),
     Column("epoch_seconds", "s/epoch", 2, higher_is_better=False, kind="time"),
     Column("epoch_ratio", "÷ nn.MHA", 2, higher_is_better=False, kind="ratio"),
     Column("train_accuracy", "Train acc. %", 2, higher_is_better=True),
@@ -84,7 +85,7 @@ def summarise(records: Iterable[Record], baseline: str = "standard") -> list[Row
     """One row a (task, scale, number of heads, mechanism): means, 95 % intervals, differences, tests and ranks.
 
     Ranks compare rows of equal task, scale and number of heads, as in the paper, and count as equal what is printed
-    equal.
+    equal. Seconds have none: they tell of the hour as well; ``epoch_ratio``, measured in turn with torch's layer, does.
 
     Args:
         records: one mapping a run, as in ``results.json``.
@@ -173,6 +174,8 @@ _RATIOS = frozenset(column.key for column in COLUMNS if column.kind == "ratio")
 def _ranks(estimates: Mapping[str, Mapping[str, Estimate]]) -> dict[str, dict[str, int]]:
     places: dict[str, dict[str, int]] = {name: {} for name in estimates}
     for column in COLUMNS:
+        if column.kind == "time":  # of runs that may be days apart, on a machine that did other things besides
+            continue
         means = [
             round(by_key[column.key].mean, column.digits) if column.key in by_key else None
             for by_key in estimates.values()

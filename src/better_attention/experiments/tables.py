@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from better_attention.experiments.files import plain, write_atomic
-from better_attention.experiments.paired import NOTHING, p_text
+from better_attention.experiments.paired import p_text
 from better_attention.experiments.stats import number
 from better_attention.experiments.study import Record
 from better_attention.experiments.summary import (
@@ -84,7 +84,7 @@ def _against_standard(rows: Sequence[Row], column: Column) -> list[list[Strip]]:
     """``+0.05 ± 0.40 (p 1.00)`` and ``no difference shown``; a column each, so that a narrow screen can part them."""
     differences, verdicts = [], []
     for one in (row.tests.get(column.key) for row in rows):
-        shown = "bold" if one and one.verdict != NOTHING else ""
+        shown = "bold" if one and one.shows else ""
         text = f"{one.difference.format(column.digits, sign=True)} ({p_text(one.corrected_p)})" if one else "–"
         differences.append(Text(text, style=shown))
         verdicts.append(Text(one.verdict if one else "–", style=shown))
