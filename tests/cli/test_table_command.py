@@ -33,6 +33,7 @@ def imdb(mechanism: str = "standard", seed: int = 0, heads: int = 4, **changes: 
     settings = TASKS["imdb"]("paper").settings() | changes.pop("settings", {})
     counts = {"standard": 4224, "optimised": 3168, "efficient": 2112, "super": 3168, "expressive": 4224}
     base = {"task": "imdb", "scale": "paper", "settings": settings, "attention_params": counts.get(mechanism, 4224)}
+    base["samples"] = {"train": 22_500, "validation": 2_500, "test": 25_000}
     return studies.record(mechanism, seed, heads, **(base | changes))
 
 
@@ -148,6 +149,31 @@ def test_another_scale_or_setting_is_marked(
     assert table(8, path) == 0
     assert said in capsys.readouterr().out
     assert document(capsys, 8, path)["blocks"][0]["paper_scale"] is False
+
+
+def test_other_data_are_marked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path / "results.json", [imdb(samples={"train": 22_500, "validation": 2_500, "test": 24_999})])
+    assert table(8, path) == 0
+    assert "not the paper's setting (49,999 samples instead of 50,000)" in capsys.readouterr().out
+    block = document(capsys, 8, path)["blocks"][0]
+    assert (block["changed"], block["paper_scale"]) == ({"samples": 49_999}, False)
+
+
+def test_time_to_standard_is_that_of_neighbouring_updates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Hours apart, the slower run may have the faster model."""
+    runs = [imdb("standard", epoch_seconds=1.0, epoch_ratio=0.9), imdb("super", epoch_seconds=4.0, epoch_ratio=0.45)]
+    (block,) = document(capsys, 8, write(tmp_path / "results.json", runs))["blocks"]
+    assert row_of(block, "super", 4)["epoch_seconds_to_standard"] == pytest.approx(0.5)
+    unpaced = [imdb("standard", epoch_seconds=1.0), imdb("super", epoch_seconds=4.0, epoch_ratio=0.45)]
+    (block,) = document(capsys, 8, write(tmp_path / "results.json", unpaced))["blocks"]
+    assert row_of(block, "super", 4)["epoch_seconds_to_standard"] == pytest.approx(4.0)
+
+
+def test_rows_of_our_own_stand_by_mechanism(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [imdb(name, heads=h) for h in (1, 4) for name in ("standard", "expressive", "super+expressive")]
+    (block,) = document(capsys, 8, write(tmp_path / "results.json", runs))["blocks"]
+    own = [(row["mechanism"], row["heads"]) for row in block["rows"] if not row["in_paper"]]
+    assert own == [("expressive", 1), ("expressive", 4), ("super+expressive", 1), ("super+expressive", 4)]
 
 
 def test_settings_that_decide_nothing_do_not_mark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -55,6 +55,17 @@ def test_one_seed_has_no_band(drawn: list[Figure]) -> None:
     assert not axes.collections
 
 
+def test_a_single_epoch_is_a_dot_a_mechanism(drawn: list[Figure]) -> None:
+    learning_curves({"super": [([1.0], [2.0]), ([1.0], [3.0])], "standard": [([1.0], [4.0])]}, dark=False)
+    (axes,) = drawn[0].axes
+    dots = [(list(line.get_xdata()), list(line.get_ydata()), line.get_marker()) for line in axes.lines]
+    assert dots == [([0], [2.5], "."), ([1], [4.0], ".")]
+    low, high = axes.get_ylim()
+    assert low < 2.0 < 4.0 < high
+    left, right = axes.get_xlim()
+    assert left < 0 < 1 < right
+
+
 @pytest.mark.parametrize(("values", "scale"), [([1.0, 0.2], "log"), ([1.0, 0.5], "linear"), ([1.0, 0.0], "linear")])
 def test_a_long_fall_has_a_logarithmic_axis(drawn: list[Figure], values: list[float], scale: str) -> None:
     learning_curves({"super": [([1.0, 2.0], values)]}, dark=False)

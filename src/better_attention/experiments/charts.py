@@ -26,7 +26,7 @@ def learning_curves(runs: Mapping[str, Sequence[Series]], *, dark: bool, falling
     """One panel of a report as SVG: a line a mechanism, the mean over its seeds, in a band from least to greatest.
 
     The mean stops at the last epoch that every seed reached; from there each seed has its own thin line, since a mean
-    over ever fewer seeds jumps.
+    over ever fewer seeds jumps. A single epoch is a dot a mechanism, side by side, with a line from least to greatest.
 
     Args:
         runs: name of a mechanism -> its seeds. The names choose the looks and are not drawn.
@@ -37,13 +37,21 @@ def learning_curves(runs: Mapping[str, Sequence[Series]], *, dark: bool, falling
     with style():
         figure = blank(4.6, 2.9)
         axes = figure.add_subplot()
-        for name, seeds in runs.items():
-            _plot_seeds(axes, look(name), [(np.asarray(x), np.asarray(y, dtype=float)) for x, y in seeds], dark=dark)
+        single = all(len(x) == 1 for seeds in runs.values() for x, _ in seeds)
+        for place, (name, seeds) in enumerate(runs.items()):
+            if single:
+                _plot_dot(axes, look(name), place, [y[0] for _, y in seeds], dark=dark)
+            else:
+                _plot_seeds(axes, look(name), [(np.asarray(x), np.asarray(y, float)) for x, y in seeds], dark=dark)
         if falling:
             _scale_losses(axes)
-        axes.set_xlabel("epoch")
-        axes.margins(x=0.02)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
+        axes.set_xlabel("after one epoch" if single else "epoch")
+        if single:
+            axes.set_xlim(-1, len(runs))
+            axes.set_xticks([])
+        else:
+            axes.margins(x=0.02)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
         bare(axes, theme.ink, theme.faint)
         return saved(figure, "svg", transparent=True)
 
@@ -69,6 +77,11 @@ def _plot_seeds(axes: Axes, drawn: Look, seeds: list[tuple[NDArray[np.float64], 
         for x, y in seeds:
             axes.plot(x[shared - 1 :], y[shared - 1 :], **{**style, "linewidth": 0.7, "marker": "", "alpha": 0.7})
     axes.plot(epochs, values.mean(axis=0), **style)
+
+
+def _plot_dot(axes: Axes, drawn: Look, place: int, values: Sequence[float], *, dark: bool) -> None:
+    axes.plot([place], [np.mean(values)], **_marked(line(drawn, dark=dark, width=1.8)))
+    axes.vlines(place, min(values), max(values), color=drawn.colour(dark=dark), linewidth=1.2)
 
 
 Points = Mapping[int, Estimate]

@@ -80,7 +80,8 @@ class Ours:
 
     Args:
         scale: the scale they were asked for.
-        changed: settings in which they differ from the paper's scale; None: the record does not tell.
+        changed: settings in which they differ from the paper's scale, and ``samples`` if there were fewer or more;
+            None: the record does not tell.
         files: where they came from.
         records: one a run.
     """
@@ -101,11 +102,17 @@ class Ours:
             settings = "" if self.scale == "paper" else ", not the paper's scale"
             settings += " (no settings recorded)"
         elif self.changed:
-            named = ", ".join(f"{key}={value}" for key, value in self.changed.items())
+            named = ", ".join(map(self._told, self.changed.items()))
             settings = f", not the paper's {'setting' if self.scale == 'paper' else 'scale'} ({named})"
         else:
             settings = "" if self.scale == "paper" else " (its settings are those of the paper's scale)"
         return f"scale {self.scale}{settings}; {', '.join(map(str, self.files))}"
+
+    def _told(self, change: tuple[str, object]) -> str:
+        key, value = change
+        if key == "samples":
+            return f"{value:,} samples instead of {paper.SAMPLES[str(self.records[0]['task'])]:,}"
+        return f"{key}={value}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,7 +276,7 @@ def _together(part: Part, records: Sequence[tuple[Path, Record]]) -> list[Ours]:
         settings = settings if isinstance(settings, Mapping) else None
         if record["task"] != part.task or bool(settings and settings.get("equal_params")) != part.equal_params:
             continue
-        changed = None if settings is None else changed_settings(part.task, settings)
+        changed = None if settings is None else changed_settings(part.task, settings) | _fewer(record)
         scale = str(record["scale"])
         for ours in found:
             if (ours.scale, ours.changed) == (scale, changed) and not _contradicts(ours.records, record):
@@ -282,6 +289,15 @@ def _together(part: Part, records: Sequence[tuple[Path, Record]]) -> list[Ours]:
         if record not in ours.records:
             ours.records.append(record)
     return sorted(found, key=lambda ours: not ours.paper_scale)
+
+
+def _fewer(record: Record) -> dict[str, object]:
+    """``{"samples": ...}`` where a run had another number of samples than the paper, the three splits together."""
+    own, theirs = record.get("samples"), paper.SAMPLES.get(str(record["task"]))
+    counts = list(own.values()) if isinstance(own, Mapping) else []
+    if theirs is None or not counts or not all(isinstance(count, int) for count in counts) or sum(counts) == theirs:
+        return {}
+    return {"samples": sum(counts)}
 
 
 def _contradicts(records: Sequence[Record], record: Record) -> bool:

@@ -28,6 +28,9 @@ COLUMNS = (
 )
 """The numbers a row can hold: accuracies and top 5 in per cent, BLEU in points, parameters of one attention layer."""
 
+SAMPLES = {"mnist": 70_000, "cifar100": 60_000, "imagenet": 1_331_167, "imdb": 50_000, "amazon": 3_650_000}
+"""Samples of a data set, all splits together, as the paper had them; of its translations it gives no number."""
+
 Row = dict[str, str | int | float | None]
 
 
