@@ -92,7 +92,7 @@ def test_three_splits(tmp_path: Path) -> None:
     write(tmp_path, photos("train/", 5) | photos("val/", 2) | photos("test/", 1) | {"devkit/a/b.png": plain(3)})
     found = find(tmp_path)
     assert {part: len(rows) for part, rows in found.parts.items()} == {"train": 15, "validation": 6, "test": 3}
-    assert "1 pictures lie in no class's folder and are not read" in found.notes
+    assert "1 picture in no class's folder, not read" in found.notes
 
 
 def test_a_test_folder_without_classes_is_not_read(tmp_path: Path) -> None:
@@ -238,10 +238,32 @@ def test_accents_are_split_alike_however_they_are_written(tmp_path: Path) -> Non
     }
 
 
-def test_the_zero_of_an_accuracy_is_noted(tmp_path: Path) -> None:
-    write(tmp_path, photos("train/", 5) | {f"test/{n}.png": b"" for n in COLOURS})
-    write(tmp_path, photos("val/", 1) | {"val/bees/more.png": plain(3)})
-    assert "guessing 'bees', the most frequent class, is right for 50.0 % of the test pictures" in find(tmp_path).notes
+@pytest.mark.parametrize("packed", [False, True])
+def test_pictures_of_kinds_that_are_not_read_are_counted(packed: bool, tmp_path: Path) -> None:
+    files = photos() | {f"ants/{n}.HEIC": b"?" for n in range(3)} | {"bees/scan.tif": b"II*", "bees/list.csv": b""}
+    place = write(tmp_path / "photos", files)
+    if packed:
+        place = tmp_path / "photos.zip"
+        with zipfile.ZipFile(place, "w") as archive:
+            for name, data in files.items():
+                archive.writestr(name, data)
+    found = find(place)
+    assert "4 pictures of kinds that are not read left out (3 .heic, 1 .tif): convert them" in found.notes
+    assert sorted(found.names) == sorted(photos())
+
+
+def test_a_dev_folder_is_a_validation_split(tmp_path: Path) -> None:
+    write(tmp_path, photos("train/", 5) | photos("dev/", 2))
+    assert {part: len(rows) for part, rows in find(tmp_path).parts.items()} == {
+        "train": 5 * len(COLOURS),
+        "test": 2 * len(COLOURS),
+    }
+
+
+def test_two_folders_for_one_split_are_refused(tmp_path: Path) -> None:
+    write(tmp_path, photos("train/", 5) | photos("dev/", 2) | photos("val/", 2))
+    with pytest.raises(DataError, match="dev/ and val/ are both the validation split: keep one"):
+        find(tmp_path)
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

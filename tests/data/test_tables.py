@@ -155,7 +155,25 @@ def test_a_tenth_of_each_class_and_the_rest(tmp_path: Path) -> None:
     data = read(write(tmp_path / "a.csv", as_csv(rows)))
     assert (len(data.train_texts), len(data.validation_texts or ()), len(data.test_texts)) == (800, 100, 100)
     assert Counter(data.test_labels.tolist()) == {0: 10, 1: 90}
-    assert "guessing 'usual', the most frequent class, is right for 90.0 % of the test texts" in data.notes
+
+
+def test_texts_of_which_little_is_read_are_told_of(tmp_path: Path) -> None:
+    rows = [(f"good film {i}", "a") for i in range(50)] + [(f"bad film {i}", "b") for i in range(50)]
+    told = " ".join(read(write(tmp_path / "a.csv", as_csv(rows))).notes)
+    assert "without a word" not in told
+    assert "letters on average" not in told
+    signs = [*rows, ("!!!", "a"), ("👍 :-)", "b")]
+    assert (
+        "2 of 102 texts without a word, only signs: nothing is read of them"
+        in read(write(tmp_path / "b.csv", as_csv(signs))).notes
+    )
+    chinese = [(f"这部电影非常好看我很喜欢它的故事{i}", "a") for i in range(50)] + [
+        (f"演员表演很差剧情也没有意思不值得看{i}", "b") for i in range(50)
+    ]
+    (note,) = [note for note in read(write(tmp_path / "c.csv", as_csv(chinese))).notes if "letters" in note]
+    assert note.startswith("words have 18 letters on average: a word is what stands between spaces")
+    spaced = [(" ".join(text), label) for text, label in chinese]
+    assert not any("letters on average" in note for note in read(write(tmp_path / "d.csv", as_csv(spaced))).notes)
 
 
 def test_the_side_of_a_text_does_not_depend_on_the_order(tmp_path: Path) -> None:
@@ -175,7 +193,7 @@ def test_a_text_that_many_wrote_is_trained_on(tmp_path: Path) -> None:
 
 def test_the_notes_say_what_a_reader_must_know(tmp_path: Path) -> None:
     notes = read(write(tmp_path / "a.jsonl", as_jsonl(REPEATED))).notes
-    assert notes[:-1] == (
+    assert notes == (
         "texts from column 'text', classes from column 'label' of a.jsonl",
         "a tenth of a.jsonl each for test and validation, chosen by hash of the text within each class; texts of the "
         "same words are on one side",
@@ -222,7 +240,7 @@ def test_a_folder_of_one_file_is_that_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        ([], r"has no training file such as train\.csv, but nothing of the kind\. Expected a \.csv, \.tsv, \.jsonl"),
+        ([], r"has no training file such as train\.csv\. Expected a \.csv, \.tsv, \.jsonl"),
         (["a.csv", "b.jsonl"], r"has no training file such as train\.csv, but a\.csv, b\.jsonl\."),
         (["test.csv"], r"has no training file such as train\.csv, but test\.csv\."),
         (["train.csv", "train.jsonl"], r"has two train files, train\.csv and train\.jsonl\. Remove one\."),

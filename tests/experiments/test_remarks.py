@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 
 from better_attention.experiments.compare import Plan, compare
-from better_attention.experiments.remarks import remarks
+from better_attention.experiments.remarks import guessing, remarks
+from better_attention.experiments.splits import Split, Splits
 from better_attention.experiments.tasks import TASKS
 from better_attention.experiments.variant import Variant
 from better_attention.experiments.watcher import Watcher
@@ -35,8 +37,40 @@ def test_equal_parameters_are_told_in_numbers() -> None:
     """Table 7 of arXiv 2403.01643: 60.54 and 60.09 million parameters, 768 wide and 8 deep, 804 wide and 9 deep."""
     task = replace(TASKS["imagenet"]("paper"), equal_params=True)
     (found,) = remarks(task, [Variant.of(name) for name in ("standard", "efficient")], [12])
-    sizes = "standard 60,539,960 (width 768, layers 8), efficient 60,094,724 (width 804, layers 9)"
+    sizes = "standard 60,539,960 (width 768, layers 8), efficient 60,094,724 (width 804, layers 9, −0.7 %)"
     assert found == f"equal parameters with 12 heads: {sizes}"
+
+
+def test_where_nothing_is_widened_it_is_said() -> None:
+    """Nearly all of the model are its embeddings: a column more is more than what a mechanism saves."""
+    task = replace(TASKS["imdb"]("paper"), equal_params=True)
+    (found,) = remarks(task, [Variant.of("efficient")], [4])
+    assert found == (
+        "equal parameters with 4 heads: efficient 645,581 (width 32, layers 1, −0.3 %); no other width comes nearer, "
+        "so that nothing was widened"
+    )
+
+
+def splits_of(targets: list[int], classes: list[str]) -> Splits:
+    part = Split(torch.zeros(len(targets), 2), torch.tensor(targets))
+    return Splits(part, part, part, {"classes": classes})
+
+
+def test_the_zero_of_an_accuracy_is_that_of_the_samples_that_are_used() -> None:
+    assert guessing(splits_of([1] * 75 + [0] * 25, ["ants", "bees"])) == (
+        "guessing 'bees', the most frequent class, is right for 75.0 % of the test samples",
+    )
+    used = tiny.splits()
+    often = used.test.targets.bincount().max() / len(used.test)
+    assert f"is right for {100 * often:.1f} % of the test samples" in guessing(used)[0]
+
+
+def test_a_handful_of_test_samples_is_told_of() -> None:
+    assert guessing(splits_of([0, 1, 1, 0, 1], ["a", "b"]))[1] == "the test split has 5 samples: one is 20.0 points"
+
+
+def test_what_is_no_class_a_sample_has_no_such_zero() -> None:
+    assert guessing(TASKS["recurrence"]("smoke").load()) == ()
 
 
 def test_they_reach_the_study(tmp_path: Path) -> None:

@@ -156,7 +156,7 @@ def test_a_file_becomes_a_comparison_and_its_models_read_new_texts(
     assert all(record["test_accuracy"] > 90 for record in records)  # guessing is right for a third
     assert records[0]["samples"] == {"train": 240, "validation": 30, "test": 30}
     report = (out / "report.html").read_text("utf-8")
-    assert "guessing &#39;blue&#39;, the most frequent class, is right for 33.3 % of the test texts" in report
+    assert "guessing &#39;blue&#39;, the most frequent class, is right for 33.3 % of the test samples" in report
     assert "texts from column &#39;Body&#39;, classes from column &#39;Colour&#39; of my reviews.csv" in report
 
     run = load_run(out / "super-h4-s0")

@@ -24,7 +24,7 @@ import numpy as np
 
 from .archives import MIB, decompressed, tar_streams
 from .containers import DataError, Int64, Texts, overlap_notes, size_notes
-from .partition import majority, partition, repeats, text_key
+from .partition import partition, repeats, text_key
 from .records import csv_records, json_records, lines, text_lines, whole
 
 # Its publisher's page gives no digest; torchtext knows an MD5, which is no proof. So it can be imported only.
@@ -102,7 +102,6 @@ def read_official(files: Sequence[Path]) -> Texts:
         notes=(
             *overlap_notes(train, test),
             *size_notes(len(train), len(test), OFFICIAL),
-            majority(test_labels.tolist(), CLASSES),
         ),
     )
 
@@ -148,7 +147,6 @@ def read_mixture(file: Path) -> Texts:
             f"{sum(OFFICIAL):,} of the paper; a tenth each for test and validation, by hash of the text within each "
             "collection and number of stars, texts of the same words on one side",
             *repeats(keys, labels.tolist()),
-            majority(labels[parts["test"]].tolist(), CLASSES),
             _source_note(strata),
         ),
         validation_texts=validation,

@@ -6,8 +6,8 @@ Three layouts, in a folder, in one archive, or in archives ``NAME-train.tar.gz``
     train/CLASS/... and val/ or test/      that one is the test split
     train/CLASS/..., val/ and test/        validation and test split
 
-``val/`` may be called ``valid/`` or ``validation/``. A file ``classes.tsv`` or ``words.txt`` beside them may name the
-classes: a line holds the name of a class's folder in one column and what people call it in the last.
+``val/`` may be called ``valid/``, ``validation/`` or ``dev/``. A file ``classes.tsv`` or ``words.txt`` beside them may
+name the classes: a line holds the name of a class's folder in one column and what people call it in the last.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+
+from better_attention.errors import counted
 
 from .containers import DataError, Int64, UInt8
 from .image_cache import decoded, remembered
@@ -118,15 +120,24 @@ def find(place: Path) -> Pictures:
     elif "test" not in parts:
         note = f"{splits['validation']}/ is the test split here; validation is cut from {splits['train']}/"
         found = replace(found, parts={"train": parts["train"], "test": parts["validation"]}, notes=(*found.notes, note))
-    return replace(found, notes=(*found.notes, _majority(found)))
+    return found
 
 
 def _splits(names: Sequence[str]) -> dict[str, str]:
-    """Split -> its folder. A folder train/ that holds pictures itself is a class, of trains for example."""
+    """Split -> its folder. A folder train/ that holds pictures itself is a class, of trains for example.
+
+    Raises:
+        DataError: two folders for one split.
+    """
     below = [name for name in names if name.startswith("train/")]
     if not below or any(name.count("/") == 1 for name in below):
         return {"train": ""}
-    return {SPLITS[top]: top for top in sorted({name.partition("/")[0] for name in names} & SPLITS.keys())}
+    found: dict[str, str] = {}
+    for top in sorted({name.partition("/")[0] for name in names} & SPLITS.keys()):
+        if SPLITS[top] in found:
+            raise DataError(f"{found[SPLITS[top]]}/ and {top}/ are both the {SPLITS[top]} split: keep one.")
+        found[SPLITS[top]] = top
+    return found
 
 
 def _class_of(name: str, top: str) -> str | None:
@@ -215,14 +226,14 @@ def _ignored(found: Pictures, splits: Mapping[str, str]) -> tuple[str, ...]:
     flat = [f"{top}/ holds no folder per class and is not read" for split, top in splits.items()
             if split not in found.parts]  # fmt: skip
     loose = len(found.tree.names) - len(found.names)
-    return (*flat, *([f"{loose:,} pictures lie in no class's folder and are not read"] if loose else []))
-
-
-def _majority(found: Pictures) -> str:
-    """The note that gives an accuracy its zero."""
-    counts = np.bincount(found.labels[found.parts["test"]])
-    often, share = found.classes[counts.argmax()], 100 * counts.max() / counts.sum()
-    return f"guessing {often!r}, the most frequent class, is right for {share:.1f} % of the test pictures"
+    if loose:
+        flat.append(f"{counted(loose, 'picture')} in no class's folder, not read")
+    if unread := found.tree.unread:
+        kinds = ", ".join(f"{number:,} {kind}" for kind, number in sorted(unread.items()))
+        flat.append(
+            f"{counted(sum(unread.values()), 'picture')} of kinds that are not read left out ({kinds}): convert them"
+        )
+    return tuple(flat)
 
 
 def _called(tree: PictureTree, folders: Sequence[str]) -> tuple[str, ...]:

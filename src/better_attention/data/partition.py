@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -65,10 +65,3 @@ def repeats(keys: Sequence[bytes], labels: Sequence[Any]) -> tuple[str, ...]:
     if torn:
         notes.append(f"{torn:,} texts occur with different labels: no model can be right on all of them")
     return tuple(notes)
-
-
-def majority(labels: Sequence[int], classes: Sequence[str], part: str = "test") -> str:
-    """The note that gives an accuracy its zero: what always guessing the most frequent class achieves."""
-    best, count = Counter(labels).most_common(1)[0]
-    share = 100 * count / len(labels)
-    return f"guessing {classes[best]!r}, the most frequent class, is right for {share:.1f} % of the {part} texts"

@@ -16,8 +16,14 @@ from PIL import Image, UnidentifiedImageError
 from .archives import MIB
 from .containers import DataError, UInt8
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
+SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif")
 """How the name of a picture ends, in small or capital letters."""
+
+UNREAD = (
+    *(".heic", ".heif", ".avif", ".jxl", ".jp2", ".tif", ".tiff", ".svg", ".ico", ".tga", ".psd"),
+    *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".raw"),
+)
+"""Pictures of kinds that are not read: they are counted, so that a set does not shrink in silence."""
 
 FILE_LIMIT = 256 * MIB
 PIXEL_LIMIT = 1 << 27

@@ -6,21 +6,23 @@ import hashlib
 import os
 import re
 import stat
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
 
 from .archives import MIB, tar_streams, zip_members
 from .containers import DataError
 from .image_cache import remembered
-from .picture import FILE_LIMIT, SUFFIXES
+from .picture import FILE_LIMIT, SUFFIXES, UNREAD
 
-SPLITS = {"train": "train", "val": "validation", "valid": "validation", "validation": "validation", "test": "test"}
+SPLITS = {"train": "train", **dict.fromkeys(("val", "valid", "validation", "dev"), "validation"), "test": "test"}
 """Name of a folder, or end of an archive's name -> the split it holds."""
 
-_ARCHIVE = re.compile(r"(.+?)(?:-(train|val|valid|validation|test))?\.(?:tar|tar\.gz|tgz|tar\.xz|txz|tar\.bz2|zip)")
-_PICTURE = re.compile(rf"(?:(?!__MACOSX/|\.)[^/]+/)*(?!\.)[^/]+(?:{'|'.join(map(re.escape, SUFFIXES))})", re.IGNORECASE)
+_ARCHIVE = re.compile(rf"(.+?)(?:-({'|'.join(SPLITS)}))?\.(?:tar|tar\.gz|tgz|tar\.xz|txz|tar\.bz2|zip)")
+_KINDS = "|".join(map(re.escape, SUFFIXES + UNREAD))
+_PICTURE = re.compile(rf"(?:(?!__MACOSX/|\.)[^/]+/)*(?!\.)[^/]+(?:{_KINDS})", re.IGNORECASE)
 _TOTAL_LIMIT = 1 << 40  # bytes of an archive; ImageNet's have 138 GB
 _NAME_FILES = ("classes.tsv", "words.txt")
 _NAME_LIMIT = 16 * MIB
@@ -36,6 +38,7 @@ class PictureTree:
         folders: of the two upper levels, those without a picture included.
         stamp: changes whenever a picture was added, removed or replaced.
         archives: archive -> what to take from the front of a member's name, and what to put there instead.
+        unread: how a name ends -> how many pictures of such a kind there are, which is not read.
     """
 
     place: Path
@@ -43,6 +46,7 @@ class PictureTree:
     folders: frozenset[str]
     stamp: str
     archives: Mapping[Path, tuple[str, str]]
+    unread: Mapping[str, int] = field(default_factory=dict)
 
     def contents(self, rows: Mapping[str, int]) -> Iterator[tuple[int, str, bytes | Path]]:
         """Row, name for people and file (or its contents) of the pictures whose names ``rows`` holds.
@@ -108,17 +112,20 @@ def _archives(place: Path) -> dict[Path, str]:
 def _of_archives(place: Path, archives: Mapping[Path, str]) -> PictureTree:
     """A tree of archives; each lies in the folder of its split, unless its members say so themselves."""
     stamps, names, folds = [], [], {}
+    unread: Counter[str] = Counter()
     for archive, split in archives.items():
         about = archive.stat()
         stamp = f"{archive.resolve()} {about.st_size} {about.st_mtime_ns} {about.st_ctime_ns}"
-        key = hashlib.sha256(f"1 members {stamp}".encode("utf-8", "surrogateescape")).hexdigest()[:32]
-        members = [str(name) for name in remembered(key, partial(_listed, archive))]
+        key = hashlib.sha256(f"2 members {stamp}".encode("utf-8", "surrogateescape")).hexdigest()[:32]
+        every = [str(name) for name in remembered(key, partial(_listed, archive))]
+        unread.update(_suffix(name) for name in every if not _is_read(name))
+        members = [name for name in every if _is_read(name)]
         off = _shared_root(members, split)
         folds[archive] = (off, f"{split}/" if split else "")
         names += [folds[archive][1] + member.removeprefix(off) for member in members]
         stamps.append(stamp)
     folders = {str(folder) for name in names for folder in list(PurePosixPath(name).parents)[:-1]}
-    return PictureTree(place, sorted(names), frozenset(folders), "\n".join(stamps), folds)
+    return PictureTree(place, sorted(names), frozenset(folders), "\n".join(stamps), folds, unread)
 
 
 def _shared_root(members: Sequence[str], split: str) -> str:
@@ -137,7 +144,7 @@ def _shared_root(members: Sequence[str], split: str) -> str:
 
 
 def _members(archive: Path, *, read: bool = False) -> Iterator[tuple[str, bytes]]:
-    """Name and, where it is to be read, content of every picture in an archive."""
+    """Name and, where it is to be read, content of every picture in an archive, of kinds that are not read as well."""
     if archive.suffix == ".zip":
         for match, data in zip_members(archive, _PICTURE, member_limit=FILE_LIMIT):
             yield match[0], data
@@ -150,9 +157,18 @@ def _listed(archive: Path) -> list[str]:
     return [name for name, _ in _members(archive)]
 
 
+def _is_read(name: str) -> bool:
+    return name.lower().endswith(SUFFIXES)
+
+
+def _suffix(name: str) -> str:
+    return PurePosixPath(name).suffix.lower()
+
+
 def _of_folder(place: Path) -> PictureTree:
     """Every picture below a folder; links are followed, though never in a circle, and hidden files left out."""
     names: list[str] = []
+    unread: Counter[str] = Counter()
     folders: set[str] = set()
     digest = hashlib.sha256(str(place.resolve()).encode("utf-8", "surrogateescape"))
     waiting: list[tuple[str, Path, frozenset[tuple[int, int]]]] = [("", place, frozenset())]
@@ -171,10 +187,12 @@ def _of_folder(place: Path) -> PictureTree:
                     waiting.append((f"{name}/", Path(entry.path), above | {own}))
                     if name.count("/") < 2:
                         folders.add(name)
-                elif entry.name.lower().endswith(SUFFIXES):
+                elif entry.name.lower().endswith(UNREAD):
+                    unread[_suffix(name)] += 1
+                elif _is_read(name):
                     names.append(name)
                     digest.update(_stamp(entry).encode("utf-8", "surrogateescape"))
-    return PictureTree(place, sorted(names), frozenset(folders), digest.hexdigest(), {})
+    return PictureTree(place, sorted(names), frozenset(folders), digest.hexdigest(), {}, unread)
 
 
 def _stamp(entry: os.DirEntry[str]) -> str:

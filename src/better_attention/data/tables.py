@@ -13,9 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from better_attention.errors import counted
+
 from .containers import DataError, Int64, Texts
 from .labelled import KINDS, Columns, Table, format_of, read_shards
-from .partition import HELD_OUT, majority, partition, repeats, text_key
+from .partition import HELD_OUT, partition, repeats, text_key
+from .vocabulary import tokens
 
 FEWEST = 10  # different texts of a class: fewer leave nothing to validate and test with
 PARTS = {
@@ -23,9 +26,13 @@ PARTS = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing"),
 }
+SAMPLED = 1_000  # texts whose words are measured
 LAYOUT = f"{KINDS}, or a folder with train, validation and test files of these kinds"
 SHARD = re.compile(r"(.+)-([0-9]+)-of-([0-9]+)(?:-[0-9a-f]{16})?")
 """The name of one of several files that are one table together, as in train-00000-of-00002.parquet."""
+
+_UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")
+"""Letters of Thai, Lao, Burmese, Khmer, Japanese and Chinese, which put no spaces between words."""
 
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
@@ -65,8 +72,8 @@ def read(place: Path, text_column: str = "", label_column: str = "") -> Texts:
         notes=(
             *_origin(train, missing),
             *repeats(keys, train.labels),
+            *_readable(train.texts, keys),
             *_overlap(tables, keys),
-            majority(labels["test"].tolist(), classes),
         ),
         validation_texts=texts["validation"],
         validation_labels=labels["validation"],
@@ -99,8 +106,10 @@ def locate(place: Path) -> dict[str, list[Path]]:
         return found
     if len(files) == 1 and not found:
         return {"train": files}
-    names = ", ".join(file.name for file in files[:10]) or "nothing of the kind"
-    raise DataError(f"{place} has no training file such as train.csv, but {names}. Expected {LAYOUT}.")
+    others = ", ".join(file.name for file in files[:10])
+    raise DataError(
+        f"{place} has no training file such as train.csv{f', but {others}' if others else ''}. Expected {LAYOUT}."
+    )
 
 
 def shard_of(file: Path) -> tuple[str, int, int]:
@@ -194,6 +203,24 @@ def _origin(train: Table, missing: Sequence[str]) -> tuple[str, ...]:
         notes.append(
             f"a tenth of {name} each for {' and '.join(missing)}, chosen by hash of the text within each "
             "class; texts of the same words are on one side"
+        )
+    return tuple(notes)
+
+
+def _readable(texts: Sequence[str], keys: Sequence[bytes]) -> tuple[str, ...]:
+    """Notes on texts of which a model that reads words gets little."""
+    notes = []
+    empty = keys.count(text_key(""))
+    if empty:
+        notes.append(
+            f"{empty:,} of {counted(len(texts), 'text')} hold no word, only signs: a model reads nothing of them"
+        )
+    words = [word for text in texts[:SAMPLED] for word in tokens(text)]
+    whole = "".join(words)
+    if words and len(_UNSPACED.findall(whole)) > len(whole) / 3 and len(whole) / len(words) > 3:
+        notes.append(
+            f"words have {len(whole) / len(words):.0f} letters on average: a word is what stands between spaces, and "
+            "the script of these texts has none. Put spaces between words, or there is little to learn from"
         )
     return tuple(notes)
 

@@ -19,7 +19,7 @@ from better_attention.experiments.origin import commit
 from better_attention.experiments.output import check_output
 from better_attention.experiments.pace import Pace, measure
 from better_attention.experiments.position import DivergedError, Interrupted
-from better_attention.experiments.remarks import remarks
+from better_attention.experiments.remarks import guessing, remarks
 from better_attention.experiments.runs import (
     check_agreement,
     check_sizes,
@@ -104,7 +104,7 @@ def compare(plan: Plan, watcher: Watcher) -> tuple[Study, list[str]]:
     check_finished(plan.out)
     check_agreement(plan.out, {key: value for key, value in same.items() if key != "data_sha256"})
     splits = plan.task.load(plan.data)
-    notes = (*splits.notes, *remarks(plan.task, plan.variants, plan.heads))
+    notes = (*splits.notes, *guessing(splits), *remarks(plan.task, plan.variants, plan.heads))
     splits = replace(splits, notes=notes).to(accelerator.device)
     watcher.data(splits, accelerator)
     check_agreement(plan.out, same | {"data_sha256": splits.digest})

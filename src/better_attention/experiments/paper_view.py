@@ -23,8 +23,8 @@ def print_blocks(table: int, found: Sequence[Block], console: Console) -> None:
     console.print(
         Text(
             "Ours: mean ± half width of the 95 % interval over seeds (± –: one seed). The paper: means of five runs "
-            "(ImageNet: one), no spread given; seconds on an RTX 4090. Our ÷ standard and ÷ nn.MHA come of updates timed in "
-            "turn, where a run has them; [–]: measured once.",
+            "(ImageNet: one), no spread given; seconds on an RTX 4090. Our ÷ standard and ÷ nn.MHA come of updates "
+            "timed in turn, where a run has them; [–]: measured once.",
             style="dim",
         )
     )

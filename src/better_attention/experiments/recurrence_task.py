@@ -150,6 +150,10 @@ class RecurrenceTask(Task):
             dropout=self.dropout,
         )
 
+    def width_step(self, heads: int) -> int:
+        """Even head widths: rotary positions turn pairs of features, and the others are compared at the same widths."""
+        return 2 * heads
+
     def solved(self, epoch: Mapping[str, float]) -> bool:
         """See :meth:`Task.solved`: ``target_accuracy`` is reached on the validation symbols."""
         return self.target_accuracy is not None and epoch["validation_accuracy"] >= self.target_accuracy

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from better_attention.errors import counted
 from better_attention.experiments import paper
 from better_attention.experiments.paper_tables import changed_settings
+from better_attention.experiments.splits import Splits
+from better_attention.experiments.stats import number
 from better_attention.experiments.task import Task
 from better_attention.experiments.variant import Variant
+
+FEW = 100
+"""Of fewer test samples than these, one weighs more than most differences between mechanisms."""
 
 
 def remarks(task: Task, variants: Sequence[Variant], heads: Sequence[int]) -> tuple[str, ...]:
@@ -26,18 +32,38 @@ def remarks(task: Task, variants: Sequence[Variant], heads: Sequence[int]) -> tu
         named = ", ".join(f"{key}={value}" for key, value in changed.items())
         found.append(f"the setting is not the paper's: {named}")
     if task.equal_params:
-        found += [
-            f"equal parameters with {counted(number, 'head')}: {_sizes(task, variants, number)}" for number in heads
-        ]
+        found += [f"equal parameters with {counted(n, 'head')}: {_sizes(task, variants, n)}" for n in heads]
     return tuple(found)
 
 
+def guessing(splits: Splits) -> tuple[str, ...]:
+    """The zero of an accuracy: what always guessing the most frequent class achieves on the test samples that are used.
+
+    None where a sample has many targets. A handful of test samples is told of, too.
+    """
+    targets = splits.test.targets
+    if targets.ndim != 1 or "classes" not in splits.assets:
+        return ()
+    counts = targets.cpu().bincount()
+    often, share = splits.assets["classes"][int(counts.argmax())], 100 * float(counts.max()) / len(targets)
+    notes = [f"guessing {often!r}, the most frequent class, is right for {share:.1f} % of the test samples"]
+    if len(targets) < FEW:
+        notes.append(f"the test split has {counted(len(targets), 'sample')}: one is {100 / len(targets):.1f} points")
+    return tuple(notes)
+
+
 def _sizes(task: Task, variants: Sequence[Variant], heads: int) -> str:
-    """Parameters, width and layers of each model: ``standard 9,770 (width 32, layers 2)``."""
-    parts = []
+    """Parameters, width and layers of each model: ``standard 9,770 (width 32, layers 2)``, and how far off it is."""
+    with torch.device("meta"):
+        standard = replace(task, equal_params=False).build("standard", heads)
+    aim = sum(parameter.numel() for parameter in standard.parameters())
+    parts, widened = [], False
     for variant in variants:
         own = task.sized(variant, heads)
         with torch.device("meta"):
             count = sum(parameter.numel() for parameter in task.build(variant, heads).parameters())
-        parts.append(f"{variant.name} {count:,} (width {own.width}, layers {own.layers})")
-    return ", ".join(parts)
+        off = f", {number(100 * (count / aim - 1), 1, sign=True)} %" if count != aim else ""
+        parts.append(f"{variant.name} {count:,} (width {own.width}, layers {own.layers}{off})")
+        widened = widened or (own.width, own.layers) != (task.width, task.layers)
+    unchanged = "" if widened else "; no other width comes nearer, so that nothing was widened"
+    return ", ".join(parts) + unchanged

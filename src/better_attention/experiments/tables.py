@@ -50,7 +50,9 @@ def print_table(rows: Sequence[Row], console: Console) -> None:
     if any(len(row.seeds) == 1 for row in rows):
         console.print(Text("± –: a single seed tells nothing about the spread.", style="dim"))
     if any("epoch_ratio" in row.estimates for row in rows):
-        told = "÷ nn.MHA: time of an update over that of the same model on torch.nn.MultiheadAttention; [–]: measured once."
+        told = (
+            "÷ nn.MHA: time of an update over that of the same model on torch.nn.MultiheadAttention; [–]: taken once."
+        )
         console.print(Text(told, style="dim"))
 
     compared = [row for row in rows if row.tests]

@@ -144,6 +144,10 @@ class Task(ABC):
         variant = Variant.of(variant)
         return self.sized(variant, heads).model(variant, heads)
 
+    def width_step(self, heads: int) -> int:
+        """Widths that :meth:`sized` may choose are multiples of this."""
+        return heads
+
     def sized(self, variant: Variant, heads: int) -> Self:
         """This task at the width of ``variant``: its own, or the one of about equal parameters in total."""
         return replace(self, width=equal_width(self, variant, heads)) if self.equal_params else self
@@ -244,17 +248,14 @@ class Task(ABC):
 
 @cache
 def equal_width(task: Task, variant: Variant, heads: int) -> int:
-    """The multiple of 2 · ``heads`` at which ``variant`` comes nearest to the parameters of standard at ``task.width``.
-
-    Even head widths only, since rotary positions turn pairs of features.
-    """
+    """The multiple of ``task.width_step(heads)`` at which ``variant`` comes nearest to standard at ``task.width``."""
 
     def size(width: int, of: Variant) -> int:
         with torch.device("meta"):
             model = replace(task, width=width, equal_params=False).model(of, heads)
         return sum(parameter.numel() for parameter in model.parameters())
 
-    aim, step = size(task.width, Variant.of("standard")), 2 * heads
+    aim, step = size(task.width, Variant.of("standard")), task.width_step(heads)
     low, high = 1, max(2, 4 * task.width // step)
     while high - low > 1:  # parameters grow with the width
         middle = (low + high) // 2
