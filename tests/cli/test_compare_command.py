@@ -76,6 +76,13 @@ def test_arguments_that_mean_nothing_are_refused(
     assert message in capsys.readouterr().err
 
 
+def test_an_empty_name_is_no_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main.main(["compare", "--out", ""])
+    assert ended.value.code == 2
+    assert "expected the name of a folder, received nothing" in capsys.readouterr().err
+
+
 def test_a_file_for_a_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "taken").write_text("mine", encoding="utf-8")
     assert main.main(["compare", "--out", str(tmp_path / "taken")]) == 2
@@ -91,6 +98,19 @@ def test_a_file_for_a_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFi
         (["--lr", "nan"], "lr must be"),
         (["--heads", "5", "--device", "cpu"], "5"),
         (["--set", "classes=5", "--device", "cpu"], "is set to classes=5, but data set 'digits' has 10"),
+        (["--set", "channels=3", "--device", "cpu"], "is set to channels=3, but the pictures of 'digits' have 1"),
+        (["--set", "peak=7", "--device", "cpu"], "is set to peak=7, but the pictures of 'digits' have 16"),
+        (["--set", "raw_size=4", "--device", "cpu"], "is set to raw_size=4, but the pictures of 'digits' have 8"),
+        (["--set", "peak=0"], "peak must be >= 1"),
+        (["--set", "channels=2"], "channels must be 1 (grey) or 3 (colour), received 2"),
+        (["--set", "dropout=1"], "dropout must be below 1"),
+        (["--set", "head_dropout=1"], "head_dropout must be below 1"),
+        (["--set", "length=5"], "length of task 'digits' follows from image_size, patch and class_token"),
+        (["--set", "heads=2"], "heads of task 'digits' follows from --heads"),
+        (["images", "--set", "classes=5"], "classes of task 'images' follows from the data"),
+        (["recurrence", "--set", "length=5"], "length of task 'recurrence' follows from delay, steps and rules"),
+        (["--set", "width=100000000", "--device", "cpu"], "width=100000000 is out of range"),
+        (["--set", "width=200000", "--device", "cpu"], "GiB of parameters; to train it takes 4 times that"),
         (["imdb", "--data", "nowhere", "--device", "cpu"], "nowhere does not exist"),
     ],
 )

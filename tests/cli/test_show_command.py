@@ -163,6 +163,14 @@ def test_counts_are_the_librarys(capsys: pytest.CaptureFixture[str], name: str) 
     assert found["drawing"] == draw(Mechanism.of(name))
 
 
+def test_layouts_of_the_kernel(capsys: pytest.CaptureFixture[str]) -> None:
+    found = as_json(capsys, "super+per-head+identity", "--embed-dim", "24", "--heads", "3", "--length", "7")
+    assert found["mechanism"] == "super+per-head+identity"
+    assert found["params"]["W_A"] == 3 * (7 * 7 + 7)
+    assert found["params"]["all"] == cost(24, 3, 7, mechanism="super", align_heads="per_head").params
+    assert found["legend"][-2:] == ["W_A: one for each head.", "W_A: starts as the identity."]
+
+
 def test_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("super") == 0
     out = capsys.readouterr().out

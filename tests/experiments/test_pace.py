@@ -18,11 +18,18 @@ from better_attention.experiments import pace
 from better_attention.experiments.chance import initial_model
 from better_attention.experiments.compare import Plan, compare
 from better_attention.experiments.pace import Pace, measure, on_torch
+from better_attention.experiments.recurrence_task import RecurrenceTask
 from better_attention.experiments.tasks import TASKS
 from better_attention.experiments.variant import Variant
 from better_attention.experiments.watcher import Watcher
 from better_attention.models.classifier import TextClassifier
 from better_attention.models.vit import VisionTransformer
+
+
+def recurrence() -> RecurrenceTask:
+    task = TASKS["recurrence"]("smoke")
+    assert isinstance(task, RecurrenceTask)
+    return replace(task, train_samples=64, test_samples=16, batch_size=32, width=8)
 
 
 def vit(**changes: Any) -> VisionTransformer:
@@ -94,6 +101,16 @@ def test_a_causal_layer_gets_the_mask_that_torch_wants(need_weights: bool) -> No
 @pytest.mark.parametrize("options", [{"scale": 0.5}, {"scale": "learned"}, {"rotary": True}])
 def test_what_torch_cannot_compute_has_no_rival(options: dict[str, Any]) -> None:
     assert on_torch(vit(options=options)) is None
+
+
+@pytest.mark.parametrize("positions", ["rotary", "alibi", "learned"])
+@pytest.mark.parametrize("scaling", ["sqrt", "learned"])
+def test_a_recurrence_has_a_pace_beside_torchs_layer(positions: str, scaling: str) -> None:
+    """With learned positions and torch's own scale where its layer knows no others."""
+    task = replace(recurrence(), positions=positions, scaling=scaling)
+    found = measure(task, task.load(), Variant.of("expressive"), 2, torch.device("cpu"))
+    assert found.ratio is not None
+    assert 0.05 < found.ratio < 20
 
 
 @pytest.mark.parametrize("mechanism", ["efficient", "super", "expressive"])

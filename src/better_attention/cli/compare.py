@@ -148,7 +148,10 @@ def setting(task: Task, text: str) -> tuple[str, Any]:
     name, sign, value = text.partition("=")
     kinds = {field.name: str(field.type) for field in fields(task) if field.name not in OWN_OPTIONS}
     if not sign or name not in kinds:
-        raise UserError(f"--set {text!r}: expected NAME=VALUE with one of the names {', '.join(sorted(kinds))}.")
+        free = ", ".join(sorted(kinds.keys() - task.follows.keys()))
+        raise UserError(f"--set {text!r}: expected NAME=VALUE with one of the names {free}.")
+    if name in task.follows:
+        raise UserError(f"--set {text!r}: {name} of task {task.name!r} follows from {task.follows[name]}.")
     parsed = _json_or_text(value)
     own = getattr(task, name)
     if own == "" and not isinstance(parsed, str):  # free text: a column may be called 2024, or true

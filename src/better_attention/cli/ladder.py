@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=numbers, metavar="1,2", help="depths of the model")
     parser.add_argument("--heads", type=positive, metavar="N", help="default: the task's")
     parser.add_argument("--seeds", type=positive, metavar="N", help="seeds 0 ... N-1")
-    parser.add_argument("--updates", type=positive, metavar="N", help="most updates of a run")
+    parser.add_argument("--updates", type=positive, metavar="N", help="most updates of a run, in whole epochs of 50")
     parser.add_argument(
         "--screen",
         action="store_true",
@@ -114,7 +114,10 @@ def make_ladder(args: argparse.Namespace) -> Ladder:
     task = replace(task, modulus=min(modulus for modulus, _ in rungs))  # rules that differ there differ everywhere
     # The model is that of "small" at every scale; only the grid grows.
     task = replace(task, **{"width": TASKS["recurrence"]("small").width, "equal_params": not args.equal_width} | chosen)
-    task = replace(task, epochs=-(-(args.updates or grid["updates"]) // epoch_updates(task)))
+    updates = args.updates or grid["updates"]
+    if updates < epoch_updates(task):  # an epoch is what is validated after: it cannot be longer than the run
+        task = replace(task, train_samples=updates * task.batch_size)
+    task = replace(task, epochs=-(-updates // epoch_updates(task)))
     columns = [getattr(args, name) or grid[name] for name in ("scalings", "positions", "layers")]
     ladder = Ladder(
         task=task,

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from better_attention.cli import UserError, console
 from better_attention.cli.cost import add_sizes, check_sizes
-from better_attention.mechanism import MECHANISMS, PROJECTIONS, Mechanism
+from better_attention.experiments.variant import Variant
+from better_attention.mechanism import MECHANISMS, PROJECTIONS
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -22,7 +23,9 @@ Entry = dict[str, Any]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the verb."""
-    parser.add_argument("name", metavar="NAME", help="a mechanism, NAME+expressive or NAME+align; or a task")
+    parser.add_argument(
+        "name", metavar="NAME", help="a mechanism, maybe with +expressive, +align, +per-head or +identity; or a task"
+    )
     add_sizes(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -43,14 +46,14 @@ def run(args: argparse.Namespace) -> int:
             _print_task(task)
         return 0
     try:
-        mechanism = Mechanism.of(args.name)
+        variant = Variant.of(args.name)
     except ValueError:
         raise UserError(
             f"{args.name!r} is neither a mechanism ({', '.join(MECHANISMS)}, optionally followed by +expressive or "
-            f"+align) nor a task ({', '.join(TASKS)})."
+            f"+align, and with W_A by +per-head or +identity) nor a task ({', '.join(TASKS)})."
         ) from None
     check_sizes(args)
-    found = describe_mechanism(mechanism, args.embed_dim, args.heads, args.length)
+    found = describe_mechanism(variant, args.embed_dim, args.heads, args.length)
     if args.json:
         print(json.dumps(found, indent=2, ensure_ascii=False))
     else:
@@ -58,33 +61,39 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def describe_mechanism(mechanism: Mechanism, embed_dim: int, heads: int, length: int) -> Entry:
+def describe_mechanism(variant: Variant, embed_dim: int, heads: int, length: int) -> Entry:
     """The mechanism's axes, picture, equations, and the counts of one layer of these sizes."""
     from better_attention.cost import cost
     from better_attention.experiments.drawing import draw, equations, legend, source
 
-    d, n = embed_dim, length
-    counted = cost(d, heads, n, mechanism=mechanism)
+    mechanism, d, n = variant.mechanism, embed_dim, length
+    layout = "per_head" if variant.per_head else "shared"
+    counted = cost(d, heads, n, mechanism=mechanism, align_heads=layout)
     params = {f"W_{p.upper()}": d * d + d for p in PROJECTIONS if p in mechanism.projections}
     if mechanism.aligned:
-        params["W_A"] = n * n + n
+        params["W_A"] = (n * n + n) * (heads if variant.per_head else 1)
     return {
-        "mechanism": mechanism.name,
+        "mechanism": variant.name,
         "source": source(mechanism),
         "learned": [p for p in PROJECTIONS if p in mechanism.projections],
         "aligned": mechanism.aligned,
         "score": mechanism.score,
         "drawing": draw(mechanism),
-        "legend": legend(mechanism),
+        "legend": [*legend(mechanism), *_layout(variant)],
         "equations": equations(mechanism),
         "sizes": {"embed_dim": d, "heads": heads, "length": n},
         "params": {**params, "all": counted.params},
         "flops_paper": counted.flops_paper,
         "flops": counted.flops,
-        "flops_forward": cost(d, heads, n, mechanism=mechanism, backward=False).flops,
+        "flops_forward": cost(d, heads, n, mechanism=mechanism, align_heads=layout, backward=False).flops,
         "weight_bytes": counted.weight_bytes,
         "cache_bytes_per_token": counted.cache_bytes_per_token,
     }
+
+
+def _layout(variant: Variant) -> list[str]:
+    """What is particular about W_A."""
+    return ["W_A: one for each head."] * variant.per_head + ["W_A: starts as the identity."] * variant.identity
 
 
 def describe_task(name: str) -> Entry:

@@ -212,9 +212,7 @@ def _readable(texts: Sequence[str], keys: Sequence[bytes]) -> tuple[str, ...]:
     notes = []
     empty = keys.count(text_key(""))
     if empty:
-        notes.append(
-            f"{empty:,} of {counted(len(texts), 'text')} hold no word, only signs: a model reads nothing of them"
-        )
+        notes.append(f"{empty:,} of {counted(len(texts), 'text')} without a word, only signs: nothing is read of them")
     words = [word for text in texts[:SAMPLED] for word in tokens(text)]
     whole = "".join(words)
     if words and len(_UNSPACED.findall(whole)) > len(whole) / 3 and len(whole) / len(words) > 3:

@@ -28,7 +28,7 @@ from better_attention.experiments.ladder import (
 )
 from better_attention.experiments.lock import locked
 from better_attention.experiments.output import check_output
-from better_attention.experiments.pace import measure
+from better_attention.experiments.pace import Pace, measure
 from better_attention.experiments.position import DivergedError, Interrupted
 from better_attention.experiments.recurrence_task import RecurrenceTask
 from better_attention.experiments.runs import list_runs, read_curve
@@ -46,12 +46,14 @@ class Climb:
     Args:
         rows: of the cells that were run, in their order.
         notes: what each rung's data say of themselves.
+        paces: of the models that were trained.
     """
 
     ladder: Ladder
     watcher: Watcher
     rows: list[Row] = field(default_factory=list)
     notes: dict[Rung, str] = field(default_factory=dict)
+    paces: dict[tuple[RecurrenceTask, Variant], Pace] = field(default_factory=dict)
 
     def run(self) -> Iterator[Rung]:
         """Train what is not yet trained; a rung is yielded when all its cells are done.
@@ -103,10 +105,14 @@ class Climb:
         task = ladder.task_of(cell.rung, cell.setting)
         name = str(folder.relative_to(ladder.out))
         self.watcher.begin(name, len(self.rows) + 1, len(ladder.cells))
+        if (task, cell.variant) not in self.paces:
+            self.paces[task, cell.variant] = measure(task, splits, cell.variant, ladder.heads, accelerator.device)
+        pace = self.paces[task, cell.variant]
         with locked(folder) if accelerator.is_main_process else nullcontext():
             training = Training(
                 *(task, splits, cell.variant, ladder.heads, cell.seed, folder, accelerator),
                 command=ladder.command,
+                pace=pace,
                 progress=self.watcher.progress,
                 stop=stop,
             )
@@ -119,7 +125,9 @@ class Climb:
                 error.signal = stop.signal or error.signal
                 raise
         self.watcher.end(name, dict(record))
-        return row_of(ladder, cell, record, read_curve(folder))
+        # Runs of older versions have no ratio of their own; the model is the same.
+        known = record if record.get("epoch_ratio") is not None else {**record, "epoch_ratio": pace.ratio}
+        return row_of(ladder, cell, known, read_curve(folder))
 
     def estimate(self, accelerator: Accelerator) -> None:
         """Tell the watcher how long all of it takes at most: every update made, nothing given up.
@@ -177,6 +185,7 @@ def row_of(ladder: Ladder, cell: Cell, record: Mapping[str, Any], curve: Sequenc
         update_flops=update_flops(task, cell.variant, ladder.heads),
         params=record.get("total_params"),
         seconds=record.get("epoch_seconds", 0.0) * len(curve) if record else None,
+        epoch_ratio=record.get("epoch_ratio"),
     )
 
 

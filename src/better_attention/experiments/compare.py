@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from better_attention.errors import counted
 from better_attention.experiments import report, tables
 from better_attention.experiments.inventory import inventory
 from better_attention.experiments.lock import locked
@@ -39,6 +41,7 @@ from better_attention.experiments.variant import Variant
 from better_attention.experiments.watcher import Watcher
 
 RESULTS = ("results.json", "results.csv", "curves.csv", "report.html")
+OPTIMISED = 4  # copies of the parameters in training: weights, gradients and two moments
 EXAMPLES = 2  # test samples whose attention maps are drawn
 
 
@@ -172,13 +175,19 @@ def check_models(plan: Plan) -> None:
     """Build every model once without memory, so that what cannot be built is refused before hours of training.
 
     Raises:
-        ValueError: heads that do not divide the width, for example.
+        ValueError: heads that do not divide the width, for example, or more parameters than the memory can train.
     """
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
     for variant in plan.variants:
         for heads in plan.heads:
             run_name(variant, heads, 0)
             with torch.device("meta"):
-                plan.task.build(variant, heads)
+                size = sum(parameter.nbytes for parameter in plan.task.build(variant, heads).parameters())
+            if OPTIMISED * size > memory:
+                raise ValueError(
+                    f"{variant.name} with {counted(heads, 'head')} has {size / 2**30:,.0f} GiB of parameters; to train "
+                    f"it takes {OPTIMISED} times that, and this machine has {memory / 2**30:,.0f} GiB of memory."
+                )
 
 
 def measure_paces(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -32,6 +32,13 @@ class FolderTask(ImageTask):
     Args:
         official: pictures to train and to test with in the published data set; a note says where others were read.
     """
+
+    follows: ClassVar[Mapping[str, str]] = {
+        **ImageTask.follows,
+        "classes": "the data",
+        "raw_size": "image_size",
+        "peak": "the files: 255",
+    }
 
     official: tuple[int, int] | None = None
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from better_attention.errors import one_of, whole_number
 from better_attention.experiments.augmentation import AUGMENTATIONS, keras_augmented
 from better_attention.experiments.splits import Split, Splits
-from better_attention.experiments.task import Shown, Task, check_classes, cut
+from better_attention.experiments.task import Shown, Task, check_classes, cut, share
 from better_attention.experiments.variant import Variant
 
 if TYPE_CHECKING:
@@ -43,6 +43,8 @@ class ImageTask(Task):
         top5: measure the share of images whose class is among the five likeliest, where there are more than five.
     """
 
+    follows: ClassVar[Mapping[str, str]] = {**Task.follows, "length": "image_size, patch and class_token"}
+
     raw_size: int
     image_size: int
     patch: int
@@ -60,8 +62,11 @@ class ImageTask(Task):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("raw_size", "image_size", "patch", "classes"):
+        for name in ("raw_size", "image_size", "patch", "classes", "peak"):
             whole_number(getattr(self, name), name)
+        if whole_number(self.channels, "channels") not in (1, 3):
+            raise ValueError(f"channels must be 1 (grey) or 3 (colour), received {self.channels}.")
+        share(self.head_dropout, "head_dropout")
         if self.mlp is not None:
             whole_number(self.mlp, "mlp")
         whole_number(self.head_hidden, "head_hidden", at_least=0)
@@ -78,6 +83,17 @@ class ImageTask(Task):
         if not isinstance(images, Images):
             raise TypeError(f"task {self.name!r} needs images; data set {self.dataset!r} holds none.")
         check_classes(self, self.classes, images.classes)
+        stored = {
+            "raw_size": images.train_images.shape[1],
+            "channels": 3 if images.train_images.ndim == 4 else 1,
+            "peak": images.peak,
+        }
+        for name, value in stored.items():
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f"task {self.name!r} is set to {name}={getattr(self, name)}, but the pictures of {self.dataset!r} "
+                    f"have {value}: leave it as it is."
+                )
         if self.image_size < self.raw_size:
             raise ValueError(
                 f"task {self.name!r} pads its images of {self.raw_size} pixels a side and cuts nothing off: image_size "

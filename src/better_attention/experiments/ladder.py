@@ -135,6 +135,8 @@ class Row:
         update_flops: of the matrix products of one update, forward and backward.
         params: learned values of the model.
         seconds: of training.
+        epoch_ratio: time of an update over that of the same model on torch's own layer, which has learned positions
+            where ours are rotary.
     """
 
     mechanism: str
@@ -156,6 +158,7 @@ class Row:
     update_flops: int = 0
     params: int | None = None
     seconds: float | None = None
+    epoch_ratio: float | None = None
 
     @property
     def rung(self) -> Rung:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cache
+from statistics import geometric_mean
 
 import jinja2
 
@@ -96,6 +97,7 @@ def render(report: Report) -> str:
         heights=heights(rows, ladder.rungs),
         equal_compute=heights(within(rows, budget), ladder.rungs),
         sizes={name: size_of(name, rows) for name in names},
+        paces={name: pace_of(name, rows) for name in names},
         duels=found,
         findings=[sentence(duel) for duel in found["overall"]],
         give_up=GIVE_UP,
@@ -112,6 +114,18 @@ def size_of(name: str, rows: Sequence[Row]) -> str:
         if values
     ]
     return ", ".join(parts) or "–"
+
+
+def pace_of(name: str, rows: Sequence[Row]) -> str:
+    """A mechanism's updates beside torch's layer: the geometric mean over its models, and from the least to the most.
+
+    Each model was measured once, so that equal values are one measurement.
+    """
+    ratios = sorted({row.epoch_ratio for row in rows if row.mechanism == name and row.epoch_ratio})
+    if not ratios:
+        return "–"
+    mean = number(geometric_mean(ratios), 2)
+    return f"{mean} ({number(ratios[0], 2)}–{number(ratios[-1], 2)})" if len(ratios) > 1 else mean
 
 
 def shade(accuracy: float | None, modulus: int) -> str:

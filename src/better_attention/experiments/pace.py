@@ -34,7 +34,7 @@ class Pace:
     Args:
         seconds: of one update, the median.
         ratio: update time over that of the same model on ``torch.nn.MultiheadAttention``, the median of neighbouring
-            pairs; None where torch's layer cannot stand in (rotary positions, a scale of one's own).
+            pairs; None where torch's layer cannot stand in, see :meth:`Task.torch_twin`.
         evaluated, scored: seconds to evaluate a sample, and to score it by :meth:`Task.scores`.
     """
 
@@ -56,7 +56,7 @@ def measure(task: Task, splits: Splits, variant: Variant, heads: int, device: to
     with torch.random.fork_rng(devices=[]):
         model = task.build(variant, heads)
         ours = _updates(task, model, splits.train, device)
-        rival = on_torch(task.build("standard", heads))
+        rival = on_torch(task.torch_twin().build("standard", heads))
         theirs = None if rival is None else _updates(task, rival, splits.train, device)
         own: list[float] = []
         other: list[float] = []

@@ -7,12 +7,12 @@ rule (a, b) a sequence goes on as x_t = (a x_{t-1} + b x_{t-τ}) mod N from τ s
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from itertools import product
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +61,8 @@ class RecurrenceTask(Task):
     Raises:
         ValueError, TypeError: a setting out of range.
     """
+
+    follows: ClassVar[Mapping[str, str]] = {**Task.follows, "length": "delay, steps and rules"}
 
     modulus: int
     delay: int
@@ -149,6 +151,11 @@ class RecurrenceTask(Task):
             scale=SCALINGS[self.scaling],
             dropout=self.dropout,
         )
+
+    def torch_twin(self) -> Self:
+        """Learned positions instead of rotary ones and 1/sqrt(d_k): torch's layer knows no others."""
+        positions = "learned" if self.positions == "rotary" else self.positions
+        return replace(self, positions=positions, scaling="sqrt")
 
     def width_step(self, heads: int) -> int:
         """Even head widths: rotary positions turn pairs of features, and the others are compared at the same widths."""

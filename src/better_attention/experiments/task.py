@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -79,6 +79,13 @@ class Task(ABC):
             to a second thread than it gains, and lose badly where another program wants that core.
     """
 
+    follows: ClassVar[Mapping[str, str]] = {
+        "heads": "--heads",
+        "default_heads": "--heads",
+        "seeds": "--seeds",
+    }
+    """Settings that something else decides -> what; to set them would do nothing."""
+
     name: str
     title: str
     source: str
@@ -117,7 +124,7 @@ class Task(ABC):
             raise ValueError("lr must be above 0, received 0.")
         finite_number(self.weight_decay, "weight_decay", low=0.0)
         for name in ("dropout", "validation_share"):
-            finite_number(getattr(self, name), name, low=0.0, high=1.0)
+            share(getattr(self, name), name)
 
     def fitted(self, folder: Path | None = None) -> Self:
         """This task with what only the user's data can tell (classes, sizes) filled in; known data sets know it all.
@@ -143,6 +150,10 @@ class Task(ABC):
         """A fresh model for a comparison: :meth:`model`, at the width that ``equal_params`` asks for."""
         variant = Variant.of(variant)
         return self.sized(variant, heads).model(variant, heads)
+
+    def torch_twin(self) -> Self:
+        """This task with a standard model that ``torch.nn.MultiheadAttention`` can compute, for the pace beside it."""
+        return self
 
     def width_step(self, heads: int) -> int:
         """Widths that :meth:`sized` may choose are multiples of this."""
@@ -244,6 +255,18 @@ class Task(ABC):
             )
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
         return replace(self, **values)
+
+
+def share(value: object, name: str) -> float:
+    """``value`` as a number from 0 to below 1, or an error naming the setting: of all that is left out nothing is left.
+
+    Raises:
+        TypeError, ValueError: it is none.
+    """
+    number = finite_number(value, name, low=0.0, high=1.0)
+    if number == 1:
+        raise ValueError(f"{name} must be below 1, received {value!r}: nothing would be left.")
+    return number
 
 
 @cache

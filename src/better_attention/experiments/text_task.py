@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -106,6 +106,8 @@ class OwnTextTask(TextTask):
     Args:
         text_column, label_column: the columns of the file; "": one of the usual names, such as ``text`` and ``label``.
     """
+
+    follows: ClassVar[Mapping[str, str]] = {**TextTask.follows, "classes": "the data"}
 
     text_column: str = ""
     label_column: str = ""

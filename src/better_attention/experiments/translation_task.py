@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from better_attention.errors import finite_number, whole_number
 from better_attention.experiments.splits import Split, Splits
-from better_attention.experiments.task import Prediction, Shown, Task
+from better_attention.experiments.task import Prediction, Shown, Task, share
 from better_attention.experiments.variant import Variant
 
 PADDING, END = 0, 3  # as in models.translation, which is imported where it is used
@@ -60,8 +60,8 @@ class TranslationTask(Task):
         for name in ("encoder_layers", "hidden", "beam", "bleu_samples"):
             whole_number(getattr(self, name), name)
         whole_number(self.vocabulary, "vocabulary", at_least=5)
-        finite_number(self.output_dropout, "output_dropout", low=0.0, high=1.0)
-        finite_number(self.test_share, "test_share", low=0.0, high=1.0)
+        share(self.output_dropout, "output_dropout")
+        share(self.test_share, "test_share")
         finite_number(self.length_penalty, "length_penalty", low=0.0)
 
     def load(self, folder: Path | None = None) -> Splits:

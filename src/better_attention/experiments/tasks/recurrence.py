@@ -44,7 +44,7 @@ def recurrence(scale: str = "small") -> Task:
         threads=1,
     )
     variants: dict[str, Task] = {
-        "smoke": replace(small, scale="smoke", seeds=1, modulus=2, delay=2, epochs=6),
+        "smoke": replace(small, scale="smoke", seeds=1, epochs=6),
         "small": small,
         "paper": replace(small, scale="paper", seeds=5, modulus=16, delay=8, epochs=200, layers=2),
     }
