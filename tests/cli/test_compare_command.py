@@ -60,10 +60,11 @@ def test_a_column_may_have_any_name(name: str) -> None:
     ("arguments", "message"),
     [
         (["--mechanisms", "standard,quick"], "unknown mechanism 'quick'. Choose one of standard, optimised"),
-        (["--heads", "0"], "expected a whole number of at least 1, received 0"),
-        (["--heads", "two"], "expected a whole number, received 'two'"),
-        (["--seeds", "-1"], "expected a whole number, received '-1'"),
-        (["--seeds", "1.5"], "expected a whole number, received '1.5'"),
+        (["--heads", "0"], "expected a whole number of at least 1, received '0'"),
+        (["--heads", "two"], "expected a whole number of at least 1, received 'two'"),
+        (["--seeds", "-1"], "expected a whole number of at least 1, received '-1'"),
+        (["--seeds", "1.5"], "expected a whole number of at least 1, received '1.5'"),
+        (["--patience", "-1"], "expected a whole number of at least 0, received '-1'"),
         (["--scale", "huge"], "invalid choice: 'huge'"),
     ],
 )

@@ -151,8 +151,10 @@ def test_inputs_have_the_tasks_shape(name: str) -> None:
 
 
 def test_heads_that_do_not_divide_are_told(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("--tasks", "imdb", "--heads", "5", "--mechanisms", "standard", *FP32[-2:]) == 0
+    assert run("--tasks", "imdb", "--heads", "5,4", "--mechanisms", "standard", *FP32[-2:], "--quick") == 0
     assert "Not timed: imdb, h 5: embed_dim must be divisible" in capsys.readouterr().out
+    assert run("--tasks", "imdb,mnist", "--heads", "5,3", "--mechanisms", "standard") == 2
+    assert "--heads: none of 5, 3 divides a model's width (imdb 32, mnist 128)" in capsys.readouterr().err
 
 
 def test_int8_without_torchao_is_told(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

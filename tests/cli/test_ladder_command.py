@@ -77,12 +77,15 @@ def test_what_does_not_fit_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("rungs", ["4", "x4", "4x", "axb", "4x0"])
-def test_rungs_are_two_numbers(rungs: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("rungs", "message"),
+    [("4", "expected N x τ, such as 8x4"), *((bad, "whole number") for bad in ("x4", "4x", "axb", "4x0"))],
+)
+def test_rungs_are_two_numbers(rungs: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main.main(["ladder", "--rungs", rungs])
     assert ended.value.code == 2
-    assert "whole number" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 GRID = "--scale smoke --mechanisms standard,expressive --rungs 4x4,4x5 --updates 2 --seeds 1"

@@ -159,7 +159,7 @@ def test_what_is_no_run_is_refused(digits: Path, tmp_path: Path, capsys: pytest.
 def test_a_task_without_a_data_set_reads_what_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(["compare", "recurrence", *SHORT, "--out", str(tmp_path)]) == 0
     run = tmp_path / "super-h2-s0"
-    assert len(predict(capsys, run, "1 0 1")) == 1
+    assert len(predict(capsys, run, "1 0 1 3")) == 1
     assert "'recurrence' makes its data itself. Name the symbols instead" in refused(capsys, run, "--index", 0)
 
 

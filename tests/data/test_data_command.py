@@ -16,7 +16,7 @@ from PIL import Image
 from publisher import HOST, Publisher
 
 from better_attention.cli import data as verb
-from better_attention.data import SOURCES, DataError, read, sources, store
+from better_attention.data import SOURCES, DataError, image_cache, read, sources, store
 from better_attention.data.image_folder import find
 
 
@@ -63,7 +63,15 @@ def test_decoded_pictures_are_listed_with_their_size(
     assert (told["sets"], told["bytes"]) == (1, sum(file.stat().st_size for file in files))
     assert told["bytes"] >= 10 * 8 * 8
     assert call() == 0
-    assert f"1 set of decoded pictures, 0 MiB, in {told['folder']}: may be deleted" in capsys.readouterr().out
+    assert (
+        f"1 set of decoded pictures, 0 MiB, in {told['folder']}; `better-attention data clear`"
+        in capsys.readouterr().out
+    )
+    assert call("clear") == 0
+    assert f"removed 1 set of decoded pictures, 0 MiB, from {told['folder']}" in capsys.readouterr().out
+    assert image_cache.held() == (0, 0)
+    assert call("clear", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {"folder": told["folder"], "sets": 0, "bytes": 0}
 
 
 def test_options_count_before_and_after_the_action(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import errno
 import hashlib
 import io
 import os
@@ -266,6 +267,27 @@ def test_two_folders_for_one_split_are_refused(tmp_path: Path) -> None:
         find(tmp_path)
 
 
+def test_where_nothing_can_be_kept_pictures_are_decoded_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "photos", photos())
+    usual, names = everything(find(tmp_path / "photos"))
+
+    def refused(path: Path, *_: object, **__: object) -> None:
+        raise PermissionError(errno.EROFS, "Read-only file system", str(path))
+
+    image_cache.clear()
+    monkeypatch.setattr(Path, "mkdir", refused)
+    found = find(tmp_path / "photos")
+    again, again_names = everything(found)
+    assert again_names == names
+    assert np.array_equal(again, usual)
+    assert image_cache.held() == (0, 0)
+    monkeypatch.setattr(image_cache, "IN_MEMORY", 10)
+    with pytest.raises(DataError, match=r"cannot write .*Read-only file system"):
+        everything(found)
+
+
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
@@ -275,7 +297,8 @@ def test_two_folders_for_one_split_are_refused(tmp_path: Path) -> None:
         ({}, r"holds no pictures \(.jpg, .*\); expected a folder per class"),
         ({"a/1.heic": b"x", "b/1.txt": b"x"}, "holds no pictures"),
         ({"1.png": plain(1), "2.png": plain(2)}, "holds pictures that lie in no class's folder"),
-        ({"a/1.png": plain(1), "a/2.png": plain(2)}, r"has only one class, 'a'.*name it: .*a\."),
+        ({"a/1.png": plain(1), "a/2.png": plain(2)}, r"has only one class, 'a'; there is nothing to learn\.$"),
+        ({"a/b/1.png": plain(1), "a/c/2.png": plain(2)}, r"has only one class, 'a'.*name it: .*a\."),
         (photos() | {"dogs/1.heic": b"x"}, "dogs holds no pictures .*a class without pictures"),
         (photos("train/") | {"train/dogs/1.heic": b"", "val/ants/1.png": plain(1)}, "dogs holds no pictures"),
         (photos("train/") | photos("val/") | {"val/dogs/1.png": plain(1)}, "dogs is a class that train/ does not have"),

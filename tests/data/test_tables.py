@@ -375,7 +375,7 @@ LAST = GOOD.count("\n") + 1
             "a.csv",
             "number,words\n1,b\n",
             r"a\.csv, line 1 \(separated by commas\) has no text column\. It has 'number', 'words': name one with "
-            r"`--set text_column=NAME`\.",
+            r"`--set text_column=NAME`; the first line must hold the columns' names\.",
         ),
         ("a.csv", "text;stern\na;b\n", r"line 1 \(separated by semicolons\) has no label column\. It has 'text', 'ste"),
         ("a.csv", "text,label,text\na,b,c\n", r"has 2 columns 'text'\. It has 'text', 'label', 'text': rename all but"),

@@ -173,7 +173,7 @@ def test_all_mechanisms_see_the_samples_in_the_same_order(tmp_path: Path, monkey
 
 
 def test_what_cannot_be_built_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="embed_dim"):
+    with pytest.raises(ValueError, match="--heads 4 does not divide the width of task 'digits', 6"):
         compare(plan(tmp_path, heads=(3, 4)), Watcher())
     assert not list(tmp_path.iterdir())
 

@@ -20,6 +20,7 @@ from better_attention.cli import UserError, main
 from better_attention.cli import compare as verb
 from better_attention.experiments.compare import Plan, compare, make_study
 from better_attention.experiments.image_task import ImageTask
+from better_attention.experiments.recurrence_task import RecurrenceTask
 from better_attention.experiments.task import Task, equal_width
 from better_attention.experiments.tasks import TASKS
 from better_attention.experiments.variant import Variant
@@ -118,12 +119,16 @@ def parse(*arguments: str) -> argparse.Namespace:
 
 def test_settings_arrive() -> None:
     words = ["--set", "layers=4", "--set", "dropout=0", "--set", "weight_decay=1e-3", "--set", "train_samples=55"]
-    more = ["--set", "heads=[1,3]", "--set", "optimiser=adam", "--set", "threads=null", "--equal-params"]
+    more = ["--set", "optimiser=adam", "--set", "threads=null", "--equal-params"]
     task = verb.make_plan(parse("digits", *words, *more)).task
     assert isinstance(task, ImageTask)
     assert (task.layers, task.dropout, task.weight_decay, task.train_samples) == (4, 0, 1e-3, 55)
-    assert (task.heads, task.optimiser, task.threads, task.equal_params) == ((1, 3), "adam", None, True)
+    assert (task.optimiser, task.threads, task.equal_params) == ("adam", None, True)
     assert verb.make_plan(parse("digits")).task.equal_params is False
+    for rules in ('["plus","minus"]', "plus,minus"):
+        several = verb.make_plan(parse("recurrence", "--set", f"rules={rules}")).task
+        assert isinstance(several, RecurrenceTask)
+        assert several.rules == ("plus", "minus")
 
 
 def test_an_option_of_its_own_comes_after_set() -> None:
@@ -144,7 +149,7 @@ def test_an_option_of_its_own_comes_after_set() -> None:
         (["layers=true"], "'true' is of another kind"),
         (["layers="], "'' is of another kind"),
         (["dropout=lots"], "dropout is 0.1 by default; 'lots' is of another kind"),
-        (["heads=four"], "heads is (1, 2, 4) by default; 'four' is of another kind"),
+        (["heads=4"], "heads of task 'digits' follows from --heads"),
         (["optimiser=3"], "optimiser is 'adamw' by default; '3' is of another kind"),
         (["train_samples=many"], "train_samples is None by default; 'many' is of another kind"),
     ],

@@ -7,6 +7,7 @@ that what slows the machine for a while slows both sides of it.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -193,10 +194,13 @@ def quantise(model: nn.Module) -> int:
     Raises:
         Unusable: torchao is not installed, or cannot do it with this torch.
     """
+    logging.disable(logging.WARNING)  # what torchao misses at import is for GPUs
     try:
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
     except ImportError as error:
         raise Unusable(f"int8 needs torchao ({error}): pip install torchao") from None
+    finally:
+        logging.disable(logging.NOTSET)
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
     try:
         quantize_(model, Int8DynamicActivationInt8WeightConfig())

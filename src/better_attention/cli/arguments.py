@@ -35,14 +35,11 @@ def folder(text: str) -> Path:
 
 def positive(text: str) -> int:
     """A whole number of at least 1."""
-    number = whole(text)
-    if number == 0:
-        raise argparse.ArgumentTypeError("expected a whole number of at least 1, received 0")
-    return number
+    return whole(text, at_least=1)
 
 
-def whole(text: str) -> int:
+def whole(text: str, at_least: int = 0) -> int:
     """A whole number of at least 0."""
-    if not text.strip().isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a whole number, received {text!r}")
+    if not text.strip().isdecimal() or int(text) < at_least:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least {at_least}, received {text!r}")
     return int(text)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from better_attention.cli import UserError
+from better_attention.errors import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -15,7 +19,7 @@ if TYPE_CHECKING:
     from better_attention.data.download import Remote
     from better_attention.data.sources import Source
 
-HELP = "show, fetch or import the data sets"
+HELP = "show, fetch or import the data sets; clear decoded pictures"
 
 Record = dict[str, Any]
 
@@ -30,6 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     fetch = actions.add_parser("fetch", help="download the official files, with their SHA-256 checked")
     adopt = actions.add_parser("import", help="copy the official files from a folder of yours, after checking them")
+    clear = actions.add_parser("clear", help="remove decoded pictures; they are made again when they are needed")
+    _add_common(clear)
     for action in (show, fetch, adopt):
         action.add_argument("name", metavar="NAME", help="digits, mnist, cifar100, imdb, amazon or translation")
         _add_common(action)
@@ -47,6 +53,15 @@ def run(args: argparse.Namespace) -> int:
 
     folder: Path | None = getattr(args, "data", None)
     as_json: bool = getattr(args, "json", False)
+    if args.action == "clear":
+        sets, size = image_cache.clear()
+        if as_json:
+            print(json.dumps({"folder": str(image_cache.folder()), "sets": sets, "bytes": size}, indent=2))
+        else:
+            console().print(f"removed {_decoded(sets, size)} from {image_cache.folder()}", markup=False, soft_wrap=True)
+        return 0
+    if args.action in (None, "list", "show") and folder is not None and not folder.is_dir():
+        raise UserError(f"--data {folder} does not exist, or is a file: name the folder that holds the data.")
     if args.action in (None, "list"):
         rows = [_state(row, folder) for row in sources.SOURCES.values()]
         place = str(folder or store.home())
@@ -55,7 +70,9 @@ def run(args: argparse.Namespace) -> int:
         if as_json:
             print(json.dumps({"folder": place, "data_sets": rows, "decoded_pictures": decoded}, indent=2))
         else:
-            _print_list(console(), place, rows, decoded)
+            _print_list(
+                console(), place, rows, decoded, "" if folder is None else " " + shlex.join(["--data", str(folder)])
+            )
         return 0
 
     row = sources.source(args.name)
@@ -147,7 +164,11 @@ _STATES = {
 }
 
 
-def _print_list(out: Console, place: str, rows: list[Record], decoded: Record) -> None:
+def _decoded(sets: int, size: int) -> str:
+    return f"{counted(sets, 'set')} of decoded pictures, {size / 2**20:,.0f} MiB,"
+
+
+def _print_list(out: Console, place: str, rows: list[Record], decoded: Record, option: str) -> None:
     from rich.table import Table
     from rich.text import Text
 
@@ -163,15 +184,12 @@ def _print_list(out: Console, place: str, rows: list[Record], decoded: Record) -
             out.print(Text(f"{row['name']}: {row['problem']}"))
         elif row["state"] == "absent":
             name = row["name"]
-            fetch = f"better-attention data fetch {name}   (or: data import {name} FROM)"
-            out.print(Text(fetch if row["fetchable"] else f"better-attention data import {name} FROM"))
+            fetch = f"better-attention data fetch {name}{option}   (or: data import {name} FROM{option})"
+            bring = f"better-attention data import {name} FROM{option}"
+            out.print(Text(fetch if row["fetchable"] else bring), soft_wrap=True)
     if decoded["sets"]:
-        sets = "1 set" if decoded["sets"] == 1 else f"{decoded['sets']:,} sets"
-        size = f"{decoded['bytes'] / 2**20:,.0f} MiB"
-        out.print(
-            Text(f"\n{sets} of decoded pictures, {size}, in {decoded['folder']}: may be deleted, are made again."),
-            soft_wrap=True,
-        )
+        told = _decoded(decoded["sets"], decoded["bytes"])
+        out.print(Text(f"\n{told} in {decoded['folder']}; `better-attention data clear` removes them."), soft_wrap=True)
 
 
 def _print_record(out: Console, record: Record) -> None:

@@ -66,6 +66,9 @@ def run(args: argparse.Namespace) -> int:
     out = args.out or Path("runs") / "edge"
     check_output(out, edge_view.FILES, lambda found: "timings" in found)
     tasks = chosen(args.tasks)
+    if not any(task.width % heads == 0 for task in tasks for heads in args.heads):
+        widths = ", ".join(f"{task.name} {task.width}" for task in tasks)
+        raise UserError(f"--heads: none of {', '.join(map(str, args.heads))} divides a model's width ({widths}).")
     with threads(args.threads):
         report = measure(args, tasks)
     if args.json:

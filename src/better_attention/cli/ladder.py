@@ -63,6 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def rungs(text: str) -> tuple[tuple[int, int], ...]:
     """Rungs from a comma-separated list of NxT."""
     pairs = [part.partition("x") for part in text.split(",")]
+    if not all(sign for _, sign, _ in pairs):
+        raise argparse.ArgumentTypeError(f"expected N x τ, such as 8x4 or 2x4,8x4, received {text!r}")
     return tuple((positive(modulus), positive(delay)) for modulus, _, delay in pairs)
 
 

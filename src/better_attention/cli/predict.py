@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from better_attention.experiments.image_task import ImageTask
     from better_attention.experiments.runs import Run
 
+TABLES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")
 HELP = "classify new inputs, or test samples, with the model of a finished run"
 
 
@@ -28,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "inputs",
         nargs="*",
         metavar="INPUT",
-        help="texts, text files (a text each) or - for standard input (a text a line); of images: .png or .npy files",
+        help="texts, text files (a text each) or - for standard input (a text a line); of images: their files or .npy",
     )
     parser.add_argument("--index", type=int, action="append", metavar="N", help="test sample N of the data set, from 0")
     parser.add_argument("--data", type=Path, metavar="DIR", help="where the data set is, for --index")
@@ -79,7 +80,11 @@ def print_rows(rows: Sequence[dict[str, Any]]) -> None:
     from better_attention.experiments.files import plain
 
     table = Table(
-        "Input", "Class", "Probability", *(["Truth"] if any("truth" in row for row in rows) else []), box=None
+        "Input",
+        "Class" if all(row["probabilities"] for row in rows) else "Output",
+        "Probability",
+        *(["Truth"] if any("truth" in row for row in rows) else []),
+        box=None,
     )
     for row in rows:
         cells = [plain(row["input"], 60), plain(row["class"]), f"{row['probability']:.3f}"]
@@ -102,6 +107,8 @@ def read_texts(name: str) -> list[str]:
         is_file = Path(name).is_file()
     except (OSError, ValueError):  # a text may be too long for a name, or hold what a name cannot
         is_file = False
+    if is_file and Path(name).suffix.lower() in TABLES:
+        raise UserError(f"{name} is a table, and would be read as one text: hand over a text a line, with -.")
     try:
         text = Path(name).read_text("utf-8") if is_file else name
     except UnicodeDecodeError as error:

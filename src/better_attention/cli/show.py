@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import re
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 HELP = "show a mechanism (picture, equations, counts) or a task (setting, source)"
 
 Entry = dict[str, Any]
+
+_ROLE = re.compile(r":\w+:`~?(?:[\w.]*\.)?(\w+)`")
+"""A reference in a docstring, such as :func:`~a.b.c`, of which people want the last word."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -111,7 +115,7 @@ def describe_task(name: str) -> Entry:
         "task": name,
         "title": task.title,
         "source": task.source,
-        "about": [" ".join(part.split()) for part in (module, choices) if part],
+        "about": [_ROLE.sub(r"\1", " ".join(part.split())) for part in (module, choices) if part],
         "settings": {scale: make(scale).settings() for scale in SCALES},
         "paper": paper.rows(name),
     }

@@ -170,7 +170,7 @@ def where(position: Position, epochs: int, steps: int) -> str:
 
 def outcome(record: dict[str, Any]) -> str:
     """The result of a run in one line."""
-    return (
-        f"test {record['test_accuracy']:.2f} %, loss {record['test_loss']:.3f}; best epoch {record['best_epoch']} of "
-        f"{record['epochs']}; {record['epoch_seconds']:.2f} s/epoch"
-    )
+    bleu = "" if record.get("test_bleu") is None else f"BLEU {record['test_bleu']:.1f}, "
+    scores = f"test {bleu}{record['test_accuracy']:.2f} %, loss {record['test_loss']:.3f}"
+    best = f"best epoch {record['best_epoch']} of {record['epochs']}"
+    return f"{scores}; {best}; {record['epoch_seconds']:.2f} s/epoch"

@@ -6,12 +6,13 @@ appear whole or not at all, and may be deleted at any time: they are made again.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -32,6 +33,10 @@ Contents = Iterable[tuple[int, str, bytes | Path]]
 """Row, name and file or file's contents of every picture, in any order."""
 
 
+class NotWritable(DataError):  # noqa: N818 - smaller sets do without
+    """The folder of the decoded pictures may not be written."""
+
+
 def folder() -> Path:
     """Where decoded pictures lie."""
     return home() / "pictures"
@@ -41,6 +46,14 @@ def held() -> tuple[int, int]:
     """How many decoded sets lie there, and their bytes."""
     sizes = [path.stat().st_size for path in folder().glob("*.npy")]
     return len(sizes), sum(sizes)
+
+
+def clear() -> tuple[int, int]:
+    """Remove every decoded set; returns how many there were, and their bytes."""
+    found = held()
+    for path in (*folder().glob("*.npy"), *folder().glob("*.json")):
+        path.unlink(missing_ok=True)
+    return found
 
 
 def decoded(key: str, rows: int, contents: Callable[[], Contents], size: int, channels: int) -> UInt8:
@@ -60,17 +73,25 @@ def decoded(key: str, rows: int, contents: Callable[[], Contents], size: int, ch
         pages are read as they are needed. Writing to it changes memory alone.
 
     Raises:
-        DataError: pictures that cannot be decoded, all of them named up to ten; no room on the disk.
+        DataError: pictures that cannot be decoded, all of them named up to ten; no room on the disk; a folder that
+            may not be written, for more than ``IN_MEMORY`` bytes.
     """
     path = folder() / f"{key}.npy"
     shape = (rows, size, size) if channels == 1 else (rows, size, size, channels)
     array = _mapped(path, shape)
     if array is None:
-        with _alone(path, f".{path.name}.lock"):
-            array = _mapped(path, shape)  # another process may have made it while this one waited
-            if array is None:
-                _write(path, shape, contents())
-                array = np.lib.format.open_memmap(path, mode="c")
+        try:
+            with _alone(path, f".{path.name}.lock"):
+                array = _mapped(path, shape)  # another process may have made it while this one waited
+                if array is None:
+                    _write(path, shape, contents())
+                    array = np.lib.format.open_memmap(path, mode="c")
+        except NotWritable:
+            if int(np.prod(shape)) > IN_MEMORY:
+                raise
+            array = np.empty(shape, np.uint8)  # decoded again every time, but decoded
+            for row, picture in _pictures(shape, contents()):
+                array[row] = picture
     return np.array(array) if array.nbytes <= IN_MEMORY else array
 
 
@@ -81,7 +102,7 @@ def remembered(key: str, find: Callable[[], Any]) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         value = find()
-    with _alone(path, ".json.lock"), _replacing(path) as file:
+    with suppress(NotWritable), _alone(path, ".json.lock"), _replacing(path) as file:
         file.write(json.dumps(value).encode())
     return value
 
@@ -97,19 +118,32 @@ def _mapped(path: Path, shape: tuple[int, ...]) -> UInt8 | None:
 
 def _write(path: Path, shape: tuple[int, ...], contents: Contents) -> None:
     """Decode all pictures into a new file. Written, not mapped: a full disk is then an error and not a crash."""
-    size, channels, each = shape[1], 3 if len(shape) == 4 else 1, int(np.prod(shape[1:]))
+    each = int(np.prod(shape[1:]))
     free = shutil.disk_usage(path.parent).free
     if each * shape[0] > free:
         raise DataError(
             f"the decoded pictures take {each * shape[0]:,} bytes; {path.parent} has {free:,} free. Make room, take a "
             "smaller picture size, or let XDG_CACHE_HOME name another disk."
         )
-    bad: list[str] = []
-    written = 0
-    with _replacing(path) as file, ThreadPoolExecutor(_workers()) as pool, quiet():
+    with _replacing(path) as file:
         header = {"descr": "|u1", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
         start = file.tell()
+        for row, picture in _pictures(shape, contents):
+            file.seek(start + row * each)
+            file.write(picture.tobytes())
+
+
+def _pictures(shape: tuple[int, ...], contents: Contents) -> Iterator[tuple[int, UInt8]]:
+    """Row and pixels of every picture, decoded on all cores.
+
+    Raises:
+        DataError: at the end, pictures that cannot be decoded, or too few of them.
+    """
+    size, channels = shape[1], 3 if len(shape) == 4 else 1
+    bad: list[str] = []
+    found = 0
+    with ThreadPoolExecutor(_workers()) as pool, quiet():
         waiting = iter(contents)
         while batch := list(islice(waiting, _BATCH)):
             pictures = pool.map(lambda one: _attempt(one[1], one[2], size, channels), batch)
@@ -117,16 +151,13 @@ def _write(path: Path, shape: tuple[int, ...], contents: Contents) -> None:
                 if isinstance(picture, DataError):
                     bad.append(str(picture))
                     continue
-                file.seek(start + row * each)
-                file.write(picture.tobytes())
-                written += 1
-        if bad:
-            rest = f"\n... and {len(bad) - _TOLD:,} more" if len(bad) > _TOLD else ""
-            raise DataError("\n".join(bad[:_TOLD]) + rest)
-        if written != shape[0]:
-            raise DataError(
-                f"{shape[0] - written:,} pictures were gone before they were read: the data changed. Try again."
-            )
+                found += 1
+                yield row, picture
+    if bad:
+        rest = f"\n... and {len(bad) - _TOLD:,} more" if len(bad) > _TOLD else ""
+        raise DataError("\n".join(bad[:_TOLD]) + rest)
+    if found != shape[0]:
+        raise DataError(f"{shape[0] - found:,} pictures were gone before they were read: the data changed. Try again.")
 
 
 def _attempt(name: str, source: bytes | Path, size: int, channels: int) -> UInt8 | DataError:
@@ -158,7 +189,12 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def _alone(path: Path, lock: str) -> Iterator[None]:
-    """One process at a time makes ``path``, others wait; what the disk says becomes an error with a way out."""
+    """One process at a time makes ``path``, others wait; what the disk says becomes an error with a way out.
+
+    Raises:
+        NotWritable: nobody may write there.
+        DataError: no room, for example.
+    """
     import filelock
 
     try:
@@ -166,6 +202,7 @@ def _alone(path: Path, lock: str) -> Iterator[None]:
         with filelock.FileLock(path.with_name(lock)):
             yield
     except OSError as error:
-        raise DataError(
+        kind = NotWritable if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) else DataError
+        raise kind(
             f"cannot write {path}: {error.strerror or error}. Make room, or let XDG_CACHE_HOME name another disk."
         ) from None

@@ -155,7 +155,7 @@ def _classes(names: Sequence[str], top: str) -> dict[str, list[str]]:
     return dict(found)
 
 
-def _check(tree: PictureTree, members: Mapping[str, Mapping[str, object]], splits: Mapping[str, str]) -> None:
+def _check(tree: PictureTree, members: Mapping[str, Mapping[str, Sequence[str]]], splits: Mapping[str, str]) -> None:
     """Refuse what nothing can be learned from, or not what is meant."""
     kinds = ", ".join(SUFFIXES)
     top = splits["train"]
@@ -179,11 +179,10 @@ def _check(tree: PictureTree, members: Mapping[str, Mapping[str, object]], split
                 "put pictures there."
             )
     if len(members["train"]) == 1:
-        (only,) = members["train"]
-        raise DataError(
-            f"{where} has only one class, {only!r}; there is nothing to learn. If its classes are the folders "
-            f"below that, name it: {where / only}."
-        )
+        ((only, names),) = members["train"].items()
+        deeper = any(name.removeprefix(f"{top}/" if top else "").count("/") > 1 for name in names)
+        hint = f" If its classes are the folders below that, name it: {where / only}." if deeper else ""
+        raise DataError(f"{where} has only one class, {only!r}; there is nothing to learn.{hint}")
     for split, classes in members.items():
         unknown = sorted(classes.keys() - members["train"].keys())
         if unknown:

@@ -56,7 +56,8 @@ class Columns:
         for kind, found, asked in (("text", text, self.text), ("label", label, self.label)):
             if found is None:
                 wanted = f"column {asked!r}" if asked else f"{kind} column"
-                raise DataError(f"{place} has no {wanted}. {there}: name one with `--set {kind}_column=NAME`.")
+                first = "" if asked else "; the first line must hold the columns' names"
+                raise DataError(f"{place} has no {wanted}. {there}: name one with `--set {kind}_column=NAME`{first}.")
             if names.count(found) > 1:
                 raise DataError(f"{place} has {names.count(found)} columns {found!r}. {there}: rename all but one.")
         if text == label or text is None or label is None:

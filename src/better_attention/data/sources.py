@@ -88,7 +88,7 @@ SOURCES: Mapping[str, Source] = MappingProxyType(
             ),
             Source(
                 name="amazon",
-                title="3,650,000 product reviews, one to five stars",
+                title="product reviews, one to five stars (officially 3,650,000)",
                 terms="Zhang, Zhao, LeCun 2015, from McAuley, Leskovec 2013; research use, with citation",
                 layout=amazon.LAYOUT,
                 load=amazon.read,
@@ -115,7 +115,10 @@ def source(name: str) -> Source:
         DataError: no such data set.
     """
     if name not in SOURCES:
-        raise DataError(f"unknown data set {name!r}: choose one of {', '.join(SOURCES)}.")
+        raise DataError(
+            f"unknown data set {name!r}: choose one of {', '.join(SOURCES)}. The tasks imagenet, images and text read "
+            "folders and files of yours: `better-attention compare images --data DIR`."
+        )
     return SOURCES[name]
 
 

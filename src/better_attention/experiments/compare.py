@@ -181,6 +181,9 @@ def check_models(plan: Plan) -> None:
     for variant in plan.variants:
         for heads in plan.heads:
             run_name(variant, heads, 0)
+            width = plan.task.sized(variant, heads).width
+            if width % heads:
+                raise ValueError(f"--heads {heads} does not divide the width of task {plan.task.name!r}, {width}.")
             with torch.device("meta"):
                 size = sum(parameter.nbytes for parameter in plan.task.build(variant, heads).parameters())
             if OPTIMISED * size > memory:

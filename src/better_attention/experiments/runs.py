@@ -97,6 +97,10 @@ def load_run(path: str | Path) -> Run:
     """
     folder = Path(path)
     if not (folder / "config.json").is_file():
+        if not folder.exists():
+            raise FileNotFoundError(
+                f"{folder} does not exist: name the folder of a run; `better-attention runs` lists them."
+            )
         inside = [run["name"] for run in list_runs(folder)][:5] if folder.is_dir() else []
         raise FileNotFoundError(
             f"{folder} is not a run: it holds no config.json. "

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from better_attention.experiments.files import plain, write_atomic
+from better_attention.experiments.findings import gaps
 from better_attention.experiments.paired import p_text
 from better_attention.experiments.stats import number
 from better_attention.experiments.study import Record
@@ -55,6 +56,8 @@ def print_table(rows: Sequence[Row], console: Console) -> None:
         )
         console.print(Text(told, style="dim"))
 
+    for gap in gaps(rows):
+        console.print(Text(f"note: {gap}"))
     compared = [row for row in rows if row.tests]
     differences = [group for column in compared_columns(rows) for group in _against_standard(compared, column)]
     if differences:

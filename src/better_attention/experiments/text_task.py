@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from better_attention.errors import whole_number
 from better_attention.experiments.splits import Split, Splits
 from better_attention.experiments.task import Shown, Task, check_classes, cut
 from better_attention.experiments.variant import Variant
@@ -35,6 +36,11 @@ class TextTask(Task):
     classes: int
     hidden: int = 32
     head: int = 6
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, least in (("vocabulary", 3), ("classes", 2), ("hidden", 1), ("head", 1)):
+            whole_number(getattr(self, name), name, at_least=least)
 
     def load(self, folder: Path | None = None) -> Splits:
         """See :meth:`Task.load`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Self
 
 from better_attention.experiments.folder_task import FolderTask
@@ -17,6 +18,13 @@ parameters, so that each mechanism with it takes the same as without."""
 @dataclass(frozen=True, kw_only=True)
 class ImageNet(FolderTask):
     """ImageNet, with the paper's own sizes where models of equal parameters are asked for."""
+
+    def fitted(self, folder: Path | None = None) -> Self:
+        """See :meth:`FolderTask.fitted`; the title tells what there is."""
+        found = super().fitted(folder)
+        size = f"{found.image_size}x{found.image_size} pixels"
+        whole = "ImageNet" if found.classes == 1000 else "in ImageNet's layout"
+        return replace(found, title=f"photographs of {found.classes:,} kinds of things, {size} ({whole})")
 
     def sized(self, variant: Variant, heads: int) -> Self:
         """See :meth:`Task.sized`; at the paper's width and layers, its table 7, and not the nearest width."""
