@@ -196,3 +196,31 @@ def test_the_commit_is_that_of_this_checkout_or_unknown(monkeypatch: pytest.Monk
     origin.commit.cache_clear()
     assert origin.commit() == "unknown"
     origin.commit.cache_clear()
+
+
+def test_results_that_were_rewritten_are_no_change_of_the_source(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Results are kept in the same checkout as the program: the first of two commands must not taint the second."""
+    source = tmp_path / "src" / "better_attention" / "__init__.py"
+    kept = tmp_path / "results" / "table.csv"
+    for path in (source, kept):
+        path.parent.mkdir(parents=True)
+        path.write_text("1")
+    who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["add", "-A"], [*who, "commit", "-q", "-m", "first"]):
+        subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
+    monkeypatch.setattr(better_attention, "__file__", str(source))
+
+    def found() -> str:
+        origin.commit.cache_clear()
+        return origin.commit()
+
+    clean = found()
+    assert len(clean) == 40
+    kept.write_text("2")
+    assert found() == clean
+    source.write_text("2")
+    assert found() == f"{clean}+changes"
+    monkeypatch.undo()
+    origin.commit.cache_clear()

@@ -14,6 +14,10 @@ import torch
 import better_attention
 
 
+SOURCE = ("src", "pyproject.toml", "constraints.txt")
+"""What a run depends on, of a checkout."""
+
+
 def environment(command: str) -> dict[str, Any]:
     """Where a run happens: recorded, not compared."""
     return {
@@ -27,7 +31,9 @@ def environment(command: str) -> dict[str, Any]:
 
 @cache
 def commit() -> str:
-    """The commit of the source that runs, ``+changes`` where files differ from it, or ``"unknown"``.
+    """The commit of the source that runs, ``+changes`` where it differs from that, or ``"unknown"``.
+
+    What else lies in the checkout, results that a command has just rewritten for example, does not count.
 
     Only a checkout of better-attention itself is asked: an installed package may lie inside another
     project's repository, whose commit would say nothing.
@@ -38,7 +44,7 @@ def commit() -> str:
         return "unknown"
     try:
         head = _git(checkout, "rev-parse", "HEAD")
-        return head + ("+changes" if _git(checkout, "status", "--porcelain", "--untracked-files=no") else "")
+        return head + ("+changes" if _git(checkout, "status", "--porcelain", "--untracked-files=no", "--", *SOURCE) else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
 
