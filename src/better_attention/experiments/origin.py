@@ -13,7 +13,6 @@ import torch
 
 import better_attention
 
-
 SOURCE = ("src", "pyproject.toml", "constraints.txt")
 """What a run depends on, of a checkout."""
 
@@ -44,7 +43,8 @@ def commit() -> str:
         return "unknown"
     try:
         head = _git(checkout, "rev-parse", "HEAD")
-        return head + ("+changes" if _git(checkout, "status", "--porcelain", "--untracked-files=no", "--", *SOURCE) else "")
+        changed = _git(checkout, "status", "--porcelain", "--untracked-files=no", "--", *SOURCE)
+        return head + ("+changes" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
 
