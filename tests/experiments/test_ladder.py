@@ -395,7 +395,7 @@ def test_the_page_holds_the_numbers(tmp_path: Path) -> None:
     assert "standard τ, N 4 8 4 90.0 3/3 89.0 3/3 8 88.0 3/3" in text
     assert "N = 8, τ = 8 3 of 3 N = 8, τ = 8 3 of 3" in text
     assert "expressive against standard: +3.1 ± " in text
-    assert "1/√d_k, rotary, 1 layer" in text
+    assert "1/√d k , rotary, 1 layer" in text  # k set low
     assert "raw q·k, ALiBi, 2 layers" in text
     assert "by their hash" in text
     assert page.tags["script"] == page.tags["link"] == page.tags["img"] == 0

@@ -105,15 +105,11 @@ def render(report: Report) -> str:
 
 
 def size_of(name: str, rows: Sequence[Row]) -> str:
-    """The widths and parameters of a mechanism's models, from the smallest to the largest."""
+    """The widths and parameters of a mechanism's models, from the smallest to the largest: ``28 … 32; 9,770``."""
     own = [row for row in rows if row.mechanism == name]
-    widths, params = ({r.width for r in own}, {r.params for r in own if r.params})
-    parts = [
-        f"{what} {number(min(values), 0)}" + (f" … {number(max(values), 0)}" if len(values) > 1 else "")
-        for what, values in (("width", widths), ("parameters", params))
-        if values
-    ]
-    return ", ".join(parts) or "–"
+    sizes = ({row.width for row in own}, {row.params for row in own if row.params})
+    spans = [" … ".join(number(size, 0) for size in sorted({min(some), max(some)})) for some in sizes if some]
+    return "; ".join(spans) or "–"
 
 
 def pace_of(name: str, rows: Sequence[Row]) -> str:
@@ -148,4 +144,4 @@ def told(setting: Setting) -> str:
 
 @cache
 def _template() -> jinja2.Template:
-    return template("ladder.html", shade=shade, told=told)
+    return template("ladder.html", counted=counted, shade=shade, told=told)

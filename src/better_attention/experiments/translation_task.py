@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from better_attention.errors import finite_number, whole_number
+from better_attention.errors import counted, finite_number, whole_number
 from better_attention.experiments.splits import Split, Splits
 from better_attention.experiments.task import Prediction, Shown, Task, share
 from better_attention.experiments.variant import Variant
@@ -90,7 +90,7 @@ class TranslationTask(Task):
             assets,
             notes=(
                 *data.notes,
-                *((f"{dropped:,} pairs without a word on one side left out",) if dropped else ()),
+                *((f"{counted(dropped, 'pair')} without a word on one side left out",) if dropped else ()),
                 f"all translations of one source sentence lie in one split: {len(train):,} pairs to train, "
                 f"{len(validation):,} to validate, {len(test):,} to test",
                 "loss and accuracy are means over sentences, each the mean over its tokens, padding excluded",
