@@ -296,6 +296,7 @@ def test_where_nothing_can_be_kept_pictures_are_decoded_in_memory(
     [
         ({}, r"holds no pictures \(.jpg, .*\); expected a folder per class"),
         ({"a/1.heic": b"x", "b/1.txt": b"x"}, "holds no pictures"),
+        ({"all.zip": b"?"}, r"holds no pictures .* To read all\.zip, name it: .*all\.zip\."),
         ({"1.png": plain(1), "2.png": plain(2)}, "holds pictures that lie in no class's folder"),
         ({"a/1.png": plain(1), "a/2.png": plain(2)}, r"has only one class, 'a'; there is nothing to learn\.$"),
         ({"a/b/1.png": plain(1), "a/c/2.png": plain(2)}, r"has only one class, 'a'.*name it: .*a\."),

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=tuple(MECHANISMS),
         metavar="A,B,...",
         help=f"default: {','.join(MECHANISMS)}; each may be followed by +expressive or +align, and one with W_A by "
-        "+per-head",
+        "+per-head or +identity (which costs nothing)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     figure = parser.add_argument_group("figures")

@@ -28,7 +28,7 @@ from better_attention.errors import counted
 from .containers import DataError, Int64, UInt8
 from .image_cache import decoded, remembered
 from .picture import SUFFIXES, is_grey, quiet
-from .picture_tree import SPLITS, PictureTree, grow
+from .picture_tree import SPLITS, PictureTree, archives, grow
 
 LAYOUT = (
     "a folder per class, or train/ and val/ (or test/) folders of such, or archives NAME-train.tar.* and NAME-val.tar.*"
@@ -162,7 +162,9 @@ def _check(tree: PictureTree, members: Mapping[str, Mapping[str, Sequence[str]]]
     where = tree.place / top if top else tree.place
     if "train" not in members:
         loose = "pictures that lie in no class's folder" if tree.names else f"no pictures ({kinds})"
-        raise DataError(f"{where} holds {loose}; expected {LAYOUT}.")
+        packed = archives(tree.place) if not tree.names else []
+        hint = f" To read {packed[0].name}, name it: {packed[0]}." if packed else ""
+        raise DataError(f"{where} holds {loose}; expected {LAYOUT}.{hint}")
     alike = {folder: found[1].lower() for folder in members["train"] if (found := _SPLIT_LIKE.fullmatch(folder))}
     if not top and len(set(alike.values())) > 1:
         raise DataError(

@@ -88,15 +88,20 @@ def grow(place: Path) -> PictureTree:
     if not place.is_dir():
         raise DataError(f"{place} does not exist: name the folder with the pictures.")
     if not (place / "train").is_dir():
-        archives = _archives(place)
-        if archives:
-            return _of_archives(place, archives)
+        by_split = _archives(place)
+        if by_split:
+            return _of_archives(place, by_split)
     return _of_folder(place)
+
+
+def archives(place: Path) -> list[Path]:
+    """The archives in a folder, whatever they hold."""
+    return [file for file in sorted(place.iterdir()) if _ARCHIVE.fullmatch(file.name)] if place.is_dir() else []
 
 
 def _archives(place: Path) -> dict[Path, str]:
     """The archives in a folder that hold a split each -> the split's folder."""
-    found = [(file, match) for file in sorted(place.iterdir()) if (match := _ARCHIVE.fullmatch(file.name)) and match[2]]
+    found = [(file, match) for file in archives(place) if (match := _ARCHIVE.fullmatch(file.name)) and match[2]]
     sets = {match[1] for _, match in found}
     if len(sets) > 1:
         raise DataError(f"{place} holds archives of several data sets ({', '.join(sorted(sets))}). Keep one.")
