@@ -186,6 +186,7 @@ def row_of(ladder: Ladder, cell: Cell, record: Mapping[str, Any], curve: Sequenc
         params=record.get("total_params"),
         seconds=record.get("epoch_seconds", 0.0) * len(curve) if record else None,
         epoch_ratio=record.get("epoch_ratio"),
+        commit=record.get("commit"),
     )
 
 

@@ -137,6 +137,7 @@ class Row:
         seconds: of training.
         epoch_ratio: time of an update over that of the same model on torch's own layer, which has learned positions
             where ours are rotary.
+        commit: of the program that trained it.
     """
 
     mechanism: str
@@ -159,6 +160,7 @@ class Row:
     params: int | None = None
     seconds: float | None = None
     epoch_ratio: float | None = None
+    commit: str | None = None
 
     @property
     def rung(self) -> Rung:

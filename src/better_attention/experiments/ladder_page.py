@@ -97,6 +97,7 @@ def render(report: Report) -> str:
         heights=heights(rows, ladder.rungs),
         equal_compute=heights(within(rows, budget), ladder.rungs),
         sizes={name: size_of(name, rows) for name in names},
+        trained_at=list(dict.fromkeys(row.commit for row in rows if row.commit)),
         paces={name: pace_of(name, rows) for name in names},
         duels=found,
         findings=[sentence(duel) for duel in found["overall"]],
