@@ -87,7 +87,7 @@ def test_an_empty_name_is_no_folder(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_file_for_a_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "taken").write_text("mine", encoding="utf-8")
     assert main.main(["compare", "--out", str(tmp_path / "taken")]) == 2
-    assert "is a file: name a folder for the runs." in capsys.readouterr().err
+    assert "is a file: name a folder for the results." in capsys.readouterr().err
     assert (tmp_path / "taken").read_text(encoding="utf-8") == "mine"
 
 
@@ -111,7 +111,7 @@ def test_a_file_for_a_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFi
         (["images", "--set", "classes=5"], "classes of task 'images' follows from the data"),
         (["recurrence", "--set", "length=5"], "length of task 'recurrence' follows from delay, steps and rules"),
         (["--set", "width=100000000", "--device", "cpu"], "width=100000000 is out of range"),
-        (["--set", "width=200000", "--device", "cpu"], "GiB of parameters; to train it takes 4 times that"),
+        (["--set", "width=200000", "--device", "cpu"], "GiB of parameters; to train it takes 3 times that"),
         (["imdb", "--data", "nowhere", "--device", "cpu"], "nowhere does not exist"),
     ],
 )

@@ -15,6 +15,7 @@ from layouts import write_imdb, write_mnist
 from PIL import Image
 from publisher import HOST, Publisher
 
+from better_attention.cli import UserError
 from better_attention.cli import data as verb
 from better_attention.data import SOURCES, DataError, image_cache, read, sources, store
 from better_attention.data.image_folder import find
@@ -72,6 +73,8 @@ def test_decoded_pictures_are_listed_with_their_size(
     assert image_cache.held() == (0, 0)
     assert call("clear", "--json") == 0
     assert json.loads(capsys.readouterr().out) == {"folder": told["folder"], "sets": 0, "bytes": 0}
+    with pytest.raises(UserError, match="leave --data away"):
+        call("--data", str(tmp_path), "clear")
 
 
 def test_options_count_before_and_after_the_action(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import io
 import os
+import tarfile
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ import pytest
 from layouts import compress, member, tar
 from PIL import Image, ImageOps
 
-from better_attention.data import DataError, image_cache, picture
+from better_attention.data import DataError, image_cache, picture, picture_tree
 from better_attention.data.image_folder import Pictures, find
 
 COLOURS = {"ants": (200, 30, 40), "bees": (20, 180, 60), "cats": (10, 50, 220)}
@@ -248,6 +249,12 @@ def test_pictures_of_kinds_that_are_not_read_are_counted(packed: bool, tmp_path:
         with zipfile.ZipFile(place, "w") as archive:
             for name, data in files.items():
                 archive.writestr(name, data)
+        tarred = tmp_path / "photos.tar"
+        with tarfile.open(tarred, "w") as tape:
+            tape.add(tmp_path / "photos", "photos")
+            tape.addfile(tarfile.TarInfo("photos/bees/large.psd"))
+        told = "5 pictures of kinds that are not read left out (3 .heic, 1 .psd, 1 .tif): convert them"
+        assert told in find(tarred).notes
     found = find(place)
     assert "4 pictures of kinds that are not read left out (3 .heic, 1 .tif): convert them" in found.notes
     assert sorted(found.names) == sorted(photos())
@@ -286,6 +293,26 @@ def test_where_nothing_can_be_kept_pictures_are_decoded_in_memory(
     monkeypatch.setattr(image_cache, "IN_MEMORY", 10)
     with pytest.raises(DataError, match=r"cannot write .*Read-only file system"):
         everything(found)
+
+
+def test_a_large_picture_that_is_not_read_is_no_hindrance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(picture_tree, "FILE_LIMIT", 2_000)
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in (photos() | {"ants/master.tif": bytes(500_000)}).items():
+            archive.writestr(name, data)
+    assert sorted(find(tmp_path / "photos.zip").names) == sorted(photos())
+
+
+def test_what_the_user_may_not_read_is_not_blamed_on_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = find(write(tmp_path / "photos", photos()))
+
+    def refused(self: object, rows: object) -> object:
+        raise PermissionError(errno.EACCES, "Permission denied", "photos.tar")
+        yield
+
+    monkeypatch.setattr(picture_tree.PictureTree, "contents", refused)
+    with pytest.raises(DataError, match=r"^photos\.tar cannot be read \(Permission denied\)\.$"):
+        found.pixels(np.arange(3), 4, 3)
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
@@ -538,7 +565,8 @@ def test_no_room_is_said_before_anything_is_written(tmp_path: Path, monkeypatch:
         everything(found)
 
 
-def test_a_cache_that_cannot_be_written_says_so(tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_written_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_cache, "IN_MEMORY", 10)  # fewer pictures are decoded in memory
     found = find(write(tmp_path, photos()))
     image_cache.folder().parent.mkdir(parents=True)
     image_cache.folder().write_bytes(b"a file where the folder should be")

@@ -11,7 +11,9 @@ import pytest
 import test_compare
 import tiny
 
+from better_attention.benchmarks.edge_view import is_report
 from better_attention.experiments.compare import compare
+from better_attention.experiments.ladder import is_ladder
 from better_attention.experiments.output import check_output
 from better_attention.experiments.runs import load_run
 from better_attention.experiments.watcher import Watcher
@@ -20,7 +22,7 @@ FILES = ("found.json", "found.html")
 
 
 def check(folder: Path) -> None:
-    check_output(folder, FILES, lambda found: "ours" in found)
+    check_output(folder, FILES, lambda found: isinstance(found, dict) and "ours" in found)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -41,6 +43,12 @@ def test_our_own_may_be(tmp_path: Path) -> None:
 def test_a_folder_that_is_not_there_is_not_made(tmp_path: Path) -> None:
     check(tmp_path / "a" / "b")
     assert not (tmp_path / "a").exists()
+
+
+def test_a_broken_link_is_said(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="a is a broken link: name a folder"):
+        check(tmp_path / "a")
 
 
 def test_a_file_above_is_said(tmp_path: Path) -> None:
@@ -65,6 +73,30 @@ def test_a_comparison_leaves_the_users_report_alone(tmp_path: Path) -> None:
         compare(test_compare.plan(tmp_path), Watcher())
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
     assert (tmp_path / "report.html").read_text() == "<p>mine</p>"
+
+
+@pytest.mark.parametrize("content", ["5", "null", "[]", "[1]", '["the mechanism"]', '{"mechanism": 1}', "[[]]"])
+def test_a_file_that_only_looks_like_results_is_anothers(content: str, tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(ValueError, match=r"no results\.json of better-attention's"):
+        compare(test_compare.plan(tmp_path), Watcher())
+    for ours in (is_ladder, is_report):
+        assert not ours(json.loads(content))
+
+
+def test_folders_of_other_programs_beside_the_runs_are_passed_over(tmp_path: Path) -> None:
+    for name, content in (("a", '{"name": "x"}'), ("b", '{"run": "npm start"}'), ("c", "not even JSON")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(content)
+    study, failed = compare(test_compare.plan(tmp_path, ["efficient"]), Watcher())
+    assert (len(study.records), failed) == (1, [])
+    assert (tmp_path / "c" / "config.json").read_text() == "not even JSON"
+
+
+def test_a_ladders_folder_is_no_comparisons(tmp_path: Path) -> None:
+    (tmp_path / "ladder.json").write_text('{"grid": {}}')
+    with pytest.raises(ValueError, match="holds a ladder: choose another --out"):
+        compare(test_compare.plan(tmp_path), Watcher())
 
 
 # --- finished runs that were damaged ----------------------------------------------------------------------------------
@@ -107,6 +139,34 @@ def test_a_damaged_run_is_named_before_anything_is_trained(damage: str, compared
     ):
         compare(test_compare.plan(folder, ["standard", "efficient"]), Diary())
     assert begun == []
+
+
+def test_a_model_that_is_built_otherwise_now_is_named_before_anything_is_trained(
+    compared: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(compared, tmp_path / "copy"))
+    result = folder / "standard-h3-s0" / "result.json"
+    record = json.loads(result.read_text())
+    result.write_text(json.dumps(record | {"total_params": record["total_params"] + 1}))
+    with pytest.raises(ValueError, match=r"is a model of .* parameters; this version .* Delete that folder"):
+        compare(test_compare.plan(folder, ["standard", "efficient"]), Watcher())
+
+
+def test_a_damaged_run_of_another_comparison_below_is_no_hindrance(compared: Path, tmp_path: Path) -> None:
+    inner = Path(shutil.copytree(compared, tmp_path / "outer" / "inner"))
+    (inner / "standard-h3-s0" / "metrics.jsonl").unlink()
+    study, _ = compare(test_compare.plan(tmp_path / "outer", ["efficient"]), Watcher())
+    assert len(study.records) == 1
+
+
+def test_how_a_task_is_called_decides_nothing(compared: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(compared, tmp_path / "copy"))
+    config = folder / "standard-h3-s0" / "config.json"
+    title = tiny.task().title
+    assert title in config.read_text()
+    config.write_text(config.read_text().replace(title, "another title"))
+    study, _ = compare(test_compare.plan(folder, ["standard"]), Watcher())
+    assert len(study.records) == 1
 
 
 def test_changed_weights_are_not_loaded(compared: Path, tmp_path: Path) -> None:

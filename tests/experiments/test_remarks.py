@@ -51,6 +51,21 @@ def test_where_nothing_is_widened_it_is_said() -> None:
     )
 
 
+def test_standard_alone_has_nothing_to_widen() -> None:
+    task = replace(TASKS["imdb"]("paper"), equal_params=True)
+    (found,) = remarks(task, STANDARD, [4])
+    assert found == "equal parameters with 4 heads: standard 647,693 (width 32, layers 1)"
+
+
+def test_other_data_than_the_papers_are_told_of() -> None:
+    task, samples = TASKS["amazon"]("paper"), {"train": 23_107, "validation": 2_892, "test": 2_892}
+    assert remarks(task, STANDARD, [4], samples) == (
+        "the setting is not the paper's: 28,891 samples instead of 3,650,000",
+    )
+    whole = {"train": 2_700_000, "validation": 300_000, "test": 650_000}
+    assert remarks(task, STANDARD, [4], whole) == ()
+
+
 def splits_of(targets: list[int], classes: list[str]) -> Splits:
     part = Split(torch.zeros(len(targets), 2), torch.tensor(targets))
     return Splits(part, part, part, {"classes": classes})

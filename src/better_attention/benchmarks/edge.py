@@ -194,13 +194,14 @@ def quantise(model: nn.Module) -> int:
     Raises:
         Unusable: torchao is not installed, or cannot do it with this torch.
     """
+    before = logging.root.manager.disable
     logging.disable(logging.WARNING)  # what torchao misses at import is for GPUs
     try:
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
     except ImportError as error:
         raise Unusable(f"int8 needs torchao ({error}): pip install torchao") from None
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(before)
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
     try:
         quantize_(model, Int8DynamicActivationInt8WeightConfig())

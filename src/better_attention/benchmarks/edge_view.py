@@ -199,6 +199,11 @@ def print_paper(console: Console) -> None:
 # --- files -----------------------------------------------------------------------------------------------------
 
 
+def is_report(found: object) -> bool:
+    """Whether the value in a JSON file is an ``edge.json``."""
+    return isinstance(found, Mapping) and "timings" in found
+
+
 def write(report: Report, folder: Path) -> list[Path]:
     """:data:`FILES` in ``folder``; returns the paths."""
     document = {

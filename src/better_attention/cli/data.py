@@ -34,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     fetch = actions.add_parser("fetch", help="download the official files, with their SHA-256 checked")
     adopt = actions.add_parser("import", help="copy the official files from a folder of yours, after checking them")
-    clear = actions.add_parser("clear", help="remove decoded pictures; they are made again when they are needed")
-    _add_common(clear)
+    clear = actions.add_parser("clear", help="remove decoded pictures from the user's cache; they are made again")
+    clear.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print JSON")
     for action in (show, fetch, adopt):
         action.add_argument("name", metavar="NAME", help="digits, mnist, cifar100, imdb, amazon or translation")
         _add_common(action)
@@ -54,14 +54,16 @@ def run(args: argparse.Namespace) -> int:
     folder: Path | None = getattr(args, "data", None)
     as_json: bool = getattr(args, "json", False)
     if args.action == "clear":
+        if folder is not None:
+            raise UserError("data clear empties the user's cache of decoded pictures: leave --data away.")
         sets, size = image_cache.clear()
         if as_json:
             print(json.dumps({"folder": str(image_cache.folder()), "sets": sets, "bytes": size}, indent=2))
         else:
             console().print(f"removed {_decoded(sets, size)} from {image_cache.folder()}", markup=False, soft_wrap=True)
         return 0
-    if args.action in (None, "list", "show") and folder is not None and not folder.is_dir():
-        raise UserError(f"--data {folder} does not exist, or is a file: name the folder that holds the data.")
+    if args.action in (None, "list", "show") and folder is not None and not folder.exists():
+        raise UserError(f"--data {folder} does not exist: `data fetch` and `data import` can make it.")
     if args.action in (None, "list"):
         rows = [_state(row, folder) for row in sources.SOURCES.values()]
         place = str(folder or store.home())

@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     from better_attention.experiments.output import check_output
 
     out = args.out or Path("runs") / "edge"
-    check_output(out, edge_view.FILES, lambda found: "timings" in found)
+    check_output(out, edge_view.FILES, edge_view.is_report)
     tasks = chosen(args.tasks)
     if not any(task.width % heads == 0 for task in tasks for heads in args.heads):
         widths = ", ".join(f"{task.name} {task.width}" for task in tasks)

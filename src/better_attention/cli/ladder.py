@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=numbers, metavar="1,2", help="depths of the model")
     parser.add_argument("--heads", type=positive, metavar="N", help="default: the task's")
     parser.add_argument("--seeds", type=positive, metavar="N", help="seeds 0 ... N-1")
-    parser.add_argument("--updates", type=positive, metavar="N", help="most updates of a run, in whole epochs of 50")
+    parser.add_argument("--updates", type=positive, metavar="N", help="most of a run, in epochs of 50 or fewer")
     parser.add_argument(
         "--screen",
         action="store_true",

@@ -17,7 +17,7 @@ import struct
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Protocol
@@ -141,7 +141,13 @@ def tar_members(
 
 
 def tar_streams(
-    path: Path, wanted: re.Pattern[str], *, member_limit: int, total_limit: int, plain: bool = False
+    path: Path,
+    wanted: re.Pattern[str],
+    *,
+    member_limit: int,
+    total_limit: int,
+    plain: bool = False,
+    skipped: Callable[[str], object] = lambda name: None,
 ) -> Iterator[tuple[re.Match[str], Readable]]:
     """The wanted members of a compressed tar archive, in archive order, each as ``(matched name, its contents)``.
 
@@ -153,6 +159,7 @@ def tar_streams(
         member_limit: the most bytes of one wanted member.
         total_limit: the most bytes of the whole archive, decompressed.
         plain: whether an archive that is not compressed is read too.
+        skipped: hears the name of every file that is not wanted.
 
     Raises:
         DataError: a damaged archive, an unsafe or repeated member, or a limit passed.
@@ -166,6 +173,8 @@ def tar_streams(
             _check_safe(path, member)
             match = wanted.fullmatch(name) if member.isreg() else None
             if match is None:
+                if member.isreg():
+                    skipped(name)
                 continue
             if member.size > member_limit:
                 raise DataError(
@@ -189,13 +198,16 @@ class _Member:
             return self._stream.read(size)
 
 
-def zip_members(path: Path, wanted: re.Pattern[str], *, member_limit: int) -> Iterator[tuple[re.Match[str], bytes]]:
+def zip_members(
+    path: Path, wanted: re.Pattern[str], *, member_limit: int, skipped: Callable[[str], object] = lambda name: None
+) -> Iterator[tuple[re.Match[str], bytes]]:
     """The wanted members of a ``.zip``, in archive order, each as ``(matched name, contents)``.
 
     Args:
         path: the archive.
         wanted: what a member's whole name must match; others are skipped, though never if they are unsafe.
         member_limit: the most bytes of one wanted member.
+        skipped: hears the name of every file that is not wanted.
 
     Raises:
         DataError: a damaged archive, an unsafe, encrypted or repeated member, or the limit passed.
@@ -212,6 +224,8 @@ def zip_members(path: Path, wanted: re.Pattern[str], *, member_limit: int) -> It
             _refuse_unsafe(path, member.orig_filename, "a link" if link else "")
             match = None if member.is_dir() else wanted.fullmatch(member.filename)
             if match is None:
+                if not member.is_dir():
+                    skipped(member.filename)
                 continue
             if member.filename in seen:
                 raise DataError(f"{path}: member {member.filename!r} occurs twice. {AGAIN}")

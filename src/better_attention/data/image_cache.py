@@ -26,6 +26,9 @@ from .store import home
 IN_MEMORY = 2 << 30
 """Bytes up to which the pixels are read into memory; larger sets stay on the disk and are mapped."""
 
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+"""What the system says where no file can be made, whatever room there is."""
+
 _BATCH = 256  # pictures that are in flight at a time
 _TOLD = 10  # bad pictures that one message names
 
@@ -89,9 +92,10 @@ def decoded(key: str, rows: int, contents: Callable[[], Contents], size: int, ch
         except NotWritable:
             if int(np.prod(shape)) > IN_MEMORY:
                 raise
-            array = np.empty(shape, np.uint8)  # decoded again every time, but decoded
+            pixels = np.empty(shape, np.uint8)  # decoded again every time, but decoded
             for row, picture in _pictures(shape, contents()):
-                array[row] = picture
+                pixels[row] = picture
+            return pixels
     return np.array(array) if array.nbytes <= IN_MEMORY else array
 
 
@@ -144,7 +148,7 @@ def _pictures(shape: tuple[int, ...], contents: Contents) -> Iterator[tuple[int,
     bad: list[str] = []
     found = 0
     with ThreadPoolExecutor(_workers()) as pool, quiet():
-        waiting = iter(contents)
+        waiting = _readable(contents)
         while batch := list(islice(waiting, _BATCH)):
             pictures = pool.map(lambda one: _attempt(one[1], one[2], size, channels), batch)
             for (row, _, _), picture in zip(batch, pictures, strict=True):
@@ -158,6 +162,14 @@ def _pictures(shape: tuple[int, ...], contents: Contents) -> Iterator[tuple[int,
         raise DataError("\n".join(bad[:_TOLD]) + rest)
     if found != shape[0]:
         raise DataError(f"{shape[0] - found:,} pictures were gone before they were read: the data changed. Try again.")
+
+
+def _readable(contents: Contents) -> Iterator[tuple[int, str, bytes | Path]]:
+    """The contents; what cannot be read of the user's files is no fault of the cache."""
+    try:
+        yield from contents
+    except OSError as error:
+        raise DataError(f"{error.filename or 'a picture'} cannot be read ({error.strerror or error}).") from None
 
 
 def _attempt(name: str, source: bytes | Path, size: int, channels: int) -> UInt8 | DataError:
@@ -202,7 +214,7 @@ def _alone(path: Path, lock: str) -> Iterator[None]:
         with filelock.FileLock(path.with_name(lock)):
             yield
     except OSError as error:
-        kind = NotWritable if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) else DataError
+        kind = NotWritable if error.errno in _REFUSED else DataError
         raise kind(
             f"cannot write {path}: {error.strerror or error}. Make room, or let XDG_CACHE_HOME name another disk."
         ) from None

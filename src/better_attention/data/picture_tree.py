@@ -7,7 +7,7 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -21,8 +21,15 @@ SPLITS = {"train": "train", **dict.fromkeys(("val", "valid", "validation", "dev"
 """Name of a folder, or end of an archive's name -> the split it holds."""
 
 _ARCHIVE = re.compile(rf"(.+?)(?:-({'|'.join(SPLITS)}))?\.(?:tar|tar\.gz|tgz|tar\.xz|txz|tar\.bz2|zip)")
-_KINDS = "|".join(map(re.escape, SUFFIXES + UNREAD))
-_PICTURE = re.compile(rf"(?:(?!__MACOSX/|\.)[^/]+/)*(?!\.)[^/]+(?:{_KINDS})", re.IGNORECASE)
+
+
+def _named(suffixes: Sequence[str]) -> re.Pattern[str]:
+    """Members of an archive that end like this, hidden ones left out."""
+    kinds = "|".join(map(re.escape, suffixes))
+    return re.compile(rf"(?:(?!__MACOSX/|\.)[^/]+/)*(?!\.)[^/]+(?:{kinds})", re.IGNORECASE)
+
+
+_PICTURE, _OTHER = _named(SUFFIXES), _named(UNREAD)
 _TOTAL_LIMIT = 1 << 40  # bytes of an archive; ImageNet's have 138 GB
 _NAME_FILES = ("classes.tsv", "words.txt")
 _NAME_LIMIT = 16 * MIB
@@ -122,9 +129,9 @@ def _of_archives(place: Path, archives: Mapping[Path, str]) -> PictureTree:
         about = archive.stat()
         stamp = f"{archive.resolve()} {about.st_size} {about.st_mtime_ns} {about.st_ctime_ns}"
         key = hashlib.sha256(f"2 members {stamp}".encode("utf-8", "surrogateescape")).hexdigest()[:32]
-        every = [str(name) for name in remembered(key, partial(_listed, archive))]
-        unread.update(_suffix(name) for name in every if not _is_read(name))
-        members = [name for name in every if _is_read(name)]
+        listed = remembered(key, partial(_listed, archive))
+        members = [str(name) for name in listed["pictures"]]
+        unread.update({str(kind): int(number) for kind, number in listed["unread"].items()})
         off = _shared_root(members, split)
         folds[archive] = (off, f"{split}/" if split else "")
         names += [folds[archive][1] + member.removeprefix(off) for member in members]
@@ -148,22 +155,29 @@ def _shared_root(members: Sequence[str], split: str) -> str:
     return root
 
 
-def _members(archive: Path, *, read: bool = False) -> Iterator[tuple[str, bytes]]:
-    """Name and, where it is to be read, content of every picture in an archive, of kinds that are not read as well."""
+def _members(
+    archive: Path, *, read: bool = False, skipped: Callable[[str], object] = lambda name: None
+) -> Iterator[tuple[str, bytes]]:
+    """Name and, where it is to be read, content of every picture in an archive; ``skipped`` hears of other files."""
     if archive.suffix == ".zip":
-        for match, data in zip_members(archive, _PICTURE, member_limit=FILE_LIMIT):
+        for match, data in zip_members(archive, _PICTURE, member_limit=FILE_LIMIT, skipped=skipped):
             yield match[0], data
         return
-    for match, stream in tar_streams(archive, _PICTURE, member_limit=FILE_LIMIT, total_limit=_TOTAL_LIMIT, plain=True):
+    limits = {"member_limit": FILE_LIMIT, "total_limit": _TOTAL_LIMIT}
+    for match, stream in tar_streams(archive, _PICTURE, **limits, plain=True, skipped=skipped):
         yield match[0], stream.read(-1) if read else b""
 
 
-def _listed(archive: Path) -> list[str]:
-    return [name for name, _ in _members(archive)]
+def _listed(archive: Path) -> dict[str, object]:
+    """``"pictures"``, their names, and ``"unread"``, how a name ends -> how many there are of a kind not read."""
+    unread: Counter[str] = Counter()
 
+    def skipped(name: str) -> None:
+        if _OTHER.fullmatch(name):
+            unread[_suffix(name)] += 1
 
-def _is_read(name: str) -> bool:
-    return name.lower().endswith(SUFFIXES)
+    names = [name for name, _ in _members(archive, skipped=skipped)]
+    return {"pictures": names, "unread": dict(unread)}
 
 
 def _suffix(name: str) -> str:
@@ -194,7 +208,7 @@ def _of_folder(place: Path) -> PictureTree:
                         folders.add(name)
                 elif entry.name.lower().endswith(UNREAD):
                     unread[_suffix(name)] += 1
-                elif _is_read(name):
+                elif entry.name.lower().endswith(SUFFIXES):
                     names.append(name)
                     digest.update(_stamp(entry).encode("utf-8", "surrogateescape"))
     return PictureTree(place, sorted(names), frozenset(folders), digest.hexdigest(), {}, unread)

@@ -24,6 +24,7 @@ from better_attention.experiments.ladder import (
     Setting,
     below,
     best_settings,
+    is_ladder,
     softmax_twin,
 )
 from better_attention.experiments.lock import locked
@@ -63,7 +64,8 @@ class Climb:
             Interrupted: a signal arrived; everything is saved.
         """
         ladder = self.ladder
-        check_output(ladder.out, FILES, lambda found: "grid" in found)
+        begun = any((ladder.folder(cell) / "config.json").is_file() for cell in ladder.cells)
+        check_output(ladder.out, FILES, is_ladder, known=begun)
         if runs := list_runs(ladder.out):
             raise ValueError(f"{ladder.out} holds runs of a comparison ({runs[0]['name']}): choose another --out.")
         accelerator = make_accelerator(ladder.device)
@@ -105,14 +107,16 @@ class Climb:
         task = ladder.task_of(cell.rung, cell.setting)
         name = str(folder.relative_to(ladder.out))
         self.watcher.begin(name, len(self.rows) + 1, len(ladder.cells))
-        if (task, cell.variant) not in self.paces:
-            self.paces[task, cell.variant] = measure(task, splits, cell.variant, ladder.heads, accelerator.device)
-        pace = self.paces[task, cell.variant]
+        if stop():  # a finished run does not ask
+            stopped = Interrupted("Every run so far is saved.")
+            stopped.signal = stop.signal or stopped.signal
+            raise stopped
+        known = (folder / "result.json").is_file()
         with locked(folder) if accelerator.is_main_process else nullcontext():
             training = Training(
                 *(task, splits, cell.variant, ladder.heads, cell.seed, folder, accelerator),
                 command=ladder.command,
-                pace=pace,
+                pace=None if known else self.pace(task, cell.variant, splits, accelerator),
                 progress=self.watcher.progress,
                 stop=stop,
             )
@@ -125,9 +129,15 @@ class Climb:
                 error.signal = stop.signal or error.signal
                 raise
         self.watcher.end(name, dict(record))
-        # Runs of older versions have no ratio of their own; the model is the same.
-        known = record if record.get("epoch_ratio") is not None else {**record, "epoch_ratio": pace.ratio}
-        return row_of(ladder, cell, known, read_curve(folder))
+        if record.get("epoch_ratio") is None:  # of an older version; the model is the same
+            record = {**record, "epoch_ratio": self.pace(task, cell.variant, splits, accelerator).ratio}
+        return row_of(ladder, cell, record, read_curve(folder))
+
+    def pace(self, task: RecurrenceTask, variant: Variant, splits: Splits, accelerator: Accelerator) -> Pace:
+        """The pace of a model, measured when it is first asked for."""
+        if (task, variant) not in self.paces:
+            self.paces[task, variant] = measure(task, splits, variant, self.ladder.heads, accelerator.device)
+        return self.paces[task, variant]
 
     def estimate(self, accelerator: Accelerator) -> None:
         """Tell the watcher how long all of it takes at most: every update made, nothing given up.

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 
 from better_attention.errors import counted
 from better_attention.experiments import report, tables
-from better_attention.experiments.inventory import inventory
+from better_attention.experiments.inventory import look_at
 from better_attention.experiments.lock import locked
 from better_attention.experiments.maps import alignment_kernels, attention_maps
 from better_attention.experiments.origin import commit
@@ -41,7 +41,7 @@ from better_attention.experiments.variant import Variant
 from better_attention.experiments.watcher import Watcher
 
 RESULTS = ("results.json", "results.csv", "curves.csv", "report.html")
-OPTIMISED = 4  # copies of the parameters in training: weights, gradients and two moments
+OPTIMISED = 3  # copies of the parameters in training, at least: weights, gradients and a moment
 EXAMPLES = 2  # test samples whose attention maps are drawn
 
 
@@ -97,17 +97,18 @@ def compare(plan: Plan, watcher: Watcher) -> tuple[Study, list[str]]:
         ValueError: settings that do not fit, data that is missing, a folder that holds another comparison.
         Interrupted: a signal arrived; everything is saved.
     """
-    own = any("run" in run["config"] for run in list_runs(plan.out))
-    check_output(plan.out, RESULTS, lambda found: all("mechanism" in run for run in found), known=own)
+    check_output(plan.out, RESULTS, is_results, known=bool(list_runs(plan.out)))
+    if (plan.out / "ladder.json").is_file():
+        raise ValueError(f"{plan.out} holds a ladder: choose another --out.")
     accelerator = make_accelerator(plan.device)
     plan = replace(plan, task=plan.task.fitted(plan.data))
     check_sizes(plan.task.settings())
-    check_models(plan)
+    check_models(plan, accelerator)
     same = describe_run(plan.task, plan.variants[0], plan.heads[0], 0, "", accelerator.device.type)
-    check_finished(plan.out)
+    check_finished(plan)
     check_agreement(plan.out, {key: value for key, value in same.items() if key != "data_sha256"})
     splits = plan.task.load(plan.data)
-    notes = (*splits.notes, *guessing(splits), *remarks(plan.task, plan.variants, plan.heads))
+    notes = (*splits.notes, *guessing(splits), *remarks(plan.task, plan.variants, plan.heads, splits.sizes))
     splits = replace(splits, notes=notes).to(accelerator.device)
     watcher.data(splits, accelerator)
     check_agreement(plan.out, same | {"data_sha256": splits.digest})
@@ -143,17 +144,35 @@ def compare(plan: Plan, watcher: Watcher) -> tuple[Study, list[str]]:
     return study, failed
 
 
-def check_finished(out: Path) -> None:
-    """Refuse a folder with a finished run that cannot be read: no report could be made of it after all the training.
+def is_results(found: object) -> bool:
+    """Whether the value in a JSON file is a ``results.json``."""
+    return (
+        isinstance(found, list) and bool(found) and all(isinstance(run, dict) and "mechanism" in run for run in found)
+    )
+
+
+def check_finished(plan: Plan) -> None:
+    """Refuse a folder with a finished run that cannot be used: no report could be made of it after all the training.
 
     Raises:
-        ValueError: names the run, and what is wrong with it.
+        ValueError: names the run, and what is wrong with it: damaged, or a model that is built otherwise now.
     """
-    for found in inventory([out]):
-        if found.state == "damaged" and (found.path / "result.json").is_file():
-            raise ValueError(
-                f"{found.path} is damaged: {found.detail} Delete that folder and run again, it is trained anew."
-            )
+    again = "Delete that folder and run again, it is trained anew."
+    for run in list_runs(plan.out):
+        if run["result"] is None:
+            continue
+        found = look_at(run["path"])
+        if found.state == "damaged":
+            raise ValueError(f"{run['path']}: {found.detail.rstrip('.')}. {again}")
+        variant, heads = Variant.of(str(found.run["mechanism"])), int(found.run["heads"])
+        if found.run["task"] == plan.task.name and found.run["settings"] == plan.task.settings():
+            with torch.device("meta"):
+                size = sum(parameter.numel() for parameter in plan.task.build(variant, heads).parameters())
+            if size != run["result"].get("total_params", size):
+                raise ValueError(
+                    f"{run['path']} is a model of {run['result']['total_params']:,} parameters; this version of "
+                    f"better-attention builds it with {size:,}. {again}"
+                )
 
 
 def make_accelerator(device: str) -> Accelerator:
@@ -171,13 +190,13 @@ def make_accelerator(device: str) -> Accelerator:
     return accelerator
 
 
-def check_models(plan: Plan) -> None:
+def check_models(plan: Plan, accelerator: Accelerator) -> None:
     """Build every model once without memory, so that what cannot be built is refused before hours of training.
 
     Raises:
         ValueError: heads that do not divide the width, for example, or more parameters than the memory can train.
     """
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
+    memory = physical_memory() if accelerator.device.type == "cpu" else math.inf
     for variant in plan.variants:
         for heads in plan.heads:
             run_name(variant, heads, 0)
@@ -191,6 +210,15 @@ def check_models(plan: Plan) -> None:
                     f"{variant.name} with {counted(heads, 'head')} has {size / 2**30:,.0f} GiB of parameters; to train "
                     f"it takes {OPTIMISED} times that, and this machine has {memory / 2**30:,.0f} GiB of memory."
                 )
+
+
+def physical_memory() -> float:
+    """Bytes of this machine's memory; infinite where it does not say."""
+    try:
+        pages = os.sysconf("SC_PHYS_PAGES")
+        return float(pages * os.sysconf("SC_PAGE_SIZE")) if pages > 0 else math.inf
+    except (AttributeError, OSError, ValueError):
+        return math.inf
 
 
 def measure_paces(

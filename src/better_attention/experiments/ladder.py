@@ -202,6 +202,12 @@ def best_settings(rows: Iterable[Row]) -> dict[tuple[str, Rung], Setting]:
 FILES = ("ladder.json", "ladder.csv", "ladder.html")
 """What a ladder writes below its folder."""
 
+
+def is_ladder(found: object) -> bool:
+    """Whether the value in a JSON file is a ``ladder.json``."""
+    return isinstance(found, Mapping) and "grid" in found
+
+
 LEAST_STATES = 256
 """Of a space of fewer states N^τ too little is left to hold out: its rungs measure how few sequences suffice."""
 

@@ -42,13 +42,13 @@ class Report:
 
 
 def write(ladder: Ladder, rows: Sequence[Row], notes: Mapping[Rung, str], *, complete: bool) -> None:
-    """Write the three files below ``ladder.out``, each whole or not at all."""
+    """Write the three files below ``ladder.out``, each whole or not at all; first the one by which they are known."""
     report = Report(ladder, rows, notes, complete, commit(), versions())
+    text = json.dumps(as_json(report), indent=2, ensure_ascii=False, allow_nan=False)
+    write_atomic(ladder.out / "ladder.json", text.encode("utf-8", "replace") + b"\n")
     header = [field.name for field in fields(Row)]
     lines = ([safe(v) if isinstance(v, str) else v for v in asdict(row).values()] for row in rows)
     write_lines(ladder.out / "ladder.csv", header, lines)
-    text = json.dumps(as_json(report), indent=2, ensure_ascii=False, allow_nan=False)
-    write_atomic(ladder.out / "ladder.json", text.encode("utf-8", "replace") + b"\n")
     write_atomic(ladder.out / "ladder.html", render(report))
 
 

@@ -24,7 +24,7 @@ def check_output(folder: Path, files: Sequence[str], ours: Callable[[Any], bool]
         ValueError: says which file stands in the way, or why nothing can be written.
     """
     check_writable(folder)
-    there = [name for name in files if (folder / name).exists()]
+    there = [name for name in files if os.path.lexists(folder / name)]
     if there and not known and not _is(folder / files[0], ours):
         raise ValueError(
             f"{folder} holds {', '.join(there)}, but no {files[0]} of better-attention's: that would be overwritten. "
@@ -38,9 +38,13 @@ def check_writable(folder: Path) -> None:
     Raises:
         ValueError: says why.
     """
-    above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not above.is_dir():
-        raise ValueError(f"--out {folder}: {above} is a file: name a folder for the runs.")
+    above = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    try:
+        if not above.is_dir():
+            kind = "a broken link" if above.is_symlink() and not above.exists() else "a file"
+            raise ValueError(f"--out {folder}: {above} is {kind}: name a folder for the results.")
+    except OSError as error:
+        raise ValueError(f"--out {folder}: {above} cannot be read ({error.strerror}). Choose another folder.") from None
     if not os.access(above, os.W_OK | os.X_OK):
         raise ValueError(f"--out {folder}: {above} cannot be written. Choose another folder.")
 

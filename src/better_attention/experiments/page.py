@@ -13,18 +13,20 @@ from better_attention.experiments.looks import DARK, LIGHT
 from better_attention.experiments.paired import p_text
 from better_attention.experiments.stats import number
 
-_SYMBOL = re.compile(r"\b([A-Za-z])_(?:\{([^{}]{1,12})\}|([A-Za-z0-9τ]))(?!\w)")
+_SYMBOL = re.compile(r"\b(?:([a-z])_\{([^{}]{1,12})\}|([xWd])_([tAQKVOk]))(?!\w)")
+"""Indices as our own texts write them, and nothing that looks like the name of a column, a class or a file."""
 
 
 def typeset(text: object) -> Markup:
     """``text``, escaped, with indices set low: ``x_{t-1}`` and ``W_A``.
 
-    >>> typeset("x_{t-1} < W_A, but train_loss")
-    Markup('x<sub>t−1</sub> &lt; W<sub>A</sub>, but train_loss')
+    >>> typeset("x_{t-1} < W_A, but train_loss and a_1")
+    Markup('x<sub>t−1</sub> &lt; W<sub>A</sub>, but train_loss and a_1')
     """
 
     def lowered(found: re.Match[str]) -> str:
-        return f"{found[1]}<sub>{(found[2] or found[3]).replace('-', '−')}</sub>"
+        base, index = found[1] or found[3], found[2] or found[4]
+        return f"{base}<sub>{index.replace('-', '−')}</sub>"
 
     return Markup(_SYMBOL.sub(lowered, str(escape(plain(text)))))  # noqa: S704 - escaped on the way in
 

@@ -102,17 +102,11 @@ class Ours:
             settings = "" if self.scale == "paper" else ", not the paper's scale"
             settings += " (no settings recorded)"
         elif self.changed:
-            named = ", ".join(map(self._told, self.changed.items()))
+            named = told(str(self.records[0]["task"]), self.changed)
             settings = f", not the paper's {'setting' if self.scale == 'paper' else 'scale'} ({named})"
         else:
             settings = "" if self.scale == "paper" else " (its settings are those of the paper's scale)"
         return f"scale {self.scale}{settings}; {', '.join(map(str, self.files))}"
-
-    def _told(self, change: tuple[str, object]) -> str:
-        key, value = change
-        if key == "samples":
-            return f"{value:,} samples instead of {paper.SAMPLES[str(self.records[0]['task'])]:,}"
-        return f"{key}={value}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,7 +270,11 @@ def _together(part: Part, records: Sequence[tuple[Path, Record]]) -> list[Ours]:
         settings = settings if isinstance(settings, Mapping) else None
         if record["task"] != part.task or bool(settings and settings.get("equal_params")) != part.equal_params:
             continue
-        changed = None if settings is None else changed_settings(part.task, settings) | _fewer(record)
+        changed = (
+            None
+            if settings is None
+            else changed_settings(part.task, settings) | other_samples(part.task, record.get("samples"))
+        )
         scale = str(record["scale"])
         for ours in found:
             if (ours.scale, ours.changed) == (scale, changed) and not _contradicts(ours.records, record):
@@ -291,13 +289,26 @@ def _together(part: Part, records: Sequence[tuple[Path, Record]]) -> list[Ours]:
     return sorted(found, key=lambda ours: not ours.paper_scale)
 
 
-def _fewer(record: Record) -> dict[str, object]:
-    """``{"samples": ...}`` where a run had another number of samples than the paper, the three splits together."""
-    own, theirs = record.get("samples"), paper.SAMPLES.get(str(record["task"]))
-    counts = list(own.values()) if isinstance(own, Mapping) else []
+def other_samples(task: str, samples: object) -> dict[str, object]:
+    """``{"samples": ...}`` where the splits together have another number of samples than the paper's data.
+
+    Args:
+        task: name of the task.
+        samples: name of a split -> how many it has; anything else is unknown.
+    """
+    theirs = paper.SAMPLES.get(task)
+    counts = list(samples.values()) if isinstance(samples, Mapping) else []
     if theirs is None or not counts or not all(isinstance(count, int) for count in counts) or sum(counts) == theirs:
         return {}
     return {"samples": sum(counts)}
+
+
+def told(task: str, changed: Mapping[str, object]) -> str:
+    """Changed settings in words: ``epochs=1, 28,891 samples instead of 3,650,000``."""
+    return ", ".join(
+        f"{value:,} samples instead of {paper.SAMPLES[task]:,}" if key == "samples" else f"{key}={value}"
+        for key, value in changed.items()
+    )
 
 
 def _contradicts(records: Sequence[Record], record: Record) -> bool:

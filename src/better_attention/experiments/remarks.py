@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 
 from better_attention.errors import counted
 from better_attention.experiments import paper
-from better_attention.experiments.paper_tables import changed_settings
+from better_attention.experiments.paper_tables import changed_settings, other_samples, told
 from better_attention.experiments.splits import Splits
 from better_attention.experiments.stats import number
 from better_attention.experiments.task import Task
@@ -19,18 +19,22 @@ FEW = 100
 """Of fewer test samples than these, one weighs more than most differences between mechanisms."""
 
 
-def remarks(task: Task, variants: Sequence[Variant], heads: Sequence[int]) -> tuple[str, ...]:
+def remarks(
+    task: Task, variants: Sequence[Variant], heads: Sequence[int], samples: Mapping[str, int] | None = None
+) -> tuple[str, ...]:
     """Sentences on what differs from the paper's setting, and on how equal the models are that are to be equal.
 
     Args:
         task: the task, its settings resolved.
         variants, heads: what is compared.
+        samples: name of a split -> how many it has.
     """
     found = []
     changed = changed_settings(task.name, task.settings()) if paper.rows(task.name) else {}
+    if "train_samples" not in changed and "test_samples" not in changed:
+        changed |= other_samples(task.name, samples)
     if changed:
-        named = ", ".join(f"{key}={value}" for key, value in changed.items())
-        found.append(f"the setting is not the paper's: {named}")
+        found.append(f"the setting is not the paper's: {told(task.name, changed)}")
     if task.equal_params:
         found += [f"equal parameters with {counted(n, 'head')}: {_sizes(task, variants, n)}" for n in heads]
     return tuple(found)
@@ -57,13 +61,14 @@ def _sizes(task: Task, variants: Sequence[Variant], heads: int) -> str:
     with torch.device("meta"):
         standard = replace(task, equal_params=False).build("standard", heads)
     aim = sum(parameter.numel() for parameter in standard.parameters())
-    parts, widened = [], False
+    parts, other, widened = [], False, False
     for variant in variants:
         own = task.sized(variant, heads)
         with torch.device("meta"):
             count = sum(parameter.numel() for parameter in task.build(variant, heads).parameters())
         off = f", {number(100 * (count / aim - 1), 1, sign=True)} %" if count != aim else ""
         parts.append(f"{variant.name} {count:,} (width {own.width}, layers {own.layers}{off})")
+        other = other or count != aim
         widened = widened or (own.width, own.layers) != (task.width, task.layers)
-    unchanged = "" if widened else "; no other width comes nearer, so that nothing was widened"
+    unchanged = "" if widened or not other else "; no other width comes nearer, so that nothing was widened"
     return ", ".join(parts) + unchanged

@@ -159,16 +159,31 @@ def check_sizes(settings: Mapping[str, Any]) -> None:
 
 
 def list_runs(out: str | Path) -> list[dict[str, Any]]:
-    """The runs below a comparison's folder: ``name``, ``path``, ``config``, and ``result`` (None: not finished)."""
-    return [
-        {
-            "name": path.parent.name,
-            "path": path.parent,
-            "config": read_json(path),
-            "result": read_json(path.parent / "result.json") if (path.parent / "result.json").is_file() else None,
-        }
-        for path in sorted(Path(out).glob("*/config.json"))
-    ]
+    """The runs below a comparison's folder: ``name``, ``path``, ``config``, and ``result`` (None: not finished).
+
+    Other programs have folders with a ``config.json``, too; they are passed over.
+
+    Raises:
+        ValueError: a file of a run is damaged.
+    """
+    found = []
+    for path in sorted(Path(out).glob("*/config.json")):
+        folder = path.parent
+        if (config := _own_config(path)) is not None:
+            result = read_json(folder / "result.json") if (folder / "result.json").is_file() else None
+            found.append({"name": folder.name, "path": folder, "config": config, "result": result})
+    return found
+
+
+def _own_config(path: Path) -> dict[str, Any] | None:
+    """The configuration of a run; None if it is somebody else's, told by what else lies there where it is damaged."""
+    try:
+        config = read_json(path)
+    except ValueError:
+        if any((path.parent / name).is_file() for name in ("assets.json", "metrics.jsonl", "result.json")):
+            raise
+        return None
+    return config if "format" in config and isinstance(config.get("run"), Mapping) else None
 
 
 def divergence(folder: Path) -> str:
@@ -191,9 +206,9 @@ def describe_run(task: Task, variant: Variant, heads: int, seed: int, data: str,
 
 
 def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """One line for each value in which two :func:`describe_run` differ."""
+    """One line for each value in which two :func:`describe_run` differ; how a task is called decides nothing."""
     lines = []
-    for key in sorted(there.keys() | now.keys()):
+    for key in sorted((there.keys() | now.keys()) - {"title", "source"}):
         old, new = there.get(key), now.get(key)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             lines += differences(old, new)
@@ -215,7 +230,7 @@ def check_agreement(out: Path, now: Mapping[str, Any]) -> None:
     own = ("mechanism", "heads", "seed")  # what the name of a run tells apart
     wanted = {key: value for key, value in now.items() if key not in own}
     for run in list_runs(out):
-        there = run["config"].get("run", {})
+        there = run["config"]["run"]
         if there.get("task") != now["task"]:
             raise ValueError(f"{run['path']} is a run of task {there.get('task')!r}: choose another folder with --out.")
         lines = differences({key: there.get(key) for key in wanted}, wanted)

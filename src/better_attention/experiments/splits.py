@@ -62,6 +62,11 @@ class Splits:
     assets: Mapping[str, Any]
     notes: tuple[str, ...] = ()
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Name of a split -> how many samples it has."""
+        return {name: len(getattr(self, name)) for name in ("train", "validation", "test")}
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 over every input and target: two runs with equal digests saw the same data."""

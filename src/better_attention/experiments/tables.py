@@ -57,7 +57,7 @@ def print_table(rows: Sequence[Row], console: Console) -> None:
         console.print(Text(told, style="dim"))
 
     for gap in gaps(rows):
-        console.print(Text(f"note: {gap}"))
+        console.print(Text(f"note: {plain(gap)}"))
     compared = [row for row in rows if row.tests]
     differences = [group for column in compared_columns(rows) for group in _against_standard(compared, column)]
     if differences:
