@@ -232,6 +232,25 @@ def test_a_ladder_that_was_killed_goes_on_bit_by_bit(tmp_path: Path, monkeypatch
     assert finished.rows == resumed.rows
 
 
+def test_a_finished_ladder_is_not_measured_again_and_listens_to_ctrl_c(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of = ladder(tmp_path, rungs=((4, 4),), settings=(SQRT,), seeds=1)
+    first, _ = climbed(of)
+
+    def measured(*_: object) -> None:
+        raise AssertionError("a finished run was measured")
+
+    monkeypatch.setattr(climb_module, "measure", measured)
+    again, _ = climbed(of)
+    assert again.rows == first.rows
+    (tmp_path / "ladder.csv").write_text("of a ladder that was killed before its ladder.json\n")
+    climbed(of)
+    monkeypatch.setattr(climb_module, "Stop", lambda _: Killer(0))
+    with pytest.raises(Interrupted, match="Every run so far is saved"):
+        list(Climb(of, Notes()).run())
+
+
 def test_another_setting_is_refused(tmp_path: Path) -> None:
     grid: dict[str, Any] = {"rungs": ((4, 4),), "settings": (SQRT,), "seeds": 1}
     climbed(ladder(tmp_path, **grid))
