@@ -71,7 +71,7 @@ class PlainWatcher(LineWatcher):
 
     def data(self, splits: Splits, accelerator: Accelerator) -> None:
         """Say what is compared, on what."""
-        task, sizes = self.plan.task, [len(part) for part in (splits.train, splits.validation, splits.test)]
+        task, sizes = self.plan.task, splits.sizes.values()
         self.say(f"{task.title}, scale {task.scale}: {counted(len(self.plan.runs()), 'run')} below {self.plan.out}")
         self.say(
             "{:,} training, {:,} validation and {:,} test samples; ".format(*sizes) + f"device {accelerator.device}"

@@ -105,8 +105,8 @@ def compare(plan: Plan, watcher: Watcher) -> tuple[Study, list[str]]:
     check_sizes(plan.task.settings())
     check_models(plan, accelerator)
     same = describe_run(plan.task, plan.variants[0], plan.heads[0], 0, "", accelerator.device.type)
-    check_finished(plan)
     check_agreement(plan.out, {key: value for key, value in same.items() if key != "data_sha256"})
+    check_finished(plan)
     splits = plan.task.load(plan.data)
     notes = (*splits.notes, *guessing(splits), *remarks(plan.task, plan.variants, plan.heads, splits.sizes))
     splits = replace(splits, notes=notes).to(accelerator.device)
@@ -154,6 +154,8 @@ def is_results(found: object) -> bool:
 def check_finished(plan: Plan) -> None:
     """Refuse a folder with a finished run that cannot be used: no report could be made of it after all the training.
 
+    The runs are of the plan's task and settings: :func:`check_agreement` has seen to that.
+
     Raises:
         ValueError: names the run, and what is wrong with it: damaged, or a model that is built otherwise now.
     """
@@ -164,15 +166,14 @@ def check_finished(plan: Plan) -> None:
         found = look_at(run["path"])
         if found.state == "damaged":
             raise ValueError(f"{run['path']}: {found.detail.rstrip('.')}. {again}")
-        variant, heads = Variant.of(str(found.run["mechanism"])), int(found.run["heads"])
-        if found.run["task"] == plan.task.name and found.run["settings"] == plan.task.settings():
-            with torch.device("meta"):
-                size = sum(parameter.numel() for parameter in plan.task.build(variant, heads).parameters())
-            if size != run["result"].get("total_params", size):
-                raise ValueError(
-                    f"{run['path']} is a model of {run['result']['total_params']:,} parameters; this version of "
-                    f"better-attention builds it with {size:,}. {again}"
-                )
+        with torch.device("meta"):
+            model = plan.task.build(Variant.of(found.run["mechanism"]), found.run["heads"])
+        size = sum(parameter.numel() for parameter in model.parameters())
+        if size != run["result"].get("total_params", size):
+            raise ValueError(
+                f"{run['path']} is a model of {run['result']['total_params']:,} parameters; this version of "
+                f"better-attention builds it with {size:,}. {again}"
+            )
 
 
 def make_accelerator(device: str) -> Accelerator:
@@ -231,8 +232,7 @@ def measure_paces(
         if (variant, heads) not in paces:
             paces[variant, heads] = measure(plan.task, splits, variant, heads, accelerator.device)
     if waiting:
-        parts = (splits.train, splits.validation, splits.test)
-        shares = [math.ceil(len(part) / accelerator.num_processes) for part in parts]
+        shares = [math.ceil(size / accelerator.num_processes) for size in splits.sizes.values()]
         seconds = sum(paces[v, h].run_seconds(plan.task, *shares) for v, h, _ in waiting)
         watcher.estimate(seconds, len(waiting))
     return paces

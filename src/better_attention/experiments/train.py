@@ -263,7 +263,7 @@ class Training:
             "epoch_ratio": self.pace.ratio if self.pace else None,
             "epochs": len(self.position.curve),
             "best_epoch": self.position.best_epoch,
-            "samples": {name: len(split) for name, split in parts.items()},
+            "samples": self.splits.sizes,
             "device": self.accelerator.device.type,
             "processes": self.accelerator.num_processes,
             **{key: where[key] for key in ("threads", "commit", "command", "versions")},
