@@ -128,7 +128,7 @@ def _of_archives(place: Path, archives: Mapping[Path, str]) -> PictureTree:
     for archive, split in archives.items():
         about = archive.stat()
         stamp = f"{archive.resolve()} {about.st_size} {about.st_mtime_ns} {about.st_ctime_ns}"
-        key = hashlib.sha256(f"2 members {stamp}".encode("utf-8", "surrogateescape")).hexdigest()[:32]
+        key = hashlib.sha256(f"3 members {stamp}".encode("utf-8", "surrogateescape")).hexdigest()[:32]
         listed = remembered(key, partial(_listed, archive))
         members = [str(name) for name in listed["pictures"]]
         unread.update({str(kind): int(number) for kind, number in listed["unread"].items()})
