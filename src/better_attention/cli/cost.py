@@ -12,8 +12,8 @@ from better_attention.experiments.variant import Variant
 from better_attention.mechanism import MECHANISMS
 
 HELP = "what the mechanisms cost: a table, or the paper's figures 2 to 4"
-SIZES = {"--embed-dim": 128, "--heads": 4, "--length": 64}
-"""Of a layer, by default: those of the paper's MNIST model."""
+SIZES = {"embed_dim": (128, "D", "model width"), "heads": (4, "H", "attention heads"), "length": (64, "L", "tokens")}
+"""Of a layer: name -> default, that of the paper's MNIST model, and what it is."""
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 Entry = dict[str, str | int | float]
@@ -43,10 +43,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_sizes(parser: argparse.ArgumentParser) -> None:
     """Declare the sizes of a layer; the defaults are those of the paper's MNIST model."""
-    for (name, size), (letter, what) in zip(
-        SIZES.items(), (("D", "model width"), ("H", "attention heads"), ("L", "tokens")), strict=True
-    ):
-        parser.add_argument(name, type=positive, default=size, metavar=letter, help=f"{what}; default: {size}")
+    for name, (size, letter, what) in SIZES.items():
+        told = f"{what}; default: {size}"
+        parser.add_argument(_option(name), type=positive, default=size, metavar=letter, help=told)
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def check_sizes(args: argparse.Namespace) -> None:
@@ -151,10 +154,9 @@ def _print(rows: list[Entry], args: argparse.Namespace) -> None:
 def _draw(args: argparse.Namespace) -> int:
     from better_attention.experiments.figures import PAPER_OVERHEADS, POWERS, average_overheads, cost_figure
 
-    sizes = {"--embed-dim": args.embed_dim, "--heads": args.heads, "--length": args.length}
-    given = [name for name, value in sizes.items() if value != SIZES[name]]
-    if given:
-        raise UserError(f"--figure {args.figure} has sizes of its own: leave {given[0]} away.")
+    for name, (size, *_) in SIZES.items():
+        if getattr(args, name) != size:
+            raise UserError(f"--figure {args.figure} has sizes of its own: leave {_option(name)} away.")
     if args.out is None:
         raise UserError(f"--figure {args.figure} needs --out FILE, ending in .png, .svg or .pdf.")
     cost_figure(args.figure, args.out, form=args.form)

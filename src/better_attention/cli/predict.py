@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from better_attention.experiments.image_task import ImageTask
     from better_attention.experiments.runs import Run
 
-TABLES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")
 HELP = "classify new inputs, or test samples, with the model of a finished run"
 
 
@@ -98,6 +97,8 @@ def read_texts(name: str) -> list[str]:
     Raises:
         UserError: a file that is not UTF-8 text, or nothing to read.
     """
+    from better_attention.data.labelled import FORMATS
+
     if name == "-":
         texts = [line.rstrip("\n") for line in sys.stdin if line.strip()]
         if not texts:
@@ -107,7 +108,7 @@ def read_texts(name: str) -> list[str]:
         is_file = Path(name).is_file()
     except (OSError, ValueError):  # a text may be too long for a name, or hold what a name cannot
         is_file = False
-    if is_file and Path(name).suffix.lower() in TABLES:
+    if is_file and Path(name).suffix.lower() in FORMATS:
         raise UserError(f"{name} is a table, and would be read as one text: hand over a text a line, with -.")
     try:
         text = Path(name).read_text("utf-8") if is_file else name

@@ -7,7 +7,6 @@ recognised, and the previous pair, which is kept until then, takes its place. No
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import warnings
@@ -20,6 +19,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from better_attention.data import store
 from better_attention.experiments.files import write_atomic
 
 
@@ -115,8 +115,7 @@ def check_digest(path: Path, digest: object) -> None:
     """
     if digest is None:
         return
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = store.sha256(path)
     if found != digest:
         raise ValueError(
             f"{path} was changed since it was written: its SHA-256 is {found}, not {digest}. Delete the run and train "

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-import torch
-
 from better_attention.errors import counted
 from better_attention.experiments import paper
 from better_attention.experiments.paper_tables import changed_settings, other_samples, told
@@ -43,7 +41,7 @@ def remarks(
 def guessing(splits: Splits) -> tuple[str, ...]:
     """The zero of an accuracy: what always guessing the most frequent class achieves on the test samples that are used.
 
-    None where a sample has many targets. A handful of test samples is told of, too.
+    Empty where a sample has many targets. A handful of test samples is told of, too.
     """
     targets = splits.test.targets
     if targets.ndim != 1 or "classes" not in splits.assets:
@@ -58,14 +56,10 @@ def guessing(splits: Splits) -> tuple[str, ...]:
 
 def _sizes(task: Task, variants: Sequence[Variant], heads: int) -> str:
     """Parameters, width and layers of each model: ``standard 9,770 (width 32, layers 2)``, and how far off it is."""
-    with torch.device("meta"):
-        standard = replace(task, equal_params=False).build("standard", heads)
-    aim = sum(parameter.numel() for parameter in standard.parameters())
+    aim = replace(task, equal_params=False).size("standard", heads)
     parts, other, widened = [], False, False
     for variant in variants:
-        own = task.sized(variant, heads)
-        with torch.device("meta"):
-            count = sum(parameter.numel() for parameter in task.build(variant, heads).parameters())
+        own, count = task.sized(variant, heads), task.size(variant, heads)
         off = f", {number(100 * (count / aim - 1), 1, sign=True)} %" if count != aim else ""
         parts.append(f"{variant.name} {count:,} (width {own.width}, layers {own.layers}{off})")
         other = other or count != aim

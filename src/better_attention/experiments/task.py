@@ -151,6 +151,11 @@ class Task(ABC):
         variant = Variant.of(variant)
         return self.sized(variant, heads).model(variant, heads)
 
+    def size(self, variant: str | Mechanism | Variant, heads: int) -> int:
+        """Parameters of the model that :meth:`build` makes; takes no memory."""
+        with torch.device("meta"):
+            return count(self.build(variant, heads))
+
     def torch_twin(self) -> Self:
         """This task with a standard model that ``torch.nn.MultiheadAttention`` can compute, for the pace beside it."""
         return self
@@ -269,14 +274,17 @@ def share(value: object, name: str) -> float:
     return number
 
 
+def count(module: nn.Module) -> int:
+    """Number of learned values of a module."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
 @cache
 def equal_width(task: Task, variant: Variant, heads: int) -> int:
     """The multiple of ``task.width_step(heads)`` at which ``variant`` comes nearest to standard at ``task.width``."""
 
     def size(width: int, of: Variant) -> int:
-        with torch.device("meta"):
-            model = replace(task, width=width, equal_params=False).model(of, heads)
-        return sum(parameter.numel() for parameter in model.parameters())
+        return replace(task, width=width, equal_params=False).size(of, heads)
 
     aim, step = size(task.width, Variant.of("standard")), task.width_step(heads)
     low, high = 1, max(2, 4 * task.width // step)

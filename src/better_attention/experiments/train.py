@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from better_attention.experiments import checkpoint
 from better_attention.experiments.chance import derive, epoch_order, initial_model, reseed
@@ -31,7 +31,7 @@ from better_attention.experiments.pace import Pace
 from better_attention.experiments.position import DivergedError, Interrupted, Position
 from better_attention.experiments.runs import describe_run, open_run, read_json, write_json
 from better_attention.experiments.splits import Splits
-from better_attention.experiments.task import Task
+from better_attention.experiments.task import Task, count
 from better_attention.experiments.variant import Variant
 from better_attention.module import MultiheadAttention
 
@@ -277,11 +277,6 @@ class Training:
     def total(self, *values: float) -> list[float]:
         """The sum of each value over the processes."""
         return total(self.accelerator, *values)
-
-
-def count(module: nn.Module) -> int:
-    """Number of learned values of a module."""
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
