@@ -331,6 +331,7 @@ def test_what_the_user_may_not_read_is_not_blamed_on_the_cache(tmp_path: Path, m
         (photos("train/") | {"train/dogs/1.heic": b"", "val/ants/1.png": plain(1)}, "dogs holds no pictures"),
         (photos("train/") | photos("val/") | {"val/dogs/1.png": plain(1)}, "dogs is a class that train/ does not have"),
         (photos() | {"dogs/1.png": plain(1)}, "1.png is the only picture of its class"),
+        (photos() | {"dogs/1.png": plain(1), "owls/1.png": plain(1)}, r"dogs.1\.png is .* So are owls/1\.png\."),
         ({"train/a/1.png": plain(1), "val/a/1.png": plain(1)}, "train has only one class, 'a'"),
         (photos() | {"a-val.tar.gz": b"x"}, "one archive NAME-train.tar"),
         ({"a-val.tar": b"", "b-train.tar": b""}, r"archives of several data sets \(a, b\)"),

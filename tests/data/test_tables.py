@@ -409,6 +409,11 @@ LAST = GOOD.count("\n") + 1
             rf"a\.csv, line {LAST}: class 'meh' has too few texts of its own \(1 different",
         ),
         (
+            "a.csv",
+            GOOD + "".join(f"word{n},{n % 14}\n" for n in range(40)),
+            r"class '0' has too few .*16 classes, of which too few have also '1' \(3\), '2'.*'10' \(3\), \.\.\.\)\.",
+        ),
+        (
             "a.jsonl",
             '{"text": "a", "label": 1}\n{"text": \n',
             r"a\.jsonl, line 2 is not JSON in column 9 \(Expecting ",

@@ -198,14 +198,16 @@ def _with_held_out(found: Pictures, top: str) -> Pictures:
     """The same pictures with a test split: those whose name hashes below a tenth, and the lowest of each class."""
     own_names = [name.removeprefix(f"{top}/" if top else "") for name in found.names]
     hashes = np.array([_unit(name) for name in own_names])
+    members = [np.flatnonzero(found.labels == label) for label in range(len(found.folders))]
+    lonely = [found.names[own[0]] for own in members if len(own) == 1]
+    if lonely:
+        more = f" So are {', '.join(lonely[1:11])}{', ...' if len(lonely) > 11 else ''}." if lonely[1:] else ""
+        raise DataError(
+            f"{found.tree.place / lonely[0]} is the only picture of its class: one to learn from and one to test with "
+            f"are needed. Add pictures, or remove the class.{more}"
+        )
     held = hashes < HELD_OUT
-    for label in range(len(found.folders)):
-        own = np.flatnonzero(found.labels == label)
-        if len(own) == 1:
-            raise DataError(
-                f"{found.tree.place / found.names[own[0]]} is the only picture of its class: one to learn from and "
-                "one to test with are needed. Add pictures, or remove the class."
-            )
+    for own in members:
         held[own[hashes[own].argmin()]] = True
         held[own[hashes[own].argmax()]] = False
     note = (

@@ -168,14 +168,16 @@ def classes_of(table: Table, keys: Sequence[bytes]) -> tuple[str, ...]:
             f"{table.path}: every label in column {table.columns[1]!r} is {classes[0]!r}; there is nothing to learn. "
             "The file is incomplete, or another column holds the labels: name it with `--set label_column=NAME`."
         )
-    for name in classes:
-        if counts[name] < FEWEST:
-            raise DataError(
-                f"{table.place(table.labels.index(name))}: class {name!r} has too few texts of its own ({counts[name]} "
-                f"different ones, at least {FEWEST} are needed; column {table.columns[1]!r} holds {len(classes)} "
-                "classes). Add some, join it with another class, or remove it; if these are no classes, name the "
-                "column with `--set label_column=NAME`."
-            )
+    few = [name for name in classes if counts[name] < FEWEST]
+    if few:
+        listed = ", ".join(f"{name!r} ({counts[name]})" for name in few[1:11])
+        more = f", of which too few have also {listed}{', ...' if len(few) > 11 else ''}" if listed else ""
+        raise DataError(
+            f"{table.place(table.labels.index(few[0]))}: class {few[0]!r} has too few texts of its own "
+            f"({counts[few[0]]} different ones, at least {FEWEST} are needed; column {table.columns[1]!r} holds "
+            f"{len(classes)} classes{more}). Add some, join it with another class, or remove it; if these are no "
+            "classes, name the column with `--set label_column=NAME`."
+        )
     return tuple(classes)
 
 
