@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from better_attention.benchmarks import baselines, decode, keras_worker, kernel, layer, machine, runner, targets
+from better_attention.benchmarks import baselines, decode, keras_worker, kernel, layer, machine, model, runner, targets
 from better_attention.benchmarks.machine import Limits
 from better_attention.benchmarks.registry import PAPER, Contender, Results, Row, Run, Shape, Unavailable, Work, here
 from better_attention.benchmarks.runner import Result, Settings, Spread
@@ -74,9 +74,14 @@ def test_the_default_rows() -> None:
         assert {row.mode for row in rows} == set(suite.modes)
         assert len({row.name for row in rows}) == len(rows)
         assert set(suite.quick) <= set(suite.shapes)
-        chosen = suite.rows(torch.bfloat16, (TINY,))
-        assert len(chosen) == len(suite.variants) * len(suite.modes), "all variants at a chosen shape"
-        assert {row.dtype for row in chosen} == {torch.bfloat16}
+        chosen = suite.rows(torch.float32, (TINY,))
+        fitting = [variant for variant in suite.variants if suite.name != "model" or variant in ("imdb", "amazon")]
+        assert {row.variant for row in chosen} == set(fitting), "pictures are square: no 11 patches"
+        assert len(chosen) == len(fitting) * len(suite.modes), "all variants at a chosen shape"
+        narrow = suite.rows(torch.bfloat16, (TINY,))
+        assert len(narrow) == (0 if suite.name == "model" else len(chosen)), "models are float32"
+        assert {row.dtype for row in narrow} <= {torch.bfloat16}
+        assert {row.dtype for row in chosen} == {torch.float32}
 
 
 def test_variants_and_scores_ask_for_different_numbers() -> None:
@@ -129,6 +134,87 @@ def test_the_gate_of_a_large_row_looks_at_its_corners(monkeypatch: pytest.Monkey
         assert result.status == "ok"
         assert run is not None
         assert {tuple(x.shape) for x in run.results().values()} == {(2, 7, 2, 3)}
+
+
+@pytest.mark.parametrize(("variant", "length"), [("mnist", 9), ("cifar100", 10), ("imagenet", 9)])
+def test_vision_models_of_any_square(variant: str, length: int) -> None:
+    shape = Shape(3, length, 8, 2)
+    rows = [row for row in tiny_rows("model", shape=shape) if row.variant == variant]
+    assert [row.mode for row in rows] == ["inference", "training"]
+    assert not [row for row in tiny_rows("model", shape=shape._replace(length=length + 1)) if row.variant == variant]
+    for row in rows:
+        for contender in SUITES["model"].contenders(row):
+            result, run = runner.admit(row, contender, Settings())
+            assert result.status == "ok", result
+            assert run is not None
+            assert run.results()["output"].shape == (3, {"mnist": 10, "cifar100": 100, "imagenet": 1000}[variant])
+
+
+def test_models_of_the_papers_sizes() -> None:
+    rows = {row.variant: row for row in SUITES["model"].rows(torch.float32) if row.mode == "training"}
+    parameters = {"mnist": 276_874, "imdb": 647_693}
+    for variant, wanted in parameters.items():
+        task = model.task_of(rows[variant])
+        assert task is not None
+        assert task.size("standard", rows[variant].shape.heads) == wanted
+        assert task.batch_size == rows[variant].shape.batch
+    assert {row.shape for row in rows.values()} == set(model.SHAPES.values())
+
+
+def test_an_update_of_a_model_trains_with_dropout_and_the_gate_is_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates: list[float] = []
+    real = torch.nn.functional.dropout
+
+    def noting(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
+        rates.append(p if training else 0.0)
+        return real(x, p, training, inplace)
+
+    monkeypatch.setattr(torch.nn.functional, "dropout", noting)
+    row = next(row for row in tiny_rows("model") if (row.variant, row.mode) == ("imdb", "training"))
+    for name in (model.BASELINE, "super"):
+        run = next(c for c in SUITES["model"].contenders(row) if c.name == name).make()
+        rates.clear()
+        before = run.results()
+        assert set(rates) == {0.0}
+        rates.clear()
+        run.sample(2)
+        assert max(rates) > 0
+        after = run.results()
+        assert not torch.equal(before["output"], after["output"]), "the optimiser has not stepped"
+
+
+def test_the_gate_sees_an_attention_layer_of_a_model_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = next(row for row in tiny_rows("model") if (row.variant, row.mode) == ("amazon", "training"))
+    contender = next(c for c in SUITES["model"].contenders(row) if c.name == "efficient")
+    contender.truth()
+
+    def biased(module: torch.nn.Module, inputs: object, output: Any) -> Any:
+        return (output[0] * 1.01, *output[1:])
+
+    real = model._build
+
+    def build(*arguments: Any) -> torch.nn.Module:
+        built = real(*arguments)
+        if len(arguments) == 2:  # what is timed, not the reference
+            next(m for m in built.modules() if isinstance(m, model.MultiheadAttention)).register_forward_hook(biased)
+        return built
+
+    monkeypatch.setattr(model, "_build", build)
+    result, run = runner.admit(row, contender, Settings())
+    assert (result.status, run) == ("wrong", None)
+
+
+def test_operations_of_a_model_by_hand() -> None:
+    B, L, D = 3, 11, 10
+    row = next(row for row in tiny_rows("model") if (row.variant, row.mode) == ("imdb", "inference"))
+    task = model.task_of(row)
+    assert task is not None
+    hidden, head = task.hidden, task.head  # type: ignore[attr-defined]
+    attention = 4 * L * D * D + 2 * L * L * D
+    by_hand = 2 * B * (attention + 2 * L * D * hidden + D * head + head)
+    assert model.work(row, "standard").flops == by_hand
+    assert model.work(row, "efficient").flops == by_hand - 2 * B * 2 * L * D * D
+    assert model.work(row, "efficient").flop_ratio == pytest.approx(by_hand / (by_hand - 4 * B * L * D * D))
 
 
 def test_operations_and_bytes_by_hand() -> None:

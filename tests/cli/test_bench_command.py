@@ -221,6 +221,12 @@ def test_rows_of_some_variants_only(capsys: pytest.CaptureFixture[str]) -> None:
         run(*words, "--variants", "masked")
 
 
+@pytest.mark.parametrize("words", [("--dtype", "bfloat16"), ("--shapes", "2x7x8x2", "--variants", "mnist")])
+def test_a_suite_without_such_rows_says_why(words: tuple[str, ...]) -> None:
+    with pytest.raises(UserError, match=r"model has no rows in .*float32, those of pictures at lengths that are a"):
+        run("--suite", "model", *words)
+
+
 def test_a_file_is_no_folder(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("mine", "utf-8")

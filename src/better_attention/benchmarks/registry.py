@@ -157,6 +157,7 @@ class Suite:
         shapes, quick: the rows' shapes, and those of ``--quick``.
         variants, modes: the other two axes.
         skipped: rows of the default shapes that would tell little for their time.
+        fits: whether there can be such a row; of those that cannot, none is made for any shape.
     """
 
     name: str
@@ -167,11 +168,13 @@ class Suite:
     variants: tuple[str, ...]
     modes: tuple[str, ...]
     skipped: Callable[[Row], bool] = lambda row: False
+    fits: Callable[[Row], bool] = lambda row: True
 
     def rows(self, dtype: torch.dtype, shapes: tuple[Shape, ...] | None = None) -> list[Row]:
         """All rows, for the default shapes or others."""
         axes = product(shapes or self.shapes, self.variants, self.modes)
-        found = [Row(self.name, shape, variant, mode, dtype) for shape, variant, mode in axes]
+        every = (Row(self.name, shape, variant, mode, dtype) for shape, variant, mode in axes)
+        found = [row for row in every if self.fits(row)]
         return found if shapes else [row for row in found if not self.skipped(row)]
 
 

@@ -220,10 +220,16 @@ _TIMES: dict[str, Cell] = {
     "10–90 % ": lambda result, rate: _range(result.ratio),
 }
 _PRODUCT: dict[str, Cell] = {"GFLOP/s": _number("gflops", 1), "of product": _percent("product_share")}
+_WHOLE: dict[str, Cell] = {
+    "FLOP ratio": _number("flop_ratio", 2),
+    "÷ FLOP ratio": _number("ratio_over_flop_ratio", 2),
+    **_PRODUCT,
+}
 _RATES: dict[str, dict[str, Cell]] = {
     "kernel": _PRODUCT,
     "align": _PRODUCT,
-    "layer": {"FLOP ratio": _number("flop_ratio", 2), "÷ FLOP ratio": _number("ratio_over_flop_ratio", 2), **_PRODUCT},
+    "layer": _WHOLE,
+    "model": _WHOLE,
     "decode": {"GB/s": _number("gbytes", 1), "of read": _percent("read_share")},
 }
 _REST: dict[str, Cell] = {

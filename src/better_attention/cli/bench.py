@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from better_attention.benchmarks.tables import Report
 
 HELP = "measure speed and memory against PyTorch and others: tables, JSON, targets met and missed"
-SUITES = ("kernel", "layer", "decode", "align")
+SUITES = ("kernel", "layer", "decode", "align", "model")
 DTYPES = ("float32", "bfloat16")
 
 
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--suite",
         choices=(*SUITES, "all"),
         default="all",
-        help="the attention function, whole layers, one query over a long cache, W_A; default: all of them",
+        help="the attention function, whole layers, one query over a long cache, W_A, models; default: all of them",
     )
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of every tensor; default: float32")
     parser.add_argument(
@@ -126,6 +126,11 @@ def measure(args: argparse.Namespace, settings: Settings) -> Report:
         if name not in known:
             raise UserError(f"--variants: the suite {args.suite!r} has {', '.join(known)}, received {name!r}.")
     rows = [row for row in rows if row.variant in (args.variants or known)]
+    if not rows:
+        raise UserError(
+            f"--suite {args.suite} has no rows in {args.dtype} of these --shapes and --variants. The models are "
+            "measured in float32, those of pictures at lengths that are a square (cifar100: one more)."
+        )
     about = machine.describe(command_line())
     results: list[runner.Result] = []
     sizes = {"size": 1024, "read_bytes": 256 << 20} if args.quick else {}
