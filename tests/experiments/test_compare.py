@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import signal
+import threading
+import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +19,14 @@ import pytest
 import tiny
 import torch
 
+from better_attention.experiments import compare as comparison
 from better_attention.experiments import train
 from better_attention.experiments.compare import Plan, compare, make_accelerator
 from better_attention.experiments.position import DivergedError, Interrupted, Position
+from better_attention.experiments.splits import Splits
+from better_attention.experiments.stop import Stop
 from better_attention.experiments.study import Study
+from better_attention.experiments.summary import summarise
 from better_attention.experiments.variant import Variant
 from better_attention.experiments.watcher import Watcher
 
@@ -145,8 +153,83 @@ def test_a_run_that_fails_does_not_take_the_others_along(tmp_path: Path, monkeyp
     diary = Diary()
     study, failed = compare(plan(tmp_path), diary)
     assert failed == diary.lost == ["standard-h3-s0"]
-    assert [record["mechanism"] for record in study.records] == ["super"]
-    assert any("standard-h3-s0 failed" in note for note in study.notes)
+    assert [(record["mechanism"], "diverged" in record) for record in study.records] == [
+        ("super", False),
+        ("standard", True),
+    ]
+    assert any("diverged, and nothing is claimed of its mechanism: standard-h3-s0" in note for note in study.notes)
+    assert study.finished == 1
+
+
+def test_nothing_is_claimed_of_a_mechanism_of_which_a_run_diverged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = train.Training.train_epoch
+
+    def poisoned(self: train.Training) -> None:
+        if (self.variant.name, self.seed) == ("super", 2):
+            next(self.model.parameters()).data.fill_(torch.nan)
+        real(self)
+
+    whole, _ = compare(plan(tmp_path / "whole", seeds=4), Watcher())
+    assert summarise(whole.records)[1].tests["test_loss"].corrected_p is not None
+    monkeypatch.setattr(train.Training, "train_epoch", poisoned)
+    study, failed = compare(plan(tmp_path / "spoilt", seeds=4), Watcher())
+    assert failed == ["super-h3-s2"]
+    written = json.loads((tmp_path / "spoilt" / "results.json").read_text())
+    assert [(run["seed"], run["samples"]) for run in written if "diverged" in run] == [(2, whole.records[0]["samples"])]
+    for records in (study.records, written):  # as `table` reads them back
+        standard, spoilt = summarise(records)
+        assert (standard.mechanism, standard.ranks["test_accuracy"], standard.seeds) == ("standard", 1, (0, 1, 2, 3))
+        assert spoilt.tests["test_accuracy"].verdict == spoilt.tests["test_loss"].verdict == "not tested"
+        assert spoilt.ranks.keys().isdisjoint({"test_accuracy", "test_loss", "train_accuracy"})
+        assert math.isnan(spoilt.estimates["test_accuracy"].mean)
+        assert spoilt.estimates["attention_params"].n == 3
+    page = (tmp_path / "spoilt" / "report.html").read_text("utf-8")
+    assert "super-h3-s2: epoch 1, step 1" in page
+    assert "Test acc. % and Test loss of at least one run is no number; nothing is claimed of it" in page
+
+
+def test_two_commands_that_begin_at_once_do_not_mix_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = replace(plan(tmp_path, ["super"]), task=tiny.task(epochs=1, lr=0.5))
+    real = comparison.measure_paces
+
+    def overtaken(*arguments: Any) -> Any:
+        monkeypatch.undo()
+        compare(plan(tmp_path, ["standard"]), Watcher())  # begins and ends while the other measures
+        return real(*arguments)
+
+    monkeypatch.setattr(comparison, "measure_paces", overtaken)
+    with pytest.raises(ValueError, match=r"standard-h3-s0 holds a run with another configuration:\n  lr: 0.01 there"):
+        compare(other, Watcher())
+    assert not (tmp_path / "super-h3-s0" / "config.json").exists()
+    assert {run["mechanism"] for run in json.loads((tmp_path / "results.json").read_text())} == {"standard"}
+
+
+def test_results_are_written_by_one_command_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that comes second waits, and sees the runs of the first."""
+    real, second = comparison.make_study, threading.Thread(target=compare, args=(plan(tmp_path, ["super"]), Watcher()))
+    seen: list[set[object]] = []
+
+    def slow(own: Plan, splits: Splits) -> Study:
+        study = real(own, splits)
+        seen.append({record["mechanism"] for record in study.records})
+        if not second.is_alive() and not second.ident:
+            monkeypatch.setattr(Stop, "listening", lambda self: nullcontext())  # signals are for the main thread
+            second.start()
+            for _ in range(600):
+                if (tmp_path / "super-h3-s0" / "result.json").is_file():
+                    break
+                time.sleep(0.05)
+            time.sleep(0.3)
+        return study
+
+    monkeypatch.setattr(comparison, "make_study", slow)
+    monkeypatch.setattr(comparison, "claim", lambda *_: None)  # it would wait, too, before it trains
+    compare(plan(tmp_path, ["standard"]), Watcher())
+    second.join(60)
+    assert seen == [{"standard"}, {"standard", "super"}]
+    assert {run["mechanism"] for run in json.loads((tmp_path / "results.json").read_text())} == {"standard", "super"}
 
 
 def test_all_mechanisms_see_the_samples_in_the_same_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -372,6 +372,20 @@ def test_where_the_interval_includes_zero_no_difference_is_shown() -> None:
     assert duels([row("standard"), row("efficient+expressive")])["overall"] == []
 
 
+def test_runs_that_diverged_leave_nothing_to_claim() -> None:
+    rows = many(3.0)
+    lost = [row.mechanism == "expressive" and row.rung == (8, 8) for row in rows]
+    assert sum(lost) == 3
+    spoilt = [replace(r, test_accuracy=None) if gone else r for r, gone in zip(rows, lost, strict=True)]
+    found = duels(spoilt)
+    (overall,) = found["overall"]
+    assert overall.verdict == "not tested"
+    assert sentence(overall).endswith("over 6 pairs of runs: not tested, as 3 runs diverged.")
+    assert [duel.verdict for duel in found["rungs"]] == [duel.verdict for duel in duels(rows)["rungs"][:2]]
+    spoilt = [replace(r, test_accuracy=None) if r == rows[lost.index(True)] else r for r in rows]
+    assert sentence(duels(spoilt)["overall"][0]).endswith("over 8 pairs of runs: not tested, as 1 run diverged.")
+
+
 # --- the files --------------------------------------------------------------------------------------------------------
 
 

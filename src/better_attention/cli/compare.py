@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
         message = f"Interrupted. {stopped} The same command continues there:\n  {plan.command}"
         screen.print(message, markup=False, soft_wrap=True)
         return 128 + stopped.signal
-    if study.records:
+    if study.finished:
         tables.print_table(tables.summarise(study.records), screen)
         for name in ("report.html", "results.csv", "results.json", "curves.csv"):
             screen.print(f"{plan.out / name}", markup=False, soft_wrap=True)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -29,6 +30,7 @@ from better_attention.experiments.runs import (
     divergence,
     list_runs,
     load_run,
+    open_run,
     read_curve,
     run_name,
 )
@@ -42,6 +44,7 @@ from better_attention.experiments.watcher import Watcher
 
 RESULTS = ("results.json", "results.csv", "curves.csv", "report.html")
 OPTIMISED = 3  # copies of the parameters in training, at least: weights, gradients and a moment
+TURN = 120.0  # seconds to wait for another process to write its results into the same folder
 EXAMPLES = 2  # test samples whose attention maps are drawn
 
 
@@ -120,6 +123,8 @@ def compare(plan: Plan, watcher: Watcher) -> tuple[Study, list[str]]:
             name = run_name(variant, heads, seed)
             watcher.begin(name, number, len(plan.runs()))
             with locked(plan.out / name) if accelerator.is_main_process else nullcontext():
+                if accelerator.is_main_process:
+                    claim(plan, same | {"data_sha256": splits.digest}, variant, heads, seed)
                 training = Training(
                     *(plan.task, splits, variant, heads, seed, plan.out / name, accelerator),
                     command=plan.command,
@@ -137,9 +142,11 @@ def compare(plan: Plan, watcher: Watcher) -> tuple[Study, list[str]]:
                     raise
                 finally:
                     accelerator.free_memory()  # it holds on to every model it has prepared
-    study = make_study(plan, splits)
-    if accelerator.is_main_process and study.records:
-        write_results(study, plan.out)
+    # One at a time, so that what is written last has seen every run: another command may work in this folder, too.
+    with locked(plan.out, TURN) if accelerator.is_main_process else nullcontext():
+        study = make_study(plan, splits)
+        if accelerator.is_main_process and study.finished:
+            write_results(study, plan.out)
     accelerator.wait_for_everyone()
     return study, failed
 
@@ -149,6 +156,20 @@ def is_results(found: object) -> bool:
     return (
         isinstance(found, list) and bool(found) and all(isinstance(run, dict) and "mechanism" in run for run in found)
     )
+
+
+def claim(plan: Plan, same: Mapping[str, Any], variant: Variant, heads: int, seed: int) -> None:
+    """Make the folder of a run, if every other run in ``plan.out`` still agrees with it.
+
+    Another command may have begun there since :func:`check_agreement` looked: whoever comes first sets the settings.
+
+    Raises:
+        ValueError: one has, with others.
+    """
+    with locked(plan.out, TURN):
+        check_agreement(plan.out, same)
+        own = {"mechanism": variant.name, "heads": heads, "seed": seed}
+        open_run(plan.out / run_name(variant, heads, seed), {**same, **own}, plan.command)
 
 
 def check_finished(plan: Plan) -> None:
@@ -243,6 +264,7 @@ def make_study(plan: Plan, splits: Splits) -> Study:
         (run for run in runs if run["result"]),
         key=lambda run: (run["result"]["seed"], run["result"]["heads"], _rank(plan, run["result"]["mechanism"])),
     )
+    lost = [record for run in runs if run["result"] is None and (record := diverged_record(run, splits)) is not None]
     curves = {}
     maps: list[AttentionMap] = []
     alignments: list[AlignmentPicture] = []
@@ -260,11 +282,7 @@ def make_study(plan: Plan, splits: Splits) -> Study:
             alignments += [AlignmentPicture(name, layer, w.numpy()) for layer, w in alignment_kernels(model)]
     notes = [
         *splits.notes,
-        *(
-            f"{run['name']} failed: its loss or gradient was not finite; it is in no table"
-            for run in runs
-            if run["result"] is None and divergence(run["path"])
-        ),
+        *(f"a run diverged, and nothing is claimed of its mechanism: {record['diverged']}" for record in lost),
     ]
     return Study(
         task={
@@ -273,7 +291,7 @@ def make_study(plan: Plan, splits: Splits) -> Study:
             "source": plan.task.source,
             "settings": plan.task.settings(),
         },
-        records=[run["result"] for run in finished],
+        records=[*(run["result"] for run in finished), *lost],
         curves=curves,
         maps=maps,
         alignments=alignments,
@@ -281,6 +299,27 @@ def make_study(plan: Plan, splits: Splits) -> Study:
         commit=commit(),
         notes=notes,
     )
+
+
+def diverged_record(run: Mapping[str, Any], splits: Splits) -> dict[str, Any] | None:
+    """What ``results.json`` says of a run that was given up, from an entry of :func:`list_runs`; None if it was not.
+
+    It has no numbers, but it counts: the runs that got through say nothing of the mechanism as a whole.
+    """
+    reason = divergence(run["path"])
+    if not reason:
+        return None
+    what, where = run["config"]["run"], run["config"].get("environment", {})
+    return {
+        "task": what["task"],
+        "scale": what["settings"]["scale"],
+        "mechanism": what["mechanism"],
+        "score": Variant.of(what["mechanism"]).mechanism.score,
+        **{key: what[key] for key in ("heads", "seed", "settings", "device")},
+        **{key: where.get(key) for key in ("threads", "commit", "command", "versions")},
+        "samples": splits.sizes,
+        "diverged": reason,
+    }
 
 
 def _rank(plan: Plan, mechanism: str) -> tuple[int, str]:

@@ -101,8 +101,10 @@ class Duel:
     Args:
         softmax, expressive: names of the two mechanisms.
         where: what the pairs are of: all rungs at the best setting of each, one rung of these, or one setting.
-        accuracy: difference of the test accuracies in points; None where there is no pair.
+        accuracy: difference of the test accuracies in points; None where there is no pair. Without a p where a run
+            diverged: those that got through say nothing of a mechanism as a whole.
         updates: difference of log2(updates to the target) over the pairs in which both reached it; None likewise.
+        diverged: runs of either mechanism without an accuracy.
     """
 
     softmax: str
@@ -110,6 +112,7 @@ class Duel:
     where: str
     accuracy: Comparison | None
     updates: Comparison | None
+    diverged: int = 0
 
     @property
     def verdict(self) -> str:
@@ -117,7 +120,7 @@ class Duel:
         found = self.accuracy
         if found is None or found.difference.half_width is None:
             return UNTESTED
-        return found.verdict if abs(found.difference.mean) > found.difference.half_width else NOTHING
+        return NOTHING if found.shows and abs(found.difference.mean) <= found.difference.half_width else found.verdict
 
     @property
     def speed(self) -> str:
@@ -158,15 +161,14 @@ def duels(rows: Sequence[Row]) -> dict[str, list[Duel]]:
 
 
 def _duel(rows: Sequence[Row], softmax: str, expressive: str, where: str) -> Duel:
-    return Duel(
-        softmax,
-        expressive,
-        where,
-        _compared(rows, softmax, expressive, lambda row: row.test_accuracy),
-        _compared(
-            rows, softmax, expressive, lambda row: math.log2(row.updates_to_target) if row.updates_to_target else None
-        ),
+    accuracy = _compared(rows, softmax, expressive, lambda row: row.test_accuracy)
+    updates = _compared(
+        rows, softmax, expressive, lambda row: math.log2(row.updates_to_target) if row.updates_to_target else None
     )
+    diverged = sum(row.mechanism in (softmax, expressive) and row.test_accuracy is None for row in rows)
+    if accuracy is not None and diverged:
+        accuracy = replace(accuracy, t_p=None, wilcoxon_p=None, effect=None)
+    return Duel(softmax, expressive, where, accuracy, updates, diverged)
 
 
 def _compared(
@@ -195,4 +197,5 @@ def sentence(duel: Duel) -> str:
     points = found.difference.format(1, sign=True)
     pairs = f"{counted(found.difference.n, 'pair')} of runs"
     told = {"higher": "expressive predicts better", "lower": "softmax predicts better"}.get(duel.verdict, duel.verdict)
-    return f"{duel.expressive} against {duel.softmax}: {points} points of test accuracy over {pairs}: {told}."
+    lost = f", as {counted(duel.diverged, 'run')} diverged" if duel.diverged else ""
+    return f"{duel.expressive} against {duel.softmax}: {points} points of test accuracy over {pairs}: {told}{lost}."

@@ -12,25 +12,30 @@ from typing import TextIO
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder of a run for this process; the system lets go of it whenever the process ends.
+def locked(folder: Path, patience: float = 0.5) -> Iterator[None]:
+    """Hold the folder of a run, or of a comparison, for this process; the system lets go of it when the process ends.
+
+    Args:
+        folder: made if it is not there.
+        patience: seconds for which to try; a listing holds a run for a moment, see :func:`holder`.
 
     Raises:
-        ValueError: another process holds it.
+        ValueError: another process holds it for longer.
     """
+    end = time.monotonic() + patience
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("a+", encoding="ascii") as file:
-        for patience in (*[0.05] * 10, None):  # a listing holds it for a moment, see :func:`holder`
+        while True:
             try:
                 _lock(file.fileno())
                 break
             except OSError:
-                if patience is None:
+                if time.monotonic() > end:
                     raise ValueError(
                         f"{folder} is being written by another process ({_signature(file)}). "
                         "Wait until it ends, stop it, or choose another --out."
                     ) from None
-                time.sleep(patience)
+                time.sleep(0.05)
         with suppress(OSError):  # a full disk: the lock holds without its signature
             os.ftruncate(file.fileno(), 0)
             os.write(file.fileno(), f"process {os.getpid()}".encode("ascii"))

@@ -10,7 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 Record = Mapping[str, object]
-"""One run as it stands in ``results.json``: task, scale, mechanism, heads, seed, metrics, versions, ..."""
+"""One run as it stands in ``results.json``: task, scale, mechanism, heads, seed, metrics, versions, ...
+
+A run that diverged has the reason as ``diverged`` and no metrics.
+"""
 
 Curve = Sequence[Mapping[str, float]]
 """One run's ``metrics.jsonl``: an entry an epoch, with losses and with accuracies in per cent."""
@@ -103,6 +106,11 @@ class Study:
     command: str
     commit: str
     notes: Sequence[str] = ()
+
+    @property
+    def finished(self) -> int:
+        """How many of the runs came to their end; the others diverged."""
+        return sum("diverged" not in record for record in self.records)
 
 
 @dataclass(frozen=True, slots=True)

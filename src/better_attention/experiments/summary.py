@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -104,7 +105,11 @@ def summarise(records: Iterable[Record], baseline: str = "standard") -> list[Row
     rows: list[Row] = []
     for (task, scale, heads), mechanisms in sorted(groups.items()):
         printed = {(row["mechanism"], row["heads"]): row for row in paper.rows(_published(task, mechanisms))}
-        values = {name: _values(runs, f"{task}, {name}, {heads} heads") for name, runs in _in_order(mechanisms)}
+        every = [run for runs in mechanisms.values() for run in runs]
+        measured = [c.key for c in COLUMNS if c.kind == "metric" and any(run.get(c.key) is not None for run in every)]
+        values = {
+            name: _values(runs, measured, f"{task}, {name}, {heads} heads") for name, runs in _in_order(mechanisms)
+        }
         estimates = {
             name: {key: _estimate(key, list(seeds.values())) for key, seeds in by_key.items()}
             for name, by_key in values.items()
@@ -147,8 +152,8 @@ def _in_order(mechanisms: Mapping[str, list[Record]]) -> list[tuple[str, list[Re
     return sorted(mechanisms.items(), key=lambda item: named.index(item[0]) if item[0] in named else len(named))
 
 
-def _values(runs: Sequence[Record], where: str) -> dict[str, dict[int, float]]:
-    """Key of a column -> seed -> value, without what is None."""
+def _values(runs: Sequence[Record], measured: Sequence[str], where: str) -> dict[str, dict[int, float]]:
+    """Key of a column -> seed -> value, without what is None; NaN for what is ``measured``, of a run that diverged."""
     seeds = [_int(run["seed"]) for run in runs]
     if len(set(seeds)) < len(seeds):
         twice = sorted({seed for seed in seeds if seeds.count(seed) > 1})
@@ -161,6 +166,8 @@ def _values(runs: Sequence[Record], where: str) -> dict[str, dict[int, float]]:
                 found.setdefault(column.key, {})[_int(run["seed"])] = value
             elif value is not None:
                 raise ValueError(f"{where}: {column.key} is a number or None, received {value!r}.")
+            elif run.get("diverged") and column.key in measured:
+                found.setdefault(column.key, {})[_int(run["seed"])] = math.nan
     return found
 
 
