@@ -126,6 +126,26 @@ def test_the_mechanisms_take_turns_and_ratios_are_formed_within_a_round(monkeypa
     assert found == {"a": [1.0, 10.0, 4.0], "b": [2.0, 5.0, 2.0]}
 
 
+def test_a_quick_pass_is_sized_by_standard_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(edge, "_pass", lambda model, batches: asked.append(model) or 0.5)  # type: ignore[func-returns-value]
+    timings = edge.measure_group(tiny.task(), ["super", "standard"], 3, "float32", Settings(64, 16, 1, quick=True))
+    assert [timing.measured for timing in timings] == [32, 32]
+    sizes = [sum(parameter.numel() for parameter in model.parameters()) for model in asked]
+    assert sizes[:2] == [tiny.task().size("standard", 3)] * 2
+    assert tiny.task().size("super", 3) in sizes
+
+
+def test_an_int8_timing_is_not_the_papers_row() -> None:
+    spread = Spread.of([1.0])
+    report = edge_view.Report({}, Settings(), [Timing("mnist", 4, "int8", "standard", spread, spread, 1, 5000)])
+    rows = [row for row in edge_view.beside_paper(report) if (row["task"], row["heads"]) == ("mnist", 4)]
+    assert [(row["mechanism"], row["precision"], row["reason"]) for row in rows] == [
+        ("standard", "int8", ""),
+        *((name, "float32", "not run") for name in ("standard", "optimised", "efficient", "super")),
+    ]
+
+
 def test_ratios_are_own_over_standard(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rounds of 1, 10, 4 and 2, 5, 2 seconds: the median of 2, 0.5, 0.5, and not the ratio of the medians, 2 / 4."""
     monkeypatch.setattr(edge, "rounds", lambda models, *rest: {"standard": [1.0, 10.0, 4.0], "super": [2.0, 5.0, 2.0]})

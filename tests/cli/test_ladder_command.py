@@ -10,6 +10,7 @@ import pytest
 
 from better_attention.cli import ladder, main
 from better_attention.experiments import pace
+from better_attention.experiments.climb import epoch_updates
 from better_attention.experiments.ladder import SCALES
 from better_attention.experiments.position import Interrupted
 from better_attention.experiments.train import Training
@@ -44,7 +45,13 @@ def test_every_argument_arrives() -> None:
     assert [str(s) for s in made.settings] == ["raw-alibi-l2", "raw-alibi-l3", "learned-alibi-l2", "learned-alibi-l3"]
     assert [v.name for v in made.variants] == ["super", "super+expressive"]
     assert (made.heads, made.seeds, made.screen, made.out, made.device) == (4, 7, True, Path("here"), "auto")
-    assert (made.task.equal_params, made.task.epochs, made.task.width, made.task.steps) == (False, 3, 16, 9)
+    assert (made.task.equal_params, made.task.epochs, made.task.width, made.task.steps) == (False, 2, 16, 9)
+
+
+@pytest.mark.parametrize(("updates", "epochs", "each"), [(7, 1, 7), (50, 1, 50), (99, 1, 50), (100, 2, 50)])
+def test_a_run_makes_no_more_updates_than_asked_for(updates: int, epochs: int, each: int) -> None:
+    made = ladder.make_ladder(parse("--updates", str(updates)))
+    assert (made.task.epochs, epoch_updates(made.task)) == (epochs, each)
 
 
 @pytest.mark.parametrize("rules", ["plus,minus,back,negative", '["plus","minus","back","negative"]'])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -36,7 +37,7 @@ def training_alone(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     if "capsys" not in request.fixturenames:
         module = sys.modules[compare.__module__]
         monkeypatch.setattr(module, "measure_paces", lambda *arguments: {})
-        monkeypatch.setattr(module, "make_study", lambda *arguments: SimpleNamespace(records=[]))
+        monkeypatch.setattr(module, "make_study", lambda *arguments: SimpleNamespace(records=[], finished=0))
 
 
 class Notebook:
@@ -141,6 +142,19 @@ def test_a_resumed_run_has_no_epoch_twice(tmp_path: Path, notebook: type[Noteboo
         line["validation_loss"] for line in read_curve(tmp_path / "super-h3-s0")
     ]
     assert len(notebook.settings["super-h3-s0"]) == 1
+
+
+def test_a_run_that_was_deleted_and_trained_anew_has_a_log_of_its_own(tmp_path: Path, notebook: type[Notebook]) -> None:
+    tracked(plan(tmp_path))
+    before = list(notebook.pages["super-h3-s0"])
+    for epochs, page in ((2, "super-h3-s0-2"), (1, "super-h3-s0-3")):
+        shutil.rmtree(tmp_path / "super-h3-s0")
+        for _ in range(2):  # the second time there is nothing new
+            tracked(plan(tmp_path, epochs=epochs))
+        assert [step for step, _ in notebook.pages[page]] == [*range(1, epochs + 1), epochs]
+        assert notebook.settings[page][0]["epochs"] == epochs
+    assert notebook.pages["super-h3-s0"] == before
+    assert set(notebook.pages) == {"super-h3-s0", "super-h3-s0-2", "super-h3-s0-3"}
 
 
 def test_a_finished_comparison_is_told_afterwards(tmp_path: Path, notebook: type[Notebook]) -> None:

@@ -139,7 +139,8 @@ def measure_group(
         timings[name] = Timing(task.name, heads, precision, name, quantised=quantised)
     if not models:
         return list(timings.values())
-    one = min(_pass(next(iter(models.values())), [probe]) for _ in range(2))
+    measuring = models.get(BASELINE, next(iter(models.values())))
+    one = min(_pass(measuring, [probe]) for _ in range(2))
     measured = how_many(settings, one)
     expected = one * measured / settings.batch_size * len(models) * settings.rounds
     if expected > 10:
@@ -214,7 +215,7 @@ def quantise(model: nn.Module) -> int:
 
 
 def how_many(settings: Settings, batch_seconds: float) -> int:
-    """Samples of one pass, where a batch of standard attention takes ``batch_seconds``.
+    """Samples of one pass, where a batch of standard attention (of the first model without it) takes so long.
 
     >>> how_many(Settings(), 1.0), how_many(Settings(measured=64), 1.0), how_many(Settings(quick=True), 0.25)
     (5000, 64, 128)

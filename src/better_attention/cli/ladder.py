@@ -42,7 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=numbers, metavar="1,2", help="depths of the model")
     parser.add_argument("--heads", type=positive, metavar="N", help="default: the task's")
     parser.add_argument("--seeds", type=positive, metavar="N", help="seeds 0 ... N-1")
-    parser.add_argument("--updates", type=positive, metavar="N", help="most of a run, in epochs of 50 or fewer")
+    parser.add_argument(
+        "--updates", type=positive, metavar="N", help="most of a run, in whole epochs of 50 (of N, where N is less)"
+    )
     parser.add_argument(
         "--screen",
         action="store_true",
@@ -119,7 +121,7 @@ def make_ladder(args: argparse.Namespace) -> Ladder:
     updates = args.updates or grid["updates"]
     if updates < epoch_updates(task):  # an epoch is what is validated after: it cannot be longer than the run
         task = replace(task, train_samples=updates * task.batch_size)
-    task = replace(task, epochs=-(-updates // epoch_updates(task)))
+    task = replace(task, epochs=updates // epoch_updates(task))
     columns = [getattr(args, name) or grid[name] for name in ("scalings", "positions", "layers")]
     ladder = Ladder(
         task=task,

@@ -121,10 +121,10 @@ def compare(plan: Plan, watcher: Watcher) -> tuple[Study, list[str]]:
         paces = measure_paces(plan, splits, accelerator, watcher)
         for number, (variant, heads, seed) in enumerate(plan.runs(), start=1):
             name = run_name(variant, heads, seed)
-            watcher.begin(name, number, len(plan.runs()))
             with locked(plan.out / name) if accelerator.is_main_process else nullcontext():
                 if accelerator.is_main_process:
                     claim(plan, same | {"data_sha256": splits.digest}, variant, heads, seed)
+                watcher.begin(name, number, len(plan.runs()))
                 training = Training(
                     *(plan.task, splits, variant, heads, seed, plan.out / name, accelerator),
                     command=plan.command,

@@ -1,8 +1,9 @@
 """Learning curves in TensorBoard or Weights & Biases, beside our own files: optional, and never in training's way.
 
 A run of a comparison is a run there, below ``OUT/trackers/``. What was logged is remembered beside it, epoch by epoch,
-so that a run that was interrupted goes on where its log ended and no epoch is there twice. Whatever goes wrong in a
-tracker ends that tracker and nothing else.
+so that a run that was interrupted goes on where its log ended and no epoch is there twice. A run that was deleted and
+is trained anew is another one: its log begins anew, as ``RUN-2``. Whatever goes wrong in a tracker ends that tracker
+and nothing else.
 """
 
 from __future__ import annotations
@@ -107,7 +108,9 @@ class TrackingWatcher(Watcher):
         self.folder = plan.out / "trackers"
         self.main, self.run = True, ""
         self.open: dict[str, Tracker] = {}
+        self.identity = ""  # of the run: of what its configuration says
         self.logged: dict[str, int] = {}
+        self.attempts: dict[str, int] = {}
         self.least = 0  # epochs that every tracker has: what `progress` looks at
 
     def __enter__(self) -> Self:
@@ -124,10 +127,11 @@ class TrackingWatcher(Watcher):
         self.main = accelerator.is_main_process
 
     def begin(self, name: str, number: int, runs: int) -> None:
-        """See :class:`Watcher`; the tracker starts with the first thing there is to log."""
+        """See :class:`Watcher`; the run has its configuration. The tracker starts with the first thing to log."""
         self._close()
         self.run, self.logged = name, {}
         if self.main:
+            self.identity = sha256((self.plan.out / name / "config.json").read_bytes()).hexdigest()
             for tracker in list(self.names):
                 self._guarded(tracker, self._remember, tracker)
         self.least = min(self.logged.values(), default=0)
@@ -170,7 +174,8 @@ class TrackingWatcher(Watcher):
     def _tracker(self, name: str) -> Tracker:
         """The tracker of this run; started, and told the settings, when it is first asked for."""
         if name not in self.open:
-            tracker = TRACKERS[name](self.folder, self.plan, self.run)
+            attempt = self.attempts[name]
+            tracker = TRACKERS[name](self.folder, self.plan, self.run if attempt == 1 else f"{self.run}-{attempt}")
             tracker.start()
             self.open[name] = tracker
             if not self.logged[name]:
@@ -183,13 +188,17 @@ class TrackingWatcher(Watcher):
 
     def _remember(self, name: str) -> None:
         known = read_json(self._memory(name)) if self._memory(name).is_file() else {}
-        self.logged[name] = int(known.get("epochs", 0))
+        self.logged[name], self.attempts[name] = int(known.get("epochs", 0)), int(known.get("attempt", 1))
+        if known and known.get("run") != self.identity:
+            self.attempts[name] += self.logged[name] > 0
+            known = {}
         if not known:
             self._note(name, 0)
 
     def _note(self, name: str, epochs: int, *, final: bool = False) -> None:
         self.logged[name] = epochs
-        write_json(self._memory(name), {"epochs": epochs, "final": final})
+        memory = {"run": self.identity, "attempt": self.attempts[name], "epochs": epochs, "final": final}
+        write_json(self._memory(name), memory)
 
     def _close(self) -> None:
         for name in list(self.open):
