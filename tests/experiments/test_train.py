@@ -187,6 +187,26 @@ def test_an_interrupted_run_ends_with_the_same_bits(straight: Path, tmp_path: Pa
     assert curve(tmp_path) == curve(straight)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_going_on_with_other_threads_is_told_and_put_down(tmp_path: Path, threads: int) -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        with pytest.raises(Interrupted):
+            tiny.training(tmp_path, stop=lambda: True).run()
+        torch.set_num_threads(3 - threads)
+        told = "1 thread so far, goes on with 2" if threads == 1 else "2 threads so far, goes on with 1"
+        with pytest.warns(
+            UserWarning, match=rf"trained with {told}.* last bits .*OMP_NUM_THREADS={threads} goes on as"
+        ):
+            record = tiny.training(tmp_path).run()
+    finally:
+        torch.set_num_threads(before)
+    assert [part["threads"] for part in record["sessions"]] == [threads, 3 - threads]
+    assert {part["processes"] for part in record["sessions"]} == {1}
+    assert record["threads"] == 3 - threads
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import signal
 from dataclasses import dataclass, field
+from typing import Any
 
 from better_attention.experiments.task import Task
 
@@ -32,6 +33,7 @@ class Position:
     best_epoch: int = 0
     best_loss: float = math.inf
     curve: list[dict[str, float]] = field(default_factory=list)  # finished epochs
+    sessions: list[dict[str, Any]] = field(default_factory=list)  # commit, threads, processes of each part of the run
 
     def finished(self, task: Task) -> bool:
         """Whether epochs are used up, validation has not improved for ``task.patience`` of them, or all is solved."""

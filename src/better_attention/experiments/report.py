@@ -120,9 +120,11 @@ def _made_on(study: Study) -> dict[str, str]:
     """Commits, devices, threads, versions and numbers of samples of the runs, each named once."""
     facts: dict[str, dict[str, None]] = {}
     for record in study.records:
-        for key in ("commit", "device", "threads", "finished"):
-            if record.get(key) is not None:
-                facts.setdefault(key, {})[str(record[key])] = None
+        sessions = record.get("sessions")
+        for part in (record, *(sessions if isinstance(sessions, list) else ())):
+            for key in ("commit", "device", "threads", "finished"):
+                if part.get(key) is not None:
+                    facts.setdefault(key, {})[str(part[key])] = None
         for key in ("samples", "versions"):
             named = record.get(key)
             if isinstance(named, Mapping):

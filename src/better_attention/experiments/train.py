@@ -2,8 +2,9 @@
 
 Everything random is a pure function of the position: the order of the samples of (seed, epoch), the dropout
 of (seed, epoch, step). A run that was killed at any moment therefore continues in the middle of its epoch
-and, on a CPU, ends with the same bits. It runs on Hugging Face accelerate: on a CPU, a GPU, or several
-processes, where each takes its share of every batch and the gradient is that of the whole batch.
+and, on a CPU with as many threads, ends with the same bits. It runs on Hugging Face accelerate: on a CPU, a
+GPU, or several processes, where each takes its share of every batch and the gradient is that of the whole
+batch.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -22,11 +24,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from better_attention.errors import counted
 from better_attention.experiments import checkpoint
 from better_attention.experiments.chance import derive, epoch_order, initial_model, reseed
 from better_attention.experiments.evaluation import evaluate, total
 from better_attention.experiments.files import write_atomic
-from better_attention.experiments.origin import environment
+from better_attention.experiments.origin import commit, environment
 from better_attention.experiments.pace import Pace
 from better_attention.experiments.position import DivergedError, Interrupted, Position
 from better_attention.experiments.runs import describe_run, open_run, read_json, write_json
@@ -128,14 +131,31 @@ class Training:
         self.saved_at = time.monotonic()
         saved = checkpoint.load(self.folder)
         if saved is None:
+            self.begin_session()
             return
         tensors, state = saved
         self.position = Position(**state)
+        self.begin_session()
         if not self.main:  # the sums that were saved are those of all processes together
             self.position.loss = self.position.correct = 0.0
         self.best = {k: v.to(self.accelerator.device) for k, v in _below("best", tensors).items()}
         self.model.load_state_dict(_below("model", tensors))
         checkpoint.load_optimiser(self.optimiser, _below("optimiser", tensors))
+
+    def begin_session(self) -> None:
+        """Note where the run goes on from here, and warn where that will show in the last bits."""
+        sessions, threads = self.position.sessions, torch.get_num_threads()
+        session = {"commit": commit(), "threads": threads, "processes": self.accelerator.num_processes}
+        before = sessions[-1]["threads"] if sessions else threads
+        if not sessions or sessions[-1] != session:
+            sessions.append(session)
+        if before != threads and self.main and self.accelerator.device.type == "cpu":
+            warnings.warn(
+                f"{self.folder}: trained with {counted(before, 'thread')} so far, goes on with {threads}. Sums are "
+                "then rounded otherwise: the result will differ in its last bits from that of a run in one go. "
+                f"OMP_NUM_THREADS={before} goes on as it began.",
+                stacklevel=2,
+            )
 
     def warm_up(self) -> None:
         """One forward and backward pass without an update: what happens only once is in no epoch's seconds."""
@@ -267,6 +287,8 @@ class Training:
             "device": self.accelerator.device.type,
             "processes": self.accelerator.num_processes,
             **{key: where[key] for key in ("threads", "commit", "command", "versions")},
+            # What is said above is of the last part, where a run was interrupted and went on elsewhere.
+            **({"sessions": self.position.sessions} if len(self.position.sessions) > 1 else {}),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         }
 
