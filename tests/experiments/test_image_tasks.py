@@ -301,7 +301,13 @@ def test_a_validation_split_of_the_datas_own_is_kept(photos: Path, tmp_path: Pat
     splits = task.load(tmp_path)
     assert [len(part) for part in (splits.train, splits.validation, splits.test)] == [36, 12, 12]
     fewer = replace(task, train_samples=20).load(tmp_path)
-    assert [len(part) for part in (fewer.train, fewer.validation, fewer.test)] == [20, 2, 12]
+    assert [len(part) for part in (fewer.train, fewer.validation, fewer.test)] == [18, 2, 12], "as many as of texts"
+    for picture in list((tmp_path / "train").glob("*/*.png")):
+        if int(picture.stem) > 0:
+            picture.unlink()  # three are left, of which nothing could be cut
+    for changed in (task, replace(task, validation_share=0.0)):
+        few = changed.load(tmp_path)
+        assert [len(part) for part in (few.train, few.validation, few.test)] == [3, 12, 12]
     own = small(image_size=8).fitted(tmp_path / "val").load(tmp_path / "val")
     pictures = {bytes(image.numpy()) for part in (own.train, own.validation, own.test) for image in part.inputs}
     assert {bytes(image.numpy()) for image in splits.validation.inputs} == pictures

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate import Accelerator
 
 from better_attention.cost import cost
 from better_attention.experiments import climb as climb_module
@@ -194,6 +195,33 @@ def test_every_cell_has_its_folder_and_its_row(tmp_path: Path) -> None:
     assert (config["modulus"], config["delay"], config["scaling"]) == (4, 4, "raw")
     assert (config["positions"], config["layers"]) == ("alibi", 2)
     assert set(climb.notes) == {(4, 4), (8, 4)}
+
+
+@pytest.mark.parametrize("screen", [False, True])
+def test_the_estimate_bounds_every_mechanism_in_any_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, screen: bool
+) -> None:
+    """An update takes 1, 2, 3 or 4 seconds by the mechanism, ten times that with two layers; evaluating takes none."""
+    seconds = {"standard": 1.0, "expressive": 2.0, "efficient": 3.0, "super+expressive": 4.0}
+    seen: list[tuple[int, int]] = []
+
+    def timed(task: RecurrenceTask, splits: object, variant: Variant, *more: object) -> pace.Pace:
+        seen.append((task.modulus, task.delay))
+        return pace.Pace(seconds[variant.name] * 10 ** (task.layers - 1), None)
+
+    monkeypatch.setattr(climb_module, "measure", timed)
+    told = []
+    for names in (list(seconds), list(reversed(seconds))):
+        variants = [Variant.of(name) for name in names]
+        of = ladder(tmp_path, rungs=((4, 4), (8, 6)), seeds=2, screen=screen, variants=variants, task=base(epochs=2))
+        climb = Climb(of, notes := Notes())
+        climb.estimate(Accelerator(cpu=True))
+        told += notes.estimates
+    updates = 3 * 2
+    runs = updates * 2 * (1 + 2 + 3 + 4)  # of one layer and one seed, on both rungs
+    expected = runs + 10 * runs + (10 * runs if screen else runs + 10 * runs)
+    assert told == [(expected, 24 if screen else 32)] * 2
+    assert set(seen) == {(8, 4), (8, 6)}
 
 
 class Killer(Notes):

@@ -16,9 +16,9 @@ from better_attention import MultiheadAttention
 from better_attention.cli import main
 from better_attention.data import Texts
 from better_attention.experiments.runs import load_run
-from better_attention.experiments.task import Task
+from better_attention.experiments.task import Task, subsets
 from better_attention.experiments.tasks import TASKS
-from better_attention.experiments.text_task import OwnTextTask, TextTask, subsets
+from better_attention.experiments.text_task import OwnTextTask, TextTask
 
 
 def text_task(name: str, scale: str = "paper") -> TextTask:

@@ -140,32 +140,37 @@ class Climb:
         return self.paces[task, variant]
 
     def estimate(self, accelerator: Accelerator) -> None:
-        """Tell the watcher how long all of it takes at most: every update made, nothing given up.
+        """Tell the watcher how long all of it takes at most: every update made, nothing given up or solved.
 
-        Measured for the shortest and the longest sequences; in between the time is at most linear in the length.
+        Each model is measured for the shortest and the longest sequences of the largest N; in between the time is at
+        most linear in the length. Of what screening will leave, the slowest setting is counted.
         """
         ladder = self.ladder
-        waiting = [cell for cell in ladder.cells if not (ladder.folder(cell) / "result.json").is_file()]
-        if ladder.screen:
-            waiting = [cell for cell in waiting if cell.seed == 0 or cell.setting == ladder.settings[0]]
+        ended = {cell: (ladder.folder(cell) / "result.json").is_file() for cell in ladder.cells}
+        chosen = {(c.rung, c.variant, c.seed) for c, done in ended.items() if done and ladder.screen and c.seed > 0}
+        waiting = [c for c, done in ended.items() if not done and (c.rung, c.variant, c.seed) not in chosen]
         if not waiting:
             return
-        modulus = min(cell.rung[0] for cell in waiting)  # one that the rules are different for
+        modulus = max(cell.rung[0] for cell in waiting)
         ends = sorted({min(cell.rung[1] for cell in waiting), max(cell.rung[1] for cell in waiting)})
-        paces: dict[tuple[str, int, int], float] = {}
-        for (positions, layers), delay in product({(c.setting.positions, c.setting.layers) for c in waiting}, ends):
+        kinds = {(cell.variant, cell.setting.positions, cell.setting.layers) for cell in waiting}
+        seconds: dict[tuple[Variant, str, int, int], float] = {}
+        for (variant, positions, layers), delay in product(kinds, ends):
             task = ladder.task_of((modulus, delay), Setting("sqrt", positions, layers))
             small = replace(task, train_samples=min(task.train_samples or 1, task.batch_size), test_samples=1)
-            splits = small.load().to(accelerator.device)
-            found = [measure(task, splits, v, ladder.heads, accelerator.device).seconds for v in ladder.variants[:2]]
-            paces[positions, layers, delay] = sum(found) / len(found)
-        updates = ladder.task.epochs * epoch_updates(ladder.task)
-        total = 0.0
+            found = measure(task, small.load().to(accelerator.device), variant, ladder.heads, accelerator.device)
+            train = epoch_updates(task) * task.batch_size
+            held_out = task.test_samples or 0
+            seconds[variant, positions, layers, delay] = found.run_seconds(task, train, held_out, held_out)
+        slowest: dict[object, float] = {}
         for cell in waiting:
-            low, high = (paces[cell.setting.positions, cell.setting.layers, end] for end in (ends[0], ends[-1]))
+            kind = cell.variant, cell.setting.positions, cell.setting.layers
+            low, high = (seconds[*kind, end] for end in (ends[0], ends[-1]))
             share = (cell.rung[1] - ends[0]) / max(1, ends[-1] - ends[0])
-            total += updates * (low + share * (high - low))
-        self.watcher.estimate(total, len(waiting))
+            screened = ladder.screen and cell.seed > 0  # one setting will be left
+            place = (cell.rung, cell.variant, cell.seed, None if screened else cell.setting)
+            slowest[place] = max(slowest.get(place, 0.0), low + share * (high - low))
+        self.watcher.estimate(sum(slowest.values()), len(slowest))
 
 
 def epoch_updates(task: RecurrenceTask) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from better_attention.experiments.image_task import ImageTask, overlap_notes
 from better_attention.experiments.splits import Split, Splits
-from better_attention.experiments.task import cut
+from better_attention.experiments.task import cut, subsets
 
 if TYPE_CHECKING:
     import numpy as np
@@ -126,17 +126,14 @@ class FolderTask(ImageTask):
 
     def _rows(self, pictures: Pictures) -> list[NDArray[np.int64]]:
         """Rows of the training, validation and test pictures; nothing is cut where the data has a validation split."""
-        import numpy as np
-
-        parts = pictures.parts
-        train, held, test = (part.numpy() for part in cut(self, len(parts["train"]), len(parts["test"])))
-        if "validation" not in parts:
-            return [parts["train"][train], parts["train"][held], parts["test"][test]]
-        generator = torch.Generator().manual_seed(self.data_seed)
-        order = torch.randperm(len(parts["validation"]), generator=generator).numpy()
-        kept = order if self.train_samples is None else order[: round(self.train_samples * self.validation_share)]
-        every = np.concatenate([held, train])
-        return [parts["train"][every], parts["validation"][kept], parts["test"][test]]
+        sizes = [len(pictures.parts.get(name, ())) for name in ("train", "validation", "test")]
+        if "validation" in pictures.parts:
+            rows = subsets(self, *sizes)
+            sources = [pictures.parts[name] for name in ("train", "validation", "test")]
+        else:
+            rows = cut(self, sizes[0], sizes[2])
+            sources = [pictures.parts[name] for name in ("train", "train", "test")]
+        return [source[some.numpy()] for source, some in zip(sources, rows, strict=True)]
 
 
 def _is_one(array: NDArray[Any]) -> bool:

@@ -330,3 +330,28 @@ def cut(task: Task, train: int, test: int) -> tuple[Tensor, Tensor, Tensor]:
                 f"test_samples={task.test_samples})."
             )
     return parts
+
+
+def subsets(task: Task, train: int, validation: int, test: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Row numbers of the training, validation and test samples where all three are given: all, or random subsets.
+
+    ``task.train_samples`` counts training and validation together, as it does where validation is cut from training.
+
+    Raises:
+        ValueError: a part would be empty.
+    """
+    limits: tuple[int | None, int | None] = (None, None)
+    if task.train_samples is not None:
+        held_out = min(validation, round(task.train_samples * task.validation_share))
+        limits = task.train_samples - held_out, held_out
+        if min(limits) < 1:
+            raise ValueError(
+                f"task {task.name!r} leaves no training or no validation samples (train_samples={task.train_samples}, "
+                f"validation_share={task.validation_share})."
+            )
+    generator = torch.Generator().manual_seed(task.data_seed)
+
+    def some(size: int, limit: int | None) -> Tensor:
+        return torch.randperm(size, generator=generator)[:limit].sort().values
+
+    return some(train, limits[0]), some(validation, limits[1]), some(test, task.test_samples)
