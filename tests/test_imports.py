@@ -29,6 +29,7 @@ RANKS: list[set[str]] = [
     {"experiments"},
     {"benchmarks"},
     {"cli"},
+    {"__main__"},
 ]
 """cli → experiments → models, data → adapters … → module → functional → impl → mechanism; helpers where they serve."""
 

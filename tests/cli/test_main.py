@@ -31,6 +31,24 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"better-attention {__version__}\n"
 
 
+def test_it_can_be_run_as_a_module_and_into_a_stream_that_knows_no_greek() -> None:
+    command = [sys.executable, "-m", "better_attention", "show", "super"]
+    known = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    ended = subprocess.run(command, env=known, capture_output=True, check=True, timeout=60)
+    assert ended.stderr == b""
+    assert b"super attention" in ended.stdout
+    assert ended.stdout.isascii()
+
+
+def test_an_unknown_option_is_told_by_its_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main.main(["compare", "text", "--dta", "x.csv"])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert "usage: better-attention compare" in said
+    assert "unrecognized arguments: --dta x.csv (did you mean --data?)" in said
+
+
 @pytest.mark.parametrize("verb", main.VERBS)
 def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:

@@ -60,6 +60,11 @@ def predict(capsys: pytest.CaptureFixture[str], *arguments: object) -> list[dict
     return rows
 
 
+def given(content: bytes) -> io.TextIOWrapper:
+    """Standard input with this content."""
+    return io.TextIOWrapper(io.BytesIO(content), encoding="utf-8")
+
+
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     capsys.readouterr()
     assert main.main(["predict", *map(str, arguments)]) == 2
@@ -110,7 +115,7 @@ def test_texts_from_everywhere(
     reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "review.txt").write_text("bad bad\nfilm")
-    monkeypatch.setattr(sys, "stdin", io.StringIO("a good film\n\na bad film\n"))
+    monkeypatch.setattr(sys, "stdin", given(b"\xef\xbb\xbfa good film\r\n\na bad film\n"))
     rows = predict(capsys, reviews, "a good film", tmp_path / "review.txt", "-")
     assert [row["input"] for row in rows] == ["a good film", "bad bad\nfilm", "a good film", "a bad film"]
     assert [row["class"] for row in rows] == ["pos", "neg", "pos", "neg"]
@@ -142,11 +147,63 @@ def test_what_holds_no_text_is_refused(
     reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
-    monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
+    monkeypatch.setattr(sys, "stdin", given(b"\n"))
     assert "is not UTF-8 text" in refused(capsys, reviews, tmp_path / "latin.txt")
-    assert "holds no text" in refused(capsys, reviews, "  ")
+    assert "input 2, '  ', holds no text" in refused(capsys, reviews, "good", "  ")
     assert "standard input holds no text" in refused(capsys, reviews, "-")
+    monkeypatch.setattr(sys, "stdin", given(b"\xff\xfe bad\n"))
+    assert "standard input is not UTF-8 text" in refused(capsys, reviews, "-")
+    for name in ("nofile.txt", "some/where", str(tmp_path / "gone.txt")):
+        assert f"{name}: there is no such file. If it is a text" in refused(capsys, reviews, name)
+    assert f"{tmp_path} is a folder: name the text files in it" in refused(capsys, reviews, tmp_path)
     assert "nothing to predict" in refused(capsys, reviews)
+
+
+def test_a_text_without_a_known_word_is_told(reviews: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert main.main(["predict", str(reviews), "zzz \x1b qqq", "a good film."]) == 0
+    said = capsys.readouterr().err
+    assert said.count("note:") == 1
+    assert "none of the words of 'zzz" in said
+    assert "\x1b" not in said
+
+
+def test_what_is_no_picture_file_is_told_apart(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert f"{tmp_path} is a folder: name the pictures in it" in refused(capsys, digits, tmp_path)
+    assert "/dev/null is no file that pictures are in" in refused(capsys, digits, "/dev/null")
+    for name in ("", "-"):
+        assert f"input 2, {name!r}: pictures are named by their files" in refused(capsys, digits, fine, name)
+
+
+def test_inputs_and_options_come_in_any_order(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.png", "-1.png"):
+        Image.fromarray((picture() * 15).astype(np.uint8)).save(tmp_path / name)
+    wanted = predict(capsys, digits, "a.png", "./-1.png")
+    assert [row["input"] for row in wanted] == ["a.png", "-1.png"]
+    for words in (
+        [digits, "--json", "a.png", "./-1.png"],
+        ["--json", digits, "a.png", "./-1.png"],
+        [digits, "a.png", "--json", "./-1.png"],
+        [digits, "--json", "--", "a.png", "-1.png"],
+    ):
+        assert main.main(["predict", *map(str, words)]) == 0
+        assert json.loads(capsys.readouterr().out) == wanted
+
+
+def test_test_samples_of_other_data_are_refused(
+    reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = reviews.parent.parent
+    assert len(predict(capsys, reviews, "--index", 0, "--data", data)) == 1
+    shutil.copytree(data / "aclImdb", tmp_path / "aclImdb")
+    (tmp_path / "aclImdb" / "test" / "pos" / "3_9.txt").write_text("a bad film")
+    said = refused(capsys, reviews, "--index", 0, "--data", tmp_path)
+    assert f"--index: {tmp_path} is not the data that {reviews} was trained on" in said
 
 
 def test_what_is_no_run_is_refused(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

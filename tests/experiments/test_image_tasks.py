@@ -305,7 +305,7 @@ def test_a_validation_split_of_the_datas_own_is_kept(photos: Path, tmp_path: Pat
     for picture in list((tmp_path / "train").glob("*/*.png")):
         if int(picture.stem) > 0:
             picture.unlink()  # three are left, of which nothing could be cut
-    for changed in (task, replace(task, validation_share=0.0)):
+    for changed in (task, replace(task, train_samples=None, validation_share=0.0)):
         few = changed.load(tmp_path)
         assert [len(part) for part in (few.train, few.validation, few.test)] == [3, 12, 12]
     own = small(image_size=8).fitted(tmp_path / "val").load(tmp_path / "val")

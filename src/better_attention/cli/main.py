@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
+from typing import Any
 
 from better_attention import __version__
 
@@ -32,9 +35,31 @@ EXTRAS = frozenset(
 )
 
 
+class Parser(argparse.ArgumentParser):
+    """Takes options before, between and behind what else is named, and says of an unknown one which was meant."""
+
+    inside = False
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Any = None, namespace: Any = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """See :class:`argparse.ArgumentParser`; a verb knows all its arguments, so that its own usage is shown."""
+        if self.inside or self._subparsers is not None:
+            return super().parse_known_args(args, namespace)
+        self.inside = True  # parse_known_intermixed_args calls this method again
+        try:
+            found, unknown = self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self.inside = False
+        if unknown:
+            near = get_close_matches(unknown[0].partition("=")[0], self._option_string_actions, n=1)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{f' (did you mean {near[0]}?)' if near else ''}")
+        return found, unknown
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command, built from the verbs' own modules."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="better-attention",
         description="Standard, optimised, efficient, super and expressive attention, compared on real data.",
         epilog="`better-attention compare` is a good first command: it needs no download.",
@@ -54,6 +79,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line ``arguments`` (None: the process's own); returns the exit status."""
     traceback = False
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that knows no Greek gets question marks, not an error
+            stream.reconfigure(errors="replace")
     try:
         options = build_parser().parse_args(arguments)
         traceback = options.traceback

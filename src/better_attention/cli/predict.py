@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 
     from better_attention.experiments.image_task import ImageTask
     from better_attention.experiments.runs import Run
+
+PATH_LIKE = re.compile(r"\S*/\S*|\S+\.[A-Za-z]{1,5}")
+"""A text without a space, with a slash or an ending: a file, if it were there."""
 
 HELP = "classify new inputs, or test samples, with the model of a finished run"
 
@@ -48,10 +52,13 @@ def run(args: argparse.Namespace) -> int:
     trained = load_run(args.path)
     named: list[tuple[str, Any, str | None]] = []
     if args.inputs and isinstance(trained.task, ImageTask):
-        for name in args.inputs:
+        for number, name in enumerate(args.inputs, start=1):
+            if not name or name == "-":
+                raise UserError(f"input {number}, {name!r}: pictures are named by their files.")
             named += [(title, picture, None) for title, picture in read_images(Path(name), trained.task, args.resize)]
     elif args.inputs:
-        named += [(text, text, None) for name in args.inputs for text in read_texts(name)]
+        named += [(text, text, None) for n, name in enumerate(args.inputs, start=1) for text in read_texts(name, n)]
+        warn_of_unknown([text for text, _, _ in named], trained)
     named += numbered_samples(trained, args.index or [], args.data)
     predictions = trained.predict([inputs for _, inputs, _ in named])
     rows = [
@@ -91,23 +98,31 @@ def print_rows(rows: Sequence[dict[str, Any]]) -> None:
     console().print(table)
 
 
-def read_texts(name: str) -> list[str]:
-    """The texts that an argument stands for: the lines of standard input, a file's content, or itself.
+def read_texts(name: str, number: int = 1) -> list[str]:
+    """The texts that input ``number`` stands for: the lines of standard input, a file's content, or itself.
 
     Raises:
-        UserError: a file that is not UTF-8 text, or nothing to read.
+        UserError: a file that is not there or is not UTF-8 text, or nothing to read.
     """
     from better_attention.data.labelled import FORMATS
 
     if name == "-":
-        texts = [line.rstrip("\n") for line in sys.stdin if line.strip()]
+        try:
+            lines = sys.stdin.buffer.read().decode("utf-8-sig").split("\n")
+        except UnicodeDecodeError as error:
+            raise UserError(f"standard input is not UTF-8 text ({error}). Convert it first.") from None
+        texts = [line.rstrip("\r") for line in lines if line.strip()]
         if not texts:
             raise UserError("standard input holds no text: write one text a line.")
         return texts
     try:
-        is_file = Path(name).is_file()
+        is_file, is_folder = Path(name).is_file(), bool(name) and Path(name).is_dir()
     except (OSError, ValueError):  # a text may be too long for a name, or hold what a name cannot
-        is_file = False
+        is_file = is_folder = False
+    if is_folder:
+        raise UserError(f"{name} is a folder: name the text files in it.")
+    if not is_file and PATH_LIKE.fullmatch(name):
+        raise UserError(f"{name}: there is no such file. If it is a text, hand it over on standard input, with -.")
     if is_file and Path(name).suffix.lower() in FORMATS:
         raise UserError(f"{name} is a table, and would be read as one text: hand over a text a line, with -.")
     try:
@@ -115,8 +130,21 @@ def read_texts(name: str) -> list[str]:
     except UnicodeDecodeError as error:
         raise UserError(f"{name} is not UTF-8 text ({error}). Convert it first.") from None
     if not text.strip():
-        raise UserError(f"{name!r} holds no text.")
+        raise UserError(f"input {number}, {name!r}, holds no text.")
     return [text]
+
+
+def warn_of_unknown(texts: Sequence[str], trained: Run) -> None:
+    """Say which texts hold no word that the model knows: what it says of them, it would say of any."""
+    from better_attention.data.vocabulary import UNKNOWN
+    from better_attention.experiments.files import plain
+    from better_attention.experiments.text_task import TextTask
+
+    if not isinstance(trained.task, TextTask):
+        return
+    for text, row in zip(texts, trained.task.encode(texts, trained.assets), strict=True):
+        if int(row.max()) <= UNKNOWN:
+            print(f"note: none of the words of {plain(text, 60)!r} is in the model's vocabulary", file=sys.stderr)
 
 
 def read_images(path: Path, task: ImageTask, resize: bool) -> list[tuple[str, NDArray[np.uint8]]]:
@@ -130,8 +158,12 @@ def read_images(path: Path, task: ImageTask, resize: bool) -> list[tuple[str, ND
 
     from better_attention.experiments.folder_task import FolderTask
 
-    if not path.is_file():
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: name the pictures in it.")
+    if not path.exists():
         raise FileNotFoundError(f"{path}: there is no such file.")
+    if not path.is_file():
+        raise UserError(f"{path} is no file that pictures are in.")
     if path.suffix == ".npy":
         try:
             array = np.load(path, allow_pickle=False)
@@ -185,8 +217,14 @@ def numbered_samples(trained: Run, rows: Sequence[int], folder: Path | None) -> 
         raise UserError(
             f"--index: task {trained.task.name!r} makes its data itself. Name the symbols instead, as in '1 0 1'."
         )
+    splits = trained.task.load(folder)
+    if splits.digest != trained.config["run"]["data_sha256"]:
+        raise UserError(
+            f"--index: {folder or 'what is there'} is not the data that {trained.path} was trained on. A test sample "
+            "of other data may be one that it has seen; name the inputs themselves to predict all the same."
+        )
     if isinstance(trained.task, FolderTask):
-        test = trained.task.load(folder).test
+        test = splits.test
         inputs, labels, classes = test.inputs.numpy(), test.targets.numpy(), trained.assets["classes"]
     else:
         task = trained.task

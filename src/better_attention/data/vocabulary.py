@@ -13,7 +13,7 @@ from better_attention.errors import whole_number
 
 from .containers import DataError, Int64
 
-PADDING, UNKNOWN = 0, 1
+PADDING, UNKNOWN = 0, 1  # the words follow
 _RESERVED = 2
 _WORD = re.compile(r"\w+(?:'\w+)*")
 _FORMAT = "better-attention vocabulary 1"

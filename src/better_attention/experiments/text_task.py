@@ -54,12 +54,18 @@ class TextTask(Task):
         def split(part: Part) -> Split:
             return Split(torch.from_numpy(vocabulary.encode(part.texts, self.length)), part.targets)
 
+        train = split(parts["train"])
+        full = int((train.inputs[:, 0] != 0).sum())
+        cut_off = (
+            f"{full:,} of {len(train):,} training texts have {self.length} words or more: the last {self.length} of a "
+            "text are read; `--set length=N` reads more"
+        )
         return Splits(
-            train=split(parts["train"]),
+            train=train,
             validation=split(parts["validation"]),
             test=split(parts["test"]),
             assets={"classes": list(texts.classes), "vocabulary": list(vocabulary.words)},
-            notes=texts.notes,
+            notes=(*texts.notes, *([cut_off] if full else [])),
         )
 
     def texts(self, folder: Path | None = None) -> Texts:
