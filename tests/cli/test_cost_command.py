@@ -95,6 +95,20 @@ def test_a_narrow_screen_cuts_nothing(capsys: pytest.CaptureFixture[str], monkey
         assert wanted in words
 
 
+@pytest.mark.parametrize("ending", ["png", "svg", "pdf"])
+def test_a_figure_replaces_a_figure_and_nothing_else(tmp_path: Path, ending: str) -> None:
+    words = ("--figure", "2", "--out", str(path := tmp_path / f"f.{ending}"))
+    for _ in range(2):
+        assert run(*words) == 0
+    path.write_bytes(b"a photo of mine")
+    with pytest.raises(ValueError, match="there is such a file, and this command did not write it"):
+        run(*words)
+    assert path.read_bytes() == b"a photo of mine"
+    with pytest.raises(ValueError, match="there is no folder"):
+        run("--figure", "2", "--out", str(tmp_path / "nodir" / path.name))
+    assert not (tmp_path / "nodir").exists()
+
+
 @pytest.mark.parametrize("form", ["paper", "exact"])
 def test_a_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str) -> None:
     path = tmp_path / "figure.svg"

@@ -171,6 +171,7 @@ def test_a_text_without_a_known_word_is_told(reviews: Path, capsys: pytest.Captu
 def test_what_is_no_picture_file_is_told_apart(
     digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    np.save(fine := tmp_path / "fine.npy", picture())
     assert f"{tmp_path} is a folder: name the pictures in it" in refused(capsys, digits, tmp_path)
     assert "/dev/null is no file that pictures are in" in refused(capsys, digits, "/dev/null")
     for name in ("", "-"):

@@ -262,10 +262,28 @@ def test_runs_that_contradict_each_other_stay_apart(tmp_path: Path, capsys: pyte
     assert [block["paper_scale"] for block in blocks] == [True, True, False]
 
 
+@pytest.mark.parametrize("number", [4, 8])
+def test_a_file_of_somebody_elses_is_not_overwritten(
+    number: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "results.json", [imdb()])
+    (tmp_path / "mine.csv").write_text("text,label\nfine,1\n", encoding="utf-8")
+    results = [path] if number == 8 else []
+    assert table(number, *results, "--csv", tmp_path / "mine.csv") == 2
+    assert "mine.csv: there is such a file, and this command did not write it" in capsys.readouterr().err
+    assert (tmp_path / "mine.csv").read_text("utf-8") == "text,label\nfine,1\n"
+    assert table(number, *results, "--csv", tmp_path / "nodir" / "t.csv") == 2
+    assert "there is no folder" in capsys.readouterr().err
+    assert not (tmp_path / "nodir").exists()
+    for _ in range(2):
+        assert table(number, *results, "--csv", tmp_path / "ours.csv") == 0
+
+
 def test_a_csv_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(tmp_path / "results.json", [imdb("=cmd()", task="imdb"), imdb()])
-    assert table(8, path, "--csv", tmp_path / "new" / "t.csv") == 0
-    with (tmp_path / "new" / "t.csv").open(newline="", encoding="utf-8") as file:
+    for _ in range(2):  # its own file may be written again
+        assert table(8, path, "--csv", tmp_path / "t.csv") == 0
+    with (tmp_path / "t.csv").open(newline="", encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == 13
     assert lines[12]["mechanism"] == "'=cmd()"
@@ -318,4 +336,4 @@ def test_results_that_are_not_there_are_refused(tmp_path: Path, capsys: pytest.C
     assert table(4, tmp_path / "empty") == 2
     assert "empty holds no edge.json" in capsys.readouterr().err
     assert table(8, "--csv", tmp_path) == 2
-    assert "--csv is the file of the table" in capsys.readouterr().err
+    assert "--csv is a file to be written, but" in capsys.readouterr().err

@@ -22,11 +22,14 @@ import torch
 from better_attention.experiments import compare as comparison
 from better_attention.experiments import train
 from better_attention.experiments.compare import Plan, compare, make_accelerator
+from better_attention.experiments.inventory import inventory
+from better_attention.experiments.lock import locked
 from better_attention.experiments.position import DivergedError, Interrupted, Position
 from better_attention.experiments.splits import Splits
 from better_attention.experiments.stop import Stop
 from better_attention.experiments.study import Study
 from better_attention.experiments.summary import summarise
+from better_attention.experiments.tasks import TASKS
 from better_attention.experiments.variant import Variant
 from better_attention.experiments.watcher import Watcher
 
@@ -204,6 +207,55 @@ def test_two_commands_that_begin_at_once_do_not_mix_settings(tmp_path: Path, mon
         compare(other, Watcher())
     assert not (tmp_path / "super-h3-s0" / "config.json").exists()
     assert {run["mechanism"] for run in json.loads((tmp_path / "results.json").read_text())} == {"standard"}
+
+
+class NoData(Diary):
+    """A comparison that is refused has not read its data."""
+
+    def data(self, splits: Splits, accelerator: object) -> None:
+        raise AssertionError("the data was read")
+
+
+@pytest.mark.parametrize("name", ["result.json", "metrics.jsonl", "model.safetensors"])
+def test_a_run_without_its_configuration_is_damaged_and_named_at_once(tmp_path: Path, name: str) -> None:
+    compare(plan(tmp_path, ["super"]), Watcher())
+    (tmp_path / "super-h3-s0" / "config.json").unlink()
+    for other in {"result.json", "metrics.jsonl", "model.safetensors"} - {name}:
+        (tmp_path / "super-h3-s0" / other).unlink()
+    before = (tmp_path / "super-h3-s0" / name).read_bytes()
+    with pytest.raises(ValueError, match=rf"super-h3-s0 holds {name}, but no config\.json: a run that is damaged, or"):
+        compare(plan(tmp_path), NoData())
+    assert (tmp_path / "super-h3-s0" / name).read_bytes() == before
+    ((found,)) = inventory([tmp_path])
+    assert (found.path.name, found.state) == ("super-h3-s0", "damaged")
+    assert "config.json is missing" in found.detail
+
+
+def test_a_run_that_another_process_writes_is_named_at_once(tmp_path: Path) -> None:
+    with (
+        locked(tmp_path / "super-h3-s0"),
+        pytest.raises(ValueError, match=r"super-h3-s0 is being written by another process \(process \d+\)\. Wait"),
+    ):
+        compare(plan(tmp_path), NoData())
+
+
+@pytest.mark.parametrize("inside", [".", "runs/mine"])
+def test_results_do_not_go_into_a_folder_that_is_read_as_data(tmp_path: Path, inside: str) -> None:
+    for task in ("images", "text"):
+        own = Plan(TASKS[task]("smoke"), [Variant.of("super")], (4,), 1, tmp_path / inside, data=tmp_path, device="cpu")
+        with pytest.raises(ValueError, match=r"--out .* lies in --data .*, and what is written there would be read as"):
+            compare(own, NoData())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_finished_run_without_its_weights_is_told(tmp_path: Path) -> None:
+    compare(plan(tmp_path), Watcher())
+    (tmp_path / "super-h3-s0" / "model.safetensors").unlink()
+    study, _ = compare(plan(tmp_path), Watcher())
+    assert [note for note in study.notes if "weights" in note] == [
+        "super-h3-s0 has lost its weights (model.safetensors): no maps of it are shown"
+    ]
+    assert len(study.records) == 2
 
 
 def test_results_are_written_by_one_command_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from better_attention.cli import UserError, console
+from better_attention.cli import console
 
 HELP = "print a table of the paper beside our figures: difference, seeds, intervals, what was not run"
 
@@ -39,9 +39,10 @@ def run(args: argparse.Namespace) -> int:
         UserError, ValueError, FileNotFoundError: results that are not there, or damaged.
     """
     from better_attention.experiments import paper_tables, paper_view
+    from better_attention.experiments.output import check_file
 
-    if args.csv is not None and args.csv.is_dir():
-        raise UserError(f"--csv is the file of the table, but {args.csv} is a folder: name a file in it.")
+    if args.csv is not None:
+        check_file(args.csv, "--csv", is_table)
     if args.number == paper_tables.EDGE:
         return edge_table(args)
     found = paper_tables.blocks(args.number, paper_tables.find_results(args.results))
@@ -52,6 +53,11 @@ def run(args: argparse.Namespace) -> int:
     else:
         paper_view.print_blocks(args.number, found, console())
     return 0
+
+
+def is_table(content: bytes) -> bool:
+    """Whether the content of a file is that of a table which this command wrote."""
+    return {b"task", b"mechanism", b"heads"} <= set(content.partition(b"\n")[0].split(b","))
 
 
 def edge_table(args: argparse.Namespace) -> int:

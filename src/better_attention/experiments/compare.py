@@ -15,8 +15,8 @@ from accelerate import Accelerator
 
 from better_attention.errors import counted
 from better_attention.experiments import report, tables
-from better_attention.experiments.inventory import look_at
-from better_attention.experiments.lock import locked
+from better_attention.experiments.inventory import left_behind, look_at
+from better_attention.experiments.lock import holder, locked
 from better_attention.experiments.maps import alignment_kernels, attention_maps
 from better_attention.experiments.origin import commit
 from better_attention.experiments.output import check_output
@@ -104,6 +104,7 @@ def compare(plan: Plan, watcher: Watcher) -> tuple[Study, list[str]]:
     if (plan.out / "ladder.json").is_file():
         raise ValueError(f"{plan.out} holds a ladder: choose another --out.")
     accelerator = make_accelerator(plan.device)
+    check_apart(plan)
     plan = replace(plan, task=plan.task.fitted(plan.data))
     check_sizes(plan.task.settings())
     check_models(plan, accelerator)
@@ -158,6 +159,21 @@ def is_results(found: object) -> bool:
     )
 
 
+def check_apart(plan: Plan) -> None:
+    """Refuse results within a folder that is read as a whole: the next call would take them for data.
+
+    Raises:
+        ValueError: they would be.
+    """
+    if plan.data is None or not plan.task.own_data or not plan.data.is_dir():
+        return
+    if plan.out.resolve().is_relative_to(plan.data.resolve()):
+        raise ValueError(
+            f"--out {plan.out} lies in --data {plan.data}, and what is written there would be read as data. Choose "
+            "another --out."
+        )
+
+
 def claim(plan: Plan, same: Mapping[str, Any], variant: Variant, heads: int, seed: int) -> None:
     """Make the folder of a run, if every other run in ``plan.out`` still agrees with it.
 
@@ -178,9 +194,22 @@ def check_finished(plan: Plan) -> None:
     The runs are of the plan's task and settings: :func:`check_agreement` has seen to that.
 
     Raises:
-        ValueError: names the run, and what is wrong with it: damaged, or a model that is built otherwise now.
+        ValueError: names the run, and what is wrong with it: damaged, written by another process at this moment, or a
+            model that is built otherwise now.
     """
     again = "Delete that folder and run again, it is trained anew."
+    for planned in plan.runs():
+        folder = plan.out / run_name(*planned)
+        if files := left_behind(folder):
+            raise ValueError(
+                f"{folder} holds {', '.join(files)}, but no config.json: a run that is damaged, or files of somebody "
+                "else's. Move them away, or choose another --out."
+            )
+        if writer := holder(folder):
+            raise ValueError(
+                f"{folder} is being written by another process ({writer}). Wait until it ends, stop it, or choose "
+                "another --out."
+            )
     for run in list_runs(plan.out):
         if run["result"] is None:
             continue
@@ -282,6 +311,11 @@ def make_study(plan: Plan, splits: Splits) -> Study:
             alignments += [AlignmentPicture(name, layer, w.numpy()) for layer, w in alignment_kernels(model)]
     notes = [
         *splits.notes,
+        *(
+            f"{run['name']} has lost its weights (model.safetensors): no maps of it are shown"
+            for run in finished
+            if not (run["path"] / "model.safetensors").is_file()
+        ),
         *(f"a run diverged, and nothing is claimed of its mechanism: {record['diverged']}" for record in lost),
     ]
     return Study(

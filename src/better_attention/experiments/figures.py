@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 
 from better_attention.cost import cost
 from better_attention.errors import one_of
-from better_attention.experiments.canvas import bare, blank, line, saved, style
+from better_attention.experiments.canvas import SIGNATURE, bare, blank, line, saved, style
 from better_attention.experiments.files import write_atomic
 from better_attention.experiments.looks import LIGHT, look
+from better_attention.experiments.output import check_file
 
 FORMS = ("paper", "exact")
 HEADS = (1, 2, 4, 8)
@@ -80,7 +81,7 @@ def cost_figure(number: int, path: str | Path, form: str = "paper") -> None:
         form: ``"paper"``: eq. 24; ``"exact"``: the exact count.
 
     Raises:
-        ValueError: another number, form or kind of file.
+        ValueError: another number, form or kind of file, or a file of somebody else's.
     """
     one_of(form, "form", FORMS)
     draw = {2: _against_width, 3: _heat_maps, 4: _surfaces}.get(number)
@@ -89,8 +90,9 @@ def cost_figure(number: int, path: str | Path, form: str = "paper") -> None:
     kind = Path(path).suffix.lower().removeprefix(".")
     if kind not in ("png", "svg", "pdf"):
         raise ValueError(f"{Path(path).name!r} names no kind of picture: end it in .png, .svg or .pdf.")
+    check_file(Path(path), "--out", lambda content: SIGNATURE.encode() in content)
     with style():
-        write_atomic(path, saved(draw(form), kind))
+        write_atomic(path, saved(draw(form), kind, signed=True))
 
 
 def _against_width(form: str) -> Figure:

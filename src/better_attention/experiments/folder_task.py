@@ -40,6 +40,8 @@ class FolderTask(ImageTask):
         "peak": "the files: 255",
     }
 
+    own_data: ClassVar[bool] = True
+
     official: tuple[int, int] | None = None
 
     def fitted(self, folder: Path | None = None) -> Self:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from better_attention.experiments.checkpoint import check_digest, last_state
 from better_attention.experiments.lock import holder
 from better_attention.experiments.runs import divergence, read_curve, read_json
 
+_NAME = re.compile(r"[A-Za-z0-9._-]+-h[0-9]{1,9}-s[0-9]{1,9}")
 STATES = ("finished", "interrupted", "diverged", "being written", "damaged")
 DEPTH = 4
 """Levels of folders that are searched; a run below a comparison below ``runs/`` needs two."""
@@ -63,25 +65,34 @@ class Found:
 
 def inventory(folders: Sequence[Path]) -> list[Found]:
     """The runs below ``folders``, by path."""
-    configs = [path for folder in folders for path in _configs(folder, DEPTH)]
-    return [look_at(path.parent) for path in dict.fromkeys(configs)]
+    found = [run for folder in folders for run in _runs(folder, DEPTH)]
+    return [look_at(run) for run in dict.fromkeys(found)]
 
 
-def _configs(folder: Path, depth: int) -> Iterator[Path]:
-    """Every ``config.json`` of a run; a run holds no other run, and links are not followed."""
-    if (folder / "config.json").is_file():
-        yield folder / "config.json"
+def _runs(folder: Path, depth: int) -> Iterator[Path]:
+    """Every folder of a run, also of one that has lost its ``config.json``; a run holds no other, links end there."""
+    if (folder / "config.json").is_file() or (_NAME.fullmatch(folder.name) and left_behind(folder)):
+        yield folder
     elif depth:
         try:
             below = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False))
         except OSError:  # a folder that may not be read
             return
         for name in below:
-            yield from _configs(folder / name, depth - 1)
+            yield from _runs(folder / name, depth - 1)
+
+
+def left_behind(folder: Path) -> list[str]:
+    """The files of a run in a folder that has no ``config.json``: without it nobody knows what they are of."""
+    if (folder / "config.json").is_file():
+        return []
+    return [name for name in ("result.json", "metrics.jsonl", "model.safetensors") if (folder / name).is_file()]
 
 
 def look_at(folder: Path) -> Found:
     """The state of the run in ``folder``; builds no model."""
+    if files := left_behind(folder):
+        return Found(folder, "damaged", f"{folder / 'config.json'} is missing, which says what {files[0]} is of")
     try:
         config = read_json(folder / "config.json")
         run, environment = config["run"], config.get("environment", {})

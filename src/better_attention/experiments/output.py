@@ -32,6 +32,28 @@ def check_output(folder: Path, files: Sequence[str], ours: Callable[[Any], bool]
         )
 
 
+def check_file(path: Path, option: str, ours: Callable[[bytes], bool]) -> None:
+    """Refuse a file to be written that stands there already and is somebody else's, or whose folder is not there.
+
+    Args:
+        path: the file.
+        option: by which it was named.
+        ours: whether content is such as the command writes.
+
+    Raises:
+        ValueError: says which.
+    """
+    if path.is_dir():
+        raise ValueError(f"{option} is a file to be written, but {path} is a folder: name a file in it.")
+    if not path.parent.is_dir():
+        raise ValueError(f"{option} {path}: there is no folder {path.parent}. Make it first, or name another.")
+    if os.path.lexists(path) and not (path.is_file() and ours(path.read_bytes())):
+        raise ValueError(
+            f"{option} {path}: there is such a file, and this command did not write it: it would be overwritten. "
+            "Choose another name, or move it away."
+        )
+
+
 def check_writable(folder: Path) -> None:
     """Refuse a folder that cannot be made or written.
 

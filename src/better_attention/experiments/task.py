@@ -86,6 +86,9 @@ class Task(ABC):
     }
     """Settings that something else decides -> what; to set them would do nothing."""
 
+    own_data: ClassVar[bool] = False
+    """Whether the data is the user's own, and every folder of it is read."""
+
     name: str
     title: str
     source: str

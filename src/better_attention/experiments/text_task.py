@@ -120,6 +120,7 @@ class OwnTextTask(TextTask):
     """
 
     follows: ClassVar[Mapping[str, str]] = {**TextTask.follows, "classes": "the data"}
+    own_data: ClassVar[bool] = True
 
     text_column: str = ""
     label_column: str = ""
