@@ -66,7 +66,8 @@ def finite_number(value: object, name: str, *, low: float = -math.inf, high: flo
     number = float(value)
     # Comparisons only: torch.compile can trace them where the number is symbolic.
     if not -math.inf < number < math.inf or not low <= number <= high:
-        span = "finite" if math.isinf(low) else f"between {low:g} and {high:g}"
+        span = "finite" if math.isinf(low) else f">= {low:g} and finite" if math.isinf(high) else ""
+        span = span or f"between {low:g} and {high:g}"
         raise ValueError(f"{name} must be {span}, received {number!r}.")
     return number
 

@@ -126,6 +126,13 @@ def test_the_mechanisms_take_turns_and_ratios_are_formed_within_a_round(monkeypa
     assert found == {"a": [1.0, 10.0, 4.0], "b": [2.0, 5.0, 2.0]}
 
 
+def test_a_single_round_has_no_range(capsys: pytest.CaptureFixture[str]) -> None:
+    for rounds, told in (("1", True), ("2", False)):
+        assert run(*FP32, "--rounds", rounds) == 0
+        line = next(line for line in capsys.readouterr().out.splitlines() if line.split()[:2] == ["super", "8"])
+        assert ("(–)" in line) == told
+
+
 def test_a_quick_pass_is_sized_by_standard_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
     monkeypatch.setattr(edge, "_pass", lambda model, batches: asked.append(model) or 0.5)  # type: ignore[func-returns-value]

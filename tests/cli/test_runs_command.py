@@ -87,6 +87,24 @@ def test_the_table(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "1 interrupted, 1 finished" in out
 
 
+def test_a_narrow_screen_loses_no_name_and_no_state(
+    study: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "44")
+    assert main.main(["runs"]) == 0
+    out = capsys.readouterr().out
+    told = "".join("".join(line.split()) for line in out.splitlines())
+    for words in ("Run", "State", "finished", "interrupted", "A wider screen, or --json, shows more"):
+        assert "".join(words.split()) in told
+    assert told.count("-h3-s0") == 2
+    assert "Commit" not in out
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main.main(["runs"]) == 0
+    out = capsys.readouterr().out
+    assert "Commit" in out
+    assert "wider" not in out
+
+
 def test_a_run_that_has_no_checkpoint_yet(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for path in (study / "efficient-h3-s0").glob("checkpoint-*"):
         path.unlink()

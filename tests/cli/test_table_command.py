@@ -262,6 +262,14 @@ def test_runs_that_contradict_each_other_stay_apart(tmp_path: Path, capsys: pyte
     assert [block["paper_scale"] for block in blocks] == [True, True, False]
 
 
+def test_results_of_other_tasks_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path / "results.json", [imdb()])
+    assert table(5, path) == 0
+    assert "Results of imdb were read: none of them is of table 5." in capsys.readouterr().out
+    assert table(8, path) == 0
+    assert "none of them" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("number", [4, 8])
 def test_a_file_of_somebody_elses_is_not_overwritten(
     number: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]

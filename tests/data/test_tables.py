@@ -388,7 +388,14 @@ LAST = GOOD.count("\n") + 1
         ("a.csv", "text,label\ra,b\r", r"begins on line 1 is no CSV \(a carriage return outside quotes"),
         ("a.csv", GOOD.encode() + "Ça,good\n".encode("latin-1"), rf"line {LAST} is not UTF-8 text \(byte 0xc7 at pos"),
         ("a.csv", GOOD.encode("utf-16"), r"a\.csv, line 1 is not UTF-8 text \(byte 0xff at position 0\)\. Save the f"),
-        ("a.csv", "text,label\n", r"a\.csv holds no texts\."),
+        ("a.csv", "text,label\n", r"a\.csv holds no texts, only the names of its columns: is the file whole\?"),
+        (
+            "a.csv",
+            GOOD + "fine, \n" + " ,good\n" * 20,
+            rf"line {LAST}: no label .*\. Likewise 20 more lines: {LAST + 1}",
+        ),
+        ("a.csv", GOOD + "fine, \n" + " ,good\n" * 20, rf", {LAST + 10}, \.\.\.\.$"),
+        ("a.csv", GOOD + "fine, \n" + " ,good\n", rf"Likewise 1 more line: {LAST + 1}\.$"),
         (
             "a.csv",
             "word " * 100_000,

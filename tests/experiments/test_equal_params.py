@@ -131,27 +131,37 @@ def test_settings_arrive() -> None:
         assert several.rules == ("plus", "minus")
 
 
-def test_an_option_of_its_own_comes_after_set() -> None:
-    assert verb.make_plan(parse("--set", "epochs=3", "--epochs", "7")).task.epochs == 7
+def test_what_is_given_twice_is_refused() -> None:
+    with pytest.raises(UserError, match="batch_size is given twice: by --set and by --batch-size"):
+        verb.make_plan(parse("--set", "batch_size=3", "--batch-size", "7"))
+
+
+@pytest.mark.parametrize("task", ["digits", "recurrence"])
+def test_data_for_a_task_that_reads_none_is_refused(task: str) -> None:
+    with pytest.raises(UserError, match=f"task '{task}' reads no files"):
+        verb.make_plan(parse(task, "--data", "there"))
+    assert verb.make_plan(parse("mnist", "--data", "there")).data == Path("there")
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["layers"], "expected NAME=VALUE with one of the names "),
-        (["depth=4"], "'depth=4': expected NAME=VALUE"),
+        (["depth=4"], "'depth=4': there is no setting 'depth'; expected NAME=VALUE"),
+        (["layer=4"], "there is no setting 'layer' (did you mean layers?)"),
+        (["layers=3", "lr=0.1", "layers=4"], "'layers=4': layers is given twice"),
         (["=4"], "expected NAME=VALUE"),
         (["scale=paper"], "expected NAME=VALUE"),
-        (["equal_params=true"], "expected NAME=VALUE"),
+        (["equal_params=true"], "'equal_params' (did you mean --equal-params?); expected NAME=VALUE"),
         (["name=imdb"], "expected NAME=VALUE"),
-        (["layers=two"], "layers is 2 by default; 'two' is of another kind"),
-        (["layers=2.5"], "'2.5' is of another kind"),
-        (["layers=true"], "'true' is of another kind"),
-        (["layers="], "'' is of another kind"),
-        (["dropout=lots"], "dropout is 0.1 by default; 'lots' is of another kind"),
+        (["layers=two"], "layers is 2 by default; expected a whole number, received 'two'"),
+        (["layers=2.5"], "expected a whole number, received '2.5'"),
+        (["layers=true"], "expected a whole number, received 'true'"),
+        (["layers="], "expected a whole number, received ''"),
+        (["dropout=lots"], "dropout is 0.1 by default; expected a number, received 'lots'"),
         (["heads=4"], "heads of task 'digits' follows from --heads"),
-        (["optimiser=3"], "optimiser is 'adamw' by default; '3' is of another kind"),
-        (["train_samples=many"], "train_samples is None by default; 'many' is of another kind"),
+        (["optimiser=3"], "optimiser is 'adamw' by default; expected a text, received '3'"),
+        (["train_samples=many"], "train_samples is None by default; expected a whole number or null, received 'many'"),
     ],
 )
 def test_settings_that_are_none_are_refused(words: Sequence[str], message: str) -> None:

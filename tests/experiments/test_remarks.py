@@ -92,3 +92,10 @@ def test_they_reach_the_study(tmp_path: Path) -> None:
     task = tiny.task(epochs=1, equal_params=True)
     study, _ = compare(Plan(task, STANDARD, [3], 1, tmp_path, device="cpu"), Watcher())
     assert any(note.startswith("equal parameters with 3 heads: standard ") for note in study.notes)
+
+
+def test_an_epoch_of_one_update_is_told() -> None:
+    few = {"train": 64, "validation": 8, "test": 8}
+    for size, told in ((63, False), (64, True), (10**8, True)):
+        notes = remarks(tiny.task(batch_size=size), [Variant.of("super")], (3,), few)
+        assert any("an epoch is a single update: a batch of" in note for note in notes) == told

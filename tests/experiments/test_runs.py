@@ -79,7 +79,7 @@ def test_reading_a_run_draws_no_random_number(finished: Path) -> None:
 
 
 def test_what_is_no_finished_run_is_refused_with_the_way_out(run: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"holds no config\.json\. It holds the runs super-h3-s0"):
+    with pytest.raises(FileNotFoundError, match=r"holds no config\.json\. It holds super-h3-s0"):
         load_run(run.parent)
     with pytest.raises(FileNotFoundError, match="nowhere does not exist: name the folder of a run"):
         load_run(run / "nowhere")

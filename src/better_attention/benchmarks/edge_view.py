@@ -113,7 +113,7 @@ def print_report(report: Report, console: Console) -> None:
         Text(
             f"{settings.samples:,} random inputs in batches of {settings.batch_size}, untrained weights (speed only); "
             f"median (10th–90th percentile) over rounds. The paper's seconds are those of an {PAPER_DEVICE}: what can "
-            "be compared is the ratio to standard attention (÷ standard, below 1 is faster).",
+            "be compared is the ratio to standard attention (÷ standard, below 1 is faster). (–): a single round.",
             style="dim",
         )
     )
@@ -170,19 +170,19 @@ def _strips(found: Mapping[tuple[str, str, int], Timing], task: str, rows: Seque
     timings = [found.get((task, *row)) for row in rows]
     theirs = [published(task, *row) for row in rows]
     return [
-        (f"{task}, s", [_cell(t.seconds if t else None) for t in timings]),
+        (f"{task}, s", [_cell(t, t.seconds if t else None) for t in timings]),
         (PAPER_DEVICE, ["–" if s is None else f"{s:g}" for s, _ in theirs]),
-        ("÷ standard", [_cell(t.ratio if t else None, 3) for t in timings]),
+        ("÷ standard", [_cell(t, t.ratio if t else None, 3) for t in timings]),
         (PAPER_DEVICE, ["–" if r is None else f"{r:.3f}" for _, r in theirs]),
     ]
 
 
-def _cell(spread: Spread | None, digits: int | None = None) -> str:
-    if spread is None:
+def _cell(timing: Timing | None, spread: Spread | None, digits: int | None = None) -> str:
+    if timing is None or spread is None:
         return "–"
     places = digits if digits is not None else 3 if spread.median < 1 else 2
-    low, high = number(spread.low, places), number(spread.high, places)
-    return f"{number(spread.median, places)} ({low}–{high})"
+    reach = f"{number(spread.low, places)}–{number(spread.high, places)}" if timing.rounds > 1 else "–"
+    return f"{number(spread.median, places)} ({reach})"
 
 
 def print_paper(console: Console) -> None:

@@ -6,7 +6,9 @@ import argparse
 import json
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import fields, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,7 +124,11 @@ def make_plan(args: argparse.Namespace) -> Plan:
     task = TASKS[args.task](args.scale)
     given = {name: getattr(args, name) for name in ("epochs", "patience", "batch_size", "lr")}
     settings = {name: value for name, value in given.items() if value is not None}
-    named = dict(setting(task, text) for text in args.set)
+    named = settings_of(task, args.set)
+    for name in sorted(named.keys() & settings.keys()):
+        raise UserError(f"{name} is given twice: by --set and by --{name.replace('_', '-')}.")
+    if args.data is not None and not reads_files(task):
+        raise UserError(f"--data: task {task.name!r} reads no files, its data comes with it. Leave --data away.")
     task = replace(task, **(named | settings), equal_params=args.equal_params)
     return Plan(
         task=task,
@@ -134,6 +140,30 @@ def make_plan(args: argparse.Namespace) -> Plan:
         device=args.device,
         command=command_line(),
     )
+
+
+def reads_files(task: Task) -> bool:
+    """Whether a task reads a data set that lies somewhere, and does not make its own or carry it along."""
+    from better_attention.data.sources import SOURCES
+    from better_attention.experiments.recurrence_task import RecurrenceTask
+
+    source = SOURCES.get(task.dataset)
+    return not isinstance(task, RecurrenceTask) and not (source is not None and source.embedded)
+
+
+def settings_of(task: Task, texts: Sequence[str]) -> dict[str, Any]:
+    """The settings that several ``NAME=VALUE`` describe, see :func:`setting`.
+
+    Raises:
+        UserError: one is given twice, too.
+    """
+    found: dict[str, Any] = {}
+    for text in texts:
+        name, value = setting(task, text)
+        if name in found:
+            raise UserError(f"--set {text!r}: {name} is given twice.")
+        found[name] = value
+    return found
 
 
 OWN_OPTIONS = ("name", "title", "source", "scale", "dataset", "equal_params")
@@ -148,8 +178,10 @@ def setting(task: Task, text: str) -> tuple[str, Any]:
     name, sign, value = text.partition("=")
     kinds = {field.name: str(field.type) for field in fields(task) if field.name not in OWN_OPTIONS}
     if not sign or name not in kinds:
-        free = ", ".join(sorted(kinds.keys() - task.follows.keys()))
-        raise UserError(f"--set {text!r}: expected NAME=VALUE with one of the names {free}.")
+        free = sorted(kinds.keys() - task.follows.keys())
+        near = ["--equal-params"] if name == "equal_params" else get_close_matches(name, free, n=1, cutoff=0.75)
+        unknown = f"there is no setting {name!r}{f' (did you mean {near[0]}?)' if near else ''}; " if sign else ""
+        raise UserError(f"--set {text!r}: {unknown}expected NAME=VALUE with one of the names {', '.join(free)}.")
     if name in task.follows:
         raise UserError(f"--set {text!r}: {name} of task {task.name!r} follows from {task.follows[name]}.")
     parsed = _json_or_text(value)
@@ -163,8 +195,20 @@ def setting(task: Task, text: str) -> tuple[str, Any]:
         words = tuple(parsed if isinstance(parsed, list) else map(_json_or_text, value.split(",")))
         parsed = words if all(isinstance(word, type(own[0])) for word in words) else value
     if not isinstance(parsed, kind) or (isinstance(parsed, bool) and not isinstance(own, bool)):
-        raise UserError(f"--set {text!r}: {name} is {own!r} by default; {value!r} is of another kind.")
+        wanted = " or ".join(KINDS[one] for one in kind if one is not int or float not in kind)
+        raise UserError(f"--set {text!r}: {name} is {own!r} by default; expected {wanted}, received {value!r}.")
     return name, parsed
+
+
+KINDS: dict[type, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    tuple: "values of that kind with commas between",
+    type(None): "null",
+}
+"""How the kinds of settings are called, as they are written in ``NAME=VALUE``."""
 
 
 def _json_or_text(value: str) -> Any:

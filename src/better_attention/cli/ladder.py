@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from better_attention.cli import UserError, console
 from better_attention.cli.arguments import folder, names, numbers, positive, words
-from better_attention.cli.compare import command_line, setting
+from better_attention.cli.compare import command_line, settings_of
 from better_attention.experiments.variant import Variant
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def make_ladder(args: argparse.Namespace) -> Ladder:
     grid = SCALES[args.scale]
     task = TASKS["recurrence"](args.scale)
     assert isinstance(task, RecurrenceTask)  # noqa: S101 - for the type checker
-    chosen = dict(setting(task, text) for text in args.set)
+    chosen = settings_of(task, args.set)
     taken = [name for name in chosen if name in GRID]
     if taken:
         raise UserError(f"--set {taken[0]}: the ladder's grid sets it; see --rungs, --scalings, --layers, --updates.")

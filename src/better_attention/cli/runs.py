@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,27 +60,38 @@ def print_runs(found: list[Found], folders: list[Path]) -> None:
         if any(any(folder.glob("*/results.json")) for folder in folders):
             screen.print("There are results of comparisons without their runs: `better-attention table N` reads them.")
         return
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for title in ("Run", "Task", "Scale", "State"):
-        table.add_column(title, overflow="fold")
-    for title in ("Test acc. %", "Epochs", "Time", "Commit"):
-        table.add_column(title, justify="right", no_wrap=True)
     colours = {"finished": "green", "interrupted": "yellow", "diverged": "red", "being written": "cyan"}
+    lines = []
     for one in found:
         told = one.as_json()
         accuracy = told["test_accuracy"]
-        cells = [
-            plain(one.path),
-            *(plain("–" if told[key] is None else told[key], 60) for key in ("task", "scale")),
-            f"{one.state}{': ' if one.detail else ''}{plain(one.detail, 300)}",
-            f"{accuracy:.2f}" if isinstance(accuracy, int | float) else "–",
-            str(one.epochs),
-            duration(one.seconds),
-            plain(told["commit"] or "–", 80)[:10],
-        ]
-        texts = [Text(cell) for cell in cells]
-        texts[3].stylize(colours.get(one.state, "bold red"))
-        table.add_row(*texts)
-    screen.print(table)
+        cells = {
+            "Run": plain(one.path),
+            **{key.title(): plain("–" if told[key] is None else told[key], 60) for key in ("task", "scale")},
+            "State": f"{one.state}{': ' if one.detail else ''}{plain(one.detail, 300)}",
+            "Test acc. %": f"{accuracy:.2f}" if isinstance(accuracy, int | float) else "–",
+            "Epochs": str(one.epochs),
+            "Time": duration(one.seconds),
+            "Commit": plain(told["commit"] or "–", 80)[:10],
+        }
+        lines.append({title: Text(cell) for title, cell in cells.items()})
+        lines[-1]["State"].stylize(colours.get(one.state, "bold red"))
+
+    def drawn(titles: Collection[str]) -> Table:
+        table = Table(box=SIMPLE_HEAD, pad_edge=False)
+        for title in titles:
+            number = title in ("Test acc. %", "Epochs", "Time", "Commit")
+            table.add_column(title, justify="right" if number else "left", no_wrap=number, overflow="fold")
+        for line in lines:
+            table.add_row(*(line[title] for title in titles))
+        return table
+
+    titles, unbounded = list(lines[0]), screen.options.update(max_width=10_000)
+    for title in ("Commit", "Time", "Epochs", "Scale", "Task", "Test acc. %"):  # a narrow screen: what matters least
+        if screen.measure(drawn(titles), options=unbounded).maximum > screen.width:
+            titles.remove(title)
+    screen.print(drawn(titles))
+    if len(titles) < len(lines[0]):
+        screen.print("A wider screen, or --json, shows more.", markup=False)
     counts = Counter(one.state for one in found)
     screen.print(", ".join(f"{number} {state}" for state, number in counts.items()), markup=False)

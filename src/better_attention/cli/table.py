@@ -45,13 +45,19 @@ def run(args: argparse.Namespace) -> int:
         check_file(args.csv, "--csv", is_table)
     if args.number == paper_tables.EDGE:
         return edge_table(args)
-    found = paper_tables.blocks(args.number, paper_tables.find_results(args.results))
+    files = paper_tables.find_results(args.results)
+    found = paper_tables.blocks(args.number, files)
     if args.csv is not None:
         paper_view.write_csv(found, args.csv)
     if args.json:
         print(json.dumps(paper_view.as_json(args.number, found), indent=2, ensure_ascii=False))
     else:
-        paper_view.print_blocks(args.number, found, console())
+        screen = console()
+        paper_view.print_blocks(args.number, found, screen)
+        if not any(block.ours for block in found):
+            tasks = sorted({str(record["task"]) for file in files for record in paper_tables.read_results(file)})
+            told = f"Results of {', '.join(tasks)} were read: none of them is of table {args.number}."
+            screen.print(told if tasks else "No results.json was found.", markup=False, soft_wrap=True)
     return 0
 
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from better_attention.errors import counted
+
 from .containers import DataError
 from .records import DELIMITERS, csv_records, json_records, parquet_columns, parquet_records, text_lines, whole
 
@@ -113,12 +115,20 @@ def read_table(path: Path, columns: Columns) -> Table:
     rows = {"csv": _csv_rows, "json": _json_rows, "parquet": _parquet_rows}[kind](path, columns)
     names = next(rows, (0, "", ""))[1:]
     table = Table(path, "row" if kind == "parquet" else "line", names, [], [], [])
+    faults: list[tuple[int, str]] = []
     for line, text, label in rows:
         table.lines.append(line)
-        table.texts.append(_text(text, table, len(table.lines) - 1))
-        table.labels.append(_label(label, table, len(table.lines) - 1))
+        try:
+            table.texts.append(_text(text, table, len(table.lines) - 1))
+            table.labels.append(_label(label, table, len(table.lines) - 1))
+        except DataError as error:
+            faults.append((line, str(error)))
+    if faults:  # all at once: to mend five hundred rows one at a time is nobody's idea of a message
+        more = ", ".join(str(line) for line, _ in faults[1:11]) + (", ..." if len(faults) > 11 else "")
+        others = f" Likewise {counted(len(faults) - 1, f'more {table.unit}')}: {more}." if more else ""
+        raise DataError(faults[0][1] + others)
     if not table.texts:
-        raise DataError(f"{path} holds no texts.")
+        raise DataError(f"{path} holds no texts, only the names of its columns: is the file whole?")
     return table
 
 

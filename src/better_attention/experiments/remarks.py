@@ -33,6 +33,9 @@ def remarks(
         changed |= other_samples(task.name, samples)
     if changed:
         found.append(f"the setting is not the paper's: {told(task.name, changed)}")
+    if samples and task.batch_size >= samples["train"]:
+        every = counted(samples["train"], "sample")
+        found.append(f"an epoch is a single update: a batch of {task.batch_size:,} holds all {every}")
     if task.equal_params:
         found += [f"equal parameters with {counted(n, 'head')}: {_sizes(task, variants, n)}" for n in heads]
     return tuple(found)

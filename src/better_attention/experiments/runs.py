@@ -101,11 +101,11 @@ def load_run(path: str | Path) -> Run:
             raise FileNotFoundError(
                 f"{folder} does not exist: name the folder of a run; `better-attention runs` lists them."
             )
-        inside = [run["name"] for run in list_runs(folder)][:5] if folder.is_dir() else []
+        inside = [run["name"] for run in list_runs(folder)] if folder.is_dir() else []
         raise FileNotFoundError(
             f"{folder} is not a run: it holds no config.json. "
             + (
-                f"It holds the runs {', '.join(inside)}, ...: name one of them."
+                f"It holds {', '.join(inside[:5])}{', ...' if len(inside) > 5 else ''}: name one of these runs."
                 if inside
                 else "Runs are the folders "
                 "that `better-attention compare` writes, such as runs/digits-small/super-h4-s0."
