@@ -215,6 +215,11 @@ def test_operations_of_a_model_by_hand() -> None:
     assert model.work(row, "standard").flops == by_hand
     assert model.work(row, "efficient").flops == by_hand - 2 * B * 2 * L * D * D
     assert model.work(row, "efficient").flop_ratio == pytest.approx(by_hand / (by_hand - 4 * B * L * D * D))
+    assert model.work(row, "super").flops == by_hand - 2 * B * 2 * L * D * D + 2 * B * L * L * D
+    update = next(row for row in tiny_rows("model") if (row.variant, row.mode) == ("imdb", "training"))
+    trained = model.work(update, "standard").flops
+    assert model.work(update, "efficient").flops == trained - 3 * 2 * B * 2 * L * D * D
+    assert 3 * by_hand - trained in (0, 2 * B * L * D * D)
 
 
 def test_operations_and_bytes_by_hand() -> None:

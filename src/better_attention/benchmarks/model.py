@@ -73,22 +73,31 @@ def contenders(row: Row) -> list[Contender]:
     ]
 
 
-@cache
 def work(row: Row, mechanism: str) -> Work:
-    """FLOPs of the matrix products, counted on one sample; and standard's over them."""
-    flops, standard = (_flops(row, name) for name in (mechanism, "standard"))
-    return Work(flops=flops, flop_ratio=standard / flops)
+    """FLOPs of the matrix products: of standard attention counted on one sample; and standard's over them.
+
+    The mechanisms differ in their attention layers alone, by as much as :func:`better_attention.cost` says.
+    """
+    B, L, D, N = row.shape
+    own, standard = (
+        ba.cost(D, N, L, mechanism=name, batch=B, backward=row.backward).flops for name in (mechanism, "standard")
+    )
+    whole, layers = _standard(row)
+    flops = whole + layers * (own - standard)
+    return Work(flops=flops, flop_ratio=whole / flops)
 
 
 @cache
-def _flops(row: Row, mechanism: str) -> float:
+def _standard(row: Row) -> tuple[float, int]:
+    """FLOPs of the standard model, and how many attention layers it has."""
     one = replace(row, shape=row.shape._replace(batch=1))
-    task, given, model = _task(one), _inputs(one), _build(one, mechanism, "reference")
+    task, given, model = _task(one), _inputs(one), _build(one, "standard", "reference")
     with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(row.backward):
         loss = task.losses(model(given.inputs), given.targets).mean()
         if row.backward:
             loss.backward()
-    return float(row.shape.batch * counter.get_total_flops())
+    layers = sum(isinstance(module, MultiheadAttention) for module in model.modules())
+    return float(row.shape.batch * counter.get_total_flops()), layers
 
 
 def _task(row: Row) -> Task:
