@@ -111,6 +111,8 @@ def compare(plan: Plan, watcher: Watcher) -> tuple[Study, list[str]]:
     same = describe_run(plan.task, plan.variants[0], plan.heads[0], 0, "", accelerator.device.type)
     check_agreement(plan.out, {key: value for key, value in same.items() if key != "data_sha256"})
     check_finished(plan)
+    if accelerator.is_main_process:  # it may hold a run already when the others come here
+        check_free(plan)
     splits = plan.task.load(plan.data)
     notes = (*splits.notes, *guessing(splits), *remarks(plan.task, plan.variants, plan.heads, splits.sizes))
     splits = replace(splits, notes=notes).to(accelerator.device)
@@ -194,8 +196,7 @@ def check_finished(plan: Plan) -> None:
     The runs are of the plan's task and settings: :func:`check_agreement` has seen to that.
 
     Raises:
-        ValueError: names the run, and what is wrong with it: damaged, written by another process at this moment, or a
-            model that is built otherwise now.
+        ValueError: names the run, and what is wrong with it: damaged, or a model that is built otherwise now.
     """
     again = "Delete that folder and run again, it is trained anew."
     for planned in plan.runs():
@@ -204,11 +205,6 @@ def check_finished(plan: Plan) -> None:
             raise ValueError(
                 f"{folder} holds {', '.join(files)}, but no config.json: a run that is damaged, or files of somebody "
                 "else's. Move them away, or choose another --out."
-            )
-        if writer := holder(folder):
-            raise ValueError(
-                f"{folder} is being written by another process ({writer}). Wait until it ends, stop it, or choose "
-                "another --out."
             )
     for run in list_runs(plan.out):
         if run["result"] is None:
@@ -221,6 +217,21 @@ def check_finished(plan: Plan) -> None:
             raise ValueError(
                 f"{run['path']} is a model of {run['result']['total_params']:,} parameters; this version of "
                 f"better-attention builds it with {size:,}. {again}"
+            )
+
+
+def check_free(plan: Plan) -> None:
+    """Refuse runs that another process writes at this moment, before data is read and paces are measured.
+
+    Raises:
+        ValueError: names the run and the process.
+    """
+    for planned in plan.runs():
+        folder = plan.out / run_name(*planned)
+        if writer := holder(folder):
+            raise ValueError(
+                f"{folder} is being written by another process ({writer}). Wait until it ends, stop it, or choose "
+                "another --out."
             )
 
 
