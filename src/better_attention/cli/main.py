@@ -79,8 +79,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line ``arguments`` (None: the process's own); returns the exit status."""
     traceback = False
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal that knows no Greek gets question marks, not an error
+    # A terminal that knows no Greek gets question marks, not an error; what a program reads is whole or not at all.
+    for stream in (sys.stderr,) if "--json" in (arguments or sys.argv) else (sys.stderr, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
         options = build_parser().parse_args(arguments)

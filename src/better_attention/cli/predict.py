@@ -211,12 +211,15 @@ def numbered_samples(trained: Run, rows: Sequence[int], folder: Path | None) -> 
     from better_attention.experiments.folder_task import FolderTask
     from better_attention.experiments.recurrence_task import RecurrenceTask
     from better_attention.experiments.text_task import TextTask
+    from better_attention.experiments.translation_task import TranslationTask
 
     inputs: Any
     if isinstance(trained.task, RecurrenceTask):
         raise UserError(
             f"--index: task {trained.task.name!r} makes its data itself. Name the symbols instead, as in '1 0 1'."
         )
+    if isinstance(trained.task, TranslationTask):
+        raise UserError(f"--index: {trained.task.dataset!r} has no test split of its own. Name the sentences instead.")
     splits = trained.task.load(folder)
     if splits.digest != trained.config["run"]["data_sha256"]:
         raise UserError(
@@ -229,10 +232,7 @@ def numbered_samples(trained: Run, rows: Sequence[int], folder: Path | None) -> 
     else:
         task = trained.task
         data = task.texts(folder) if isinstance(task, TextTask) else read(task.dataset, folder)
-        if isinstance(data, Pairs):
-            raise UserError(
-                f"--index: {trained.task.dataset!r} has no test split of its own. Name the sentences instead."
-            )
+        assert not isinstance(data, Pairs)  # noqa: S101 - for the type checker: those of a translation
         inputs = data.test_images if isinstance(data, Images) else data.test_texts
         labels, classes = data.test_labels, data.classes
     for row in rows:
