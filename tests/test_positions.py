@@ -93,7 +93,7 @@ def test_gradients_of_both_orders() -> None:
 def test_angles_that_cannot_be() -> None:
     x = tokens(B, N, L, H)
     refused(lambda: rotary(tokens(L, 3)), "head width must be even", 3, kind=ValueError)
-    refused(lambda: rotary(x, base=0.5), "base must be between 1", 0.5, kind=ValueError)
+    refused(lambda: rotary(x, base=0.5), "base must be >= 1", 0.5, kind=ValueError)
     refused(lambda: rotary(x, positions=torch.arange(L), offset=2), "not both", "offset=2", kind=ValueError)
     refused(lambda: rotary(x, positions=torch.arange(L + 1)), "(L,) = (7,)", (8,), kind=ValueError)
     refused(lambda: rotary(tokens(L, H), positions=torch.zeros(1, L)), (7, 4), kind=ValueError)

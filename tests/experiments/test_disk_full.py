@@ -188,7 +188,7 @@ def test_the_command_says_it_in_one_sentence(
     words = ["compare", "--scale", "smoke", "--seeds", "1", "--mechanisms", "super", "--device", "cpu"]
     module = sys.modules[compare.__module__]
     monkeypatch.setattr(module, "measure_paces", lambda *arguments: {})
-    monkeypatch.setattr(module, "make_study", lambda *arguments: SimpleNamespace(records=[]))
+    monkeypatch.setattr(module, "make_study", lambda *arguments: SimpleNamespace(records=[], finished=0))
     with disk_full_at("result.json", "write"):
         assert main.main([*words, "--epochs", "1", "--out", str(tmp_path)]) == 1
     said = capsys.readouterr().err
