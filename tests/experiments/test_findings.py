@@ -246,7 +246,7 @@ def test_what_is_no_number_has_no_place() -> None:
     found = forest(rows, KEYS["test_accuracy"])
     assert found is not None
     assert (found.bars[0].at, found.bars[0].low, found.reach) == (None, None, "1.00")
-    assert found.bars[0].text == "nan ± – (p –)"
+    assert found.bars[0].text == "diverged (p –)"
 
 
 def test_equal_runs_stand_on_zero() -> None:

@@ -83,7 +83,7 @@ def test_one_measurement_that_many_runs_share_is_one() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 0.0, -1.0])
 def test_what_is_no_ratio_spoils_the_mean_visibly(bad: float) -> None:
-    assert ratio([1.0, bad]).format(2) == "nan [–]"
+    assert ratio([1.0, bad]).format(2) == "–"
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -91,7 +91,7 @@ def test_a_diverged_run_spoils_the_mean_visibly(bad: float) -> None:
     found = estimate([1.0, bad, 2.0])
     assert not math.isfinite(found.mean)
     assert found.half_width is None
-    assert found.format(2).startswith(str(bad))
+    assert found.format(2) == "diverged"
 
 
 def test_no_value_is_refused() -> None:
@@ -136,10 +136,10 @@ def test_what_is_missing_or_nan_has_no_rank_and_costs_none() -> None:
         (-0.0004, 3, True, "0.000"),
         (0.0, 2, True, "0.00"),
         (-1234.5, 1, True, "−1,234.5"),
-        (math.nan, 2, False, "nan"),
-        (math.nan, 2, True, "nan"),
-        (math.inf, 2, True, "+inf"),
-        (-math.inf, 2, False, "−inf"),
+        (math.nan, 2, False, "diverged"),
+        (math.nan, 2, True, "diverged"),
+        (math.inf, 2, True, "diverged"),
+        (-math.inf, 2, False, "diverged"),
     ],
 )
 def test_numbers_as_people_read_them(value: float, digits: int, sign: bool, text: str) -> None:

@@ -10,6 +10,8 @@ import numpy as np
 from scipy import stats
 
 CONFIDENCE = 0.95
+DIVERGED = "diverged"
+"""What stands for a number that is none: NaN or infinity, of a run whose training ran away."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +30,13 @@ class Estimate:
     n: int
 
     def format(self, digits: int, *, sign: bool = False) -> str:
-        """The estimate as tables print it: ``98.12 ± 0.30``, and ``98.12 ± –`` for a single seed.
+        """The estimate as tables print it: ``98.12 ± 0.30``, ``98.12 ± –`` for a single seed, ``diverged`` for none.
 
         >>> Estimate(98.123, 0.304, 5).format(2), Estimate(0.123, None, 1).format(2, sign=True)
         ('98.12 ± 0.30', '+0.12 ± –')
         """
+        if not math.isfinite(self.mean):
+            return DIVERGED
         width = "–" if self.half_width is None else number(self.half_width, digits)
         return f"{number(self.mean, digits, sign=sign)} ± {width}"
 
@@ -63,6 +67,8 @@ class Ratio(Estimate):
         >>> Ratio(0.9, None, 3, factor=1.06).format(2)
         '0.90 [0.85, 0.95]'
         """
+        if not math.isfinite(self.mean):  # no time was measured, which nothing but an odd clock explains
+            return "–"
         low, high = self.low, self.high
         reach = "–" if low is None or high is None else f"{number(low, digits)}, {number(high, digits)}"
         return f"{number(self.mean, digits, sign=sign)} [{reach}]"
@@ -79,13 +85,15 @@ class Ratio(Estimate):
 
 
 def number(value: float, digits: int, *, sign: bool = False) -> str:
-    """``value`` as people read it: thousands apart, a true minus sign, and no minus before a zero.
+    """``value`` as people read it: thousands apart, a true minus sign, no minus before a zero; NaN as what it is of.
 
     >>> number(66048, 0), number(-0.0123, 3), number(0.0123, 3, sign=True), number(-0.0001, 2, sign=True)
     ('66,048', '−0.012', '+0.012', '0.00')
     """
+    if not math.isfinite(value):
+        return DIVERGED
     text = f"{value:{'+' if sign else ''},.{digits}f}".replace("-", "−")
-    return text if any(c in "123456789i" for c in text) else text.lstrip("+−")
+    return text if any(c in "123456789" for c in text) else text.lstrip("+−")
 
 
 def estimate(values: Sequence[float]) -> Estimate:
