@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from better_attention.errors import counted
 from better_attention.experiments import report, tables
 from better_attention.experiments.inventory import left_behind, look_at
-from better_attention.experiments.lock import holder, locked
+from better_attention.experiments.lock import holder, locked, taken
 from better_attention.experiments.maps import alignment_kernels, attention_maps
 from better_attention.experiments.origin import commit
 from better_attention.experiments.output import check_output
@@ -126,7 +126,8 @@ def compare(plan: Plan, watcher: Watcher) -> tuple[Study, list[str]]:
             name = run_name(variant, heads, seed)
             with locked(plan.out / name) if accelerator.is_main_process else nullcontext():
                 if accelerator.is_main_process:
-                    claim(plan, same | {"data_sha256": splits.digest}, variant, heads, seed)
+                    device = accelerator.device.type
+                    claim(plan, describe_run(plan.task, variant, heads, seed, splits.digest, device))
                 watcher.begin(name, number, len(plan.runs()))
                 training = Training(
                     *(plan.task, splits, variant, heads, seed, plan.out / name, accelerator),
@@ -176,8 +177,8 @@ def check_apart(plan: Plan) -> None:
         )
 
 
-def claim(plan: Plan, same: Mapping[str, Any], variant: Variant, heads: int, seed: int) -> None:
-    """Make the folder of a run, if every other run in ``plan.out`` still agrees with it.
+def claim(plan: Plan, run: Mapping[str, Any]) -> None:
+    """Make the folder of ``run``, a :func:`describe_run`, if every other run in ``plan.out`` still agrees with it.
 
     Another command may have begun there since :func:`check_agreement` looked: whoever comes first sets the settings.
 
@@ -185,9 +186,8 @@ def claim(plan: Plan, same: Mapping[str, Any], variant: Variant, heads: int, see
         ValueError: one has, with others.
     """
     with locked(plan.out, TURN):
-        check_agreement(plan.out, same)
-        own = {"mechanism": variant.name, "heads": heads, "seed": seed}
-        open_run(plan.out / run_name(variant, heads, seed), {**same, **own}, plan.command)
+        check_agreement(plan.out, run)
+        open_run(plan.out / run_name(Variant.of(run["mechanism"]), run["heads"], run["seed"]), run, plan.command)
 
 
 def check_finished(plan: Plan) -> None:
@@ -229,10 +229,7 @@ def check_free(plan: Plan) -> None:
     for planned in plan.runs():
         folder = plan.out / run_name(*planned)
         if writer := holder(folder):
-            raise ValueError(
-                f"{folder} is being written by another process ({writer}). Wait until it ends, stop it, or choose "
-                "another --out."
-            )
+            raise ValueError(taken(folder, writer))
 
 
 def make_accelerator(device: str) -> Accelerator:

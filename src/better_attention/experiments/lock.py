@@ -31,15 +31,18 @@ def locked(folder: Path, patience: float = 0.5) -> Iterator[None]:
                 break
             except OSError:
                 if time.monotonic() > end:
-                    raise ValueError(
-                        f"{folder} is being written by another process ({_signature(file)}). "
-                        "Wait until it ends, stop it, or choose another --out."
-                    ) from None
+                    raise ValueError(taken(folder, _signature(file))) from None
                 time.sleep(0.05)
         with suppress(OSError):  # a full disk: the lock holds without its signature
             os.ftruncate(file.fileno(), 0)
             os.write(file.fileno(), f"process {os.getpid()}".encode("ascii"))
         yield
+
+
+def taken(folder: Path, writer: str) -> str:
+    """What is said to whoever wants the folder that ``writer`` holds."""
+    way_out = "Wait until it ends, stop it, or choose another --out."
+    return f"{folder} is being written by another process ({writer}). {way_out}"
 
 
 def holder(folder: Path) -> str | None:
