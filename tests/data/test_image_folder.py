@@ -398,6 +398,17 @@ def test_all_bad_pictures_are_named_before_anything_is_trained(tmp_path: Path) -
     everything(found, "test")
 
 
+def test_bad_pictures_among_grey_ones_are_all_named(tmp_path: Path) -> None:
+    """Every file is opened to see that all are grey: the first that cannot be must not hide the others."""
+    write(tmp_path, {f"{name}/{n}.png": plain(n) for name in "ab" for n in range(3)})
+    write(tmp_path, {"a/0.png": b"", "b/1.png": b"no picture"})
+    found = find(tmp_path)
+    with pytest.raises(DataError, match=r"a/0.png is empty[^\n]*\n[^\n]*b/1.png is no JPEG"):
+        found.pixels(np.arange(6), 4, found.channels)
+    write(tmp_path, {"b/1.png": plain((1, 2, 3)), "a/0.png": plain(0)})
+    assert find(tmp_path).channels == 3
+
+
 def test_a_bad_member_is_named_with_its_archive(tmp_path: Path) -> None:
     path = pack(tmp_path / "photos.tar.gz", photos("train/") | photos("test/", 1) | {"train/cats/x.png": b"no"})
     with pytest.raises(DataError, match=r"photos.tar.gz: train/cats/x.png is no JPEG, PNG"):

@@ -328,6 +328,27 @@ def test_grey_pictures_make_a_grey_model(tmp_path: Path) -> None:
     assert task.encode(np.zeros((20, 30), np.uint8), {}).shape == (1, 8, 8)
 
 
+def test_nearly_black_pictures_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twelve bits of content in files of sixteen: what many cameras and scanners write."""
+    random = np.random.default_rng(0)
+    for label in range(2):
+        (tmp_path / f"class{label}").mkdir()
+        for number in range(20):
+            values = random.integers(0, 4096, (10, 10), dtype=np.uint16) * (16 if number < 5 else 1)
+            Image.fromarray(values).save(tmp_path / f"class{label}" / f"{number}.png")
+    task = small().fitted(tmp_path)
+    assert [note for note in task.load(tmp_path).notes if "nearly black" in note] == [
+        "30 of 40 pictures are nearly black, no pixel brighter than 31 of 255: files of 16 bits that use 12 or fewer "
+        "come out so; scale their values up to white before training"
+    ]
+    monkeypatch.setattr(image_task, "COMPARED", 1000)
+    assert not any("nearly black" in note for note in task.load(tmp_path).notes)
+
+
+def test_bright_pictures_are_not_called_nearly_black(photos: Path) -> None:
+    assert not any("nearly black" in note for note in small().fitted(photos).load(photos).notes)
+
+
 def test_coloured_pictures_are_read_as_grey_ones_if_asked(photos: Path) -> None:
     task = small(channels=1).fitted(photos)
     assert task.channels == 1

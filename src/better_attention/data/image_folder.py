@@ -65,16 +65,18 @@ class Pictures:
 
     @cached_property
     def channels(self) -> int:
-        """1 if every picture stores grey values, else 3.
+        """1 if every picture stores grey values, else 3. What is no picture does not decide: :meth:`pixels` names it."""
 
-        Raises:
-            DataError: something that is no picture, met before one with colours.
-        """
+        def grey(name: str, source: bytes | Path) -> bool:
+            try:
+                return is_grey(name, source)
+            except DataError:
+                return True
 
         def find() -> int:
             rows = {name: row for row, name in enumerate(self.names)}
             with quiet():
-                return 1 if all(is_grey(name, source) for _, name, source in self.tree.contents(rows)) else 3
+                return 1 if all(grey(name, source) for _, name, source in self.tree.contents(rows)) else 3
 
         return 1 if remembered(_key("channels", self.tree.stamp, np.arange(0)), find) == 1 else 3
 

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 SCORING_BATCH = 512
 HELD_OUT = ("validation", "test")
 COMPARED = 2 * 2**30
-"""Bytes up to which pictures are searched for ones that are in two splits; above, reading them all takes long."""
+"""Bytes up to which all pictures are looked through for the notes on them; above, reading them takes long."""
+DARK = 31
+"""The brightest pixel of a picture that is called nearly black, of 255; 16-bit files with 12 bits in them reach 15."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,6 +183,20 @@ class ImageTask(Task):
         after = self.image_size - self.raw_size - before
         skip = [0, 0] if images.ndim == 4 else []
         return F.pad(torch.from_numpy(images), [*skip, before, after, before, after])
+
+
+def dark_notes(splits: Splits) -> tuple[str, ...]:
+    """A note on pictures without a pixel brighter than :data:`DARK`: a model sees next to nothing of them."""
+    parts = [split.inputs for split in (splits.train, splits.validation, splits.test) if len(split)]
+    if sum(part.nbytes for part in parts) > COMPARED:
+        return ()
+    dark = sum(int((part.flatten(1).amax(dim=1) <= DARK).sum()) for part in parts)
+    if not dark:
+        return ()
+    return (
+        f"{dark:,} of {sum(map(len, parts)):,} pictures are nearly black, no pixel brighter than {DARK} of 255: files "
+        "of 16 bits that use 12 or fewer come out so; scale their values up to white before training",
+    )
 
 
 def overlap_notes(splits: Splits) -> tuple[str, ...]:
