@@ -65,7 +65,7 @@ class Pictures:
 
     @cached_property
     def channels(self) -> int:
-        """1 if every picture stores grey values, else 3. What is no picture does not decide: :meth:`pixels` names it."""
+        """1 if every picture stores grey values, else 3. Broken ones decide nothing: :meth:`pixels` names them."""
 
         def grey(name: str, source: bytes | Path) -> bool:
             try:
