@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,8 +68,13 @@ def check_writable(folder: Path) -> None:
             raise ValueError(f"--out {folder}: {above} is {kind}: name a folder for the results.")
     except OSError as error:
         raise ValueError(f"--out {folder}: {above} cannot be read ({error.strerror}). Choose another folder.") from None
-    if not os.access(above, os.W_OK | os.X_OK):
-        raise ValueError(f"--out {folder}: {above} cannot be written. Choose another folder.")
+    try:  # a file without a name, gone at once: what the system says it would allow is not always what it does
+        with tempfile.TemporaryFile(dir=above):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"--out {folder}: nothing can be written in {above} ({error.strerror}). Choose another folder."
+        ) from None
 
 
 def _is(path: Path, ours: Callable[[Any], bool]) -> bool:
