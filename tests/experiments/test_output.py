@@ -60,7 +60,9 @@ def test_a_file_above_is_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize("below", ["", "a/b"])
 def test_a_folder_that_cannot_be_written_is_said(below: str) -> None:
     """In /proc nobody may write, though the system tells root otherwise; so it is on some network disks."""
-    with pytest.raises(ValueError, match=r"^--out /proc[ab/]*: nothing can be written in /proc \(.+\)"):
+    with pytest.raises(
+        ValueError, match=r"^--out /proc[ab/]*: nothing can be written in /proc \(.+\)\. Choose another folder\."
+    ):
         check(Path("/proc") / below)
 
 

@@ -127,7 +127,7 @@ def compare(plan: Plan, watcher: Watcher) -> tuple[Study, list[str]]:
             with locked(plan.out / name) if accelerator.is_main_process else nullcontext():
                 if accelerator.is_main_process:
                     device = accelerator.device.type
-                    claim(plan, describe_run(plan.task, variant, heads, seed, splits.digest, device))
+                    claim(plan, name, describe_run(plan.task, variant, heads, seed, splits.digest, device))
                 watcher.begin(name, number, len(plan.runs()))
                 training = Training(
                     *(plan.task, splits, variant, heads, seed, plan.out / name, accelerator),
@@ -177,8 +177,8 @@ def check_apart(plan: Plan) -> None:
         )
 
 
-def claim(plan: Plan, run: Mapping[str, Any]) -> None:
-    """Make the folder of ``run``, a :func:`describe_run`, if every other run in ``plan.out`` still agrees with it.
+def claim(plan: Plan, name: str, run: Mapping[str, Any]) -> None:
+    """Make the folder ``name`` of ``run``, a :func:`describe_run`, if the others in ``plan.out`` still agree with it.
 
     Another command may have begun there since :func:`check_agreement` looked: whoever comes first sets the settings.
 
@@ -187,7 +187,7 @@ def claim(plan: Plan, run: Mapping[str, Any]) -> None:
     """
     with locked(plan.out, TURN):
         check_agreement(plan.out, run)
-        open_run(plan.out / run_name(Variant.of(run["mechanism"]), run["heads"], run["seed"]), run, plan.command)
+        open_run(plan.out / name, run, plan.command)
 
 
 def check_finished(plan: Plan) -> None:

@@ -187,9 +187,9 @@ class ImageTask(Task):
 
 def dark_notes(splits: Splits) -> tuple[str, ...]:
     """A note on pictures without a pixel brighter than :data:`DARK`: a model sees next to nothing of them."""
-    parts = [split.inputs for split in (splits.train, splits.validation, splits.test) if len(split)]
-    if sum(part.nbytes for part in parts) > COMPARED:
+    if not _looked_through(splits):
         return ()
+    parts = [split.inputs for split in (splits.train, splits.validation, splits.test) if len(split)]
     dark = sum(int((part.flatten(1).amax(dim=1) <= DARK).sum()) for part in parts)
     if not dark:
         return ()
@@ -204,7 +204,7 @@ def overlap_notes(splits: Splits) -> tuple[str, ...]:
 
     What a model has trained on says little of what it can do. Splits above :data:`COMPARED` bytes are not searched.
     """
-    if sum(split.inputs.nbytes for split in (splits.train, splits.validation, splits.test)) > COMPARED:
+    if not _looked_through(splits):
         return ()
     known = set(_digests(splits.train.inputs))
     shared = {name: sum(digest in known for digest in _digests(getattr(splits, name).inputs)) for name in HELD_OUT}
@@ -213,6 +213,11 @@ def overlap_notes(splits: Splits) -> tuple[str, ...]:
         for name, count in shared.items()
         if count
     )
+
+
+def _looked_through(splits: Splits) -> bool:
+    """Whether the pictures are few enough for the notes that need all of them."""
+    return sum(split.inputs.nbytes for split in (splits.train, splits.validation, splits.test)) <= COMPARED
 
 
 def _digests(pictures: Tensor) -> Iterator[bytes]:
