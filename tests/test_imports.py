@@ -17,6 +17,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 # --- imports ----------------------------------------------------------------------------------------------------------
 
 RANKS: list[set[str]] = [
+    {"torch_state"},
     {"mechanism", "errors", "values", "native"},
     {"impl"},
     {"masks", "positions", "choice"},

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .errors import flag, one_of, whole_number
 from .impl import align
-from .impl.call import transformed
+from .torch_state import exporting, transformed
 from .values import surely_finite, without
 
 # Lengths at which the compiled kernels beat torch's matrix product (benchmarks/results).
@@ -121,7 +121,7 @@ class Alignment(nn.Module):
         if not self.compiled or not align.supported(weight, self.bias, value_BSD):
             return False
         if torch.compiler.is_compiling():
-            return self.causal
+            return self.causal and not exporting()
         trains = torch.is_grad_enabled() and (weight.requires_grad or value_BSD.requires_grad)
         S = value_BSD.shape[1]
         if transformed():

@@ -8,6 +8,7 @@ import torch
 
 from .impl import IMPLEMENTATIONS
 from .impl.call import Call
+from .torch_state import exporting
 
 IMPLS = ("auto", *IMPLEMENTATIONS)
 
@@ -34,13 +35,23 @@ def choose(call: Call, impl: str) -> str | None:
     if impl != "auto":
         return None if IMPLEMENTATIONS[impl].unsupported(call) else impl
     choosy = call.q_BNLH.device.type == "cpu" and not torch.compiler.is_compiling()  # there, sizes may be symbols
+    for_others = exporting()
     first = None
     for name, implementation in IMPLEMENTATIONS.items():  # the first that is not slow; small calls feel each question
-        if not implementation.unsupported(call):
+        if not (for_others and not implementation.portable) and not implementation.unsupported(call):
             if not (choosy and _slow(call, name)):
                 return name
             first = first or name
     return first
+
+
+def passed_over(chosen: str | None, name: str, impl: str) -> str:
+    """Why an implementation that could compute a call is not the ``chosen`` one."""
+    if impl != "auto":
+        return f"impl={impl!r} was asked for"
+    if exporting() and not IMPLEMENTATIONS[name].portable:
+        return "an exported program should run without better-attention; impl='native' keeps the kernels in it"
+    return f"{chosen!r} is faster or leaner here"
 
 
 def _slow(call: Call, name: str) -> bool:

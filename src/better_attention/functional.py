@@ -10,7 +10,7 @@ from typing import Literal, overload
 from torch import Tensor
 
 from .attend import attend
-from .choice import choose, summary
+from .choice import choose, passed_over, summary
 from .impl import IMPLEMENTATIONS
 from .prepare import prepare
 
@@ -174,6 +174,6 @@ def explain(
     for name, implementation in IMPLEMENTATIONS.items():
         why = implementation.unsupported(call)
         if not why and name != chosen:
-            why = [f"impl={impl!r} was asked for" if impl != "auto" else f"{chosen!r} is faster or leaner here"]
+            why = [passed_over(chosen, name, impl)]
         reasons[name] = why
     return Explanation(chosen, MappingProxyType(reasons), summary(call))

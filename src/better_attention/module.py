@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from . import inputs, masks
 from .alignment import Alignment
@@ -20,11 +19,12 @@ from .attend import attend
 from .choice import IMPLS
 from .errors import finite_number, flag, floating_dtype, one_of, whole_number
 from .impl import layer
-from .impl.call import Call, island, plain_tensors
+from .impl.call import Call, island
 from .mechanism import MECHANISMS, Mechanism
 from .positions import BASE, angles, even_width, turned
 from .prepare import same_dtype
 from .state_dict import to_packed, unpack
+from .torch_state import are_plain, bare, quiet, unpatched
 from .values import autocast_dtype
 
 
@@ -379,9 +379,10 @@ class MultiheadAttention(nn.Module):
     def _in_one_call(self, x_BLD: Tensor, is_causal: bool) -> Tensor | None:
         """Small self-attention in inference by one compiled call; None where it has to go step by step."""
         # Under the triangle a past row keeps its bits whatever the future holds, NaN too: one way for both.
-        if is_causal or torch.is_grad_enabled() or not plain_tensors(x_BLD) or not layer.serves(x_BLD):
+        if is_causal or torch.is_grad_enabled() or not quiet() or not layer.serves(x_BLD):
             return None
         projections = (self.q_proj, self.k_proj, self.v_proj, self.out_proj)
+        parts = (*projections, self.align)
         if (
             self.impl not in ("auto", "native")
             or not self.batch_first
@@ -392,7 +393,9 @@ class MultiheadAttention(nn.Module):
             or self.rotary is not None
             or (self.training and self.dropout > 0.0)
             or autocast_dtype("cpu") is not None
-            or not all(_is_bare(part) for part in (*projections, self.align))
+            or not unpatched()
+            or not all(_is_bare(part) for part in parts)
+            or not are_plain(x_BLD, *(p for part in parts for p in part._parameters.values()))
         ):
             return None
         alignment = None
@@ -481,12 +484,10 @@ class MultiheadAttention(nn.Module):
 
 def _is_bare(part: nn.Module) -> bool:
     """Whether a part of the layer is just what it seems: no adapter, hook, patch or special weight would be skipped."""
-    if type(part) not in (nn.Linear, nn.Identity, Alignment):
+    if type(part) not in (nn.Linear, nn.Identity, Alignment) or not bare(part):
         return False
-    if not all(plain_tensors(p) and p.dtype == torch.float32 for p in part._parameters.values() if p is not None):
-        return False
-    hooks = (part._forward_hooks, part._forward_pre_hooks, _global_forward_hooks, _global_forward_pre_hooks)
-    return len(part._parameters) in (0, 2) and not any(hooks) and "forward" not in part.__dict__
+    parameters = part._parameters
+    return len(parameters) in (0, 2) and all(p is None or p.dtype == torch.float32 for p in parameters.values())
 
 
 class _Undrawn(nn.Linear):

@@ -13,16 +13,25 @@ from .call import Call
 
 
 class Implementation(NamedTuple):
-    """One way of computing a call: why it would not, and how it does."""
+    """One way of computing a call.
+
+    Args:
+        unsupported: why it would not compute a call; empty where it can.
+        compute: head outputs, and weights where they are asked for.
+        portable: whether it is made of torch's own operators alone, so that an exported program runs without us.
+    """
 
     unsupported: Callable[[Call], list[str]]
     compute: Callable[[Call], tuple[Tensor, Tensor | None]]
+    portable: bool
 
 
 IMPLEMENTATIONS: Mapping[str, Implementation] = MappingProxyType(
     {
-        m.__name__.rpartition(".")[2]: Implementation(m.unsupported, m.compute)
-        for m in (native, sdpa, chunked, reference)
+        "native": Implementation(native.unsupported, native.compute, portable=False),
+        "sdpa": Implementation(sdpa.unsupported, sdpa.compute, portable=True),
+        "chunked": Implementation(chunked.unsupported, chunked.compute, portable=False),
+        "reference": Implementation(reference.unsupported, reference.compute, portable=True),
     }
 )
 """By name; ``impl="auto"`` asks them in this order, after the small-call rule in :mod:`better_attention.choice`."""

@@ -13,20 +13,20 @@ from torch import Tensor
 
 from better_attention.native import call as call_library
 from better_attention.native import current_instruction_set, missing, rows
-
-from .call import plain_tensors
+from better_attention.torch_state import address, operator_obstacles, ordinary
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _ALIGN = struct.Struct("=4q4q1q2q1q1q1q3q1q1q3q1q1q")  # ba_align in native/api.h
 
 
 def supported(weight: Tensor, bias: Tensor | None, value_BSD: Tensor) -> bool:
-    """Whether the compiled kernels take these: float32 or bfloat16 on the CPU, all of one dtype."""
+    """Whether the compiled kernels take these: float32 or bfloat16 on the CPU, all of one dtype, nothing in the way."""
     tensors = [weight, value_BSD] + ([] if bias is None else [bias])
     return (
         missing() is None
         and value_BSD.dtype in _DTYPES
         and all(x.device.type == "cpu" and x.dtype == value_BSD.dtype for x in tensors)
+        and not operator_obstacles({"value": value_BSD, "align.weight": weight, "align.bias": bias})
     )
 
 
@@ -45,7 +45,7 @@ def align(weight: Tensor, bias: Tensor | None, value_BSD: Tensor, causal: bool) 
     if torch.compiler.is_compiling():
         return torch.ops.better_attention.align(weight, bias, value_BSD, causal)  # type: ignore[no-any-return]
     tensors = (weight, value_BSD) if bias is None else (weight, bias, value_BSD)
-    if plain_tensors(*tensors) and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
+    if ordinary(*tensors) and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
         return _run_forward(weight, bias, value_BSD, causal)
     return _Align.apply(weight, bias, value_BSD, causal)  # type: ignore[no-any-return]
 
@@ -62,11 +62,11 @@ def _describe(weight: Tensor, bias: Tensor | None, value: Tensor, causal: bool, 
         _DTYPES[value.dtype],
         causal,
         *(B, G, S, D // G),
-        weight.data_ptr(),
+        address(weight),
         *weight.stride()[:2],
-        0 if bias is None else bias.data_ptr(),
+        0 if bias is None else address(bias),
         0 if bias is None else bias.stride(0),
-        value.data_ptr(),
+        address(value),
         *value.stride()[:2],
         D // G,
         0 if out is None else out.data_ptr(),
@@ -91,7 +91,7 @@ def _run_backward(
     if 0 in value.shape:
         return dweight.zero_(), dvalue
     addresses = (dvalue.data_ptr() if need_value else 0, dweight.data_ptr() if need_weight else 0)
-    arguments = (*_describe(weight, None, value, causal, None), grad.data_ptr(), *grad.stride()[:2], width, *addresses)
+    arguments = (*_describe(weight, None, value, causal, None), address(grad), *grad.stride()[:2], width, *addresses)
     call_library("ba_align_backward", _ALIGN.pack(*arguments))
     return dweight, dvalue
 
@@ -138,7 +138,7 @@ def _derive(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     run: Any = _AlignBackward.apply
     if torch.compiler.is_compiling():
         run = torch.ops.better_attention.align_backward
-    elif not torch.is_grad_enabled() and plain_tensors(grad, weight, value):
+    elif not torch.is_grad_enabled() and ordinary(grad, weight, value):
         run = _run_backward
     dweight, dvalue = run(grad, weight, value, causal, *wished)
     dbias = None
@@ -155,7 +155,7 @@ class _Align(torch.autograd.Function):
 
     @staticmethod
     def forward(weight: Tensor, bias: Tensor | None, value: Tensor, causal: bool) -> Tensor:
-        if plain_tensors(weight, bias, value):
+        if ordinary(weight, bias, value):
             return _run_forward(weight, bias, value, causal)
         return torch.ops.better_attention.align(weight, bias, value, causal)  # type: ignore[no-any-return]
 
@@ -168,7 +168,7 @@ class _AlignBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> Any:
-        return _run_backward(*args) if plain_tensors(*args[:3]) else torch.ops.better_attention.align_backward(*args)
+        return _run_backward(*args) if ordinary(*args[:3]) else torch.ops.better_attention.align_backward(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

@@ -49,6 +49,17 @@ class Call:
         """The masks that were given, zero to two of them."""
         return [m for m in (self.mask_BNLS, self.padding_B11S) if m is not None]
 
+    @property
+    def tensors(self) -> dict[str, Tensor | None]:
+        """Every tensor by the name under which the user knows it."""
+        return {
+            "query": self.q_BNLH,
+            "key": self.k_BNSH,
+            "value": self.v_BNSH,
+            "attn_mask": self.mask_BNLS,
+            "key_padding_mask": self.padding_B11S,
+        }
+
     def with_repeated_heads(self) -> Call:
         """The same call with k and v repeated to N heads (a no-op without grouped queries)."""
         groups = self.q_BNLH.shape[1] // max(1, self.k_BNSH.shape[1])
@@ -90,26 +101,6 @@ def dropout_seed(call: Call) -> Tensor | None:
     Drawn from the CPU's default generator, which torch.manual_seed and activation checkpointing take care of.
     """
     return torch.randint(2**63 - 1, (), device="cpu") if call.dropout_p > 0.0 else None
-
-
-def transformed() -> bool:
-    """Whether transforms of torch.func are at work."""
-    return torch._C._are_functorch_transforms_active()
-
-
-legacy_batched = torch._C._functorch.is_legacy_batchedtensor
-"""Whether a tensor is one that torch.autograd.grad(is_grads_batched=True) hands out."""
-
-
-def plain_tensors(*tensors: Tensor | None) -> bool:
-    """Whether these are ordinary tensors whose memory may be read here and now.
-
-    Not so while a graph is traced, under torch.func transforms and dispatch modes (fake tensors among them), and for
-    subclasses.
-    """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or transformed():
-        return False
-    return all(x is None or (type(x) in (Tensor, torch.nn.Parameter) and not legacy_batched(x)) for x in tensors)
 
 
 def one_by_one(info: Any, in_dims: Any, args: Any, operator: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:

@@ -15,20 +15,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from .call import (
-    NO_DROPOUT,
-    Call,
-    dropout_seed,
-    fold_batch,
-    hidden,
-    island,
-    legacy_batched,
-    one_by_one,
-    transformed,
-    triangle,
-)
+from better_attention.torch_state import legacy_batched, operator_obstacles, transformed
+
+from .call import NO_DROPOUT, Call, dropout_seed, fold_batch, hidden, island, one_by_one, triangle
 
 TILE = 1 << 19
 """Elements of one tile: 2 MiB of float32, a few of which fit a desktop processor's cache."""
@@ -41,9 +31,7 @@ def unsupported(call: Call) -> list[str]:
         reasons.append("it never holds all the weights, so it cannot return them")
     if call.dropout_p > 0.0 and transformed():
         reasons.append(NO_DROPOUT)
-    if any(forward_ad.unpack_dual(x).tangent is not None for x in (call.q_BNLH, call.k_BNSH, call.v_BNSH)):
-        reasons.append("it has no forward-mode derivative")
-    return reasons
+    return reasons + operator_obstacles(call.tensors)
 
 
 def compute(call: Call) -> tuple[Tensor, None]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from better_attention.native import call as call_library
 from better_attention.native import current_instruction_set, missing, rows
+from better_attention.torch_state import address
 
 WIDTH, LENGTH = 128, 128
 """Largest model width and length at which one call measures faster than separate operators."""
@@ -61,7 +62,7 @@ def self_attention(
         for parameter in (projection.weight, projection.bias) if isinstance(projection, nn.Linear) else (None, None):
             if parameter is not None:
                 kept.append(parameter.contiguous())
-            addresses.append(0 if parameter is None else kept[-1].data_ptr())
+            addresses.append(0 if parameter is None else address(kept[-1]))
     weight, bias = (None, None) if alignment is None else (rows(alignment[0]), alignment[1])
     bias = None if bias is None else bias.contiguous()
     arguments = _LAYER.pack(
@@ -71,11 +72,11 @@ def self_attention(
         causal,
         scale,
         *(B, heads, L, D),
-        x_BLD.data_ptr(),
+        address(x_BLD),
         *x_BLD.stride()[:2],
         *addresses,
-        0 if weight is None else weight.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
+        0 if weight is None else address(weight),
+        0 if bias is None else address(bias),
         0 if weight is None else weight.stride(0),
         out_BLD.data_ptr(),
     )

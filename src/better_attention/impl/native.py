@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from better_attention.native import (
     DTYPES,
@@ -23,8 +22,9 @@ from better_attention.native import (
     rows,
 )
 from better_attention.native import call as call_library
+from better_attention.torch_state import address, operator_obstacles, ordinary, transformed
 
-from .call import NO_DROPOUT, Call, dropout_seed, fold_batch, one_by_one, plain_tensors, transformed
+from .call import NO_DROPOUT, Call, dropout_seed, fold_batch, one_by_one
 
 __all__ = ["compute", "instruction_set", "instruction_sets", "missing", "unsupported"]
 
@@ -54,9 +54,7 @@ def unsupported(call: Call) -> list[str]:
             reasons.append("it does not differentiate with respect to a mask")
         if mask.dtype not in DTYPES:
             reasons.append(f"it takes masks of bool, float32 and bfloat16, not {mask.dtype}")
-    if any(forward_ad.unpack_dual(x).tangent is not None for x in (q_BNLH, call.k_BNSH, call.v_BNSH)):
-        reasons.append("it has no forward-mode derivative")
-    return reasons
+    return reasons + operator_obstacles(call.tensors)
 
 
 def compute(call: Call) -> tuple[Tensor, None]:
@@ -67,7 +65,8 @@ def compute(call: Call) -> tuple[Tensor, None]:
     arguments = (*tensors, call.causal, call.score, call.scale, call.dropout_p)
     if torch.compiler.is_compiling():
         return torch.ops.better_attention.native(*arguments)[0], None
-    if plain_tensors(q, k, v) and not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, call.v_BNSH))):
+    trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, call.v_BNSH))
+    if not trains and ordinary(*tensors):
         return _run_forward(*arguments, stats=False)[0], None
     return _Native.apply(*arguments)[0], None
 
@@ -99,7 +98,7 @@ def _describe(
             sizes = given.shape if len(shape) == 4 else (given.shape[0], given.shape[3])
             strides = given.stride() if len(shape) == 4 else (given.stride(0), given.stride(3))
             steps = (0 if size == 1 else step for size, step in zip(sizes, strides, strict=True))
-            restrictions += [given.data_ptr(), DTYPES[given.dtype], *steps]
+            restrictions += [address(given), DTYPES[given.dtype], *steps]
     return _FORWARD.pack(
         current_instruction_set(),
         torch.get_num_threads(),
@@ -110,9 +109,9 @@ def _describe(
         dropout_p,
         0 if seed is None else int(seed),
         *(B, N, G, L, S, H, W),
-        q.data_ptr(),
-        k.data_ptr(),
-        v.data_ptr(),
+        address(q),
+        address(k),
+        address(v),
         *q.stride()[:3],
         *k.stride()[:3],
         *v.stride()[:3],
@@ -179,7 +178,7 @@ def _run_backward(
     if k.shape[2] == 0 or v.shape[3] == 0 or q.shape[1] == 0 or q.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
     rest = _BACKWARD.pack(
-        grad.data_ptr(),
+        address(grad),
         *grad.stride()[:3],
         dq.data_ptr(),
         dk.data_ptr(),
@@ -283,7 +282,7 @@ def _derive(ctx: Any, grad: Tensor, *_stats: Any) -> tuple[Any, ...]:
     run: Any = _NativeBackward.apply
     if torch.compiler.is_compiling():
         run = torch.ops.better_attention.native_backward
-    elif not torch.is_grad_enabled() and plain_tensors(grad, *saved):
+    elif not torch.is_grad_enabled() and ordinary(grad, *saved):
         run = _run_backward
     dq, dk, dv = run(grad, *saved, *ctx.settings)
     return dq, dk, None if saved[2] is None else dv, *(None,) * 7
@@ -299,7 +298,7 @@ class _Native(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> Any:
-        return _run_forward(*args) if plain_tensors(*args[:6]) else torch.ops.better_attention.native(*args)
+        return _run_forward(*args) if ordinary(*args[:6]) else torch.ops.better_attention.native(*args)
 
     setup_context = staticmethod(_save)
     backward = staticmethod(_derive)
@@ -312,7 +311,7 @@ class _NativeBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> Any:
-        return _run_backward(*args) if plain_tensors(*args[:9]) else torch.ops.better_attention.native_backward(*args)
+        return _run_backward(*args) if ordinary(*args[:9]) else torch.ops.better_attention.native_backward(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

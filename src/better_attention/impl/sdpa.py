@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import functional as F
+
+from better_attention.torch_state import has_tangent
 
 from .call import Call
 
@@ -26,7 +27,7 @@ def unsupported(call: Call) -> list[str]:
         reasons.append("it takes masks in float16 only, which has no room for large biases")
     if any(m.requires_grad for m in call.masks):
         reasons.append("it does not differentiate with respect to a mask on every device")
-    if any(forward_ad.unpack_dual(x).tangent is not None for x in (call.q_BNLH, call.k_BNSH, call.v_BNSH)):
+    if any(x is not None and has_tangent(x) for x in call.tensors.values()):
         reasons.append("it has no forward-mode derivative")
     return reasons
 

@@ -154,8 +154,15 @@ def call(function: str, arguments: bytes) -> None:
 
     Raises:
         MemoryError: a thread got no scratch memory.
+        RuntimeError: there are no kernels here, as where a program exported with them is loaded without.
     """
-    status = _library().calls[function](arguments)
+    library = _library()
+    if library.reason is not None:
+        raise RuntimeError(
+            f"this program calls better-attention's compiled CPU kernels, which are missing here: {library.reason}. Install "
+            "them, or export the model with impl='auto', which takes torch's own operators."
+        )
+    status = library.calls[function](arguments)
     if status == 1:
         raise MemoryError("the compiled attention kernels got no scratch memory.")
     if status != 0:
