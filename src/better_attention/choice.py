@@ -8,7 +8,7 @@ import torch
 
 from .impl import IMPLEMENTATIONS
 from .impl.call import Call
-from .torch_state import exporting
+from .torch_state import exporting, exporting_onnx, transformed
 
 IMPLS = ("auto", *IMPLEMENTATIONS)
 
@@ -34,29 +34,39 @@ def choose(call: Call, impl: str) -> str | None:
     """The implementation for a call, or None where the one asked for refuses it."""
     if impl != "auto":
         return None if IMPLEMENTATIONS[impl].unsupported(call) else impl
+    if exporting():
+        return next(name for name, i in IMPLEMENTATIONS.items() if not _tied(name) and not i.unsupported(call))
     choosy = call.q_BNLH.device.type == "cpu" and not torch.compiler.is_compiling()  # there, sizes may be symbols
-    for_others = exporting()
     first = None
     for name, implementation in IMPLEMENTATIONS.items():  # the first that is not slow; small calls feel each question
-        if not (for_others and not implementation.portable) and not implementation.unsupported(call):
+        if not implementation.unsupported(call):
             if not (choosy and _slow(call, name)):
                 return name
             first = first or name
     return first
 
 
+def _tied(name: str) -> str | None:
+    """Why an exported program should not hold an implementation unless it is asked for by name; None where it may."""
+    if not IMPLEMENTATIONS[name].portable:
+        return f"the exported program would need better-attention to run; impl={name!r} keeps it in all the same"
+    if name == "sdpa" and exporting_onnx():
+        return "in ONNX a query from which every key is hidden gets the mean of the values from it instead of zero"
+    return None
+
+
 def passed_over(chosen: str | None, name: str, impl: str) -> str:
     """Why an implementation that could compute a call is not the ``chosen`` one."""
     if impl != "auto":
         return f"impl={impl!r} was asked for"
-    if exporting() and not IMPLEMENTATIONS[name].portable:
-        return "an exported program should run without better-attention; impl='native' keeps the kernels in it"
-    return f"{chosen!r} is faster or leaner here"
+    return (_tied(name) if exporting() else None) or f"{chosen!r} is faster or leaner here"
 
 
 def _slow(call: Call, name: str) -> bool:
     """Whether something later in the order of implementations is faster on a CPU at these sizes."""
     (B, N, L, H), S = call.q_BNLH.shape, call.k_BNSH.shape[2]
+    if name == "sdpa" and transformed():  # it has no rule for vmap, which then calls it slice by slice
+        return True
     if name == "native":
         if call.score != "softmax" or IMPLEMENTATIONS["sdpa"].unsupported(call):
             return False

@@ -13,6 +13,7 @@ from .attend import attend
 from .choice import choose, passed_over, summary
 from .impl import IMPLEMENTATIONS
 from .prepare import prepare
+from .torch_state import fx_call, is_symbolic
 
 
 @overload
@@ -102,6 +103,23 @@ def attention(
     >>> attention(q, q, q, score="expressive", is_causal=True).shape
     torch.Size([2, 4, 5, 8])
     """
+    if is_symbolic(query):
+        return fx_call(  # type: ignore[no-any-return]
+            attention,
+            {
+                "query": query,
+                "key": key,
+                "value": value,
+                "score": score,
+                "attn_mask": attn_mask,
+                "is_causal": is_causal,
+                "dropout_p": dropout_p,
+                "scale": scale,
+                "enable_gqa": enable_gqa,
+                "need_weights": need_weights,
+                "impl": impl,
+            },
+        )
     call, lead = prepare(
         query, key, value, score, attn_mask, is_causal, dropout_p, scale, enable_gqa, need_weights, impl
     )

@@ -24,7 +24,7 @@ from .mechanism import MECHANISMS, Mechanism
 from .positions import BASE, angles, even_width, turned
 from .prepare import same_dtype
 from .state_dict import to_packed, unpack
-from .torch_state import are_plain, bare, quiet, unpatched
+from .torch_state import are_plain, bare, fx_leaf, is_symbolic, quiet, unpatched
 from .values import autocast_dtype
 
 
@@ -229,6 +229,20 @@ class MultiheadAttention(nn.Module):
         Raises:
             TypeError, ValueError: inputs that do not fit the layer or one another.
         """
+        if is_symbolic(query):
+            return fx_leaf(  # type: ignore[no-any-return]
+                self,
+                {
+                    "query": query,
+                    "key": key,
+                    "value": value,
+                    "key_padding_mask": key_padding_mask,
+                    "need_weights": need_weights,
+                    "attn_mask": attn_mask,
+                    "average_attn_weights": average_attn_weights,
+                    "is_causal": is_causal,
+                },
+            )
         if isinstance(query, Tensor) and query.is_nested:
             return self._nested(query, key, value, key_padding_mask, need_weights, attn_mask), None
         query_BLD, key_BSD, value_BSD = inputs.sequences(
@@ -303,6 +317,17 @@ class MultiheadAttention(nn.Module):
                 f"rotary={self.rotary!r}."
             )
         return to_packed(self.state_dict(), packed=self.kdim == self.vdim == self.embed_dim)
+
+    def __prepare_scriptable__(self) -> MultiheadAttention:
+        """Answer ``torch.jit.script``, which compiles source code in a subset of Python.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(
+            "better_attention.MultiheadAttention cannot be compiled by torch.jit.script, whose language lacks what its "
+            "code uses. Use torch.export.export, torch.compile, or torch.jit.trace, all of which work with it."
+        )
 
     def extra_repr(self) -> str:
         """Settings for ``print(module)``."""

@@ -1,8 +1,8 @@
 """What torch is doing around a call, and everything that this package asks of torch's private side.
 
-The compiled kernels read tensors by address. That is right for ordinary tensors in ordinary execution only: a tensor can
-be lazy (a negation, a zero without memory), a wrapper (fake, functional, batched, distributed) or a dual number, and
-whoever traces, counts or replaces operators has to see operators. Such calls go through the dispatcher or to
+The compiled kernels read tensors by address. That is right for ordinary tensors in ordinary execution only: a tensor
+can be lazy (a negation, a zero without memory), a wrapper (fake, functional, batched, distributed) or a dual number,
+and tools that trace, count or replace operators have to see operators. Such calls go through the dispatcher or to
 implementations made of torch's own operators; the questions that decide it are here.
 
 Where a version of torch lacks a private name, the careful answer is assumed: calls get slower, never wrong.
@@ -111,8 +111,8 @@ def address(x: Tensor) -> int:
     pointer = x.data_ptr()
     if pointer == 0 and x.numel() > 0:
         raise RuntimeError(
-            f"a tensor of shape {tuple(x.shape)} has no memory: its storage was resized to zero (sharded training does so "
-            "between uses). Gather the parameters before the layer is called."
+            f"a tensor of shape {tuple(x.shape)} has no memory: its storage was resized to zero (sharded training does "
+            "so between uses). Gather the parameters before the layer is called."
         )
     return pointer
 
@@ -121,8 +121,18 @@ def address(x: Tensor) -> int:
 
 
 def exporting() -> bool:
-    """Whether a program is being exported: it should run where this package is not installed."""
-    return torch.compiler.is_exporting()
+    """Whether a program is being exported or traced: it should run where this package is not installed."""
+    return torch.compiler.is_exporting() or recording()
+
+
+def recording() -> bool:
+    """Whether torch.jit.trace, or an exporter built on it, records operators. torch.compile cannot trace the call."""
+    return not torch.compiler.is_compiling() and _tracing()
+
+
+def exporting_onnx() -> bool:
+    """Whether it is being exported to ONNX, by either of torch's exporters."""
+    return exporting() and torch.onnx.is_in_onnx_export()
 
 
 def forward_level() -> bool:
@@ -131,8 +141,8 @@ def forward_level() -> bool:
 
 
 def has_tangent(x: Tensor) -> bool:
-    """Whether ``x`` is a dual number."""
-    return forward_level() and forward_ad.unpack_dual(x).tangent is not None
+    """Whether ``x`` is a dual number, or may be one below the wrappers of torch.func."""
+    return forward_level() and (transformed() or forward_ad.unpack_dual(x).tangent is not None)
 
 
 def operator_obstacles(tensors: Mapping[str, Tensor | None]) -> list[str]:
@@ -142,11 +152,15 @@ def operator_obstacles(tensors: Mapping[str, Tensor | None]) -> list[str]:
         tensors: by the name under which the user knows them.
     """
     obstacles = []
-    if torch.compiler.is_compiling():
-        if exporting() and torch.onnx.is_in_onnx_export():
-            obstacles.append("the ONNX exporter has no translation of custom operators")
-    elif _tracing():
+    if recording():
         obstacles.append("torch.jit.trace and the exporters built on it record torch's own operators only")
+    elif exporting_onnx():
+        obstacles.append("the ONNX exporter has no translation of custom operators")
+    elif transformed():
+        if torch.compiler.is_compiling():
+            obstacles.append("torch.compile has no rule for it inside transforms of torch.func")
+        elif _functionalised():
+            obstacles.append("torch.func.functionalize has no rule for it")
     for name, x in tensors.items():
         if x is None:
             continue
@@ -155,6 +169,41 @@ def operator_obstacles(tensors: Mapping[str, Tensor | None]) -> list[str]:
         elif has_tangent(x):
             obstacles.append(f"it has no forward-mode derivative, and {name} carries a tangent")
     return obstacles
+
+
+def _functionalised() -> bool:
+    """Whether torch.func.functionalize is among the transforms at work."""
+    functorch = getattr(torch._C, "_functorch", None)
+    stack: list[Any] | None = getattr(functorch, "get_interpreter_stack", list)()
+    return any("functionalize" in str(interpreter.key()).lower() for interpreter in stack or ())
+
+
+def is_symbolic(x: object) -> bool:
+    """Whether ``x`` is a value of ``torch.fx.symbolic_trace``, which runs code with names in place of tensors."""
+    return not isinstance(x, Tensor) and isinstance(x, torch.fx.Proxy)
+
+
+def fx_leaf(module: nn.Module, arguments: Mapping[str, Any]) -> Any:
+    """The node that stands for a call of ``module`` whose query :func:`is_symbolic`.
+
+    torch.fx does not look into torch's own modules; ours it would have to be told to leave alone.
+
+    Raises:
+        TypeError: the module is itself what is traced.
+    """
+    tracer = arguments["query"].tracer
+    path = tracer.path_of_module(module)
+    if not path:
+        raise TypeError(
+            f"torch.fx.symbolic_trace received a {type(module).__name__} itself, which is one node of a graph like "
+            "torch's own layers. Trace a model that contains it, or use torch.export."
+        )
+    return tracer.create_proxy("call_module", path, (), dict(arguments))
+
+
+def fx_call(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
+    """The same for a call of a function."""
+    return arguments["query"].tracer.create_proxy("call_function", function, (), dict(arguments))
 
 
 # --- are modules what they seem? ---------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from better_attention.native import call as call_library
 from better_attention.native import current_instruction_set, missing, rows
@@ -143,11 +144,26 @@ def _derive(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     dweight, dvalue = run(grad, weight, value, causal, *wished)
     dbias = None
     if groups is not None and ctx.needs_input_grad[1]:
-        dbias = grad.unflatten(2, (groups, grad.shape[2] // groups)).sum(dim=(0, 3)).transpose(0, 1)
+        B, S, D = grad.shape
+        dbias = grad.reshape(B, S, groups, D // groups).sum(dim=(0, 3)).transpose(0, 1)
     return dweight if wished[0] else None, dbias, dvalue if wished[1] else None, None
 
 
 _forward.register_autograd(_derive, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.better_attention.align)
+def _forward_flops(weight: Any, bias: Any, value: Any, causal: bool, **_: Any) -> int:
+    """Those of a full W_A, as :func:`better_attention.cost` counts them; a triangle takes half the work."""
+    B, S, D = value
+    return int(2 * B * S * S * D)
+
+
+@register_flop_formula(torch.ops.better_attention.align_backward)
+def _backward_flops(
+    grad: Any, weight: Any, value: Any, causal: bool, need_weight: bool, need_value: bool, **_: Any
+) -> int:
+    return (need_weight + need_value) * _forward_flops(weight, None, value, causal, out_val=None)
 
 
 class _Align(torch.autograd.Function):

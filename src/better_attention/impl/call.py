@@ -5,6 +5,7 @@ Shape suffixes, here and everywhere below: B batch, L queries, S keys, N heads, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -90,6 +91,16 @@ def island(dtype: torch.dtype) -> torch.dtype:
 def triangle(rows: Tensor, length: int) -> Tensor:
     """Bool (len(rows), length), True where key s may be seen by query ``rows[i]``, that is s <= rows[i]."""
     return torch.arange(length, device=rows.device) <= rows[:, None]
+
+
+def flops(q: Sequence[int], k: Sequence[int], v: Sequence[int]) -> int:
+    """Floating-point operations of a forward pass, from the shapes of q, k and v; a multiply-add counts as two.
+
+    As in :func:`better_attention.cost`: the two products, every key of every query, hidden or not. The backward pass
+    has twice as many; scores that an implementation computes again are not counted.
+    """
+    B, N, L, H = q
+    return 2 * B * N * L * k[2] * (H + v[3])
 
 
 NO_DROPOUT = "under torch.func it has no dropout: one seed would be one mask for a whole vmap"

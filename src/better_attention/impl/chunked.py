@@ -15,10 +15,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from better_attention.torch_state import legacy_batched, operator_obstacles, transformed
 
-from .call import NO_DROPOUT, Call, dropout_seed, fold_batch, hidden, island, one_by_one, triangle
+from .call import NO_DROPOUT, Call, dropout_seed, flops, fold_batch, hidden, island, one_by_one, triangle
 
 TILE = 1 << 19
 """Elements of one tile: 2 MiB of float32, a few of which fit a desktop processor's cache."""
@@ -406,3 +407,13 @@ def _vmap_backward(info, in_dims, *args):  # type: ignore[no-untyped-def]
 
 _forward.register_vmap(_vmap_forward)
 _backward.register_vmap(_vmap_backward)
+
+
+@register_flop_formula(torch.ops.better_attention.chunked)
+def _forward_flops(q, k, v, *_, **__) -> int:  # type: ignore[no-untyped-def]
+    return flops(q, k, v)
+
+
+@register_flop_formula(torch.ops.better_attention.chunked_backward)
+def _backward_flops(grad, q, k, v, *_, **__) -> int:  # type: ignore[no-untyped-def]
+    return 2 * flops(q, k, v)

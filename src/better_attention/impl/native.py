@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from better_attention.native import (
     DTYPES,
@@ -24,7 +25,7 @@ from better_attention.native import (
 from better_attention.native import call as call_library
 from better_attention.torch_state import address, operator_obstacles, ordinary, transformed
 
-from .call import NO_DROPOUT, Call, dropout_seed, fold_batch, one_by_one
+from .call import NO_DROPOUT, Call, dropout_seed, flops, fold_batch, one_by_one
 
 __all__ = ["compute", "instruction_set", "instruction_sets", "missing", "unsupported"]
 
@@ -342,3 +343,13 @@ def _vmap_backward(info: Any, in_dims: Any, *args: Any) -> Any:
 
 _forward.register_vmap(_vmap_forward)
 _backward.register_vmap(_vmap_backward)
+
+
+@register_flop_formula(torch.ops.better_attention.native)
+def _forward_flops(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+    return flops(q, k, k if v is None else v)
+
+
+@register_flop_formula(torch.ops.better_attention.native_backward)
+def _backward_flops(grad: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+    return 2 * flops(q, k, k if v is None else v)

@@ -46,7 +46,7 @@ def compute(call: Call) -> tuple[Tensor, None]:
         dropout_p=call.dropout_p,
         is_causal=call.causal and mask is None,
         scale=scale,
-        enable_gqa=call.q_BNLH.shape[1] != call.k_BNSH.shape[1],
+        enable_gqa=bool(call.q_BNLH.shape[1] != call.k_BNSH.shape[1]),  # traced sizes compare to a tensor
     )
     return heads_BNLH, None
 

@@ -159,8 +159,8 @@ def call(function: str, arguments: bytes) -> None:
     library = _library()
     if library.reason is not None:
         raise RuntimeError(
-            f"this program calls better-attention's compiled CPU kernels, which are missing here: {library.reason}. Install "
-            "them, or export the model with impl='auto', which takes torch's own operators."
+            f"this program calls better-attention's compiled CPU kernels, which are missing here: {library.reason}. "
+            "Install them, or export the model with impl='auto', which takes torch's own operators."
         )
     status = library.calls[function](arguments)
     if status == 1:
