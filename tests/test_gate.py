@@ -632,3 +632,73 @@ def test_script_is_refused_with_a_way_out() -> None:
     for module in (ba.MultiheadAttention(D, 2), Model(ba.MultiheadAttention(D, 2))):
         with pytest.raises(TypeError, match=r"(?s)torch.jit.script.*torch.export"):
             torch.jit.script(module)
+
+
+# --- distributed tensors, and derivatives in one batch ----------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_distributed_tensor_takes_torchs_operators_and_explain_says_so() -> None:
+    """In a process of its own: a process group is global state."""
+    result = subprocess.run([sys.executable, "-c", DISTRIBUTED], capture_output=True, text=True, check=False)
+    assert result.stdout == "right\n", result.stderr
+
+
+DISTRIBUTED = """
+import torch, better_attention as ba
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+mesh = init_device_mesh("cpu", (1,))
+x = torch.randn(4, 16, 40, 16)
+q = distribute_tensor(x, mesh, [Shard(1)])
+for score, chosen in (("softmax", "sdpa"), ("expressive", "reference")):
+    why = ba.explain(q, q, q, score=score)
+    assert why.chosen == chosen and "is a DTensor" in " ".join(why.reasons["native"]), why
+    got = ba.attention(q, q, q, score=score).full_tensor()
+    torch.testing.assert_close(got, ba.attention(x, x, x, score=score, impl="reference"), rtol=1e-4, atol=1e-5)
+    try:
+        ba.attention(q, q, q, score=score, impl="native")
+    except ValueError as error:
+        assert "is a DTensor" in str(error), error
+    else:
+        raise AssertionError("native took a DTensor")
+
+plan = {p: ColwiseParallel() for p in ("q_proj", "k_proj", "v_proj")} | {"out_proj": RowwiseParallel()}
+for mechanism in ("standard", "expressive"):
+    layer = ba.MultiheadAttention(32, 4, batch_first=True, mechanism=mechanism)
+    x = torch.randn(2, 7, 32)
+    right = layer(x, x, x, need_weights=False)[0]
+    parallelize_module(layer, mesh, plan)
+    torch.testing.assert_close(layer(x, x, x, need_weights=False)[0], right)
+dist.destroy_process_group()
+print("right")
+"""
+
+
+def test_heads_of_a_tensor_parallel_layer_have_to_be_divided() -> None:
+    """What a rank of tensor-parallel training sees: projections of a part of the columns."""
+    module = ba.MultiheadAttention(D, 4, batch_first=True)
+    for p in (module.q_proj, module.k_proj, module.v_proj):
+        p.weight = nn.Parameter(p.weight[: D // 2].detach())
+        p.bias = nn.Parameter(p.bias[: D // 2].detach())
+    x = torch.randn(2, 5, D)
+    with pytest.raises(ValueError, match=r"(?s)_proj returned width 8.*16.*num_heads"):
+        module(x, x, x, need_weights=False)
+
+
+@pytest.mark.parametrize("vectorize", [False, True])
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_jacobian_in_one_batch_of_gradients(name: str, vectorize: bool) -> None:
+    module, x, _ = layer(name)
+    x = x[:1, : min(x.shape[1], 67)]
+
+    def function(x: Tensor) -> Tensor:
+        return module(x, x, x, need_weights=False)[0][:, :2].sum(dim=-1)
+
+    jacobian = torch.autograd.functional.jacobian(function, x, vectorize=vectorize)
+    rows = [torch.autograd.grad(function(p := x.clone().requires_grad_())[0, i], p)[0] for i in range(2)]
+    close(jacobian, torch.stack(rows)[None])

@@ -280,11 +280,11 @@ class MultiheadAttention(nn.Module):
             mask_BNLS, padding_B11S = self._with_extra_columns(mask_BNLS, padding_B11S, q_BLD, k_BSD, is_causal)
             is_causal = False
 
-        k_BNSH = self._split(k_BSD)
+        k_BNSH = self._split(k_BSD, "k_proj")
         call = Call(
-            self._scaled(self._split(q_BLD)),
+            self._scaled(self._split(q_BLD, "q_proj")),
             k_BNSH,
-            k_BNSH if v_BSD is k_BSD else self._split(v_BSD),
+            k_BNSH if v_BSD is k_BSD else self._split(v_BSD, "v_proj"),
             mask_BNLS=mask_BNLS,
             padding_B11S=padding_B11S,
             causal=is_causal,
@@ -482,9 +482,19 @@ class MultiheadAttention(nn.Module):
         )
         return mask_BNLS, padding_B11S
 
-    def _split(self, x_BLD: Tensor) -> Tensor:
-        """Heads apart: head i has columns i*H ... (i+1)*H; a view."""
-        B, L, _ = x_BLD.shape
+    def _split(self, x_BLD: Tensor, name: str) -> Tensor:
+        """Heads apart: head i has columns i*H ... (i+1)*H; a view.
+
+        Raises:
+            ValueError: the projection called ``name`` returned another width, as in tensor-parallel training.
+        """
+        B, L, width = x_BLD.shape
+        if width != self.num_heads * self.head_dim:
+            raise ValueError(
+                f"{name} returned width {width}, but {self.num_heads} heads of width {self.head_dim} need "
+                f"{self.num_heads * self.head_dim}. If its columns are divided among processes, set num_heads to the "
+                f"heads of one process ({self.num_heads} divided by their number); every projection has to be divided."
+            )
         return x_BLD.view(B, L, self.num_heads, self.head_dim).transpose(1, 2)
 
     def _turned(self, x_BLD: Tensor, base: float) -> Tensor:

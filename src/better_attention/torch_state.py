@@ -132,7 +132,15 @@ def recording() -> bool:
 
 def exporting_onnx() -> bool:
     """Whether it is being exported to ONNX, by either of torch's exporters."""
-    return exporting() and torch.onnx.is_in_onnx_export()
+    return exporting() and _in_onnx_export()
+
+
+def _in_onnx_export() -> bool:
+    return torch.onnx.is_in_onnx_export()
+
+
+# torch.compile takes torch's own function to be False, the strict mode of torch.export too; of ours it asks the answer.
+_in_onnx_export._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def forward_level() -> bool:
