@@ -26,6 +26,9 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.bool: 2}
 NO_MASK = 3
 PATTERNS = ("*better_attention*.so", "*better_attention*.dylib", "*better_attention*.dll")
 
+SWITCH = "BETTER_ATTENTION_NATIVE"
+"""The environment variable that switches the kernels off, to compare with plain torch or to rule them out."""
+
 _BEST = 0
 _forced = _BEST
 
@@ -41,8 +44,8 @@ class _Library:
             self.reason = str(missing)
 
     def _load(self) -> None:
-        if os.environ.get("BETTER_ATTENTION_NATIVE", "1") == "0":
-            raise _MissingError("it is switched off by BETTER_ATTENTION_NATIVE=0")
+        if not _switched_on():
+            raise _MissingError(f"they are switched off by BETTER_ATTENTION_NATIVE={os.environ[SWITCH]}")
         file = _find()
         try:
             library = ctypes.CDLL(str(file))
@@ -57,6 +60,20 @@ class _Library:
             self.shares_threads = bool(_function(library, "ba_pool", [])())
         except (OSError, AttributeError) as error:
             raise _MissingError(f"{file.name} could not be loaded: {error}") from None
+
+
+def _switched_on() -> bool:
+    """What ``BETTER_ATTENTION_NATIVE`` says.
+
+    Raises:
+        ValueError: neither yes nor no: a switch that is misspelt should not be ignored.
+    """
+    value = os.environ.get(SWITCH, "1")
+    if value.lower() in ("1", "on", "true", "yes", ""):
+        return True
+    if value.lower() in ("0", "off", "false", "no"):
+        return False
+    raise ValueError(f"the environment variable {SWITCH} must be 1 or 0 (on or off), received {value!r}.")
 
 
 class _MissingError(Exception):
