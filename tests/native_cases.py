@@ -22,7 +22,8 @@ from torch import Tensor
 import oracle
 from better_attention.impl import native
 from better_attention.impl.call import Call
-from bridge import array, assert_close, assert_within_plain, plain_attention
+from bridge import array, assert_close, assert_within_rounding, rounded_attention
+from rounding import Error, Rounding, expected_errors
 
 ISAS = () if native.missing() else native.instruction_sets()
 needs_native = pytest.mark.skipif(native.missing() is not None, reason=f"no compiled kernels: {native.missing()}")
@@ -35,7 +36,7 @@ FEW = 8
 then its weights hang on the rounding of q.k, by any formula."""
 
 LOOSE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
-"""Tolerances, times the largest reference value where that exceeds 1, where the plain formula alone is no yardstick."""
+"""Tolerances, times the largest reference value where that exceeds 1, where rounding may decide over a weight."""
 
 
 def grid(*values: object) -> pytest.MarkDecorator:
@@ -250,19 +251,18 @@ def cancellation(
 
 
 class Gradient(NamedTuple):
-    """One exact gradient, what the plain formula makes of it, and how much of it is cancellation."""
+    """One exact gradient, and how large the error of a computed one may be."""
 
     exact: np.ndarray
-    plain: Tensor
-    noise: tuple[float, float]  # largest and mean
+    error: Error
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A drawn case with its exact results, and those of the plain formula in the case's dtype.
+    """A drawn case with its exact results, and the errors that rounding may lead to in the case's dtype.
 
-    ``empty`` rows (B, N, L) see no key, ``few`` too few for the plain formula to be a yardstick; ``strict`` is the
-    upstream gradient with the few set to zero.
+    ``empty`` rows (B, N, L) see no key, ``few`` so few that their weights may hang on rounding; ``strict`` is the
+    upstream gradient with the few set to zero. ``error`` is of the rows that are neither, ``few_error`` of the few.
     """
 
     case: Case
@@ -279,7 +279,8 @@ class Problem:
     few: np.ndarray
     trivial: bool  # no row sees two different keys or values: no score matters, weights are 1, gradients of z are 0
     output: np.ndarray
-    plain_output: Tensor
+    error: Error
+    few_error: Error
     strict_gradients: list[Gradient]
     gradients: list[Gradient] | None  # of ``upstream``, where there are few
 
@@ -303,8 +304,8 @@ class Problem:
 
 
 @lru_cache(maxsize=10)
-def problem(case: Case, score: str, dtype: torch.dtype, orders: int = 4) -> Problem:
-    """The case with numbers that follow from its description alone; the plain formula is tried in ``orders`` orders."""
+def problem(case: Case, score: str, dtype: torch.dtype) -> Problem:
+    """The case with numbers that follow from its description alone."""
     rng = np.random.default_rng(zlib.crc32(f"{case} {score} {dtype}".encode()))
     B, N, G, L, S, H, W = case.sizes
     lay = [LAYOUTS[name] for name in case.layouts]
@@ -321,61 +322,38 @@ def problem(case: Case, score: str, dtype: torch.dtype, orders: int = 4) -> Prob
     seen = keep.sum(-1)
     empty = seen == 0
     biased = any(m is not None and m.is_floating_point() for m in (mask, padding))  # some keys then count for little
-    enough = (2 * FEW if biased else FEW) if score == "expressive" else 2  # a softmax over one key is 1, its gradient 0
+    enough = (2 * FEW if biased else FEW) if score == "expressive" else 0
     few = ~empty & (seen < enough)
     # Long rows have small weights: a larger upstream gradient keeps all gradients well above the vacuous.
     upstream = normal(rng, B, N, L, W, dtype=dtype) * 2.0 ** np.ceil(np.log2(max(1, S / 16)))
     strict = upstream.masked_fill(torch.from_numpy(few)[..., None], 0)
+    upstreams = [strict, upstream] if few.any() else [strict]
 
-    leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)][: 2 if case.shared else 3]
-    asked = ~torch.from_numpy(empty)[..., None]
-    safe = torch.from_numpy(keep).clone()
-    safe[..., 0] |= ~asked[..., 0]  # the plain formula has no answer to an empty row; nobody asks it for one
-    plain = list(_plain_in_orders(orders, leaves, rng, score, safe, torch.from_numpy(bias).to(dtype), scale))
-    rows = ~(empty | few) if (~empty & ~few).any() else few
+    leaves = [torch.from_numpy(x).requires_grad_() for x in arrays[: 2 if case.shared else 3]]
+    exact = [output[~(empty | few)], output[few]]
+    for upward in upstreams:
+        gradients = exact_gradients(*arrays, weights, array(upward), score, scale)
+        exact += [gradients[0], gradients[1] + gradients[2]] if case.shared else gradients
 
-    def gradients(upward: Tensor) -> list[Gradient]:
-        exact = exact_gradients(*arrays, weights, array(upward), score, scale)
-        noise = cancellation(*arrays, output, weights, array(upward), score, scale)
-        if case.shared:
-            exact, noise = [exact[0], exact[1] + exact[2]], noise[:2]
-        formulas = [torch.autograd.grad(x, leaves, upward * asked, retain_graph=True) for x in plain]
-        formula = (worst(list(parts), e) for parts, e in zip(zip(*formulas, strict=True), exact, strict=True))
-        sizes = ((float(np.max(x)), float(np.mean(x))) for x in noise)
-        return [Gradient(*parts) for parts in zip(exact, formula, sizes, strict=True)]
+    def draw() -> list[Tensor]:
+        rounded = rounded_attention(
+            leaves[0], leaves[1], leaves[-1], score=score, keep=torch.from_numpy(keep), scale=scale,
+            bias=torch.from_numpy(bias) if biased else None, rounding=Rounding(rng, dtype),
+        )  # fmt: skip
+        found = [rounded[torch.from_numpy(~(empty | few))], rounded[torch.from_numpy(few)]]
+        for upward in upstreams:
+            found += torch.autograd.grad(rounded, leaves, upward.to(torch.float64), retain_graph=True)
+        return found
 
+    # Where all keys or all values are one, so are all roundings of a sum: they add up, and do not average out.
+    repeated = 4 if "one row" in case.layouts[1:] else 1
+    error, few_error, *errors = (e * repeated for e in expected_errors(draw, exact))
+    pairs = [Gradient(*pair) for pair in zip(exact[2:], errors, strict=True)]
     trivial = bool((seen <= 1).all()) or "one row" in case.layouts[1:]
     return Problem(
-        case, score, q, k, v, mask, padding, scale, upstream, strict, empty, few, trivial, output,
-        worst([x.detach() for x in plain], output, rows),
-        gradients(strict), gradients(upstream) if few.any() else None,
+        case, score, q, k, v, mask, padding, scale, upstream, strict, empty, few, trivial, output, error, few_error,
+        pairs[: len(leaves)], pairs[len(leaves) :] or None,
     )  # fmt: skip
-
-
-def _plain_in_orders(
-    count: int, leaves: list[Tensor], rng: np.random.Generator, score: str, keep: Tensor, bias: Tensor, scale: float
-) -> Iterator[Tensor]:
-    """The plain formula on the keys and the features as they come, then in random orders of both, ``count`` in all.
-
-    The same numbers by the same formula, rounded otherwise: one order may be lucky, and luck is no yardstick.
-    """
-    q, k, v = leaves[0], leaves[1], leaves[-1]
-    group, S, H = q.shape[1] // k.shape[1], k.shape[2], q.shape[3]
-    for shuffled in (False, *(True,) * (count - 1)):
-        keys, features = (rng.permutation(n) if shuffled else np.arange(n) for n in (S, H))
-        k_all, v_all = (x[:, :, keys].repeat_interleave(group, 1) for x in (k, v))
-        output, _ = plain_attention(
-            q[..., features], k_all[..., features], v_all, score=score, keep=keep[..., keys], bias=bias[..., keys],
-            scale=scale,
-        )  # fmt: skip
-        yield output
-
-
-def worst(results: list[Tensor], exact: np.ndarray, rows: np.ndarray | None = None) -> Tensor:
-    """The one of several results with the largest error (on some rows); NaN counts as the largest."""
-    chosen = slice(None) if rows is None or not rows.any() else rows
-    errors = [np.abs(array(x) - exact)[chosen].max(initial=0.0) for x in results]
-    return results[int(np.argmax(np.where(np.isnan(errors), np.inf, errors)))]
 
 
 # --- how the two are compared -----------------------------------------------------------------------------------------
@@ -430,39 +408,15 @@ def fingerprint() -> str:
     return digest.hexdigest()
 
 
-def assert_loosely_close(actual: Tensor, plain: Tensor, exact: np.ndarray, note: str, noise: float = 0.0) -> None:
-    """Within ``LOOSE`` of the exact result, or within 3 times the plain formula's error where that is larger."""
-    largest = max(1.0, np.abs(exact).max())
-    allowed = 3 * float(np.nan_to_num(np.abs(array(plain) - exact)).max()) + noise
-    assert_close(actual, exact, note, tolerance=max(LOOSE[actual.dtype], allowed / largest), vacuous=True)
+def assert_loosely_close(actual: Tensor, exact: np.ndarray, error: Error, note: str) -> None:
+    """Within ``LOOSE`` of the exact result, or within what rounding may lead to where that is more."""
+    tolerance = max(LOOSE[actual.dtype], error.largest / max(1.0, np.abs(exact).max()))
+    assert_close(actual, exact, note, tolerance=tolerance, vacuous=True)
 
 
-def assert_gradient(actual: Tensor, expected: Gradient, note: str, *, trivial: bool) -> None:
-    """The 3x rule: largest error 3 times, mean error 2.25 times that of the plain formula, and the cancellation.
-
-    A ``trivial`` gradient is one that a plain formula gets by multiplying with exact ones and zeros: no yardstick.
-    """
-    exact, plain, noise = expected
-    if trivial:  # also the rounding of a 16-bit output, from which δ comes
-        allowed = 3 * noise[0] * torch.finfo(actual.dtype).eps / torch.finfo(torch.float32).eps
-        assert_loosely_close(actual, plain, exact, note, allowed)
-        return
-    ours, theirs = array(actual), array(plain)
-    assert np.isfinite(ours).all(), f"{note}: not finite"
-    assert np.isfinite(theirs).all(), f"{note}: the plain formula is no yardstick here"
-    assert np.abs(exact).max() >= 1e-3, f"{note}: vacuous, the largest reference value is {np.abs(exact).max()}"
-    rounded = torch.from_numpy(exact).to(actual.dtype)
-    rounding = np.abs(array(rounded + 0.3 - 0.3) - array(rounded))
-    error, yardstick = np.abs(ours - exact), np.abs(theirs - exact)
-    bound = 3 * yardstick.max() + 2 * rounding.max() + noise[0]
-    assert error.max() <= bound, f"{note}: error {error.max():.3g} above {bound:.3g}, plain {yardstick.max():.3g}"
-    bound = 2.25 * yardstick.mean() + rounding.mean() + noise[1]
-    assert error.mean() <= bound, f"{note}: mean error {error.mean():.3g} above {bound:.3g}"
-
-
-def check(case: Case, score: str, dtype: torch.dtype, isa: str, *, orders: int = 4) -> None:
-    """The case on one instruction set, from poisoned buffers: output under the 2x rule, gradients under the 3x rule."""
-    p = problem(case, score, dtype, orders)
+def check(case: Case, score: str, dtype: torch.dtype, isa: str) -> None:
+    """The case on one instruction set, from poisoned buffers: no error is larger than rounding explains."""
+    p = problem(case, score, dtype)
     leaves, note = p.leaves(), f"{isa} {score} {dtype} {case}"
     with native.instruction_set(isa), poisoned():
         output, _ = native.compute(p.call(leaves))
@@ -475,15 +429,15 @@ def check(case: Case, score: str, dtype: torch.dtype, isa: str, *, orders: int =
     assert not strict[0][empty].any(), f"{note}: its query has a gradient"
     assert not strict[0][few].any(), f"{note}: a query has a gradient whose output has none"
     rows = ~(empty | few)
-    if score == "softmax":  # any formula gets the output of one key right
-        rows, few = ~empty, torch.zeros_like(few)
     if rows.any():
-        assert_within_plain(output[rows], p.plain_output[rows], p.output[rows.numpy()], note)
+        assert_within_rounding(output[rows], p.output[rows.numpy()], p.error, note, cap=True)
     if few.any():
-        assert_loosely_close(output[few], p.plain_output[few], p.output[p.few], f"few keys, {note}")
-    for i, name in enumerate(("query", "key and value") if case.shared else ("query", "key", "value")):
+        assert_loosely_close(output[few], p.output[p.few], p.few_error, f"few keys, {note}")
+    names = ("query", "key and value") if case.shared else ("query", "key", "value")
+    for i, (name, expected) in enumerate(zip(names, p.strict_gradients, strict=True)):
         what = f"gradient of {name}, {note}"
         assert strict[i].dtype == dtype, what
-        assert_gradient(strict[i], p.strict_gradients[i], what, trivial=p.trivial or (p.empty | p.few).all())
+        vacuous = p.trivial or bool((p.empty | p.few).all())
+        assert_within_rounding(strict[i], *expected, what, vacuous=vacuous)
         if loose is not None and p.gradients is not None:
-            assert_gradient(loose[i], p.gradients[i], f"few keys, {what}", trivial=True)
+            assert_loosely_close(loose[i], *p.gradients[i], f"few keys, {what}")

@@ -1,6 +1,6 @@
 """The compiled kernels against the float64 oracle: every instruction set, both scores, float32 and bfloat16.
 
-Outputs under the 2x rule of RELIABILITY.md, gradients under the 3x rule, from buffers poisoned with NaN.
+No error may be larger than rounding explains (tests/rounding.py); all buffers are poisoned with NaN.
 """
 
 from __future__ import annotations
@@ -110,10 +110,6 @@ SIZES = [
     (1, 2, 1, 191, 193, 64, 64),
 ]
 """Primes that no block or vector width divides, every head width of the plan, values wider and narrower than keys."""
-
-
-MANY = 16
-"""Orders of the plain formula in sweeps, where one unlucky yardstick among thousands would be enough to fail."""
 
 
 # --- the yardstick itself ---------------------------------------------------------------------------------------------
@@ -233,7 +229,7 @@ def draw(seed: int, score: str) -> Case:
 @pytest.mark.parametrize("count", [4, pytest.param(250, marks=pytest.mark.slow)])
 def test_everything_together(count: int, dtype: torch.dtype, score: str, isa: str) -> None:
     for seed in range(count):
-        check(draw(seed, score), score, dtype, isa, orders=MANY)
+        check(draw(seed, score), score, dtype, isa)
 
 
 @isas
@@ -243,8 +239,8 @@ def test_everything_together(count: int, dtype: torch.dtype, score: str, isa: st
 def test_every_head_width(dtype: torch.dtype, score: str, isa: str) -> None:
     """All widths up to two of the widest registers, and those around the powers of two beyond."""
     for width in [*range(1, 34), 47, 48, 49, 63, 65, 95, 96, 97, 127, 129, 191, 192, 255, 256, 259]:
-        check(Case((3, 4, 2, 17, 29, width, width), causal=width % 2 == 0), score, dtype, isa, orders=MANY)
-        check(Case((3, 2, 2, 13, 23, 16, width), MASKS[width % 20]), score, dtype, isa, orders=MANY)
+        check(Case((3, 4, 2, 17, 29, width, width), causal=width % 2 == 0), score, dtype, isa)
+        check(Case((3, 2, 2, 13, 23, 16, width), MASKS[width % 20]), score, dtype, isa)
 
 
 @isas
@@ -254,7 +250,7 @@ def test_every_head_width(dtype: torch.dtype, score: str, isa: str) -> None:
 def test_every_short_length(dtype: torch.dtype, score: str, isa: str) -> None:
     """Every remainder of rows and of keys that a tile can be left with."""
     for length in range(1, 68):
-        check(Case((2, 4, 2, length, 71 - length, 16, 16), causal=length % 2 == 0), score, dtype, isa, orders=MANY)
+        check(Case((2, 4, 2, length, 71 - length, 16, 16), causal=length % 2 == 0), score, dtype, isa)
 
 
 # --- decoding ---------------------------------------------------------------------------------------------------------
@@ -287,7 +283,7 @@ def test_decoding(value: Case, dtype: torch.dtype, score: str, isa: str) -> None
 @pytest.mark.parametrize("length", range(1, 9))
 def test_decoding_every_length(length: int, dtype: torch.dtype, score: str, isa: str) -> None:
     for S, shared, mask in itertools.product((509, 2503), (False, True), (None, MASKS[2], MASKS[16], MASKS[12])):
-        check(Case((3, 8, 4, length, S, 64, 64), mask, shared=shared), score, dtype, isa, orders=MANY)
+        check(Case((3, 8, 4, length, S, 64, 64), mask, shared=shared), score, dtype, isa)
 
 
 # --- one tensor as key and value --------------------------------------------------------------------------------------
