@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 PATH_LIKE = re.compile(r"\S*/\S*|\S+\.[A-Za-z]{1,5}")
 """A text without a space, with a slash or an ending: a file, if it were there."""
 
+TOLD = 10
+"""Pictures that one note names."""
+
 HELP = "classify new inputs, or test samples, with the model of a finished run"
 
 
@@ -37,7 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--index", type=int, action="append", metavar="N", help="test sample N of the data set, from 0")
     parser.add_argument("--data", type=Path, metavar="DIR", help="where the data set is, for --index")
     parser.add_argument(
-        "--resize", action="store_true", help="bring images of another size to the size of the data set"
+        "--resize",
+        action="store_true",
+        help="scale images of another size to that of the data set, and take the middle square",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -56,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
             if not name or name == "-":
                 raise UserError(f"input {number}, {name!r}: pictures are named by their files.")
             named += [(title, picture, None) for title, picture in read_images(Path(name), trained.task, args.resize)]
+        warn_of_pictures([(title, picture) for title, picture, _ in named], trained)
     elif args.inputs:
         named += [(text, text, None) for n, name in enumerate(args.inputs, start=1) for text in read_texts(name, n)]
         warn_of_unknown([text for text, _, _ in named], trained)
@@ -147,8 +153,30 @@ def warn_of_unknown(texts: Sequence[str], trained: Run) -> None:
             print(f"note: none of the words of {plain(text, 60)!r} is in the model's vocabulary", file=sys.stderr)
 
 
+def warn_of_pictures(pictures: Sequence[tuple[str, NDArray[np.uint8]]], trained: Run) -> None:
+    """Say which pictures are unlike all that the model was trained on: what it says of them is worth little."""
+    from better_attention.experiments.files import plain
+    from better_attention.experiments.image_task import ImageTask
+
+    if not isinstance(trained.task, ImageTask):
+        return
+    unlike: dict[str, list[str]] = {}
+    for title, picture in pictures:
+        for remark in trained.task.unlike(picture, trained.assets):
+            unlike.setdefault(remark, []).append(plain(title, 60))
+    for remark, titles in unlike.items():
+        more = f" and {len(titles) - TOLD:,} more" if len(titles) > TOLD else ""
+        print(f"note: {', '.join(titles[:TOLD])}{more}: {remark}", file=sys.stderr)
+
+
 def read_images(path: Path, task: ImageTask, resize: bool) -> list[tuple[str, NDArray[np.uint8]]]:
-    """The images in a .npy file (as they are) or an image file (0 ... 255, brought to the task's range).
+    """The images in a .npy file (as they are) or an image file, as a viewer shows it, brought to the task's range.
+
+    Args:
+        path: the file.
+        task: what its run was trained on.
+        resize: whether a picture of another size is scaled, and its middle square taken; every size is read of a task
+            that was trained on pictures of all sizes.
 
     Raises:
         UserError: another kind of file, a damaged one, or an image of another size without ``resize``.
@@ -166,7 +194,7 @@ def read_images(path: Path, task: ImageTask, resize: bool) -> list[tuple[str, ND
         raise UserError(f"{path} is no file that pictures are in.")
     if path.suffix == ".npy":
         try:
-            array = np.load(path, allow_pickle=False)
+            array = np.load(path, mmap_mode="r", allow_pickle=False)  # a forged header then takes no memory
         except (ValueError, EOFError) as error:
             raise UserError(f"{path} is not an array of numbers ({error}).") from None
         plane = 2 if task.channels == 1 else 3
@@ -181,22 +209,22 @@ def read_images(path: Path, task: ImageTask, resize: bool) -> list[tuple[str, ND
     if isinstance(task, FolderTask):  # pictures of all sizes are what it was trained on
         return [(str(path), task.picture(path))]
 
-    from PIL import Image, UnidentifiedImageError
+    from better_attention.data import DataError
+    from better_attention.data.picture import quiet, read_picture, sides
 
     side = task.raw_size
     try:
-        with Image.open(path) as file:
-            image = file.convert("L" if task.channels == 1 else "RGB")
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} is not an image that can be read ({error}).") from None
-    if image.size != (side, side):
-        if not resize:
-            raise UserError(
-                f"{path} has {image.size[0]}x{image.size[1]} pixels; task {task.name!r} reads {side}x{side}. "
-                "Resize it, or add --resize."
-            )
-        image = image.resize((side, side), Image.Resampling.LANCZOS)
-    return [(str(path), (np.asarray(image) * (task.peak / 255)).round().astype(np.uint8))]
+        with quiet():
+            width, height = sides(path.name, path)
+            if (width, height) != (side, side) and not resize:
+                raise UserError(
+                    f"{path} has {width}x{height} pixels; task {task.name!r} reads {side}x{side}. Resize it, or add "
+                    "--resize."
+                )
+            pixels = read_picture(path.name, path, side, task.channels)
+    except DataError as error:
+        raise UserError(f"{path} is not an image that can be read: {error}") from None
+    return [(str(path), (pixels * (task.peak / 255)).round().astype(np.uint8))]
 
 
 def numbered_samples(trained: Run, rows: Sequence[int], folder: Path | None) -> list[tuple[str, Any, str | None]]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import io
 import struct
+import threading
 import warnings
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,12 @@ FILE_LIMIT = 256 * MIB
 PIXEL_LIMIT = 1 << 27
 """134 million: the largest telephone cameras stay below; a few bytes that promise more are made to fill memory."""
 
+_LARGE = 1 << 24
+"""Pixels above which one picture at a time is decoded, however many threads there are: each takes some 16 bytes."""
+_one_large = threading.Lock()
+
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
+"""The formats that are decoded: by Pillow itself, from pixels. Others start programs (EPS), or load what they name."""
 _GREY = ("1", "L", "LA", "La")
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -74,11 +80,22 @@ def read_picture(name: str, source: bytes | Path, size: int, channels: int) -> U
     """
     with _opened(name, source) as image:
         image.draft(image.mode, (2 * size, 2 * size))  # a JPEG can be decoded at an eighth of its size, in less time
-        whole = image.copy()  # decodes it
-        orientation = 1
-        with suppress(Exception):  # whatever is wrong with its EXIF block, the picture is there
-            orientation = image.getexif().get(_ORIENTATION, 1)
-        return fit(whole, size, channels, orientation)
+        with _one_large if image.width * image.height > _LARGE else nullcontext():
+            whole = image.copy()  # decodes it
+            orientation = 1
+            with suppress(Exception):  # whatever is wrong with its EXIF block, the picture is there
+                orientation = image.getexif().get(_ORIENTATION, 1)
+            return fit(whole, size, channels, orientation)
+
+
+def sides(name: str, source: bytes | Path) -> tuple[int, int]:
+    """Width and height of a picture file as it is stored, told from its head.
+
+    Raises:
+        DataError: no such picture.
+    """
+    with _opened(name, source) as image:
+        return image.size
 
 
 def is_grey(name: str, source: bytes | Path) -> bool:
@@ -126,7 +143,11 @@ def quiet() -> Iterator[None]:
 def _opaque(image: Image.Image) -> Image.Image:
     """The picture in 8 bits without transparency."""
     if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion would clip them
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        values = np.asarray(image)
+        plain = (values >> 8).astype(np.uint8)
+        if isinstance(clear := image.info.get("transparency"), int):  # the value that stands for no ink
+            plain[values == clear] = 255
+        return Image.fromarray(plain)
     if not image.has_transparency_data:
         return image
     white = Image.new("RGBA", image.size, "white")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
 
-from .archives import MIB, tar_streams, zip_members
+from .archives import MIB, tar_streams, zip_streams
 from .containers import DataError
 from .image_cache import remembered
 from .picture import FILE_LIMIT, SUFFIXES, UNREAD
@@ -136,7 +136,9 @@ def _of_archives(place: Path, archives: Mapping[Path, str]) -> PictureTree:
         folds[archive] = (off, f"{split}/" if split else "")
         names += [folds[archive][1] + member.removeprefix(off) for member in members]
         stamps.append(stamp)
-    folders = {str(folder) for name in names for folder in list(PurePosixPath(name).parents)[:-1]}
+    folders = {
+        "/".join(parts[:depth]) for parts in (name.split("/", 2) for name in names) for depth in range(1, len(parts))
+    }
     return PictureTree(place, sorted(names), frozenset(folders), "\n".join(stamps), folds, unread)
 
 
@@ -160,11 +162,11 @@ def _members(
 ) -> Iterator[tuple[str, bytes]]:
     """Name and, where it is to be read, content of every picture in an archive; ``skipped`` hears of other files."""
     if archive.suffix == ".zip":
-        for match, data in zip_members(archive, _PICTURE, member_limit=FILE_LIMIT, skipped=skipped):
-            yield match[0], data
-        return
-    limits = {"member_limit": FILE_LIMIT, "total_limit": _TOTAL_LIMIT}
-    for match, stream in tar_streams(archive, _PICTURE, **limits, plain=True, skipped=skipped):
+        streams = zip_streams(archive, _PICTURE, member_limit=FILE_LIMIT, skipped=skipped)
+    else:
+        limits = {"member_limit": FILE_LIMIT, "total_limit": _TOTAL_LIMIT}
+        streams = tar_streams(archive, _PICTURE, **limits, plain=True, skipped=skipped)
+    for match, stream in streams:
         yield match[0], stream.read(-1) if read else b""
 
 

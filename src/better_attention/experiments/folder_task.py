@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from better_attention.experiments.image_task import ImageTask, dark_notes, overlap_notes
+from better_attention.experiments.image_task import ImageTask, blank_notes, dark_notes, overlap_notes
 from better_attention.experiments.splits import Split, Splits
 from better_attention.experiments.task import cut, subsets
 
@@ -81,7 +81,7 @@ class FolderTask(ImageTask):
         if self.official is not None:
             notes += size_notes(len(pictures.parts["train"]), len(pictures.parts["test"]), self.official)
         splits = Splits(train, validation, test, assets={"classes": list(pictures.classes)})
-        return replace(splits, notes=(*notes, *overlap_notes(splits), *dark_notes(splits)))
+        return replace(splits, notes=(*notes, *overlap_notes(splits), *dark_notes(splits), *blank_notes(splits)))
 
     def encode(self, inputs: Any, assets: Mapping[str, Any]) -> Tensor:
         """Picture files, or arrays (H, W) or (H, W, 3) with pixels 0 ... 255, of any size; one, or several."""

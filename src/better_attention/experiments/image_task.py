@@ -25,6 +25,12 @@ SCORING_BATCH = 512
 HELD_OUT = ("validation", "test")
 COMPARED = 2 * 2**30
 """Bytes up to which all pictures are looked through for the notes on them; above, reading them takes long."""
+BLANK = 8
+"""The largest difference between two pixels of a picture that is called blank, of 255."""
+GROUND = 0.9
+"""The share of the training pictures whose edges must be dark, or light, for a picture that differs to be told."""
+LOOKED_AT = 1000
+"""Training pictures whose edges are looked at."""
 DARK = 31
 """The brightest pixel of a picture that is called nearly black, of 255; 16-bit files with 12 bits in them reach 15."""
 
@@ -174,6 +180,33 @@ class ImageTask(Task):
             )
         return self._padded(array)
 
+    def stored(self, splits: Splits) -> Mapping[str, Any]:
+        """See :meth:`Task.stored`; ``"ground"`` says whether the training pictures are dark or light at their edges."""
+        before = (self.image_size - self.raw_size) // 2
+        own = slice(before, before + self.raw_size)  # without the padding
+        every = max(1, len(splits.train) // LOOKED_AT)
+        return {**splits.assets, "ground": ground(splits.train.inputs[::every, own, own].cpu().numpy(), self.peak)}
+
+    def unlike(self, picture: np.ndarray[Any, Any], assets: Mapping[str, Any]) -> list[str]:
+        """In what a picture differs from those that the model was trained on, as sentences for the user.
+
+        Args:
+            picture: (H, W) or (H, W, 3), pixels 0 ... ``peak``; of any other shape nothing is said.
+            assets: of the run.
+        """
+        if picture.ndim not in (2, 3) or picture.shape[2:] not in ((), (3,)) or 0 in picture.shape:
+            return []
+        spread = float((picture.max(axis=(0, 1)) - picture.min(axis=(0, 1))).max())
+        if spread * 255 <= BLANK * self.peak:
+            return [f"blank, every pixel has nearly the same value. {BLANK_HINT}"]
+        theirs, own = assets.get("ground"), ground(picture[None], self.peak)
+        if theirs not in GROUNDS or own == theirs:
+            return []
+        return [
+            f"{own} at its edges, where the training pictures are {theirs}: the model has learned nothing about such "
+            "pictures, however sure it is. Invert the picture if it shows the same kind of thing"
+        ]
+
     def show(self, inputs: Tensor, assets: Mapping[str, Any]) -> Shown:
         """The image that the model reads, its padding included."""
         return Shown(picture=(inputs.cpu().numpy() * (255 / self.peak)).round().astype("uint8"))
@@ -183,6 +216,47 @@ class ImageTask(Task):
         after = self.image_size - self.raw_size - before
         skip = [0, 0] if images.ndim == 4 else []
         return F.pad(torch.from_numpy(images), [*skip, before, after, before, after])
+
+
+GROUNDS = ("dark", "light")
+BLANK_HINT = (
+    "White shapes on a transparent ground come out so, because transparent parts are read as white, as they are shown; "
+    "save them on a dark ground"
+)
+
+
+def ground(pictures: np.ndarray[Any, Any], peak: int) -> str:
+    """Whether pictures are ``"dark"`` or ``"light"`` at their edges, by the median of the outermost pixels of each.
+
+    Args:
+        pictures: (N, H, W) or (N, H, W, 3), pixels 0 ... ``peak``.
+        peak: the value that means white.
+
+    Returns:
+        What is true of at least :data:`GROUND` of them; ``"mixed"`` if neither is.
+    """
+    import numpy as np
+
+    edges = np.concatenate((pictures[:, 0], pictures[:, -1], pictures[:, 1:-1, 0], pictures[:, 1:-1, -1]), axis=1)
+    light = float((np.median(edges.reshape(len(pictures), -1), axis=1) > peak / 2).mean())
+    return "light" if light >= GROUND else "dark" if light <= 1 - GROUND else "mixed"
+
+
+def blank_notes(splits: Splits) -> tuple[str, ...]:
+    """A note on pictures that are one colour all over, within :data:`BLANK`, and not nearly black: they show nothing."""
+    if not _looked_through(splits):
+        return ()
+    parts = [split.inputs.flatten(1, 2) for split in (splits.train, splits.validation, splits.test) if len(split)]
+    blank = 0
+    for part in parts:
+        low, high = part.amin(dim=1).reshape(len(part), -1), part.amax(dim=1).reshape(len(part), -1)
+        blank += int((((high - low).amax(dim=1) <= BLANK) & (high.amax(dim=1) > DARK)).sum())
+    if not blank:
+        return ()
+    return (
+        f"{blank:,} of {sum(map(len, parts)):,} pictures are blank, one colour all over: there is nothing to learn from "
+        f"them. {BLANK_HINT}",
+    )
 
 
 def dark_notes(splits: Splits) -> tuple[str, ...]:

@@ -179,6 +179,10 @@ class Task(ABC):
             ValueError, TypeError: inputs that the model cannot read.
         """
 
+    def stored(self, splits: Splits) -> Mapping[str, Any]:
+        """What a run keeps for reading new inputs, as plain JSON values: ``splits.assets``, and what a task adds."""
+        return splits.assets
+
     @abstractmethod
     def show(self, inputs: Tensor, assets: Mapping[str, Any]) -> Shown:
         """One encoded input, without the batch dimension, for people to look at."""

@@ -119,7 +119,7 @@ class Training:
         if self.main:
             open_run(self.folder, run, self.command)
             if not (self.folder / "assets.json").is_file():
-                write_json(self.folder / "assets.json", self.splits.assets)
+                write_json(self.folder / "assets.json", self.task.stored(self.splits))
         self.accelerator.wait_for_everyone()
 
     def restore(self) -> None:
