@@ -414,8 +414,8 @@ class _Census:
             )
         if self._members > _MEMBERS or self._characters > _NAMES_LIMIT:
             raise DataError(
-                f"{self._path} holds more than {_MEMBERS:,} members, or names of more than {_NAMES_LIMIT:,} characters. "
-                "Unpack it, and name the folder."
+                f"{self._path} holds more than {_MEMBERS:,} members, or names of more than {_NAMES_LIMIT:,} characters."
+                " Unpack it, and name the folder."
             )
 
 

@@ -9,6 +9,7 @@ runs whatever code its maker put there, and is never read.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from .archives import AGAIN, MIB, tar_members
-from .containers import DataError, Images, Int64, NotFetched, UInt8, size_notes
+from .containers import DataError, Images, Int64, NotFetched, UInt8, departures
 from .download import Remote
 
 # Address, size and SHA-256: github.com/tensorflow/datasets, tensorflow_datasets/url_checksums/cifar100.txt
@@ -30,6 +31,11 @@ REMOTES = (
     ),
 )
 OFFICIAL = (50_000, 10_000)
+# SHA-256 of the members: github.com/ankane/torchvision-ruby, lib/torchvision/datasets/cifar100.rb.
+DIGESTS = {
+    "train.bin": "f31298fc616915fa142368359df1c4ca2ae984d6915ca468b998a5ec6aeebf29",
+    "test.bin": "d8b1e6b7b3bee4020055f0699b111f60b1af1e262aeb93a0b659061746f8224a",
+}
 LAYOUT = "cifar-100-binary.tar.gz (or .tar.xz), or the unpacked folder cifar-100-binary/"
 
 SIDE = 32
@@ -84,8 +90,10 @@ def read(files: Sequence[Path]) -> Images:
     missing = [name for name in _FILES if name not in found]
     if missing:
         raise DataError(f"{place} has no {', '.join(f'{_FOLDER}/{name}' for name in missing)}: expected {LAYOUT}.")
+    digests = {name: (hashlib.sha256(found[name]).hexdigest(), theirs) for name, theirs in DIGESTS.items()}
     train_images, train_labels = _records(place, "train.bin", found.pop("train.bin"))
     test_images, test_labels = _records(place, "test.bin", found.pop("test.bin"))
+    unlike = departures("CIFAR-100", (len(train_labels), len(test_labels)), OFFICIAL, digests)
     return Images(
         name="cifar100",
         train_images=train_images,
@@ -93,7 +101,8 @@ def read(files: Sequence[Path]) -> Images:
         test_images=test_images,
         test_labels=test_labels,
         classes=_names(place, found["fine_label_names.txt"]),
-        notes=size_notes(len(train_labels), len(test_labels), OFFICIAL),
+        notes=unlike,
+        departures=unlike,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,8 @@ class Images:
         classes: the name of each label.
         peak: the pixel value that means white.
         notes: what a report should say about the data.
+        departures: those of the notes that say why this is not the published set of that name; they stand wherever a
+            result is shown.
 
     Raises:
         DataError: the parts do not fit together, or there is only one class to learn.
@@ -50,6 +52,7 @@ class Images:
     classes: tuple[str, ...]
     peak: int = 255
     notes: tuple[str, ...] = ()
+    departures: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for split, images in (("train", self.train_images), ("test", self.test_images)):
@@ -160,6 +163,27 @@ def size_notes(train: int, test: int, official: tuple[int, int]) -> tuple[str, .
         return ()
     return (
         f"{train:,} training and {test:,} test samples, where the official set has {official[0]:,} and {official[1]:,}",
+    )
+
+
+def departures(
+    title: str, sizes: tuple[int, int], official: tuple[int, int], digests: Mapping[str, tuple[str, str]]
+) -> tuple[str, ...]:
+    """Why data is not the published set whose layout it has, as notes; none if it is that set.
+
+    Args:
+        title: the set's name, for people.
+        sizes, official: samples to train and to test with, found and published.
+        digests: file -> SHA-256 of its contents, found and published.
+    """
+    if sized := size_notes(*sizes, official):
+        return sized
+    wrong = [f"{name} has SHA-256 {found[:12]}..." for name, (found, theirs) in digests.items() if found != theirs]
+    if not wrong:
+        return ()
+    return (
+        f"not {title}: {', '.join(wrong)}, not that of the published file. Other data in the same layout, or a changed "
+        f"copy; nothing published about {title} compares with results on it",
     )
 
 

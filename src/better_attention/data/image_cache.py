@@ -32,6 +32,9 @@ _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 _BATCH = 256  # pictures that are in flight at a time
 _TOLD = 10  # bad pictures that one message names
 
+LEAVE_OUT = "`--set damaged=leave-out` leaves out and counts what cannot be read"
+"""The way out that a message about damaged pictures names."""
+
 Contents = Iterable[tuple[int, str, bytes | Path]]
 """Row, name and file or file's contents of every picture, in any order."""
 
@@ -147,21 +150,33 @@ def _pictures(shape: tuple[int, ...], contents: Contents) -> Iterator[tuple[int,
     size, channels = shape[1], 3 if len(shape) == 4 else 1
     bad: list[str] = []
     found = 0
+    for row, picture in _attempts(contents, size, channels):
+        if isinstance(picture, DataError):
+            bad.append(str(picture))
+            continue
+        found += 1
+        yield row, picture
+    if bad:
+        rest = f"\n... and {len(bad) - _TOLD:,} more." if len(bad) > _TOLD else ""
+        raise DataError("\n".join(bad[:_TOLD]) + rest + f" To do without {'them' if bad[1:] else 'it'}: {LEAVE_OUT}.")
+    if found != shape[0]:
+        raise DataError(f"{shape[0] - found:,} pictures were gone before they were read: the data changed. Try again.")
+
+
+def unreadable(contents: Contents, size: int, channels: int) -> list[tuple[int, str]]:
+    """Row and what is wrong of every picture that cannot be decoded, by row."""
+    attempts = _attempts(contents, size, channels)
+    return sorted((row, str(picture)) for row, picture in attempts if isinstance(picture, DataError))
+
+
+def _attempts(contents: Contents, size: int, channels: int) -> Iterator[tuple[int, UInt8 | DataError]]:
+    """Row and pixels of every picture, or what is wrong with it, decoded on all cores."""
     with ThreadPoolExecutor(_workers()) as pool, quiet():
         waiting = _readable(contents)
         while batch := list(islice(waiting, _BATCH)):
             pictures = pool.map(lambda one: _attempt(one[1], one[2], size, channels), batch)
             for (row, _, _), picture in zip(batch, pictures, strict=True):
-                if isinstance(picture, DataError):
-                    bad.append(str(picture))
-                    continue
-                found += 1
                 yield row, picture
-    if bad:
-        rest = f"\n... and {len(bad) - _TOLD:,} more" if len(bad) > _TOLD else ""
-        raise DataError("\n".join(bad[:_TOLD]) + rest)
-    if found != shape[0]:
-        raise DataError(f"{shape[0] - found:,} pictures were gone before they were read: the data changed. Try again.")
 
 
 def _readable(contents: Contents) -> Iterator[tuple[int, str, bytes | Path]]:

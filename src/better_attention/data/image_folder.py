@@ -6,8 +6,11 @@ Three layouts, in a folder, in one archive, or in archives ``NAME-train.tar.gz``
     train/CLASS/... and val/ or test/      that one is the test split
     train/CLASS/..., val/ and test/        validation and test split
 
-``val/`` may be called ``valid/``, ``validation/`` or ``dev/``. A file ``classes.tsv`` or ``words.txt`` beside them may
-name the classes: a line holds the name of a class's folder in one column and what people call it in the last.
+``val/`` may be called ``valid/``, ``validation/`` or ``dev/``. Where the pictures of a split, or all of them, lie in no
+class's folder, a table may give their classes: ``val/val_annotations.txt``, ``labels.csv``, ``train.csv``. A file
+``classes.tsv`` or ``words.txt`` beside them may name the classes: a line holds the name of a class's folder in one
+column and what people call it in the last. Parquet files hold a picture and a class in each row; ``train-*.parquet``
+and ``test-*.parquet`` are splits.
 """
 
 from __future__ import annotations
@@ -26,12 +29,15 @@ import numpy as np
 from better_attention.errors import counted
 
 from .containers import DataError, Int64, UInt8
-from .image_cache import decoded, remembered
+from .image_cache import decoded, remembered, unreadable
 from .picture import SUFFIXES, is_grey, quiet
+from .picture_labels import KINDS, Labels, read_labels
 from .picture_tree import SPLITS, PictureTree, archives, grow
 
 LAYOUT = (
-    "a folder per class, or train/ and val/ (or test/) folders of such, or archives NAME-train.tar.* and NAME-val.tar.*"
+    "a folder per class, or train/ and val/ (or test/) folders of such, or archives NAME-train.tar.* "
+    "and NAME-val.tar.*, or "
+    f"Parquet files, or pictures beside {KINDS}"
 )
 HELD_OUT = 0.1
 """Share of the pictures that are held out where the data has no split of its own."""
@@ -39,6 +45,12 @@ _SPLIT_LIKE = re.compile(
     r"(?:.*[ _-])?(train|test|val|valid|validation|dev)(?:ing|[ _-]?set)?(?:[ _-].*)?", re.IGNORECASE
 )
 """Folders that other tools give to splits, ``Training`` or ``seg_test``; a steam-train alone is a class."""
+
+
+_GENERIC = frozenset(
+    ("images", "image", "imgs", "img", "pictures", "photos", "data", "unlabeled", "unlabelled", "unknown")
+)
+"""Folders that hold pictures of all classes together."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +98,13 @@ class Pictures:
         key = _key(f"{size} {channels}", self.tree.stamp, rows)
         return decoded(key, len(rows), lambda: self.tree.contents(wanted), size, channels)
 
+    def damaged(self, rows: Int64, size: int, channels: int) -> dict[int, str]:
+        """Place in ``rows`` -> what is wrong, of the pictures that cannot be decoded; all are, to find out."""
+        wanted = {self.names[row]: place for place, row in enumerate(rows.tolist())}
+        key = _key(f"damaged {size} {channels}", self.tree.stamp, rows)
+        found = remembered(key, lambda: unreadable(self.tree.contents(wanted), size, channels))
+        return {int(place): str(what) for place, what in found}
+
 
 def find(place: Path) -> Pictures:
     """The pictures at ``place``, and how they are split; none is decoded yet.
@@ -101,10 +120,19 @@ def find(place: Path) -> Pictures:
         DataError: no pictures, one class only, a class without pictures or with too few, a damaged archive.
     """
     tree = grow(place)
-    splits = _splits(tree.names)
-    members = {split: _classes(tree.names, top) for split, top in splits.items()}
-    members = {split: classes for split, classes in members.items() if classes}
-    _check(tree, members, splits)
+    splits = _splits(tree)
+    tables = {split: found for split, top in splits.items() if (found := _table(tree, top)) is not None}
+    members = {
+        split: _grouped(tables[split].classes) if split in tables else _classes(tree.names, top)
+        for split, top in splits.items()
+    }
+    known = members["train"].keys()
+    members = {
+        split: classes
+        for split, classes in members.items()
+        if classes and (split == "train" or not (classes.keys() <= _GENERIC and classes.keys().isdisjoint(known)))
+    }
+    _check(tree, members, splits, tables)
     folders = tuple(sorted(members["train"]))
     names: list[str] = []
     labels: list[int] = []
@@ -116,7 +144,7 @@ def find(place: Path) -> Pictures:
             labels += [label] * len(own.get(folder, []))
         parts[split] = np.arange(first, len(names), dtype=np.int64)
     found = Pictures(tree, names, np.array(labels, dtype=np.int64), folders, _called(tree, folders), parts, ())
-    found = replace(found, notes=_ignored(found, splits))
+    found = replace(found, notes=(*(table.note for table in tables.values()), *_ignored(found, splits)))
     if parts.keys() == {"train"}:
         found = _with_held_out(found, splits["train"])
     elif "test" not in parts:
@@ -125,14 +153,15 @@ def find(place: Path) -> Pictures:
     return found
 
 
-def _splits(names: Sequence[str]) -> dict[str, str]:
-    """Split -> its folder. A folder train/ that holds pictures itself is a class, of trains for example.
+def _splits(tree: PictureTree) -> dict[str, str]:
+    """Split -> its folder. A folder train/ that holds pictures itself, and no table of their classes, is a class.
 
     Raises:
         DataError: two folders for one split.
     """
+    names = tree.names
     below = [name for name in names if name.startswith("train/")]
-    if not below or any(name.count("/") == 1 for name in below):
+    if not below or (any(name.count("/") == 1 for name in below) and _table(tree, "train") is None):
         return {"train": ""}
     found: dict[str, str] = {}
     for top in sorted({name.partition("/")[0] for name in names} & SPLITS.keys()):
@@ -140,6 +169,33 @@ def _splits(names: Sequence[str]) -> dict[str, str]:
             raise DataError(f"{found[SPLITS[top]]}/ and {top}/ are both the {SPLITS[top]} split: keep one.")
         found[SPLITS[top]] = top
     return found
+
+
+def _table(tree: PictureTree, top: str) -> Labels | None:
+    """The table that gives the classes of the pictures below ``top``, if they lie in no folders of classes.
+
+    It lies beside them, or beside the folder under a name that tells which it is for, or is the only one.
+    """
+    base = f"{top}/" if top else ""
+    own = [name for name in tree.names if name.startswith(base)]
+    if not own or any(folder not in _GENERIC for name in own if (folder := _class_of(name, top)) is not None):
+        return None
+    inside = [name for name in tree.texts if name.startswith(base) and "/" not in name[len(base) :]]
+    beside = [name for name in tree.texts if "/" not in name and top and top in re.split(r"[._-]", name.lower())]
+    shared = [name for name in tree.texts if re.match(r"(?:labels?|annotations?|metadata)\.", name, re.IGNORECASE)]
+    for table in dict.fromkeys((*sorted(inside), *sorted(beside), *sorted(shared))):
+        labels = read_labels(str(tree.place / table), tree.texts[table], own)
+        if labels is not None:
+            return replace(labels, table=table)
+    return None
+
+
+def _grouped(classes: Mapping[str, str]) -> dict[str, list[str]]:
+    """Class -> names of its pictures, sorted."""
+    found: defaultdict[str, list[str]] = defaultdict(list)
+    for name in sorted(classes):
+        found[classes[name]].append(name)
+    return dict(found)
 
 
 def _class_of(name: str, top: str) -> str | None:
@@ -157,7 +213,12 @@ def _classes(names: Sequence[str], top: str) -> dict[str, list[str]]:
     return dict(found)
 
 
-def _check(tree: PictureTree, members: Mapping[str, Mapping[str, Sequence[str]]], splits: Mapping[str, str]) -> None:
+def _check(
+    tree: PictureTree,
+    members: Mapping[str, Mapping[str, Sequence[str]]],
+    splits: Mapping[str, str],
+    tables: Mapping[str, Labels],
+) -> None:
     """Refuse what nothing can be learned from, or not what is meant."""
     kinds = ", ".join(SUFFIXES)
     top = splits["train"]
@@ -177,11 +238,18 @@ def _check(tree: PictureTree, members: Mapping[str, Mapping[str, Sequence[str]]]
         base = f"{name}/" if name else ""
         empty = sorted(f for f in tree.folders if f.startswith(base) and f.count("/") == base.count("/"))
         empty = [f for f in empty if f.removeprefix(base) not in members.get(split, {})]
-        if empty and (split == "train" or split in members):
+        if empty and split not in tables and (split == "train" or split in members):
             raise DataError(
                 f"{tree.place / empty[0]} holds no pictures ({kinds}): a class without pictures. Remove the folder, or "
                 "put pictures there."
             )
+    if "train" not in tables and (copy := _copy_inside(members["train"], top)):
+        folder, again = copy
+        raise DataError(
+            f"{where / folder} holds the folders {', '.join(again[:10])}{', ...' if len(again) > 10 else ''}, as "
+            f"{where} does: a copy of the set inside the set, which would be one more class. Remove it, or put it "
+            "elsewhere."
+        )
     if len(members["train"]) == 1:
         ((only, names),) = members["train"].items()
         deeper = any(name.removeprefix(f"{top}/" if top else "").count("/") > 1 for name in names)
@@ -194,6 +262,22 @@ def _check(tree: PictureTree, members: Mapping[str, Mapping[str, Sequence[str]]]
                 f"{tree.place / splits[split] / unknown[0]} is a class that {top}/ does not have "
                 f"({len(unknown):,} such): a model cannot know it. Expected {LAYOUT}."
             )
+
+
+def _copy_inside(classes: Mapping[str, Sequence[str]], top: str) -> tuple[str, list[str]] | None:
+    """A class's folder that holds other classes over again, somewhere below it, and which; None if there is none.
+
+    Two of them, or nothing but one, are no chance. Where every class holds folders called like the others, as tables of
+    confusion do, none is a copy.
+    """
+    below = {folder: [set(name.removeprefix(f"{top}/" if top else "").split("/")[1:-1]) for name in names]
+             for folder, names in classes.items()}  # fmt: skip
+    again = {folder: sorted(set().union(*inside) & classes.keys() - {folder}) for folder, inside in below.items()}
+    for folder, others in again.items():
+        whole = len(others) > 1 or (others and all(others[0] in inside for inside in below[folder]))
+        if whole and not any(again[other] for other in others):
+            return folder, others
+    return None
 
 
 def _with_held_out(found: Pictures, top: str) -> Pictures:

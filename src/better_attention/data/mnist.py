@@ -7,6 +7,7 @@ a big-endian 32-bit number, then the values, last dimension fastest.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import struct
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from .archives import AGAIN, MIB, decompressed
-from .containers import DataError, Images, Int64, NotFetched, UInt8, size_notes
+from .containers import DataError, Images, Int64, NotFetched, UInt8, departures
 from .download import Remote
 
 _ADDRESS = "https://storage.googleapis.com/cvdf-datasets/mnist/"
@@ -47,6 +48,14 @@ REMOTES = tuple(
     )
 )
 OFFICIAL = (60_000, 10_000)
+# SHA-256 of the same files, decompressed: they do not depend on the program that compressed them. As the files at the
+# address above have them, and the copies in many public repositories.
+DIGESTS = {
+    "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+    "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+    "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+    "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+}
 LAYOUT = "the four files {train,t10k}-{images-idx3,labels-idx1}-ubyte, with or without .gz"
 
 _LIMIT = 256 * MIB  # of one file, decompressed; the largest official one has 45 MiB
@@ -83,6 +92,9 @@ def read(files: Sequence[Path]) -> Images:
     """
     train_images, train_labels = _split(files[0], files[1])
     test_images, test_labels = _split(files[2], files[3])
+    arrays = (train_images, train_labels.astype(np.uint8), test_images, test_labels.astype(np.uint8))
+    digests = {name: (_digest(array), theirs) for (name, theirs), array in zip(DIGESTS.items(), arrays, strict=True)}
+    unlike = departures("MNIST", (len(train_labels), len(test_labels)), OFFICIAL, digests)
     return Images(
         name="mnist",
         train_images=train_images,
@@ -90,7 +102,8 @@ def read(files: Sequence[Path]) -> Images:
         test_images=test_images,
         test_labels=test_labels,
         classes=tuple(str(digit) for digit in range(10)),
-        notes=size_notes(len(train_labels), len(test_labels), OFFICIAL),
+        notes=unlike,
+        departures=unlike,
     )
 
 
@@ -135,6 +148,13 @@ def read_idx(path: Path, dimensions: int) -> UInt8:
         held = "more" if len(values) > count else f"only {len(values):,}"
         raise DataError(f"{path}: the header promises {count:,} bytes (shape {shape}), the file holds {held}. {AGAIN}")
     return np.frombuffer(values, dtype=np.uint8).reshape(shape)
+
+
+def _digest(array: UInt8) -> str:
+    """SHA-256 of the idx file that holds ``array``, decompressed: :func:`read_idx` lets no other byte pass."""
+    digest = hashlib.sha256(struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape))
+    digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
 
 
 def _split(image_file: Path, label_file: Path) -> tuple[UInt8, Int64]:

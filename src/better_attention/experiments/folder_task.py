@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from better_attention.errors import one_of
 from better_attention.experiments.image_task import ImageTask, blank_notes, dark_notes, overlap_notes
 from better_attention.experiments.splits import Split, Splits
 from better_attention.experiments.task import cut, subsets
@@ -30,6 +31,8 @@ class FolderTask(ImageTask):
     pictures as grey ones), ``raw_size`` by ``image_size``.
 
     Args:
+        damaged: what happens to pictures that cannot be decoded: ``"refuse"`` names them and trains nothing;
+            ``"leave-out"`` does without them, and a note says how many there were.
         official: pictures to train and to test with in the published data set; a note says where others were read.
     """
 
@@ -42,7 +45,12 @@ class FolderTask(ImageTask):
 
     own_data: ClassVar[bool] = True
 
+    damaged: str = "refuse"
     official: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of(self.damaged, "damaged", ("refuse", "leave-out"))
 
     def fitted(self, folder: Path | None = None) -> Self:
         """See :meth:`Task.fitted`."""
@@ -67,7 +75,7 @@ class FolderTask(ImageTask):
                 f"{pictures.tree.place} has {len(pictures.classes)} and image_size is {self.image_size}. Take "
                 "task.fitted(folder) first."
             )
-        rows = self._rows(pictures)
+        rows, without = self._readable(pictures, self._rows(pictures))
         # In this order in one array: each split is a slice of it, so that a set larger than memory is never copied.
         order = np.concatenate(rows)
         pixels = torch.from_numpy(pictures.pixels(order, self.image_size, self.channels))
@@ -76,11 +84,13 @@ class FolderTask(ImageTask):
         train, validation, test = map(Split, pixels.split(sizes), targets.split(sizes))
         notes = [
             *pictures.notes,
+            *without,
             f"the shorter side of every picture was scaled to {self.image_size} pixels, and the middle square taken",
         ]
-        if self.official is not None:
-            notes += size_notes(len(pictures.parts["train"]), len(pictures.parts["test"]), self.official)
-        splits = Splits(train, validation, test, assets={"classes": list(pictures.classes)})
+        sizes = (len(pictures.parts["train"]), len(pictures.parts["test"]))
+        unlike = () if self.official is None else size_notes(*sizes, self.official)
+        notes += unlike
+        splits = Splits(train, validation, test, assets={"classes": list(pictures.classes)}, departures=unlike)
         return replace(splits, notes=(*notes, *overlap_notes(splits), *dark_notes(splits), *blank_notes(splits)))
 
     def encode(self, inputs: Any, assets: Mapping[str, Any]) -> Tensor:
@@ -136,6 +146,33 @@ class FolderTask(ImageTask):
             rows = cut(self, sizes[0], sizes[2])
             sources = [pictures.parts[name] for name in ("train", "train", "test")]
         return [source[some.numpy()] for source, some in zip(sources, rows, strict=True)]
+
+    def _readable(
+        self, pictures: Pictures, rows: list[NDArray[np.int64]]
+    ) -> tuple[list[NDArray[np.int64]], tuple[str, ...]]:
+        """The rows of each split without damaged pictures, where the task leaves them out, and a note on how many.
+
+        Raises:
+            ValueError: nothing is left of a split or a class.
+        """
+        import numpy as np
+
+        if self.damaged == "refuse":
+            return rows, ()
+        order = np.concatenate(rows)
+        lost = pictures.damaged(order, self.image_size, self.channels)
+        if not lost:
+            return rows, ()
+        bad = order[list(lost)]
+        kept = [part[~np.isin(part, bad)] for part in rows]
+        for part, left in zip(rows, kept, strict=True):
+            gone = np.setdiff1d(pictures.labels[part], pictures.labels[left])
+            if (len(part) and not len(left)) or (part is rows[0] and len(gone)):
+                what = f"class {pictures.classes[gone[0]]!r}"
+                raise ValueError(f"every picture of {what} is damaged, the first so: {next(iter(lost.values()))}")
+        first = next(iter(lost.values()))
+        note = f"{len(lost):,} of {len(order):,} pictures cannot be decoded and are left out; the first: {first}"
+        return kept, (note,)
 
 
 def _is_one(array: NDArray[Any]) -> bool:

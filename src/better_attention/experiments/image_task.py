@@ -115,6 +115,7 @@ class ImageTask(Task):
             validation=Split(kept.inputs[validation], kept.targets[validation]),
             test=Split(held.inputs[test], held.targets[test]),
             assets={"classes": list(images.classes)},
+            departures=images.departures,
         )
         return replace(splits, notes=(*images.notes, *overlap_notes(splits)))
 
@@ -243,7 +244,7 @@ def ground(pictures: np.ndarray[Any, Any], peak: int) -> str:
 
 
 def blank_notes(splits: Splits) -> tuple[str, ...]:
-    """A note on pictures that are one colour all over, within :data:`BLANK`, and not nearly black: they show nothing."""
+    """A note on pictures that are one colour all over, within :data:`BLANK`; nearly black ones have their own note."""
     if not _looked_through(splits):
         return ()
     parts = [split.inputs.flatten(1, 2) for split in (splits.train, splits.validation, splits.test) if len(split)]
@@ -254,8 +255,8 @@ def blank_notes(splits: Splits) -> tuple[str, ...]:
     if not blank:
         return ()
     return (
-        f"{blank:,} of {sum(map(len, parts)):,} pictures are blank, one colour all over: there is nothing to learn from "
-        f"them. {BLANK_HINT}",
+        f"{blank:,} of {sum(map(len, parts)):,} pictures are blank, one colour all over: there is nothing to learn "
+        f"from them. {BLANK_HINT}",
     )
 
 

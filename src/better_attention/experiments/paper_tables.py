@@ -82,19 +82,21 @@ class Ours:
         scale: the scale they were asked for.
         changed: settings in which they differ from the paper's scale, and ``samples`` if there were fewer or more;
             None: the record does not tell.
+        departures: why their data is not the set that the paper used, as sentences.
         files: where they came from.
         records: one a run.
     """
 
     scale: str
     changed: Mapping[str, object] | None
+    departures: tuple[str, ...] = ()
     files: list[Path] = field(default_factory=list)
     records: list[Record] = field(default_factory=list)
 
     @property
     def paper_scale(self) -> bool:
         """Whether the setting is the paper's, as far as it is known."""
-        return self.scale == "paper" and not self.changed
+        return self.scale == "paper" and not self.changed and not self.departures
 
     def description(self) -> str:
         """Scale, what differs from the paper's, and the files, for people."""
@@ -276,11 +278,15 @@ def _together(part: Part, records: Sequence[tuple[Path, Record]]) -> list[Ours]:
             else changed_settings(part.task, settings) | other_samples(part.task, record.get("samples"))
         )
         scale = str(record["scale"])
+        unlike = record.get("departures")
+        departures = tuple(map(str, unlike)) if isinstance(unlike, list) else ()
         for ours in found:
-            if (ours.scale, ours.changed) == (scale, changed) and not _contradicts(ours.records, record):
+            if (ours.scale, ours.changed, ours.departures) == (scale, changed, departures) and not _contradicts(
+                ours.records, record
+            ):
                 break
         else:
-            ours = Ours(scale, changed)
+            ours = Ours(scale, changed, departures)
             found.append(ours)
         if file not in ours.files:
             ours.files.append(file)

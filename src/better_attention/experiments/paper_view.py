@@ -54,6 +54,8 @@ def _print_block(block: Block, console: Console) -> None:
     whole = block.ours and block.ours.paper_scale and not block.not_run
     console.print(Text(f"\n{plain(title)}", style="bold" if whole else "bold yellow"), soft_wrap=True)
     print_fitting("", heads, groups, ends, console)
+    for departure in block.ours.departures if block.ours else ():
+        console.print(Text(f"≠ Our data: {plain(departure, 400)}.", style="bold red"), soft_wrap=True)
     for line, column in block.wrong_counts():
         ours, theirs = line.estimate(column.key), line.paper(column.key)
         console.print(
@@ -110,6 +112,7 @@ def as_json(table: int, found: Sequence[Block]) -> dict[str, Any]:
                 "scale": block.ours and block.ours.scale,
                 "paper_scale": block.ours and block.ours.paper_scale,
                 "changed": block.ours and block.ours.changed,
+                "departures": list(block.ours.departures) if block.ours else [],
                 "files": [str(file) for file in block.ours.files] if block.ours else [],
                 "rows": [cells for _, cells in _flat(block)],
                 "not_run": [{"mechanism": line.mechanism, "heads": line.heads} for line in block.not_run],
@@ -128,6 +131,7 @@ def write_csv(found: Sequence[Block], path: str | Path) -> None:
             "source": block.part.published()[0]["source"],
             "scale": block.ours and block.ours.scale,
             "paper_scale": block.ours and block.ours.paper_scale,
+            **({"departures": safe("; ".join(block.ours.departures))} if block.ours and block.ours.departures else {}),
             **cells,
             "mechanism": safe(line.mechanism),
         }

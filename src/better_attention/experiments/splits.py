@@ -53,7 +53,8 @@ class Splits:
     """The data of a task, split once and for all mechanisms and seeds alike.
 
     ``assets`` is what a finished run needs to read new inputs, as plain JSON values: the names of the
-    classes, the vocabulary. ``notes`` are sentences about the data that a report must carry.
+    classes, the vocabulary. ``notes`` are sentences about the data that a report must carry; ``departures`` those that
+    say why it is not the published set that the task is named for, which each run's record carries too.
     """
 
     train: Split
@@ -61,6 +62,7 @@ class Splits:
     test: Split
     assets: Mapping[str, Any]
     notes: tuple[str, ...] = ()
+    departures: tuple[str, ...] = ()
 
     @property
     def sizes(self) -> dict[str, int]:

@@ -284,6 +284,7 @@ class Training:
             "epochs": len(self.position.curve),
             "best_epoch": self.position.best_epoch,
             "samples": self.splits.sizes,
+            **({"departures": list(self.splits.departures)} if self.splits.departures else {}),
             "device": self.accelerator.device.type,
             "processes": self.accelerator.num_processes,
             **{key: where[key] for key in ("threads", "commit", "command", "versions")},
