@@ -121,7 +121,7 @@ def find(place: Path) -> Pictures:
     """
     tree = grow(place)
     splits = _splits(tree)
-    tables = {split: found for split, top in splits.items() if (found := _table(tree, top)) is not None}
+    tables = {split: table for split, top in splits.items() if (table := _table(tree, top)) is not None}
     members = {
         split: _grouped(tables[split].classes) if split in tables else _classes(tree.names, top)
         for split, top in splits.items()

@@ -119,7 +119,9 @@ def _parquet_files(place: Path) -> list[Path]:
     """The Parquet files at ``place``: itself, or those in the folder or its data/, if it holds nothing but them."""
     if place.suffix.lower() == ".parquet":
         return [place] if place.is_file() else []
-    for folder in (place, place / "data") if place.is_dir() else ():
+    for folder in (place, place / "data"):
+        if not folder.is_dir():
+            return []
         files = [file for file in sorted(folder.iterdir()) if not file.name.startswith(".")]
         found = [file for file in files if file.suffix.lower() == ".parquet" and file.is_file()]
         if found and not any(file.is_dir() and file.name != "data" for file in files):

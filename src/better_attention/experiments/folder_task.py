@@ -87,8 +87,8 @@ class FolderTask(ImageTask):
             *without,
             f"the shorter side of every picture was scaled to {self.image_size} pixels, and the middle square taken",
         ]
-        sizes = (len(pictures.parts["train"]), len(pictures.parts["test"]))
-        unlike = () if self.official is None else size_notes(*sizes, self.official)
+        found = (len(pictures.parts["train"]), len(pictures.parts["test"]))
+        unlike = () if self.official is None else size_notes(*found, self.official)
         notes += unlike
         splits = Splits(train, validation, test, assets={"classes": list(pictures.classes)}, departures=unlike)
         return replace(splits, notes=(*notes, *overlap_notes(splits), *dark_notes(splits), *blank_notes(splits)))

@@ -108,7 +108,7 @@ class RecurrenceTask(Task):
         states = split_states(self.modulus, self.delay, {k: -(-n // rules) for k, n in wanted.items()}, self.data_seed)
         sequences = {name: self._sequences(of, wanted[name], name == "train") for name, of in states.items()}
         return Splits(
-            **{name: self._split(numbered) for name, numbered in sequences.items()},
+            *(self._split(sequences[name]) for name in ("train", "validation", "test")),
             assets={"classes": [str(symbol) for symbol in range(self.modulus)], "rules": list(self.rules)},
             notes=(
                 "the task is our own definition, not a paper's: "
