@@ -227,3 +227,106 @@ def test_a_hostile_text_cannot_write_to_the_terminal(reviews: Path, capsys: pyte
     said = capsys.readouterr().out
     assert "\x1b[31m" not in said
     assert "[bold]film[/bold]" in said
+
+
+def drawn(number: int = 0, scale: int = 255) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """A digit as light ink on dark paper, 0 ... ``scale``."""
+    return (picture(number) * (scale / 16)).round()
+
+
+def clear(paper: int) -> Image.Image:
+    """A digit in ink on a transparent ground, whose hidden colour is ``paper``."""
+    ink = drawn().astype(np.uint8)
+    grey = np.where(ink > 0, 255 - ink, paper).astype(np.uint8)
+    return Image.fromarray(np.stack([grey] * 3 + [np.where(ink > 0, 255, 0).astype(np.uint8)], axis=2))
+
+
+def turned(orientation: int) -> tuple[Image.Image, Image.Exif]:
+    """A digit as a camera held otherwise stores it, and the EXIF block that says so."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    back = {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
+    return Image.fromarray(drawn().astype(np.uint8)).transpose(back[orientation]), exif
+
+
+def probabilities(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, float]:
+    (row,) = predict(capsys, *arguments)
+    found: dict[str, float] = row["probabilities"]
+    return found
+
+
+def test_a_picture_is_read_as_a_viewer_shows_it(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.save(tmp_path / "plain.npy", picture())
+    expected = probabilities(capsys, digits, tmp_path / "plain.npy")
+    Image.fromarray((drawn() * 257).astype(np.uint16)).save(tmp_path / "deep.png")
+    Image.fromarray(drawn().astype(np.uint8)).convert("RGBA").save(tmp_path / "opaque.png")
+    for orientation in (3, 6, 8):
+        image, exif = turned(orientation)
+        image.save(tmp_path / f"turned{orientation}.png", exif=exif)
+    for file in sorted(tmp_path.glob("*.png")):
+        assert probabilities(capsys, digits, file) == pytest.approx(expected), file.name
+    np.save(tmp_path / "white.npy", np.where(picture() > 0, 16 - picture(), 16).astype(np.uint8))
+    shown = probabilities(capsys, digits, tmp_path / "white.npy")
+    for paper in (0, 255):
+        clear(paper).save(tmp_path / "clear.png")
+        assert probabilities(capsys, digits, tmp_path / "clear.png") == pytest.approx(shown)
+
+
+def test_a_wide_picture_is_cut_to_its_middle_and_not_squeezed(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wide = np.zeros((8, 20), np.uint8)
+    wide[:, 6:14] = drawn()
+    Image.fromarray(wide).save(tmp_path / "wide.png")
+    np.save(tmp_path / "plain.npy", picture())
+    expected = probabilities(capsys, digits, tmp_path / "plain.npy")
+    assert probabilities(capsys, digits, tmp_path / "wide.png", "--resize") == pytest.approx(expected)
+
+
+def test_pictures_unlike_the_training_pictures_are_told(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model that knows light digits on dark paper is sure of dark ones on light paper, and wrong."""
+    for number in range(12):
+        Image.fromarray((255 - drawn(number)).astype(np.uint8)).save(tmp_path / f"paper{number}.png")
+    np.save(tmp_path / "array.npy", 16 - picture())
+    Image.fromarray(drawn().astype(np.uint8)).save(tmp_path / "right.png")
+    Image.new("LA", (8, 8), (255, 0)).save(tmp_path / "blank.png")
+    capsys.readouterr()
+    assert main.main(["predict", str(digits), *map(str, sorted(tmp_path.iterdir()))]) == 0
+    light, blank = sorted(line for line in capsys.readouterr().err.splitlines() if line.startswith("note:"))[::-1]
+    if "blank" in light:
+        light, blank = blank, light
+    assert "array.npy" in light
+    assert " and 3 more: light at its edges, where the training pictures are dark" in light
+    assert "Invert the picture" in light
+    assert "right.png" not in light + blank
+    assert "blank.png: blank, every pixel has nearly the same value. White shapes on a transparent ground" in blank
+
+
+KINDS = ["EPS", "TIFF", "PPM", "ICO", "TGA", "PCX", "PDF", "SGI", "JPEG2000"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_pictures_of_the_usual_kinds_are_opened(
+    kind: str, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever a file is called: Pillow hands some kinds to other programs, or to decoders that few have looked at."""
+    from PIL import EpsImagePlugin
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was started"))
+    Image.init()
+    if kind not in Image.SAVE:
+        pytest.skip(f"this Pillow writes no {kind}")
+    with (tmp_path / "a.png").open("wb") as file:
+        Image.new("L", (8, 8), 9).convert("RGB").save(file, kind)
+    said = refused(capsys, digits, tmp_path / "a.png")
+    assert "is not an image that can be read: a.png is no JPEG, PNG, WebP, BMP or GIF" in said
+
+
+def test_a_forged_array_takes_no_memory(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    header = b"{'descr': '|u1', 'fortran_order': False, 'shape': (4000000000000, 8, 8)}".ljust(117) + b"\n"
+    (tmp_path / "a.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
+    assert "is not an array of numbers" in refused(capsys, digits, tmp_path / "a.npy")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import re
 import struct
 import tracemalloc
@@ -161,3 +162,27 @@ def test_the_real_thing(real_data: Path) -> None:
     assert data.train_images.mean() / 255 == pytest.approx(0.1307, abs=5e-5)
     assert data.train_images.std() / 255 == pytest.approx(0.3081, abs=5e-5)
     assert set(data.train_labels) == set(data.test_labels) == set(range(10))
+
+
+@pytest.mark.parametrize("changed", ["", *NAMES])
+def test_other_data_under_the_same_names_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str) -> None:
+    """Fashion-MNIST has the names, sizes and labels of MNIST: the contents alone tell them apart."""
+    arrays = mnist_arrays()
+    official = {name: hashlib.sha256(idx(array)).hexdigest() for name, array in arrays.items()}
+    monkeypatch.setattr(mnist, "DIGESTS", official)
+    monkeypatch.setattr(mnist, "OFFICIAL", (13, 7))
+    if changed:
+        arrays[changed] = arrays[changed][::-1].copy()
+    data = read(write_mnist(tmp_path, arrays))
+    assert data.departures == data.notes
+    if changed:
+        (note,) = data.notes
+        own = hashlib.sha256(idx(arrays[changed])).hexdigest()
+        assert f"not MNIST: {changed} has SHA-256 {own[:12]}..., not that of the published file" in note
+    else:
+        assert data.notes == ()
+
+
+def test_the_official_digests_are_those_of_the_named_files() -> None:
+    assert tuple(mnist.DIGESTS) == NAMES
+    assert len(set(mnist.DIGESTS.values())) == 4

@@ -365,7 +365,7 @@ def test_small_archives_take_little_memory(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     peaks = dict(zip(HOSTILE, (line.split() for line in done.stdout.splitlines()), strict=True))
     for case, (peak, named) in peaks.items():
-        assert int(peak) < 12 << 20, case
+        assert int(peak) < 4 << 20, case
         assert named == "True", case
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -11,16 +12,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import studies
 import tiny
 import torch
-from PIL import Image
+from layouts import mnist_arrays, write_mnist
+from PIL import Image, ImageDraw
 from scipy.ndimage import affine_transform
 from sklearn.metrics import top_k_accuracy_score
 from torch import nn
 
 from better_attention.cli import main
-from better_attention.data import DataError, NotFetched
-from better_attention.experiments import image_task
+from better_attention.data import DataError, NotFetched, mnist
+from better_attention.experiments import image_task, paper_tables
 from better_attention.experiments.augmentation import TURN, affine_maps, keras_augmented
 from better_attention.experiments.compare import Plan, compare
 from better_attention.experiments.folder_task import FolderTask
@@ -393,3 +396,117 @@ def test_a_part_of_imagenet_says_so(photos: Path, tmp_path: Path) -> None:
     splits = task.load(tmp_path)
     assert "60 training and 60 test samples, where the official set has 1,281,167 and 50,000" in splits.notes
     assert "val/ is the test split here; validation is cut from train/" in splits.notes
+
+
+def shapes(folder: Path, colour: tuple[int, int, int], each: int = 20) -> Path:
+    """Discs and bars of one colour on a transparent ground."""
+    for label in ("bar", "disc"):
+        (folder / label).mkdir()
+        for number in range(each):
+            image = Image.new("RGBA", (16, 16), (*colour, 0))
+            draw = ImageDraw.Draw(image)
+            box = (1 + number % 5, 4, 12, 6 + (label == "disc") * 6)
+            (draw.ellipse if label == "disc" else draw.rectangle)(box, fill=(*colour, 255))
+            image.save(folder / label / f"{number}.png")
+    return folder
+
+
+@pytest.mark.parametrize(("colour", "blank"), [((255, 255, 255), 40), ((250, 250, 250), 40), ((200, 0, 0), 0)])
+def test_shapes_that_vanish_on_white_are_told(tmp_path: Path, colour: tuple[int, int, int], blank: int) -> None:
+    task = small().fitted(shapes(tmp_path, colour))
+    notes = [note for note in task.load(tmp_path).notes if "blank" in note]
+    assert len(notes) == bool(blank)
+    if blank:
+        assert f"{blank} of 40 pictures are blank" in notes[0]
+        assert "White shapes on a transparent ground" in notes[0]
+
+
+def broken(photos: Path, folder: Path, number: int = 15) -> Path:
+    """A copy of the photos in which some of the bees and ants cannot be read."""
+    shutil.copytree(photos, folder)
+    for row in range(number):
+        (folder / ("ants", "bees")[row % 2] / f"{row}.png").write_bytes(b"\x89PNG\r\n\x1a\n cut short")
+    return folder
+
+
+def test_damaged_pictures_are_named_and_counted_and_can_be_left_out(photos: Path, tmp_path: Path) -> None:
+    place = broken(photos, tmp_path / "photos")
+    task = small().fitted(place)
+    with pytest.raises(
+        ValueError, match=r"\n\.\.\. and 5 more\. To do without them: `--set damaged=leave-out`"
+    ) as told:
+        task.load(place)
+    assert str(told.value).count("\n") == 10
+    whole, left = task.load(photos), replace(task, damaged="leave-out").load(place)
+    assert sum(left.sizes.values()) == sum(whole.sizes.values()) - 15
+    assert any("15 of 60 pictures cannot be decoded and are left out; the first: " in note for note in left.notes)
+    kept = {bytes(x.numpy()) for part in (whole.train, whole.validation, whole.test) for x in part.inputs}
+    for name, part in (("train", left.train), ("validation", left.validation), ("test", left.test)):
+        assert {bytes(x.numpy()) for x in part.inputs} <= kept, name
+        assert {bytes(x.numpy()) for x in part.inputs} <= {bytes(x.numpy()) for x in getattr(whole, name).inputs}
+        means = part.inputs.float().mean(dim=(1, 2))
+        assert means.sub(torch.tensor(list(CLASSES.values()))[part.targets]).abs().max() < 30
+    again = replace(task, damaged="leave-out").load(place)
+    assert again.digest == left.digest
+
+
+def test_a_whole_set_is_the_same_with_damaged_pictures_left_out(photos: Path) -> None:
+    task = small().fitted(photos)
+    assert replace(task, damaged="leave-out").load(photos).notes == task.load(photos).notes
+    with pytest.raises(ValueError, match="damaged must be"):
+        replace(task, damaged="maybe")
+
+
+def test_a_class_of_damaged_pictures_is_not_left_out(photos: Path, tmp_path: Path) -> None:
+    place = tmp_path / "photos"
+    shutil.copytree(photos, place)
+    for file in (place / "bees").iterdir():
+        file.write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"every picture of class 'bees' is damaged, the first so: .*is no JPEG"):
+        replace(small().fitted(place), damaged="leave-out").load(place)
+
+
+@pytest.mark.slow
+def test_left_out_from_the_command_line(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place, out = broken(photos, tmp_path / "photos", 3), tmp_path / "out"
+    sizes = [part for size in ("width=8", "layers=1", "image_size=8") for part in ("--set", size)]
+    command = ["compare", "images", "--scale", "smoke", "--mechanisms", "efficient", "--heads", "2", "--device", "cpu"]
+    command += [*sizes, "--epochs", "1", "--data", str(place), "--out", str(out)]
+    assert main.main(command) == 2
+    assert "`--set damaged=leave-out`" in capsys.readouterr().err
+    assert main.main([*command, "--set", "damaged=leave-out"]) == 0
+    assert "3 of 60 pictures cannot be decoded and are left out" in (out / "report.html").read_text("utf-8")
+
+
+def test_data_that_is_not_mnist_says_so_wherever_the_result_is_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mnist, "OFFICIAL", (60, 40))
+    write_mnist(tmp_path / "data", mnist_arrays(60, 40, 28, 28), compress=False)
+    command = ["compare", "mnist", "--scale", "smoke", "--mechanisms", "efficient", "--heads", "1", "--device", "cpu"]
+    sizes = ["train_samples=30", "test_samples=20", "width=8", "layers=1"]
+    command += [part for size in sizes for part in ("--set", size)]
+    assert main.main([*command, "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out")]) == 0
+    capsys.readouterr()
+    (record,) = json.loads((tmp_path / "out" / "results.json").read_text("utf-8"))
+    (departure,) = record["departures"]
+    assert departure.startswith("not MNIST: train-images-idx3-ubyte has SHA-256 ")
+    assert "not MNIST: train-images-idx3-ubyte" in (tmp_path / "out" / "report.html").read_text("utf-8")
+    monkeypatch.setenv("COLUMNS", "300")
+    assert main.main(["table", "5", str(tmp_path / "out"), "--csv", str(tmp_path / "table.csv")]) == 0
+    assert "≠ Our data: not MNIST: train-images-idx3-ubyte" in capsys.readouterr().out
+    assert "not MNIST: train-images-idx3-ubyte" in (tmp_path / "table.csv").read_text("utf-8")
+    assert main.main(["table", "5", str(tmp_path / "out"), "--json"]) == 0
+    blocks = json.loads(capsys.readouterr().out)["blocks"]
+    assert [(block["departures"], block["paper_scale"]) for block in blocks] == [([departure], False)]
+
+
+def test_other_data_is_never_averaged_with_the_published(tmp_path: Path) -> None:
+    record = studies.record("standard", 0, 4, task="mnist", scale="paper", settings=TASKS["mnist"]("paper").settings())
+    other = {**record, "seed": 1, "departures": ["not MNIST: other data"]}
+    (tmp_path / "results.json").write_text(json.dumps([record, other]), "utf-8")
+    found = paper_tables.blocks(5, [tmp_path / "results.json"])
+    assert [(block.ours.departures, len(block.ours.records)) for block in found if block.ours] == [
+        ((), 1),
+        (("not MNIST: other data",), 1),
+    ]

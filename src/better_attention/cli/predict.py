@@ -163,7 +163,7 @@ def warn_of_pictures(pictures: Sequence[tuple[str, NDArray[np.uint8]]], trained:
     unlike: dict[str, list[str]] = {}
     for title, picture in pictures:
         for remark in trained.task.unlike(picture, trained.assets):
-            unlike.setdefault(remark, []).append(plain(title, 60))
+            unlike.setdefault(remark, []).append(plain(title, 300))
     for remark, titles in unlike.items():
         more = f" and {len(titles) - TOLD:,} more" if len(titles) > TOLD else ""
         print(f"note: {', '.join(titles[:TOLD])}{more}: {remark}", file=sys.stderr)
