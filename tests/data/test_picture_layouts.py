@@ -300,16 +300,17 @@ def test_backslashes_lead_out_of_no_archive(tmp_path: Path, name: str, kind: str
 
 
 def long_name(length: int) -> bytes:
-    """A tar archive with one picture, below as many folders as a name of that length has."""
+    """A tar archive with two pictures, one below as many folders as a name of that length has."""
     header = tarfile.TarInfo("././@LongLink")
     header.type, header.size = tarfile.GNUTYPE_LONGNAME, length
     name = (b"a/" * (length // 2))[: length - 6] + b"/x.png"
     data = header.tobuf(tarfile.GNU_FORMAT) + name.ljust(-(-length // 512) * 512, b"\0")
-    return data + tarfile.TarInfo("x").tobuf(tarfile.GNU_FORMAT) + bytes(1024)
+    other = tarfile.TarInfo("b/x.png").tobuf(tarfile.GNU_FORMAT)
+    return data + tarfile.TarInfo("x").tobuf(tarfile.GNU_FORMAT) + other + bytes(1024)
 
 
 def pax_name(length: int) -> bytes:
-    return tar([member("x.png", b"", pax_headers={"path": "a/" * (length // 2) + "x.png"})])
+    return tar([member("x.png", b"", pax_headers={"path": "a/" * (length // 2) + "x.png"}), member("b/x.png", b"")])
 
 
 def announced(kind: bytes, size: int) -> bytes:
@@ -324,10 +325,6 @@ def sparse(entries: int) -> bytes:
     content = f"{entries}\n".encode() + b"0\n" * (2 * entries)
     headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": "a.png", "GNU.sparse.realsize": "9"}
     return tar([member("a.png", content.ljust(-(-len(content) // 512) * 512, b"\0"), pax_headers=headers)])
-
-
-def many_names(count: int, length: int) -> bytes:
-    return tar(member(f"{number:07}{'/' + 'n' * (length - 12)}.png") for number in range(count))
 
 
 HOSTILE = {

@@ -108,7 +108,9 @@ class RecurrenceTask(Task):
         states = split_states(self.modulus, self.delay, {k: -(-n // rules) for k, n in wanted.items()}, self.data_seed)
         sequences = {name: self._sequences(of, wanted[name], name == "train") for name, of in states.items()}
         return Splits(
-            *(self._split(sequences[name]) for name in ("train", "validation", "test")),
+            train=self._split(sequences["train"]),
+            validation=self._split(sequences["validation"]),
+            test=self._split(sequences["test"]),
             assets={"classes": [str(symbol) for symbol in range(self.modulus)], "rules": list(self.rules)},
             notes=(
                 "the task is our own definition, not a paper's: "
