@@ -88,10 +88,13 @@ FILES: dict[str, tuple[str, Callable[[], str | bytes]]] = {
     ),
     "sms": ("a.csv", lambda: comma([("label", "text", "", "", ""), *((b, a, "", "", "") for a, b in numbered())])),
     "trailing separators": ("a.csv", lambda: comma([("text", "label"), *((*row, "", "") for row in numbered())])),
-    "a blank name": ("a.csv", lambda: comma([(" ", "text", "label"), *((i, *row) for i, row in enumerate(numbered()))])),
+    "a blank name": (
+        "a.csv",
+        lambda: comma([(" ", "text", "label"), *((i, *row) for i, row in enumerate(numbered()))]),
+    ),
     "line ends in quotes": ("a.csv", lambda: comma([("text", "label"), *((a + "\nsecond", b) for a, b in numbered())])),
     "quoted tsv": ("a.tsv", lambda: comma([("text", "label"), *((f'a "b"\t{a}\nc', b) for a, b in numbered())], "\t")),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", FILES)
