@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from better_attention.data import DataError, Vocabulary
+from better_attention.data import DataError, Texts, Vocabulary, read
 from better_attention.data.vocabulary import tokens
 
 TEXTS = ["b a. B", "a c!", "it's <br />It's"]
@@ -28,6 +31,49 @@ TEXTS = ["b a. B", "a c!", "it's <br />It's"]
 )
 def test_tokens(text: str, words: list[str]) -> None:
     assert tokens(text) == words == Vocabulary.tokens(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("मील, मेल।", ["मील", "मेल"]),
+        ("स्\u200dकूल", ["स्\u200dकूल"]),
+        ("ที่นี่ ไทย", ["ที่นี่", "ไทย"]),
+        ("مُحَمَّد، كِتَاب", ["مُحَمَّد", "كِتَاب"]),
+        ("می\u200cخواهم", ["می\u200cخواهم"]),
+        ("שָׁלוֹם (צה״ל)", ["שָׁלוֹם", "צה״ל"]),
+        ("தமிழ் বাংলা", ["தமிழ்", "বাংলা"]),
+        ("cafe\u0301 CAFÉ", ["café", "café"]),
+        ("a\u0301b x\u0323y", ["áb", "x\u0323y"]),
+        ("co\u00adop e\u2060e", ["coop", "ee"]),
+        ("ok\u200d \u0301x \u2764\ufe0f", ["ok", "x"]),
+        ("one\u200btwo", ["one", "two"]),
+    ],
+)
+def test_words_of_every_script_keep_their_marks_and_joiners(text: str, words: list[str]) -> None:
+    normal = [unicodedata.normalize("NFC", word) for word in words]
+    assert tokens(text) == normal
+    for form in ("NFC", "NFD"):
+        assert tokens(unicodedata.normalize(form, text)) == normal
+    assert Vocabulary.build([text], 99).encode([text], 9).min() == 0
+    assert 1 not in Vocabulary.build([text], 99).encode([text], 9)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(st.characters(max_codepoint=127)))
+def test_ascii_words_are_those_of_published_vocabularies(text: str) -> None:
+    assert tokens(text) == re.findall(r"\w+(?:'\w+)*", text.lower().replace("<br />", " "))
+
+
+@pytest.mark.data
+def test_the_words_of_the_movie_reviews_are_those_of_published_results(real_data: Path) -> None:
+    data = read("imdb", real_data)
+    assert isinstance(data, Texts)
+    foreign = [text for text in data.train_texts if not text.isascii()]
+    assert len(foreign) > 2_000
+    for text in foreign:
+        plain = text.lower().replace("<br />", " ").replace("’", "'")
+        assert tokens(text) == re.findall(r"\w+(?:'\w+)*", plain)
 
 
 def test_words_by_falling_frequency_then_alphabet() -> None:
@@ -52,7 +98,26 @@ def test_the_last_words_padded_on_the_left() -> None:
 
 
 WORDS = st.lists(
-    st.sampled_from(["a", "Bb", "c'd", "<br />", "é", "İ", "ΟΔΟΣ", ".", "\n", "\u00a0", "x" * 30]), max_size=60
+    st.sampled_from(
+        [
+            "a",
+            "Bb",
+            "c'd",
+            "<br />",
+            "é",
+            "İ",
+            "ΟΔΟΣ",
+            ".",
+            "\n",
+            "\u00a0",
+            "मील",
+            "e\u0301",
+            "\u0301",
+            "\u200d",
+            "x" * 30,
+        ]
+    ),
+    max_size=60,
 )
 
 

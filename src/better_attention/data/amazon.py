@@ -25,7 +25,7 @@ import numpy as np
 from .archives import MIB, decompressed, tar_streams
 from .containers import DataError, Int64, Texts, overlap_notes, size_notes
 from .partition import partition, repeats, text_key
-from .records import csv_records, json_records, lines, text_lines, whole
+from .records import Faults, csv_records, json_records, lines, text_lines, whole
 
 # Its publisher's page gives no digest; torchtext knows an MD5, which is no proof. So it can be imported only.
 OFFICIAL = (3_000_000, 650_000)
@@ -79,19 +79,26 @@ def read_official(files: Sequence[Path]) -> Texts:
     for part, place, source in _official_lines(files):
         texts: list[str] = []
         stars = bytearray()  # a byte a review: three million of them
-        for line, fields in csv_records(place, source):
-            if len(fields) != 3 or fields[0] not in CLASSES:
-                raise DataError(
-                    f'{place}, line {line}: expected "class","title","text" with a class from 1 to 5, received '
-                    f"{len(fields)} fields, the first {fields[0][:20]!r}. This is not the set of five classes."
-                )
-            title, text = (field.replace("\\n", "\n") for field in fields[1:])
+        faults = Faults()
+        for line, fields in csv_records(place, source, faults=faults):
+            try:
+                title, text = _official_fields(fields, f"{place}, line {line}")
+                texts.append(_joined(title, text, f"{place}, line {line}"))
+            except DataError as error:
+                faults.add(line, str(error))
+                continue
             stars.append(int(fields[0]))
-            texts.append(_joined(title, text, f"{place}, line {line}"))
+        faults.check()
         found[part] = texts, np.frombuffer(stars, dtype=np.uint8).astype(np.int64) - 1
     if found.keys() != {"train", "test"}:
         raise DataError(f"{files[0]} holds no {' and no '.join({'train', 'test'} - found.keys())}.csv: {LAYOUT}.")
     (train, train_labels), (test, test_labels) = found["train"], found["test"]
+    if set(np.unique(np.concatenate([train_labels, test_labels])).tolist()) == {0, 1}:
+        raise DataError(
+            f"{files[0]}: every review is of class 1 or 2. This is Zhang et al.'s set of two classes (Amazon Review "
+            "Polarity), where 1 is negative and 2 positive, not the one of one to five stars. Name the latter, or put "
+            'a first line "label","title","text" into each file and read them with `better-attention compare text`.'
+        )
     return Texts(
         name="amazon",
         train_texts=train,
@@ -104,6 +111,16 @@ def read_official(files: Sequence[Path]) -> Texts:
             *size_notes(len(train), len(test), OFFICIAL),
         ),
     )
+
+
+def _official_fields(fields: Sequence[str], place: str) -> tuple[str, str]:
+    """Title and text of a record of the published set."""
+    if len(fields) != 3 or fields[0] not in CLASSES:
+        raise DataError(
+            f'{place}: expected "class","title","text" with a class from 1 to 5, received {len(fields)} fields, the '
+            f"first {fields[0][:20]!r}. This is not the set of five classes."
+        )
+    return fields[1].replace("\\n", "\n"), fields[2].replace("\\n", "\n")
 
 
 def _official_lines(files: Sequence[Path]) -> Iterator[tuple[str, str, Iterable[str]]]:
@@ -125,10 +142,16 @@ def read_mixture(file: Path) -> Texts:
     texts: list[str] = []
     strata: list[tuple[str, int]] = []
     with text_lines(file) as source:
-        for line, record in json_records(file, source):
-            title, text, stars, origin = _fields(record, f"{file}, line {line}")
-            texts.append(_joined(title, text, f"{file}, line {line}"))
+        faults = Faults()
+        for line, record in json_records(file, source, faults):
+            try:
+                title, text, stars, origin = _fields(record, f"{file}, line {line}")
+                texts.append(_joined(title, text, f"{file}, line {line}"))
+            except DataError as error:
+                faults.add(line, str(error))
+                continue
             strata.append((origin, stars))
+        faults.check()
     keys = [text_key(text) for text in texts]
     labels = np.array([stars - 1 for _, stars in strata], dtype=np.int64)
     parts = partition(keys, strata)

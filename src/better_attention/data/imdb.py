@@ -9,6 +9,7 @@ bags of words of the official archive are not read.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import numpy as np
 from .archives import AGAIN, MIB, tar_members
 from .containers import DataError, Texts, overlap_notes, size_notes
 from .download import Remote
+from .labelled import format_of
 
 # Size and SHA-256: github.com/tensorflow/datasets, tensorflow_datasets/datasets/imdb_reviews/checksums.tsv
 # at commit 90b66237ad09c9e5b9b1bc61b646db7b1fb0713c, which lists the same address with http.
@@ -41,9 +43,10 @@ def locate(place: Path) -> tuple[Path, ...] | None:
     """The archive or unpacked folder at or in ``place``, or None. The official archive comes first.
 
     Raises:
-        DataError: several archives, none of them the official one.
+        DataError: several archives, none of them the official one, or the reviews as a table.
     """
     if place.is_file():
+        _no_table(place)
         return (place,)
     if (place / REMOTES[0].name).is_file():
         return (place / REMOTES[0].name,)
@@ -58,7 +61,24 @@ def locate(place: Path) -> tuple[Path, ...] | None:
     for folder in (place / "aclImdb", place):
         if (folder / "train" / "pos").is_dir():
             return (folder,)
+    for file in sorted(place.glob("*")):
+        if "imdb" in file.name.casefold() and file.is_file():
+            _no_table(file)
     return None
+
+
+def _no_table(file: Path) -> None:
+    """Send whoever has the reviews as one table to the command that reads tables.
+
+    Raises:
+        DataError: ``file`` is a table.
+    """
+    if format_of(file):
+        raise DataError(
+            f"{file} is a table, not the reviews as they were published ({LAYOUT}), whose split into training and test "
+            f"it does not keep. Read it as texts of your own: `better-attention compare text --data "
+            f"{shlex.quote(str(file))}`."
+        )
 
 
 def read(files: Sequence[Path]) -> Texts:

@@ -5,15 +5,27 @@ from __future__ import annotations
 import csv
 import itertools
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from better_attention.errors import counted
 
 from .containers import DataError
-from .records import DELIMITERS, csv_records, json_records, parquet_columns, parquet_records, text_lines, whole
+from .records import (
+    DELIMITERS,
+    Faults,
+    csv_records,
+    json_records,
+    parquet_columns,
+    parquet_records,
+    quotes_enclose,
+    text_lines,
+    whole,
+)
 
 TEXT_COLUMNS = (
     *("text", "review", "sentence", "content", "body", "comment", "message", "tweet", "document", "review_text"),
@@ -28,7 +40,18 @@ LABEL_COLUMNS = (
 FORMATS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet"}
 KINDS = "a .csv, .tsv, .jsonl or .parquet file with a text and a label column (.gz, .bz2 and .xz are read too)"
 
+_DECIMAL = re.compile(r"[+-]?[0-9]{1,15}(?:\.[0-9]{0,15})?")
+_MISSING = frozenset(("nan", "none", "<na>", "null", "n/a", "na", "nat", "#n/a", "nil", "<null>", "undefined"))
+_FIRST = 100  # records among which the columns are looked for
 _COMPRESSED = (".gz", ".bz2", ".xz")
+
+
+_NAMELESS = re.compile(r"\s*(?:unnamed: [0-9]+)?\s*", re.IGNORECASE)
+"""What stands for the name of a column without one; pandas reads such a column as ``Unnamed: 0``."""
+
+
+class NoLabelsError(DataError):
+    """A table with texts and without a column of labels, as a competition's test file is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +82,8 @@ class Columns:
             if found is None:
                 wanted = f"column {asked!r}" if asked else f"{kind} column"
                 first = "" if asked else "; the first line must hold the columns' names"
-                raise DataError(f"{place} has no {wanted}. {there}: name one with `--set {kind}_column=NAME`{first}.")
+                fault = NoLabelsError if kind == "label" else DataError
+                raise fault(f"{place} has no {wanted}. {there}: name one with `--set {kind}_column=NAME`{first}.")
             if names.count(found) > 1:
                 raise DataError(f"{place} has {names.count(found)} columns {found!r}. {there}: rename all but one.")
         if text == label or text is None or label is None:
@@ -68,9 +92,9 @@ class Columns:
 
 
 def _find(names: Sequence[str], asked: str, usual: Sequence[str]) -> str | None:
-    if asked in names:
+    if asked and asked in names:
         return asked
-    folded = {name.strip().casefold(): name for name in reversed(names)}
+    folded = {name.strip().casefold(): name for name in reversed(names) if not _NAMELESS.fullmatch(name)}
     return next((folded[name] for name in ((asked.casefold(),) if asked else usual) if name in folded), None)
 
 
@@ -78,6 +102,7 @@ def _find(names: Sequence[str], asked: str, usual: Sequence[str]) -> str | None:
 class Table:
     """One file's rows: its text, its label as text, and the line (of Parquet: the row) on which it begins.
 
+    ``notes``: how the file was read where that is not plain, and what of it was not.
     ``shards``: of a table in several files, the files after the first, each with the number of its first row here.
     """
 
@@ -88,6 +113,7 @@ class Table:
     texts: list[str]
     labels: list[str]
     shards: tuple[tuple[int, Path], ...] = ()
+    notes: list[str] = field(default_factory=list)
 
     def place(self, row: int) -> str:
         """Where a row is, for messages."""
@@ -112,21 +138,20 @@ def read_table(path: Path, columns: Columns) -> Table:
     kind = format_of(path)
     if kind is None:
         raise DataError(f"{path} is of no kind that can be read: expected {KINDS}.")
-    rows = {"csv": _csv_rows, "json": _json_rows, "parquet": _parquet_rows}[kind](path, columns)
+    unit = "row" if kind == "parquet" else "line"
+    faults = Faults(unit)
+    notes: list[str] = []
+    rows = {"csv": _csv_rows, "json": _json_rows, "parquet": _parquet_rows}[kind](path, columns, faults, notes)
     names = next(rows, (0, "", ""))[1:]
-    table = Table(path, "row" if kind == "parquet" else "line", names, [], [], [])
-    faults: list[tuple[int, str]] = []
+    table = Table(path, unit, names, [], [], [], notes=notes)
     for line, text, label in rows:
         table.lines.append(line)
         try:
             table.texts.append(_text(text, table, len(table.lines) - 1))
             table.labels.append(_label(label, table, len(table.lines) - 1))
         except DataError as error:
-            faults.append((line, str(error)))
-    if faults:  # all at once: to mend five hundred rows one at a time is nobody's idea of a message
-        more = ", ".join(str(line) for line, _ in faults[1:11]) + (", ..." if len(faults) > 11 else "")
-        others = f" Likewise {counted(len(faults) - 1, f'more {table.unit}')}: {more}." if more else ""
-        raise DataError(faults[0][1] + others)
+            faults.add(line, str(error))
+    faults.check()
     if not table.texts:
         raise DataError(f"{path} holds no texts, only the names of its columns: is the file whole?")
     return table
@@ -147,24 +172,54 @@ def read_shards(paths: Sequence[Path], columns: Columns) -> Table:
                 "one table need the same columns and the same kind of file."
             )
         shards.append((len(first.texts), table.path))
+        first.notes.extend(table.notes)
         first.lines.extend(table.lines)
         first.texts.extend(table.texts)
         first.labels.extend(table.labels)
     return replace(first, shards=tuple(shards))
 
 
-def _csv_rows(path: Path, columns: Columns) -> Iterator[tuple[int, Any, Any]]:
+def _csv_rows(path: Path, columns: Columns, faults: Faults, notes: list[str]) -> Iterator[tuple[int, Any, Any]]:
     """The names of the two columns, then line, text and label of each row."""
     with text_lines(path) as source:
         start = list(_until_filled(source))
         delimiter = _delimiter(start[-1] if start else "", columns)
-        records = csv_records(path, itertools.chain(start, source), delimiter)
+        quoted = True
+        if delimiter == "\t":
+            start.extend(source)
+            quoted = quotes_enclose(start)
+        if not quoted:
+            marked = sum('"' in line for line in start)
+            notes.append(
+                f"{path.name}: quotes are read as characters of the texts; {counted(marked, 'line')} hold them"
+            )
+        records = csv_records(path, itertools.chain(start, source), delimiter, quoted=quoted, faults=faults)
         line, names = next(records, (1, []))
+        if not names:
+            faults.check()
         text, label = columns.pick(f"{path}, line {line} (separated by {DELIMITERS[delimiter]}s)", names)
         yield line, text, label
         at_text, at_label = names.index(text), names.index(label)
+        nameless = [at for at, name in enumerate(names) if at > max(at_text, at_label) and _NAMELESS.fullmatch(name)]
+        broken, beyond = [], []
         for line, fields in records:
+            if any("\n" in entry for entry in fields):
+                broken.append((line, sum(entry.count("\n") for entry in fields) + 1))
+            if any(fields[at].strip() for at in nameless):
+                beyond.append(line)
             yield line, fields[at_text], fields[at_label]
+        if broken:
+            longest = max(broken, key=lambda row: row[1])
+            notes.append(
+                f"{path.name}: {counted(len(broken), 'row')} with line ends between quotes, "
+                f"{sum(many for _, many in broken):,} lines together, the longest {longest[1]:,} from line "
+                f"{longest[0]:,} on"
+            )
+        if beyond:
+            notes.append(
+                f"{path.name}: {counted(len(beyond), 'row')} with something in a column without a name, which is not "
+                f"read: line {', '.join(map(str, beyond[:10]))}{', ...' if len(beyond) > 10 else ''}"
+            )
 
 
 def _until_filled(source: Iterator[str]) -> Iterator[str]:
@@ -186,24 +241,58 @@ def _delimiter(header: str, columns: Columns) -> str:
     return max(DELIMITERS, key=merit)
 
 
-def _json_rows(path: Path, columns: Columns) -> Iterator[tuple[int, Any, Any]]:
+def _json_rows(path: Path, columns: Columns, faults: Faults, notes: list[str]) -> Iterator[tuple[int, Any, Any]]:
     with text_lines(path) as source:
-        text = label = ""
-        for line, record in json_records(path, source):
-            if not text:
-                text, label = columns.pick(f"{path}, line {line}", list(record))
-                yield line, text, label
-            for name in (text, label):
-                if name not in record:
-                    raise DataError(f"{path}, line {line} has no {name!r}. Every line needs {text!r} and {label!r}.")
-            yield line, record[text], record[label]
+        records = json_records(path, source, faults)
+        start: list[tuple[int, dict[str, Any]]] = []
+        for entry in records:  # the first record may lack what the others have
+            start.append(entry)
+            if None not in columns.of(list(entry[1])) or len(start) == _FIRST:
+                break
+        if not start:
+            return
+        names = list(dict.fromkeys(name for _, record in start for name in record))
+        text, label = columns.pick(f"{path}, line {start[0][0]}", names)
+        yield start[0][0], text, label
+        for line, record in itertools.chain(start, records):
+            missing = [name for name in (text, label) if name not in record]
+            if missing:
+                faults.add(line, f"{path}, line {line} has no {missing[0]!r}. Every line needs {text!r} and {label!r}.")
+            else:
+                yield line, record[text], record[label]
 
 
-def _parquet_rows(path: Path, columns: Columns) -> Iterator[tuple[int, Any, Any]]:
+def _parquet_rows(path: Path, columns: Columns, faults: Faults, notes: list[str]) -> Iterator[tuple[int, Any, Any]]:
     text, label = columns.pick(str(path), parquet_columns(path))
     yield 0, text, label
     for row, values in parquet_records(path, (text, label)):
         yield row, *values
+
+
+def near_equal(labels: Iterable[str]) -> list[tuple[str, ...]]:
+    """Groups of labels that a reader would take for the same: other case, spaces, invisible signs, or number format.
+
+    >>> near_equal(["Cat", "dog", "cat", "0", "0.0", "1"])
+    [('0', '0.0'), ('Cat', 'cat')]
+    """
+    groups: dict[object, list[str]] = {}
+    for label in sorted(set(labels)):
+        folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", label).casefold())
+        seen = "".join(sign for sign in folded if unicodedata.category(sign) != "Cf")
+        key: object = " ".join(seen.split())
+        if _DECIMAL.fullmatch(str(key)):
+            key = float(str(key))
+        groups.setdefault(key, []).append(label)
+    return [tuple(group) for group in groups.values() if len(group) > 1]
+
+
+def like_missing(labels: Iterable[str]) -> list[str]:
+    """The labels by which programs write that there is none.
+
+    >>> like_missing(["good", "nan", "<NA>"])
+    ['<NA>', 'nan']
+    """
+    return sorted(label for label in set(labels) if label.strip().casefold() in _MISSING)
 
 
 def _text(value: object, table: Table, row: int) -> str:
@@ -222,7 +311,14 @@ def _label(value: object, table: Table, row: int) -> str:
         return str(value)
     if isinstance(value, float) and math.isfinite(value):
         return str(int(value)) if value.is_integer() else repr(value)
-    return _plain(value, table, row, "label").strip()
+    name = _plain(value, table, row, "label").strip()
+    hidden = next((sign for sign in name if unicodedata.category(sign) == "Cc" and not sign.isspace()), None)
+    if hidden:
+        raise DataError(
+            f"{table.place(row)}: the label {name!a:.40} holds the control character U+{ord(hidden):04X}. "
+            "Remove it, or save the file as UTF-8."
+        )
+    return name
 
 
 def _plain(value: object, table: Table, row: int, kind: str) -> str:

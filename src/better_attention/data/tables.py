@@ -6,6 +6,7 @@ Whatever is wrong with them is said before anything is trained, with the file an
 from __future__ import annotations
 
 import re
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,18 +17,17 @@ import numpy as np
 from better_attention.errors import counted
 
 from .containers import DataError, Int64, Texts
-from .labelled import KINDS, Columns, Table, format_of, read_shards
+from .labelled import KINDS, Columns, NoLabelsError, Table, format_of, like_missing, near_equal, read_shards
 from .partition import HELD_OUT, partition, repeats, text_key
+from .text_folders import FILE, PARTS, class_folders
 from .vocabulary import tokens
 
 FEWEST = 10  # different texts of a class: fewer leave nothing to validate and test with
-PARTS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing"),
-}
 SAMPLED = 1_000  # texts whose words are measured
-LAYOUT = f"{KINDS}, or a folder with train, validation and test files of these kinds"
+LAYOUT = (
+    f"{KINDS}, a folder with train, validation and test files of these kinds, or one with a folder of .txt files for "
+    "each class"
+)
 SHARD = re.compile(r"(.+)-([0-9]+)-of-([0-9]+)(?:-[0-9a-f]{16})?")
 """The name of one of several files that are one table together, as in train-00000-of-00002.parquet."""
 
@@ -52,7 +52,7 @@ def read(place: Path, text_column: str = "", label_column: str = "") -> Texts:
             few texts, or a file that is damaged; names file and line.
     """
     columns = Columns(text_column, label_column)
-    tables = {part: read_shards(paths, columns) for part, paths in locate(place).items()}
+    tables, left_out = _tables(place, columns)
     train = tables["train"]
     keys = [text_key(text) for text in train.texts]
     classes = classes_of(train, keys)
@@ -71,6 +71,9 @@ def read(place: Path, text_column: str = "", label_column: str = "") -> Texts:
         classes=classes,
         notes=(
             *_origin(train, missing),
+            *left_out,
+            *(note for table in tables.values() for note in table.notes),
+            *_doubtful(classes, train.labels),
             *repeats(keys, train.labels),
             *_readable(train.texts, keys),
             *_overlap(tables, keys),
@@ -78,6 +81,52 @@ def read(place: Path, text_column: str = "", label_column: str = "") -> Texts:
         validation_texts=texts["validation"],
         validation_labels=labels["validation"],
     )
+
+
+def _tables(place: Path, columns: Columns) -> tuple[dict[str, Table], tuple[str, ...]]:
+    """The table of each part of ``place``, and notes on the files that are not read."""
+    tabular = place.is_dir() and any(format_of(file) for file in place.iterdir())
+    folders = {} if tabular else class_folders(place)
+    if folders:
+        return folders, ()
+    parts = locate(place)
+    tables: dict[str, Table] = {}
+    notes: list[str] = []
+    for part, paths in parts.items():
+        try:
+            tables[part] = read_shards(paths, columns)
+        except NoLabelsError as error:
+            if part == "train":
+                raise
+            notes.append(f"{paths[0].name} is left out, since nothing can be measured without labels: {error}")
+    if place.is_dir():
+        used = {path for paths in parts.values() for path in paths}
+        folder = next(iter(used)).parent
+        others = sorted((file.name for file in folder.iterdir() if format_of(file) and file not in used), key=natural)
+        if others:
+            notes.append(
+                f"not read: {', '.join(others[:10])}{', ...' if len(others) > 10 else ''} beside "
+                f"{', '.join(sorted(path.name for path in used)[:3])}"
+            )
+    return tables, tuple(notes)
+
+
+def _doubtful(classes: Sequence[str], labels: Sequence[str]) -> tuple[str, ...]:
+    """Notes on classes that look like one class, and on those that look like a missing label."""
+    counts = Counter(labels)
+    notes = []
+    alike = near_equal(classes)
+    if alike:
+        groups = "; ".join(" and ".join(f"{name!a} ({counts[name]:,})" for name in group) for group in alike[:10])
+        notes.append(
+            f"classes that are nearly the same and are kept apart: {groups}{'; ...' if len(alike) > 10 else ''}. Spell "
+            "them alike if they are one class"
+        )
+    empty = like_missing(classes)
+    if empty:
+        named = ", ".join(f"{name!r} ({counts[name]:,} texts)" for name in empty)
+        notes.append(f"read as a class, though it may stand for a missing label: {named}")
+    return tuple(notes)
 
 
 def locate(place: Path) -> dict[str, list[Path]]:
@@ -107,8 +156,9 @@ def locate(place: Path) -> dict[str, list[Path]]:
     if len(files) == 1 and not found:
         return {"train": files}
     others = ", ".join(file.name for file in files[:10])
+    one = f" If one of these files is your data, name it: `--data {shlex.quote(str(files[0]))}`." if files else ""
     raise DataError(
-        f"{place} has no training file such as train.csv{f', but {others}' if others else ''}. Expected {LAYOUT}."
+        f"{place} has no training file such as train.csv{f', but {others}' if others else ''}. Expected {LAYOUT}.{one}"
     )
 
 
@@ -171,12 +221,14 @@ def classes_of(table: Table, keys: Sequence[bytes]) -> tuple[str, ...]:
     few = [name for name in classes if counts[name] < FEWEST]
     if few:
         listed = ", ".join(f"{name!r} ({counts[name]})" for name in few[1:11])
+        alike = [" and ".join(map(ascii, group)) for group in near_equal(classes) if set(group) & set(few)]
+        hint = f" Nearly the same are {'; '.join(alike[:10])}: spell them alike." if alike else ""
         more = f", of which too few have also {listed}{', ...' if len(few) > 11 else ''}" if listed else ""
         raise DataError(
             f"{table.place(table.labels.index(few[0]))}: class {few[0]!r} has too few texts of its own "
             f"({counts[few[0]]} different ones, at least {FEWEST} are needed; column {table.columns[1]!r} holds "
             f"{len(classes)} classes{more}). Add some, join it with another class, or remove it; if these are no "
-            "classes, name the column with `--set label_column=NAME`."
+            f"classes, name the column with `--set label_column=NAME`.{hint}"
         )
     return tuple(classes)
 
@@ -199,8 +251,12 @@ def numbered(table: Table, classes: Sequence[str]) -> Int64:
 
 def _origin(train: Table, missing: Sequence[str]) -> tuple[str, ...]:
     text, label = train.columns
-    name = train.path.name + (f" and {len(train.shards)} more" if train.shards else "")
-    notes = [f"texts from column {text!r}, classes from column {label!r} of {name}"]
+    if train.unit == FILE:
+        name, origin = train.path.name, f"texts from the .txt files of {train.path}, classes from its folders"
+    else:
+        name = train.path.name + (f" and {len(train.shards)} more" if train.shards else "")
+        origin = f"texts from column {text!r}, classes from column {label!r} of {name}"
+    notes = [origin]
     if missing:
         notes.append(
             f"a tenth of {name} each for {' and '.join(missing)}, chosen by hash of the text within each "

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import cache
 
 import numpy as np
 
@@ -15,17 +17,38 @@ from .containers import DataError, Int64
 
 PADDING, UNKNOWN = 0, 1  # the words follow
 _RESERVED = 2
-_WORD = re.compile(r"\w+(?:'\w+)*")
+_WORD = re.compile(r"\w+(?:'\w+)*")  # of ASCII text; see _word() for any other
+_INVISIBLE = re.compile(
+    "[\u00ad\u061c\u180b-\u180f\u200e\u200f\u202a-\u202e\u2060-\u2069\ufe00-\ufe0f\ufeff\U000e0100-\U000e01ef]"
+)
+"""Soft hyphens, directions, variation selectors: they change how a word is set, not which word it is."""
 _FORMAT = "better-attention vocabulary 1"
 
 
 def tokens(text: str) -> list[str]:
     """The words of a text: lower-case, apostrophes within a word kept, ``<br />`` and punctuation dropped.
 
+    A word is a run of letters, digits and underscores with their combining marks (vowel signs, points, accents), also
+    across a zero-width joiner or non-joiner, as in Unicode's UAX #29. Composed and decomposed spellings (NFC and NFD)
+    are the same word. Scripts without spaces between words, such as Thai and Chinese, are not segmented.
+
     >>> tokens("It isn't.<br /><br />GREAT (2/10)")
     ['it', "isn't", 'great', '2', '10']
+    >>> tokens("मील, मेल")
+    ['मील', 'मेल']
     """
-    return _WORD.findall(text.lower().replace("<br />", " ").replace("’", "'"))
+    plain = text.lower().replace("<br />", " ").replace("’", "'")
+    if plain.isascii():
+        return _WORD.findall(plain)
+    return _word().findall(unicodedata.normalize("NFC", _INVISIBLE.sub("", plain)))
+
+
+@cache
+def _word() -> re.Pattern[str]:
+    """A word of any script: :data:`_WORD` whose letters carry marks, which Python's ``\\w`` leaves out."""
+    marks = "".join(chr(code) for code in range(0x300, 0x1F000) if unicodedata.category(chr(code)) in ("Mn", "Mc"))
+    run = rf"\w[\w{marks}]*(?:[\u200c\u200d]+[\w{marks}]+)*"  # zero-width (non-)joiner, as in Persian and Bengali
+    return re.compile(rf"{run}(?:['\u05f3\u05f4]{run})*")  # Hebrew's geresh and gershayim
 
 
 class Vocabulary:
