@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from better_attention.cli import UserError
+from better_attention.cli import UserError, console
+from better_attention.cli.screen import message
 from better_attention.errors import counted
 
 if TYPE_CHECKING:
@@ -48,7 +49,6 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         DataError: unknown data set, failed download, unusable files (a ValueError: the command line prints it).
     """
-    from better_attention.cli import console
     from better_attention.data import image_cache, sources, store
 
     folder: Path | None = getattr(args, "data", None)
@@ -183,7 +183,7 @@ def _print_list(out: Console, place: str, rows: list[Record], decoded: Record, o
     out.print(Text(f"\nLooked in {place}."))
     for row in rows:
         if "problem" in row:
-            out.print(Text(f"{row['name']}: {row['problem']}"))
+            out.print(Text(message(f"{row['name']}: {row['problem']}")))
         elif row["state"] == "absent":
             name = row["name"]
             fetch = f"better-attention data fetch {name}{option}   (or: data import {name} FROM{option})"
@@ -216,21 +216,20 @@ def _print_record(out: Console, record: Record) -> None:
         lines.append(f"contents: SHA-256 {record['fingerprint']}")
     if "problem" in record:
         lines.append(record["problem"])
-    out.print(Text("\n".join(lines)), soft_wrap=True)
+    out.print(Text("\n".join(map(message, lines))), soft_wrap=True)
 
 
 @contextmanager
 def _progress(*, quiet: bool) -> Iterator[Callable[[Remote, int], None] | None]:
     """How a download shows itself, on stderr: bars on a terminal, a line a file elsewhere, nothing if ``quiet``."""
-    from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-    err = Console(stderr=True)
+    err = console(stderr=True)
     tasks: dict[str, Any] = {}
     if quiet:
         yield None
-    elif err.is_terminal:
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    elif err.is_interactive:
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TimeRemainingColumn())
         with Progress(*columns, console=err) as bars:
 
             def draw(remote: Remote, done: int) -> None:

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from better_attention.cli.screen import message
 from better_attention.errors import counted
 from better_attention.experiments.compare import Plan
 from better_attention.experiments.position import DivergedError, Position
@@ -32,8 +33,8 @@ class LineWatcher(Watcher):
         self.title, self.said_at = "", 0.0
 
     def say(self, line: str) -> None:
-        """Print one line."""
-        self.console.print(line, markup=False, soft_wrap=True)
+        """Print one line; a line end in a name does not begin another."""
+        self.console.print(message(line), markup=False, soft_wrap=True)
 
     def begin(self, name: str, number: int, runs: int) -> None:
         """See :class:`Watcher`."""
@@ -144,7 +145,7 @@ class LiveWatcher(PlainWatcher):
 
 def make_watcher(console: Console, plan: Plan) -> PlainWatcher:
     """The watcher that suits the console."""
-    return LiveWatcher(console, plan) if console.is_terminal else PlainWatcher(console, plan)
+    return LiveWatcher(console, plan) if console.is_interactive else PlainWatcher(console, plan)
 
 
 def duration(seconds: float) -> str:
