@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,9 +67,14 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--data {folder} does not exist: `data fetch` and `data import` can make it.")
     if args.action in (None, "list"):
         rows = [_state(row, folder) for row in sources.SOURCES.values()]
-        place = str(folder or store.home())
         sets, size = image_cache.held()
-        decoded: Record = {"folder": str(image_cache.folder()), "sets": sets, "bytes": size}
+        try:
+            place, pictures = str(folder or store.home()), str(image_cache.folder())
+        except store.NoHome as missing:
+            place, pictures = None if folder is None else str(folder), None
+            if not as_json:
+                print(f"note: {missing}", file=sys.stderr)
+        decoded: Record = {"folder": pictures, "sets": sets, "bytes": size}
         if as_json:
             print(json.dumps({"folder": place, "data_sets": rows, "decoded_pictures": decoded}, indent=2))
         else:
@@ -170,7 +176,7 @@ def _decoded(sets: int, size: int) -> str:
     return f"{counted(sets, 'set')} of decoded pictures, {size / 2**20:,.0f} MiB,"
 
 
-def _print_list(out: Console, place: str, rows: list[Record], decoded: Record, option: str) -> None:
+def _print_list(out: Console, place: str | None, rows: list[Record], decoded: Record, option: str) -> None:
     from rich.table import Table
     from rich.text import Text
 
@@ -180,7 +186,8 @@ def _print_list(out: Console, place: str, rows: list[Record], decoded: Record, o
     for row in rows:
         table.add_row(row["name"], Text(row["title"]), _STATES[row["state"]])
     out.print(table)
-    out.print(Text(f"\nLooked in {place}."))
+    if place is not None:
+        out.print(Text(f"\nLooked in {place}."))
     for row in rows:
         if "problem" in row:
             out.print(Text(message(f"{row['name']}: {row['problem']}")))

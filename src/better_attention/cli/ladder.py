@@ -59,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda", "mps"), default="cpu", help="default: cpu; the models are small"
     )
+    parser.add_argument("--yes", action="store_true", help="begin even if the estimate is above an hour")
     parser.add_argument("--out", type=folder, metavar="DIR", help="folder for the runs; default: runs/ladder-SCALE")
 
 
@@ -81,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     ladder = make_ladder(args)
     screen = console()
     screen.print("a ladder of recurrences, our own definition: neither paper has it", markup=False, soft_wrap=True)
-    climb = Climb(ladder, make_watcher(screen, ladder))
+    climb = Climb(ladder, make_watcher(screen, ladder, args.scale, args.yes))
     try:
         for rung in climb.run():
             ladder_page.write(ladder, climb.rows, climb.notes, complete=rung == ladder.rungs[-1])
@@ -140,9 +141,12 @@ def make_ladder(args: argparse.Namespace) -> Ladder:
     return ladder
 
 
-def make_watcher(screen: Console, ladder: Ladder) -> Watcher:
-    """Prints a line a run, and one every half minute of a long one."""
-    from better_attention.cli.watch import LineWatcher, duration
+def make_watcher(screen: Console, ladder: Ladder, scale: str, yes: bool) -> Watcher:
+    """Prints a line for each run, and one every half minute of a long one.
+
+    Its ``estimate`` raises UserError where all of it takes more than an hour and the user has not said ``yes``.
+    """
+    from better_attention.cli.watch import LONG, LineWatcher, duration
     from better_attention.errors import counted
     from better_attention.experiments.climb import epoch_updates
 
@@ -153,6 +157,12 @@ def make_watcher(screen: Console, ladder: Ladder) -> Watcher:
                 f"updates an epoch and at most {counted(self.epochs, 'epoch')}; solved runs end sooner, hopeless ones "
                 "are not begun"
             )
+            if seconds > LONG and not yes:
+                smaller = "" if scale == "smoke" else ", take --scale smoke, which needs minutes,"
+                raise UserError(
+                    f"that may take more than an hour: add --yes to begin{smaller} or choose fewer --rungs, "
+                    "--mechanisms, --scalings, --positions, --layers or --seeds. Nothing was begun."
+                )
 
         def begin(self, name: str, number: int, runs: int) -> None:
             super().begin(name, number, runs)

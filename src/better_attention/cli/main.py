@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
-from better_attention import __version__
+from better_attention import __version__, command
 from better_attention.cli import screen
 
 VERBS = ("compare", "ladder", "table", "runs", "data", "list", "show", "cost", "predict", "bench", "edge")
@@ -94,6 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str] | None) -> int:
     traceback = False
     try:
+        command.loud()
         options = build_parser().parse_args(arguments)
         traceback = options.traceback
         status: int = options.run(options)

@@ -18,6 +18,7 @@ from better_attention.experiments.splits import Splits
 from better_attention.experiments.watcher import Watcher
 
 PLAIN_SECONDS = 30.0  # between two lines about one run
+LONG = 3600.0  # seconds above which the user is told of something shorter
 
 
 class LineWatcher(Watcher):
@@ -85,6 +86,10 @@ class PlainWatcher(LineWatcher):
         sooner = f"; patience {self.plan.task.patience} may end a run sooner" if self.plan.task.patience else ""
         most = f"at most {counted(self.epochs, 'epoch')}"
         self.say(f"about {duration(seconds)} for {counted(runs, 'run')} of {most}{sooner}")
+        if seconds > LONG:
+            smaller = {"paper": "--scale small or smoke takes", "small": "--scale smoke takes"}
+            less = smaller.get(self.plan.task.scale, "fewer --epochs, --seeds or --mechanisms take")
+            self.say(f"{less} less; Ctrl-C stops after a step, and the same command continues there")
 
     def end(self, name: str, record: dict[str, Any]) -> None:
         """See :class:`Watcher`."""
