@@ -61,7 +61,8 @@ def run(args: argparse.Namespace) -> int:
         if as_json:
             print(json.dumps({"folder": str(image_cache.folder()), "sets": sets, "bytes": size}, indent=2))
         else:
-            console().print(f"removed {_decoded(sets, size)} from {image_cache.folder()}", markup=False, soft_wrap=True)
+            told = f"removed {_decoded(sets, size)} from {image_cache.folder()}"
+            console().print(message(told), soft_wrap=True)
         return 0
     if args.action in (None, "list", "show") and folder is not None and not folder.exists():
         raise UserError(f"--data {folder} does not exist: `data fetch` and `data import` can make it.")
@@ -187,7 +188,7 @@ def _print_list(out: Console, place: str | None, rows: list[Record], decoded: Re
         table.add_row(row["name"], Text(row["title"]), _STATES[row["state"]])
     out.print(table)
     if place is not None:
-        out.print(Text(f"\nLooked in {place}."))
+        out.print(Text(f"\n{message(f'Looked in {place}.')}"))
     for row in rows:
         if "problem" in row:
             out.print(Text(message(f"{row['name']}: {row['problem']}")))
@@ -195,10 +196,10 @@ def _print_list(out: Console, place: str | None, rows: list[Record], decoded: Re
             name = row["name"]
             fetch = f"better-attention data fetch {name}{option}   (or: data import {name} FROM{option})"
             bring = f"better-attention data import {name} FROM{option}"
-            out.print(Text(fetch if row["fetchable"] else bring), soft_wrap=True)
+            out.print(Text(message(fetch if row["fetchable"] else bring)), soft_wrap=True)
     if decoded["sets"]:
-        told = _decoded(decoded["sets"], decoded["bytes"])
-        out.print(Text(f"\n{told} in {decoded['folder']}; `better-attention data clear` removes them."), soft_wrap=True)
+        told = f"{_decoded(decoded['sets'], decoded['bytes'])} in {decoded['folder']}"
+        out.print(Text(f"\n{message(told)}; `better-attention data clear` removes them."), soft_wrap=True)
 
 
 def _print_record(out: Console, record: Record) -> None:

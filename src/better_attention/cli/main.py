@@ -95,7 +95,11 @@ def _run(arguments: Sequence[str] | None) -> int:
     traceback = False
     try:
         command.loud()
-        options = build_parser().parse_args(arguments)
+        parser = build_parser()
+        if not (sys.argv[1:] if arguments is None else arguments):
+            parser.print_help(sys.stderr)
+            parser.exit(2)
+        options = parser.parse_args(arguments)
         traceback = options.traceback
         status: int = options.run(options)
         sys.stdout.flush()  # a reader that has gone (`| head`) is noticed here, not at exit
