@@ -69,6 +69,8 @@ def run(args: argparse.Namespace) -> int:
     if args.action in (None, "list"):
         rows = [_state(row, folder) for row in sources.SOURCES.values()]
         sets, size = image_cache.held()
+        place: str | None
+        pictures: str | None
         try:
             place, pictures = str(folder or store.home()), str(image_cache.folder())
         except store.NoHome as missing:
