@@ -257,6 +257,19 @@ def test_signs_are_spelled_where_the_terminal_lacks_them(monkeypatch: pytest.Mon
     assert "l = 64" in ascii_run(monkeypatch, "cost")
 
 
+def test_no_number_is_cut_off_where_signs_are_spelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the widest of the paper's tables, which has nineteen columns."""
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    table = Table(*["−1.25 ± 0.25" if column % 3 == 0 else "−0.125" for column in range(19)])
+    assert 140 < sum(len(str(column.header)) for column in table.columns) < 200
+    console().print(table)
+    stream.flush()
+    header = stream.buffer.getvalue().decode("ascii")  # type: ignore[attr-defined]
+    assert header.count("-1.25 +/- 0.25") == 7
+    assert header.count("-0.125") == 12
+
+
 def test_columns_stay_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", stream)

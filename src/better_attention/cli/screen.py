@@ -155,6 +155,7 @@ def make_console(*, stderr: bool) -> Console:
     terminal = stream.isatty()
     # FORCE_COLOR asks for colours in a file or a CI log; a cursor cannot be moved there.
     colours = terminal or os.environ.get("FORCE_COLOR", "0") not in ("", "0")
+    wide = 200 if _fits("".join(SIGNS), stream.encoding or "utf-8") else 300  # spelled signs need more room
     return Screen(
         file=stream,
         force_terminal=terminal,
@@ -163,7 +164,7 @@ def make_console(*, stderr: bool) -> Console:
         markup=False,
         emoji=False,
         highlight=False,
-        width=None if terminal or "COLUMNS" in os.environ else 200,
+        width=None if terminal or "COLUMNS" in os.environ else wide,
         quiet=os.environ.get("RANK", "0") != "0",
     )
 
