@@ -1,10 +1,10 @@
-# `make compare` and `make test` need Python >= 3.11 and make, nothing else.
+# `make compare` and `make test` need Python >= 3.11 and make, nothing else. Afterwards: . .venv/bin/activate
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt --editable
+INSTALL := @echo "installing into $(VENV): minutes, and 1.6 GB with PyTorch for CPUs" && $(BIN)/pip install --constraint constraints.txt --editable
 
-.PHONY: compare test test-slow bench lint types clean
+.PHONY: help compare test test-slow bench lint types clean
 
 compare: $(VENV)/installed-all  ## train the five mechanisms on real handwritten digits (about two minutes)
 	$(BIN)/better-attention compare digits
@@ -19,12 +19,15 @@ BENCH ?= --flex
 bench: $(VENV)/installed-bench  ## speed and memory against others (tens of minutes); less: make bench BENCH="--suite kernel --quick"
 	$(BIN)/better-attention bench $(BENCH)
 
-lint: $(VENV)/installed-dev
+lint: $(VENV)/installed-dev  ## formatting and style
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
-types: $(VENV)/installed-dev
+types: $(VENV)/installed-dev  ## static types
 	$(BIN)/mypy
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' Makefile
 
 $(VENV)/bin/pip:
 	$(PYTHON) -m venv $(VENV)
@@ -41,5 +44,5 @@ $(VENV)/installed-bench: $(VENV)/bin/pip pyproject.toml constraints.txt
 	$(INSTALL) ".[bench]"
 	touch $@
 
-clean:
+clean:  ## remove the environment and what was built
 	rm -rf $(VENV) build dist

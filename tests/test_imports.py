@@ -17,7 +17,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 # --- imports ----------------------------------------------------------------------------------------------------------
 
 RANKS: list[set[str]] = [
-    {"torch_state"},
+    {"torch_state", "command"},
     {"mechanism", "errors", "values", "native"},
     {"impl"},
     {"masks", "positions", "choice"},

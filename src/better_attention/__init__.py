@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from . import command as command  # first of all: it ends the process quietly if Ctrl-C comes while torch is imported
 from .causality import assert_causal
 from .cost import Cost, cost
 from .functional import Explanation, attention, explain

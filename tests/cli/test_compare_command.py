@@ -167,6 +167,32 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
     assert err == ""
 
 
+def test_json_stands_alone_on_standard_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--scale", "smoke", "--mechanisms", "standard", "--epochs", "1", "--device", "cpu", "--json"]
+    assert main.main(["compare", *options, "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out) == json.loads((tmp_path / "results.json").read_text("utf-8"))
+    assert "[1/1] standard-h4-s0  test " in said.err
+
+
+@pytest.mark.parametrize(
+    ("scale", "hint"),
+    [
+        ("paper", "--scale small or smoke takes less"),
+        ("small", "--scale smoke takes less"),
+        ("smoke", "fewer --epochs, --seeds or --mechanisms take less"),
+    ],
+)
+def test_above_an_hour_something_shorter_is_named(scale: str, hint: str) -> None:
+    screen = io.StringIO()
+    plan = compare.make_plan(parse("digits", "--scale", scale))
+    watcher = PlainWatcher(Console(file=screen, width=200, highlight=False), plan)
+    watcher.estimate(3600, 5)
+    assert "take" not in screen.getvalue()
+    watcher.estimate(3601, 5)
+    assert f"{hint}; Ctrl-C stops after a step, and the same command continues there" in screen.getvalue()
+
+
 def watcher_on(terminal: bool) -> tuple[PlainWatcher, io.StringIO]:
     screen = io.StringIO()
     plan = compare.make_plan(parse("digits", "--seeds", "1"))

@@ -121,6 +121,16 @@ def test_it_ends_with_the_findings_and_says_where_the_files_are(
     assert "our own definition" in page
 
 
+def test_json_stands_alone_on_standard_output(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pace, "BUDGET", 0.0)
+    assert main.main([*TINY, "--rungs", "4x4", "--json", "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out) == json.loads((tmp_path / "ladder.json").read_text("utf-8"))
+    assert "our own definition" in said.err
+
+
 def test_stopped_it_says_how_to_go_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,14 +5,19 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import pwd
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from better_attention import __version__
 from better_attention.cli import UserError, main
+from better_attention.data import image_cache
 
 
 def raising(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
@@ -47,6 +52,28 @@ def test_an_unknown_option_is_told_by_its_verb(capsys: pytest.CaptureFixture[str
     said = capsys.readouterr().err
     assert "usage: better-attention compare" in said
     assert "unrecognized arguments: --dta x.csv (did you mean --data?)" in said
+
+
+@pytest.mark.parametrize("arguments", [["dance"], ["list", "--dance"], ["table"], ["ladder", "--rungs", "x"]])
+def test_what_is_wrong_stands_before_how_it_is_called(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main.main(arguments)
+    first, usage = capsys.readouterr().err.splitlines()
+    verb = arguments[0] if arguments[0] in main.VERBS else ""
+    prog = f"better-attention {verb}".strip()
+    assert first.startswith(f"{prog}: ")
+    assert usage == f"usage: {prog} [options]; `{prog} --help` lists them."
+
+
+def test_without_a_verb_it_is_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main.main([])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("usage: better-attention")
+    assert "compare` is a good first command" in said
+    for verb in main.VERBS:
+        assert f"\n    {verb} " in said
 
 
 @pytest.mark.parametrize("verb", main.VERBS)
@@ -152,3 +179,75 @@ def test_a_reader_that_leaves_early_is_no_error(tmp_path: Path) -> None:
             assert program.wait(timeout=60) == 0
         errors.seek(0)
         assert errors.read() == b""
+
+
+@pytest.mark.parametrize("verb", ["data", "list", "runs", "table 1", "show mnist", "cost", "data show digits"])
+def test_it_works_without_a_home_directory(
+    verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    homeless(monkeypatch, tmp_path)
+    assert main.main(verb.split()) == 0
+    said = capsys.readouterr()
+    assert said.out
+    assert ("HOME is not set" in said.err) == (verb == "data")
+
+
+@pytest.mark.parametrize("verb", ["data show mnist", "compare mnist --scale smoke", "compare imagenet", "data clear"])
+def test_what_needs_a_home_directory_says_what_to_set(
+    verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    homeless(monkeypatch, tmp_path)
+    assert main.main(verb.split()) == (0 if verb == "data show mnist" else 2)
+    said = capsys.readouterr()
+    assert "HOME is not set" in said.out + said.err
+    assert "Set HOME or XDG_CACHE_HOME" in said.out + said.err
+
+
+def test_pictures_are_decoded_without_a_home_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    homeless(monkeypatch, tmp_path)
+    shades = np.arange(12 * 64, dtype=np.uint8).reshape(12, 8, 8)
+    made = [image_cache.decoded("key", 12, lambda: contents(shades, tmp_path), 8, 1) for _ in range(2)]
+    for pixels in made:
+        assert (pixels == shades).all()
+    assert image_cache.remembered("key", lambda: [1, 2]) == [1, 2]
+    assert image_cache.held() == (0, 0)
+
+
+def test_a_home_of_somebody_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A container's user often finds HOME=/root."""
+    real = Path.stat
+
+    def stat(path: Path, **options: bool) -> os.stat_result:
+        if path.is_relative_to("/somebody"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, **options)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/somebody")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "stat", stat)
+    assert main.main(["data"]) == 0
+    assert "/somebody/.cache may not be read by this user. Set HOME or XDG_CACHE_HOME" in capsys.readouterr().err
+
+
+def contents(shades: np.ndarray, folder: Path) -> Iterator[tuple[int, str, Path]]:
+    for row, pixels in enumerate(shades):
+        path = folder / f"{row}.png"
+        Image.fromarray(pixels).save(path)
+        yield row, path.name, path
+
+
+def homeless(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """A user whom the system does not know, as in a container, in an empty folder."""
+
+    def unknown(number: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("HOME")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)

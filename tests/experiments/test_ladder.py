@@ -205,7 +205,7 @@ def test_the_estimate_bounds_every_mechanism_in_any_order(
     seconds = {"standard": 1.0, "expressive": 2.0, "efficient": 3.0, "super+expressive": 4.0}
     seen: list[tuple[int, int]] = []
 
-    def timed(task: RecurrenceTask, splits: object, variant: Variant, *more: object) -> pace.Pace:
+    def timed(task: RecurrenceTask, splits: object, variant: Variant, *more: object, **options: object) -> pace.Pace:
         seen.append((task.modulus, task.delay))
         return pace.Pace(seconds[variant.name] * 10 ** (task.layers - 1), None)
 
@@ -266,7 +266,7 @@ def test_a_finished_ladder_is_not_measured_again_and_listens_to_ctrl_c(
     of = ladder(tmp_path, rungs=((4, 4),), settings=(SQRT,), seeds=1)
     first, _ = climbed(of)
 
-    def measured(*_: object) -> None:
+    def measured(*_: object, **options: object) -> None:
         raise AssertionError("a finished run was measured")
 
     monkeypatch.setattr(climb_module, "measure", measured)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from typing import TYPE_CHECKING
+
+from better_attention.cli.screen import make_console
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -18,10 +18,7 @@ def console(*, stderr: bool = False) -> Console:
     """Where a verb prints: colours and live display on a terminal, plain lines anywhere else.
 
     A pipe or a file has no width: tables are then as wide as they need to be, unless ``COLUMNS`` says otherwise.
-    Of several processes of one launch, the first alone prints.
+    ``FORCE_COLOR`` colours them there too, without a live display. No text is taken for markup, and none can act on the
+    terminal, see :mod:`better_attention.cli.screen`. Of several processes of one launch, the first alone prints.
     """
-    from rich.console import Console
-
-    terminal = (sys.stderr if stderr else sys.stdout).isatty()
-    width = None if terminal or "COLUMNS" in os.environ else 200
-    return Console(stderr=stderr, highlight=False, width=width, quiet=os.environ.get("RANK", "0") != "0")
+    return make_console(stderr=stderr)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from better_attention.cli import UserError, console
 from better_attention.cli.arguments import folder, names, numbers, positive, whole, words
+from better_attention.cli.screen import message
 from better_attention.experiments.variant import Variant
 from better_attention.mechanism import MECHANISMS
 
@@ -74,6 +75,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=folder, metavar="DIR", help="folder for the runs; default: runs/TASK-SCALE")
     parser.add_argument(
+        "--json", action="store_true", help="print results.json at the end; what is under way goes to standard error"
+    )
+    parser.add_argument(
         "--track",
         type=words,
         default=(),
@@ -93,20 +97,22 @@ def run(args: argparse.Namespace) -> int:
     from better_attention.experiments.watcher import Watchers
 
     plan = make_plan(args)
-    screen = console()
+    screen = console(stderr=args.json)  # what a program reads stands alone on standard output
     watcher = make_watcher(screen, plan)
     tracking = TrackingWatcher(plan, args.track, watcher.say)
     try:
         with watcher, tracking:
             study, failed = compare(plan, Watchers(watcher, tracking) if args.track else watcher)
     except Interrupted as stopped:
-        message = f"Interrupted. {stopped} The same command continues there:\n  {plan.command}"
-        screen.print(message, markup=False, soft_wrap=True)
+        told = f"Interrupted. {stopped} The same command continues there:\n  {plan.command}"
+        screen.print(message(told), markup=False, soft_wrap=True)
         return 128 + stopped.signal
     if study.finished:
         tables.print_table(tables.summarise(study.records), screen)
         for name in ("report.html", "results.csv", "results.json", "curves.csv"):
-            screen.print(f"{plan.out / name}", markup=False, soft_wrap=True)
+            screen.print(message(f"{plan.out / name}"), markup=False, soft_wrap=True)
+    if args.json:
+        print((plan.out / "results.json").read_text("utf-8") if study.finished else "[]")
     return 1 if failed else 0
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from better_attention.cli import UserError
+from better_attention.cli import UserError, console
+from better_attention.cli.screen import message
 from better_attention.errors import counted
 
 if TYPE_CHECKING:
@@ -48,7 +50,6 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         DataError: unknown data set, failed download, unusable files (a ValueError: the command line prints it).
     """
-    from better_attention.cli import console
     from better_attention.data import image_cache, sources, store
 
     folder: Path | None = getattr(args, "data", None)
@@ -60,15 +61,23 @@ def run(args: argparse.Namespace) -> int:
         if as_json:
             print(json.dumps({"folder": str(image_cache.folder()), "sets": sets, "bytes": size}, indent=2))
         else:
-            console().print(f"removed {_decoded(sets, size)} from {image_cache.folder()}", markup=False, soft_wrap=True)
+            told = f"removed {_decoded(sets, size)} from {image_cache.folder()}"
+            console().print(message(told), soft_wrap=True)
         return 0
     if args.action in (None, "list", "show") and folder is not None and not folder.exists():
         raise UserError(f"--data {folder} does not exist: `data fetch` and `data import` can make it.")
     if args.action in (None, "list"):
         rows = [_state(row, folder) for row in sources.SOURCES.values()]
-        place = str(folder or store.home())
         sets, size = image_cache.held()
-        decoded: Record = {"folder": str(image_cache.folder()), "sets": sets, "bytes": size}
+        place: str | None
+        pictures: str | None
+        try:
+            place, pictures = str(folder or store.home()), str(image_cache.folder())
+        except store.NoHome as missing:
+            place, pictures = None if folder is None else str(folder), None
+            if not as_json:
+                print(f"note: {missing}", file=sys.stderr)
+        decoded: Record = {"folder": pictures, "sets": sets, "bytes": size}
         if as_json:
             print(json.dumps({"folder": place, "data_sets": rows, "decoded_pictures": decoded}, indent=2))
         else:
@@ -170,7 +179,7 @@ def _decoded(sets: int, size: int) -> str:
     return f"{counted(sets, 'set')} of decoded pictures, {size / 2**20:,.0f} MiB,"
 
 
-def _print_list(out: Console, place: str, rows: list[Record], decoded: Record, option: str) -> None:
+def _print_list(out: Console, place: str | None, rows: list[Record], decoded: Record, option: str) -> None:
     from rich.table import Table
     from rich.text import Text
 
@@ -180,18 +189,19 @@ def _print_list(out: Console, place: str, rows: list[Record], decoded: Record, o
     for row in rows:
         table.add_row(row["name"], Text(row["title"]), _STATES[row["state"]])
     out.print(table)
-    out.print(Text(f"\nLooked in {place}."))
+    if place is not None:
+        out.print(Text(f"\n{message(f'Looked in {place}.')}"))
     for row in rows:
         if "problem" in row:
-            out.print(Text(f"{row['name']}: {row['problem']}"))
+            out.print(Text(message(f"{row['name']}: {row['problem']}")))
         elif row["state"] == "absent":
             name = row["name"]
             fetch = f"better-attention data fetch {name}{option}   (or: data import {name} FROM{option})"
             bring = f"better-attention data import {name} FROM{option}"
-            out.print(Text(fetch if row["fetchable"] else bring), soft_wrap=True)
+            out.print(Text(message(fetch if row["fetchable"] else bring)), soft_wrap=True)
     if decoded["sets"]:
-        told = _decoded(decoded["sets"], decoded["bytes"])
-        out.print(Text(f"\n{told} in {decoded['folder']}; `better-attention data clear` removes them."), soft_wrap=True)
+        told = f"{_decoded(decoded['sets'], decoded['bytes'])} in {decoded['folder']}"
+        out.print(Text(f"\n{message(told)}; `better-attention data clear` removes them."), soft_wrap=True)
 
 
 def _print_record(out: Console, record: Record) -> None:
@@ -216,21 +226,20 @@ def _print_record(out: Console, record: Record) -> None:
         lines.append(f"contents: SHA-256 {record['fingerprint']}")
     if "problem" in record:
         lines.append(record["problem"])
-    out.print(Text("\n".join(lines)), soft_wrap=True)
+    out.print(Text("\n".join(map(message, lines))), soft_wrap=True)
 
 
 @contextmanager
 def _progress(*, quiet: bool) -> Iterator[Callable[[Remote, int], None] | None]:
     """How a download shows itself, on stderr: bars on a terminal, a line a file elsewhere, nothing if ``quiet``."""
-    from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-    err = Console(stderr=True)
+    err = console(stderr=True)
     tasks: dict[str, Any] = {}
     if quiet:
         yield None
-    elif err.is_terminal:
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    elif err.is_interactive:
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TimeRemainingColumn())
         with Progress(*columns, console=err) as bars:
 
             def draw(remote: Remote, done: int) -> None:

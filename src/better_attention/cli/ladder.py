@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from better_attention.cli import UserError, console
 from better_attention.cli.arguments import folder, names, numbers, positive, words
 from better_attention.cli.compare import command_line, settings_of
+from better_attention.cli.screen import message
 from better_attention.experiments.variant import Variant
 
 if TYPE_CHECKING:
@@ -59,6 +60,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda", "mps"), default="cpu", help="default: cpu; the models are small"
     )
+    parser.add_argument(
+        "--json", action="store_true", help="print ladder.json at the end; what is under way goes to standard error"
+    )
+    parser.add_argument("--yes", action="store_true", help="begin even if the estimate is above an hour")
     parser.add_argument("--out", type=folder, metavar="DIR", help="folder for the runs; default: runs/ladder-SCALE")
 
 
@@ -79,20 +84,22 @@ def run(args: argparse.Namespace) -> int:
     from better_attention.experiments.position import Interrupted
 
     ladder = make_ladder(args)
-    screen = console()
+    screen = console(stderr=args.json)  # what a program reads stands alone on standard output
     screen.print("a ladder of recurrences, our own definition: neither paper has it", markup=False, soft_wrap=True)
-    climb = Climb(ladder, make_watcher(screen, ladder))
+    climb = Climb(ladder, make_watcher(screen, ladder, args.scale, args.yes))
     try:
         for rung in climb.run():
             ladder_page.write(ladder, climb.rows, climb.notes, complete=rung == ladder.rungs[-1])
     except Interrupted as stopped:
-        message = f"Interrupted. {stopped} The same command continues there:\n  {ladder.command}"
-        screen.print(message, markup=False, soft_wrap=True)
+        told = f"Interrupted. {stopped} The same command continues there:\n  {ladder.command}"
+        screen.print(message(told), markup=False, soft_wrap=True)
         return 128 + stopped.signal
     for duel in duels(climb.rows)["overall"]:
         screen.print(sentence(duel), markup=False, soft_wrap=True)
     for name in reversed(FILES):
-        screen.print(f"{ladder.out / name}", markup=False, soft_wrap=True)
+        screen.print(message(f"{ladder.out / name}"), markup=False, soft_wrap=True)
+    if args.json:
+        print((ladder.out / "ladder.json").read_text("utf-8"))
     return 1 if any(row.test_accuracy is None for row in climb.rows) else 0
 
 
@@ -140,9 +147,12 @@ def make_ladder(args: argparse.Namespace) -> Ladder:
     return ladder
 
 
-def make_watcher(screen: Console, ladder: Ladder) -> Watcher:
-    """Prints a line a run, and one every half minute of a long one."""
-    from better_attention.cli.watch import LineWatcher, duration
+def make_watcher(screen: Console, ladder: Ladder, scale: str, yes: bool) -> Watcher:
+    """Prints a line for each run, and one every half minute of a long one.
+
+    Its ``estimate`` raises UserError where all of it takes more than an hour and the user has not said ``yes``.
+    """
+    from better_attention.cli.watch import LONG, LineWatcher, duration
     from better_attention.errors import counted
     from better_attention.experiments.climb import epoch_updates
 
@@ -153,6 +163,12 @@ def make_watcher(screen: Console, ladder: Ladder) -> Watcher:
                 f"updates an epoch and at most {counted(self.epochs, 'epoch')}; solved runs end sooner, hopeless ones "
                 "are not begun"
             )
+            if seconds > LONG and not yes:
+                smaller = "" if scale == "smoke" else ", take --scale smoke, which needs minutes,"
+                raise UserError(
+                    f"that may take more than an hour: add --yes to begin{smaller} or choose fewer --rungs, "
+                    "--mechanisms, --scalings, --positions, --layers or --seeds. Nothing was begun."
+                )
 
         def begin(self, name: str, number: int, runs: int) -> None:
             super().begin(name, number, runs)

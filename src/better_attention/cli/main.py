@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import io
 import os
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, NoReturn
 
-from better_attention import __version__
+from better_attention import __version__, command
+from better_attention.cli import screen
 
 VERBS = ("compare", "ladder", "table", "runs", "data", "list", "show", "cost", "predict", "bench", "edge")
 EXTRAS = frozenset(
@@ -39,6 +39,15 @@ class Parser(argparse.ArgumentParser):
     """Takes options before, between and behind what else is named, and says of an unknown one which was meant."""
 
     inside = False
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.color = False  # Python 3.14 would write escape sequences of its own
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong before how it is called, and end with exit status 2."""
+        usage = f"usage: {self.prog} [options]; `{self.prog} --help` lists them."
+        self.exit(2, f"{screen.message(f'{self.prog}: {message}')}\n{usage}\n")
 
     def parse_known_args(  # type: ignore[override]
         self, args: Any = None, namespace: Any = None
@@ -78,13 +87,19 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line ``arguments`` (None: the process's own); returns the exit status."""
+    with screen.guarded(json="--json" in (sys.argv if arguments is None else arguments)):
+        return _run(arguments)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     traceback = False
-    # A terminal that knows no Greek gets question marks, not an error; what a program reads is whole or not at all.
-    for stream in (sys.stderr,) if "--json" in (arguments or sys.argv) else (sys.stderr, sys.stdout):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
     try:
-        options = build_parser().parse_args(arguments)
+        command.loud()
+        parser = build_parser()
+        if not (sys.argv[1:] if arguments is None else arguments):
+            parser.print_help(sys.stderr)
+            parser.exit(2)
+        options = parser.parse_args(arguments)
         traceback = options.traceback
         status: int = options.run(options)
         sys.stdout.flush()  # a reader that has gone (`| head`) is noticed here, not at exit
@@ -106,8 +121,8 @@ def explain(error: Exception) -> tuple[str, int] | None:
     match error:
         case ModuleNotFoundError():
             package = (error.name or "").partition(".")[0]
-            message = f'this needs the package {package!r}: pip install "better-attention[all]"'
-            return (message, 2) if package in EXTRAS else None
+            missing = f'this needs the package {package!r}: pip install "better-attention[all]"'
+            return (missing, 2) if package in EXTRAS else None
         case FileNotFoundError() | NotADirectoryError() | IsADirectoryError() | PermissionError() | FileExistsError():
             return str(error), 2
         case OSError():
@@ -117,8 +132,8 @@ def explain(error: Exception) -> tuple[str, int] | None:
     return None
 
 
-def _say(message: str, status: int) -> int:
-    print(f"better-attention: {message}", file=sys.stderr)
+def _say(text: str, status: int) -> int:
+    print(screen.message(f"better-attention: {text}"), file=sys.stderr)
     return status
 
 

@@ -50,13 +50,14 @@ def print_runs(found: list[Found], folders: list[Path]) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from better_attention.cli.screen import message
     from better_attention.cli.watch import duration
     from better_attention.experiments.files import plain
 
     screen = console()
     if not found:
         where = " and ".join(map(str, folders)) or "runs/ and results/, which do not exist"
-        screen.print(f"No run folders below {where}. `better-attention compare` makes some.", markup=False)
+        screen.print(message(f"No run folders below {where}. `better-attention compare` makes some."))
         if any(any(folder.glob("*/results.json")) for folder in folders):
             screen.print("There are results of comparisons without their runs: `better-attention table N` reads them.")
         return

@@ -122,9 +122,11 @@ def describe_task(name: str) -> Entry:
 
 
 def _print_mechanism(found: Entry) -> None:
+    from rich.text import Text
+
     out = console()
     sizes, params = found["sizes"], found["params"]
-    out.print(f"[bold]{found['mechanism']}[/bold] attention  ({found['source']})\n")
+    out.print(Text.assemble((found["mechanism"], "bold"), f" attention  ({found['source']})\n"))
     for line in (*found["drawing"], "", *found["legend"], "", *found["equations"]):
         out.print(line, markup=False, soft_wrap=True)
     d, h, n = (sizes[key] for key in ("embed_dim", "heads", "length"))
@@ -132,7 +134,7 @@ def _print_mechanism(found: Entry) -> None:
     table.add_column("Count")
     table.add_column("", justify="right")
     for name, count in params.items():
-        table.add_row(f"parameters of {name}" if name != "all" else "[bold]parameters[/bold]", f"{count:,}")
+        table.add_row(f"parameters of {name}" if name != "all" else Text("parameters", "bold"), f"{count:,}")
     for key, title in (
         ("flops_paper", "FLOPs, forward + backward, eq. 24"),
         ("flops_forward", "FLOPs, forward, exact"),
@@ -145,9 +147,10 @@ def _print_mechanism(found: Entry) -> None:
 
 
 def _print_task(found: Entry) -> None:
+    from rich.text import Text
+
     out = console()
-    out.print(f"[bold]{found['task']}[/bold]: ", end="")
-    out.print(f"{found['title']}\nSource: {found['source']}.\n", markup=False)
+    out.print(Text.assemble((found["task"], "bold"), f": {found['title']}\nSource: {found['source']}.\n"))
     for paragraph in found["about"]:
         out.print(paragraph, markup=False, end="\n\n", width=min(out.width, 100))
     scales = found["settings"]

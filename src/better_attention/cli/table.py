@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from better_attention.cli import console
+from better_attention.cli.screen import message
 
 HELP = "print a table of the paper beside our figures: difference, seeds, intervals, what was not run"
 
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         if not any(block.ours for block in found):
             tasks = sorted({str(record["task"]) for file in files for record in paper_tables.read_results(file)})
             told = f"Results of {', '.join(tasks)} were read: none of them is of table {args.number}."
-            screen.print(told if tasks else "No results.json was found.", markup=False, soft_wrap=True)
+            screen.print(message(told) if tasks else "No results.json was found.", markup=False, soft_wrap=True)
     return 0
 
 
@@ -82,7 +83,7 @@ def edge_table(args: argparse.Namespace) -> int:
         return 0
     screen = console()
     for file, report in reports:
-        screen.print(f"{file}", markup=False, soft_wrap=True)
+        screen.print(message(f"{file}"), markup=False, soft_wrap=True)
         edge_view.print_report(report, screen)
     if not reports:
         edge_view.print_paper(screen)

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from better_attention.cli.screen import message
 from better_attention.errors import counted
 from better_attention.experiments.compare import Plan
 from better_attention.experiments.position import DivergedError, Position
@@ -17,6 +18,7 @@ from better_attention.experiments.splits import Splits
 from better_attention.experiments.watcher import Watcher
 
 PLAIN_SECONDS = 30.0  # between two lines about one run
+LONG = 3600.0  # seconds above which the user is told of something shorter
 
 
 class LineWatcher(Watcher):
@@ -32,8 +34,8 @@ class LineWatcher(Watcher):
         self.title, self.said_at = "", 0.0
 
     def say(self, line: str) -> None:
-        """Print one line."""
-        self.console.print(line, markup=False, soft_wrap=True)
+        """Print one line; a line end in a name does not begin another."""
+        self.console.print(message(line), markup=False, soft_wrap=True)
 
     def begin(self, name: str, number: int, runs: int) -> None:
         """See :class:`Watcher`."""
@@ -84,6 +86,10 @@ class PlainWatcher(LineWatcher):
         sooner = f"; patience {self.plan.task.patience} may end a run sooner" if self.plan.task.patience else ""
         most = f"at most {counted(self.epochs, 'epoch')}"
         self.say(f"about {duration(seconds)} for {counted(runs, 'run')} of {most}{sooner}")
+        if seconds > LONG:
+            smaller = {"paper": "--scale small or smoke takes", "small": "--scale smoke takes"}
+            less = smaller.get(self.plan.task.scale, "fewer --epochs, --seeds or --mechanisms take")
+            self.say(f"{less} less; Ctrl-C stops after a step, and the same command continues there")
 
     def end(self, name: str, record: dict[str, Any]) -> None:
         """See :class:`Watcher`."""
@@ -144,7 +150,7 @@ class LiveWatcher(PlainWatcher):
 
 def make_watcher(console: Console, plan: Plan) -> PlainWatcher:
     """The watcher that suits the console."""
-    return LiveWatcher(console, plan) if console.is_terminal else PlainWatcher(console, plan)
+    return LiveWatcher(console, plan) if console.is_interactive else PlainWatcher(console, plan)
 
 
 def duration(seconds: float) -> str:

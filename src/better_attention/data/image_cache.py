@@ -21,7 +21,7 @@ import numpy as np
 
 from .containers import DataError, UInt8
 from .picture import quiet, read_picture
-from .store import home
+from .store import NoHome, home
 
 IN_MEMORY = 2 << 30
 """Bytes up to which the pixels are read into memory; larger sets stay on the disk and are mapped."""
@@ -44,13 +44,20 @@ class NotWritable(DataError):  # noqa: N818 - smaller sets do without
 
 
 def folder() -> Path:
-    """Where decoded pictures lie."""
+    """Where decoded pictures lie.
+
+    Raises:
+        NoHome: the user has no folder for them.
+    """
     return home() / "pictures"
 
 
 def held() -> tuple[int, int]:
     """How many decoded sets lie there, and their bytes."""
-    sizes = [path.stat().st_size for path in folder().glob("*.npy")]
+    try:
+        sizes = [path.stat().st_size for path in folder().glob("*.npy")]
+    except NoHome:
+        return 0, 0
     return len(sizes), sum(sizes)
 
 
@@ -80,33 +87,35 @@ def decoded(key: str, rows: int, contents: Callable[[], Contents], size: int, ch
 
     Raises:
         DataError: pictures that cannot be decoded, all of them named up to ten; no room on the disk; a folder that
-            may not be written, for more than ``IN_MEMORY`` bytes.
+            may not be written, or none at all, for more than ``IN_MEMORY`` bytes.
     """
-    path = folder() / f"{key}.npy"
     shape = (rows, size, size) if channels == 1 else (rows, size, size, channels)
-    array = _mapped(path, shape)
-    if array is None:
-        try:
+    try:
+        path = folder() / f"{key}.npy"
+        array = _mapped(path, shape)
+        if array is None:
             with _alone(path, f".{path.name}.lock"):
                 array = _mapped(path, shape)  # another process may have made it while this one waited
                 if array is None:
                     _write(path, shape, contents())
                     array = np.lib.format.open_memmap(path, mode="c")
-        except NotWritable:
-            if int(np.prod(shape)) > IN_MEMORY:
-                raise
-            pixels = np.empty(shape, np.uint8)  # decoded again every time, but decoded
-            for row, picture in _pictures(shape, contents()):
-                pixels[row] = picture
-            return pixels
+    except (NoHome, NotWritable):
+        if int(np.prod(shape)) > IN_MEMORY:
+            raise
+        pixels = np.empty(shape, np.uint8)  # decoded again every time, but decoded
+        for row, picture in _pictures(shape, contents()):
+            pixels[row] = picture
+        return pixels
     return np.array(array) if array.nbytes <= IN_MEMORY else array
 
 
 def remembered(key: str, find: Callable[[], Any]) -> Any:
     """What ``find`` gives, a plain JSON value, from the cache if it was asked under ``key`` before."""
-    path = folder() / f"{key}.json"
     try:
+        path = folder() / f"{key}.json"
         return json.loads(path.read_text(encoding="utf-8"))
+    except NoHome:
+        return find()
     except (OSError, ValueError, RecursionError):
         value = find()
     with suppress(NotWritable), _alone(path, ".json.lock"), _replacing(path) as file:

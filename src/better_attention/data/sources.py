@@ -11,7 +11,7 @@ from typing import TypeAlias
 from . import amazon, cifar100, digits, imdb, mnist, translation
 from .containers import DataError, Images, NotFetched, Pairs, Texts
 from .download import Remote
-from .store import home
+from .store import NoHome, home
 
 Files: TypeAlias = tuple[Path, ...]
 
@@ -136,8 +136,12 @@ def find(source: Source, folder: Path | None = None) -> Files | None:
         return ()
     if folder is not None and not folder.exists():
         raise DataError(f"{folder} does not exist: name the folder that holds the data ({source.layout}).")
-    base = home() if folder is None else folder
-    return source.locate(base / source.name) or (source.locate(base) if folder is not None else None)
+    if folder is None:
+        try:
+            return source.locate(home() / source.name)
+        except NoHome:
+            return None
+    return source.locate(folder / source.name) or source.locate(folder)
 
 
 def read(name: str, folder: Path | None = None) -> Images | Texts | Pairs:

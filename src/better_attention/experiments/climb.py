@@ -73,8 +73,9 @@ class Climb:
             with torch.device("meta"):  # what cannot be built is refused before hours of training
                 ladder.task_of(ladder.rungs[-1], setting).build(variant, ladder.heads)
         stop = Stop(self.watcher)
+        with at_most(ladder.task.threads):
+            self.estimate(accelerator)  # nothing is to be saved yet: a signal ends it at once
         with at_most(ladder.task.threads), stop.listening():
-            self.estimate(accelerator)
             for rung in ladder.rungs:
                 splits = ladder.task_of(rung, ladder.settings[0]).load().to(accelerator.device)
                 self.notes[rung] = splits.notes[-1]
@@ -116,7 +117,7 @@ class Climb:
             training = Training(
                 *(task, splits, cell.variant, ladder.heads, cell.seed, folder, accelerator),
                 command=ladder.command,
-                pace=None if known else self.pace(task, cell.variant, splits, accelerator),
+                pace=None if known else self.pace(task, cell.variant, splits, accelerator, stop),
                 progress=self.watcher.progress,
                 stop=stop,
             )
@@ -130,20 +131,23 @@ class Climb:
                 raise
         self.watcher.end(name, dict(record))
         if record.get("epoch_ratio") is None:  # of an older version; the model is the same
-            record = {**record, "epoch_ratio": self.pace(task, cell.variant, splits, accelerator).ratio}
+            record = {**record, "epoch_ratio": self.pace(task, cell.variant, splits, accelerator, stop).ratio}
         return row_of(ladder, cell, record, read_curve(folder))
 
-    def pace(self, task: RecurrenceTask, variant: Variant, splits: Splits, accelerator: Accelerator) -> Pace:
+    def pace(
+        self, task: RecurrenceTask, variant: Variant, splits: Splits, accelerator: Accelerator, stop: Stop
+    ) -> Pace:
         """The pace of a model, measured when it is first asked for."""
         if (task, variant) not in self.paces:
-            self.paces[task, variant] = measure(task, splits, variant, self.ladder.heads, accelerator.device)
+            self.paces[task, variant] = measure(task, splits, variant, self.ladder.heads, accelerator.device, stop=stop)
         return self.paces[task, variant]
 
     def estimate(self, accelerator: Accelerator) -> None:
         """Tell the watcher how long all of it takes at most: every update made, nothing given up or solved.
 
-        Each model is measured for the shortest and the longest sequences of the largest N; in between the time is at
-        most linear in the length. Of what screening will leave, the slowest setting is counted.
+        Each mechanism is measured at each depth, for the shortest and the longest sequences of the largest N; in
+        between the time is at most linear in the length. How positions are told makes little difference: the rotary
+        ones, which cost most, stand for the others. Of what screening will leave, the slowest setting is counted.
         """
         ladder = self.ladder
         ended = {cell: (ladder.folder(cell) / "result.json").is_file() for cell in ladder.cells}
@@ -153,18 +157,20 @@ class Climb:
             return
         modulus = max(cell.rung[0] for cell in waiting)
         ends = sorted({min(cell.rung[1] for cell in waiting), max(cell.rung[1] for cell in waiting)})
-        kinds = {(cell.variant, cell.setting.positions, cell.setting.layers) for cell in waiting}
-        seconds: dict[tuple[Variant, str, int, int], float] = {}
-        for (variant, positions, layers), delay in product(kinds, ends):
+        positions = max((cell.setting.positions for cell in waiting), key=lambda name: name == "rotary")
+        kinds = {(cell.variant, cell.setting.layers) for cell in waiting}
+        seconds: dict[tuple[Variant, int, int], float] = {}
+        for (variant, layers), delay in product(kinds, ends):
             task = ladder.task_of((modulus, delay), Setting("sqrt", positions, layers))
             small = replace(task, train_samples=min(task.train_samples or 1, task.batch_size), test_samples=1)
-            found = measure(task, small.load().to(accelerator.device), variant, ladder.heads, accelerator.device)
+            splits = small.load().to(accelerator.device)
+            found = measure(task, splits, variant, ladder.heads, accelerator.device, quick=True)
             train = epoch_updates(task) * task.batch_size
             held_out = task.test_samples or 0
-            seconds[variant, positions, layers, delay] = found.run_seconds(task, train, held_out, held_out)
+            seconds[variant, layers, delay] = found.run_seconds(task, train, held_out, held_out)
         slowest: dict[object, float] = {}
         for cell in waiting:
-            kind = cell.variant, cell.setting.positions, cell.setting.layers
+            kind = cell.variant, cell.setting.layers
             low, high = (seconds[*kind, end] for end in (ends[0], ends[-1]))
             share = (cell.rung[1] - ends[0]) / max(1, ends[-1] - ends[0])
             screened = ladder.screen and cell.seed > 0  # one setting will be left

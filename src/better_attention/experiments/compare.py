@@ -120,8 +120,9 @@ def compare(plan: Plan, watcher: Watcher) -> tuple[Study, list[str]]:
     check_agreement(plan.out, same | {"data_sha256": splits.digest})
     failed: list[str] = []
     stop = Stop(watcher)
-    with at_most(plan.task.threads), stop.listening():
+    with at_most(plan.task.threads):  # nothing is to be saved yet: a signal ends it at once
         paces = measure_paces(plan, splits, accelerator, watcher)
+    with at_most(plan.task.threads), stop.listening():
         for number, (variant, heads, seed) in enumerate(plan.runs(), start=1):
             name = run_name(variant, heads, seed)
             with locked(plan.out / name) if accelerator.is_main_process else nullcontext():

@@ -51,12 +51,28 @@ class Pace:
         return self.seconds * updates + self.evaluated * evaluated + self.scored * scored
 
 
-def measure(task: Task, splits: Splits, variant: Variant, heads: int, device: torch.device) -> Pace:
-    """Train throw-away models for a moment, ours and one on torch's layer in turn, and evaluate ours once."""
+def measure(
+    task: Task,
+    splits: Splits,
+    variant: Variant,
+    heads: int,
+    device: torch.device,
+    *,
+    stop: Callable[[], bool] = lambda: False,
+    quick: bool = False,
+) -> Pace:
+    """Train throw-away models for a moment, ours and one on torch's layer in turn, and evaluate ours once.
+
+    Args:
+        task, splits, variant, heads, device: what is trained, on what and where.
+        stop: asked after every round; once it says yes, what was measured by then is enough.
+        quick: one update of our model alone, for an estimate of many models; the ratio is then None.
+    """
     with torch.random.fork_rng(devices=[]):
         model = task.build(variant, heads)
         ours = _updates(task, model, splits.train, device)
-        rival = on_torch(task.torch_twin().build("standard", heads))
+        rival = None if quick else on_torch(task.torch_twin().build("standard", heads))
+        least, most = (1, 1) if quick else ROUNDS
         theirs = None if rival is None else _updates(task, rival, splits.train, device)
         own: list[float] = []
         other: list[float] = []
@@ -64,10 +80,12 @@ def measure(task: Task, splits: Splits, variant: Variant, heads: int, device: to
         if theirs is not None:
             theirs()
         began = time.perf_counter()
-        while len(own) < ROUNDS[0] or (len(own) < ROUNDS[1] and time.perf_counter() - began < BUDGET):
+        while len(own) < least or (len(own) < most and time.perf_counter() - began < BUDGET):
             own.append(ours())
             if theirs is not None:
                 other.append(theirs())
+            if stop():
+                break
         ratio = median(a / b for a, b in zip(own, other, strict=True)) if other else None
         return Pace(median(own), ratio, *_evaluation(task, model, splits))
 

@@ -7,11 +7,14 @@ loaded at the first use, not at import.
 from __future__ import annotations
 
 import ctypes
+import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -53,13 +56,13 @@ class _Library:
             abi = int(_function(library, "ba_abi", [])())
             if abi != ABI:
                 raise _MissingError(
-                    f"{file.name} has interface {abi}, this version of better-attention needs {ABI}: reinstall it"
+                    f"{file.name} has interface {abi}, this version of better-attention needs {ABI}; {way_out()}"
                 )
             calls = ("ba_forward", "ba_backward", "ba_layer_forward", "ba_align_forward", "ba_align_backward")
             self.calls = {name: _function(library, name, [ctypes.c_char_p]) for name in calls}
             self.shares_threads = bool(_function(library, "ba_pool", [])())
         except (OSError, AttributeError) as error:
-            raise _MissingError(f"{file.name} could not be loaded: {error}") from None
+            raise _MissingError(f"{file.name} could not be loaded: {error}; {way_out()}") from None
 
 
 def _switched_on() -> bool:
@@ -97,8 +100,24 @@ def _find() -> Path:
     for folder in folders:
         note = folder / "missing.txt"
         if note.is_file():
-            raise _MissingError(note.read_text("utf-8").strip())
-    raise _MissingError("no compiled kernels were installed with better-attention (no C++ compiler at installation?)")
+            raise _MissingError(f"{note.read_text('utf-8').strip()}; {way_out()}")
+    raise _MissingError(
+        f"no compiled kernels were installed with better-attention (no C++ compiler at installation?); {way_out()}"
+    )
+
+
+def way_out() -> str:
+    """How to install the kernels: from where the package came, past pip's cache, which may hold it without them."""
+    try:
+        text = metadata.distribution("better-attention").read_text("direct_url.json")
+        record = json.loads(text or "{}")
+        source, editable = record.get("url", "better-attention"), record.get("dir_info", {}).get("editable", False)
+        if "vcs_info" in record:
+            source = f"{record['vcs_info']['vcs']}+{source}@{record['vcs_info']['commit_id']}"
+    except (metadata.PackageNotFoundError, OSError, ValueError, KeyError, AttributeError):
+        source, editable = "better-attention", False
+    target = shlex.join([*(["--editable"] if editable else []), source])
+    return f"with a C++ compiler there: pip install --no-cache-dir --force-reinstall --no-deps {target}"
 
 
 @cache

@@ -1,0 +1,48 @@
+"""Whether this process is the command ``better-attention``, and Ctrl-C while it is still importing torch.
+
+Both ``python -m better_attention`` and the installed script import the package, and torch with it, before any code of
+the command runs: seconds in which Ctrl-C would end in a traceback from somewhere inside torch.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from types import FrameType
+
+
+def is_command() -> bool:
+    """Whether this process was started as the script ``better-attention`` or by ``python -m better_attention``."""
+    program = sys.argv[0] if sys.argv else ""
+    if program == "-m":  # what Python puts there until it has found the module
+        given = sys.orig_argv
+        return "better_attention" in given[given.index("-m") + 1 :][:1] if "-m" in given else False
+    return Path(program).name.partition(".")[0] == "better-attention"
+
+
+def quiet() -> None:
+    """End the process without a traceback if Ctrl-C comes; in a program of somebody else's, change nothing."""
+    if is_command() and _listens(signal.default_int_handler):
+        signal.signal(signal.SIGINT, _end)
+
+
+def loud() -> None:
+    """Let Ctrl-C raise KeyboardInterrupt again, now that somebody catches it."""
+    if _listens(_end):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _listens(handler: object) -> bool:
+    main = threading.current_thread() is threading.main_thread()  # nobody else may set a handler
+    return main and signal.getsignal(signal.SIGINT) is handler
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    os.write(2, b"better-attention: interrupted.\n")
+    os._exit(128 + number)  # nothing has begun that would have to be put away
+
+
+quiet()

@@ -1,0 +1,125 @@
+"""Ctrl-C where nothing is to be saved yet: while torch is imported, and while a comparison measures its pace."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+from better_attention import command
+from better_attention.cli import main
+from better_attention.experiments import climb, pace
+from better_attention.experiments.stop import Stop
+from better_attention.experiments.variant import Variant
+from better_attention.experiments.watcher import Watcher
+
+SCRIPT = "import sys\nfrom better_attention.cli.main import main\nsys.exit(main())\n"
+
+
+@pytest.mark.parametrize("how", ["module", "script"])
+def test_while_torch_is_imported(how: str, tmp_path: Path) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    script = tmp_path / "better-attention"
+    script.write_text(SCRIPT)
+    started = ["-m", "better_attention"] if how == "module" else [str(script)]
+    known = os.environ | {"PYTHONPATH": str(tmp_path)}
+    with subprocess.Popen(
+        [sys.executable, *started, "list"], env=known, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as program:
+        assert program.stdout is not None
+        assert program.stdout.readline() == "importing\n"
+        program.send_signal(signal.SIGINT)
+        _, said = program.communicate(timeout=30)
+    assert (program.returncode, said) == (130, "better-attention: interrupted.\n")
+
+
+def test_a_program_of_somebody_else_s_keeps_its_handler() -> None:
+    assert not command.is_command()
+    before = signal.getsignal(signal.SIGINT)
+    command.quiet()
+    command.loud()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+VERBS = {
+    "compare": ["compare", "digits", "--scale", "smoke", "--mechanisms", "standard,super"],
+    "ladder": ["ladder", "--scale", "smoke"],
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_while_the_pace_is_measured(
+    verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first update that is measured is the last."""
+    updates = []
+
+    def interrupted(*arguments: Any) -> Callable[[], float]:
+        def update() -> float:
+            updates.append(1)
+            signal.raise_signal(signal.SIGINT)
+            return 1.0
+
+        return update
+
+    monkeypatch.setattr(pace, "_updates", interrupted)
+    assert main.main([*VERBS[verb], "--device", "cpu", "--out", str(tmp_path / "out")]) == 130
+    assert len(updates) == 1
+    said = capsys.readouterr()
+    assert said.err == "better-attention: interrupted.\n"
+    assert "stopping" not in said.out
+    assert not list((tmp_path / "out").rglob("config.json"))
+
+
+def test_between_the_runs_of_a_ladder_a_measurement_is_cut_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    stop = Stop(Watcher())
+    updates = []
+
+    def counted(*arguments: Any) -> Callable[[], float]:
+        def update() -> float:
+            updates.append(1)
+            stop.signal = signal.SIGINT
+            return 1.0
+
+        return update
+
+    monkeypatch.setattr(pace, "_updates", counted)
+    pace.measure(tiny.task(), tiny.splits(), Variant.of("super"), 3, tiny.splits().train.inputs.device, stop=stop)
+    assert len(updates) == 4  # ours and torch's, once to get ready and once for the time
+
+
+def test_an_estimate_takes_two_updates_of_each_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The grid of the README's scale "small": 4 mechanisms, 2 depths, the shortest and the longest sequences."""
+    updates = []
+
+    def counted(*arguments: Any) -> Callable[[], float]:
+        def update() -> float:
+            updates.append(1)
+            return 0.1
+
+        return update
+
+    monkeypatch.setattr(pace, "_updates", counted)
+    monkeypatch.setattr(pace, "_evaluation", lambda *_: (0.0, 0.0))
+    monkeypatch.setattr(climb.Climb, "train", lambda *_: pytest.fail("it has begun"))
+    assert main.main(["ladder", "--out", str(tmp_path / "out")]) == 2
+    assert len(updates) == 2 * 4 * 2 * 2
+    said = capsys.readouterr()
+    assert re.search(r"at most \d+ (days|h)", said.out)
+    assert "add --yes to begin, take --scale smoke" in said.err
+    assert not list(tmp_path.rglob("config.json"))
+    with pytest.raises(pytest.fail.Exception, match="it has begun"):
+        main.main(["ladder", "--yes", "--out", str(tmp_path / "out")])
+    with pytest.raises(pytest.fail.Exception, match="it has begun"):  # an hour and less asks nothing
+        main.main(["ladder", "--scale", "smoke", "--out", str(tmp_path / "out")])
