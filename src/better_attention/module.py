@@ -26,7 +26,7 @@ from .mechanism import MECHANISMS, Mechanism
 from .packed import Unpackable, packed
 from .positions import BASE, angles, even_width, turned
 from .prepare import same_dtype
-from .state_dict import differences, separate, to_packed, unpack
+from .state_dict import explain_parts, other_size, separate, to_packed, unpack
 from .torch_state import are_plain, bare, fx_leaf, is_symbolic, quiet, unpatched
 from .values import autocast_dtype
 
@@ -407,7 +407,8 @@ class MultiheadAttention(nn.Module):
         unpack(self, state_dict, prefix)
         if local_metadata.get("assign_to_params_buffers", False):
             separate(state_dict, prefix)
-        error_msgs += differences(self, state_dict, prefix, strict=strict)
+        explain_parts(self, state_dict, prefix)
+        error_msgs += other_size(self, state_dict, prefix)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

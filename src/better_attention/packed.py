@@ -6,6 +6,7 @@ written to it is written to them.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -113,12 +114,14 @@ class Packed(Tensor):
         if func == Tensor.data.__set__:  # type: ignore[attr-defined]
             source.write(args[1], copied=True, replace=True)
             return None
+        # Some of torch's initialisers draw elsewhere and copy.
+        drawn = sys._getframe(1).f_globals.get("__name__") == nn.init.__name__
         with torch._C.DisableTorchFunctionSubclass():
             before = [_version(x) for x in given]
             result = func(*args, **(kwargs or {}))
             for x, version in zip(given, before, strict=True):
                 if version is None or _version(x) != version:
-                    x._source.write(x._source.whole.detach(), copied=func in _COPIES)
+                    x._source.write(x._source.whole.detach(), copied=func in _COPIES and not drawn)
             return _linked(result, source)
 
     def __getattr__(self, name: str) -> Any:

@@ -53,38 +53,53 @@ def separate(state_dict: dict[str, Any], prefix: str) -> None:
             state_dict.update({name: state_dict[name].detach().clone() for name in names})
 
 
-def differences(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *, strict: bool) -> list[str]:
-    """What weights of another mechanism or another ``max_len`` lack or bring, and the way out, one sentence each.
+class _Explained(str):
+    """A key that says, in torch's error about unexpected keys, why it is one.
+
+    Whether a load is strict is known to the outermost ``load_state_dict`` alone, which formats the keys it was handed.
+    """
+
+    why: str
+
+    def __format__(self, spec: str) -> str:
+        return f"{super().__format__(spec)}: {self.why}"
+
+
+def explain_parts(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
+    """Let the first key that the layer's mechanism has no place for say so, and what to do.
 
     Args:
-        module: the layer that loads them.
-        state_dict: under our names.
+        module: the layer.
+        state_dict: under our names; that one key is replaced by an equal one.
         prefix: of the layer's names.
-        strict: whether every part has to be there and to have a place.
     """
-    names = [name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)]
-    came = frozenset(p for p, part in _MODULES.items() if any(name.startswith(f"{part}.") for name in names))
-    own: Mechanism = module.mechanism  # type: ignore[assignment]
-    has = own.projections | (frozenset("a") if own.aligned else frozenset())
-    messages = []
-    if strict and came and came != has:
-        row = Mechanism(came - {"a"}, aligned="a" in came)
-        alike = [name for name, m in MECHANISMS.items() if (m.projections, m.aligned) == (row.projections, row.aligned)]
-        messages.append(
-            f"{_called(prefix)}mechanism {own.name!r} has {_listed(has)}, these weights have {_listed(came)}. Build "
-            f"the layer with their mechanism ({' or '.join(map(repr, alike or [row.name]))}), or load what fits with "
-            "strict=False; the parts that are missing then keep their initial values, those that have no place are "
-            "left out, and the layer computes another function than the one the weights were trained for."
-        )
+    mechanism: Mechanism = module.mechanism  # type: ignore[assignment]
+    has = mechanism.projections | (frozenset("a") if mechanism.aligned else frozenset())
+    named = {part: [n for n in state_dict if n.startswith(f"{prefix}{name}.")] for part, name in _MODULES.items()}
+    came = frozenset(part for part, names in named.items() if names)
+    if came <= has:
+        return
+    theirs = Mechanism(came - {"a"}, aligned="a" in came)
+    alike = [n for n, m in MECHANISMS.items() if (m.projections, m.aligned) == (theirs.projections, theirs.aligned)]
+    key = _Explained(next(name for part, names in named.items() if part not in has for name in names))
+    key.why = (
+        f"mechanism {mechanism.name!r} has {_listed(has)}, these weights have {_listed(came)}: build the layer with "
+        f"their mechanism, {' or '.join(map(repr, alike or [theirs.name]))}; or load what fits with strict=False, "
+        "which leaves the others out and makes it another function than the one that was trained"
+    )
+    state_dict[key] = state_dict.pop(key)
+
+
+def other_size(module: nn.Module, state_dict: Mapping[str, Any], prefix: str) -> list[str]:
+    """What to do about a W_A of another size: one sentence, or none."""
     kernel = state_dict.get(f"{prefix}align.weight")
     expected = getattr(module.align, "weight", None)
-    if kernel is not None and expected is not None and kernel.shape != expected.shape:
-        heads = {2: "shared", 3: "per_head"}
-        messages.append(
-            f"{_called(prefix)}W_A in these weights is {tuple(kernel.shape)}, this layer's is {tuple(expected.shape)}. "
-            f"Build the layer with max_len={kernel.shape[-1]} and align_heads={heads.get(kernel.dim())!r}."
-        )
-    return messages
+    if kernel is None or expected is None or kernel.shape == expected.shape or kernel.dim() not in (2, 3):
+        return []
+    return [
+        f"{prefix}align.weight in these weights is of a layer with max_len={kernel.shape[-1]} and "
+        f"align_heads={'shared' if kernel.dim() == 2 else 'per_head'!r}: build this layer with the same."
+    ]
 
 
 _MODULES = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj", "a": "align"}
@@ -92,10 +107,6 @@ _MODULES = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj", "a": "
 
 def _listed(parts: frozenset[str]) -> str:
     return ", ".join(f"W_{p.upper()}" for p in _MODULES if p in parts) or "no weights"
-
-
-def _called(prefix: str) -> str:
-    return f"{prefix.removesuffix('.')}: " if prefix else ""
 
 
 def to_packed(state_dict: Mapping[str, Tensor], *, packed: bool) -> dict[str, Tensor]:
