@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _global_forward_pre_hooks
 
 from .errors import describe, floating_tensor
 from .impl.call import hidden
 from .masks import NEARLY_HIDDEN, check_mask
 from .mechanism import Mechanism
+from .torch_state import bare, unpatched
 from .values import autocast_dtype
 
 
@@ -77,9 +77,6 @@ def check_placement(query: Tensor, key: Tensor, value: Tensor) -> None:
         )
 
 
-_linear_forward = nn.Linear.forward
-
-
 def called(part: nn.Module, x: Tensor, name: str) -> Tensor:
     """``part(x)``, with an error that says so where its weights are of another dtype or on another device.
 
@@ -123,8 +120,8 @@ def _misplaced(name: str, parameter: Tensor, x: Tensor) -> ValueError:
 
 def _is_untouched(part: nn.Module) -> bool:
     """Whether nobody has provided for weights that come and go: no hook, no replaced or patched forward."""
-    patched = isinstance(part, nn.Linear) and type(part).forward is not _linear_forward
-    return not (patched or "forward" in vars(part) or part._forward_pre_hooks or _global_forward_pre_hooks)
+    own = isinstance(part, nn.Linear) and type(part).forward is not nn.Linear.forward
+    return not own and bare(part) and unpatched()
 
 
 def torch_masks(
