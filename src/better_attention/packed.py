@@ -105,7 +105,7 @@ class Packed(Tensor):
                 f"torch's own function would compute standard attention from the weights of {source.mechanism!r}: "
                 "call the layer instead."
             )
-        if func == Tensor.grad.__get__:  # type: ignore[attr-defined]
+        if func == Tensor.grad.__get__:  # type: ignore[union-attr]
             return source.grad()
         if func in (Tensor.requires_grad_, Tensor.requires_grad.__set__):  # type: ignore[attr-defined]
             for part in source.learned():
