@@ -38,8 +38,13 @@ def outputs(module: nn.Module, *, dtype: torch.dtype = torch.float32, need_weigh
 # --- offloading and casting by hooks ----------------------------------------------------------------------------------
 
 
+BUILDS = pytest.mark.parametrize(
+    "build", [every_part, lambda name: layer(name, E, N, max_len=S).eval()], ids=["all", "plain"]
+)
+
+
 @pytest.mark.hosts
-@pytest.mark.parametrize("build", [every_part, lambda name: layer(name, E, N, max_len=S).eval()], ids=["all", "plain"])
+@BUILDS
 @pytest.mark.parametrize("where", ["cpu", "disk"])
 @pytest.mark.parametrize("name", LEARNED)
 def test_offloaded_weights(name: str, where: str, build: Callable[[str], nn.Module], tmp_path: Path) -> None:
@@ -58,10 +63,11 @@ def test_offloaded_weights(name: str, where: str, build: Callable[[str], nn.Modu
 
 
 @pytest.mark.hosts
+@BUILDS
 @pytest.mark.parametrize("name", LEARNED)
-def test_layerwise_casting(name: str) -> None:
+def test_layerwise_casting(name: str, build: Callable[[str], nn.Module]) -> None:
     accelerate = pytest.importorskip("accelerate", reason="accelerate is in the `experiments` extra")
-    module = every_part(name)
+    module = build(name)
     with torch.no_grad():
         for part in module.children():
             if isinstance(part, nn.Linear):
@@ -191,6 +197,14 @@ def test_weights_that_were_never_given_memory(part: str, bias: bool) -> None:
 def test_inputs_without_memory_and_weights_with(name: str) -> None:
     module, x = layer(name, E, N, max_len=S), torch.zeros(B, S, E, device="meta")
     refused(lambda: module(x, x, x), "q_proj", "meta", "cpu", kind=ValueError)
+
+
+@pytest.mark.parametrize("name", ["standard", "super"])
+def test_inputs_of_another_dtype_are_named_when_compiled_too(name: str) -> None:
+    module = layer(name, E, N, max_len=S)
+    compiled = torch.compile(module, backend="eager")
+    x = torch.zeros(B, S, E, dtype=torch.float64)
+    refused(lambda: compiled(x, x, x), "q_proj", "float64", "float32", kind=TypeError)
 
 
 def test_projections_that_return_different_dtypes() -> None:

@@ -90,32 +90,43 @@ def called(part: nn.Module, x: Tensor, name: str) -> Tensor:
         ValueError: they are on another device, likewise.
     """
     weight = part._parameters.get("weight")
-    if weight is not None and weight.is_meta is not x.is_meta and _is_untouched(part):
-        raise _misplaced(name, weight, x)  # torch mixes the meta device with others, and returns unwritten memory
+    if weight is not None and _goes_unnoticed(weight, x) and _is_untouched(part):
+        raise _mismatch(name, weight, x)
     try:
         result: Tensor = part(x)
     except RuntimeError as error:
-        if type(error) is not RuntimeError:  # out of memory, for example
-            raise
-        for parameter in part._parameters.values():
-            if parameter is not None and parameter.device != x.device:
-                raise _misplaced(name, parameter, x) from error
-            if parameter is not None and parameter.is_floating_point() and parameter.dtype != x.dtype:
-                raise TypeError(
-                    f"the parameters of {name} are {parameter.dtype}, its input is {x.dtype}. Convert the inputs with "
-                    f".to({parameter.dtype}), the layer with .to({x.dtype}), or use torch.autocast."
-                ) from error
+        if type(error) is RuntimeError:  # its subclasses are others: out of memory, for example
+            for parameter in part._parameters.values():
+                if parameter is not None and _differ(parameter, x):
+                    raise _mismatch(name, parameter, x) from error
         raise
     return result
 
 
-def _misplaced(name: str, parameter: Tensor, x: Tensor) -> ValueError:
-    way = (
-        "Load weights with assign=True, or .to_empty(device=...)"
-        if parameter.is_meta
-        else "Move the inputs or the layer"
-    )
-    return ValueError(f"the parameters of {name} are on {parameter.device}, its input is on {x.device}. {way} first.")
+def _differ(parameter: Tensor, x: Tensor) -> bool:
+    return parameter.device != x.device or (parameter.is_floating_point() and parameter.dtype != x.dtype)
+
+
+def _goes_unnoticed(weight: Tensor, x: Tensor) -> bool:
+    """Whether they do not go together, and there would be no error here that could be explained.
+
+    torch mixes the meta device with others, and returns unwritten memory; a compiler tries operators on its own.
+    """
+    if torch.compiler.is_compiling() and autocast_dtype(x.device.type) is None:
+        return _differ(weight, x)
+    return weight.is_meta is not x.is_meta
+
+
+def _mismatch(name: str, parameter: Tensor, x: Tensor) -> TypeError | ValueError:
+    if parameter.device == x.device:
+        return TypeError(
+            f"the parameters of {name} are {parameter.dtype}, its input is {x.dtype}. Convert the inputs with "
+            f".to({parameter.dtype}), the layer with .to({x.dtype}), or use torch.autocast."
+        )
+    way = "Move the inputs or the layer with .to(device)"
+    if parameter.is_meta:
+        way = "Load weights with load_state_dict(..., assign=True), or call .to_empty(device=...), first"
+    return ValueError(f"the parameters of {name} are on {parameter.device}, its input is on {x.device}. {way}.")
 
 
 def _is_untouched(part: nn.Module) -> bool:
