@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := @echo "installing into $(VENV): minutes, and 1.6 GB with PyTorch for CPUs" && $(BIN)/pip install --constraint constraints.txt --editable
 
-.PHONY: help compare test test-slow bench lint types clean
+.PHONY: help compare test test-slow test-hosts bench lint types clean
 
 compare: $(VENV)/installed-all  ## train the five mechanisms on real handwritten digits (about two minutes)
 	$(BIN)/better-attention compare digits
@@ -14,6 +14,9 @@ test: $(VENV)/installed-dev  ## unit tests and documentation examples (about thr
 
 test-slow: $(VENV)/installed-dev  ## everything, the long tests too
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not gpu"
+
+test-hosts: $(VENV)/installed-hosts  ## the layer inside peft, torchao, bitsandbytes, opacus, transformers, accelerate
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m hosts
 
 BENCH ?= --flex
 bench: $(VENV)/installed-bench  ## speed and memory against others (tens of minutes); less: make bench BENCH="--suite kernel --quick"
@@ -39,6 +42,10 @@ $(VENV)/installed-all: $(VENV)/bin/pip pyproject.toml constraints.txt
 $(VENV)/installed-dev: $(VENV)/bin/pip pyproject.toml constraints.txt
 	$(INSTALL) ".[dev]"
 	touch $@ $(VENV)/installed-all
+
+$(VENV)/installed-hosts: $(VENV)/bin/pip pyproject.toml constraints.txt
+	$(INSTALL) ".[dev,hosts]"
+	touch $@ $(VENV)/installed-all $(VENV)/installed-dev
 
 $(VENV)/installed-bench: $(VENV)/bin/pip pyproject.toml constraints.txt
 	$(INSTALL) ".[bench]"

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.transformer import _get_clones
 
 import better_attention as ba
-from layers import ALL, CAUSAL, NAMED, layer, padding, tokens, triangle
+from layers import ALL, CAUSAL, NAMED, layer, padding, refused, tokens, triangle
 
 B, S, T, N, E = 3, 5, 7, 2, 6  # an even number of heads: an odd one switches torch's fast path off by itself
 HOSTS = [name for name in ALL if name != "no projections"]
@@ -398,3 +398,185 @@ def test_m8_same_seed_same_initial_weights_as_torch(options: dict[str, object]) 
         states.append([convert(module) for module in pair])
     for stock, ours in zip(*states, strict=True):
         torch.testing.assert_close(dict(ours), dict(stock), rtol=0, atol=0)
+
+
+# --- hosts that read or initialise the attributes of torch's layer ----------------------------------------------------
+
+INITIALISERS: dict[str, Callable[[Tensor], object]] = {
+    "normal_": lambda t: nn.init.normal_(t, std=3.0),
+    "xavier_uniform_": nn.init.xavier_uniform_,
+    "trunc_normal_": lambda t: nn.init.trunc_normal_(t, std=3.0),
+    "zeros_": nn.init.zeros_,
+    "data.fill_": lambda t: t.data.fill_(2.0),
+    "detach().mul_": lambda t: t.detach().mul_(2.0),
+    "slice": lambda t: t[: len(t) // 3].data.uniform_(4.0, 5.0),
+    "chunk": lambda t: t.chunk(3)[0].detach().zero_(),
+}
+
+
+@pytest.mark.parametrize("mode", [nullcontext, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("initialise", INITIALISERS)
+@pytest.mark.parametrize("name", NAMED)
+def test_what_is_written_to_packed_weights_reaches_the_projections(
+    name: str, initialise: str, mode: Callable[[], object]
+) -> None:
+    """As torch's layer would hold it after the same initialiser from the same seed, where the mechanism learns it."""
+    module, stock = layer(name, E, N), nn.MultiheadAttention(E, N)
+    with torch.no_grad():
+        stock.in_proj_weight.copy_(module.in_proj_weight)
+    before = module.in_proj_weight.detach().clone()
+    for attention in (stock, module):
+        torch.manual_seed(5)
+        with mode():
+            INITIALISERS[initialise](attention.in_proj_weight)
+    expected = dict(zip("qkv", stock.in_proj_weight.chunk(3), strict=True))
+    for letter in "qkv":
+        if letter in module.mechanism.projections:
+            assert torch.equal(getattr(module, f"{letter}_proj").weight, expected[letter]), letter
+            assert getattr(module, f"{letter}_proj").weight.is_leaf
+    assert not torch.equal(module.in_proj_weight, before)
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_packed_biases_are_written_through_or_none(name: str) -> None:
+    module = layer(name, E, N)
+    assert module.in_proj_bias.shape == (3 * E,)
+    nn.init.constant_(module.in_proj_bias, 0.25)
+    kept = [getattr(module, f"{p}_proj").bias for p in "qkv" if p in module.mechanism.projections]
+    assert all(bool((bias == 0.25).all()) for bias in kept)
+    assert ba.MultiheadAttention(E, N, bias=False).in_proj_bias is None
+    separate = ba.MultiheadAttention(E, N, kdim=5, vdim=7)
+    assert separate.in_proj_weight is None
+    assert separate.k_proj_weight is separate.k_proj.weight
+    nn.init.ones_(separate.in_proj_bias)
+    assert bool((separate.v_proj.bias == 1).all())
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_packed_weights_read_as_what_the_layer_computes(name: str) -> None:
+    """Unlearned maps are identities; gradients of what a host computes from the packed weights reach the parameters."""
+    module, x = layer(name, E, N).double(), tokens(4, E)
+    projected = nn.functional.linear(x, module.in_proj_weight, module.in_proj_bias)
+    expected = torch.cat([module.q_proj(x), module.k_proj(x), module.v_proj(x)], dim=-1)
+    torch.testing.assert_close(projected, expected)
+    projected.square().sum().backward()
+    assert torch.equal(module.in_proj_weight.grad[:E], module.q_proj.weight.grad)
+    assert module.q_proj.weight.grad.abs().max() > 0
+    module.in_proj_weight.requires_grad_(False)
+    assert not module.q_proj.weight.requires_grad
+    module.q_proj.weight.flag = True
+    assert hasattr(module.in_proj_weight, "flag") is (len(module.mechanism.projections & set("qkv")) == 1)
+
+
+@pytest.mark.parametrize("name", ["optimised", "efficient", "super"])
+def test_trained_weights_are_not_dropped(name: str) -> None:
+    module, stock = layer(name, E, N), nn.MultiheadAttention(E, N)
+    before = module.q_proj.weight.detach().clone()
+
+    def assign() -> None:
+        module.in_proj_weight.data = stock.in_proj_weight.data
+
+    for write in (lambda: module.in_proj_weight.detach().copy_(stock.in_proj_weight.detach()), assign):
+        refused(write, name, ("W_K", "W_V"), kind=ValueError)
+    assert torch.equal(module.q_proj.weight, before)
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_torchs_function_does_not_compute_another_mechanism(name: str) -> None:
+    module, x = layer(name, E, N).double(), tokens(S, B, E)
+    arguments = (x, x, x, E, N, module.in_proj_weight, module.in_proj_bias, None, None, False, 0.0)
+    output = (module.out_proj.weight, module.out_proj.bias)
+    if name in ("super", "expressive"):
+        with pytest.raises(TypeError, match=f"(?s)standard attention.*{name}.*call the layer"):
+            nn.functional.multi_head_attention_forward(*arguments, *output)
+    else:
+        module.batch_first = False
+        torch.testing.assert_close(
+            nn.functional.multi_head_attention_forward(*arguments, *output)[0], module(x, x, x)[0]
+        )
+
+
+def initialise_as_clip_does(model: nn.Module, width: int, layers: int) -> None:
+    """The attention part of OpenAI CLIP's ``initialize_parameters`` (MIT licence)."""
+    for block in model.layers:
+        nn.init.normal_(block.self_attn.in_proj_weight, std=width**-0.5)
+        nn.init.normal_(block.self_attn.out_proj.weight, std=(width**-0.5) * ((2 * layers) ** -0.5))
+
+
+def convert_as_clip_does(module: nn.Module) -> None:
+    """The attention part of OpenAI CLIP's ``convert_weights`` (MIT licence)."""
+    if isinstance(module, nn.Linear):
+        for parameter in module.parameters():
+            parameter.data = parameter.data.half()
+    if isinstance(module, ba.MultiheadAttention):
+        for attribute in (
+            "in_proj_weight",
+            "q_proj_weight",
+            "k_proj_weight",
+            "v_proj_weight",
+            "in_proj_bias",
+            "bias_k",
+            "bias_v",
+        ):
+            tensor = getattr(module, attribute)
+            if tensor is not None:
+                tensor.data = tensor.data.half()
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_clips_initialiser_and_conversion(name: str) -> None:
+    width = 64
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="enable_nested_tensor is True, but")
+        host = nn.TransformerEncoderLayer(width, N, 11, batch_first=True)
+        host.self_attn = layer(name, width, N, add_bias_kv=True)
+        model = nn.TransformerEncoder(host, 2)
+    initialise_as_clip_does(model, width, 2)
+    for block in model.layers:
+        for projection in (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj):
+            if isinstance(projection, nn.Linear):
+                assert projection.weight.std().item() == pytest.approx(width**-0.5, rel=0.1)
+    attention = model.layers[0].self_attn
+    attention.in_proj_weight.data = attention.in_proj_weight.data.half()
+    assert attention.q_proj.weight.dtype == torch.float16
+    model.apply(convert_as_clip_does)
+    assert {p.dtype for n, p in model.named_parameters() if "self_attn" in n and "align" not in n} == {torch.float16}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_weights_as_torch_draws_them_after_a_hosts_loop(name: str) -> None:
+    """nn.Transformer and DETR draw every matrix by itself, (D, D) here, where torch's layer has one (3D, D)."""
+    width = 64
+    model = nn.Sequential(
+        layer(name, width, N, add_bias_kv=True, **({"align_init": "identity"} if name == "super" else {}))
+    )
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.xavier_uniform_(parameter)
+    looped = model[0].q_proj.weight.abs().max().item()
+    output = model[0].out_proj.weight.clone()
+    ba.MultiheadAttention.redraw(model)
+    stock = nn.MultiheadAttention(width, N).in_proj_weight.abs().max().item()
+    assert looped == pytest.approx(stock * 2**0.5, rel=0.02)
+    for projection in (model[0].q_proj, model[0].k_proj, model[0].v_proj):
+        if isinstance(projection, nn.Linear):
+            assert projection.weight.abs().max().item() == pytest.approx(stock, rel=0.02)
+            assert not projection.bias.any()
+    assert torch.equal(model[0].out_proj.weight, output)
+    if name == "super":
+        assert torch.equal(model[0].align.weight, torch.eye(7))
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_where_there_is_nothing_to_pack_the_message_says_what_there_is(name: str) -> None:
+    module = layer(name, E, N).double()
+    module.q_proj = nn.Sequential(module.q_proj)  # as adapters do
+    for use in (nn.init.zeros_, nn.init.normal_, nn.init.xavier_uniform_, lambda t: t.shape, lambda t: t.data):
+        for packed in (module.in_proj_weight, module.in_proj_bias):
+            assert packed is not None
+            refused(lambda u=use, p=packed: u(p), "q_proj", "reset_parameters()", kind=(TypeError, AttributeError))
+    host, x = encoder_layer(name), tokens(B, S, E)
+    host.self_attn = module
+    expected = run(host, "train", x)
+    for mode in MODES:
+        torch.testing.assert_close(run(host, mode, x), expected)

@@ -20,7 +20,7 @@ RANKS: list[set[str]] = [
     {"torch_state", "command"},
     {"mechanism", "errors", "values", "native"},
     {"impl"},
-    {"masks", "positions", "choice"},
+    {"masks", "positions", "choice", "extras", "packed"},
     {"inputs", "alignment", "causality", "state_dict", "prepare", "attend"},
     {"functional", "cost"},
     {"module"},

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 import torch
@@ -166,7 +168,7 @@ def test_extra_parts_are_reported() -> None:
         without.load_state_dict(with_bias.state_dict())
     with pytest.raises(RuntimeError, match=r"(?s)Unexpected key.*bias_k"):
         layer("standard", E, N).load_state_dict(stock(add_bias_kv=True).state_dict())
-    with pytest.raises(RuntimeError, match=r"(?s)Missing key.*bias_k"):
+    with pytest.raises(RuntimeError, match=r"(?s)Missing key.*extra_k"):
         layer("standard", E, N, add_bias_kv=True).load_state_dict(stock().state_dict())
 
 
@@ -257,3 +259,116 @@ def test_a_training_step_commutes_with_the_round_trip() -> None:
     back = ours.to_torch_state_dict()
     for key, value in source.state_dict().items():
         torch.testing.assert_close(back[key], value)
+
+
+# --- storage, names of earlier versions, explanations -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["standard", "optimised", "efficient", "super"])
+@pytest.mark.parametrize("layout", ["packed", "own names, one storage"])
+@pytest.mark.parametrize("assign", [False, True])
+def test_loaded_parameters_own_their_storage(name: str, layout: str, assign: bool) -> None:
+    """Savers drop or refuse parameters that share storage as duplicates, or write all of it for each of them."""
+    state = stock().state_dict()
+    if layout != "packed":  # as a layer whose parameters were views of one storage was saved
+        for kind in ("weight", "bias"):
+            parts = state.pop(f"in_proj_{kind}").chunk(3)
+            state |= {f"{p}_proj.{kind}": part for p, part in zip("qkv", parts, strict=True)}
+    wanted = {p: state[f"{p}_proj.weight"] for p in "qkv" if f"{p}_proj.weight" in state}
+    module = layer(name, E, N, max_len=S, device="meta" if assign else "cpu")
+    module.load_state_dict(state, strict=False, assign=assign)
+    loaded = [parameter for parameter in module.parameters() if not parameter.is_meta]
+    assert len({p.untyped_storage().data_ptr() for p in loaded}) == len(loaded)
+    assert all(p.untyped_storage().nbytes() == p.numel() * p.element_size() for p in loaded)
+    for letter, value in wanted.items():
+        if letter in module.mechanism.projections:
+            assert torch.equal(getattr(module, f"{letter}_proj").weight, value)
+
+
+def test_an_assigned_layer_is_saved_whole(tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is in the `experiments` extra")
+    source = stock()
+    ours = ba.MultiheadAttention(E, N, batch_first=True, device="meta")
+    ours.load_state_dict(source.state_dict(), assign=True)
+    safetensors.save_model(ours, str(tmp_path / "layer.safetensors"))
+    back = ba.MultiheadAttention(E, N, batch_first=True)
+    safetensors.load_model(back, str(tmp_path / "layer.safetensors"))
+    assert_same_function(back, source)
+
+
+def test_a_tie_stays_a_tie() -> None:
+    weight = torch.randn(E, E)
+    state = {**layer("standard", E, N).state_dict(), "q_proj.weight": weight, "k_proj.weight": weight}
+    module = layer("standard", E, N, device="meta")
+    module.load_state_dict(state, assign=True)
+    assert module.q_proj.weight.data_ptr() == module.k_proj.weight.data_ptr() == weight.data_ptr()
+
+
+@pytest.mark.parametrize("prefix", ["", "block.attention."])
+def test_names_of_earlier_checkpoints_load(prefix: str) -> None:
+    source = layer("standard", E, N, add_bias_kv=True, scale="learned")
+    now = {"extra_k.weight": "bias_k", "extra_v.weight": "bias_v", "scaling.log_scale": "log_scale"}
+    state = {prefix + now.get(name, name): value for name, value in source.state_dict().items()}
+    target = layer("standard", E, N, add_bias_kv=True, scale="learned")
+    host = nn.ModuleDict({"block": nn.ModuleDict({"attention": target})}) if prefix else target
+    host.load_state_dict(state, strict=True)
+    for earlier in now.values():
+        assert torch.equal(getattr(target, earlier), getattr(source, earlier))
+    x = inputs(source)
+    assert torch.equal(target(*x)[0], source(*x)[0])
+
+
+@pytest.mark.parametrize("prefix", ["", "block.attention."])
+@pytest.mark.parametrize("layout", ["packed", "own"])
+@pytest.mark.parametrize(
+    ("source", "target", "words"),
+    [
+        ("standard", "efficient", ("'efficient' has W_Q, W_O", "W_Q, W_K, W_V, W_O", "'standard'", "strict=False")),
+        ("standard", "super", ("'super' has W_Q, W_O, W_A", "W_Q, W_K, W_V, W_O", "'standard'")),
+        ("optimised", "efficient", ("'efficient' has W_Q, W_O", "W_Q, W_K, W_O", "'optimised'")),
+        ("super", "standard", ("'standard' has W_Q, W_K, W_V, W_O", "W_Q, W_O, W_A", "'super'")),
+        ("standard+align", "standard", ("W_Q, W_K, W_V, W_O, W_A", "'standard+align'")),
+    ],
+)
+def test_weights_of_another_mechanism_are_named(
+    source: str, target: str, words: tuple[str, ...], layout: str, prefix: str
+) -> None:
+    state = stock().state_dict() if layout == "packed" and source == "standard" else layer(source, E, N).state_dict()
+    module: nn.Module = layer(target, E, N)
+    if prefix:
+        module = nn.ModuleDict({"block": nn.ModuleDict({"attention": module})})
+    message = refused(
+        lambda: module.load_state_dict({prefix + n: v for n, v in state.items()}), *words, kind=RuntimeError
+    )
+    assert message.count("these weights have") == 1
+    loose = module.load_state_dict({prefix + n: v for n, v in state.items()}, strict=False)
+    assert all(key.startswith(prefix) and " " not in str(key) for key in loose.unexpected_keys)
+
+
+def test_a_kernel_of_another_size_is_named() -> None:
+    source, target = layer("super", E, N, max_len=7), layer("super", E, N, max_len=5)
+    refused(lambda: target.load_state_dict(source.state_dict()), "max_len=7", kind=RuntimeError)
+    source = layer("super per head", E, N, max_len=5)
+    refused(lambda: target.load_state_dict(source.state_dict()), "max_len=5", "'per_head'", kind=RuntimeError)
+
+
+# --- pickled layers ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["standard", "efficient", "super"])
+def test_a_pickled_layer_needs_few_permissions(name: str) -> None:
+    source = layer(name, E, N, max_len=S, add_bias_kv=name == "efficient").eval()
+    buffer = io.BytesIO()
+    torch.save(source, buffer)
+    buffer.seek(0)
+    needed = {type(m) for m in source.modules()}
+    names = {f"{kind.__module__}.{kind.__qualname__}" for kind in needed}
+    assert set(torch.serialization.get_unsafe_globals_in_checkpoint(buffer)) == names
+    assert len(names) <= 4
+    buffer.seek(0)
+    with torch.serialization.safe_globals(list(needed)):
+        twin = torch.load(buffer, weights_only=True)
+    assert twin.mechanism == source.mechanism
+    x = inputs(source)
+    assert torch.equal(twin(*x)[0], source(*x)[0])
+    twin.load_state_dict(layer("standard", E, N).state_dict(), strict=False)

@@ -34,7 +34,7 @@ FROZEN_NAMES: dict[str, dict[str, tuple[int, ...]]] = {
         "align.weight": (N, MAX_LEN, MAX_LEN),
         "align.bias": (N, MAX_LEN),
     },
-    "efficient+expressive learned scale": {**linear("q_proj"), **linear("out_proj"), "log_scale": (N,)},
+    "efficient+expressive learned scale": {**linear("q_proj"), **linear("out_proj"), "scaling.log_scale": (N,)},
     "no projections": {},
 }
 """Parameter names and shapes are the format of every checkpoint: a change here is a breaking change."""
@@ -62,8 +62,8 @@ def test_m5_names_of_the_optional_parameters_are_frozen() -> None:
         "k_proj.weight": (E, 5),
         "v_proj.weight": (E, 7),
         "out_proj.weight": (E, E),
-        "bias_k": (1, 1, E),
-        "bias_v": (1, 1, E),
+        "extra_k.weight": (1, 1, E),
+        "extra_v.weight": (1, 1, E),
     }
     without = ba.MultiheadAttention(E, N, mechanism="super", max_len=MAX_LEN, bias=False)
     assert {n for n, _ in without.named_parameters()} == {"q_proj.weight", "out_proj.weight", "align.weight"}

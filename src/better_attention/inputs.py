@@ -9,6 +9,7 @@ from .errors import describe, floating_tensor
 from .impl.call import hidden
 from .masks import NEARLY_HIDDEN, check_mask
 from .mechanism import Mechanism
+from .torch_state import bare, unpatched
 from .values import autocast_dtype
 
 
@@ -54,24 +55,84 @@ def sequences(
     return ready(query), key_BSD, key_BSD if value is key else ready(value)
 
 
-def check_placement(layer: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> None:
-    """Refuse inputs on another device than the layer's parameters, or (except under autocast) in another dtype.
+def check_placement(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Refuse inputs on different devices, or (except under autocast) of different dtypes.
+
+    Where the weights are is for each called module to judge: they may be offloaded, quantised, sharded or cast when it
+    is called.
 
     Raises:
         ValueError: devices differ.
         TypeError: dtypes differ.
     """
-    own = next(layer.parameters(), query)
-    if not query.device == key.device == value.device == own.device:
+    if not query.device == key.device == value.device:
         raise ValueError(
-            f"this layer's parameters are on {own.device}, received query on {query.device}, key on {key.device}, "
-            f"value on {value.device}. Move them with .to({str(own.device)!r}), or the layer."
+            f"query, key and value must be on one device, received query on {query.device}, key on {key.device}, "
+            f"value on {value.device}. Move them with .to(device)."
         )
-    if autocast_dtype(query.device.type) is None and not query.dtype == key.dtype == value.dtype == own.dtype:
+    if autocast_dtype(query.device.type) is None and not query.dtype == key.dtype == value.dtype:
         raise TypeError(
-            f"this layer's parameters are {own.dtype}, received query {query.dtype}, key {key.dtype}, value "
-            f"{value.dtype}. Convert the inputs with .to({own.dtype}), the layer with .to(dtype), or autocast."
+            f"query, key and value must have one dtype, received query {query.dtype}, key {key.dtype}, value "
+            f"{value.dtype}. Convert them with .to(dtype), or use torch.autocast."
         )
+
+
+def called(part: nn.Module, x: Tensor, name: str) -> Tensor:
+    """``part(x)``, with an error that says so where its weights are of another dtype or on another device.
+
+    Args:
+        part: a sub-module of the layer that takes one tensor.
+        x: its input.
+        name: how messages call it.
+
+    Raises:
+        TypeError: its parameters are of another dtype, and it did not get over that.
+        ValueError: they are on another device, likewise.
+    """
+    weight = part._parameters.get("weight")
+    if weight is not None and _goes_unnoticed(weight, x) and _is_untouched(part):
+        raise _mismatch(name, weight, x)
+    try:
+        result: Tensor = part(x)
+    except RuntimeError as error:
+        if type(error) is RuntimeError:  # its subclasses are others: out of memory, for example
+            for parameter in part._parameters.values():
+                if parameter is not None and _differ(parameter, x):
+                    raise _mismatch(name, parameter, x) from error
+        raise
+    return result
+
+
+def _differ(parameter: Tensor, x: Tensor) -> bool:
+    return parameter.device != x.device or (parameter.is_floating_point() and parameter.dtype != x.dtype)
+
+
+def _goes_unnoticed(weight: Tensor, x: Tensor) -> bool:
+    """Whether they do not go together, and there would be no error here that could be explained.
+
+    torch mixes the meta device with others, and returns unwritten memory; a compiler tries operators on its own.
+    """
+    if torch.compiler.is_compiling() and autocast_dtype(x.device.type) is None:
+        return _differ(weight, x)
+    return weight.is_meta is not x.is_meta
+
+
+def _mismatch(name: str, parameter: Tensor, x: Tensor) -> TypeError | ValueError:
+    if parameter.device == x.device:
+        return TypeError(
+            f"the parameters of {name} are {parameter.dtype}, its input is {x.dtype}. Convert the inputs with "
+            f".to({parameter.dtype}), the layer with .to({x.dtype}), or use torch.autocast."
+        )
+    way = "Move the inputs or the layer with .to(device)"
+    if parameter.is_meta:
+        way = "Load weights with load_state_dict(..., assign=True), or call .to_empty(device=...), first"
+    return ValueError(f"the parameters of {name} are on {parameter.device}, its input is on {x.device}. {way}.")
+
+
+def _is_untouched(part: nn.Module) -> bool:
+    """Whether nobody has provided for weights that come and go: no hook, no replaced or patched forward."""
+    own = isinstance(part, nn.Linear) and type(part).forward is not nn.Linear.forward
+    return not own and bare(part) and unpatched()
 
 
 def torch_masks(

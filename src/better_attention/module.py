@@ -18,26 +18,17 @@ from .alignment import Alignment
 from .attend import attend
 from .choice import IMPLS
 from .errors import finite_number, flag, floating_dtype, one_of, whole_number
+from .extras import ExtraPosition, LearnedScale
 from .impl import layer
 from .impl.call import Call, island
+from .inputs import called
 from .mechanism import MECHANISMS, Mechanism
+from .packed import Unpackable, packed
 from .positions import BASE, angles, even_width, turned
 from .prepare import same_dtype
-from .state_dict import to_packed, unpack
+from .state_dict import explain_parts, other_size, separate, to_packed, unpack
 from .torch_state import are_plain, bare, fx_leaf, is_symbolic, quiet, unpatched
 from .values import autocast_dtype
-
-
-class _NoFastPath:
-    """Stands where torch's class keeps its packed bias, and makes PyTorch's hosts call ``forward``.
-
-    In eval mode ``nn.TransformerEncoder`` reads ``self_attn.in_proj_bias`` and friends and computes standard
-    attention itself, whatever the layer is. It does not where any of these has ``__torch_function__``.
-    """
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return NotImplemented
 
 
 class MultiheadAttention(nn.Module):
@@ -87,10 +78,9 @@ class MultiheadAttention(nn.Module):
     (torch.Size([2, 10, 32]), torch.Size([2, 10, 10]))
     """
 
-    # What PyTorch's Transformer classes read off torch's layer; False and the stand-in keep them from bypassing ours.
+    # In eval mode nn.TransformerEncoder reads the weights off torch's layer and computes standard attention itself,
+    # whatever the layer is. Two things keep it from doing so, each on its own: this, and what in_proj_weight returns.
     _qkv_same_embed_dim = False
-    in_proj_weight = None
-    in_proj_bias = _NoFastPath()
 
     q_proj: nn.Module
     k_proj: nn.Module
@@ -166,12 +156,10 @@ class MultiheadAttention(nn.Module):
                 **factory,
             )
         self.out_proj = out_proj
-        extra = (1, 1, self.embed_dim)
-        self.bias_k = nn.Parameter(torch.empty(extra, **factory)) if add_bias_kv else None
-        self.bias_v = nn.Parameter(torch.empty(extra, **factory)) if add_bias_kv else None
-        self.log_scale = nn.Parameter(torch.empty(self.num_heads, **factory)) if self.scale == "learned" else None
+        self.extra_k = ExtraPosition(self.embed_dim, **factory) if add_bias_kv else None
+        self.extra_v = ExtraPosition(self.embed_dim, **factory) if add_bias_kv else None
+        self.scaling = LearnedScale(self.num_heads, self.head_dim, **factory) if self.scale == "learned" else None
         self.reset_parameters()
-        self.register_load_state_dict_pre_hook(unpack)
 
     def reset_parameters(self) -> None:
         """Draw q, k, v weights as torch's class does (Glorot uniform of the packed matrix); biases start at zero.
@@ -194,11 +182,82 @@ class MultiheadAttention(nn.Module):
             for linear in (*kept, self.out_proj):
                 if getattr(linear, "bias", None) is not None:
                     linear.bias.zero_()
-            for extra in (self.bias_k, self.bias_v):
-                if extra is not None:
-                    nn.init.xavier_normal_(extra)
-            if self.log_scale is not None:
-                self.log_scale.fill_(-0.5 * math.log(self.head_dim))
+        for part in (self.extra_k, self.extra_v, self.scaling):
+            if part is not None:
+                part.reset_parameters()
+
+    _reset_parameters = reset_parameters  # torch's name for it, which hosts call
+
+    @staticmethod
+    def redraw(model: nn.Module) -> None:
+        """Draw the q, k, v weights of every layer in ``model`` as torch does, and W_A as it was built.
+
+        For hosts that initialise all parameters in one loop. As the loop of ``nn.Transformer`` or DETR
+        (``xavier_uniform_`` on every matrix) finds three (D, D) matrices here instead of torch's one (3D, D), it draws
+        them with bounds sqrt(2) times larger; it also overwrites an identity W_A. Afterwards this puts both right; the
+        output projection keeps what the loop drew, as in torch.
+
+        Args:
+            model: a layer of this class, or any module that contains some.
+
+        >>> model = nn.Sequential(MultiheadAttention(32, 4, mechanism="super", max_len=5, align_init="identity"))
+        >>> _ = [nn.init.xavier_uniform_(p) for p in model.parameters() if p.dim() > 1]
+        >>> MultiheadAttention.redraw(model)
+        >>> bool((model[0].align.weight == torch.eye(5)).all())
+        True
+        """
+        for module in model.modules():
+            if isinstance(module, MultiheadAttention):
+                module.reset_parameters()
+                if isinstance(module.align, Alignment):
+                    module.align.reset_parameters()
+
+    # --- attributes of torch's layer, for hosts that read or initialise them -----------------------------------
+
+    @property
+    def in_proj_weight(self) -> Tensor | Unpackable | None:
+        """W_Q, W_K and W_V one below the other, (3D, D), a :class:`.packed.Packed`; None where kdim or vdim differ."""
+        return self._packed("weight") if self.kdim == self.vdim == self.embed_dim else None
+
+    @property
+    def in_proj_bias(self) -> Tensor | Unpackable | None:
+        """The biases of W_Q, W_K and W_V one after the other, (3D,); None without biases."""
+        return self._packed("bias")
+
+    @property
+    def q_proj_weight(self) -> Tensor | None:
+        """The parameter of ``q_proj``; None where the mechanism has no W_Q."""
+        return getattr(self.q_proj, "weight", None)
+
+    @property
+    def k_proj_weight(self) -> Tensor | None:
+        """The parameter of ``k_proj``; None where the mechanism has no W_K."""
+        return getattr(self.k_proj, "weight", None)
+
+    @property
+    def v_proj_weight(self) -> Tensor | None:
+        """The parameter of ``v_proj``; None where the mechanism has no W_V."""
+        return getattr(self.v_proj, "weight", None)
+
+    @property
+    def bias_k(self) -> Tensor | None:
+        """The learned key of ``add_bias_kv``, (1, 1, D), or None."""
+        return None if self.extra_k is None else self.extra_k.weight
+
+    @property
+    def bias_v(self) -> Tensor | None:
+        """The learned value of ``add_bias_kv``, (1, 1, D), or None."""
+        return None if self.extra_v is None else self.extra_v.weight
+
+    @property
+    def log_scale(self) -> Tensor | None:
+        """The parameter of ``scale="learned"``, (h,), or None."""
+        return None if self.scaling is None else self.scaling.log_scale
+
+    def _packed(self, kind: str) -> Tensor | Unpackable | None:
+        ours = self.mechanism.aligned or self.mechanism.score != "softmax" or self.scale is not None
+        torchs = not ours and self.rotary is None
+        return packed((self.q_proj, self.k_proj, self.v_proj), kind, self.mechanism.name, torchs)
 
     def forward(
         self,
@@ -248,7 +307,7 @@ class MultiheadAttention(nn.Module):
         query_BLD, key_BSD, value_BSD = inputs.sequences(
             query, key, value, widths=(self.embed_dim, self.kdim, self.vdim), batch_first=self.batch_first
         )
-        inputs.check_placement(self, query, key, value)
+        inputs.check_placement(query, key, value)
         batched = query.dim() == 3
         if (
             key_padding_mask is None
@@ -268,21 +327,25 @@ class MultiheadAttention(nn.Module):
         padded_BS1 = inputs.padded_positions(padding_B11S, self.mechanism)
         key_BSD, value_BSD = inputs.silence(key_BSD, value_BSD, padded_BS1)
 
-        q_BLD, k_BSD, v_BSD = self.q_proj(query_BLD), self.k_proj(key_BSD), self.v_proj(value_BSD)
+        q_BLD = called(self.q_proj, query_BLD, "q_proj")
+        k_BSD = called(self.k_proj, key_BSD, "k_proj")
+        v_BSD = called(self.v_proj, value_BSD, "v_proj")
         if padded_BS1 is not None and self.mechanism.aligned and self._learns("v"):
             v_BSD = v_BSD.masked_fill(padded_BS1, 0.0)  # W_V's bias has made them non-zero again
-        v_BSD = self.align(v_BSD)
-        q_BLD, k_BSD, v_BSD = same_dtype(q_BLD, k_BSD, v_BSD)
+        v_BSD = called(self.align, v_BSD, "align (W_A)")
+        q_BLD, k_BSD, v_BSD = same_dtype(q_BLD, k_BSD, v_BSD, projected=True)
         if self.rotary is not None:
             q_BLD, k_BSD = (self._turned(x, self.rotary) for x in (q_BLD, k_BSD))
-        if self.bias_k is not None or self.add_zero_attn:
+        if self.extra_k is not None or self.add_zero_attn:
             k_BSD, v_BSD = self._with_extra_keys(k_BSD, v_BSD)
             mask_BNLS, padding_B11S = self._with_extra_columns(mask_BNLS, padding_B11S, q_BLD, k_BSD, is_causal)
             is_causal = False
 
         k_BNSH = self._split(k_BSD, "k_proj")
         call = Call(
-            self._scaled(self._split(q_BLD, "q_proj")),
+            self._split(q_BLD, "q_proj")
+            if self.scaling is None
+            else called(self.scaling, self._split(q_BLD, "q_proj"), "scaling"),
             k_BNSH,
             k_BNSH if v_BSD is k_BSD else self._split(v_BSD, "v_proj"),
             mask_BNLS=mask_BNLS,
@@ -297,7 +360,8 @@ class MultiheadAttention(nn.Module):
 
         heads_BLNH = heads_BNLH.transpose(1, 2)
         # Joined in the caller's layout, so that the output is contiguous there.
-        output = self.out_proj((heads_BLNH if self.batch_first else heads_BLNH.transpose(0, 1)).flatten(-2))
+        joined = (heads_BLNH if self.batch_first else heads_BLNH.transpose(0, 1)).flatten(-2)
+        output = called(self.out_proj, joined, "out_proj")
         if weights is not None and average_attn_weights:
             weights = weights.mean(dim=1)
         if batched:
@@ -328,6 +392,35 @@ class MultiheadAttention(nn.Module):
             "better_attention.MultiheadAttention cannot be compiled by torch.jit.script, whose language lacks what its "
             "code uses. Use torch.export.export, torch.compile, or torch.jit.trace, all of which work with it."
         )
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        # A method rather than a hook: a hook would be pickled with every layer.
+        unpack(self, state_dict, prefix)
+        if local_metadata.get("assign_to_params_buffers", False):
+            separate(state_dict, prefix)
+        explain_parts(self, state_dict, prefix)
+        error_msgs += other_size(self, state_dict, prefix)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The mechanism as plain data: torch.load(weights_only=True) needs a permission for every class in a pickle.
+        row = self.mechanism
+        return {**self.__dict__, "mechanism": ("".join(sorted(row.projections)), row.aligned, row.score)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        projections, aligned, score = state["mechanism"]
+        super().__setstate__({**state, "mechanism": Mechanism(frozenset(projections), aligned, score)})
 
     def extra_repr(self) -> str:
         """Settings for ``print(module)``."""
@@ -445,28 +538,17 @@ class MultiheadAttention(nn.Module):
 
     def _with_extra_keys(self, k_BSD: Tensor, v_BSD: Tensor) -> tuple[Tensor, Tensor]:
         """Behind the sequence: the learned key and value, then those of zeros."""
-        for extra_k, extra_v in ((self.bias_k, self.bias_v), (0.0, 0.0) if self.add_zero_attn else (None, None)):
-            if extra_k is None or extra_v is None:
-                continue
-            k_BSD, v_BSD = (
-                torch.cat(
-                    [
-                        x,
-                        e.to(x.dtype).expand(x.shape[0], 1, -1)
-                        if isinstance(e, Tensor)
-                        else x.new_zeros(x.shape[0], 1, x.shape[2]),
-                    ],
-                    dim=1,
-                )
-                for x, e in ((k_BSD, extra_k), (v_BSD, extra_v))
-            )
+        if self.extra_k is not None and self.extra_v is not None:
+            k_BSD, v_BSD = called(self.extra_k, k_BSD, "extra_k"), called(self.extra_v, v_BSD, "extra_v")
+        if self.add_zero_attn:
+            k_BSD, v_BSD = (F.pad(x, (0, 0, 0, 1)) for x in (k_BSD, v_BSD))
         return k_BSD, v_BSD
 
     def _with_extra_columns(
         self, mask_BNLS: Tensor | None, padding_B11S: Tensor | None, q_BLD: Tensor, k_BSD: Tensor, is_causal: bool
     ) -> tuple[Tensor | None, Tensor | None]:
         """Masks for the keys that were added, which every query sees, the triangle written out among them."""
-        extra = (self.bias_k is not None) + self.add_zero_attn
+        extra = (self.extra_k is not None) + self.add_zero_attn
         if is_causal:
             L, S = q_BLD.shape[1], k_BSD.shape[1] - extra
             triangle = torch.ones(L, S, dtype=torch.bool, device=q_BLD.device).tril()[None, None]
@@ -504,12 +586,6 @@ class MultiheadAttention(nn.Module):
         cos_LP, sin_LP = angles(positions_L, self.head_dim, base=base, dtype=island(x_BLD.dtype))
         heads_BLNH = x_BLD.view(B, L, self.num_heads, self.head_dim)
         return turned(heads_BLNH, cos_LP[:, None], sin_LP[:, None]).flatten(2)
-
-    def _scaled(self, q_BNLH: Tensor) -> Tensor:
-        if self.log_scale is None:
-            return q_BNLH
-        factor_N11: Tensor = self.log_scale.exp()[:, None, None]
-        return q_BNLH * factor_N11.to(q_BNLH.dtype)
 
     def _fixed_scale(self) -> float:
         if self.scale is None:

@@ -50,28 +50,29 @@ def prepare(
     return call, lead
 
 
-def same_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def same_dtype(query: Tensor, key: Tensor, value: Tensor, *, projected: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """The three in one dtype on one device: autocast's where autocast is on, else their own.
+
+    Args:
+        query, key, value: tensors.
+        projected: whether they are a layer's projections of its inputs, for messages.
 
     Raises:
         TypeError: different dtypes.
         ValueError: different devices.
     """
     device = query.device.type
+    names = "the projected query, key and value" if projected else "query, key and value"
     if key.device != query.device or value.device != query.device:
-        raise ValueError(
-            f"query, key and value must be on one device, received {query.device}, {key.device}, {value.device}."
-        )
+        raise ValueError(f"{names} must be on one device, received {query.device}, {key.device}, {value.device}.")
     dtype = autocast_dtype(device)
     if dtype is not None:
         aliased = value is key
         query, key, value = (x if x.dtype == torch.float64 else x.to(dtype) for x in (query, key, value))
         value = key if aliased else value
     if not query.dtype == key.dtype == value.dtype:
-        raise TypeError(
-            f"query, key and value must have one dtype, received {query.dtype}, {key.dtype} and {value.dtype}. "
-            "Convert them with .to(query.dtype)."
-        )
+        way = "Let the projections return one dtype" if projected else "Convert them with .to(query.dtype)"
+        raise TypeError(f"{names} must have one dtype, received {query.dtype}, {key.dtype} and {value.dtype}. {way}.")
     return query, key, value
 
 
