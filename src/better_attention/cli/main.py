@@ -13,9 +13,10 @@ import os
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, NoReturn
 
 from better_attention import __version__
+from better_attention.experiments.launch import PeerLostError, first_to_say
 
 VERBS = ("compare", "ladder", "table", "runs", "data", "list", "show", "cost", "predict", "bench", "edge")
 EXTRAS = frozenset(
@@ -39,6 +40,12 @@ class Parser(argparse.ArgumentParser):
     """Takes options before, between and behind what else is named, and says of an unknown one which was meant."""
 
     inside = False
+
+    def error(self, message: str) -> NoReturn:
+        """See :class:`argparse.ArgumentParser`; of several processes, one says it."""
+        if not first_to_say(message):
+            self.exit(2)
+        super().error(message)
 
     def parse_known_args(  # type: ignore[override]
         self, args: Any = None, namespace: Any = None
@@ -114,11 +121,14 @@ def explain(error: Exception) -> tuple[str, int] | None:
             return str(error), 1
         case ValueError() | TypeError():
             return str(error), 2
+        case PeerLostError():
+            return str(error), 1
     return None
 
 
 def _say(message: str, status: int) -> int:
-    print(f"better-attention: {message}", file=sys.stderr)
+    if first_to_say(message):
+        print(f"better-attention: {message}", file=sys.stderr)
     return status
 
 
