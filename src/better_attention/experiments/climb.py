@@ -76,7 +76,7 @@ class Climb:
             with torch.device("meta"):  # what cannot be built is refused before hours of training
                 ladder.task_of(ladder.rungs[-1], setting).build(variant, ladder.heads)
         stop = Stop(self.watcher)
-        peers = watching_peers(accelerator.num_processes)
+        peers = watching_peers(accelerator.num_processes, ladder.command)
         with peers, at_most(ladder.task.threads), stop.listening():
             self.estimate(accelerator)
             for rung in ladder.rungs:

@@ -105,7 +105,7 @@ def compare(plan: Plan, watcher: Watcher) -> tuple[Study, list[str]]:
     if (plan.out / "ladder.json").is_file():
         raise ValueError(f"{plan.out} holds a ladder: choose another --out.")
     accelerator = make_accelerator(plan.device)
-    with watching_peers(accelerator.num_processes):
+    with watching_peers(accelerator.num_processes, plan.command):
         return train_all(plan, accelerator, watcher)
 
 

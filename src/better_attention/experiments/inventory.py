@@ -16,6 +16,7 @@ from better_attention.experiments.runs import (
     check_files,
     check_record,
     divergence,
+    read_config,
     read_curve,
     read_json,
 )
@@ -107,12 +108,8 @@ def look_at(folder: Path) -> Found:
     if files := left_behind(folder):
         return Found(folder, "damaged", f"{folder / 'config.json'} is missing, which says what {files[0]} is of")
     try:
-        config = read_json(folder / "config.json")
+        config = read_config(folder / "config.json")
         run, environment = config["run"], config.get("environment", {})
-        if not isinstance(run, Mapping) or not isinstance(environment, Mapping):
-            raise ValueError(f"{folder / 'config.json'} is damaged: it describes no run.")
-    except KeyError as error:
-        return Found(folder, "damaged", f"config.json describes no run: it lacks {error}")
     except (OSError, ValueError) as error:
         return Found(folder, "damaged", str(error))
     found = Found(folder, "interrupted", run=run, environment=environment)

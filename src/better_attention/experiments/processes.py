@@ -59,8 +59,12 @@ def make_accelerator(device: str) -> Accelerator:
 
 
 @contextmanager
-def watching_peers(processes: int) -> Iterator[None]:
+def watching_peers(processes: int, command: str = "") -> Iterator[None]:
     """Say what happened where another process has ended and this one cannot reach it any more.
+
+    Args:
+        processes: number of processes of the launch.
+        command: the one that continues.
 
     Raises:
         PeerLostError: in place of the error that torch raises then.
@@ -72,8 +76,8 @@ def watching_peers(processes: int) -> Iterator[None]:
             raise
         raise PeerLostError(
             "another process of this launch has ended, so this one cannot go on; the message of that process says why "
-            "(none: it was killed, by a lack of memory for example). What was saved is kept: the same command "
-            "continues there."
+            "(none: it was killed, by a lack of memory for example). What was saved is kept, and the same command "
+            f"continues there{':' if command else '.'}\n  {command}".rstrip()
         ) from error
 
 

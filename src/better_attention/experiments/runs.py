@@ -18,6 +18,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -125,7 +126,8 @@ def load_run(path: str | Path) -> Run:
         raise FileNotFoundError(
             f"{folder} is not finished: run the command of its config.json again, it continues there."
         )
-    config, assets, result = (read_json(folder / f"{name}.json") for name in ("config", "assets", "result"))
+    config = read_config(folder / "config.json")
+    assets, result = (read_json(folder / f"{name}.json") for name in ("assets", "result"))
     check_record(result, folder / "result.json")
     curve = read_curve(folder)
     weights = folder / WEIGHTS
@@ -186,9 +188,9 @@ def check_sizes(settings: Mapping[str, Any]) -> None:
         ValueError: a size of the model beyond ``LARGEST``, or more layers than ``DEEPEST``.
     """
     for key, value in settings.items():
-        bound = DEEPEST if key in DEPTHS else LARGEST
+        bound, what = (DEEPEST, "layers") if key in DEPTHS else (LARGEST, "sizes")
         if isinstance(value, int) and key not in COUNTS and not -bound <= value <= bound:
-            raise ValueError(f"{key}={value} is out of range: models are read with {key} up to {bound:,}")
+            raise ValueError(f"{key}={value} is out of range: models are read with {what} up to {bound:,}")
 
 
 def list_runs(out: str | Path) -> list[dict[str, Any]]:
@@ -200,9 +202,9 @@ def list_runs(out: str | Path) -> list[dict[str, Any]]:
         ValueError: a file of a run is damaged.
     """
     found = []
-    for path in sorted(Path(out).glob("*/config.json")):
-        folder = path.parent
-        if (config := _own_config(path)) is not None:
+    for folder in sorted(Path(out).glob("*")):
+        path = folder / "config.json"
+        if os.path.lexists(path) and (config := _own_config(path)) is not None:
             found.append({"name": folder.name, "path": folder, "config": config, "result": read_result(folder)})
     return found
 
@@ -286,12 +288,44 @@ def check_files(folder: Path, result: Mapping[str, Any], names: Sequence[str] | 
 def _own_config(path: Path) -> dict[str, Any] | None:
     """The configuration of a run; None if it is somebody else's, told by what else lies there where it is damaged."""
     try:
-        config = read_json(path)
+        return read_config(path)
     except (OSError, ValueError):
         if any(os.path.lexists(path.parent / name) for name in ("assets.json", "metrics.jsonl", "result.json")):
             raise
         return None
-    return config if "format" in config and isinstance(config.get("run"), Mapping) else None
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The configuration of a run.
+
+    Raises:
+        ValueError: the file is damaged, or describes no run.
+        OSError: it cannot be read.
+    """
+    config = read_json(path)
+    if "run" not in config:
+        raise ValueError(f"{path} describes no run: it lacks 'run'.")
+    run, where = config["run"], config.get("environment", {})
+    if not isinstance(run, Mapping) or not isinstance(where, Mapping):
+        raise ValueError(f"{path} is damaged: it describes no run.")
+    if "format" not in config:
+        raise ValueError(f"{path} describes no run: it lacks 'format'.")
+    for key, (kind, name) in _DESCRIBED.items():
+        if not isinstance(run.get(key), kind) or isinstance(run[key], bool):
+            raise ValueError(f"{path} is damaged: {key} must be {name}, received {str(run.get(key))[:60]!r}.")
+    return config
+
+
+_DESCRIBED: Mapping[str, tuple[type, str]] = MappingProxyType(
+    {
+        "task": (str, "a text"),
+        "mechanism": (str, "a text"),
+        "heads": (int, "a whole number"),
+        "seed": (int, "a whole number"),
+        "settings": (dict, "an object"),
+    }
+)
+"""What is known of every run, and its kind."""
 
 
 def divergence(folder: Path) -> str:
@@ -358,7 +392,7 @@ def open_run(folder: Path, run: Mapping[str, Any], command: str) -> None:
     """
     path = folder / "config.json"
     if path.is_file():
-        lines = differences(read_json(path).get("run", {}), run)
+        lines = differences(read_config(path)["run"], run)
         if lines:
             raise ValueError(f"{folder} holds another run:\n  " + "\n  ".join(lines) + "\nChoose another --out.")
         return
