@@ -11,8 +11,9 @@ import re
 import stat
 import tempfile
 import unicodedata
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 LARGEST_TEXT = 2**28
 """Bytes of the largest JSON file that is read."""
@@ -78,7 +79,7 @@ def remove_leftovers(folder: Path, names: re.Pattern[str] = WRITTEN) -> None:
             Path(entry.path).unlink(missing_ok=True)
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BufferedReader:
     """Open a regular file for reading; what would block or never end is refused instead.
 
     Raises:
