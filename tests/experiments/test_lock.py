@@ -161,10 +161,10 @@ compare(Plan(tiny.task(epochs=1), [Variant.of("super")], (3,), 1, Path(sys.argv[
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", OURS[:6] + OURS[6:13])
+@pytest.mark.filterwarnings("ignore:.*passing over a damaged checkpoint")  # half a pair, of the crash between its files
+@pytest.mark.parametrize("name", [name for name in OURS[:13] if name != "diverged.json"])
 def test_a_comparison_that_crashed_is_cleaned_up_by_the_next(name: str, tmp_path: Path) -> None:
-    if name in ("diverged.json", "checkpoint-000007.json", "checkpoint-000007.safetensors"):
-        name = name.replace("000007", "000001").replace("diverged", "checkpoint-000001")
+    name = name.replace("000007", "000001")
     command = [sys.executable, "-c", CRASH, str(Path(__file__).parent), str(tmp_path), name]
     assert subprocess.run(command, check=False, timeout=300).returncode == 9
     assert list(tmp_path.rglob(f".{name}.*.tmp"))
