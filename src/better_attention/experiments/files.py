@@ -11,7 +11,7 @@ import re
 import stat
 import tempfile
 import unicodedata
-from io import BufferedReader
+from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +92,7 @@ def open_regular(path: Path) -> BufferedReader:
     if not stat.S_ISREG(mode := os.fstat(handle).st_mode):  # replaced in between
         os.close(handle)
         raise ValueError(f"{path} is {_kind(mode)}, not a regular file.")
-    return os.fdopen(handle, "rb")
+    return BufferedReader(FileIO(handle, "rb"))
 
 
 def read_regular(path: Path, limit: int = LARGEST_TEXT) -> bytes:
