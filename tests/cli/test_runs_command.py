@@ -224,6 +224,7 @@ def test_a_name_cannot_write_to_the_screen(study: Path, capsys: pytest.CaptureFi
     config = json.loads(path.read_text())
     config["run"]["task"] = "\x1b[2Jdigits[bold]"
     path.write_text(json.dumps(config))
+    tiny.sign(path.parent)
     assert main.main(["runs"]) == 0
     out = capsys.readouterr().out
     assert "\x1b" not in out

@@ -61,6 +61,7 @@ def test_a_crash_before_any_file_operation_leaves_the_old_or_the_new(
     outcomes: list[int] = []
     for moment in range(1, 100):
         folder = tmp_path / str(moment)
+        folder.mkdir()
         save(folder, 1)
         save(folder, 2)
         calls = 0

@@ -152,6 +152,7 @@ def test_a_model_that_is_built_otherwise_now_is_named_before_anything_is_trained
     result = folder / "standard-h3-s0" / "result.json"
     record = json.loads(result.read_text())
     result.write_text(json.dumps(record | {"total_params": record["total_params"] + 1}))
+    tiny.sign(result.parent)
     with pytest.raises(ValueError, match=r"is a model of .* parameters; this version .* Delete that folder"):
         compare(test_compare.plan(folder, ["standard", "efficient"]), Watcher())
 
@@ -169,6 +170,7 @@ def test_how_a_task_is_called_decides_nothing(compared: Path, tmp_path: Path) ->
     title = tiny.task().title
     assert title in config.read_text()
     config.write_text(config.read_text().replace(title, "another title"))
+    tiny.sign(config.parent)
     study, _ = compare(test_compare.plan(folder, ["standard"]), Watcher())
     assert len(study.records) == 1
 
@@ -192,8 +194,9 @@ def test_lost_weights_are_said(compared: Path, tmp_path: Path) -> None:
 def test_a_run_of_an_older_version_without_a_digest_is_read(compared: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(compared / "standard-h3-s0", tmp_path / "copy"))
     result = json.loads((run / "result.json").read_text())
-    del result["model_sha256"]
+    del result["model_sha256"], result["manifest"]
     (run / "result.json").write_text(json.dumps(result))
+    (run / "manifest.sha256").unlink()
     assert load_run(run).task == tiny.task(epochs=1)
 
 
@@ -201,5 +204,6 @@ def test_another_tasks_folder_is_refused_in_one_line(compared: Path, tmp_path: P
     folder = Path(shutil.copytree(compared, tmp_path / "copy"))
     config = folder / "standard-h3-s0" / "config.json"
     config.write_text(config.read_text().replace('"task": "digits"', '"task": "mnist"'))
+    tiny.sign(config.parent)
     with pytest.raises(ValueError, match=r"is a run of task 'mnist': choose another folder with --out\.$"):
         compare(test_compare.plan(folder), Watcher())

@@ -13,8 +13,8 @@ from rich.text import Text
 
 from better_attention.benchmarks.edge import BASELINE, PAPER_TASKS, Settings, Timing
 from better_attention.benchmarks.runner import Spread
-from better_attention.experiments import paper
-from better_attention.experiments.files import write_atomic
+from better_attention.experiments import manifest, paper
+from better_attention.experiments.files import parse_json, read_regular, write_atomic
 from better_attention.experiments.stats import number
 from better_attention.experiments.tables import Strip, print_fitting, safe, write_lines
 
@@ -217,8 +217,10 @@ def write(report: Report, folder: Path) -> list[Path]:
         "timings": [asdict(timing) for timing in report.timings],
     }
     paths = [folder / name for name in FILES]
+    manifest.remove(folder, FILES)  # it would be wrong until both are written
     write_atomic(paths[0], json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     write_csv([report], paths[1])
+    manifest.add(folder, FILES)
     return paths
 
 
@@ -237,7 +239,7 @@ def read(path: Path) -> Report:
         ValueError: the file is damaged.
     """
     try:
-        document = json.loads(path.read_bytes())
+        document = parse_json(read_regular(path))
         timings = [
             Timing(**{**t, "seconds": _as_spread(t["seconds"]), "ratio": _as_spread(t["ratio"])})
             for t in document["timings"]
@@ -248,12 +250,14 @@ def read(path: Path) -> Report:
             or "torch" not in machine["versions"]
         ):
             raise ValueError("the machine is not described")
-        return Report(machine, Settings(**document["settings"]), timings, bool(document["complete"]))
-    except (ValueError, KeyError, TypeError) as error:
+        report = Report(machine, Settings(**document["settings"]), timings, bool(document["complete"]))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} is damaged or no edge.json ({type(error).__name__}: {error}). "
             "`better-attention edge` writes it again."
         ) from None
+    manifest.check_listed(path)
+    return report
 
 
 def _as_spread(value: Mapping[str, float] | None) -> Spread | None:

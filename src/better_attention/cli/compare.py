@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -225,5 +224,7 @@ def _json_or_text(value: str) -> Any:
 
 
 def command_line() -> str:
-    """The command as the user could type it again."""
-    return shlex.join(["better-attention", *sys.argv[1:]])
+    """The command as the user could type it again, with as many processes."""
+    from better_attention.experiments import launch
+
+    return launch.command_line(sys.argv[1:])

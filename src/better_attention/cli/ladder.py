@@ -81,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
     from better_attention.experiments.climb import Climb
     from better_attention.experiments.ladder import FILES
     from better_attention.experiments.ladder_findings import duels, sentence
+    from better_attention.experiments.launch import is_first
     from better_attention.experiments.position import Interrupted
 
     ladder = make_ladder(args)
@@ -89,7 +90,8 @@ def run(args: argparse.Namespace) -> int:
     climb = Climb(ladder, make_watcher(screen, ladder, args.scale, args.yes))
     try:
         for rung in climb.run():
-            ladder_page.write(ladder, climb.rows, climb.notes, complete=rung == ladder.rungs[-1])
+            if is_first():
+                ladder_page.write(ladder, climb.rows, climb.notes, complete=rung == ladder.rungs[-1])
     except Interrupted as stopped:
         told = f"Interrupted. {stopped} The same command continues there:\n  {ladder.command}"
         screen.print(message(told), markup=False, soft_wrap=True)

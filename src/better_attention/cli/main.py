@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from better_attention import __version__, command
 from better_attention.cli import screen
+from better_attention.experiments.launch import PeerLostError, first_to_say
 
 VERBS = ("compare", "ladder", "table", "runs", "data", "list", "show", "cost", "predict", "bench", "edge")
 EXTRAS = frozenset(
@@ -45,7 +46,9 @@ class Parser(argparse.ArgumentParser):
         self.color = False  # Python 3.14 would write escape sequences of its own
 
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong before how it is called, and end with exit status 2."""
+        """Say what is wrong before how it is called, and end with exit status 2; of several processes, one says it."""
+        if not first_to_say(message):
+            self.exit(2)
         usage = f"usage: {self.prog} [options]; `{self.prog} --help` lists them."
         self.exit(2, f"{screen.message(f'{self.prog}: {message}')}\n{usage}\n")
 
@@ -129,11 +132,14 @@ def explain(error: Exception) -> tuple[str, int] | None:
             return str(error), 1
         case ValueError() | TypeError():
             return str(error), 2
+        case PeerLostError():
+            return str(error), 1
     return None
 
 
 def _say(text: str, status: int) -> int:
-    print(screen.message(f"better-attention: {text}"), file=sys.stderr)
+    if first_to_say(text):
+        print(screen.message(f"better-attention: {text}"), file=sys.stderr)
     return status
 
 

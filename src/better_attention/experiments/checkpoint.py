@@ -19,12 +19,12 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from better_attention.data import store
-from better_attention.experiments.files import write_atomic
+from better_attention.experiments.files import digest as digest_of
+from better_attention.experiments.files import open_regular, parse_json, read_regular, remove_leftovers, write_atomic
 
 
 def save(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-    """Write a new checkpoint into ``folder`` and remove all but the last two.
+    """Write a new checkpoint into ``folder``, which exists, and remove all but the last two.
 
     Args:
         tensors: name -> tensor, on any device.
@@ -41,8 +41,9 @@ def save(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) 
     # An earlier one without its JSON was never whole: it is not the one to fall back on.
     previous = max((n for n in numbers if (folder / f"checkpoint-{n:06d}.json").exists()), default=None)
     try:
-        write_atomic(folder / f"{stem}.safetensors", content)
-        write_atomic(folder / f"{stem}.json", json.dumps({"digest": _digest(manifest), **manifest}, allow_nan=False))
+        write_atomic(folder / f"{stem}.safetensors", content, make_folder=False)
+        text = json.dumps({"digest": _digest(manifest), **manifest}, allow_nan=False)
+        write_atomic(folder / f"{stem}.json", text, make_folder=False)
     except OSError:
         _remove(folder, number)  # half a pair would only take room
         raise
@@ -58,11 +59,12 @@ def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     for number in sorted(_numbers(folder), reverse=True):
         stem = folder / f"checkpoint-{number:06d}"
         try:
-            manifest = json.loads(stem.with_suffix(".json").read_bytes())
+            manifest = parse_json(read_regular(stem.with_suffix(".json")))
             digest = manifest.pop("digest")
             if digest != _digest(manifest):
                 raise ValueError(f"{stem.name}.json was altered: its digest is {_digest(manifest)}, not {digest}")
-            content = stem.with_suffix(".safetensors").read_bytes()
+            with open_regular(stem.with_suffix(".safetensors")) as file:
+                content = file.read()
             if (found := sha256(content).hexdigest()) != manifest["tensors"]:
                 raise ValueError(f"{stem.name}.safetensors has SHA-256 {found}, not {manifest['tensors']}")
             return safetensors.torch.load(content), manifest["state"]
@@ -79,11 +81,11 @@ def last_state(folder: Path) -> dict[str, Any] | None:
     for number in sorted(_numbers(folder), reverse=True):
         stem = folder / f"checkpoint-{number:06d}"
         try:
-            manifest = json.loads(stem.with_suffix(".json").read_bytes())
-            if manifest.pop("digest") == _digest(manifest):
+            manifest = parse_json(read_regular(stem.with_suffix(".json")))
+            if manifest.pop("digest") == _digest(manifest) and isinstance(state := manifest["state"], dict):
+                open_regular(stem.with_suffix(".safetensors")).close()  # nothing that would block
                 with safetensors.safe_open(stem.with_suffix(".safetensors"), framework="pt"):
-                    found: dict[str, Any] = manifest["state"]
-                    return found
+                    return state
         except (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError):
             continue
     return None
@@ -93,8 +95,7 @@ def clear(folder: Path) -> None:
     """Remove every checkpoint in ``folder``, and what a crash left of unfinished ones."""
     for number in _numbers(folder):
         _remove(folder, number)
-    for left in folder.glob(".*.tmp"):
-        left.unlink(missing_ok=True)
+    remove_leftovers(folder)
 
 
 def tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
@@ -115,12 +116,28 @@ def check_digest(path: Path, digest: object) -> None:
     """
     if digest is None:
         return
-    found = store.sha256(path)
+    found = digest_of(path)
     if found != digest:
         raise ValueError(
             f"{path} was changed since it was written: its SHA-256 is {found}, not {digest}. Delete the run and train "
             "it again."
         )
+
+
+def tensor_count(path: Path) -> int:
+    """Number of tensors in a safetensors file, of which only the head is read.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    open_regular(path).close()  # nothing that would block
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return len(file.keys())
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f"{path} is not a whole safetensors file ({error}). Delete the run and train it again."
+        ) from None
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -13,7 +14,7 @@ import torch
 from accelerate import Accelerator
 
 from better_attention.cost import cost
-from better_attention.experiments.compare import at_most, make_accelerator
+from better_attention.experiments.compare import at_most
 from better_attention.experiments.ladder import (
     FILES,
     GIVE_UP,
@@ -31,6 +32,7 @@ from better_attention.experiments.lock import locked
 from better_attention.experiments.output import check_output
 from better_attention.experiments.pace import Pace, measure
 from better_attention.experiments.position import DivergedError, Interrupted
+from better_attention.experiments.processes import make_accelerator, watching_peers
 from better_attention.experiments.recurrence_task import RecurrenceTask
 from better_attention.experiments.runs import list_runs, read_curve
 from better_attention.experiments.splits import Splits
@@ -62,6 +64,7 @@ class Climb:
         Raises:
             ValueError: a folder holds another run; a model cannot be built.
             Interrupted: a signal arrived; everything is saved.
+            PeerLostError: another process of the launch has ended.
         """
         ladder = self.ladder
         begun = any((ladder.folder(cell) / "config.json").is_file() for cell in ladder.cells)
@@ -73,17 +76,17 @@ class Climb:
             with torch.device("meta"):  # what cannot be built is refused before hours of training
                 ladder.task_of(ladder.rungs[-1], setting).build(variant, ladder.heads)
         stop = Stop(self.watcher)
-        with at_most(ladder.task.threads):
+        with watching_peers(accelerator.num_processes, ladder.command), at_most(ladder.task.threads):
             self.estimate(accelerator)  # nothing is to be saved yet: a signal ends it at once
-        with at_most(ladder.task.threads), stop.listening():
-            for rung in ladder.rungs:
-                splits = ladder.task_of(rung, ladder.settings[0]).load().to(accelerator.device)
-                self.notes[rung] = splits.notes[-1]
-                for seed in range(ladder.seeds):
-                    for cell in self.worth_trying(rung, seed):
-                        self.rows.append(self.train(cell, splits, accelerator, stop))
-                accelerator.free_memory()  # it holds on to every model it has prepared
-                yield rung
+            with stop.listening():
+                for rung in ladder.rungs:
+                    splits = ladder.task_of(rung, ladder.settings[0]).load().to(accelerator.device)
+                    self.notes[rung] = splits.notes[-1]
+                    for seed in range(ladder.seeds):
+                        for cell in self.worth_trying(rung, seed):
+                            self.rows.append(self.train(cell, splits, accelerator, stop))
+                    accelerator.free_memory()  # it holds on to every model it has prepared
+                    yield rung
 
     def worth_trying(self, rung: Rung, seed: int) -> list[Cell]:
         """The cells of a rung and a seed, without those that are given up or, when screening, were not the best."""
@@ -112,7 +115,7 @@ class Climb:
             stopped = Interrupted("Every run so far is saved.")
             stopped.signal = stop.signal or stopped.signal
             raise stopped
-        known = (folder / "result.json").is_file()
+        known = os.path.lexists(folder / "result.json")
         with locked(folder) if accelerator.is_main_process else nullcontext():
             training = Training(
                 *(task, splits, cell.variant, ladder.heads, cell.seed, folder, accelerator),

@@ -14,14 +14,15 @@ import torch
 from accelerate import Accelerator
 
 from better_attention.errors import counted
-from better_attention.experiments import report, tables
+from better_attention.experiments import manifest, report, tables
 from better_attention.experiments.inventory import left_behind, look_at
-from better_attention.experiments.lock import holder, locked, taken
+from better_attention.experiments.lock import TURN, holder, locked, taken
 from better_attention.experiments.maps import alignment_kernels, attention_maps
 from better_attention.experiments.origin import commit
 from better_attention.experiments.output import check_output
 from better_attention.experiments.pace import Pace, measure
 from better_attention.experiments.position import DivergedError, Interrupted
+from better_attention.experiments.processes import make_accelerator, watching_peers
 from better_attention.experiments.remarks import guessing, remarks
 from better_attention.experiments.runs import (
     check_agreement,
@@ -44,7 +45,6 @@ from better_attention.experiments.watcher import Watcher
 
 RESULTS = ("results.json", "results.csv", "curves.csv", "report.html")
 OPTIMISED = 3  # copies of the parameters in training, at least: weights, gradients and a moment
-TURN = 120.0  # seconds to wait for another process to write its results into the same folder
 EXAMPLES = 2  # test samples whose attention maps are drawn
 
 
@@ -99,11 +99,18 @@ def compare(plan: Plan, watcher: Watcher) -> tuple[Study, list[str]]:
     Raises:
         ValueError: settings that do not fit, data that is missing, a folder that holds another comparison.
         Interrupted: a signal arrived; everything is saved.
+        PeerLostError: another process of the launch has ended.
     """
-    check_output(plan.out, RESULTS, is_results, known=bool(list_runs(plan.out)))
+    check_output(plan.out, (*RESULTS, manifest.NAME), is_results, known=bool(list_runs(plan.out)))
     if (plan.out / "ladder.json").is_file():
         raise ValueError(f"{plan.out} holds a ladder: choose another --out.")
     accelerator = make_accelerator(plan.device)
+    with watching_peers(accelerator.num_processes, plan.command):
+        return train_all(plan, accelerator, watcher)
+
+
+def train_all(plan: Plan, accelerator: Accelerator, watcher: Watcher) -> tuple[Study, list[str]]:
+    """What :func:`compare` does once the processes of the launch have met."""
     check_apart(plan)
     plan = replace(plan, task=plan.task.fitted(plan.data))
     check_sizes(plan.task.settings())
@@ -231,21 +238,6 @@ def check_free(plan: Plan) -> None:
         folder = plan.out / run_name(*planned)
         if writer := holder(folder):
             raise ValueError(taken(folder, writer))
-
-
-def make_accelerator(device: str) -> Accelerator:
-    """An accelerator on ``device``.
-
-    Raises:
-        ValueError: there is no such device here.
-    """
-    accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no", gradient_accumulation_steps=1)
-    if device not in ("auto", accelerator.device.type):
-        raise ValueError(
-            f"--device {device}: there is no such device here, or this torch ({torch.__version__}) cannot use it. "
-            f"--device {accelerator.device.type} works, --device auto chooses it."
-        )
-    return accelerator
 
 
 def check_models(plan: Plan, accelerator: Accelerator) -> None:
@@ -386,8 +378,10 @@ def draw_maps(name: str, model: torch.nn.Module, task: Task, splits: Splits) -> 
 
 
 def write_results(study: Study, out: Path) -> None:
-    """``results.csv``, ``results.json``, ``curves.csv`` and ``report.html`` in ``out``."""
+    """``results.csv``, ``results.json``, ``curves.csv`` and ``report.html`` in ``out``, and their digests."""
+    manifest.remove(out, RESULTS)  # it would be wrong until all of them are written
     tables.write_csv(tables.summarise(study.records), out / "results.csv")
     tables.write_json(study.records, out / "results.json")
     tables.write_curves(study.curves, out / "curves.csv")
     report.write_report(study, out / "report.html")
+    manifest.add(out, RESULTS)

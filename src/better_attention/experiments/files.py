@@ -1,19 +1,38 @@
-"""Writing files whole or not at all, and text of unknown origin made harmless to print."""
+"""Writing files whole or not at all, reading files that may be damaged, and making text of unknown origin printable."""
 
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
+import math
 import os
+import re
+import stat
 import tempfile
 import unicodedata
+from io import BufferedReader, FileIO
 from pathlib import Path
+from typing import Any
+
+LARGEST_TEXT = 2**28
+"""Bytes of the largest JSON file that is read."""
+
+WRITTEN = re.compile(
+    r"(?:config|assets|result|results|diverged|ladder|checkpoint-\d{6})\.json|metrics\.jsonl"
+    r"|(?:model|checkpoint-\d{6})\.safetensors|(?:results|curves|ladder)\.csv|(?:report|ladder)\.html|manifest\.sha256"
+)
+"""Names of the files of a run, a comparison and a ladder."""
 
 
-def write_atomic(path: str | Path, content: bytes | str) -> None:
+def write_atomic(path: str | Path, content: bytes | str, *, make_folder: bool = True) -> None:
     """Write ``content`` (text as UTF-8) to ``path`` so that a reader sees the old file or the new one, never a part.
 
-    The bytes go to a new file in the same folder, reach the disk, and take the name ``path`` in one step. Folders that
-    are missing are made.
+    The bytes go to a new file in the same folder, reach the disk, and take the name ``path`` in one step. A crash may
+    leave the new file behind; :func:`remove_leftovers` recognises it.
+
+    Args:
+        make_folder: create the folder of ``path`` if it does not exist; otherwise that is an error.
 
     Raises:
         OSError: it cannot be written, the disk is full for example; names the path and the bytes needed. What stood at
@@ -21,7 +40,8 @@ def write_atomic(path: str | Path, content: bytes | str) -> None:
     """
     path = Path(path)
     data = content.encode("utf-8") if isinstance(content, str) else content
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if make_folder:
+        path.parent.mkdir(parents=True, exist_ok=True)
     temporary: Path | None = None
     try:
         handle, name = tempfile.mkstemp(prefix=f".{path.name[:64]}.", suffix=".tmp", dir=path.parent)
@@ -43,6 +63,74 @@ def write_atomic(path: str | Path, content: bytes | str) -> None:
         raise OSError(error.errno, why, str(path)) from error
 
 
+def remove_leftovers(folder: Path, names: re.Pattern[str] = WRITTEN) -> None:
+    """Remove what a crash left of :func:`write_atomic`: ``.NAME.XXXXXXXX.tmp``, no other file.
+
+    Call it only while no other process can be writing one of these files, that is, while holding the folder's lock.
+
+    Args:
+        folder: where they lie; files below it are left alone.
+        names: of the files that are written there.
+    """
+    with os.scandir(folder) as entries:
+        left = [entry for entry in entries if (found := _TEMPORARY.fullmatch(entry.name)) and names.fullmatch(found[1])]
+    for entry in left:
+        if entry.is_file(follow_symlinks=False):
+            Path(entry.path).unlink(missing_ok=True)
+
+
+def open_regular(path: Path) -> BufferedReader:
+    """Open a regular file for reading; what would block or never end is refused instead.
+
+    Raises:
+        ValueError: a FIFO, a device, a socket or a directory.
+        OSError: it does not exist or cannot be read.
+    """
+    if not stat.S_ISREG(mode := path.stat().st_mode):  # before it is opened: opening some devices has an effect
+        raise ValueError(f"{path} is {_kind(mode)}, not a regular file.")
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    if not stat.S_ISREG(mode := os.fstat(handle).st_mode):  # replaced in between
+        os.close(handle)
+        raise ValueError(f"{path} is {_kind(mode)}, not a regular file.")
+    return BufferedReader(FileIO(handle, "rb"))
+
+
+def read_regular(path: Path, limit: int = LARGEST_TEXT) -> bytes:
+    """The bytes of a regular file.
+
+    Raises:
+        ValueError: see :func:`open_regular`; or the file has more than ``limit`` bytes.
+        OSError: it does not exist or cannot be read.
+    """
+    with open_regular(path) as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise ValueError(f"{path} has more than {limit:,} bytes.")
+    return content
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a regular file, in hexadecimal.
+
+    Raises:
+        ValueError, OSError: see :func:`open_regular`.
+    """
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def parse_json(content: bytes | str) -> Any:
+    """The value of a JSON document, as strict as JSON is: every number is finite and every integer fits 64 bits.
+
+    Raises:
+        ValueError: not JSON, a number out of range, or nested too deeply.
+    """
+    try:
+        return json.loads(content, parse_constant=_finite, parse_float=_finite, parse_int=_integer)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 def plain(text: object, limit: int = 2000) -> str:
     """``text`` on its way to a screen, a table or a page: no control character, no odd direction mark, not too long.
 
@@ -58,8 +146,32 @@ def plain(text: object, limit: int = 2000) -> str:
     return short if len(whole) <= limit else f"{short}… ({len(whole):,} characters)"
 
 
+_TEMPORARY = re.compile(r"\.(.{1,64})\.[a-z0-9_]{8}\.tmp", flags=re.DOTALL)  # as tempfile.mkstemp names it
+_KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DIRECTION_MARKS = frozenset(map(chr, [*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0x061C]))
+
+
+def _kind(mode: int) -> str:
+    return _KINDS.get(stat.S_IFMT(mode), "something else")
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text[:40]} is not a finite number")
+    return value
+
+
+def _integer(text: str) -> int:
+    if len(text) > 20 or not -(2**63) <= (value := int(text)) < 2**64:
+        raise ValueError(f"{text[:40]} is an integer beyond 64 bits")
+    return value
 
 
 def _umask() -> int:

@@ -9,11 +9,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import safetensors
-
-from better_attention.experiments.checkpoint import check_digest, last_state
+from better_attention.experiments.checkpoint import last_state, tensor_count
 from better_attention.experiments.lock import holder
-from better_attention.experiments.runs import divergence, read_curve, read_json
+from better_attention.experiments.runs import (
+    WEIGHTS,
+    check_files,
+    check_record,
+    divergence,
+    read_config,
+    read_curve,
+    read_json,
+)
 
 _NAME = re.compile(r"[A-Za-z0-9._-]+-h[0-9]{1,9}-s[0-9]{1,9}")
 STATES = ("finished", "interrupted", "diverged", "being written", "damaged")
@@ -71,22 +77,30 @@ def inventory(folders: Sequence[Path]) -> list[Found]:
 
 def _runs(folder: Path, depth: int) -> Iterator[Path]:
     """Every folder of a run, also of one that has lost its ``config.json``; a run holds no other, links end there."""
-    if (folder / "config.json").is_file() or (_NAME.fullmatch(folder.name) and left_behind(folder)):
+    try:
+        found = (folder / "config.json").is_file()
+    except OSError:  # a folder that may not be read
+        return
+    if found or (_NAME.fullmatch(folder.name) and _has_files_of_a_run(folder)):
         yield folder
     elif depth:
         try:
             below = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False))
-        except OSError:  # a folder that may not be read
+        except OSError:
             return
         for name in below:
             yield from _runs(folder / name, depth - 1)
 
 
+def _has_files_of_a_run(folder: Path) -> bool:
+    return os.path.lexists(folder / "config.json") or bool(left_behind(folder))
+
+
 def left_behind(folder: Path) -> list[str]:
     """The files of a run in a folder that has no ``config.json``: without it nobody knows what they are of."""
-    if (folder / "config.json").is_file():
+    if os.path.lexists(folder / "config.json"):
         return []
-    return [name for name in ("result.json", "metrics.jsonl", "model.safetensors") if (folder / name).is_file()]
+    return [name for name in ("result.json", "metrics.jsonl", WEIGHTS) if os.path.lexists(folder / name)]
 
 
 def look_at(folder: Path) -> Found:
@@ -94,21 +108,18 @@ def look_at(folder: Path) -> Found:
     if files := left_behind(folder):
         return Found(folder, "damaged", f"{folder / 'config.json'} is missing, which says what {files[0]} is of")
     try:
-        config = read_json(folder / "config.json")
+        config = read_config(folder / "config.json")
         run, environment = config["run"], config.get("environment", {})
-        if not isinstance(run, Mapping) or not isinstance(environment, Mapping):
-            raise ValueError(f"{folder / 'config.json'} is damaged: it describes no run.")
-    except KeyError as error:
-        return Found(folder, "damaged", f"config.json describes no run: it lacks {error}")
     except (OSError, ValueError) as error:
         return Found(folder, "damaged", str(error))
     found = Found(folder, "interrupted", run=run, environment=environment)
     try:
         epochs, seconds = _curve(folder)
         found = replace(found, epochs=epochs, seconds=seconds)
-        if (folder / "result.json").is_file():
-            result = _result(folder)
-            return replace(found, state="finished", detail=_weights(folder, result), result=result)
+        if os.path.lexists(folder / "result.json"):
+            result = read_json(folder / "result.json")
+            check_record(result, folder / "result.json")
+            return replace(found, state="finished", detail=_remarks(folder, result), result=result)
         diverged = divergence(folder)
     except (OSError, ValueError) as error:
         return replace(found, state="damaged", detail=str(error))
@@ -127,38 +138,26 @@ def _where(state: Mapping[str, Any]) -> str:
     return f"after epoch {epoch - 1}" if step == 0 and isinstance(epoch, int) else f"at epoch {epoch}, step {step}"
 
 
-def _result(folder: Path) -> dict[str, Any]:
-    result = read_json(folder / "result.json")
-    for key in ("test_accuracy", "epochs", "commit"):
-        if key not in result:
-            raise ValueError(f"{folder / 'result.json'} is damaged: it lacks {key!r}.")
-    return result
-
-
 def _curve(folder: Path) -> tuple[int, float]:
     """Number of finished epochs, and the seconds of their training."""
-    if not (folder / "metrics.jsonl").is_file():
-        if (folder / "result.json").is_file():
+    if not os.path.lexists(folder / "metrics.jsonl"):
+        if os.path.lexists(folder / "result.json"):
             raise ValueError(f"{folder / 'metrics.jsonl'} is missing.")
         return 0, 0.0
     lines = read_curve(folder)
-    if not all(isinstance(line, Mapping) and isinstance(line.get("seconds"), int | float) for line in lines):
-        raise ValueError(f"{folder / 'metrics.jsonl'} is damaged: an epoch lacks its seconds.")
     return len(lines), sum(line["seconds"] for line in lines)
 
 
-def _weights(folder: Path, result: Mapping[str, Any]) -> str:
-    """A remark on the weights of a finished run, "" where they are there.
+def _remarks(folder: Path, result: Mapping[str, Any]) -> str:
+    """What is to be said of a finished run, "" where all its files are there as they were written.
 
     Raises:
-        ValueError: the file is not whole, or was changed.
+        ValueError: a file is not whole, was changed or is missing.
     """
-    path = folder / "model.safetensors"
-    if not path.is_file():
-        return "without its weights: in tables, but `predict` cannot use it"
-    try:
-        with safetensors.safe_open(path, framework="pt"):
-            check_digest(path, result.get("model_sha256"))
-            return ""
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}).") from None
+    weights = os.path.lexists(folder / WEIGHTS)
+    if weights:
+        tensor_count(folder / WEIGHTS)
+    remarks = [] if weights else ["without its weights: in tables, but `predict` cannot use it"]
+    if not check_files(folder, result):
+        remarks.append("no manifest: a change of its numbers would not be noticed")
+    return "; ".join(remarks)

@@ -14,6 +14,7 @@ from better_attention.errors import counted
 from better_attention.experiments.files import write_atomic
 from better_attention.experiments.ladder import GIVE_UP, Ladder, Row, Rung, Setting
 from better_attention.experiments.ladder_findings import at_best, duels, heights, sentence, spots, within
+from better_attention.experiments.lock import TURN, locked
 from better_attention.experiments.origin import commit, versions
 from better_attention.experiments.page import template
 from better_attention.experiments.recurrence_task import formula
@@ -45,11 +46,12 @@ def write(ladder: Ladder, rows: Sequence[Row], notes: Mapping[Rung, str], *, com
     """Write the three files below ``ladder.out``, each whole or not at all; first the one by which they are known."""
     report = Report(ladder, rows, notes, complete, commit(), versions())
     text = json.dumps(as_json(report), indent=2, ensure_ascii=False, allow_nan=False)
-    write_atomic(ladder.out / "ladder.json", text.encode("utf-8", "replace") + b"\n")
     header = [field.name for field in fields(Row)]
     lines = ([safe(v) if isinstance(v, str) else v for v in asdict(row).values()] for row in rows)
-    write_lines(ladder.out / "ladder.csv", header, lines)
-    write_atomic(ladder.out / "ladder.html", render(report))
+    with locked(ladder.out, TURN):
+        write_atomic(ladder.out / "ladder.json", text.encode("utf-8", "replace") + b"\n")
+        write_lines(ladder.out / "ladder.csv", header, lines)
+        write_atomic(ladder.out / "ladder.html", render(report))
 
 
 def as_json(report: Report) -> dict[str, object]:

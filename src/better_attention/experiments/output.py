@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from better_attention.experiments.files import parse_json, read_regular
 
 
 def check_output(folder: Path, files: Sequence[str], ours: Callable[[Any], bool], *, known: bool = False) -> None:
@@ -79,6 +80,6 @@ def check_writable(folder: Path) -> None:
 
 def _is(path: Path, ours: Callable[[Any], bool]) -> bool:
     try:
-        return ours(json.loads(path.read_bytes()))
-    except (OSError, ValueError, RecursionError):
+        return ours(parse_json(read_regular(path)))
+    except (OSError, ValueError):
         return False

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
-from better_attention.experiments import paper
+from better_attention.experiments import manifest, paper
+from better_attention.experiments.files import parse_json, read_regular
 from better_attention.experiments.stats import Estimate
 from better_attention.experiments.study import Record
 from better_attention.experiments.summary import COLUMNS, Column, Row, summarise
@@ -251,16 +251,18 @@ def read_results(path: Path) -> list[Record]:
         ValueError: the file is damaged; names it and what is wrong.
     """
     damaged = f"{path} is damaged or no results.json"
+    content = read_regular(path)
     try:
-        records = json.loads(path.read_bytes())
+        records = parse_json(content)
     except ValueError as error:
         raise ValueError(f"{damaged}: {error}. The command that made it writes it again.") from None
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
         raise ValueError(f"{damaged}: expected a list of objects, one a run.")
     try:
         summarise(records)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ArithmeticError) as error:
         raise ValueError(f"{damaged}: {error}") from None
+    manifest.check_listed(path)
     return records
 
 

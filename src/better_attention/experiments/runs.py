@@ -5,6 +5,7 @@ super-h4-s0/
     assets.json          names of the classes, vocabulary
     metrics.jsonl        one line an epoch
     model.safetensors    the weights with the best validation loss
+    manifest.sha256      the SHA-256 of each of these files
     result.json          the record of the finished run; its presence means finished
     checkpoint-*         only while the run is under way
 """
@@ -12,29 +13,39 @@ super-h4-s0/
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
 
 from better_attention.errors import whole_number
-from better_attention.experiments.checkpoint import check_digest, load_weights
-from better_attention.experiments.files import write_atomic
+from better_attention.experiments import manifest
+from better_attention.experiments.checkpoint import check_digest, load_weights, tensor_count
+from better_attention.experiments.files import parse_json, read_regular, write_atomic
 from better_attention.experiments.origin import environment
 from better_attention.experiments.task import SCALES, Prediction, Task
 from better_attention.experiments.tasks import TASKS
 from better_attention.experiments.variant import Variant
 
 FORMAT = 1
+FILES = ("config.json", "assets.json", "metrics.jsonl", "model.safetensors", "result.json")
+"""What a finished run consists of, all of it in its manifest; ``model.safetensors`` may have been removed."""
+WEIGHTS = "model.safetensors"
 LARGEST = 2**20  # bound on every size of a model: a damaged config must not ask for all memory
+DEEPEST = 1000  # bound on layers: building a model takes time for each of them
+LARGEST_NUMBER = 1e100  # bound on a measured number: sums and squares of it are finite
 COUNTS = frozenset(
     ["train_samples", "test_samples", "bleu_samples", "data_seed", "seeds", "epochs", "patience", "batch_size"]
 )
 """Settings that size no model: they may be as large as the data."""
+DEPTHS = ("layers", "encoder_layers")
+"""Settings that say how many layers a model has."""
 
 
 def run_name(variant: Variant, heads: int, seed: int) -> str:
@@ -115,18 +126,41 @@ def load_run(path: str | Path) -> Run:
         raise FileNotFoundError(
             f"{folder} is not finished: run the command of its config.json again, it continues there."
         )
-    config, assets, result = (read_json(folder / f"{name}.json") for name in ("config", "assets", "result"))
+    config = read_config(folder / "config.json")
+    assets, result = (read_json(folder / f"{name}.json") for name in ("assets", "result"))
+    check_record(result, folder / "result.json")
+    curve = read_curve(folder)
+    weights = folder / WEIGHTS
     task, variant, heads = _what(config, folder)
-    with torch.device("meta"):
-        model = task.build(variant, heads)
-    weights = folder / "model.safetensors"
     if not weights.is_file():
         raise FileNotFoundError(
             f"{folder} has lost its weights ({weights.name}): delete it, and run the command of its config.json again."
         )
+    layers, tensors = sum(getattr(task, key, 0) for key in DEPTHS), tensor_count(weights)
+    if layers > tensors:  # found before a model is built that cannot be the one
+        raise ValueError(
+            f"{folder / 'config.json'} describes {layers} layers, {weights.name} holds {tensors} tensors: one of "
+            "the two is damaged. Delete the run and train it again."
+        )
+    model = _build(task, variant, heads, folder)
     load_weights(model, weights)
-    check_digest(weights, result.get("model_sha256"))
-    return Run(folder, model.eval(), task, config, result, assets, read_curve(folder))
+    check_files(folder, result)
+    return Run(folder, model.eval(), task, config, result, assets, curve)
+
+
+def _build(task: Task, variant: Variant, heads: int, folder: Path) -> nn.Module:
+    """The model of a run, without memory for its weights.
+
+    Raises:
+        ValueError: it cannot be built.
+    """
+    try:
+        with torch.device("meta"):
+            return task.build(variant, heads)
+    except (RuntimeError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{folder / 'config.json'} describes a model that cannot be built: {error or type(error).__name__}."
+        ) from None
 
 
 def _what(config: Mapping[str, Any], folder: Path) -> tuple[Task, Variant, int]:
@@ -141,21 +175,22 @@ def _what(config: Mapping[str, Any], folder: Path) -> tuple[Task, Variant, int]:
         check_sizes(settings)
         task = TASKS[name](settings["scale"]).with_settings(settings)
         return task, Variant.of(run["mechanism"]), whole_number(run["heads"], "heads")
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise ValueError(
             f"{folder / 'config.json'} cannot be read by this version of better-attention: {error}."
         ) from None
 
 
 def check_sizes(settings: Mapping[str, Any]) -> None:
-    """Refuse a model too large to be read back.
+    """Refuse a model too large to be read back, before it is built.
 
     Raises:
-        ValueError: a size of the model beyond ``LARGEST``.
+        ValueError: a size of the model beyond ``LARGEST``, or more layers than ``DEEPEST``.
     """
     for key, value in settings.items():
-        if isinstance(value, int) and key not in COUNTS and not -LARGEST <= value <= LARGEST:
-            raise ValueError(f"{key}={value} is out of range: models are read with sizes up to {LARGEST:,}")
+        bound, what = (DEEPEST, "layers") if key in DEPTHS else (LARGEST, "sizes")
+        if isinstance(value, int) and key not in COUNTS and not -bound <= value <= bound:
+            raise ValueError(f"{key}={value} is out of range: models are read with {what} up to {bound:,}")
 
 
 def list_runs(out: str | Path) -> list[dict[str, Any]]:
@@ -167,23 +202,130 @@ def list_runs(out: str | Path) -> list[dict[str, Any]]:
         ValueError: a file of a run is damaged.
     """
     found = []
-    for path in sorted(Path(out).glob("*/config.json")):
-        folder = path.parent
-        if (config := _own_config(path)) is not None:
-            result = read_json(folder / "result.json") if (folder / "result.json").is_file() else None
-            found.append({"name": folder.name, "path": folder, "config": config, "result": result})
+    for folder in sorted(Path(out).glob("*")):
+        path = folder / "config.json"
+        if os.path.lexists(path) and (config := _own_config(path)) is not None:
+            found.append({"name": folder.name, "path": folder, "config": config, "result": read_result(folder)})
     return found
+
+
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """The record of the run in ``folder``; None if the run is not finished.
+
+    Raises:
+        ValueError: the record or the configuration is damaged, or was changed since it was written.
+    """
+    path = folder / "result.json"
+    if not os.path.lexists(path):
+        return None
+    result = read_json(path)
+    check_record(result, path)
+    check_files(folder, result, ("config.json", "result.json"))
+    return result
+
+
+def check_record(result: Mapping[str, Any], path: Path) -> None:
+    """Refuse a record of a run that tables could not show.
+
+    Raises:
+        ValueError: names the entry that is missing or of another kind.
+    """
+    for key in _NEEDED:
+        if key not in result:
+            raise ValueError(f"{path} is damaged: it lacks {key!r}.")
+    for key, value in result.items():
+        number = is_number(value)
+        if (
+            (key in _WHOLE and not (isinstance(value, int) and number))
+            or (key in _TEXTS and not isinstance(value, str))
+            or (key in _MAPPINGS and not isinstance(value, Mapping))
+            or (_NUMBER.fullmatch(key) and not (number or (value is None and key not in _ALWAYS)))
+        ):
+            raise ValueError(f"{path} is damaged: {key!r} is {str(value)[:60]!r}.")
+
+
+def is_number(value: object) -> bool:
+    """Whether a JSON value is a number that can be computed with."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST_NUMBER
+
+
+_NEEDED = (
+    *("test_accuracy", "epochs", "commit", "task", "scale", "mechanism", "heads", "seed"),
+    *("test_loss", "best_epoch", "epoch_seconds"),
+)
+_WHOLE = frozenset(["heads", "seed", "epochs", "best_epoch", "total_params", "attention_params"])
+_TEXTS = frozenset(["task", "scale", "mechanism", "score", "device", "commit"])
+_MAPPINGS = frozenset(["settings", "samples", "versions"])
+_ALWAYS = frozenset(f"{split}_{key}" for split in ("train", "validation", "test") for key in ("accuracy", "loss"))
+_NUMBER = re.compile(r"(?:train|validation|test)_\w+|epoch_seconds|epoch_ratio|waiting_share")
+
+
+def check_files(folder: Path, result: Mapping[str, Any], names: Sequence[str] | None = None) -> bool:
+    """Make sure that the files of a finished run are as they were written.
+
+    Args:
+        folder: of the run.
+        result: its record.
+        names: of the files to look at; None: all of them.
+
+    Returns:
+        Whether there is a manifest: versions that wrote none left the digest of the weights alone, which is checked.
+
+    Raises:
+        ValueError: names the first file that was changed or is missing.
+    """
+    if names is None and (listed := manifest.read(folder)) is not None:
+        names = [*FILES, *(name for name in listed if name not in FILES)]
+    if manifest.check(folder, names, may_lack=(WEIGHTS,)):
+        return True
+    if result.get("manifest"):
+        raise ValueError(f"{folder / manifest.NAME} is missing, which has the digests of its files.")
+    if names is None and (folder / WEIGHTS).is_file():
+        check_digest(folder / WEIGHTS, result.get("model_sha256"))
+    return False
 
 
 def _own_config(path: Path) -> dict[str, Any] | None:
     """The configuration of a run; None if it is somebody else's, told by what else lies there where it is damaged."""
     try:
-        config = read_json(path)
-    except ValueError:
-        if any((path.parent / name).is_file() for name in ("assets.json", "metrics.jsonl", "result.json")):
+        return read_config(path)
+    except (OSError, ValueError):
+        if any(os.path.lexists(path.parent / name) for name in ("assets.json", "metrics.jsonl", "result.json")):
             raise
         return None
-    return config if "format" in config and isinstance(config.get("run"), Mapping) else None
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The configuration of a run.
+
+    Raises:
+        ValueError: the file is damaged, or describes no run.
+        OSError: it cannot be read.
+    """
+    config = read_json(path)
+    if "run" not in config:
+        raise ValueError(f"{path} describes no run: it lacks 'run'.")
+    run, where = config["run"], config.get("environment", {})
+    if not isinstance(run, Mapping) or not isinstance(where, Mapping):
+        raise ValueError(f"{path} is damaged: it describes no run.")
+    if "format" not in config:
+        raise ValueError(f"{path} describes no run: it lacks 'format'.")
+    for key, (kind, name) in _DESCRIBED.items():
+        if not isinstance(run.get(key), kind) or isinstance(run[key], bool):
+            raise ValueError(f"{path} is damaged: {key} must be {name}, received {str(run.get(key))[:60]!r}.")
+    return config
+
+
+_DESCRIBED: Mapping[str, tuple[type, str]] = MappingProxyType(
+    {
+        "task": (str, "a text"),
+        "mechanism": (str, "a text"),
+        "heads": (int, "a whole number"),
+        "seed": (int, "a whole number"),
+        "settings": (dict, "an object"),
+    }
+)
+"""What is known of every run, and its kind."""
 
 
 def divergence(folder: Path) -> str:
@@ -250,7 +392,7 @@ def open_run(folder: Path, run: Mapping[str, Any], command: str) -> None:
     """
     path = folder / "config.json"
     if path.is_file():
-        lines = differences(read_json(path).get("run", {}), run)
+        lines = differences(read_config(path)["run"], run)
         if lines:
             raise ValueError(f"{folder} holds another run:\n  " + "\n  ".join(lines) + "\nChoose another --out.")
         return
@@ -261,10 +403,11 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        ValueError: the file is not JSON, or not an object.
+        ValueError: it is not a regular file, not JSON, not an object, or has a number that is not finite.
     """
+    content = read_regular(path)
     try:
-        value = json.loads(path.read_bytes())
+        value = parse_json(content)
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}). Delete the folder {path.parent} and run again.") from None
     if not isinstance(value, dict):
@@ -279,12 +422,29 @@ def read_curve(folder: Path) -> list[dict[str, float]]:
         ValueError: the file is damaged.
     """
     path = folder / "metrics.jsonl"
+    content = read_regular(path)
     try:
-        return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        lines = [parse_json(line) for line in content.decode("utf-8").splitlines()]
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}). Delete the folder {folder} and run again.") from None
+    for line in lines:
+        if not isinstance(line, Mapping) or not {"epoch", "seconds"} <= line.keys():
+            raise ValueError(f"{path} is damaged: an epoch lacks its seconds or its number.")
+        for key, value in line.items():
+            if not is_number(value):
+                raise ValueError(f"{path} is damaged: {key!r} of an epoch is {str(value)[:60]!r}.")
+    return lines
+
+
+def json_text(value: Mapping[str, Any]) -> str:
+    """``value`` as the text of a JSON file, indented.
+
+    Raises:
+        ValueError: a number in it is not finite.
+    """
+    return json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """``value`` as JSON, indented, whole or not at all."""
-    write_atomic(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+    write_atomic(path, json_text(value))

@@ -9,6 +9,7 @@ and nothing else.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
 from importlib.util import find_spec
@@ -20,6 +21,7 @@ from accelerate import Accelerator
 from accelerate.tracking import TensorBoardTracker, WandBTracker
 
 from better_attention.experiments.compare import Plan
+from better_attention.experiments.files import remove_leftovers
 from better_attention.experiments.position import DivergedError, Position
 from better_attention.experiments.runs import read_curve, read_json, write_json
 from better_attention.experiments.splits import Splits
@@ -187,6 +189,9 @@ class TrackingWatcher(Watcher):
         return self.folder / "logged" / f"{self.run}.{name}.json"
 
     def _remember(self, name: str) -> None:
+        memory = self._memory(name)
+        if memory.parent.is_dir():  # this run is locked, and nobody else writes its memory
+            remove_leftovers(memory.parent, re.compile(re.escape(memory.name[:64])))
         known = read_json(self._memory(name)) if self._memory(name).is_file() else {}
         self.logged[name], self.attempts[name] = int(known.get("epochs", 0)), int(known.get("attempt", 1))
         if known and known.get("run") != self.identity:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 import warnings
 from collections.abc import Callable
@@ -18,21 +19,32 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
 from better_attention.errors import counted
-from better_attention.experiments import checkpoint
+from better_attention.experiments import checkpoint, manifest
 from better_attention.experiments.chance import derive, epoch_order, initial_model, reseed
 from better_attention.experiments.evaluation import evaluate, total
-from better_attention.experiments.files import write_atomic
+from better_attention.experiments.files import digest, open_regular, write_atomic
+from better_attention.experiments.launch import in_words, torchrun
 from better_attention.experiments.origin import commit, environment
 from better_attention.experiments.pace import Pace
 from better_attention.experiments.position import DivergedError, Interrupted, Position
-from better_attention.experiments.runs import describe_run, open_run, read_json, write_json
+from better_attention.experiments.runs import (
+    FILES,
+    WEIGHTS,
+    check_files,
+    describe_run,
+    json_text,
+    open_run,
+    read_json,
+    read_result,
+    write_json,
+)
 from better_attention.experiments.splits import Splits
 from better_attention.experiments.task import Task, count
 from better_attention.experiments.variant import Variant
@@ -82,14 +94,24 @@ class Training:
             DivergedError: a loss or gradient is not finite; raised before the update that it would spoil, and written
                 down in ``diverged.json``.
             Interrupted: ``stop`` said so.
-            ValueError: the folder holds another run.
-            OSError: the disk is full, for example; the last checkpoint is whole.
+            ValueError: the folder holds another run, or a finished one that was changed since it was written.
+            OSError: the disk is full, for example; the last checkpoint is whole. Or the folder was deleted or replaced.
         """
-        self.open()
-        if (self.folder / "result.json").is_file():
+        found = self.open()
+        if found is not None:
             if self.main:
                 checkpoint.clear(self.folder)  # a crash may have come right after the result
-            return read_json(self.folder / "result.json")
+            return found
+        with open_regular(self.folder / "config.json") as config:
+            return self.train(config)
+
+    def train(self, config: BinaryIO) -> dict[str, Any]:
+        """Train what is left, then test.
+
+        Args:
+            config: the run's ``config.json``, open: while it is, no other file can be mistaken for it.
+        """
+        self.config = config
         self.restore()
         self.warm_up()
         try:
@@ -98,29 +120,76 @@ class Training:
                 self.validate()
         except DivergedError as error:
             if self.main:
-                write_json(self.folder / "diverged.json", {"reason": str(error)})
+                self.write("diverged.json", json_text({"reason": str(error)}))
             raise
         self.model.load_state_dict(self.best)
         weights = checkpoint.tensor_bytes(self.best)
-        record = self.record() | {"model_sha256": sha256(weights).hexdigest()}
+        record = self.record() | {"model_sha256": sha256(weights).hexdigest(), "manifest": manifest.NAME}
         if self.main:
             self.write_curve()
-            write_atomic(self.folder / "model.safetensors", weights)
-            write_json(self.folder / "result.json", record)
+            self.write(WEIGHTS, weights)
+            text = json_text(record)
+            digests = {name: digest(self.folder / name) for name in FILES if name != "result.json"}
+            digests["result.json"] = sha256(text.encode("utf-8")).hexdigest()
+            manifest.write(self.folder, digests, make_folder=False)
+            self.write("result.json", text)  # last: with it the run is finished
             checkpoint.clear(self.folder)
         self.accelerator.wait_for_everyone()
         return record
 
-    def open(self) -> None:
-        """Make the run's folder, or make sure that it is this run's."""
+    def open(self) -> dict[str, Any] | None:
+        """Make the run's folder, or make sure that it is this run's; the record if the run is finished.
+
+        Raises:
+            ValueError: another run lies there, or this one was changed since it was written.
+        """
         device = self.accelerator.device.type
         run = describe_run(self.task, self.variant, self.heads, self.seed, self.splits.digest, device)
         self.main = self.accelerator.is_main_process
         if self.main:
             open_run(self.folder, run, self.command)
-            if not (self.folder / "assets.json").is_file():
-                write_json(self.folder / "assets.json", self.task.stored(self.splits))
+            if not os.path.lexists(self.folder / "result.json"):
+                self.write_assets()
         self.accelerator.wait_for_everyone()
+        found = read_result(self.folder)
+        if found is not None:
+            check_files(self.folder, found)
+        return found
+
+    def write_assets(self) -> None:
+        """``assets.json``, unless it is there already as the data give it."""
+        try:
+            known = read_json(self.folder / "assets.json")
+        except (OSError, ValueError):
+            known = None
+        assets = self.task.stored(self.splits)
+        if known is None or json_text(known) != json_text(assets):
+            write_json(self.folder / "assets.json", assets)
+
+    def write(self, name: str, content: bytes | str) -> None:
+        """Write a file of the run.
+
+        Raises:
+            OSError: it cannot be written, or the folder is no longer that of this run.
+        """
+        self.check_folder()
+        write_atomic(self.folder / name, content, make_folder=False)
+
+    def check_folder(self) -> None:
+        """Refuse to go on where the folder was deleted, moved or replaced since this process opened it.
+
+        Raises:
+            OSError: it was.
+        """
+        try:
+            same = os.path.samestat(os.fstat(self.config.fileno()), (self.folder / "config.json").stat())
+        except OSError:
+            same = False
+        if not same:
+            raise OSError(
+                f"{self.folder} was deleted, moved or replaced while it was being trained: nothing more is saved "
+                "there. Run the same command again; without its folder, the run starts anew."
+            )
 
     def restore(self) -> None:
         """Build model and optimiser, at the last checkpoint if there is one."""
@@ -129,7 +198,10 @@ class Training:
         self.position = Position()
         self.best: dict[str, Tensor] = {}
         self.saved_at = time.monotonic()
-        saved = checkpoint.load(self.folder)
+        with warnings.catch_warnings():
+            if not self.main:  # the first process tells of a damaged one
+                warnings.simplefilter("ignore")
+            saved = checkpoint.load(self.folder)
         if saved is None:
             self.begin_session()
             return
@@ -146,9 +218,16 @@ class Training:
         """Note where the run goes on from here, and warn where that will show in the last bits."""
         sessions, threads = self.position.sessions, torch.get_num_threads()
         session = {"commit": commit(), "threads": threads, "processes": self.accelerator.num_processes}
-        before = sessions[-1]["threads"] if sessions else threads
+        before, processes = (sessions[-1][key] if sessions else session[key] for key in ("threads", "processes"))
         if not sessions or sessions[-1] != session:
             sessions.append(session)
+        if processes != session["processes"] and self.main:
+            warnings.warn(
+                f"{self.folder}: trained by {in_words(processes)} so far, goes on with "
+                f"{session['processes']}. Each process draws its own dropout, and sums are rounded otherwise: the "
+                f"result will differ from that of a run in one go. `{torchrun(processes)} ...` goes on as it began.",
+                stacklevel=2,
+            )
         if before != threads and self.main and self.accelerator.device.type == "cpu":
             warnings.warn(
                 f"{self.folder}: trained with {counted(before, 'thread')} so far, goes on with {threads}. Sums are "
@@ -247,6 +326,7 @@ class Training:
             state = asdict(self.position) | {"loss": loss, "correct": correct}
             if not self.best:
                 del state["best_loss"]  # infinite, which JSON does not know
+            self.check_folder()
             checkpoint.save(self.folder, tensors, state)
             (self.folder / "diverged.json").unlink(missing_ok=True)  # it has got further than that now
             self.write_curve()
@@ -254,7 +334,7 @@ class Training:
 
     def write_curve(self) -> None:
         """``metrics.jsonl``: the finished epochs."""
-        write_atomic(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.position.curve))
+        self.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.position.curve))
 
     def record(self) -> dict[str, Any]:
         """Evaluate the restored weights on every split; what ``results.json`` says of this run."""

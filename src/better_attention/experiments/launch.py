@@ -1,0 +1,76 @@
+"""Several processes of one launch, told from what ``torchrun`` or ``accelerate launch`` put into the environment."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
+from pathlib import Path
+
+_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+class PeerLostError(RuntimeError):
+    """Another process of the launch has ended, so that this one cannot go on."""
+
+
+def launched(environment: Mapping[str, str] = os.environ) -> int:
+    """Number of processes that were started together, this one included."""
+    return max(count_in(environment.get(name)) for name in _SIZES)
+
+
+def in_words(processes: int) -> str:
+    """A number of processes: ``1 process``, ``2 processes``."""
+    return f"{processes} process{'' if processes == 1 else 'es'}"
+
+
+def command_line(arguments: Sequence[str], environment: Mapping[str, str] = os.environ) -> str:
+    """The command with these arguments as it could be typed again, with as many processes."""
+    if (processes := launched(environment)) == 1:
+        return shlex.join(["better-attention", *arguments])
+    return f"{torchrun(processes, environment)} {shlex.join(arguments)}"
+
+
+def torchrun(processes: int, environment: Mapping[str, str] = os.environ) -> str:
+    """How the command begins that runs in so many processes.
+
+    >>> torchrun(1, {}), torchrun(2, {})
+    ('better-attention', 'torchrun --nproc_per_node 2 -m better_attention')
+    >>> torchrun(8, {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"})
+    'torchrun --nnodes 2 --nproc_per_node 4 --rdzv_backend c10d --rdzv_endpoint HOST:PORT -m better_attention'
+    """
+    if processes == 1:
+        return "better-attention"
+    here = count_in(environment.get("LOCAL_WORLD_SIZE", str(processes)))
+    if processes % here or launched(environment) in (1, here):  # of one machine, or of another launch than this one
+        return f"torchrun --nproc_per_node {processes} -m better_attention"
+    nodes = f"--nnodes {processes // here} --nproc_per_node {here} --rdzv_backend c10d --rdzv_endpoint HOST:PORT"
+    return f"torchrun {nodes} -m better_attention"
+
+
+def first_to_say(message: str, environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether no other process of this launch, on this machine, has said the same before.
+
+    ``torchrun`` has a folder for the errors of its processes, which all of them know: what was said is noted there.
+    """
+    if launched(environment) == 1 or not (errors := environment.get("TORCHELASTIC_ERROR_FILE")):
+        return True
+    note = Path(errors).parent.parent / f"said-{sha256(message.encode('utf-8', 'replace')).hexdigest()[:32]}"
+    try:
+        note.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def is_first(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process is the first of its launch, which alone writes and prints."""
+    return environment.get("RANK", "0") == "0"
+
+
+def count_in(text: str | None) -> int:
+    """The number in an environment variable; 1 where there is none."""
+    return int(text) if text and text.isascii() and text.isdigit() and int(text) > 0 else 1
