@@ -32,9 +32,12 @@ def check_mask(mask: object, name: str, *, one_means: str, device: torch.device)
         layout = str(mask.layout).removeprefix("torch.")
         raise TypeError(f"{name} must be a dense tensor, received one of layout {layout}: pass mask.to_dense().")
     if mask.dtype != torch.bool and mask.dtype not in FLOATING:
+        other = (
+            "Convert it with .float()." if mask.is_floating_point() else "Pass mask.real." if mask.is_complex() else ""
+        )
         raise TypeError(
             f"{name} must be bool (True = {one_means}) or float (added to the log weights), received {describe(mask)}. "
-            f"{'Convert its real part: mask.real.' if mask.is_complex() else 'Convert it with .float().' if mask.is_floating_point() else _conversions(one_means)}"
+            f"{other or _conversions(one_means)}"
         )
     if mask.device != device:
         raise ValueError(f"{name} is on {mask.device}, the inputs are on {device}. Move it with .to({str(device)!r}).")
