@@ -33,7 +33,7 @@ def biases(dtype: torch.dtype, kind: str) -> Tensor:
 @pytest.mark.parametrize("impl", ["auto", "reference", "chunked", "sdpa", "native"])
 @pytest.mark.parametrize("score", ["softmax", "expressive"])
 @pytest.mark.parametrize("kind", ["zeros", "-inf", "finfo.min"])
-@pytest.mark.parametrize(("dtype", "of_mask"), itertools.product(FLOATING, FLOATING))
+@pytest.mark.parametrize(("dtype", "of_mask"), list(itertools.product(FLOATING, FLOATING)))
 def test_a_mask_of_another_floating_type(
     dtype: torch.dtype, of_mask: torch.dtype, kind: str, score: str, impl: str
 ) -> None:

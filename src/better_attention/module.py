@@ -218,8 +218,8 @@ class MultiheadAttention(nn.Module):
             key, value: the same with S for L, and widths ``kdim`` and ``vdim``.
             key_padding_mask: (B, S) or (S). bool: True = hide. float: added to the log weights.
             need_weights: also return the weights. Turn it off for speed and O(L) memory.
-            attn_mask: (L, S) or (B h, L, S), unbatched (h, L, S). bool: True = hide. float: added. A float mask of 0 and
-                1 that requires no gradient is refused; as a bias, pass ``mask - 1.0``.
+            attn_mask: (L, S) or (B h, L, S), unbatched (h, L, S). bool: True = hide. float: added. A float mask of 0
+                and 1 that requires no gradient is refused; as a bias, pass ``mask - 1.0``.
             average_attn_weights: average the returned weights over heads.
             is_causal: query l sees keys s <= l; masks apply as well.
 
@@ -229,7 +229,7 @@ class MultiheadAttention(nn.Module):
 
         Raises:
             TypeError, ValueError: inputs that do not fit the layer or one another.
-            RuntimeError: under ``torch.compile``, a causal ``attn_mask`` on a full W_A, seen when the compiled code runs.
+            RuntimeError: under ``torch.compile``, a causal ``attn_mask`` on a full W_A, seen when the code runs.
                 An exported program does not look: build the layer with ``align_causal=True``.
         """
         if is_symbolic(query):
