@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .errors import FLOATING, describe
-from .impl.call import transformed
+from .torch_state import transformed
 from .values import readable
 
 
