@@ -104,7 +104,7 @@ def floating_dtype(value: object, name: str) -> torch.dtype:
     Raises:
         TypeError: anything else.
     """
-    if not isinstance(value, torch.dtype) or value not in _DTYPES:
+    if not isinstance(value, torch.dtype) or value not in FLOATING:
         raise TypeError(f"{name} must be torch.float64, float32, bfloat16 or float16, received {describe(value)}.")
     return value
 
@@ -117,14 +117,18 @@ def floating_tensor(value: object, name: str) -> Tensor:
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a floating-point tensor, received {describe(value)}.")
-    if not value.is_floating_point() or value.dtype not in _DTYPES:
+    if not value.is_floating_point() or value.dtype not in FLOATING:
         raise TypeError(
             f"{name} must be float64, float32, bfloat16 or float16, received {describe(value)}. "
             "Convert it, with .float() for example."
         )
+    if value.layout != torch.strided and not value.is_nested:
+        layout = str(value.layout).removeprefix("torch.")
+        raise TypeError(f"{name} must be a dense tensor, received one of layout {layout}: pass {name}.to_dense().")
     if value.is_nested:
         raise TypeError(f"{name} is a nested tensor: pad it (to_padded_tensor) and pass key_padding_mask instead.")
     return value
 
 
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""The dtypes that attention computes in."""

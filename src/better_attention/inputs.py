@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .errors import describe, floating_tensor
 from .impl.call import hidden
-from .masks import NEARLY_HIDDEN, check_mask
+from .masks import NEARLY_HIDDEN, check_mask, without_repeats
 from .mechanism import Mechanism
 from .torch_state import bare, unpatched
 from .values import autocast_dtype
@@ -165,9 +165,9 @@ def torch_masks(
         if tuple(mask.shape) not in ((L, S), (B * N, L, S)):
             raise ValueError(
                 f"attn_mask must be (L, S) = {(L, S)} or ({'B h' if batched else 'h'}, L, S) = {(B * N, L, S)}, "
-                f"received {describe(mask)}."
+                f"received {describe(mask)}.{_hint(mask, sizes)}"
             )
-        mask_BNLS = mask[None, None] if mask.dim() == 2 else mask.reshape(B, N, L, S)
+        mask_BNLS = without_repeats(mask[None, None] if mask.dim() == 2 else mask.reshape(B, N, L, S))
         mask_BNLS = ~mask_BNLS if mask.dtype == torch.bool else mask_BNLS
     if key_padding_mask is not None:
         padding = check_mask(key_padding_mask, "key_padding_mask", one_means="hide", device=device)
@@ -176,6 +176,27 @@ def torch_masks(
             raise ValueError(f"key_padding_mask must be {expected}, received {describe(padding)}.")
         padding_B11S = (~padding if padding.dtype == torch.bool else padding).reshape(B, 1, 1, S)
     return mask_BNLS, padding_B11S
+
+
+def _hint(mask: Tensor, sizes: tuple[int, int, int, int]) -> str:
+    """What to do with a mask in another library's form, where it is recognised."""
+    B, N, L, S = sizes
+    negated = mask.dtype == torch.bool
+    mask_text = "~mask" if negated else "mask"
+    meaning = (
+        " As in torch.nn.MultiheadAttention, True = hide here; masks of four dimensions, as of "
+        "F.scaled_dot_product_attention, usually mean True = attend."
+        if negated
+        else ""
+    )
+    if mask.dim() == 4 and all(m in (1, s) for m, s in zip(mask.shape, sizes, strict=True)):
+        return f"{meaning} If so, pass ({mask_text}).expand({B}, {N}, {L}, {S}).flatten(0, 1)."
+    if mask.dim() == 3 and tuple(mask.shape) in ((B, L, S), (B, 1, S)):
+        expanded = f"mask.expand({B}, {L}, {S}).repeat_interleave({N}, dim=0)"
+        return f" One mask for each sample is repeated for its heads: {expanded}."
+    if tuple(mask.shape) == (B, S):
+        return " A mask of whole keys goes to key_padding_mask (bool: True = hide)."
+    return meaning if mask.dim() == 4 else ""
 
 
 def padded_positions(padding_B11S: Tensor | None, mechanism: Mechanism) -> Tensor | None:

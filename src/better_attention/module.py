@@ -277,7 +277,8 @@ class MultiheadAttention(nn.Module):
             key, value: the same with S for L, and widths ``kdim`` and ``vdim``.
             key_padding_mask: (B, S) or (S). bool: True = hide. float: added to the log weights.
             need_weights: also return the weights. Turn it off for speed and O(L) memory.
-            attn_mask: (L, S) or (B h, L, S), unbatched (h, L, S). bool: True = hide. float: added.
+            attn_mask: (L, S) or (B h, L, S), unbatched (h, L, S). bool: True = hide. float: added. A float mask of 0
+                and 1 that requires no gradient is refused; as a bias, pass ``mask - 1.0``.
             average_attn_weights: average the returned weights over heads.
             is_causal: query l sees keys s <= l; masks apply as well.
 
@@ -287,6 +288,8 @@ class MultiheadAttention(nn.Module):
 
         Raises:
             TypeError, ValueError: inputs that do not fit the layer or one another.
+            RuntimeError: under ``torch.compile``, a causal ``attn_mask`` on a full W_A, seen when the code runs.
+                An exported program does not look: build the layer with ``align_causal=True``.
         """
         if is_symbolic(query):
             return fx_leaf(  # type: ignore[no-any-return]
@@ -303,7 +306,7 @@ class MultiheadAttention(nn.Module):
                 },
             )
         if isinstance(query, Tensor) and query.is_nested:
-            return self._nested(query, key, value, key_padding_mask, need_weights, attn_mask), None
+            return self._nested(query, key, value, key_padding_mask, need_weights, attn_mask, is_causal), None
         query_BLD, key_BSD, value_BSD = inputs.sequences(
             query, key, value, widths=(self.embed_dim, self.kdim, self.vdim), batch_first=self.batch_first
         )
@@ -480,19 +483,41 @@ class MultiheadAttention(nn.Module):
         key_padding_mask: Tensor | None,
         need_weights: bool,
         attn_mask: Tensor | None,
+        is_causal: bool,
     ) -> Tensor:
-        """Self-attention on what ``nn.TransformerEncoder`` makes of padded input if its first layer is torch's own."""
+        """Self-attention on sequences of several lengths, as ``nn.TransformerEncoder`` makes them of padded input.
+
+        The result has the layout of the query, strided or jagged.
+        """
         own = query is key and key is value and self.batch_first
         if not own or need_weights or attn_mask is not None or key_padding_mask is not None:
             raise TypeError(
-                "nested tensors are taken for self-attention with batch_first=True, need_weights=False and no mask: "
-                "pad them (to_padded_tensor) and pass key_padding_mask, or set encoder.use_nested_tensor = False."
+                "nested tensors are taken for self-attention with batch_first=True, need_weights=False and no mask "
+                "(is_causal is taken): pad them (to_padded_tensor) and pass key_padding_mask, or set "
+                "encoder.use_nested_tensor = False."
             )
-        lengths = [len(x) for x in query.unbind()]
-        padded_BLD = query.to_padded_tensor(0.0)
+        sequences = query.unbind()
+        if any(x.dim() != 2 or x.shape[1] != self.embed_dim for x in sequences):
+            shapes = ", ".join(str(tuple(x.shape)) for x in sequences[:10])
+            raise ValueError(f"a nested query must hold sequences (L, embed_dim={self.embed_dim}), received {shapes}.")
+        lengths = [len(x) for x in sequences]
+        if sum(lengths) == 0:
+            return query.clone()
+        padded_BLD = nn.utils.rnn.pad_sequence(list(sequences), batch_first=True)
         padding_BL = torch.arange(padded_BLD.shape[1]) >= torch.tensor(lengths)[:, None]
-        output_BLD, _ = self(padded_BLD, padded_BLD, padded_BLD, padding_BL.to(query.device), need_weights=False)
-        return torch.nested.as_nested_tensor([x[:n] for x, n in zip(output_BLD, lengths, strict=True)])
+        output_BLD, _ = self.forward(
+            padded_BLD,
+            padded_BLD,
+            padded_BLD,
+            padding_BL.to(query.device),
+            need_weights=False,
+            is_causal=is_causal,
+        )
+        outputs = [x[:n] for x, n in zip(output_BLD, lengths, strict=True)]
+        if query.layout == torch.jagged and query.lengths() is None:
+            # With the query's own offsets, so that the two can be added.
+            return torch.nested.nested_tensor_from_jagged(torch.cat(outputs), query.offsets())
+        return torch.nested.as_nested_tensor(outputs, layout=query.layout)
 
     def _in_one_call(self, x_BLD: Tensor, is_causal: bool) -> Tensor | None:
         """Small self-attention in inference by one compiled call; None where it has to go step by step."""
@@ -528,13 +553,19 @@ class MultiheadAttention(nn.Module):
     def _refuse_leak(self, mask_BNLS: Tensor | None, is_causal: bool) -> None:
         if not isinstance(self.align, Alignment) or self.align.causal:
             return
+        came = "is_causal=True" if is_causal else "a causal attn_mask"
+        message = (
+            f"mechanism {self.mechanism.name!r} received {came}, but its W_A mixes every value position, later "
+            "ones included, into every other before any mask applies: the future would leak. Build the layer with "
+            "align_causal=True, which keeps W_A lower triangular."
+        )
         if is_causal or (mask_BNLS is not None and masks.hides_the_future(mask_BNLS)):
-            came = "is_causal=True" if is_causal else "a causal attn_mask"
-            raise ValueError(
-                f"mechanism {self.mechanism.name!r} received {came}, but its W_A mixes every value position, later "
-                "ones included, into every other before any mask applies: the future would leak. Build the layer with "
-                "align_causal=True, which keeps W_A lower triangular."
-            )
+            raise ValueError(message)
+        if mask_BNLS is not None and torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
+            # The mask's values are known when the compiled code runs: the question becomes part of it.
+            causal = masks.is_triangle(mask_BNLS)
+            if causal is not None:
+                torch._assert_async(~causal, message)
 
     def _with_extra_keys(self, k_BSD: Tensor, v_BSD: Tensor) -> tuple[Tensor, Tensor]:
         """Behind the sequence: the learned key and value, then those of zeros."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,9 +11,42 @@ from torch import Tensor
 from .choice import IMPLS
 from .errors import describe, finite_number, flag, floating_tensor, one_of
 from .impl.call import Call
-from .masks import check_mask
+from .masks import check_mask, without_repeats
 from .mechanism import SCORES
 from .values import autocast_dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Lead:
+    """The leading dimensions (..., N) of a call, and which of them are its batch and which its heads.
+
+    Args:
+        sizes: (..., N).
+        heads: positions of those that become heads, N last; None: N alone.
+    """
+
+    sizes: tuple[int, ...]
+    heads: tuple[int, ...] | None = None
+
+    def fold(self, x: Tensor) -> Tensor:
+        """(..., N, rows, columns) as (B, N, rows, columns); any size may be another than the result's."""
+        lead = x.shape[:-2]
+        if self.heads is None:
+            return x.reshape(math.prod(lead[:-1]), lead[-1] if lead else 1, *x.shape[-2:])
+        batch = self._batch(self.heads)
+        x = x.permute(*batch, *self.heads, x.dim() - 2, x.dim() - 1)
+        return x.reshape(math.prod(lead[d] for d in batch), math.prod(lead[d] for d in self.heads), *x.shape[-2:])
+
+    def unfold(self, x_BNLW: Tensor) -> Tensor:
+        """The result (B, N, L, W) as (..., N, L, W)."""
+        if self.heads is None:
+            return x_BNLW.reshape(*self.sizes, *x_BNLW.shape[-2:])
+        order = (*self._batch(self.heads), *self.heads)
+        x = x_BNLW.reshape(*(self.sizes[d] for d in order), *x_BNLW.shape[-2:])
+        return x.permute(*(order.index(d) for d in range(len(order))), x.dim() - 2, x.dim() - 1)
+
+    def _batch(self, heads: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(d for d in range(len(self.sizes)) if d not in heads)
 
 
 def prepare(
@@ -27,8 +61,8 @@ def prepare(
     enable_gqa: bool,
     need_weights: bool,
     impl: str,
-) -> tuple[Call, tuple[int, ...]]:
-    """The call in its one internal form, and the leading dimensions (..., N) of the result."""
+) -> tuple[Call, Lead]:
+    """The call in its one internal form, and the leading dimensions (..., N) that its result goes back to."""
     one_of(score, "score", SCORES)
     one_of(impl, "impl", IMPLS)
     flag(is_causal, "is_causal")
@@ -36,11 +70,15 @@ def prepare(
     flag(need_weights, "need_weights")
     query, key, value = (floating_tensor(x, n) for x, n in ((query, "query"), (key, "key"), (value, "value")))
     query, key, value = same_dtype(query, key, value)
-    lead = _check_shapes(query, key, value, enable_gqa)
-    shape = (*lead, query.shape[-2], key.shape[-2])
+    sizes = _check_shapes(query, key, value, enable_gqa)
+    lead = Lead(sizes)
+    if attn_mask is not None:
+        attn_mask = _check_mask(attn_mask, (*sizes, query.shape[-2], key.shape[-2]), query.device)
+        if attn_mask.dim() > 4:
+            lead = Lead(sizes, _grouped(sizes, tuple(attn_mask.shape)))
     call = Call(
         *_four_dimensional(query, key, value, lead, enable_gqa),
-        mask_BNLS=None if attn_mask is None else _mask(attn_mask, shape, query.device),
+        mask_BNLS=None if attn_mask is None else _mask(attn_mask, lead),
         causal=is_causal,
         score=score,
         scale=1.0 / math.sqrt(max(1, query.shape[-1])) if scale is None else finite_number(scale, "scale"),
@@ -106,24 +144,24 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -
 
 
 def _four_dimensional(
-    query: Tensor, key: Tensor, value: Tensor, lead: tuple[int, ...], enable_gqa: bool
+    query: Tensor, key: Tensor, value: Tensor, lead: Lead, enable_gqa: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v as (B, N, length, width), views wherever the input allows one."""
+    sizes = lead.sizes
 
     def shaped(x: Tensor) -> Tensor:
-        if x.dim() == 4 and (enable_gqa or x.shape[:2] == lead) and x.shape[0] == lead[0]:
+        if x.dim() == 4 and (enable_gqa or x.shape[:2] == sizes) and x.shape[0] == sizes[0]:
             return x
-        heads = x.shape[-3] if enable_gqa else (lead[-1] if lead else 1)
-        x = x.expand(*lead[:-1], *((heads,) if lead else ()), *x.shape[-2:])
-        batch = math.prod(lead[:-1])
-        return x if x.dim() == 4 else x.reshape(batch, heads, *x.shape[-2:])
+        heads = x.shape[-3] if enable_gqa else (sizes[-1] if sizes else 1)
+        x = x.expand(*sizes[:-1], *((heads,) if sizes else ()), *x.shape[-2:])
+        return x if x.dim() == 4 else lead.fold(x)
 
     k_BNSH = shaped(key)
     return shaped(query), k_BNSH, k_BNSH if value is key else shaped(value)
 
 
-def _mask(attn_mask: Tensor, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """``attn_mask`` as (B|1, N|1, L|1, S|1)."""
+def _check_mask(attn_mask: Tensor, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """``attn_mask`` with as many dimensions as the call, four at least, each of the call's size or 1."""
     mask = check_mask(attn_mask, "attn_mask", one_means="attend", device=device)
     trailing = shape[len(shape) - mask.dim() :] if 0 < mask.dim() <= len(shape) else ()
     if (
@@ -132,13 +170,23 @@ def _mask(attn_mask: Tensor, shape: tuple[int, ...], device: torch.device) -> Te
         or any(m not in (1, s) for m, s in zip(mask.shape, trailing, strict=True))
     ):
         raise ValueError(f"attn_mask must broadcast to (..., L, S) = {shape}, received {describe(mask)}.")
-    mask = mask.reshape(*(1,) * (max(4, len(shape)) - mask.dim()), *mask.shape)
+    return without_repeats(mask.reshape(*(1,) * (max(4, len(shape)) - mask.dim()), *mask.shape))
+
+
+def _grouped(sizes: tuple[int, ...], mask: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Which leading dimensions to take for heads so that a mask of more than four dimensions need not be repeated.
+
+    Strides can broadcast a mask over the whole batch or over all heads, but not over a part of either: what the mask
+    repeats goes to one of them, what it does not to the other.
+    """
+    repeats = [m == 1 and s != 1 for m, s in zip(mask, sizes, strict=False)]
+    if not any(repeats[:-1]) or all(repeats[:-1]):
+        return None
+    return tuple(d for d, repeated in enumerate(repeats) if repeated == repeats[-1])
+
+
+def _mask(mask: Tensor, lead: Lead) -> Tensor:
+    """A checked mask as (B|1, N|1, L|1, S|1)."""
     if mask.dim() == 4:
         return mask
-    batch = math.prod(shape[:-3])
-    everywhere = all(size == 1 for size in mask.shape[:-3])
-    return (
-        mask.reshape(1, *mask.shape[-3:])
-        if everywhere
-        else mask.expand(*shape[:-3], *mask.shape[-3:]).reshape(batch, *mask.shape[-3:])
-    )
+    return lead.fold(mask)

@@ -83,6 +83,21 @@ def hidden(mask: Tensor, score: str) -> Tensor:
     return mask == -torch.inf if score == "softmax" else mask <= torch.finfo(mask.dtype).min
 
 
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A float mask in ``dtype``: widened as it is, narrowed so that what is finite stays finite.
+
+    float64's lowest number would become -inf in float32, and hide where it was only a large bias.
+    """
+    if mask.dtype == dtype:
+        return mask
+    wide = torch.promote_types(mask.dtype, dtype)
+    if wide == dtype:
+        return mask.to(dtype)
+    limits = torch.finfo(dtype)
+    narrow = mask.to(wide).clamp(limits.min, limits.max).to(dtype)
+    return narrow.masked_fill(mask == -torch.inf, -torch.inf)
+
+
 def island(dtype: torch.dtype) -> torch.dtype:
     """The dtype to compute weights in: 16-bit formats lose z**2 and long sums, so they compute in float32."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype

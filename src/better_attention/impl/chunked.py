@@ -19,7 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from better_attention.torch_state import legacy_batched, operator_obstacles, transformed
 
-from .call import NO_DROPOUT, Call, dropout_seed, flops, fold_batch, hidden, island, one_by_one, triangle
+from .call import NO_DROPOUT, Call, additive, dropout_seed, flops, fold_batch, hidden, island, one_by_one, triangle
 
 TILE = 1 << 19
 """Elements of one tile: 2 MiB of float32, a few of which fit a desktop processor's cache."""
@@ -86,7 +86,7 @@ def _restrictions(
         here = hidden(cut, score)
         hide = here if hide is None else hide | here
         if cut.dtype != torch.bool:
-            finite = cut.masked_fill(here, 0.0).to(like.dtype)
+            finite = additive(cut.masked_fill(here, 0.0), like.dtype)
             bias = finite if bias is None else bias + finite
     if causal:
         later = ~triangle(torch.arange(tile.rows.start, tile.rows.stop, device=like.device), tile.keys.stop)

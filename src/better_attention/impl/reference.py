@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .call import Call, hidden, island, triangle
+from .call import Call, additive, hidden, island, triangle
 
 
 def unsupported(call: Call) -> list[str]:
@@ -47,7 +47,7 @@ def _bias_and_hidden(call: Call, z_BNLS: Tensor) -> tuple[Tensor | None, Tensor 
         here = hidden(mask, call.score)
         hide = here if hide is None else hide | here
         if mask.dtype != torch.bool:
-            finite = mask.masked_fill(here, 0.0).to(z_BNLS.dtype)
+            finite = additive(mask.masked_fill(here, 0.0), z_BNLS.dtype)
             bias = finite if bias is None else bias + finite
     if call.causal:
         lengths = z_BNLS.shape[-2:]
@@ -78,8 +78,16 @@ def _expressive(z_BNLS: Tensor, bias: Tensor | None, hide: Tensor | None) -> Ten
     a_BNLS = (z_BNLS / _unit(z_BNLS.detach())).square() / (1.0 + z_BNLS.square())
     if bias is not None:
         a_BNLS = _with_bias(a_BNLS, bias, hide)
+    # Divided by its total taken as a constant first: the normaliser cancels any constant, and where one key has all
+    # the weight, a is now 1 and the two terms of its derivative cancel to the last bit.
+    a_BNLS = a_BNLS / _total(a_BNLS.detach())
+    return a_BNLS / _total(a_BNLS)
+
+
+def _total(a_BNLS: Tensor) -> Tensor:
+    """The sum over keys, 1 in a row without weight."""
     total_BNL1 = a_BNLS.sum(dim=-1, keepdim=True)
-    return a_BNLS / total_BNL1.masked_fill(total_BNL1 == 0.0, 1.0)
+    return total_BNL1.masked_fill(total_BNL1 == 0.0, 1.0)
 
 
 def _unit(z_BNLS: Tensor) -> Tensor:

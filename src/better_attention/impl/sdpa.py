@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from better_attention.torch_state import has_tangent
 
-from .call import Call
+from .call import Call, additive
 
 MERGE_LIMIT = 1 << 16
 """Elements up to which padding, mask and triangle are merged into one mask for SDPA, which takes only one."""
@@ -23,7 +23,7 @@ def unsupported(call: Call) -> list[str]:
         reasons.append("it does not return weights")
     if len(call.masks) + call.causal > 1 and _merged_elements(call) > MERGE_LIMIT:
         reasons.append("mask, padding and triangle together would have to be merged into one (B, N, L, S) mask")
-    if call.q_BNLH.dtype == torch.float16 and any(m.dtype in (torch.float32, torch.float64) for m in call.masks):
+    if call.q_BNLH.dtype == torch.float16 and any(m.dtype not in (torch.bool, torch.float16) for m in call.masks):
         reasons.append("it takes masks in float16 only, which has no room for large biases")
     if any(m.requires_grad for m in call.masks):
         reasons.append("it does not differentiate with respect to a mask on every device")
@@ -82,7 +82,4 @@ def _merge(call: Call) -> Tensor | None:
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     if mask.dtype == torch.bool:
         return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf)
-    if mask.dtype == dtype:
-        return mask
-    # Finite stays finite: float32's lowest number would become -inf in 16 bits, and hide.
-    return mask.clamp(min=torch.finfo(dtype).min).to(dtype).masked_fill(mask == -torch.inf, -torch.inf)
+    return additive(mask, dtype)
