@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,31 @@ def test_ctrl_c_shows_what_was_done(capsys: pytest.CaptureFixture[str], monkeypa
     assert found["complete"] is False
     assert len(found["rows"]) == 2
     assert len(found["limits"]) == 1
+
+
+def test_rows_are_in_the_files_before_the_next_is_measured_and_sigterm_ends_a_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, kept = runner.measure, []
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def measure(*arguments: Any) -> Any:
+        kept.append([json.loads(path.read_text()) for path in tmp_path.glob("*.json")])
+        if len(kept) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return real(*arguments)
+
+    monkeypatch.setattr(runner, "measure", measure)
+    assert run(*SHORT, "--out", str(tmp_path)) == 143
+    assert [[(len(found["rows"]), found["complete"]) for found in files] for files in kept] == [
+        [],
+        [(2, False)],
+        [(4, False)],
+    ]
+    assert "Interrupted: 2 of 4 rows were measured." in capsys.readouterr().out
+    (path,) = tmp_path.glob("*.csv")
+    assert len(path.read_text().splitlines()) == 1 + 4
+    assert signal.getsignal(signal.SIGTERM) is handler
 
 
 def test_targets_are_told_where_their_rows_were_run(capsys: pytest.CaptureFixture[str]) -> None:

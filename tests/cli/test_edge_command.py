@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import signal
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -250,6 +251,26 @@ def test_ctrl_c_keeps_what_was_done(capsys: pytest.CaptureFixture[str], monkeypa
     assert run(*FP32) == 130
     assert "Interrupted: this is what was timed by then." in capsys.readouterr().out
     assert json.loads(Path("runs/edge/edge.json").read_text())["complete"] is False
+
+
+def test_rows_are_in_the_file_before_the_next_is_timed_and_sigterm_ends_a_run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, kept = edge.measure_group, []
+    path = Path("runs/edge/edge.json")
+
+    def group(*arguments: Any) -> Any:
+        kept.append(json.loads(path.read_text()) if path.exists() else None)
+        if len(kept) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return real(*arguments)
+
+    monkeypatch.setattr(edge, "measure_group", group)
+    assert run(*FP32) == 143
+    assert kept[0] is None
+    assert (len(kept[1]["timings"]), kept[1]["complete"]) == (2, False)
+    assert "Interrupted: this is what was timed by then." in capsys.readouterr().out
+    assert len(edge_view.read(path).timings) == 2
 
 
 def test_files_come_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from better_attention.cli import UserError, console
@@ -81,7 +86,7 @@ def seconds(text: str) -> float:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print, write; 0, 1 if a contender's numbers were wrong or it failed, 130 after Ctrl-C."""
+    """Measure, print, write; 0, 1 if a contender failed or its numbers were wrong, 130 (Ctrl-C), 143 (SIGTERM)."""
     from better_attention.benchmarks import tables
     from better_attention.benchmarks.runner import Settings, threads
     from better_attention.experiments.output import check_writable
@@ -95,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
         limit=args.limit,
         switches=frozenset({"flex"} if args.flex else ()),
     )
-    with threads(args.threads):
+    with threads(args.threads), terminable() as received:
         report = measure(args, settings)
     if args.json:
         print(tables.as_json(report))
@@ -105,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
         for path in tables.write(report, args.out):
             say(f"wrote {path}")
     if not report.complete:
-        return 130
+        return 143 if signal.SIGTERM in received else 130
     return 1 if any(result.status in ("wrong", "failed") for result in report.results) else 0
 
 
@@ -137,18 +142,42 @@ def measure(args: argparse.Namespace, settings: Settings) -> Report:
     say("machine limits: a large matrix product, reading memory")
     limits = [machine.measure_limits(dtype, **sizes)]
     complete = True
+
+    def report(*, complete: bool) -> Report:
+        verdicts = targets.verdicts(results, limits[0].better(limits[-1]))
+        return tables.Report(about, settings, limits, results, verdicts, len(rows), args.dtype, args.suite, complete)
+
     try:
         for number, row in enumerate(rows, start=1):
             say(f"[{number}/{len(rows)}] {row.name}")
             results += runner.measure(row, SUITES[row.suite].contenders(row), settings)
+            if args.out is not None:  # whatever ends the run, even SIGKILL, the rows measured so far are kept
+                tables.write(report(complete=False), args.out)
         say("machine limits once more")
         limits.append(machine.measure_limits(dtype, **sizes))
     except KeyboardInterrupt:
         complete = False
         say("interrupted: what follows is what was done by then.")
-    best = limits[0].better(limits[-1])
-    verdicts = targets.verdicts(results, best)
-    return tables.Report(about, settings, limits, results, verdicts, len(rows), args.dtype, args.suite, complete)
+    return report(complete=complete)
+
+
+@contextmanager
+def terminable() -> Iterator[list[int]]:
+    """Treat SIGTERM in the block like Ctrl-C; yields the list of the signals received so far."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # signals reach the main thread alone
+        yield received
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def say(line: str) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from better_attention.cli import UserError, console
 from better_attention.cli.arguments import folder, names, numbers, positive, words
-from better_attention.cli.bench import say
+from better_attention.cli.bench import say, terminable
 from better_attention.cli.compare import command_line
 from better_attention.mechanism import MECHANISMS
 
@@ -58,7 +59,7 @@ def precisions(text: str) -> tuple[str, ...]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Time, print, write; 0, or 130 after Ctrl-C."""
+    """Time, print, write; 0, 130 after Ctrl-C, or 143 after SIGTERM."""
     from better_attention.benchmarks import edge_view
     from better_attention.benchmarks.runner import threads
     from better_attention.experiments.output import check_output
@@ -69,8 +70,8 @@ def run(args: argparse.Namespace) -> int:
     if not any(task.width % heads == 0 for task in tasks for heads in args.heads):
         widths = ", ".join(f"{task.name} {task.width}" for task in tasks)
         raise UserError(f"--heads: none of {', '.join(map(str, args.heads))} divides a model's width ({widths}).")
-    with threads(args.threads):
-        report = measure(args, tasks)
+    with threads(args.threads), terminable() as received:
+        report = measure(args, tasks, out)
     if args.json:
         document = {"machine": report.machine, "settings": asdict(report.settings), "complete": report.complete}
         print(json.dumps(document | {"rows": edge_view.beside_paper(report)}, indent=2, ensure_ascii=False))
@@ -78,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
         edge_view.print_report(report, console())
     for path in edge_view.write(report, out):
         say(f"wrote {path}")
-    return 0 if report.complete else 130
+    return 0 if report.complete else 143 if signal.SIGTERM in received else 130
 
 
 def chosen(text: str | None) -> list[Task]:
@@ -99,7 +100,7 @@ def chosen(text: str | None) -> list[Task]:
     return [tasks[name] for name in wanted]
 
 
-def measure(args: argparse.Namespace, tasks: list[Task]) -> Report:
+def measure(args: argparse.Namespace, tasks: list[Task], out: Path) -> Report:
     """Every combination, or what is done by then, if Ctrl-C ends it."""
     from better_attention.benchmarks import edge, edge_view, machine
     from better_attention.benchmarks.edge import Timing
@@ -111,6 +112,8 @@ def measure(args: argparse.Namespace, tasks: list[Task]) -> Report:
     try:
         for found in edge.measure(tasks, args.mechanisms, args.heads, args.precisions, settings, say):
             timings += found
+            # Whatever ends the run, even SIGKILL, the rows timed so far are kept.
+            edge_view.write(edge_view.Report(about, settings, timings, complete=False), out)
     except KeyboardInterrupt:
         complete = False
         say("interrupted: what follows is what was done by then.")
