@@ -514,9 +514,9 @@ class MultiheadAttention(nn.Module):
             is_causal=is_causal,
         )
         outputs = [x[:n] for x, n in zip(output_BLD, lengths, strict=True)]
-        if query.layout == torch.jagged and query.lengths() is None:
+        if query.layout == torch.jagged and query.lengths() is None:  # type: ignore[attr-defined]
             # With the query's own offsets, so that the two can be added.
-            return torch.nested.nested_tensor_from_jagged(torch.cat(outputs), query.offsets())
+            return torch.nested.nested_tensor_from_jagged(torch.cat(outputs), query.offsets())  # type: ignore[attr-defined]
         return torch.nested.as_nested_tensor(outputs, layout=query.layout)
 
     def _in_one_call(self, x_BLD: Tensor, is_causal: bool) -> Tensor | None:
