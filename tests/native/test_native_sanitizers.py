@@ -1,6 +1,6 @@
 """The compiled kernels' own test program (C++, no Python, no torch): sanitized, poisoned, and for NEON emulated.
 
-``kernel_test`` compares every kernel with a float64 oracle under the 2x rule. Here it is built through the project's
+``kernel_test`` compares every kernel with a float64 oracle of its own. Here it is built through the project's
 CMakeLists.txt and run with scratch memory full of NaN: under AddressSanitizer and UndefinedBehaviorSanitizer, once
 with every tensor in an allocation of its own and once with every tensor ending where a forbidden page begins (masked
 vector loads are not instrumented, but they do fault), and cross-compiled for aarch64 under qemu.
@@ -35,7 +35,9 @@ def run(*command: str | Path, seconds: float) -> str:
     environment = {k: v for k, v in os.environ.items() if k not in ("LD_PRELOAD", "CXXFLAGS", "LDFLAGS")}
     environment.setdefault("CMAKE_BUILD_PARALLEL_LEVEL", "2")
     environment["UBSAN_OPTIONS"] = "print_stacktrace=1"
-    environment["ASAN_OPTIONS"] = "detect_stack_use_after_return=1"
+    # Off, also where it is the default: GCC 12 and others place the frames of the fake stack that it needs without
+    # regard to the alignment of 64 bytes that AVX-512 vectors have, and aligned stores into them fault.
+    environment["ASAN_OPTIONS"] = "detect_stack_use_after_return=0"
     done = subprocess.run(
         [str(word) for word in command], env=environment, capture_output=True, text=True, timeout=seconds
     )
@@ -94,7 +96,7 @@ def test_kernels_under_sanitizers_on_poisoned_memory(tmp_path: Path) -> None:
         "-DBETTER_ATTENTION_SANITIZE=ON",
     )
     for extra in ([], ["--pages"]):
-        assert instruction_sets(run(program, "--quick", *extra, seconds=300)) == of_this_processor()
+        assert instruction_sets(run(program, "--quick", *extra, seconds=900)) == of_this_processor()
 
 
 @pytest.mark.slow
