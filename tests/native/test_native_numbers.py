@@ -395,6 +395,20 @@ class TestExtremes:
         q = line(*[1.0, -1.0, 0.5, 0.0, 1.0], dtype=dtype)
         check_extreme(isa, "softmax", q, line(*z, dtype=dtype), self.values(rng, dtype), gradients=span < 1e3)
 
+    @pytest.mark.parametrize("length", [1, 13])
+    def test_small_softmax_weights_are_right_in_proportion(self, length: int, dtype: torch.dtype, isa: str) -> None:
+        """Of scores that fall by 80, each weight is right to a few units of its own last place, however small it is.
+
+        The scores are exact, so that what remains are the roundings of exponential, sum, division and product.
+        """
+        z = (-torch.arange(320) / 4).to(dtype).double()
+        exact = z.softmax(0)
+        q, k, v = torch.ones(1, 1, length, 1), z[None, None, :, None], torch.eye(320)[None, None]
+        with native.instruction_set(isa), poisoned():
+            output = ba.attention(*(x.to(dtype) for x in (q, k, v)), score="softmax", scale=1.0, impl="native")
+        error = ((output.double() - exact) / exact).abs().max()
+        assert error <= 8 * 2.0**-24 + (2.0**-8 if dtype == torch.bfloat16 else 0)
+
     def test_softmax_tells_large_scores_apart(self, dtype: torch.dtype, isa: str, rng: np.random.Generator) -> None:
         """Scores near 1e4 that differ by a few: all exact in the dtype, so that their weights are too."""
         base = 1e4 if dtype == torch.float32 else 240.0

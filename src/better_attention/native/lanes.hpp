@@ -67,23 +67,28 @@ BA_INLINE V reciprocal(V x) {  // to about one unit in the last place; x >= 1 he
 }
 
 constexpr float LOG2E = 1.44269504088896340736f;
+// log 2 in two parts. The first has 17 bits, so that its product with an integer below 128 is exact.
+constexpr float LN2_HIGH = 6.93138122558593750000e-1f;
+constexpr float LN2_LOW = 9.05800061445916071534e-6f;
 
 BA_INLINE V exp_of(V x) {
-    // e^x = 2^n * 2^f with n the integer nearest to x log2(e), f in [-1/2, 1/2]; 0 below -88.05, finite above 88.
+    // e^x = 2^n e^r with n the integer nearest to x log2(e), |r| <= log(2) / 2; 0 below -88.05, finite above 88.
+    // Only n depends on the product with log2(e): its rounding, |x| units in the last place, does not reach r.
     x = at_most(88.0f, at_least(-88.05f, x));
-    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which sits in the low bits
+    // Adding 1.5 * 2^23 rounds to an integer, which sits in the low bits: with 127 more, the exponent field of 2^n.
+    const float magic = 12582912.0f + 127.0f;
     const V shifted = x * LOG2E + magic;
-    const I n = reinterpret_cast<I>(shifted) - reinterpret_cast<I>(fill(magic));
-    const V f = x * LOG2E - (shifted - magic);
-    // Minimax polynomial of 2^f in relative error (Remez exchange with p(0) = 1): 2.6e-9 before rounding.
-    V p = fill(1.5594677825e-4f);
-    p = p * f + 1.34066434111e-3f;
-    p = p * f + 9.61769279093e-3f;
-    p = p * f + 5.55031038821e-2f;
-    p = p * f + 2.40226522088e-1f;
-    p = p * f + 6.93147242069e-1f;
-    p = p * f + 1.0f;
-    return p * reinterpret_cast<V>((n + 127) << 23);
+    const V whole = shifted - magic;
+    const V r = (x - whole * LN2_HIGH) - whole * LN2_LOW;
+    // Minimax polynomial of e^r in relative error, with the first two coefficients 1: 3.1e-9 before rounding.
+    V p = fill(1.38210924342e-3f);
+    p = p * r + 8.36868863553e-3f;
+    p = p * r + 4.16682660580e-2f;
+    p = p * r + 1.66665211320e-1f;
+    p = p * r + 4.99999940395e-1f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    return p * reinterpret_cast<V>(reinterpret_cast<U>(shifted) << 23);
 }
 
 BA_INLINE float sum_of(V x) {
