@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import zlib
 from pathlib import Path
 
@@ -11,6 +12,11 @@ import pytest
 import torch
 
 torch.set_num_threads(1)  # one summation order, on whatever machine
+
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # so are children of a shell that runs the tests in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

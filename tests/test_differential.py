@@ -391,7 +391,8 @@ def unpacked_gradients(stock: nn.MultiheadAttention) -> dict[str, Tensor]:
     if stock.in_proj_bias is not None:
         named |= {f"{p}_proj.bias": b for p, b in zip("qkv", stock.in_proj_bias.grad.chunk(3), strict=True)}
     rest = {name: p.grad for name, p in stock.named_parameters() if "in_proj" not in name and "_proj_w" not in name}
-    return named | rest
+    extra = {f"extra_{p}.weight": rest.pop(f"bias_{p}") for p in "kv" if f"bias_{p}" in rest}
+    return named | extra | rest
 
 
 @pytest.mark.parametrize("count", [100, pytest.param(500, marks=pytest.mark.slow)])

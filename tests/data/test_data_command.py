@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -181,7 +182,7 @@ def test_fetch_as_json_into_a_folder(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_fetch_draws_bars_on_a_terminal(
     cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setenv("TERM", "xterm")
     assert call("fetch", "mnist") == 0
     err = capsys.readouterr().err
