@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import io
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -494,6 +495,55 @@ def test_torchs_function_does_not_compute_another_mechanism(name: str) -> None:
         torch.testing.assert_close(
             nn.functional.multi_head_attention_forward(*arguments, *output)[0], module(x, x, x)[0]
         )
+
+
+ASSIGNMENTS: dict[str, Callable[[nn.Module, str, Tensor], object]] = {
+    "a parameter": lambda module, name, new: setattr(module, name, nn.Parameter(new)),
+    "a tensor": lambda module, name, new: setattr(module, name, new),
+    "in place": lambda module, name, new: setattr(module, name, getattr(module, name).mul_(0).add_(new)),
+}
+
+
+@pytest.mark.parametrize("assignment", ASSIGNMENTS)
+@pytest.mark.parametrize("kind", ["weight", "bias"])
+def test_what_is_assigned_to_packed_weights_reaches_the_projections(kind: str, assignment: str) -> None:
+    """As converters of checkpoints do, and ``layer.in_proj_weight *= 2``."""
+    module, name = layer("standard", E, N), f"in_proj_{kind}"
+    keys = set(module.state_dict())
+    new = torch.randn_like(getattr(nn.MultiheadAttention(E, N), name))
+    with torch.no_grad():
+        ASSIGNMENTS[assignment](module, name, new)
+    for letter, part in zip("qkv", new.chunk(3), strict=True):
+        projection = getattr(module, f"{letter}_proj")
+        assert torch.equal(getattr(projection, kind), part)
+        assert getattr(projection, kind).untyped_storage().nbytes() == part.numel() * part.element_size()
+    assert set(module.state_dict()) == keys
+
+
+def test_what_cannot_be_assigned_to_packed_weights_is_refused() -> None:
+    def assign(module: nn.Module, name: str, value: object) -> Callable[[], None]:
+        return lambda: setattr(module, name, value)
+
+    weight = nn.Parameter(torch.randn(3 * E, E))
+    refused(assign(layer("efficient", E, N), "in_proj_weight", weight), "W_K", "'standard'", kind=ValueError)
+    refused(assign(layer("standard", E, N), "in_proj_weight", weight[:E]), (3 * E, E), (E, E), kind=ValueError)
+    refused(assign(layer("standard", E, N), "in_proj_bias", None), "in_proj_bias", "bias=False", kind=TypeError)
+    bare = layer("standard", E, N, bias=False)
+    bare.in_proj_bias = None  # as it is
+    refused(assign(bare, "in_proj_bias", weight[:, 0]), "no in_proj_bias", "q_proj", kind=TypeError)
+
+
+def test_packed_weights_leave_the_layer_as_ordinary_tensors() -> None:
+    module = layer("efficient", E, N)
+    expected = module.in_proj_weight.detach().clone()
+    buffer = io.BytesIO()
+    torch.save({"weight": module.in_proj_weight}, buffer)
+    buffer.seek(0)
+    for left in (torch.load(buffer, weights_only=True)["weight"], copy.deepcopy(module.in_proj_weight)):
+        assert type(left) is Tensor
+        assert torch.equal(left, expected)
+        left.zero_()
+    assert torch.equal(module.in_proj_weight, expected)
 
 
 def initialise_as_clip_does(model: nn.Module, width: int, layers: int) -> None:

@@ -23,7 +23,7 @@ from .impl import layer
 from .impl.call import Call, island
 from .inputs import called
 from .mechanism import MECHANISMS, Mechanism
-from .packed import Unpackable, packed
+from .packed import Unpackable, assign, packed
 from .positions import BASE, angles, even_width, turned
 from .prepare import same_dtype
 from .state_dict import explain_parts, other_size, separate, to_packed, unpack
@@ -219,10 +219,25 @@ class MultiheadAttention(nn.Module):
         """W_Q, W_K and W_V one below the other, (3D, D), a :class:`.packed.Packed`; None where kdim or vdim differ."""
         return self._packed("weight") if self.kdim == self.vdim == self.embed_dim else None
 
+    @in_proj_weight.setter
+    def in_proj_weight(self, value: Tensor) -> None:
+        assign(self.in_proj_weight, value, "in_proj_weight")
+
     @property
     def in_proj_bias(self) -> Tensor | Unpackable | None:
         """The biases of W_Q, W_K and W_V one after the other, (3D,); None without biases."""
         return self._packed("bias")
+
+    @in_proj_bias.setter
+    def in_proj_bias(self, value: Tensor) -> None:
+        assign(self.in_proj_bias, value, "in_proj_bias")
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """See :class:`torch.nn.Module`, which calls it where a Parameter is assigned to an attribute."""
+        if name in ("in_proj_weight", "in_proj_bias"):
+            assign(getattr(self, name), param, name)
+        else:
+            super().register_parameter(name, param)
 
     @property
     def q_proj_weight(self) -> Tensor | None:

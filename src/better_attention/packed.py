@@ -124,6 +124,14 @@ class Packed(Tensor):
                     x._source.write(x._source.whole.detach(), copied=func in _COPIES and not drawn)
             return _linked(result, source)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        """An ordinary tensor, as everything is that leaves the layer."""
+        return self.detach().as_subclass(Tensor).clone()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """In a file it is an ordinary tensor too."""
+        return self.__deepcopy__({}).__reduce_ex__(protocol)
+
     def __getattr__(self, name: str) -> Any:
         """What all the parameters carry: flags that libraries set on them."""
         if name == "_source":
@@ -194,6 +202,25 @@ def packed(projections: Sequence[nn.Module], kind: str, mechanism: str, torchs: 
     else:
         whole = torch.cat([_unlearned(first) if x is None else x for x in named])
     return _link(whole, _Source(whole, tuple(named), mechanism, torchs))
+
+
+def assign(old: Tensor | Unpackable | None, new: Any, name: str) -> None:
+    """Write ``new`` to the parameters that ``old``, which the layer gave for its attribute ``name``, was made of.
+
+    Raises:
+        ValueError, TypeError: there are none, ``new`` is no tensor, or it does not fit.
+    """
+    if isinstance(old, Unpackable) or (old is None and new is not None):
+        raise TypeError(f"this layer has no {name} to assign to: assign to its modules q_proj, k_proj, v_proj instead.")
+    if isinstance(old, Packed) and not isinstance(
+        new, Packed
+    ):  # a packed one is what an augmented assignment ends with
+        if not isinstance(new, Tensor):
+            raise TypeError(
+                f"{name} is made of the parameters of q_proj, k_proj and v_proj, to which a tensor can be assigned, "
+                f"received {new!r}. Build the layer with bias=False to have no biases."
+            )
+        old._source.write(new, copied=True, replace=True)
 
 
 def _unlearned(like: Tensor) -> Tensor:
