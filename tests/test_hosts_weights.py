@@ -173,6 +173,12 @@ def test_inputs_of_another_dtype_than_the_weights(name: str, dtype: torch.dtype,
             assert outputs(module, dtype=dtype).dtype == torch.bfloat16
 
 
+def test_inputs_are_not_sent_to_a_dtype_that_only_stores() -> None:
+    module = layer("standard", E, N).eval().to(torch.float8_e4m3fn)
+    message = refused(lambda: outputs(module), "q_proj", "layer with .to(torch.float32)", kind=TypeError)
+    assert ".to(torch.float8" not in message
+
+
 @pytest.mark.parametrize("part", ["k_proj", "v_proj", "out_proj", "align"])
 def test_one_part_of_another_dtype_is_named(part: str) -> None:
     module = layer("standard+align", E, N, max_len=S).eval()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .errors import describe, floating_tensor
+from .errors import FLOATING, describe, floating_tensor
 from .impl.call import hidden
 from .masks import NEARLY_HIDDEN, check_mask, without_repeats
 from .mechanism import Mechanism
@@ -119,9 +119,10 @@ def _goes_unnoticed(weight: Tensor, x: Tensor) -> bool:
 
 def _mismatch(name: str, parameter: Tensor, x: Tensor) -> TypeError | ValueError:
     if parameter.device == x.device:
+        inputs = f"the inputs with .to({parameter.dtype}), " if parameter.dtype in FLOATING else ""
         return TypeError(
-            f"the parameters of {name} are {parameter.dtype}, its input is {x.dtype}. Convert the inputs with "
-            f".to({parameter.dtype}), the layer with .to({x.dtype}), or use torch.autocast."
+            f"the parameters of {name} are {parameter.dtype}, its input is {x.dtype}. Convert {inputs}the layer with "
+            f".to({x.dtype}), or use torch.autocast."
         )
     way = "Move the inputs or the layer with .to(device)"
     if parameter.is_meta:
