@@ -294,6 +294,8 @@ def equal_width(task: Task, variant: Variant, heads: int) -> int:
         return replace(task, width=width, equal_params=False).size(of, heads)
 
     aim, step = size(task.width, Variant.of("standard")), task.width_step(heads)
+    if size(task.width, variant) == aim:
+        return task.width
     low, high = 1, max(2, 4 * task.width // step)
     while high - low > 1:  # parameters grow with the width
         middle = (low + high) // 2
