@@ -18,6 +18,7 @@ from rich.console import Console
 
 from better_attention.cli import compare, main
 from better_attention.cli.watch import LiveWatcher, PlainWatcher, make_watcher
+from better_attention.experiments import pace
 from better_attention.experiments.position import DivergedError, Position
 from better_attention.experiments.tasks import TASKS
 from better_attention.experiments.text_task import OwnTextTask
@@ -167,7 +168,10 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
     assert err == ""
 
 
-def test_json_stands_alone_on_standard_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_stands_alone_on_standard_output(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pace, "BUDGET", 0.0)
     options = ["--scale", "smoke", "--mechanisms", "standard", "--epochs", "1", "--device", "cpu", "--json"]
     assert main.main(["compare", *options, "--out", str(tmp_path)]) == 0
     said = capsys.readouterr()
