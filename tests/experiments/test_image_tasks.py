@@ -478,6 +478,7 @@ def test_left_out_from_the_command_line(photos: Path, tmp_path: Path, capsys: py
     assert "3 of 60 pictures cannot be decoded and are left out" in (out / "report.html").read_text("utf-8")
 
 
+@pytest.mark.slow
 def test_data_that_is_not_mnist_says_so_wherever_the_result_is_shown(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
