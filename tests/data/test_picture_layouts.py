@@ -341,7 +341,7 @@ def long_name(length: int) -> bytes:
     """A tar archive with two pictures, one below as many folders as a name of that length has."""
     header = tarfile.TarInfo("././@LongLink")
     header.type, header.size = tarfile.GNUTYPE_LONGNAME, length
-    name = (b"a/" * (length // 2))[: length - 6] + b"/x.png"
+    name = (b"a/" * (length // 2))[: length - 6] + b"x.png"
     data = header.tobuf(tarfile.GNU_FORMAT) + name.ljust(-(-length // 512) * 512, b"\0")
     other = tarfile.TarInfo("b/x.png").tobuf(tarfile.GNU_FORMAT)
     return data + tarfile.TarInfo("x").tobuf(tarfile.GNU_FORMAT) + other + bytes(1024)
@@ -378,13 +378,13 @@ def sparse(entries: int) -> bytes:
 
 
 HOSTILE = {
-    "a long name of GNU's kind": lambda: gzip.compress(long_name(20_000)),
-    "a long name of POSIX's kind": lambda: gzip.compress(pax_name(20_000)),
+    "a long name of GNU's kind": lambda: gzip.compress(long_name(40_000)),
+    "a long name of POSIX's kind": lambda: gzip.compress(pax_name(40_000)),
     "a deep name": lambda: gzip.compress(pax_name(4_000)),
-    "an endless name": lambda: gzip.compress(announced(tarfile.GNUTYPE_LONGNAME, 8 << 20), 1),
-    "an endless link name": lambda: gzip.compress(announced(tarfile.GNUTYPE_LONGLINK, 8 << 20), 1),
-    "an endless extended header": lambda: gzip.compress(announced(tarfile.XHDTYPE, 8 << 20), 1),
-    "an endless global header": lambda: gzip.compress(announced(tarfile.XGLTYPE, 8 << 20), 1),
+    "an endless name": lambda: gzip.compress(announced(tarfile.GNUTYPE_LONGNAME, 16 << 20), 1),
+    "an endless link name": lambda: gzip.compress(announced(tarfile.GNUTYPE_LONGLINK, 16 << 20), 1),
+    "an endless extended header": lambda: gzip.compress(announced(tarfile.XHDTYPE, 16 << 20), 1),
+    "an endless global header": lambda: gzip.compress(announced(tarfile.XGLTYPE, 16 << 20), 1),
     "many global headers": lambda: gzip.compress(global_entries(100, 250), 1),
     "a long global header": lambda: gzip.compress(global_entries(20, 15_000), 1),
     "a map of a sparse file": lambda: gzip.compress(sparse(200_000), 1),
