@@ -123,10 +123,29 @@ def test_lines_that_one_field_holds_are_counted(tmp_path: Path) -> None:
     swallowed = swallowed.replace("number 60,bad", 'number 60",bad')
     data = tables.read(write(tmp_path / "a.csv", swallowed))
     assert rows_of(data) == 60
-    assert "a.csv: 1 row with line ends between quotes, 41 lines together, the longest 41 from line 22 on" in data.notes
+    (note,) = [note for note in data.notes if "line ends" in note]
+    assert note.startswith(
+        "a.csv: 1 row with line ends between quotes, 41 lines together, the longest 41 from line 22 on"
+    )
+    assert "a quote there is a character: double it" in note
+
+
+@pytest.mark.parametrize("odd", ["number 30", "number 30\tbad\tmore"])
+@pytest.mark.parametrize("at", [30, 200])
+def test_an_odd_line_does_not_let_quotes_swallow_the_others(tmp_path: Path, odd: str, at: int) -> None:
+    lines = stray_quotes().split("\n")
+    lines[at] = odd
+    with pytest.raises(DataError, match=rf"line {at + 1} has [13] fields?, line 1 has 2 .*Remove the record, or mend"):
+        tables.read(write(tmp_path / "a.tsv", "\n".join(lines)))
 
 
 # --- columns without a name -------------------------------------------------------------------------------------------
+
+
+def test_both_missing_columns_are_named_at_once(tmp_path: Path) -> None:
+    content = comma([("v1", "v2", "", ""), *((b, a, "", "") for a, b in numbered(60))])
+    with pytest.raises(DataError, match=r"no text column.*text_column=NAME.*No label column either.*label_column=NAME"):
+        tables.read(write(tmp_path / "a.csv", content))
 
 
 @pytest.mark.parametrize("header", [("", "text", "label"), (" ", "a", "label"), ("Unnamed: 0", "a", "label", "")])
@@ -152,8 +171,28 @@ def test_a_competitions_folder(tmp_path: Path) -> None:
     data = tables.read(tmp_path)
     assert rows_of(data) == COUNT
     (left_out,) = [note for note in data.notes if note.startswith("test.csv is left out")]
-    assert "has no label column" in left_out
+    assert "has no labels" in left_out
     assert "not read: sample_submission.csv beside test.csv, train.csv" in data.notes
+
+
+@pytest.mark.parametrize(("name", "empty"), [("test.csv", ""), ("test.csv", "  "), ("test.jsonl", None)])
+def test_a_held_out_file_with_an_empty_label_column_is_left_out(tmp_path: Path, name: str, empty: str | None) -> None:
+    write(tmp_path / "train.csv", comma([("text", "label"), *numbered()]))
+    rows = [(f"what is {i}?", empty) for i in range(20)]
+    lines = [json.dumps({"text": text, "label": label}) + "\n" for text, label in rows]
+    write(tmp_path / name, "".join(lines) if name.endswith("l") else comma([("text", "label"), *rows]))
+    data = tables.read(tmp_path)
+    assert rows_of(data) == COUNT
+    assert f"{name} is left out: it has no labels, without which nothing can be measured" in data.notes
+
+
+def test_all_records_of_unknown_classes_are_named_at_once(tmp_path: Path) -> None:
+    write(tmp_path / "train.csv", comma([("text", "label"), *numbered()]))
+    write(tmp_path / "test.csv", comma([("text", "label"), *((f"test {i}", "-1") for i in range(20))]))
+    with pytest.raises(
+        DataError, match=r"class '-1' does not occur .*take the file out.* Likewise 19 more lines: 3, 4"
+    ):
+        tables.read(tmp_path)
 
 
 def test_training_without_labels_is_refused(tmp_path: Path) -> None:
@@ -176,7 +215,10 @@ def write_folders(place: Path, count: int) -> Path:
 
 
 @pytest.mark.parametrize("parts", [False, True])
-def test_a_folder_of_txt_files_for_each_class(tmp_path: Path, parts: bool) -> None:
+@pytest.mark.parametrize("below", ["", "corpus"])
+@pytest.mark.parametrize("ending", [".txt", ".TXT"])
+def test_a_folder_of_txt_files_for_each_class(tmp_path: Path, parts: bool, below: str, ending: str) -> None:
+    whole, tmp_path = tmp_path, tmp_path / below
     if parts:
         write_folders(tmp_path / "Train", 60)
         write_folders(tmp_path / "test", 20)
@@ -185,7 +227,9 @@ def test_a_folder_of_txt_files_for_each_class(tmp_path: Path, parts: bool) -> No
     place = tmp_path / "Train" if parts else tmp_path
     write(place / "README.md", "about them")
     write(place / "good" / "notes.docx", "?")
-    data = tables.read(tmp_path)
+    for file in [*tmp_path.rglob("*.txt")]:
+        file.rename(file.with_suffix(ending))
+    data = tables.read(whole)
     assert rows_of(data) == 60 + 20 * parts
     assert data.classes == LABELS
     labels = [data.classes[label] for label in data.train_labels]
@@ -201,8 +245,15 @@ def test_all_faulty_files_of_a_folder_at_once(tmp_path: Path) -> None:
     write_folders(tmp_path, 60)
     for i in range(4):
         write(tmp_path / "bad" / f"z{i}.txt", "Ça".encode("latin-1") if i else " ")
-    with pytest.raises(DataError, match=r"z0\.txt is empty\. Remove it\. Likewise 3 more files: 32, 33, 34\."):
+    with pytest.raises(DataError, match=r"z0\.txt is empty\. Remove it\. Likewise 3 more files: bad/z1\.txt, bad/z2"):
         tables.read(tmp_path)
+
+
+def test_a_class_of_too_few_files_is_named_by_its_folder(tmp_path: Path) -> None:
+    write(write_folders(tmp_path, 60) / "rare" / "one.txt", "number 61")
+    with pytest.raises(DataError, match=r"rare/one\.txt: class 'rare' has too few") as told:
+        tables.read(tmp_path)
+    assert "column" not in str(told.value)
 
 
 @pytest.mark.parametrize("whole_folder", [False, True])
@@ -309,6 +360,13 @@ def test_labels_nearly_the_same_are_told_and_kept_apart(tmp_path: Path, labels: 
     if few:
         with pytest.raises(DataError, match=r"class 'POSITIVE' has too few .*Nearly the same are 'POSITIVE' and 'Pos"):
             tables.read(write(tmp_path / "few.csv", comma([("text", "label"), *few])))
+
+
+def test_labels_whose_spaces_are_cut_off_are_counted(tmp_path: Path) -> None:
+    rows = [(f"number {i}", ("good", "bad", "bad ", "\u00a0good")[i % 4]) for i in range(80)]
+    data = tables.read(write(tmp_path / "a.csv", comma([("text", "label"), *rows])))
+    assert data.classes == LABELS
+    assert "a.csv: spaces around 40 labels are cut off" in data.notes
 
 
 def test_labels_that_differ_are_not_near() -> None:

@@ -48,6 +48,7 @@ def test_tokens(text: str, words: list[str]) -> None:
         ("co\u00adop e\u2060e", ["coop", "ee"]),
         ("ok\u200d \u0301x \u2764\ufe0f", ["ok", "x"]),
         ("one\u200btwo", ["one", "two"]),
+        ("а\u0488б 1\ufe0f\u20e3", ["а\u0488б", "1\u20e3"]),
     ],
 )
 def test_words_of_every_script_keep_their_marks_and_joiners(text: str, words: list[str]) -> None:

@@ -478,6 +478,7 @@ def test_left_out_from_the_command_line(photos: Path, tmp_path: Path, capsys: py
     assert "3 of 60 pictures cannot be decoded and are left out" in (out / "report.html").read_text("utf-8")
 
 
+@pytest.mark.slow
 def test_data_that_is_not_mnist_says_so_wherever_the_result_is_shown(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -496,6 +497,10 @@ def test_data_that_is_not_mnist_says_so_wherever_the_result_is_shown(
     assert main.main(["table", "5", str(tmp_path / "out"), "--csv", str(tmp_path / "table.csv")]) == 0
     assert "≠ Our data: not MNIST: train-images-idx3-ubyte" in capsys.readouterr().out
     assert "not MNIST: train-images-idx3-ubyte" in (tmp_path / "table.csv").read_text("utf-8")
+    assert main.main(["runs", str(tmp_path / "out")]) == 0
+    assert "≠ efficient-h1-s0: not MNIST: train-images-idx3-ubyte" in capsys.readouterr().out
+    assert main.main(["runs", str(tmp_path / "out"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["departures"] == [departure]
     assert main.main(["table", "5", str(tmp_path / "out"), "--json"]) == 0
     blocks = json.loads(capsys.readouterr().out)["blocks"]
     assert [(block["departures"], block["paper_scale"]) for block in blocks] == [([departure], False)]

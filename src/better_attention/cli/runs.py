@@ -14,6 +14,9 @@ from better_attention.cli import UserError, console
 if TYPE_CHECKING:
     from better_attention.experiments.inventory import Found
 
+TOLD = 10
+"""Runs that one note names."""
+
 HELP = "list the runs below a folder: finished, interrupted where, diverged why, being written by whom, damaged"
 DEFAULT = ("runs", "results")
 
@@ -94,5 +97,12 @@ def print_runs(found: list[Found], folders: list[Path]) -> None:
     screen.print(drawn(titles))
     if len(titles) < len(lines[0]):
         screen.print("A wider screen, or --json, shows more.", markup=False)
+    unlike: dict[str, list[str]] = {}
+    for one in found:
+        for departure in one.as_json()["departures"]:
+            unlike.setdefault(departure, []).append(one.path.name)
+    for departure, names in unlike.items():
+        more = f" and {len(names) - TOLD:,} more" if len(names) > TOLD else ""
+        screen.print(Text(f"≠ {plain(', '.join(names[:TOLD]), 300)}{more}: {plain(departure, 400)}."), soft_wrap=True)
     counts = Counter(one.state for one in found)
     screen.print(", ".join(f"{number} {state}" for state, number in counts.items()), markup=False)

@@ -39,6 +39,8 @@ _DEPTH = 64  # folders above a member
 _MEMBERS = 1 << 22  # of one archive
 _NAMES_LIMIT = 256 * MIB  # characters of all their names
 _HEADER_LIMIT = MIB // 4  # bytes of an extended tar header, which tarfile reads as a whole
+_GLOBAL_LIMIT = 4096  # bytes of a header for all members that follow: git writes 52
+_GLOBALS = 1000  # entries of all such headers, which tarfile keeps
 _EXTENDED = (
     *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
     *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
@@ -369,8 +371,9 @@ class _Header(tarfile.TarInfo):
             tarfile.ReadError: the header of a sparse file, or one that announces a very long name.
         """
         header = super().frombuf(buf, encoding, errors)
-        if header.type in _EXTENDED and header.size > _HEADER_LIMIT:
-            raise tarfile.ReadError(f"an extended header of {header.size:,} bytes, at most {_HEADER_LIMIT:,} are read")
+        limit = _GLOBAL_LIMIT if header.type == tarfile.XGLTYPE else _HEADER_LIMIT
+        if header.type in _EXTENDED and header.size > limit:
+            raise tarfile.ReadError(f"an extended header of {header.size:,} bytes, at most {limit:,} are read")
         if header.type == tarfile.GNUTYPE_SPARSE:
             raise tarfile.ReadError(f"member {header.name[:100]!r} is a link, device or sparse file")
         return header
@@ -387,7 +390,10 @@ def _open_tar(path: Path, stream: Bounded) -> tarfile.TarFile:
 
 def _next(path: Path, tar: tarfile.TarFile) -> tarfile.TarInfo | None:
     with _damage_named(path):
-        return tar.next()
+        member = tar.next()
+        if len(tar.pax_headers) > _GLOBALS:
+            raise tarfile.ReadError(f"more than {_GLOBALS:,} entries in extended headers for all members")
+        return member
 
 
 class _Census:

@@ -19,7 +19,7 @@ import hashlib
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -30,8 +30,9 @@ from better_attention.errors import counted
 
 from .containers import DataError, Int64, UInt8
 from .image_cache import decoded, remembered, unreadable
+from .labelled import doubtful
 from .picture import SUFFIXES, is_grey, quiet
-from .picture_labels import KINDS, Labels, read_labels
+from .picture_labels import KINDS, TABLE, Labels, read_labels
 from .picture_tree import SPLITS, PictureTree, archives, grow
 
 LAYOUT = (
@@ -144,7 +145,14 @@ def find(place: Path) -> Pictures:
             labels += [label] * len(own.get(folder, []))
         parts[split] = np.arange(first, len(names), dtype=np.int64)
     found = Pictures(tree, names, np.array(labels, dtype=np.int64), folders, _called(tree, folders), parts, ())
-    found = replace(found, notes=(*(table.note for table in tables.values()), *_ignored(found, splits)))
+    found = replace(
+        found,
+        notes=(
+            *(table.note for table in tables.values()),
+            *doubtful(folders, {folder: len(own) for folder, own in members["train"].items()}, "picture"),
+            *_ignored(found, splits, {table.table for table in tables.values()}),
+        ),
+    )
     if parts.keys() == {"train"}:
         found = _with_held_out(found, splits["train"])
     elif "test" not in parts:
@@ -258,8 +266,9 @@ def _check(
     for split, classes in members.items():
         unknown = sorted(classes.keys() - members["train"].keys())
         if unknown:
+            place = f"{tables[split].table}: {unknown[0]}" if split in tables else f"{splits[split]}/{unknown[0]}"
             raise DataError(
-                f"{tree.place / splits[split] / unknown[0]} is a class that {top}/ does not have "
+                f"{tree.place / place} is a class that {top}/ does not have "
                 f"({len(unknown):,} such): a model cannot know it. Expected {LAYOUT}."
             )
 
@@ -270,13 +279,17 @@ def _copy_inside(classes: Mapping[str, Sequence[str]], top: str) -> tuple[str, l
     Two of them, or nothing but one, are no chance. Where every class holds folders called like the others, as tables of
     confusion do, none is a copy.
     """
-    below = {folder: [set(name.removeprefix(f"{top}/" if top else "").split("/")[1:-1]) for name in names]
-             for folder, names in classes.items()}  # fmt: skip
-    again = {folder: sorted(set().union(*inside) & classes.keys() - {folder}) for folder, inside in below.items()}
-    for folder, others in again.items():
-        whole = len(others) > 1 or (others and all(others[0] in inside for inside in below[folder]))
-        if whole and not any(again[other] for other in others):
-            return folder, others
+    known = {folder.casefold(): folder for folder in classes}
+    below: dict[str, list[set[str]]] = {}
+    for folder, names in classes.items():
+        paths = (name.removeprefix(f"{top}/" if top else "").split("/")[1:-1] for name in names)
+        below[folder] = [{known[part.casefold()] for part in path if part.casefold() in known} for path in paths]
+    again = {folder: sorted(set().union(*inside)) for folder, inside in below.items()}
+    for folder, found in again.items():
+        others = [other for other in found if other != folder]
+        whole = len(found) > 1 or (others and all(others[0] in inside for inside in below[folder]))
+        if others and whole and not any(set(again[other]) - {other} for other in others):
+            return folder, found
     return None
 
 
@@ -310,10 +323,15 @@ def _unit(name: str) -> float:
     return int.from_bytes(digest[:6], "big") / 2**48
 
 
-def _ignored(found: Pictures, splits: Mapping[str, str]) -> tuple[str, ...]:
-    """Notes on pictures that are not read."""
-    flat = [f"{top}/ holds no folder per class and is not read" for split, top in splits.items()
-            if split not in found.parts]  # fmt: skip
+def _ignored(found: Pictures, splits: Mapping[str, str], used: Collection[str]) -> tuple[str, ...]:
+    """Notes on pictures, and on tables that may label them, that are not read."""
+    tops = [top for split, top in splits.items() if split not in found.parts]
+    flat = [f"{top}/ holds no folder per class and is not read" for top in tops]
+    if tops:
+        flat.append(f"no table names the pictures of {'/, '.join(tops)}/, as val_annotations.txt or labels.csv might")
+    tables = sorted(name for name in found.tree.texts if TABLE.fullmatch(name.rpartition("/")[2]) and name not in used)
+    if tables:
+        flat.append(f"not read as labels: {', '.join(tables[:10])}{', ...' if len(tables) > 10 else ''}")
     loose = len(found.tree.names) - len(found.names)
     if loose:
         flat.append(f"{counted(loose, 'picture')} in no class's folder, not read")

@@ -7,7 +7,7 @@ import itertools
 import math
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ _NAMELESS = re.compile(r"\s*(?:unnamed: [0-9]+)?\s*", re.IGNORECASE)
 
 
 class NoLabelsError(DataError):
-    """A table with texts and without a column of labels, as a competition's test file is."""
+    """A text without a label, or a whole table of them, as a competition's test file is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,12 @@ class Columns:
                 wanted = f"column {asked!r}" if asked else f"{kind} column"
                 first = "" if asked else "; the first line must hold the columns' names"
                 fault = NoLabelsError if kind == "label" else DataError
-                raise fault(f"{place} has no {wanted}. {there}: name one with `--set {kind}_column=NAME`{first}.")
+                both = (
+                    ". No label column either: name it too, with `--set label_column=NAME`"
+                    if kind == "text" and label is None
+                    else ""
+                )
+                raise fault(f"{place} has no {wanted}. {there}: name one with `--set {kind}_column=NAME`{first}{both}.")
             if names.count(found) > 1:
                 raise DataError(f"{place} has {names.count(found)} columns {found!r}. {there}: rename all but one.")
         if text == label or text is None or label is None:
@@ -94,13 +99,15 @@ class Columns:
 def _find(names: Sequence[str], asked: str, usual: Sequence[str]) -> str | None:
     if asked and asked in names:
         return asked
-    folded = {name.strip().casefold(): name for name in reversed(names) if not _NAMELESS.fullmatch(name)}
+    folded = {name.strip().casefold(): name for name in reversed(names)}
     return next((folded[name] for name in ((asked.casefold(),) if asked else usual) if name in folded), None)
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
     """One file's rows: its text, its label as text, and the line (of Parquet: the row) on which it begins.
+
+    Of a folder of texts it is the file's name instead, below that folder.
 
     ``notes``: how the file was read where that is not plain, and what of it was not.
     ``shards``: of a table in several files, the files after the first, each with the number of its first row here.
@@ -109,7 +116,7 @@ class Table:
     path: Path
     unit: str
     columns: tuple[str, str]
-    lines: list[int]
+    lines: list[int | str]
     texts: list[str]
     labels: list[str]
     shards: tuple[tuple[int, Path], ...] = ()
@@ -118,7 +125,8 @@ class Table:
     def place(self, row: int) -> str:
         """Where a row is, for messages."""
         path = next((path for first, path in reversed(self.shards) if first <= row), self.path)
-        return f"{path}, {self.unit} {self.lines[row]}"
+        line = self.lines[row]
+        return str(path / line) if isinstance(line, str) else f"{path}, {self.unit} {line}"
 
 
 def format_of(path: Path) -> str | None:
@@ -144,14 +152,22 @@ def read_table(path: Path, columns: Columns) -> Table:
     rows = {"csv": _csv_rows, "json": _json_rows, "parquet": _parquet_rows}[kind](path, columns, faults, notes)
     names = next(rows, (0, "", ""))[1:]
     table = Table(path, unit, names, [], [], [], notes=notes)
+    unlabelled = trimmed = 0
     for line, text, label in rows:
         table.lines.append(line)
         try:
             table.texts.append(_text(text, table, len(table.lines) - 1))
             table.labels.append(_label(label, table, len(table.lines) - 1))
+            trimmed += isinstance(label, str) and label != table.labels[-1]
         except DataError as error:
+            unlabelled += isinstance(error, NoLabelsError)
             faults.add(line, str(error))
-    faults.check()
+    try:
+        faults.check()
+    except DataError as error:
+        raise NoLabelsError(str(error)) if unlabelled == len(table.lines) else error from None
+    if trimmed:
+        notes.append(f"{path.name}: spaces around {counted(trimmed, 'label')} are cut off")
     if not table.texts:
         raise DataError(f"{path} holds no texts, only the names of its columns: is the file whole?")
     return table
@@ -213,7 +229,8 @@ def _csv_rows(path: Path, columns: Columns, faults: Faults, notes: list[str]) ->
             notes.append(
                 f"{path.name}: {counted(len(broken), 'row')} with line ends between quotes, "
                 f"{sum(many for _, many in broken):,} lines together, the longest {longest[1]:,} from line "
-                f"{longest[0]:,} on"
+                f"{longest[0]:,} on. If these are rows of their own, a quote there is a character: double it, and "
+                "enclose its field in quotes"
             )
         if beyond:
             notes.append(
@@ -295,6 +312,29 @@ def like_missing(labels: Iterable[str]) -> list[str]:
     return sorted(label for label in set(labels) if label.strip().casefold() in _MISSING)
 
 
+def doubtful(classes: Sequence[str], counts: Mapping[str, int], kind: str) -> tuple[str, ...]:
+    """Notes on classes that look like one class, and on those that look like a missing label.
+
+    Args:
+        classes: their names.
+        counts: class -> how many samples it has.
+        kind: what a sample is, ``"text"`` or ``"picture"``.
+    """
+    notes = []
+    alike = near_equal(classes)
+    if alike:
+        groups = "; ".join(" and ".join(f"{name!a} ({counts[name]:,})" for name in group) for group in alike[:10])
+        notes.append(
+            f"classes that are nearly the same and are kept apart: {groups}{'; ...' if len(alike) > 10 else ''}. Spell "
+            "them alike if they are one class"
+        )
+    empty = like_missing(classes)
+    if empty:
+        named = ", ".join(f"{name!r} ({counted(counts[name], kind)})" for name in empty)
+        notes.append(f"read as a class, though it may stand for a missing label: {named}")
+    return tuple(notes)
+
+
 def _text(value: object, table: Table, row: int) -> str:
     if value is None or (isinstance(value, str) and not value.strip()):
         raise DataError(f"{table.place(row)}: the text in column {table.columns[0]!r} is empty. Remove that record.")
@@ -304,7 +344,9 @@ def _text(value: object, table: Table, row: int) -> str:
 def _label(value: object, table: Table, row: int) -> str:
     """The class's name: numbers without a needless ``.0``, truth values as in JSON."""
     if value is None or (isinstance(value, str) and not value.strip()) or (isinstance(value, float) and value != value):
-        raise DataError(f"{table.place(row)}: no label in column {table.columns[1]!r}. Add it, or remove that record.")
+        raise NoLabelsError(
+            f"{table.place(row)}: no label in column {table.columns[1]!r}. Add it, or remove that record."
+        )
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int):

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import csv
+import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+from typing import Any
 
 from better_attention.errors import counted
 
 from .containers import DataError
 from .labelled import Columns
+from .records import quotes_enclose
 
 TABLE = re.compile(
     r"(?:.*[_-])?(?:labels?|annotations?|metadata|train|training|test|val|valid|validation|dev)\.(?:csv|tsv|txt)",
@@ -85,11 +88,12 @@ def read_labels(table: str, text: str, pictures: Sequence[str]) -> Labels | None
 
 def _rows(text: str) -> list[list[str]]:
     """The fields of the rows, spaces around them cut off."""
-    lines = text.removeprefix("\ufeff").splitlines()
-    start = next((line for line in lines if line.strip()), "")
+    lines = [line for line in io.StringIO(text.removeprefix("\ufeff")) if not line.isspace()]
+    start = lines[0] if lines else ""
     delimiter = max("\t,;", key=start[:_FIELD].count)
+    quoting: Any = csv.QUOTE_MINIMAL if delimiter != "\t" or quotes_enclose(lines) else csv.QUOTE_NONE
     try:
-        return [[field.strip() for field in row] for row in csv.reader(lines, delimiter=delimiter) if row]
+        return [[field.strip() for field in row] for row in csv.reader(lines, delimiter=delimiter, quoting=quoting)]
     except csv.Error:
         return []
 

@@ -25,6 +25,7 @@ _FIELD = 64 * MIB  # characters of one field; Python's own limit, 131,072, cuts 
 _CHUNK = MIB // 4
 _BATCH = 1024  # rows of a Parquet file that are decoded at once
 _ROW = 64  # bytes that a row takes in memory at least, whatever it holds
+_CONVINCING = 10  # records within quotes for each line that is none: the quotes are then no enclosure
 _ENCLOSED = re.compile(r'"(?:[^"]|"")*+"')
 
 
@@ -33,14 +34,14 @@ class Faults:
     """What is wrong with the records of one file, so that all of it is said at once.
 
     Args:
-        unit: what a record's number counts: ``"line"``, ``"row"``.
+        unit: what a record's number counts, ``"line"`` or ``"row"``; ``"file"``: records are files, and have names.
     """
 
     unit: str = "line"
-    found: list[tuple[int, str]] = field(default_factory=list)
+    found: list[tuple[Any, str]] = field(default_factory=list)
 
-    def add(self, number: int, message: str) -> None:
-        """Note what is wrong with record ``number``."""
+    def add(self, number: int | str, message: str) -> None:
+        """Note what is wrong with record ``number``, or the file of that name."""
         self.found.append((number, message))
 
     def check(self) -> None:
@@ -163,7 +164,12 @@ def csv_records(
             if len(fields) != width:
                 message = (
                     f"{path}, line {line} has {counted(len(fields), 'field')}, line {first} has {width} (separated by "
-                    f"{DELIMITERS[delimiter]}s). Put a field that holds a {DELIMITERS[delimiter]} between quotes."
+                    f"{DELIMITERS[delimiter]}s). "
+                )
+                message += (
+                    f"Put a field that holds a {DELIMITERS[delimiter]} between quotes."
+                    if quoted
+                    else f"Remove the record, or mend its {DELIMITERS[delimiter]}s; quotes are characters in this file."
                 )
                 if faults is None:
                     raise DataError(message)
@@ -175,28 +181,36 @@ def csv_records(
 def quotes_enclose(lines: Sequence[str]) -> bool:
     """Whether quotes enclose the fields of a tab-separated file, rather than being characters of its texts.
 
-    They are characters (GLUE, Common Voice) if each line is a record by itself, ended and divided as the first is, and
-    a field has quotes that do not enclose it: one quote of an utterance may then open on one line and close on
-    another, and a reader of CSV would take the records between for one field.
+    They are characters (GLUE, Common Voice) if a field has quotes that do not enclose it, and each line is a record by
+    itself, divided and ended as the first is: one quote of an utterance may open on one line and close on another, and
+    a reader of CSV would take the records between for one field. A few lines that are no records change nothing where
+    many more would disappear so.
 
     >>> quotes_enclose(['text\\tlabel\\n', '"so\\t1\\n', 'good"\\t2\\n'])
     False
     >>> quotes_enclose(['text\\tlabel\\n', '"so ""good"" it is"\\t1\\n'])
     True
     """
-    width, ending = 0, ""
-    enclosed = True
+    width = others = swallowed = 0
+    ending = ""
+    enclosed, inside = True, False
     for line in lines:
         fields = line.rstrip("\r\n").split("\t")
         if fields == [""]:
             continue
         width, ending = width or len(fields), ending or line[len(line.rstrip("\r\n")) :]
-        if not line.endswith(ending) and line is not lines[-1]:
-            return True
-        if len(fields) < width or any(map(str.strip, fields[width:])):
-            return True
-        enclosed = enclosed and all('"' not in entry or _ENCLOSED.fullmatch(entry) for entry in fields)
-    return enclosed
+        record = len(fields) >= width and not any(map(str.strip, fields[width:]))
+        record = record and (line.endswith(ending) or line is lines[-1])
+        before = inside
+        for entry in fields:
+            if '"' not in entry or (not inside and _ENCLOSED.fullmatch(entry)):
+                continue
+            enclosed = False
+            if inside or entry.startswith('"'):
+                inside ^= entry.count('"') % 2 == 1
+        others += not record
+        swallowed += before and inside and record
+    return enclosed or (others > 0 and swallowed <= _CONVINCING * others)
 
 
 @contextmanager

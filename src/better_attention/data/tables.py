@@ -17,8 +17,9 @@ import numpy as np
 from better_attention.errors import counted
 
 from .containers import DataError, Int64, Texts
-from .labelled import KINDS, Columns, NoLabelsError, Table, format_of, like_missing, near_equal, read_shards
+from .labelled import KINDS, Columns, NoLabelsError, Table, doubtful, format_of, near_equal, read_shards
 from .partition import HELD_OUT, partition, repeats, text_key
+from .records import Faults
 from .text_folders import FILE, PARTS, class_folders
 from .vocabulary import tokens
 
@@ -73,7 +74,7 @@ def read(place: Path, text_column: str = "", label_column: str = "") -> Texts:
             *_origin(train, missing),
             *left_out,
             *(note for table in tables.values() for note in table.notes),
-            *_doubtful(classes, train.labels),
+            *doubtful(classes, Counter(train.labels), "text"),
             *repeats(keys, train.labels),
             *_readable(train.texts, keys),
             *_overlap(tables, keys),
@@ -95,10 +96,11 @@ def _tables(place: Path, columns: Columns) -> tuple[dict[str, Table], tuple[str,
     for part, paths in parts.items():
         try:
             tables[part] = read_shards(paths, columns)
-        except NoLabelsError as error:
+        except NoLabelsError:
             if part == "train":
                 raise
-            notes.append(f"{paths[0].name} is left out, since nothing can be measured without labels: {error}")
+            named = ", ".join(path.name for path in paths[:10])
+            notes.append(f"{named} is left out: it has no labels, without which nothing can be measured")
     if place.is_dir():
         used = {path for paths in parts.values() for path in paths}
         folder = next(iter(used)).parent
@@ -109,24 +111,6 @@ def _tables(place: Path, columns: Columns) -> tuple[dict[str, Table], tuple[str,
                 f"{', '.join(sorted(path.name for path in used)[:3])}"
             )
     return tables, tuple(notes)
-
-
-def _doubtful(classes: Sequence[str], labels: Sequence[str]) -> tuple[str, ...]:
-    """Notes on classes that look like one class, and on those that look like a missing label."""
-    counts = Counter(labels)
-    notes = []
-    alike = near_equal(classes)
-    if alike:
-        groups = "; ".join(" and ".join(f"{name!a} ({counts[name]:,})" for name in group) for group in alike[:10])
-        notes.append(
-            f"classes that are nearly the same and are kept apart: {groups}{'; ...' if len(alike) > 10 else ''}. Spell "
-            "them alike if they are one class"
-        )
-    empty = like_missing(classes)
-    if empty:
-        named = ", ".join(f"{name!r} ({counts[name]:,} texts)" for name in empty)
-        notes.append(f"read as a class, though it may stand for a missing label: {named}")
-    return tuple(notes)
 
 
 def locate(place: Path) -> dict[str, list[Path]]:
@@ -224,11 +208,13 @@ def classes_of(table: Table, keys: Sequence[bytes]) -> tuple[str, ...]:
         alike = [" and ".join(map(ascii, group)) for group in near_equal(classes) if set(group) & set(few)]
         hint = f" Nearly the same are {'; '.join(alike[:10])}: spell them alike." if alike else ""
         more = f", of which too few have also {listed}{', ...' if len(few) > 11 else ''}" if listed else ""
+        folders = table.unit == FILE
+        holds = f"{table.path.name} holds" if folders else f"column {table.columns[1]!r} holds"
+        other = "" if folders else "; if these are no classes, name the column with `--set label_column=NAME`"
         raise DataError(
             f"{table.place(table.labels.index(few[0]))}: class {few[0]!r} has too few texts of its own "
-            f"({counts[few[0]]} different ones, at least {FEWEST} are needed; column {table.columns[1]!r} holds "
-            f"{len(classes)} classes{more}). Add some, join it with another class, or remove it; if these are no "
-            f"classes, name the column with `--set label_column=NAME`.{hint}"
+            f"({counts[few[0]]} different ones, at least {FEWEST} are needed; {holds} {len(classes)} classes{more}). "
+            f"Add some, join it with another class, or remove it{other}.{hint}"
         )
     return tuple(classes)
 
@@ -240,12 +226,16 @@ def numbered(table: Table, classes: Sequence[str]) -> Int64:
         DataError: a class that is not among them.
     """
     numbers = {name: number for number, name in enumerate(classes)}
+    faults = Faults(table.unit)
     for row, label in enumerate(table.labels):
         if label not in numbers:
-            raise DataError(
-                f"{table.place(row)}: class {label!r} does not occur in the training file "
-                f"({', '.join(repr(name) for name in classes[:10])}{', ...' if len(classes) > 10 else ''})."
+            known = f"{', '.join(map(repr, classes[:10]))}{', ...' if len(classes) > 10 else ''}"
+            faults.add(
+                table.lines[row],
+                f"{table.place(row)}: class {label!r} does not occur in the training file ({known}). Remove that "
+                "record; if no record of this file has a label, take the file out of the folder.",
             )
+    faults.check()
     return np.array([numbers[label] for label in table.labels], dtype=np.int64)
 
 

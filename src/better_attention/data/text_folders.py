@@ -24,6 +24,7 @@ _TOTAL = 4096 * MIB
 def class_folders(place: Path) -> dict[str, Table]:
     """The texts of ``place/CLASS/*.txt`` or ``place/PART/CLASS/*.txt``; empty if there are no such files.
 
+    A folder that holds nothing but the folder of such a set, as an unpacked archive does, stands for that one.
     Files of other kinds and hidden ones are not read; a note of the table counts them.
 
     Raises:
@@ -37,7 +38,7 @@ def class_folders(place: Path) -> dict[str, Table]:
         return {part: _read(folder) for part, folder in parts.items()}
     if sum(bool(_texts(folder)) for folder in folders) > 1:
         return {"train": _read(place)}
-    return {}
+    return class_folders(folders[0]) if len(folders) == 1 else {}
 
 
 def _visible(path: Path) -> bool:
@@ -45,13 +46,13 @@ def _visible(path: Path) -> bool:
 
 
 def _texts(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.glob("*.txt") if _visible(file))
+    return sorted(file for file in folder.iterdir() if file.suffix.lower() == ".txt" and _visible(file))
 
 
 def _read(place: Path) -> Table:
     table = Table(place, FILE, ("text", "folder"), [], [], [])
     faults = Faults(FILE)
-    number = total = 0
+    total = 0
     others: list[str] = []
     for entry in sorted(place.iterdir()):
         if not entry.is_dir() or not _visible(entry):
@@ -61,18 +62,18 @@ def _read(place: Path) -> Table:
         read = set(files)
         others += [f"{entry.name}/{file.name}" for file in sorted(entry.iterdir()) if file not in read]
         for file in files:
-            number += 1
+            name = f"{entry.name}/{file.name}"
             try:
                 text = _text(file)
             except DataError as error:
-                faults.add(number, str(error))
+                faults.add(name, str(error))
                 continue
             total += len(text)
             if total > _TOTAL:
                 raise DataError(
                     f"{place} holds more than {_TOTAL:,} characters, which is too much to read into memory."
                 )
-            table.lines.append(number)
+            table.lines.append(name)
             table.texts.append(text)
             table.labels.append(entry.name)
     faults.check()

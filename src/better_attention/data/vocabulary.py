@@ -46,7 +46,9 @@ def tokens(text: str) -> list[str]:
 @cache
 def _word() -> re.Pattern[str]:
     """A word of any script: :data:`_WORD` whose letters carry marks, which Python's ``\\w`` leaves out."""
-    marks = "".join(chr(code) for code in range(0x300, 0x1F000) if unicodedata.category(chr(code)) in ("Mn", "Mc"))
+    marks = "".join(
+        chr(code) for code in range(0x300, 0x1F000) if unicodedata.category(chr(code)) in ("Mn", "Mc", "Me")
+    )
     run = rf"\w[\w{marks}]*(?:[\u200c\u200d]+[\w{marks}]+)*"  # zero-width (non-)joiner, as in Persian and Bengali
     return re.compile(rf"{run}(?:['\u05f3\u05f4]{run})*")  # Hebrew's geresh and gershayim
 

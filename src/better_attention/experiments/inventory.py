@@ -54,6 +54,7 @@ class Found:
     def as_json(self) -> dict[str, Any]:
         """What a listing tells, as plain JSON values."""
         settings = self.run.get("settings")
+        departures = self.result.get("departures")
         return {
             "path": str(self.path),
             "name": self.path.name,
@@ -62,6 +63,7 @@ class Found:
             **{key: self.run.get(key) for key in ("task", "mechanism", "heads", "seed", "device")},
             "scale": settings.get("scale") if isinstance(settings, Mapping) else None,
             "test_accuracy": self.result.get("test_accuracy"),
+            "departures": [str(one) for one in departures] if isinstance(departures, list) else [],
             "epochs": self.epochs,
             "seconds": self.seconds,
             "commit": self.environment.get("commit"),
