@@ -109,7 +109,7 @@ def plainly(module: Callable[..., Any], *inputs: Tensor, **options: Any) -> Any:
     return module(*inputs, **options)
 
 
-SLOW = {"compiled eager", "compiled aot_eager", "exported"}
+SLOW = {"compiled eager", "compiled aot_eager", "compiled inductor", "exported"}
 LAYER_PATHS: dict[str, tuple[Callable[..., Any], Callable[[], AbstractContextManager[Any]], str, bool]] = {
     "one call": (plainly, torch.no_grad, "auto", False),
     "step by step": (plainly, nullcontext, "auto", False),
@@ -120,6 +120,7 @@ LAYER_PATHS: dict[str, tuple[Callable[..., Any], Callable[[], AbstractContextMan
     "nested strided, no gradients": (nested(torch.strided), torch.no_grad, "auto", False),
     "compiled eager": (compiled("eager"), nullcontext, "auto", False),
     "compiled aot_eager": (compiled("aot_eager"), nullcontext, "auto", False),
+    "compiled inductor": (compiled("inductor"), nullcontext, "auto", False),
     "exported": (exported, nullcontext, "auto", False),
     **{impl: (plainly, nullcontext, impl, False) for impl in ("reference", "native", "chunked", "sdpa")},
 }
@@ -270,7 +271,9 @@ def test_an_encoder_that_makes_nested_tensors_keeps_them_causal() -> None:
         torch.testing.assert_close(found, expected[0], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "backend", ["eager", *(pytest.param(name, marks=pytest.mark.slow) for name in ("aot_eager", "inductor"))]
+)
 def test_a_compiled_full_alignment_refuses_a_causal_mask(backend: str) -> None:
     module = layer("super", D, N, max_len=L).float()
     torch._dynamo.reset()
@@ -284,6 +287,26 @@ def test_a_compiled_full_alignment_refuses_a_causal_mask(backend: str) -> None:
             lambda given=given: run(x, x, x, attn_mask=given, need_weights=False), "align_causal", kind=RuntimeError
         )
     torch.testing.assert_close(run(x, x, x, attn_mask=other)[0], module(x, x, x, attn_mask=other)[0])
+
+
+def test_a_traced_full_alignment_refuses_a_causal_mask() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = layer("super", D, N, max_len=L).float()
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return self.attention(x, x, x, attn_mask=mask, need_weights=False)[0]
+
+    model, x, causal = Model(), drawn(B, L, D), torch.ones(L, L, dtype=torch.bool).triu(1)
+    other = causal.clone()
+    other[0, -1] = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for mask in (causal, torch.zeros(L, L).masked_fill(causal, -torch.inf)):
+            refused(lambda mask=mask: torch.jit.trace(model, (x, mask)), "align_causal")
+        traced = torch.jit.trace(model, (x, other))
+    torch.testing.assert_close(traced(x, other), model(x, other))
 
 
 # --- the function -----------------------------------------------------------------------------------------------------
@@ -313,6 +336,7 @@ FUNCTION_PATHS: dict[str, tuple[Callable[..., Any], Callable[[], AbstractContext
     "inference mode": (plainly, torch.inference_mode, "auto"),
     "compiled eager": (compiled("eager"), nullcontext, "auto"),
     "compiled aot_eager": (compiled("aot_eager"), nullcontext, "auto"),
+    "compiled inductor": (compiled("inductor"), nullcontext, "auto"),
     "exported": (exported, nullcontext, "auto"),
 }
 
