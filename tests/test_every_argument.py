@@ -109,7 +109,7 @@ def plainly(module: Callable[..., Any], *inputs: Tensor, **options: Any) -> Any:
     return module(*inputs, **options)
 
 
-SLOW = {"compiled eager", "compiled aot_eager", "exported"}
+SLOW = {"compiled eager", "compiled aot_eager", "compiled inductor", "exported"}
 LAYER_PATHS: dict[str, tuple[Callable[..., Any], Callable[[], AbstractContextManager[Any]], str, bool]] = {
     "one call": (plainly, torch.no_grad, "auto", False),
     "step by step": (plainly, nullcontext, "auto", False),
@@ -120,10 +120,13 @@ LAYER_PATHS: dict[str, tuple[Callable[..., Any], Callable[[], AbstractContextMan
     "nested strided, no gradients": (nested(torch.strided), torch.no_grad, "auto", False),
     "compiled eager": (compiled("eager"), nullcontext, "auto", False),
     "compiled aot_eager": (compiled("aot_eager"), nullcontext, "auto", False),
+    "compiled inductor": (compiled("inductor"), nullcontext, "auto", False),
     "exported": (exported, nullcontext, "auto", False),
     **{impl: (plainly, nullcontext, impl, False) for impl in ("reference", "native", "chunked", "sdpa")},
 }
 """How the layer is called; under which context; its impl; whether it trains (without dropout)."""
+IN_ONE_CALL = {"one call", "inference mode"}
+"""The paths on which self-attention without masks is one compiled call; everything else goes step by step."""
 
 
 def layer_refusal(path: str, argument: str, form: str, mechanism: str) -> str | None:
@@ -148,7 +151,7 @@ def by_oracle(module: nn.Module, given: Arguments) -> tuple[np.ndarray, np.ndarr
         given.get("key_padding_mask"), len(query), N, query.shape[1], given["key"].shape[1], floor=-1e3,
     )  # fmt: skip
     return oracle.multihead(
-        oracle_weights(module, align_causal=module.mechanism.aligned),
+        oracle_weights(module, align_causal=getattr(module.align, "causal", False)),
         *(array(given[name]) for name in ("query", "key", "value")),
         causal=given.get("is_causal", False),
         **masks,
@@ -167,13 +170,14 @@ def differ(a: list[np.ndarray], b: list[np.ndarray]) -> bool:
 
 
 def layer_cells() -> list[Any]:
-    return [
-        pytest.param(path, argument, form, mechanism, marks=[pytest.mark.slow] if path in SLOW else [])
-        for path in LAYER_PATHS
-        for argument, forms in LAYER_ARGUMENTS.items()
-        for form in forms
-        for mechanism in MECHANISMS
-    ]
+    """Every path with every form; each with one mechanism in the unit tier, with both in the slow one."""
+    cells = []
+    for i, path in enumerate(LAYER_PATHS):
+        for j, (argument, form) in enumerate((a, form) for a, forms in LAYER_ARGUMENTS.items() for form in forms):
+            for k, mechanism in enumerate(MECHANISMS):
+                slow = path in SLOW or (i + j + k) % len(MECHANISMS) > 0
+                cells.append(pytest.param(path, argument, form, mechanism, marks=[pytest.mark.slow] if slow else []))
+    return cells
 
 
 def test_the_table_has_every_argument_of_forward() -> None:
@@ -181,20 +185,31 @@ def test_the_table_has_every_argument_of_forward() -> None:
 
 
 @pytest.mark.parametrize(("path", "argument", "form", "mechanism"), layer_cells())
-def test_the_layer_honours_or_refuses(path: str, argument: str, form: str, mechanism: str) -> None:
+def test_the_layer_honours_or_refuses(
+    path: str, argument: str, form: str, mechanism: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run, context, impl, trains = LAYER_PATHS[path]
     if impl == "native" and missing():
         pytest.skip("the compiled kernels are missing")
-    module = layer("standard", D, N, impl=impl, max_len=L, **MECHANISMS[mechanism]).float().train(trains)
+    options = MECHANISMS[mechanism]
+    single = argument == "query" and path in IN_ONE_CALL
+    if single and options:
+        options = options | {"align_causal": False}  # the triangle is mixed in a call of its own
+    module = layer("standard", D, N, impl=impl, max_len=L, **options).float().train(trains)
     x = drawn(B, L, D)
     base: Arguments = {"query": x, "key": x, "value": x, "need_weights": False}
     changes = LAYER_ARGUMENTS[argument][form]()
-    if argument == "query" and path.startswith("nested"):  # which are taken for self-attention only
+    # Nested input is taken for self-attention only, and one call computes nothing else.
+    if single or (argument == "query" and path.startswith("nested")):
         changes = dict.fromkeys(("query", "key", "value"), changes["query"])
     given = base | changes
     expected = asked(given, *by_oracle(module, given))
     unperturbed = base if argument != "average_attn_weights" else base | {"need_weights": True}
     assert differ(expected, asked(unperturbed, *by_oracle(module, unperturbed))), "a perturbation that changes nothing"
+
+    in_one: list[bool] = []
+    kernel = ba.module.layer.self_attention
+    monkeypatch.setattr(ba.module.layer, "self_attention", lambda *args: in_one.append(True) or kernel(*args))
 
     def call() -> Any:
         inputs = [given[name] for name in ("query", "key", "value")]
@@ -206,6 +221,7 @@ def test_the_layer_honours_or_refuses(path: str, argument: str, form: str, mecha
         refused(call, word)
         return
     output, weights = call()
+    assert bool(in_one) == (single and not missing())
     if isinstance(output, list):
         for i, (found, n) in enumerate(zip(output, LENGTHS, strict=True)):
             alone = {k: v[i : i + 1, :n] if isinstance(v, Tensor) else v for k, v in given.items()}
@@ -270,7 +286,9 @@ def test_an_encoder_that_makes_nested_tensors_keeps_them_causal() -> None:
         torch.testing.assert_close(found, expected[0], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "backend", ["eager", *(pytest.param(name, marks=pytest.mark.slow) for name in ("aot_eager", "inductor"))]
+)
 def test_a_compiled_full_alignment_refuses_a_causal_mask(backend: str) -> None:
     module = layer("super", D, N, max_len=L).float()
     torch._dynamo.reset()
@@ -284,6 +302,26 @@ def test_a_compiled_full_alignment_refuses_a_causal_mask(backend: str) -> None:
             lambda given=given: run(x, x, x, attn_mask=given, need_weights=False), "align_causal", kind=RuntimeError
         )
     torch.testing.assert_close(run(x, x, x, attn_mask=other)[0], module(x, x, x, attn_mask=other)[0])
+
+
+def test_a_traced_full_alignment_refuses_a_causal_mask() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = layer("super", D, N, max_len=L).float()
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return self.attention(x, x, x, attn_mask=mask, need_weights=False)[0]
+
+    model, x, causal = Model(), drawn(B, L, D), torch.ones(L, L, dtype=torch.bool).triu(1)
+    other = causal.clone()
+    other[0, -1] = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for mask in (causal, torch.zeros(L, L).masked_fill(causal, -torch.inf)):
+            refused(lambda mask=mask: torch.jit.trace(model, (x, mask)), "align_causal")
+        traced = torch.jit.trace(model, (x, other))
+    torch.testing.assert_close(traced(x, other), model(x, other))
 
 
 # --- the function -----------------------------------------------------------------------------------------------------
@@ -307,14 +345,6 @@ FUNCTION_ARGUMENTS: dict[str, dict[str, Callable[[], Arguments]]] = {
     "need_weights": {"True": lambda: {"need_weights": True}},
     "impl": {"unknown": lambda: {"impl": "quick"}},
 }
-FUNCTION_PATHS: dict[str, tuple[Callable[..., Any], Callable[[], AbstractContextManager[Any]], str]] = {
-    **{impl: (plainly, nullcontext, impl) for impl in ("auto", "reference", "native", "chunked", "sdpa")},
-    "no gradients": (plainly, torch.no_grad, "auto"),
-    "inference mode": (plainly, torch.inference_mode, "auto"),
-    "compiled eager": (compiled("eager"), nullcontext, "auto"),
-    "compiled aot_eager": (compiled("aot_eager"), nullcontext, "auto"),
-    "exported": (exported, nullcontext, "auto"),
-}
 
 
 class Function(nn.Module):
@@ -322,15 +352,64 @@ class Function(nn.Module):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__()
+        self.settings = settings
         self.run = partial(ba.attention, **settings)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None) -> Any:
         return self.run(query, key, value, attn_mask=attn_mask)
 
 
+def training(module: Function, *inputs: Tensor, **masks: Any) -> Any:
+    """The call on tensors that learn, its gradients held to those of the formulas in float64."""
+    given = [*inputs, *masks.values()]
+    leaves = [x.detach().clone().requires_grad_(x.is_floating_point() and x.dtype == torch.float32) for x in given]
+    exact = [x.detach().double().requires_grad_() if x.requires_grad else x for x in leaves]
+    reference = Function(**module.settings | {"impl": "reference"})
+    gradients = []
+    for run, (*tensors, last) in ((module, leaves), (reference, exact)):
+        tensors, options = ([*tensors, last], {}) if not masks else (tensors, dict(zip(masks, [last], strict=True)))
+        found = run(*tensors, **options)
+        outputs = [found] if isinstance(found, Tensor) else list(found)
+        learning = [x for x in (*tensors, *options.values()) if x.requires_grad]
+        total = sum((x * (x + 1.0)).sum() for x in outputs)
+        gradients.append((found, torch.autograd.grad(total, learning)))
+    (found, ours), (_, theirs) = gradients
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(array(a), array(b), rtol=1e-4, atol=1e-4)
+    return found
+
+
+def all_nested(layout: torch.layout) -> Callable[..., Any]:
+    def run(module: Callable[..., Any], *inputs: Tensor, **masks: Any) -> Any:
+        return module(*(torch.nested.nested_tensor(list(x), layout=layout) for x in inputs), **masks)
+
+    return run
+
+
+FUNCTION_PATHS: dict[str, tuple[Callable[..., Any], Callable[[], AbstractContextManager[Any]], str]] = {
+    **{impl: (plainly, nullcontext, impl) for impl in ("auto", "reference", "native", "chunked", "sdpa")},
+    **{
+        f"training {impl}": (training, nullcontext, impl) for impl in ("auto", "reference", "native", "chunked", "sdpa")
+    },
+    "no gradients": (plainly, torch.no_grad, "auto"),
+    "nested strided": (all_nested(torch.strided), nullcontext, "auto"),
+    "nested jagged": (all_nested(torch.jagged), nullcontext, "auto"),
+    "inference mode": (plainly, torch.inference_mode, "auto"),
+    "compiled eager": (compiled("eager"), nullcontext, "auto"),
+    "compiled aot_eager": (compiled("aot_eager"), nullcontext, "auto"),
+    "compiled inductor": (compiled("inductor"), nullcontext, "auto"),
+    "exported": (exported, nullcontext, "auto"),
+}
+
+
 def function_refusal(path: str, argument: str, form: str) -> str | None:
     if argument == "impl":
         return "impl"
+    if path.startswith("nested"):
+        return "nested"
+    learns, path = path.startswith("training"), path.removeprefix("training ")
+    if learns and form == "float" and path in ("native", "sdpa"):
+        return "differentiate"
     if path == "sdpa" and argument == "score":
         return "softmax weights only"
     if path in ("native", "chunked", "sdpa") and argument == "need_weights":

@@ -95,8 +95,12 @@ def attention(
         With NaN or infinite numbers in keys or values, queries that may not see them stay clean. This is
         checked on the CPU in eager mode; elsewhere only finite numbers are kept apart.
 
-        Expressive weights are right at any size of z; their gradients are finite where the largest |z| of a row is
-        at least 1e-37 in float32 and 16-bit formats (1e-307 in float64). They grow with 1/z.
+        Expressive weights do not depend on the size of small scores: z and z/1000 give the same. Output and gradients
+        are right, to the rounding of their dtype, while the largest number of each query (times scale) and of the
+        keys of each head is between 1e-37 and 1e19 (float64: 1e-307 and 1e153), however small or large z is; 16-bit
+        formats are computed as float32. The gradient of a query grows with 1/|query|, and that of a key with
+        1/|key|, and is infinite only where it exceeds the dtype. Where one key has all the weight, the gradients of
+        query and key are exactly 0.
 
     Source: arXiv 2403.01643 eqs. 3-4 (softmax); arXiv 2407.18601 (expressive).
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -92,27 +94,31 @@ NEARLY_HIDDEN = -1e3
 
 
 def hides_the_future(mask_BNLS: Tensor) -> bool:
-    """Whether a mask lets no query see a later key (eager mode only; False where values cannot be read)."""
-    if not readable():
+    """Whether a mask lets no query see a later key; False where its values cannot be read.
+
+    Values can be read in eager mode, and by torch.jit.trace: what it traces with, its result is made for.
+    """
+    if torch.compiler.is_compiling():
         return False
     try:
-        answer = is_triangle(mask_BNLS)
-        return answer is not None and bool(answer)
+        conditions = triangle_conditions(mask_BNLS)
+        return bool(conditions) and all(bool(condition()) for condition in conditions)
     except RuntimeError:  # no values to look at: meta and fake tensors, vmap
         return False
 
 
-def is_triangle(mask_BNLS: Tensor) -> Tensor | None:
-    """Whether a mask lets no query see a later key, as a bool tensor (); None for sizes where nothing can be said.
+def triangle_conditions(mask_BNLS: Tensor) -> list[Callable[[], Tensor]]:
+    """What all has to be true of a mask that lets no query see a later key, each answered by a bool tensor ().
 
-    A small mask can hide its few later keys by chance, so one below 5 x 5 counts only if it is the triangle
+    Most masks fail the first, and then nothing else has to be computed. There is none for sizes where nothing can be
+    said. A small mask can hide its few later keys by chance, so one below 5 x 5 counts only if it is the triangle
     itself, apart from keys hidden from every query. A mask that shows nothing but the first key is padding.
     """
     L, S = mask_BNLS.shape[-2:]
     if L < 2 or S < 2:
-        return None
+        return []
     keep = mask_BNLS if mask_BNLS.dtype == torch.bool else mask_BNLS > NEARLY_HIDDEN
-    lower = torch.ones(L, S, dtype=torch.bool, device=keep.device).tril()
-    seen = keep.any(dim=-2, keepdim=True)
-    answer = ~(keep & ~lower).any() & seen[..., 1:].any()
-    return answer if min(L, S) >= 5 else answer & (keep == (lower & seen)).all()
+    conditions = [lambda: ~keep.triu(1).any(), lambda: keep[..., 1:].any()]
+    if min(L, S) < 5:
+        conditions.append(lambda: (keep == keep.any(dim=-2, keepdim=True).expand_as(keep).tril()).all())
+    return conditions

@@ -578,9 +578,9 @@ class MultiheadAttention(nn.Module):
             raise ValueError(message)
         if mask_BNLS is not None and torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
             # The mask's values are known when the compiled code runs: the question becomes part of it.
-            causal = masks.is_triangle(mask_BNLS)
-            if causal is not None:
-                torch._assert_async(~causal, message)
+            conditions = masks.triangle_conditions(mask_BNLS)
+            if conditions:
+                torch._assert_async(~torch.stack([condition() for condition in conditions]).all(), message)
 
     def _with_extra_keys(self, k_BSD: Tensor, v_BSD: Tensor) -> tuple[Tensor, Tensor]:
         """Behind the sequence: the learned key and value, then those of zeros."""

@@ -103,6 +103,19 @@ def island(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
+def unit(x: Tensor, dim: tuple[int, ...]) -> Tensor:
+    """A unit for the numbers along ``dim``: 1, or where all are small a power of two in which they are not.
+
+    The expressive score is a ratio of products of queries and keys that may themselves be too small for the dtype.
+    Products of numbers in units are not, and a power of two changes no digit of them.
+    """
+    if any(x.shape[d] == 0 for d in dim):
+        return torch.ones_like(x.detach().sum(dim, keepdim=True))
+    tiny = torch.finfo(x.dtype).tiny
+    largest = x.detach().abs().amax(dim, keepdim=True)
+    return torch.ones_like(largest).masked_fill(largest < tiny**0.25, tiny**0.5)
+
+
 def triangle(rows: Tensor, length: int) -> Tensor:
     """Bool (len(rows), length), True where key s may be seen by query ``rows[i]``, that is s <= rows[i]."""
     return torch.arange(length, device=rows.device) <= rows[:, None]
@@ -129,12 +142,14 @@ def dropout_seed(call: Call) -> Tensor | None:
     return torch.randint(2**63 - 1, (), device="cpu") if call.dropout_p > 0.0 else None
 
 
-def one_by_one(info: Any, in_dims: Any, args: Any, operator: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+def one_by_one(info: Any, in_dims: Any, args: Any, operator: Any) -> tuple[Any, Any]:
     """The vmap rule of an operator with dropout: what it drops depends on its batch, so nothing is folded."""
     slices = [
         operator(*(x.select(dim, i) if isinstance(dim, int) else x for x, dim in zip(args, in_dims, strict=True)))
         for i in range(info.batch_size)
     ]
+    if isinstance(slices[0], Tensor):
+        return torch.stack(slices), 0
     results = tuple(torch.stack(parts) for parts in zip(*slices, strict=True))
     return results, (0,) * len(results)
 

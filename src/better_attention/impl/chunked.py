@@ -19,7 +19,19 @@ from torch.utils.flop_counter import register_flop_formula
 
 from better_attention.torch_state import legacy_batched, operator_obstacles, transformed
 
-from .call import NO_DROPOUT, Call, additive, dropout_seed, flops, fold_batch, hidden, island, one_by_one, triangle
+from .call import (
+    NO_DROPOUT,
+    Call,
+    additive,
+    dropout_seed,
+    flops,
+    fold_batch,
+    hidden,
+    island,
+    one_by_one,
+    triangle,
+    unit,
+)
 
 TILE = 1 << 19
 """Elements of one tile: 2 MiB of float32, a few of which fit a desktop processor's cache."""
@@ -41,8 +53,7 @@ def compute(call: Call) -> tuple[Tensor, None]:
     # A custom operator's own autograd does not know torch.func, an autograd.Function does not stay one graph node.
     run = torch.ops.better_attention.chunked if torch.compiler.is_compiling() else _Chunked.apply
     tensors = (call.q_BNLH, call.k_BNSH, call.v_BNSH, call.mask_BNLS, call.padding_B11S, dropout_seed(call))
-    heads_BNLH, *_ = run(*tensors, call.causal, call.score, call.scale, call.dropout_p)
-    return heads_BNLH, None
+    return run(*tensors, call.causal, call.score, call.scale, call.dropout_p), None
 
 
 # --- tiles ---------------------------------------------------------------------------------------------------
@@ -112,74 +123,63 @@ class _Dropout:
 # --- scores on a tile: weights, and their derivative towards z -------------------------------------------------
 
 
-def _expressive(z: Tensor, hide: Tensor | None) -> Tensor:
+def _softmax(z: Tensor, hide: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Normalised weights; 0 in a row with every key hidden."""
+    if bias is not None:
+        z += bias
+    if hide is None:
+        return torch.softmax(z, dim=-1)
+    z.masked_fill_(hide, -math.inf)
+    nothing = z.amax(dim=-1, keepdim=True) == -math.inf  # sums of finite biases can reach it too
+    return torch.softmax(z, dim=-1).masked_fill_(nothing, 0.0)
+
+
+def _plain_expressive(z: Tensor, hide: Tensor | None) -> Tensor:
     """z**2 / (1 + z**2) in z's memory, as 1 / (1 + z**-2): three passes, and neither 0 nor infinity needs care."""
     if hide is not None:
         z.masked_fill_(hide, 0.0)
     return z.pow_(-2.0).add_(1.0).reciprocal_()
 
 
-def _unnormalised(score: str, z: Tensor, hide: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights before division, and per row the constants taken out of their exponent (0) and of z (1 if none)."""
-    if score == "softmax":
-        if bias is not None:
-            z += bias
-        if hide is not None:
-            z.masked_fill_(hide, -math.inf)
-        shift = z.amax(dim=-1, keepdim=True)
-        shift.masked_fill_(shift == -math.inf, 0.0)
-        return z.sub_(shift).exp_(), shift, torch.ones_like(shift)
+def _expressive(z: Tensor, units: Tensor, hide: Tensor | None, bias: Tensor | None, *, derive: bool = False) -> Tensor:
+    """Weights before division by their sum, from scores in ``units``; these become the derivative, if it is wanted.
+
+    Where all scores of a row are so small that 1 + z**2 is 1 to the last bit, the weight is z**2, whose size the
+    normaliser cancels: such rows are measured in their largest.
+    """
+    limits = torch.finfo(z.dtype)
     if hide is not None:
         z.masked_fill_(hide, 0.0)  # z = 0 is weight 0
-    # Rows of scores so small that z**2 would underflow are measured in their largest; the normaliser cancels it.
-    unit = torch.linalg.vector_norm(z, math.inf, dim=-1, keepdim=True)
-    unit.masked_fill_((unit == 0.0) | ~(unit <= 1e-8), 1.0)
-    in_units = (z / unit).square_() if bool((unit != 1.0).any()) else None
-    # 1 + z**2 loses nothing beyond `far`, and inf / inf cannot arise.
-    far = 2.0**60 if z.dtype == torch.float64 else 2.0**30
-    square = z.square_().clamp_(max=far)
-    a = (square if in_units is None else in_units).div_(square + 1.0)
-    if bias is None:
-        return a, torch.zeros_like(unit), unit
-    a.masked_fill_(a < torch.finfo(a.dtype).tiny, 0.0)
-    shift = (a.log() + bias).amax(dim=-1, keepdim=True)
-    shift.masked_fill_(shift == -math.inf, 0.0)
-    return a.mul_(_factor(bias, shift)), shift, unit
-
-
-def _factor(bias: Tensor, shift: Tensor) -> Tensor:
-    """exp(bias - shift); where the weight is zero the exponent may be anything, so it is bounded."""
-    return (bias - shift).clamp_(max=-math.log(torch.finfo(bias.dtype).tiny)).exp_()
-
-
-def _weights_and_slope(
-    score: str, z: Tensor, hide: Tensor | None, bias: Tensor | None, total: Tensor, shift: Tensor, unit: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Normalised weights w, and s with dw_k/dz_k = s_k before the normaliser's own share: s = w for softmax."""
-    if score == "softmax":
-        if bias is not None:
-            z += bias
-        if hide is not None:
-            z.masked_fill_(hide, -math.inf)
-        weights = z.sub_(shift).exp_().div_(total)
-        return weights, weights
-    if hide is not None:
-        z.masked_fill_(hide, 0.0)
-    far = 2.0**30
-    beyond = z.abs() >= far if bool(torch.linalg.vector_norm(z, math.inf) >= far) else None
-    z.clamp_(-far, far)
-    inverse = (z.square() + 1.0).reciprocal_()
-    factor = 1.0 / total
+    largest = torch.linalg.vector_norm(z, math.inf, dim=-1, keepdim=True)
+    small = (largest > 0.0) & (largest * units < limits.eps)
+    factor = torch.where(small, 1.0 / largest, units)
+    if bool((factor != 1.0).any()):
+        z *= factor
+    far = limits.max**0.48  # beyond, a is 1 and its derivative 0, to the last bit; z**2 is still finite
+    if bool((largest * factor > far).any()):
+        z.clamp_(-far, far)
+    square = z.square()
+    inverse = ((square * ~small) if bool(small.any()) else square).add(1.0).reciprocal_()
+    a = square.mul_(inverse)
+    if derive:
+        z.mul_(inverse).mul_(inverse).mul_(2.0 * factor)
     if bias is not None:
-        factor = _factor(bias, shift) * factor
-    z /= unit
-    slope = (z * inverse).mul_(factor)  # z / (1 + z^2) * factor, z in units
-    weights = slope * z  # z^2 / (1 + z^2) * factor
-    if bias is not None:
-        weights.masked_fill_(z.square() * inverse < torch.finfo(z.dtype).tiny, 0.0)
-    if beyond is not None:  # the slope falls with z^-3: bounded, it is far too large for what it is multiplied by
-        slope.masked_fill_(beyond, 0.0)
-    return weights, slope.mul_(inverse).mul_(2.0 / unit)  # 2 z / (1 + z^2)^2 * factor
+        faint = a < limits.tiny
+        a.masked_fill_(faint, 0.0)
+        shift = (a.log() + bias).amax(dim=-1, keepdim=True)
+        shift.masked_fill_(shift == -math.inf, 0.0)
+        # Where the weight is 0 the exponent may be anything, so it is bounded.
+        grown = (bias - shift).clamp_(max=-math.log(limits.tiny)).exp_()
+        a.mul_(grown)
+        if derive:
+            z.mul_(grown).masked_fill_(faint, 0.0)
+    return a
+
+
+def _total(a: Tensor) -> Tensor:
+    """The sum over keys, infinity in a row without weight."""
+    total = a.sum(dim=-1, keepdim=True)
+    return total.masked_fill_(total == 0.0, math.inf)
 
 
 # --- the operators ---------------------------------------------------------------------------------------------
@@ -197,40 +197,39 @@ def _forward(
     score: str,
     scale: float,
     dropout_p: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Head outputs (B, N, L, H); per row the normaliser (inf if there is no weight) and the two constants."""
+) -> Tensor:
+    """Head outputs (B, N, L, H)."""
     (B, N, L, _), S = q.shape, k.shape[2]
     dtype = island(q.dtype)
     masks = [m for m in (mask, padding) if m is not None]
     # Contiguous once: views of (B, L, N H) are the normal case, and every tile would copy its part again.
     q_BNLH, k_BNSH, v_BNSH = (x.to(dtype).contiguous() for x in (q.to(dtype) * scale, k, v))
     heads = q.new_zeros(B, N, L, v.shape[-1])
-    total = torch.full((B, N, L, 1), math.inf, dtype=dtype, device=q.device)
-    shift = torch.zeros((B, N, L, 1), dtype=dtype, device=q.device)
-    unit = torch.ones((B, N, L, 1), dtype=dtype, device=q.device)
     if S == 0:
-        return heads, total, shift, unit
+        return heads
     dropout = _Dropout(seed, dropout_p, q.device)
+    unit_q, unit_k = unit(q_BNLH, (-1,)), unit(k_BNSH, (-2, -1))
     faint = torch.finfo(dtype).tiny ** 0.63  # below it a row of squares has lost digits to underflow
     for tile in _tiles(B, N, L, S, causal):
         at, keys = (tile.batch, tile.heads, tile.rows), (tile.batch, tile.heads, tile.keys)
         z = q_BNLH[at] @ k_BNSH[keys].transpose(-1, -2)
         hide, bias = _restrictions(masks, causal, score, tile, z)
-        if score == "expressive" and bias is None:
-            a = _expressive(z, hide)
-            row = a.sum(dim=-1, keepdim=True)
-            if bool((row < faint).any()):
-                z = q_BNLH[at] @ k_BNSH[keys].transpose(-1, -2)
-                a, _, unit[at] = _unnormalised(score, z, hide, bias)
-                row = a.sum(dim=-1, keepdim=True)
+        total: Tensor | None = None
+        if score == "softmax":
+            a = _softmax(z, hide, bias)
         else:
-            a, shift[at], unit[at] = _unnormalised(score, z, hide, bias)
-            row = a.sum(dim=-1, keepdim=True)
-        row.masked_fill_(row == 0.0, math.inf)
+            if bias is None:
+                a = _plain_expressive(z, hide)
+                total = _total(a)
+            if total is None or bool(((total < faint) | (total == math.inf)).any()):
+                units = unit_q[at], unit_k[at[:2]]
+                z = (q_BNLH[at] / units[0]) @ (k_BNSH[keys] / units[1]).transpose(-1, -2)
+                a = _expressive(z, units[0] * units[1], hide, bias)
+                total = _total(a)
         kept = dropout.next(a)
-        heads[at] = (((a if kept is None else a * kept) @ v_BNSH[keys]) / row).to(q.dtype)
-        total[at] = row
-    return heads, total, shift, unit
+        weighted = (a if kept is None else a * kept) @ v_BNSH[keys]
+        heads[at] = (weighted if total is None else weighted / total).to(q.dtype)
+    return heads
 
 
 @_forward.register_fake
@@ -245,9 +244,8 @@ def _(
     score: str,
     scale: float,
     dropout_p: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    total, shift, unit = (q.new_empty((*q.shape[:3], 1), dtype=island(q.dtype)) for _ in range(3))
-    return q.new_empty(*q.shape[:3], v.shape[-1]), total, shift, unit
+) -> Tensor:
+    return q.new_empty(*q.shape[:3], v.shape[-1])
 
 
 @torch.library.custom_op("better_attention::chunked_backward", mutates_args=())
@@ -258,10 +256,6 @@ def _backward(
     v: Tensor,
     mask: Tensor | None,
     padding: Tensor | None,
-    heads: Tensor,
-    total: Tensor,
-    shift: Tensor,
-    unit: Tensor,
     seed: Tensor | None,
     causal: bool,
     score: str,
@@ -279,17 +273,27 @@ def _backward(
     ]
     q_BNLH, k_BNSH, v_BNSH, g_BNLH = (x.to(dtype).contiguous() for x in (q.to(dtype) * scale, k, v, grad))
     dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q, k, v))
-    delta = (g_BNLH * heads.to(dtype)).sum(dim=-1, keepdim=True)  # sum_k w_k dL/dw_k, the normaliser's share
+    unit_q, unit_k = unit(q_BNLH, (-1,)), unit(k_BNSH, (-2, -1))
+    if score == "expressive":
+        q_BNLH, k_BNSH = q_BNLH / unit_q, k_BNSH / unit_k
     dropout = _Dropout(seed, dropout_p, q.device)
     for tile in _tiles(B, N, L, S, causal) if S else ():
         at, keys = (tile.batch, tile.heads, tile.rows), (tile.batch, tile.heads, tile.keys)
         z = q_BNLH[at] @ k_BNSH[keys].transpose(-1, -2)
         hide, bias = _restrictions(masks, causal, score, tile, z)
-        weights, slope = _weights_and_slope(score, z, hide, bias, total[at], shift[at], unit[at])
+        if score == "softmax":
+            weights = slope = _softmax(z, hide, bias)
+        else:
+            weights = _expressive(z, unit_q[at] * unit_k[at[:2]], hide, bias, derive=True)
+            total = _total(weights)
+            weights, slope = weights.div_(total), z.div_(total)
         kept = dropout.next(weights)
         dv[keys] += (weights if kept is None else weights * kept).transpose(-1, -2) @ g_BNLH[at]
         dw = g_BNLH[at] @ v_BNSH[keys].transpose(-1, -2)
-        dw = (dw if kept is None else dw.mul_(kept)).sub_(delta[at])
+        if kept is not None:
+            dw.mul_(kept)
+        # The normaliser's share. From these very weights: where one key has all of it, nothing is left of the two.
+        dw.sub_((dw * weights).sum(dim=-1, keepdim=True))
         for gradient in wanted:
             if gradient is not None:
                 part = _cut(gradient, tile)
@@ -297,6 +301,8 @@ def _backward(
         dz = dw.mul_(slope)
         dq[at] = dz @ k_BNSH[keys]
         dk[keys] += dz.transpose(-1, -2) @ q_BNLH[at]
+    if score == "expressive":
+        dq, dk = dq / unit_q, dk / unit_k
     dmask, dpadding = (
         q.new_zeros(0) if m is None or g is None else g.to(m.dtype)
         for g, m in zip(wanted, (mask, padding), strict=True)
@@ -312,10 +318,6 @@ def _(
     v: Tensor,
     mask: Tensor | None,
     padding: Tensor | None,
-    heads: Tensor,
-    total: Tensor,
-    shift: Tensor,
-    unit: Tensor,
     seed: Tensor | None,
     causal: bool,
     score: str,
@@ -332,11 +334,11 @@ def _(
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     q, k, v, mask, padding, seed, *settings = inputs
-    ctx.save_for_backward(q, k, v, mask, padding, *output, seed)
+    ctx.save_for_backward(q, k, v, mask, padding, seed)
     ctx.settings = (*settings, [bool(ctx.needs_input_grad[3]), bool(ctx.needs_input_grad[4])])
 
 
-def _derive(ctx, grad, *_constants):  # type: ignore[no-untyped-def]
+def _derive(ctx, grad):  # type: ignore[no-untyped-def]
     saved = ctx.saved_tensors  # once: checkpointing gives them out no second time
     if saved[-1] is not None and legacy_batched(grad):
         raise ValueError("impl='chunked' has no dropout with is_grads_batched=True: pass impl='reference' for that.")
@@ -384,16 +386,16 @@ def _vmap_forward(info, in_dims, *args):  # type: ignore[no-untyped-def]
     if args[5] is not None:
         return one_by_one(info, in_dims, args, torch.ops.better_attention.chunked)
     batch = args[0].shape[0 if in_dims[0] is None or in_dims[0] > 0 else 1]
-    outputs = torch.ops.better_attention.chunked(*fold_batch(info, in_dims[:5], args[:5], batch), *args[5:])
-    return tuple(x.unflatten(0, (info.batch_size, batch)) for x in outputs), (0,) * 4
+    heads = torch.ops.better_attention.chunked(*fold_batch(info, in_dims[:5], args[:5], batch), *args[5:])
+    return heads.unflatten(0, (info.batch_size, batch)), 0
 
 
 def _vmap_backward(info, in_dims, *args):  # type: ignore[no-untyped-def]
-    if args[10] is not None:
+    if args[6] is not None:
         return one_by_one(info, in_dims, args, torch.ops.better_attention.chunked_backward)
-    tensors, settings = args[:10], args[10:]
+    tensors, settings = args[:6], args[6:]
     batch = tensors[1].shape[0 if in_dims[1] is None or in_dims[1] > 0 else 1]
-    folded = fold_batch(info, in_dims[:10], tensors, batch)
+    folded = fold_batch(info, in_dims[:6], tensors, batch)
     *main, mask, padding = (
         x.unflatten(0, (info.batch_size, batch)) if x.dim() == 4 else x.expand(info.batch_size, 0)
         for x in torch.ops.better_attention.chunked_backward(*folded, *settings)

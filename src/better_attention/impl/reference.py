@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .call import Call, additive, hidden, island, triangle
+from .call import Call, additive, hidden, island, triangle, unit
 
 
 def unsupported(call: Call) -> list[str]:
@@ -27,9 +27,9 @@ def compute(call: Call) -> tuple[Tensor, Tensor]:
     if dtype != q_BNLH.dtype:
         q_BNLH, k_BNSH, v_BNSH = q_BNLH.to(dtype), k_BNSH.to(dtype), v_BNSH.to(dtype)
 
-    z_BNLS = (q_BNLH * call.scale) @ k_BNSH.transpose(-1, -2)  # Q W_Q (K W_K)^T / sqrt(d_k): 2403.01643 eq. 3
-    bias, hide = _bias_and_hidden(call, z_BNLS) if call.restricted else (None, None)
-    weights_BNLS = (_softmax if call.score == "softmax" else _expressive)(z_BNLS, bias, hide)
+    bias, hide = _bias_and_hidden(call, dtype) if call.restricted else (None, None)
+    score = _softmax if call.score == "softmax" else _expressive
+    weights_BNLS = score(q_BNLH * call.scale, k_BNSH, bias, hide)
     if call.dropout_p > 0.0:
         weights_BNLS = F.dropout(weights_BNLS, call.dropout_p)
     heads_BNLH = weights_BNLS @ v_BNSH
@@ -39,7 +39,7 @@ def compute(call: Call) -> tuple[Tensor, Tensor]:
     return heads_BNLH, weights_BNLS
 
 
-def _bias_and_hidden(call: Call, z_BNLS: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def _bias_and_hidden(call: Call, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
     """The float masks summed (0 where hidden, so that nothing infinite is left), and what is hidden."""
     bias: Tensor | None = None
     hide: Tensor | None = None
@@ -47,17 +47,17 @@ def _bias_and_hidden(call: Call, z_BNLS: Tensor) -> tuple[Tensor | None, Tensor 
         here = hidden(mask, call.score)
         hide = here if hide is None else hide | here
         if mask.dtype != torch.bool:
-            finite = additive(mask.masked_fill(here, 0.0), z_BNLS.dtype)
+            finite = additive(mask.masked_fill(here, 0.0), dtype)
             bias = finite if bias is None else bias + finite
     if call.causal:
-        lengths = z_BNLS.shape[-2:]
-        later = ~triangle(torch.arange(lengths[0], device=z_BNLS.device), lengths[1])
+        later = ~triangle(torch.arange(call.q_BNLH.shape[2], device=call.q_BNLH.device), call.k_BNSH.shape[2])
         hide = later if hide is None else hide | later
     return bias, hide
 
 
-def _softmax(z_BNLS: Tensor, bias: Tensor | None, hide: Tensor | None) -> Tensor:
+def _softmax(q_BNLH: Tensor, k_BNSH: Tensor, bias: Tensor | None, hide: Tensor | None) -> Tensor:
     """exp(z + bias) / sum over keys; a row with every key hidden is zero, where torch.softmax gives NaN."""
+    z_BNLS = q_BNLH @ k_BNSH.transpose(-1, -2)  # Q W_Q (K W_K)^T / sqrt(d_k): 2403.01643 eq. 3
     if bias is not None:
         z_BNLS = z_BNLS + bias
     if hide is None:
@@ -68,14 +68,18 @@ def _softmax(z_BNLS: Tensor, bias: Tensor | None, hide: Tensor | None) -> Tensor
     return torch.softmax(z_BNLS.masked_fill(nothing, 0.0), dim=-1).masked_fill(nothing, 0.0)
 
 
-def _expressive(z_BNLS: Tensor, bias: Tensor | None, hide: Tensor | None) -> Tensor:
+def _expressive(q_BNLH: Tensor, k_BNSH: Tensor, bias: Tensor | None, hide: Tensor | None) -> Tensor:
     """a exp(bias) / sum over keys with a = z^2 / (1 + z^2) (2407.18601); a row without weight is zero."""
+    unit_q, unit_k = unit(q_BNLH, (-1,)), unit(k_BNSH, (-2, -1))
+    z_BNLS = (q_BNLH / unit_q) @ (k_BNSH / unit_k).transpose(-1, -2)
     if hide is not None:
         z_BNLS = z_BNLS.masked_fill(hide, 0.0)  # z = 0 is weight 0
-    # Far out a is 1 to the last bit, and z**2 would overflow: the clamp changes no value, only prevents inf/inf.
-    far = 2.0**30 if z_BNLS.dtype == torch.float64 else 2.0**15
-    z_BNLS = z_BNLS.clamp(-far, far)
-    a_BNLS = (z_BNLS / _unit(z_BNLS.detach())).square() / (1.0 + z_BNLS.square())
+    factor, one = _measure(z_BNLS.detach(), unit_q * unit_k)
+    z_BNLS = z_BNLS * factor
+    # Two ways to write a, so that neither it nor its derivative overflows or loses digits.
+    near = z_BNLS.abs() <= 1.0
+    square = z_BNLS.masked_fill(~near, 0.0).square()
+    a_BNLS = torch.where(near, square / (1.0 + one * square), 1.0 / (1.0 + z_BNLS.masked_fill(near, 1.0).pow(-2.0)))
     if bias is not None:
         a_BNLS = _with_bias(a_BNLS, bias, hide)
     # Divided by its total taken as a constant first: the normaliser cancels any constant, and where one key has all
@@ -90,12 +94,17 @@ def _total(a_BNLS: Tensor) -> Tensor:
     return total_BNL1.masked_fill(total_BNL1 == 0.0, 1.0)
 
 
-def _unit(z_BNLS: Tensor) -> Tensor:
-    """1, or the largest |z| of a row where all are so small that z**2 would underflow; the normaliser cancels it."""
+def _measure(z_BNLS: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
+    """Per row, what turns scores in units into z, and 1.
+
+    Where all of a row are so small that 1 + z^2 is 1 to the last bit, a = z^2, whose size the normaliser cancels: there
+    the factor makes the largest of the row 1, and the second number, the share of z^2 in 1 + z^2, is 0.
+    """
     if z_BNLS.shape[-1] == 0:
-        return z_BNLS.new_ones(())
+        return unit, torch.ones_like(unit)
     largest_BNL1 = z_BNLS.abs().amax(dim=-1, keepdim=True)
-    return largest_BNL1.masked_fill((largest_BNL1 == 0.0) | (largest_BNL1 > 1e-8), 1.0)
+    small = (largest_BNL1 > 0.0) & (largest_BNL1 * unit < torch.finfo(z_BNLS.dtype).eps)
+    return torch.where(small, 1.0 / largest_BNL1, unit), 1.0 - small.to(z_BNLS.dtype)
 
 
 def _with_bias(a_BNLS: Tensor, bias: Tensor, hide: Tensor | None) -> Tensor:

@@ -10,7 +10,11 @@ enum { FREE, TRIANGLE, HIDING, BIASED };  // what restricts a block: nothing, ca
 
 constexpr int64_t BEHIND = 1 << 30;  // a first query behind every key: no triangle
 
-constexpr float FAR_SQUARE = 1.152921504606847e18f;  // 2^60: beyond, a weight is 1, its slope 0, and inf / inf must not arise
+constexpr float FAR_SQUARE = 2.126764793255866e37f;  // 2^124: beyond, a weight is 1, its slope 0, and inf / inf must not arise
+
+// From here on a key has all the weight of its row, but for rounding. Of the two terms of its derivative nothing is left
+// then: they come from different sums, and what rounding leaves of them would be multiplied by 1 / z.
+constexpr float ALL = 1.0f - 4.76837158203125e-7f;  // 2^-21
 
 // Below this a row's sum of z^2 has lost digits to underflow: the row is computed again in double precision.
 constexpr float FAINT = 1e-24f;
@@ -129,16 +133,17 @@ BA_INLINE void slope(
                 V w = exp_of(x - low[v]) * inv[v];
                 if constexpr (MODE != FREE) w = select(hidden, V{}, w);
                 store(pz, w);
-                store(pd, w * g);
+                store(pd, select(w >= 1.0f, V{}, w * g));
             } else {
                 if constexpr (MODE != FREE) x = select(hidden, V{}, x);
                 const V square = at_most(FAR_SQUARE, x * x);
                 const V r = reciprocal(1.0f + square);
                 V factor = inv[v];
                 if constexpr (MODE == BIASED) factor *= select(hidden, V{}, exp_of(bias - low[v]));
-                store(pz, square * r * factor);
+                const V w = square * r * factor;
+                store(pz, w);
                 // The slope falls with z^-3; a bounded square would leave it far too large for what it is multiplied by.
-                store(pd, select(square >= FAR_SQUARE, V{}, 2.0f * (x * r) * (r * factor)) * g);
+                store(pd, select((square >= FAR_SQUARE) | (w >= ALL), V{}, 2.0f * (x * r) * (r * factor)) * g);
             }
         }
 }
