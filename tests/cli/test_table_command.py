@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -75,8 +76,8 @@ def test_ours_stands_beside_the_paper(tmp_path: Path, capsys: pytest.CaptureFixt
     assert standard["attention_params_agrees"] is True
     super_ = row_of(block, "super", 4)
     assert super_["test_accuracy_interval"] is None
-    assert super_["epoch_seconds_to_standard"] == 0.75
-    assert super_["epoch_seconds_to_standard_paper"] == pytest.approx(0.299 / 0.315)
+    assert super_["times_as_fast_as_standard"] == pytest.approx(1 / 0.75)
+    assert super_["times_as_fast_as_standard_paper"] == pytest.approx(0.315 / 0.299)
     extra = row_of(block, "expressive", 4)
     assert (extra["in_paper"], extra["test_accuracy_paper"]) == (False, None)
     assert {(row["mechanism"], row["heads"]) for row in block["not_run"]} == {
@@ -108,7 +109,7 @@ def test_every_figure_of_the_paper_is_there_when_nothing_was_run(
         for row, theirs in zip(block["rows"], published, strict=True):
             told = {key.removesuffix("_paper"): value for key, value in row.items() if key.endswith("_paper")}
             del told["in"]
-            told.pop("epoch_seconds_to_standard", None)
+            told.pop("times_as_fast_as_standard", None)
             assert told == {key: theirs[key] for key in paper.COLUMNS if theirs[key] is not None}
     assert table(number) == 0
     assert capsys.readouterr().out.count("Not run: ") == len(found["blocks"])
@@ -159,14 +160,41 @@ def test_other_data_are_marked(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert (block["changed"], block["paper_scale"]) == ({"samples": 49_999}, False)
 
 
-def test_time_to_standard_is_that_of_neighbouring_updates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_speed_relative_to_standard_is_that_of_neighbouring_updates(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Hours apart, the slower run may have the faster model."""
-    runs = [imdb("standard", epoch_seconds=1.0, epoch_ratio=0.9), imdb("super", epoch_seconds=4.0, epoch_ratio=0.45)]
+    runs = [
+        imdb("standard", epoch_seconds=1.0, times_as_fast=1.25),
+        imdb("super", epoch_seconds=4.0, times_as_fast=2.5),
+    ]
     (block,) = document(capsys, 8, write(tmp_path / "results.json", runs))["blocks"]
-    assert row_of(block, "super", 4)["epoch_seconds_to_standard"] == pytest.approx(0.5)
-    unpaced = [imdb("standard", epoch_seconds=1.0), imdb("super", epoch_seconds=4.0, epoch_ratio=0.45)]
+    assert row_of(block, "super", 4)["times_as_fast_as_standard"] == pytest.approx(2.0)
+    unpaced = [imdb("standard", epoch_seconds=1.0), imdb("super", epoch_seconds=4.0, times_as_fast=2.5)]
     (block,) = document(capsys, 8, write(tmp_path / "results.json", unpaced))["blocks"]
-    assert row_of(block, "super", 4)["epoch_seconds_to_standard"] == pytest.approx(4.0)
+    assert row_of(block, "super", 4)["times_as_fast_as_standard"] == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("key", ["times_as_fast", "epoch_ratio"])
+def test_results_of_earlier_versions_hold_ratios_of_times(
+    key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """``epoch_ratio`` is a time over torch's: 0.4 and 0.5 are 2.5 and 2 times as fast."""
+    fast = (2.0, 2.5) if key == "times_as_fast" else (0.5, 0.4)
+    slow = 0.5 if key == "times_as_fast" else 2.0
+    runs = [imdb("super", seed=seed, **{key: value}) for seed, value in enumerate(fast)]
+    path = write(tmp_path / "results.json", [*runs, imdb("standard", **{key: slow})])
+    (block,) = document(capsys, 8, path)["blocks"]
+    row = row_of(block, "super", 4)
+    assert row["times_as_fast"] == pytest.approx(math.sqrt(2.0 * 2.5))
+    assert row["times_as_fast_low"] < row["times_as_fast"] < row["times_as_fast_high"]
+    assert row_of(block, "standard", 4)["times_as_fast"] == 0.5
+    assert row["times_as_fast_as_standard"] == pytest.approx(2 * math.sqrt(5.0))
+    assert table(8, path) == 0
+    out = capsys.readouterr().out
+    assert "times as fast as nn.MHA" in out
+    assert "times as fast as standard" in out
+    assert "÷" not in out
 
 
 def test_rows_of_our_own_stand_by_mechanism(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -88,7 +88,7 @@ def study(text: str = "plain words", mechanism: str = "custom(q+align)", task: s
                 **free,
                 test_accuracy=97.0 + seed + names.index(name) * (1 + seed / 50),
                 waiting_share=0.04 + names.index(name) / 100,
-                epoch_ratio=0.9 + seed / 100,
+                times_as_fast=1.1 + seed / 100,
                 versions={text: text},
                 samples={text: 7},
             )

@@ -163,8 +163,8 @@ def bits(folder: Path) -> dict[str, bytes]:
 
 
 def untimed(rows: Sequence[Row]) -> list[Row]:
-    assert all(one.epoch_ratio and one.epoch_ratio > 0 for one in rows)
-    return [replace(one, seconds=None, epoch_ratio=None) for one in rows]
+    assert all(one.times_as_fast and one.times_as_fast > 0 for one in rows)
+    return [replace(one, seconds=None, times_as_fast=None) for one in rows]
 
 
 def test_several_rules_are_climbed_at_once(tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ _TITLES = {
     "flops_paper": "FLOPs, eq. 24",
     "flops_forward": "FLOPs, forward",
     "flops": "forward + backward",
-    "flops_to_standard": "÷ standard",
+    "flops_to_standard": "FLOPs, share of standard's",
     "weight_bytes": "Weights, bytes",
     "cache_bytes_per_token": "Cache, bytes/token",
 }

@@ -37,6 +37,7 @@ from better_attention.experiments.recurrence_task import RecurrenceTask
 from better_attention.experiments.runs import list_runs, read_curve
 from better_attention.experiments.splits import Splits
 from better_attention.experiments.stop import Stop
+from better_attention.experiments.study import times_as_fast
 from better_attention.experiments.train import Training
 from better_attention.experiments.variant import Variant
 from better_attention.experiments.watcher import Watcher
@@ -133,8 +134,8 @@ class Climb:
                 error.signal = stop.signal or error.signal
                 raise
         self.watcher.end(name, dict(record))
-        if record.get("epoch_ratio") is None:  # of an older version; the model is the same
-            record = {**record, "epoch_ratio": self.pace(task, cell.variant, splits, accelerator, stop).ratio}
+        if times_as_fast(record) is None:  # of an older version; the model is the same
+            record = {**record, "times_as_fast": self.pace(task, cell.variant, splits, accelerator, stop).times_as_fast}
         return row_of(ladder, cell, record, read_curve(folder))
 
     def pace(
@@ -209,7 +210,7 @@ def row_of(ladder: Ladder, cell: Cell, record: Mapping[str, Any], curve: Sequenc
         update_flops=update_flops(task, cell.variant, ladder.heads),
         params=record.get("total_params"),
         seconds=record.get("epoch_seconds", 0.0) * len(curve) if record else None,
-        epoch_ratio=record.get("epoch_ratio"),
+        times_as_fast=times_as_fast(record),
         commit=record.get("commit"),
     )
 

@@ -135,8 +135,8 @@ class Row:
         update_flops: of the matrix products of one update, forward and backward.
         params: learned values of the model.
         seconds: of training.
-        epoch_ratio: time of an update over that of the same model on torch's own layer, which has learned positions
-            where ours are rotary.
+        times_as_fast: time of an update of the same model on torch's own layer, which has learned positions where ours
+            are rotary, over that of this model: above 1 is faster.
         commit: of the program that trained it.
     """
 
@@ -159,7 +159,7 @@ class Row:
     update_flops: int = 0
     params: int | None = None
     seconds: float | None = None
-    epoch_ratio: float | None = None
+    times_as_fast: float | None = None
     commit: str | None = None
 
     @property

@@ -120,7 +120,7 @@ def pace_of(name: str, rows: Sequence[Row]) -> str:
 
     Each model was measured once, so that equal values are one measurement.
     """
-    ratios = sorted({row.epoch_ratio for row in rows if row.mechanism == name and row.epoch_ratio})
+    ratios = sorted({row.times_as_fast for row in rows if row.mechanism == name and row.times_as_fast})
     if not ratios:
         return "–"
     mean = number(geometric_mean(ratios), 2)

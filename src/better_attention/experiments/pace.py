@@ -33,13 +33,14 @@ class Pace:
 
     Args:
         seconds: of one update, the median.
-        ratio: update time over that of the same model on ``torch.nn.MultiheadAttention``, the median of neighbouring
-            pairs; None where torch's layer cannot stand in, see :meth:`Task.torch_twin`.
+        times_as_fast: update time of the same model on ``torch.nn.MultiheadAttention`` over its own, the median of
+            neighbouring pairs: above 1 is faster. None where torch's layer cannot stand in, see
+            :meth:`Task.torch_twin`.
         evaluated, scored: seconds to evaluate a sample, and to score it by :meth:`Task.scores`.
     """
 
     seconds: float
-    ratio: float | None
+    times_as_fast: float | None
     evaluated: float = 0.0
     scored: float = 0.0
 
@@ -66,7 +67,7 @@ def measure(
     Args:
         task, splits, variant, heads, device: what is trained, on what and where.
         stop: asked after every round; once it says yes, what was measured by then is enough.
-        quick: one update of our model alone, for an estimate of many models; the ratio is then None.
+        quick: one update of our model alone, for an estimate of many models; there is then no comparison with torch's layer.
     """
     with torch.random.fork_rng(devices=[]):
         model = task.build(variant, heads)
@@ -86,8 +87,8 @@ def measure(
                 other.append(theirs())
             if stop():
                 break
-        ratio = median(a / b for a, b in zip(own, other, strict=True)) if other else None
-        return Pace(median(own), ratio, *_evaluation(task, model, splits))
+        times_as_fast = median(b / a for a, b in zip(own, other, strict=True)) if other else None
+        return Pace(median(own), times_as_fast, *_evaluation(task, model, splits))
 
 
 def _updates(task: Task, model: nn.Module, train: Split, device: torch.device) -> Callable[[], float]:

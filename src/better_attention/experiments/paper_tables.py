@@ -169,7 +169,7 @@ class Block:
             column
             for column in COLUMNS
             if any(line.paper(column.key) is not None for line in self.lines)
-            or (column.key == "epoch_ratio" and any(line.estimate(column.key) for line in self.lines))
+            or (column.key == "times_as_fast" and any(line.estimate(column.key) for line in self.lines))
         ]
 
     def wrong_counts(self) -> list[tuple[Line, Column]]:
@@ -177,18 +177,18 @@ class Block:
         sizes = [column for column in self.columns() if column.kind == "size"]
         return [(line, column) for line in self.lines for column in sizes if line.count_agrees(column.key) is False]
 
-    def time_ratio(self, line: Line, *, theirs: bool) -> float | None:
-        """Time of an epoch over that of standard attention with as many heads: ours, or the paper's.
+    def times_as_fast(self, line: Line, *, theirs: bool) -> float | None:
+        """How many times as fast as standard attention with as many heads: ours, or the paper's; above 1 is faster.
 
-        Ours is the quotient of the two ÷ nn.MHA where both were measured, in turn with the same model on torch's layer:
-        seconds of runs that are hours apart tell of the hour.
+        Ours is the quotient of both speeds relative to ``nn.MultiheadAttention`` where both were measured, in turn with
+        the same model on torch's layer: seconds of runs that are hours apart also depend on the load of the machine.
         """
         standard = [other for other in self.lines if (other.mechanism, other.heads) == ("standard", line.heads)]
-        paces = [one.estimate("epoch_ratio") for one in (line, *standard)]
+        paces = [one.estimate("times_as_fast") for one in (line, *standard)]
         if not theirs and len(paces) == 2 and paces[0] and paces[1]:
             return paces[0].mean / paces[1].mean
         seconds = [one.seconds(theirs=theirs) for one in (line, *standard)]
-        return seconds[0] / seconds[1] if len(seconds) == 2 and seconds[0] and seconds[1] else None
+        return seconds[1] / seconds[0] if len(seconds) == 2 and seconds[0] and seconds[1] else None
 
 
 def printed_unit(count: int) -> int:

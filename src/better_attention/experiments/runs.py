@@ -257,7 +257,7 @@ _WHOLE = frozenset(["heads", "seed", "epochs", "best_epoch", "total_params", "at
 _TEXTS = frozenset(["task", "scale", "mechanism", "score", "device", "commit"])
 _MAPPINGS = frozenset(["settings", "samples", "versions"])
 _ALWAYS = frozenset(f"{split}_{key}" for split in ("train", "validation", "test") for key in ("accuracy", "loss"))
-_NUMBER = re.compile(r"(?:train|validation|test)_\w+|epoch_seconds|epoch_ratio|waiting_share")
+_NUMBER = re.compile(r"(?:train|validation|test)_\w+|epoch_seconds|epoch_ratio|times_as_fast|waiting_share")
 
 
 def check_files(folder: Path, result: Mapping[str, Any], names: Sequence[str] | None = None) -> bool:

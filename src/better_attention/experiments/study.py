@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,21 @@ Record = Mapping[str, object]
 
 A run that diverged has the reason as ``diverged`` and no metrics.
 """
+
+
+def times_as_fast(record: Mapping[str, Any]) -> Any:
+    """A record's speed relative to the same model on ``torch.nn.MultiheadAttention``, above 1 is faster; None: unknown.
+
+    Records of earlier versions have the ratio of the times instead, as ``epoch_ratio``: its inverse is returned.
+
+    >>> times_as_fast({"times_as_fast": 2.0}), times_as_fast({"epoch_ratio": 0.5}), times_as_fast({})
+    (2.0, 2.0, None)
+    """
+    if "times_as_fast" in record:
+        return record["times_as_fast"]
+    time = record.get("epoch_ratio")
+    return 1 / time if isinstance(time, int | float) and not isinstance(time, bool) and time else time
+
 
 Curve = Sequence[Mapping[str, float]]
 """One run's ``metrics.jsonl``: an entry an epoch, with losses and with accuracies in per cent."""

@@ -50,9 +50,10 @@ def print_table(rows: Sequence[Row], console: Console) -> None:
     print_fitting(f"{title}: {legend}", [*_heads(rows), seeds], ours, _ends_of_blocks(rows), console)
     if any(len(row.seeds) == 1 for row in rows):
         console.print(Text("± –: a single seed tells nothing about the spread.", style="dim"))
-    if any("epoch_ratio" in row.estimates for row in rows):
+    if any("times_as_fast" in row.estimates for row in rows):
         told = (
-            "÷ nn.MHA: time of an update over that of the same model on torch.nn.MultiheadAttention; [–]: taken once."
+            "times as fast as nn.MHA: speed of an update relative to the same model on torch.nn.MultiheadAttention, above 1 "
+            "is faster; [–]: measured once."
         )
         console.print(Text(told, style="dim"))
 

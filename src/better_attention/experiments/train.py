@@ -360,7 +360,7 @@ class Training:
             "total_params": count(self.model),
             "epoch_seconds": seconds / len(self.position.curve),
             "waiting_share": waiting / seconds,
-            "epoch_ratio": self.pace.ratio if self.pace else None,
+            "times_as_fast": self.pace.times_as_fast if self.pace else None,
             "epochs": len(self.position.curve),
             "best_epoch": self.position.best_epoch,
             "samples": self.splits.sizes,
