@@ -397,6 +397,17 @@ def test_the_slow_take_part_in_the_first_rounds_only() -> None:
     assert {name: len(s) for name, s in samples.items()} == {"base": 6, "slow": runner.FEWEST_ROUNDS}
 
 
+@pytest.mark.parametrize(("takes", "rounds"), [(0.5, 6), (2.0, 5), (6.0, 1), (40.0, 1)])
+def test_a_slow_contender_is_called_as_often_as_fits_into_the_time(takes: float, rounds: int) -> None:
+    log: list[str] = []
+    runs = {"base": contender("base").make(), "slow": contender("slow", seconds=takes, log=log).make()}
+    samples, _ = runner.time(runs, "slow", Settings(repeats=6, seconds=10.0))
+    assert len(samples["slow"]) == rounds
+    assert len(samples["base"]) == 6
+    assert log.count("slow 1") <= rounds + 1, "beyond its rounds, once to see how long it takes"
+    assert takes < 10 or log == ["slow 1"], "a call longer than the whole time is not repeated"
+
+
 def test_a_row_ends_when_its_time_is_up() -> None:
     samples, _ = runner.time({"base": contender("base").make()}, "base", Settings(repeats=50, seconds=1e-9))
     assert len(samples["base"]) == runner.FEWEST_ROUNDS

@@ -6,6 +6,7 @@ import argparse
 import csv
 import json
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,9 @@ def quick_limits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def wide(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tables as wide as they need to be, whatever screen the tests are run on."""
+def wide(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files go nowhere else, and tables are as wide as they need to be, whatever screen the tests are run on."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("work"))
     monkeypatch.delenv("COLUMNS", raising=False)
 
 
@@ -158,7 +160,7 @@ def test_ctrl_c_shows_what_was_done(capsys: pytest.CaptureFixture[str], monkeypa
     tables_of = [line.split(":")[1].strip() for line in said.out.splitlines() if line.startswith("align:")]
     assert tables_of == ["batch 2, ℓ 5, d 6, h 2 (width 3), plain, forward"]
     done.clear()
-    assert run(*SHORT, "--json") == 130
+    assert run(*SHORT, "--json", "--again") == 130
     found = json.loads(capsys.readouterr().out)
     assert found["complete"] is False
     assert len(found["rows"]) == 2
@@ -190,9 +192,156 @@ def test_rows_are_in_the_files_before_the_next_is_measured_and_sigterm_ends_a_ru
     assert signal.getsignal(signal.SIGTERM) is handler
 
 
+def pretend(
+    monkeypatch: pytest.MonkeyPatch,
+    most: int = 99,
+    ratio: runner.Spread = runner.Spread(2.5, 2.1, 2.9),  # noqa: B008 - it is frozen
+) -> list[str]:
+    """Nothing is timed. The names of the rows that would be; Ctrl-C comes instead of the row after ``most`` of them."""
+    names: list[str] = []
+
+    def measure(row: Any, contenders: Any, settings: Any) -> list[runner.Result]:
+        if len(names) == most:
+            raise KeyboardInterrupt
+        names.append(row.name)
+        base = contenders[0].name
+        return [
+            runner.Result(
+                *(row, one.name, one.work),
+                seconds=runner.Spread(0.2, 0.1, 0.3 + len(names)),
+                ratio=runner.Spread(1.0, 1.0, 1.0) if one.name == base else ratio,
+                rounds=settings.repeats,
+                calls=1,
+            )
+            for one in contenders
+        ]
+
+    monkeypatch.setattr(runner, "measure", measure)
+    return names
+
+
+@pytest.mark.parametrize("out", [(), ("--out", "mine")])
+def test_the_same_command_goes_on_where_it_stopped(
+    out: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(*out[1:] or ("runs", "bench"))
+    with monkeypatch.context() as patched:
+        first = pretend(patched, 3)
+        assert run(*SHORT, *out) == 130
+    (path,) = folder.glob("*.json")
+    before = json.loads(path.read_text("utf-8"))
+    assert (len(before["rows"]), before["complete"]) == (6, False)
+    capsys.readouterr()
+    second = pretend(monkeypatch)
+    assert run(*SHORT, *out) == 0
+    said = capsys.readouterr()
+    assert f"{path} holds 3 of 4 rows of the same settings" in said.err
+    assert len(first) == 3
+    assert len(second) == 1
+    after = json.loads(path.read_text("utf-8"))
+    assert after["complete"] is True
+    assert after["rows"][:6] == before["rows"]
+    assert len({(row["variant"], row["mode"]) for row in after["rows"]}) == 4
+    assert all(name in said.out for name in (*first, *second)), "the tables show rows of both parts"
+    # A complete file is not measured again, unless asked.
+    assert run(*SHORT, *out, "--json") == 0
+    again = capsys.readouterr()
+    assert f"{path} is complete: none of its 4 rows is measured again. To do so: --again" in again.err
+    assert json.loads(again.out)["rows"] == after["rows"]
+    assert len(second) == 1
+    assert run(*SHORT, *out, "--again") == 0
+    assert len(second) == 5
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [(("--seconds", "3"), "seconds 2.5, now 3.0"), (("--repeats", "4"), "repeats 3, now 4"), ((), "commit ")],
+)
+def test_rows_of_other_settings_are_not_overwritten(
+    words: tuple[str, ...], told: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(monkeypatch)
+    base = ("--suite", "align", "--shapes", "2x5x6x2", "--repeats", "3", "--seconds", "2.5")
+    assert run(*base) == run(*base, "--out", "mine") == 0
+    (path,) = Path("mine").glob("*.json")
+    content = path.read_bytes()
+    if not words:
+        real = machine.describe
+        monkeypatch.setattr(machine, "describe", lambda command: real(command) | {"commit": "another"})
+    with pytest.raises(UserError, match=f"--out mine holds rows that were measured otherwise .*{told}.*--again"):
+        run(*base, *words, "--out", "mine")
+    assert path.read_bytes() == content
+    assert run(*base, *words) == 0
+    assert [len(list(Path("runs").glob(f"bench{end}/*.json"))) for end in ("", "-2")] == [1, 1]
+    assert run(*base, *words, "--out", "mine", "--again") == 0
+    assert path.read_bytes() != content
+
+
+def test_other_rows_of_the_same_settings_stay(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(monkeypatch)
+    other = ("--suite", "align", "--shapes", "2x4x6x2", "--repeats", "3")
+    assert run(*SHORT) == run(*other) == 0
+    (path,) = Path("runs/bench").glob("*.json")
+    assert [row["length"] for row in json.loads(path.read_text("utf-8"))["rows"]] == [5] * 8 + [4] * 8
+    assert len(document(capsys, *other)["rows"]) == 8, "what is printed is what was asked for"
+
+
+def test_a_damaged_file_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch)
+    assert run(*SHORT) == 0
+    (path,) = Path("runs/bench").glob("*.json")
+    path.write_text('{"rows": []}')
+    with pytest.raises(ValueError, match=r"is damaged or was not written by this command .*Move it away"):
+        run(*SHORT)
+
+
+@pytest.mark.parametrize(("spread", "noisy"), [((1.2, 0.7, 1.9), True), ((2.5, 2.1, 2.9), False)])
+def test_noise_is_told_beside_the_number_and_a_summary_ends_the_run(
+    spread: tuple[float, float, float],
+    noisy: bool,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pretend(monkeypatch, ratio=runner.Spread(*spread))
+    assert run(*SHORT) == 0
+    out = capsys.readouterr().out
+    lines = out.splitlines()
+    start = lines.index("On this machine (geometric means over rows; above 1 is faster):")
+    assert f"  align, forward, times as fast as torch.matmul: Alignment {spread[0]:.2f}" in lines[start:]
+    assert ("noisy, rounds differ more than this contender and the baseline do" in out) == noisy
+    assert ("Noise: in 4 of 4 comparisons" in lines[-1]) == noisy
+    assert "times as fast" in out
+    assert "÷" not in out
+    assert len(lines) - start < 24
+
+
+@pytest.mark.parametrize(("load", "told"), [(7.25, True), (0.0, False), (None, False)])
+def test_a_busy_machine_is_told(
+    load: float | None, told: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(monkeypatch)
+    real = machine.describe
+    monkeypatch.setattr(machine, "describe", lambda command: real(command) | {"load_average": load, "cores": 2})
+    assert run(*SHORT) == 0
+    assert ("the machine is busy: load 7.25 on 2 cores at the start" in capsys.readouterr().out) == told
+
+
+def test_targets_are_printed_on_request_alone(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(monkeypatch)
+    words = ("--suite", "layer", "--shapes", "64x32x32x4", "--repeats", "1")
+    assert run(*words) == 0
+    assert "Targets" not in capsys.readouterr().out
+    assert run(*words, "--targets") == 0
+    assert "Targets" in capsys.readouterr().out
+
+
 def test_targets_are_told_where_their_rows_were_run(capsys: pytest.CaptureFixture[str]) -> None:
     """Fewer than all seven shapes leave a mean open."""
-    assert run("--suite", "layer", "--shapes", "64x32x32x4", "--repeats", "1") == 0
+    assert run("--suite", "layer", "--shapes", "64x32x32x4", "--repeats", "1", "--targets") == 0
     out = capsys.readouterr().out
     line = next(line for line in out.splitlines() if "efficient layer, inference, mean" in line)
     assert line.split()[0] == "open"

@@ -7,6 +7,7 @@ import csv
 import json
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -57,9 +58,9 @@ def test_the_document(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     for row in timed:
         assert (row["rounds"], row["measured"], row["precision"]) == (3, 50, "float32")
         assert 0 < row["seconds_low"] <= row["seconds_median"] <= row["seconds_high"] < 60
-    assert [row["to_standard_median"] for row in timed[::2]] == [1.0, 1.0]
+    assert [row["times_as_fast_median"] for row in timed[::2]] == [1.0, 1.0]
     assert [row["seconds_paper"] for row in timed] == [0.114, 0.112, 0.266, 0.264]
-    assert [row["to_standard_paper"] for row in timed] == pytest.approx([1, 0.112 / 0.114, 1, 0.264 / 0.266])
+    assert [row["times_as_fast_paper"] for row in timed] == pytest.approx([1, 0.114 / 0.112, 1, 0.266 / 0.264])
     missing = [row for row in found["rows"] if not row["rounds"]]
     assert len(missing) == 5 * 12 - 4
     assert {row["reason"] for row in missing} == {"not run"}
@@ -74,13 +75,13 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
         f"torch {torch.__version__}",
         "Our seconds are for 50 samples: compare the ratios",
         "50 random inputs in batches of 20, untrained weights (speed only)",
-        "÷ standard",
+        "times as fast as standard",
         "Apple M2",
     ):
         assert words in out
     line = next(line for line in out.splitlines() if line.split()[:2] == ["super", "8"])
     assert "0.264" in line  # the paper's seconds
-    assert "0.992" in line  # and its ratio, 0.264 / 0.266
+    assert "1.008" in line  # and its speed relative to standard, 0.266 / 0.264
     assert "extrapolated" not in out
     assert "Of the paper's table not run: mnist, cifar100, imagenet, imdb (h 1: efficient, optimised; h 4; h 8: " in out
 
@@ -154,12 +155,12 @@ def test_an_int8_timing_is_not_the_papers_row() -> None:
     ]
 
 
-def test_ratios_are_own_over_standard(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rounds of 1, 10, 4 and 2, 5, 2 seconds: the median of 2, 0.5, 0.5, and not the ratio of the medians, 2 / 4."""
+def test_ratios_are_standards_time_over_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounds of 1, 10, 4 and 2, 5, 2 seconds: the median of 0.5, 2, 2, and not the ratio of the medians, 4 / 2."""
     monkeypatch.setattr(edge, "rounds", lambda models, *rest: {"standard": [1.0, 10.0, 4.0], "super": [2.0, 5.0, 2.0]})
     task = tiny.task()
     timings = edge.measure_group(task, ["standard", "super"], 3, "float32", Settings(samples=16, batch_size=16))
-    assert timings[1].ratio == Spread.of([2.0, 0.5, 0.5])
+    assert timings[1].times_as_fast == Spread.of([0.5, 2.0, 2.0])
     assert timings[1].seconds == Spread.of([2.0, 5.0, 2.0])
 
 
@@ -271,6 +272,115 @@ def test_rows_are_in_the_file_before_the_next_is_timed_and_sigterm_ends_a_run(
     assert (len(kept[1]["timings"]), kept[1]["complete"]) == (2, False)
     assert "Interrupted: this is what was timed by then." in capsys.readouterr().out
     assert len(edge_view.read(path).timings) == 2
+
+
+def count_groups(monkeypatch: pytest.MonkeyPatch, most: int = 99) -> list[Any]:
+    """What is timed, as (heads, mechanisms); Ctrl-C comes instead of the group after ``most`` of them."""
+    real = edge.measure_group
+    groups: list[Any] = []
+
+    def group(task: Any, mechanisms: Any, heads: int, *rest: Any) -> Any:
+        if len(groups) == most:
+            raise KeyboardInterrupt
+        groups.append((heads, tuple(mechanisms)))
+        return real(task, mechanisms, heads, *rest)
+
+    monkeypatch.setattr(edge, "measure_group", group)
+    return groups
+
+
+@pytest.mark.parametrize("out", [(), ("--out", "mine")])
+def test_the_same_command_goes_on_where_it_stopped(
+    out: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = Path(*out[1:] or ("runs", "edge"), "edge.json")
+    with monkeypatch.context() as patched:
+        count_groups(patched, 1)
+        assert run(*FP32, *out) == 130
+    before = json.loads(path.read_text())
+    capsys.readouterr()
+    groups = count_groups(monkeypatch)
+    assert run(*FP32, *out) == 0
+    said = capsys.readouterr()
+    assert f"{path} holds 2 of 4 rows of the same settings" in said.err
+    assert groups == [(8, ("standard", "super"))]
+    after = json.loads(path.read_text())
+    assert after["complete"] is True
+    assert after["timings"][:2] == before["timings"]
+    assert len(after["timings"]) == 4
+    assert run(*FP32, *out) == 0
+    assert f"{path} is complete: none of its 4 rows is measured again" in capsys.readouterr().err
+    assert len(groups) == 1
+    assert run(*FP32, *out, "--again") == 0
+    assert len(groups) == 3
+    # Another mechanism is timed in turn with those that are there: their ratios belong together.
+    assert run(*FP32, *out, "--mechanisms", "efficient", "--heads", "8") == 0
+    assert groups[3:] == [(8, ("standard", "super", "efficient"))]
+    assert len(json.loads(path.read_text())["timings"]) == 5
+
+
+def test_rows_of_other_settings_are_not_overwritten(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*FP32) == run(*FP32, "--out", "mine") == 0
+    content = Path("mine/edge.json").read_bytes()
+    assert run(*FP32, "--rounds", "2", "--out", "mine") == 2
+    assert "--out mine holds rows that were measured otherwise (rounds 3, now 2)" in capsys.readouterr().err
+    assert Path("mine/edge.json").read_bytes() == content
+    assert run(*FP32, "--rounds", "2") == 0
+    assert sorted(str(path) for path in Path("runs").glob("*/edge.json")) == [
+        "runs/edge-2/edge.json",
+        "runs/edge/edge.json",
+    ]
+    assert run(*FP32, "--rounds", "2", "--out", "mine", "--again") == 0
+    assert Path("mine/edge.json").read_bytes() != content
+
+
+def test_the_time_of_all_rows_is_told_before_the_first(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every batch takes 10 seconds on the clock of this test."""
+    monkeypatch.setattr(edge, "_pass", lambda model, batches: 10.0 * len(batches))
+    assert run(*FP32) == 0
+    first = capsys.readouterr().err.splitlines()[0]
+    # 3 rounds of 3 batches and an untimed one for 4 rows, and 2 batches to see how long one takes for 2 groups
+    assert first == f"about {(4 * 3 * 4 * 10 + 2 * 2 * 10) / 60:.1f} minutes in all for 4 rows at the present load"
+
+
+@pytest.mark.parametrize(("spread", "noisy"), [((1.2, 0.7, 1.9), True), ((2.5, 2.1, 2.9), False)])
+def test_noise_is_told_beside_the_number_and_a_summary_ends_the_run(
+    spread: tuple[float, float, float],
+    noisy: bool,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = edge.measure_group
+
+    def group(*arguments: Any) -> Any:
+        standard, other = real(*arguments)
+        return [standard, replace(other, times_as_fast=Spread(*spread))]
+
+    monkeypatch.setattr(edge, "measure_group", group)
+    described = machine.describe
+    monkeypatch.setattr(machine, "describe", lambda command: described(command) | {"load_average": 7.25, "cores": 2})
+    assert run(*FP32) == 0
+    out = capsys.readouterr().out
+    line = next(line for line in out.splitlines() if line.split()[:2] == ["super", "8"])
+    assert (" noisy" in line) == noisy
+    assert f"super in float32: {spread[0]:.2f} times as fast as standard (2 models)" in out
+    assert ("Noise: in 2 of 2 comparisons" in out.splitlines()[-1]) == noisy
+    assert "the machine is busy: load 7.25 on 2 cores at the start" in out
+    assert "÷" not in out
+
+
+def test_a_file_of_an_earlier_version_holds_ratios_of_times(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*FP32, "--out", "here") == 0
+    path = Path("here/edge.json")
+    document = json.loads(path.read_text())
+    for timing in document["timings"]:
+        del timing["times_as_fast"]
+        timing["ratio"] = {"median": 0.5, "low": 0.25, "high": 0.8}
+    path.write_text(json.dumps(document))
+    (path.parent / "manifest.sha256").unlink()
+    assert edge_view.read(path).timings[1].times_as_fast == Spread(2.0, 1.25, 4.0)
 
 
 def test_files_come_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

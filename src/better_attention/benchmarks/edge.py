@@ -59,7 +59,7 @@ class Timing:
     Args:
         task, heads, precision, mechanism: which.
         seconds: for all samples, median and spread over rounds; None: not timed, see ``reason``.
-        ratio: own seconds over those of standard attention in the same rounds; below 1 is faster.
+        times_as_fast: seconds of standard attention over its own in the same rounds; above 1 is faster.
         rounds: passes.
         measured: samples of a pass; fewer than asked for: ``seconds`` are extrapolated.
         quantised: linear maps that compute in int8.
@@ -71,11 +71,16 @@ class Timing:
     precision: str
     mechanism: str
     seconds: Spread | None = None
-    ratio: Spread | None = None
+    times_as_fast: Spread | None = None
     rounds: int = 0
     measured: int = 0
     quantised: int = 0
     reason: str = ""
+
+    @property
+    def group(self) -> tuple[str, int, str]:
+        """Task, heads and precision: what is timed in turn."""
+        return self.task, self.heads, self.precision
 
 
 def available_tasks() -> dict[str, Task]:
@@ -108,12 +113,50 @@ def measure(
     precisions: Sequence[str],
     settings: Settings,
     say: Callable[[str], None] = lambda line: None,
+    kept: Sequence[Timing] = (),
 ) -> Iterator[list[Timing]]:
-    """Time every combination; a list of timings for each task, number of heads and precision."""
+    """Time every combination; a list of timings for each task, number of heads and precision.
+
+    Args:
+        tasks, mechanisms, heads, precisions, settings: what is timed.
+        say: called with lines about the progress.
+        kept: earlier timings with the same settings. A group that has all ``mechanisms`` is not timed again; one that
+            lacks some is timed again together with those it has, since ratios are formed within a round.
+    """
     groups = [(task, h, precision) for task in tasks for h in heads for precision in precisions]
+    there = {
+        (task.name, h, precision): [t.mechanism for t in kept if t.group == (task.name, h, precision)]
+        for task, h, precision in groups
+    }
+    open_ = [
+        (task, h, precision) for task, h, precision in groups if set(mechanisms) - {*there[task.name, h, precision]}
+    ]
+    if open_:
+        seconds = expected(open_, len(mechanisms), settings)
+        say(f"about {seconds / 60:.1f} minutes in all for {len(open_) * len(mechanisms)} rows at the present load")
     for place, (task, h, precision) in enumerate(groups, start=1):
-        say(f"[{place}/{len(groups)}] {task.name}, h {h}, {precision}")
-        yield measure_group(task, mechanisms, h, precision, settings, say)
+        if (task, h, precision) in open_:
+            say(f"[{place}/{len(groups)}] {task.name}, h {h}, {precision}")
+            names = tuple(dict.fromkeys((*there[task.name, h, precision], *mechanisms)))
+            yield measure_group(task, names, h, precision, settings, say)
+
+
+def expected(groups: Sequence[tuple[Task, int, str]], mechanisms: int, settings: Settings) -> float:
+    """About how many seconds the groups take: standard attention of each task is timed for a batch, in float32."""
+    total = 0.0
+    for task in dict.fromkeys(task for task, _, _ in groups):
+        probe = random_inputs(task, settings.batch_size)
+        fitting = [(h, precision) for one, h, precision in groups if one is task and task.width % h == 0]
+        if not fitting:
+            continue
+        began = perf_counter()
+        model, _ = prepare(task, BASELINE, fitting[0][0], "float32", probe)
+        built = perf_counter() - began
+        one = min(_pass(model, [probe]) for _ in range(2))
+        batches = math.ceil(how_many(settings, one) / settings.batch_size)
+        passes = one * (batches + 1) * settings.rounds  # each pass follows an untimed batch
+        total += len(fitting) * (mechanisms * (built + passes) + 2 * one)
+    return total
 
 
 def measure_group(
@@ -142,19 +185,19 @@ def measure_group(
     measuring = models.get(BASELINE, next(iter(models.values())))
     one = min(_pass(measuring, [probe]) for _ in range(2))
     measured = how_many(settings, one)
-    expected = one * measured / settings.batch_size * len(models) * settings.rounds
-    if expected > 10:
-        say(f"    about {expected / 60:.1f} minutes")
+    duration = one * measured / settings.batch_size * len(models) * settings.rounds
+    if duration > 10:
+        say(f"    about {duration / 60:.1f} minutes")
     batches = random_inputs(task, measured).split(settings.batch_size)
     samples = rounds(models, batches, settings.rounds)
     scale = settings.samples / measured
     for name, seconds in samples.items():
         timing = timings[name]
-        ratios = [own / base for own, base in zip(seconds, samples.get(BASELINE, []), strict=False)]
+        ratios = [base / own for own, base in zip(seconds, samples.get(BASELINE, []), strict=False)]
         timings[name] = Timing(
             *(timing.task, timing.heads, timing.precision, timing.mechanism),
             seconds=Spread.of([scale * second for second in seconds]),
-            ratio=Spread.of(ratios) if ratios else None,
+            times_as_fast=Spread.of(ratios) if ratios else None,
             rounds=len(seconds),
             measured=measured,
             quantised=timing.quantised,

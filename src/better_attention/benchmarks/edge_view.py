@@ -6,13 +6,15 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
 from better_attention.benchmarks.edge import BASELINE, PAPER_TASKS, Settings, Timing
-from better_attention.benchmarks.runner import Spread
+from better_attention.benchmarks.machine import busy
+from better_attention.benchmarks.runner import Spread, noise_line
 from better_attention.experiments import manifest, paper
 from better_attention.experiments.files import parse_json, read_regular, write_atomic
 from better_attention.experiments.stats import number
@@ -41,7 +43,7 @@ class Report:
 
 
 def published(task: str, mechanism: str, heads: int) -> tuple[float | None, float | None]:
-    """The paper's seconds and their ratio to those of standard attention with as many heads.
+    """The paper's seconds, and how many times as fast that is as standard attention with as many heads.
 
     >>> published("mnist", "standard", 4)
     (5.27, 1.0)
@@ -50,7 +52,7 @@ def published(task: str, mechanism: str, heads: int) -> tuple[float | None, floa
     own, standard = rows.get((mechanism, heads)), rows.get((BASELINE, heads))
     if not isinstance(own, int | float) or not isinstance(standard, int | float):
         return None, None
-    return own, own / standard
+    return own, standard / own
 
 
 def beside_paper(report: Report | None) -> list[dict[str, Any]]:
@@ -70,7 +72,7 @@ def beside_paper(report: Report | None) -> list[dict[str, Any]]:
 
 
 def _flat(timing: Timing, samples: int) -> dict[str, Any]:
-    seconds, ratio = published(timing.task, timing.mechanism, timing.heads)
+    seconds, times_as_fast = published(timing.task, timing.mechanism, timing.heads)
     return {
         "task": timing.task,
         "mechanism": timing.mechanism,
@@ -81,8 +83,8 @@ def _flat(timing: Timing, samples: int) -> dict[str, Any]:
         "rounds": timing.rounds,
         **{f"seconds_{key}": value for key, value in _spread(timing.seconds).items()},
         "seconds_paper": seconds,
-        **{f"to_standard_{key}": value for key, value in _spread(timing.ratio).items()},
-        "to_standard_paper": ratio,
+        **{f"times_as_fast_{key}": value for key, value in _spread(timing.times_as_fast).items()},
+        "times_as_fast_paper": times_as_fast,
         "quantised_linears": timing.quantised,
         "reason": timing.reason,
     }
@@ -96,7 +98,7 @@ def _spread(spread: Spread | None) -> dict[str, float | None]:
 
 
 def print_report(report: Report, console: Console) -> None:
-    """A table for each precision: seconds and the ratio to standard attention, ours and the paper's."""
+    """A table for each precision: seconds and speed relative to standard attention, ours and the paper's; a summary."""
     machine, settings = report.machine, report.settings
     console.print(Text(f"Table 4 of arXiv 2403.01643v2: {TITLE}", style="bold"))
     if settings.samples != 5000:
@@ -109,11 +111,14 @@ def print_report(report: Report, console: Console) -> None:
         markup=False,
         soft_wrap=True,
     )
+    if (warning := busy(machine)) is not None:
+        console.print(Text(f"Note: {warning}", style="bold yellow"))
     console.print(
         Text(
             f"{settings.samples:,} random inputs in batches of {settings.batch_size}, untrained weights (speed only); "
             f"median (10th–90th percentile) over rounds. The paper's seconds are those of an {PAPER_DEVICE}: what can "
-            "be compared is the ratio to standard attention (÷ standard, below 1 is faster). (–): a single round.",
+            "be compared is the speed relative to standard attention (times as fast as standard, above 1 is faster). "
+            "(–): a single round. noisy: rounds differ more than the mechanism and standard do.",
             style="dim",
         )
     )
@@ -124,6 +129,25 @@ def print_report(report: Report, console: Console) -> None:
     missing = [row for row in beside_paper(report) if row["reason"] == "not run"]
     if missing:
         console.print(Text(f"Of the paper's table not run: {_named(missing)}."))
+    for line in summary(report):
+        console.print(Text(line, style="bold"), soft_wrap=True)
+
+
+def summary(report: Report) -> list[str]:
+    """What the run found, a line for each precision and mechanism, and how far noise puts it in doubt."""
+    pairs = [(t, t.times_as_fast) for t in report.timings if t.times_as_fast and t.mechanism != BASELINE]
+    if not pairs:
+        return []
+    lines = ["On this machine, as geometric means over the models:"]
+    for precision, mechanism in dict.fromkeys((t.precision, t.mechanism) for t, _ in pairs):
+        speeds = [speed for t, speed in pairs if (t.precision, t.mechanism) == (precision, mechanism)]
+        mean = geometric_mean(speed.median for speed in speeds)
+        models = f"{len(speeds)} model{'s' * (len(speeds) > 1)}"
+        lines.append(f"  {mechanism} in {precision}: {number(mean, 2)} times as fast as standard ({models})")
+    noisy = sum(speed.noisy for _, speed in pairs)
+    if noisy:
+        lines.append(noise_line(noisy, len(pairs)))
+    return lines
 
 
 def _named(missing: Sequence[Mapping[str, Any]]) -> str:
@@ -172,7 +196,7 @@ def _strips(found: Mapping[tuple[str, str, int], Timing], task: str, rows: Seque
     return [
         (f"{task}, s", [_cell(t, t.seconds if t else None) for t in timings]),
         (PAPER_DEVICE, ["–" if s is None else f"{s:g}" for s, _ in theirs]),
-        ("÷ standard", [_cell(t, t.ratio if t else None, 3) for t in timings]),
+        ("times as fast", [_speed(t) for t in timings]),
         (PAPER_DEVICE, ["–" if r is None else f"{r:.3f}" for _, r in theirs]),
     ]
 
@@ -185,6 +209,12 @@ def _cell(timing: Timing | None, spread: Spread | None, digits: int | None = Non
     return f"{number(spread.median, places)} ({reach})"
 
 
+def _speed(timing: Timing | None) -> str:
+    spread = timing.times_as_fast if timing else None
+    noisy = spread is not None and timing is not None and timing.mechanism != BASELINE and spread.noisy
+    return _cell(timing, spread, 3) + (" noisy" if noisy else "")
+
+
 def print_paper(console: Console) -> None:
     """Table 4 alone, where nothing of ours is there."""
     rows = [(str(row["mechanism"]), int(str(row["heads"]))) for row in paper.edge_inference()]
@@ -192,10 +222,16 @@ def print_paper(console: Console) -> None:
     start: list[Strip] = [("Mechanism", [m for m, _ in rows]), ("Heads", [h for _, h in rows])]
     groups: list[list[Strip]] = [_strips({}, task, rows)[1:] for task in PAPER_TASKS]
     named: list[list[Strip]] = [
-        [(f"{task}, s", seconds[1]), ("÷ standard", ratios[1])]
+        [(f"{task}, s", seconds[1]), ("times as fast", ratios[1])]
         for task, (seconds, _, ratios) in zip(PAPER_TASKS, groups, strict=True)
     ]
-    print_fitting(f"the paper's ({PAPER_DEVICE}); ours: not run", start, named, [False] * len(rows), console)
+    print_fitting(
+        f"the paper's ({PAPER_DEVICE}), times as fast as standard; ours: not run",
+        start,
+        named,
+        [False] * len(rows),
+        console,
+    )
     console.print("Not run: no edge.json was found. To run: better-attention edge")
 
 
@@ -241,12 +277,12 @@ def read(path: Path) -> Report:
     try:
         document = parse_json(read_regular(path))
         timings = [
-            Timing(**{**t, "seconds": _as_spread(t["seconds"]), "ratio": _as_spread(t["ratio"])})
-            for t in document["timings"]
+            Timing(**{**t, "seconds": _as_spread(t["seconds"]), "times_as_fast": _as_spread(t["times_as_fast"])})
+            for t in map(_current, document["timings"])
         ]
         machine = document["machine"]
         if (
-            any(key not in machine for key in ("cpu", "threads", "commit", "date"))
+            any(key not in machine for key in ("cpu", "cores", "threads", "commit", "date"))
             or "torch" not in machine["versions"]
         ):
             raise ValueError("the machine is not described")
@@ -258,6 +294,16 @@ def read(path: Path) -> Report:
         ) from None
     manifest.check_listed(path)
     return report
+
+
+def _current(timing: Mapping[str, Any]) -> dict[str, Any]:
+    """A timing with the fields of this version; earlier ones have the ratio of the times as ``ratio``."""
+    current = dict(timing)
+    if "ratio" in current:
+        times = _as_spread(current.pop("ratio"))
+        inverse = times and Spread(1 / times.median, 1 / times.high, 1 / times.low)
+        current["times_as_fast"] = inverse and asdict(inverse)
+    return current
 
 
 def _as_spread(value: Mapping[str, float] | None) -> Spread | None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import datetime
+import hashlib
 import importlib
 import os
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from time import perf_counter
@@ -16,9 +18,14 @@ from typing import Any
 
 import torch
 
+import better_attention
+
 PACKAGES = ("better-attention", "torch", "torchao", "numpy", "x-transformers", "keras", "jax", "jaxlib")
 BEST_OF = 7
 """Trials of each limit; the best counts, for a limit is what nothing disturbed."""
+
+BUSY = 0.5
+"""Load a core, before anything is measured, from which on the machine counts as busy."""
 
 
 def describe(command: str) -> dict[str, Any]:
@@ -37,9 +44,53 @@ def describe(command: str) -> dict[str, Any]:
         "platform": platform.platform(),
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
         "commit": commit(),
+        "code": code(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": command,
     }
+
+
+def identity(about: Mapping[str, Any]) -> dict[str, Any]:
+    """What of :func:`describe` must agree for measurements to belong together: not the hour, the load, the command."""
+    passing = ("available_memory_bytes", "load_average", "date", "command", "continued")
+    return {key: value for key, value in about.items() if key not in passing}
+
+
+def differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The entries in which two descriptions differ, as ``seconds 2.0, now 10.0``; those within mappings one by one."""
+    found = []
+    for key in dict.fromkeys([*now, *stored]):
+        before, after = stored.get(key), now.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            found += differences(before, after)
+        elif before != after:
+            found.append(f"{key} {before}, now {after}")
+    return found
+
+
+def busy(about: Mapping[str, Any]) -> str | None:
+    """A warning if other programs were busy on a good part of the cores when ``about`` was taken; None: they were not.
+
+    >>> busy({"load_average": 5.37, "cores": 2})
+    'the machine is busy: load 5.37 on 2 cores at the start. Times are longer and differ more between rounds.'
+    """
+    load = about.get("load_average")
+    if load is None or load <= BUSY * about["cores"]:
+        return None
+    return (
+        f"the machine is busy: load {load:.2f} on {about['cores']} cores at the start. "
+        "Times are longer and differ more between rounds."
+    )
+
+
+@cache
+def code() -> str:
+    """A digest of the package's files, compiled kernels included: the same commit may have been changed since."""
+    package = Path(better_attention.__file__).resolve().parent
+    digest = hashlib.sha256()
+    for path in sorted(path for path in package.rglob("*") if path.suffix in (".py", ".so", ".pyd")):
+        digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def cpu_name() -> str:

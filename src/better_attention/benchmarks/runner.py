@@ -32,6 +32,8 @@ LONG = 0.1
 FEWEST_ROUNDS = 3
 SLOW = 8.0
 """Contenders that need this many times the baseline's time take part in the first few rounds only."""
+NOISE = 1.1
+"""Rounds that differ by a smaller factor are never called noisy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +42,8 @@ class Settings:
 
     Args:
         repeats: most rounds.
-        seconds: no new round of a row begins after this long, once there are three.
+        seconds: no new round of a row begins after this long, once there are three; and a contender takes part in as
+            many rounds as fit into this long, at least one.
         limit: seconds that a contender may take to be set up, checked and warmed up.
         switches: contenders that take long and were asked for, such as "flex".
     """
@@ -70,6 +73,24 @@ class Spread:
             return cls(values[0], values[0], values[0])
         tenths = statistics.quantiles(values, n=10, method="inclusive")
         return cls(statistics.median(values), tenths[0], tenths[-1])
+
+    @property
+    def noisy(self) -> bool:
+        """Of a ratio: whether the rounds differ by more than :data:`NOISE`, and by more than the two contenders do.
+
+        >>> Spread(1.2, 0.8, 1.6).noisy, Spread(2.5, 2.0, 3.0).noisy, Spread(1.0, 0.99, 1.01).noisy
+        (True, False, False)
+        """
+        reach = self.high / self.low if self.low > 0 else math.inf
+        return reach > max(self.median, 1 / self.median if self.median > 0 else math.inf, NOISE)
+
+
+def noise_line(noisy: int, compared: int) -> str:
+    """What a reader must know if so many of the comparisons of a run are noisy."""
+    return (
+        f"Noise: in {noisy} of {compared} comparisons the rounds differ more than the contenders do: those show no "
+        "difference. Measure again on an idle machine, with more rounds."
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,19 +232,25 @@ def limited(seconds: float) -> Iterator[None]:
 
 
 def time(runs: Mapping[str, Run], baseline: str, settings: Settings) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """Seconds of one call, a number a round for each contender; and the calls of its samples."""
+    """Seconds of one call, a number for each round that a contender takes part in; and the calls of its samples.
+
+    A contender whose single call takes longer than ``settings.seconds`` is not called again: that call is its sample.
+    """
     estimates = {name: estimate(run) for name, run in runs.items()}
     calls = {name: math.ceil(SAMPLE / one) if one < BATCHED_BELOW else 1 for name, one in estimates.items()}
-    slow = {name for name, one in estimates.items() if one > SLOW * estimates.get(baseline, math.inf)}
+    most = {name: max(1, min(settings.repeats, int(settings.seconds / one))) for name, one in estimates.items()}
+    for name, one in estimates.items():
+        if one > SLOW * estimates.get(baseline, math.inf):
+            most[name] = min(most[name], FEWEST_ROUNDS)
+    samples = {name: [one] if one > max(settings.seconds, LONG) else [] for name, one in estimates.items()}
     names = list(runs)
-    samples: dict[str, list[float]] = {name: [] for name in names}
     with no_garbage_collection():
         start = perf_counter()
         for turn in range(settings.repeats if runs else 0):
             if turn >= FEWEST_ROUNDS and perf_counter() - start > settings.seconds:
                 break
             for name in names if turn % 2 == 0 else reversed(names):
-                if turn < FEWEST_ROUNDS or name not in slow:
+                if len(samples[name]) <= turn < most[name]:
                     if estimates[name] < LONG:
                         runs[name].sample(1)  # untimed: caches and threads are then as it leaves them itself
                     samples[name].append(runs[name].sample(calls[name]) / calls[name])

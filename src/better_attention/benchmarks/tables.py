@@ -6,21 +6,24 @@ import csv
 import io
 import json
 import re
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from better_attention.benchmarks.machine import Limits
-from better_attention.benchmarks.runner import BOUNDS, FEWEST_ROUNDS, SLOW, Result, Settings, Spread
+from better_attention.benchmarks.machine import Limits, busy
+from better_attention.benchmarks.registry import Row, Shape, Work
+from better_attention.benchmarks.runner import BOUNDS, FEWEST_ROUNDS, SLOW, Result, Settings, Spread, noise_line
 from better_attention.benchmarks.targets import TIE, Verdict
-from better_attention.experiments.files import plain, write_atomic
+from better_attention.experiments.files import parse_json, plain, read_regular, write_atomic
 
 SIGNS = {True: "met", False: "MISSED", None: "open"}
 
@@ -58,7 +61,7 @@ class Report:
         """The run as JSON values."""
         return {
             "machine": self.machine,
-            "settings": asdict(self.settings) | {"switches": sorted(self.settings.switches)},
+            "settings": settings_of(self.settings),
             "suite": self.suite,
             "dtype": self.dtype,
             "complete": self.complete,
@@ -69,10 +72,15 @@ class Report:
 
     def stem(self) -> str:
         """Name of the run's files without their ending: suite, device, threads, version, dtype."""
-        cpu = re.sub(r"\((r|tm)\)", " ", self.machine["cpu"].lower())
-        cpu = re.sub(r"[^a-z0-9]+", "-", cpu).strip("-")[:48]
-        version = re.sub(r"[^A-Za-z0-9.+]", "", self.machine["versions"]["torch"])
-        return f"{self.suite}-{cpu}-{self.machine['threads']}t-torch{version}-{self.dtype}"
+        return stem(self.machine, self.suite, self.dtype)
+
+
+def stem(machine: Mapping[str, Any], suite: str, dtype: str) -> str:
+    """Name of a run's files without their ending: suite, device, threads, version, dtype."""
+    cpu = re.sub(r"\((r|tm)\)", " ", machine["cpu"].lower())
+    cpu = re.sub(r"[^a-z0-9]+", "-", cpu).strip("-")[:48]
+    version = re.sub(r"[^A-Za-z0-9.+]", "", machine["versions"]["torch"])
+    return f"{suite}-{cpu}-{machine['threads']}t-torch{version}-{dtype}"
 
 
 def rates(result: Result, limits: Limits) -> dict[str, float | None]:
@@ -129,6 +137,54 @@ def write(report: Report, folder: Path) -> list[Path]:
     return paths
 
 
+def settings_of(settings: Settings) -> dict[str, Any]:
+    """The settings as JSON values."""
+    return asdict(settings) | {"switches": sorted(settings.switches)}
+
+
+def read(path: Path) -> dict[str, Any] | None:
+    """The document that :func:`write` wrote; None if there is no such file.
+
+    Raises:
+        ValueError: the file is damaged or not one of this command.
+    """
+    if not path.exists():
+        return None
+    try:
+        document = parse_json(read_regular(path))
+        whole = isinstance(document["machine"], dict) and isinstance(document["settings"], dict)
+        if not whole or not document["limits"]:
+            raise ValueError("the machine, the settings or its limits are not described")
+        stored_results(document)
+        stored_limits(document)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is damaged or was not written by this command ({type(error).__name__}: {error}). "
+            "Move it away, or choose another folder with --out."
+        ) from None
+    return dict(document)
+
+
+def stored_results(document: Mapping[str, Any]) -> list[Result]:
+    """The results in a document of :func:`read`."""
+    found = []
+    for one in document["rows"]:
+        if one["dtype"] not in {str(dtype).removeprefix("torch.") for dtype in BOUNDS}:
+            raise ValueError(f"unknown dtype {one['dtype']!r}")
+        shape = Shape(*(one[key] for key in Shape._fields))
+        row = Row(one["suite"], shape, one["variant"], one["mode"], getattr(torch, one["dtype"]))
+        spreads = {key: one[key] and Spread(**one[key]) for key in ("seconds", "ratio")}
+        rest = {key: one[key] for key in ("status", "reason", "note", "error", "bound", "rounds", "calls", "memory")}
+        work = Work(one["flops"], one["bytes"], one["flop_ratio"])
+        found.append(Result(row, one["contender"], work, **rest, **spreads))
+    return found
+
+
+def stored_limits(document: Mapping[str, Any]) -> list[Limits]:
+    """The limits in a document of :func:`read`."""
+    return [Limits(**limits) for limits in document["limits"]]
+
+
 def as_json(report: Report) -> str:
     """The run as one JSON document."""
     return json.dumps(_finite(report.document()), indent=2, ensure_ascii=False, allow_nan=False)
@@ -161,20 +217,61 @@ def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
 # --- the screen ------------------------------------------------------------------------------------------------
 
 
-def print_report(report: Report, out: Console) -> None:
-    """Machine, limits, a table for each row, and what became of the targets."""
+def print_report(report: Report, out: Console, *, targets: bool = False) -> None:
+    """Machine, limits, a table for each row, what became of the targets if asked for, and a summary in words."""
     for line in machine_lines(report):
         out.print(Text(line), soft_wrap=True)
     for name, results in groupby(report.results, key=lambda result: result.row.name):
-        _print_row(name, list(results), report.best, out)
+        _print_row(name, list(results), report, out)
     _print_method(report, out)
-    _print_verdicts(report, out)
+    if targets:
+        _print_verdicts(report, out)
     for result in report.results:
         if result.status in ("wrong", "failed"):
             line = f"{result.status.upper()}: {result.row.name}: {result.contender}: {plain(result.reason, 400)}"
             out.print(Text(line, style="bold red"), soft_wrap=True)
     if not report.complete:
         out.print(f"Interrupted: {len({r.row for r in report.results})} of {report.rows} rows were measured.")
+    for line in summary(report):
+        out.print(Text(line, style="bold"), soft_wrap=True)
+
+
+def compared(results: Sequence[Result]) -> list[tuple[Result, Spread, str]]:
+    """The results that have a ratio to another contender, with the ratio and that contender's name."""
+    baselines: dict[Row, str] = {}
+    for result in results:
+        baselines.setdefault(result.row, result.contender)
+    return [
+        (result, result.ratio, baselines[result.row])
+        for result in results
+        if result.ratio is not None and result.contender != baselines[result.row]
+    ]
+
+
+def summary(report: Report) -> list[str]:
+    """What the run found in a few lines, and how far noise puts it in doubt.
+
+    A line for each suite, mode and baseline: the geometric mean of the ratios over the plain rows (over all rows of a
+    suite that has no plain ones, or where none was run).
+    """
+    pairs = compared(report.results)
+    if not pairs:
+        return []
+    plain_suites = {(r.row.suite, r.row.mode) for r, _, _ in pairs if r.row.variant == "plain"}
+    groups: dict[tuple[str, str, str], dict[str, list[float]]] = {}
+    for result, ratio, baseline in pairs:
+        row = result.row
+        if row.variant == "plain" or (row.suite, row.mode) not in plain_suites:
+            found = groups.setdefault((row.suite, row.mode, baseline), {})
+            found.setdefault(result.contender, []).append(ratio.median)
+    lines = ["On this machine (geometric means over rows; above 1 is faster):"]
+    for (suite, mode, baseline), speeds in groups.items():
+        numbers = [f"{name} {statistics.geometric_mean(values):.2f}" for name, values in speeds.items()]
+        lines.append(f"  {suite}, {mode}, times as fast as {baseline}: {', '.join(numbers)}")
+    noisy = sum(ratio.noisy for _, ratio, _ in pairs)
+    if noisy:
+        lines.append(noise_line(noisy, len(pairs)))
+    return lines
 
 
 def machine_lines(report: Report) -> list[str]:
@@ -195,6 +292,8 @@ def machine_lines(report: Report) -> list[str]:
             f"limits {when}: product of {limits.product_size}² matrices {product}; "
             f"reading {limits.read_bytes / 2**20:.0f} MiB, GB/s: {read}"
         )
+    if (warning := busy(about)) is not None:
+        lines.append(f"Note: {warning}")
     return lines
 
 
@@ -216,13 +315,13 @@ def _range(spread: Spread | None, factor: float = 1.0, digits: int = 2) -> str:
 _TIMES: dict[str, Cell] = {
     "ms": lambda result, rate: "" if result.seconds is None else f"{1e3 * result.seconds.median:.3f}",
     "10–90 %": lambda result, rate: _range(result.seconds, 1e3, 3),
-    "÷ baseline": lambda result, rate: "" if result.ratio is None else f"{result.ratio.median:.2f}",
+    "times as fast": lambda result, rate: "" if result.ratio is None else f"{result.ratio.median:.2f}",
     "10–90 % ": lambda result, rate: _range(result.ratio),
 }
 _PRODUCT: dict[str, Cell] = {"GFLOP/s": _number("gflops", 1), "of product": _percent("product_share")}
 _WHOLE: dict[str, Cell] = {
-    "FLOP ratio": _number("flop_ratio", 2),
-    "÷ FLOP ratio": _number("ratio_over_flop_ratio", 2),
+    "times fewer FLOPs": _number("flop_ratio", 2),
+    "speed over FLOPs": _number("ratio_over_flop_ratio", 2),
     **_PRODUCT,
 }
 _RATES: dict[str, dict[str, Cell]] = {
@@ -239,7 +338,8 @@ _REST: dict[str, Cell] = {
 }
 
 
-def _print_row(name: str, results: Sequence[Result], limits: Limits, out: Console) -> None:
+def _print_row(name: str, results: Sequence[Result], report: Report, out: Console) -> None:
+    limits = report.best
     columns = _TIMES | _RATES[results[0].row.suite] | _REST
     unbounded = out.options.update(max_width=10_000)
     table = _table(name, results, columns, limits)
@@ -251,6 +351,16 @@ def _print_row(name: str, results: Sequence[Result], limits: Limits, out: Consol
     for result in results:
         text = result.note if result.status == "ok" else f"{result.status}: {plain(result.reason, 400)}"
         if text:
+            notes.setdefault(text, []).append(result.contender)
+    for result, ratio, _ in compared(results):
+        if ratio.noisy:
+            notes.setdefault("noisy, rounds differ more than this contender and the baseline do", []).append(
+                result.contender
+            )
+    most = max((result.rounds for result in results), default=0)
+    for result in results:
+        if 0 < result.rounds < max(most, min(FEWEST_ROUNDS, report.settings.repeats)):
+            text = f"slow, {result.rounds} round{'s' * (result.rounds > 1)} instead of {report.settings.repeats}"
             notes.setdefault(text, []).append(result.contender)
     for text, names in notes.items():
         out.print(Text(f"  {' | '.join(names)}: {text}", style="dim"), soft_wrap=True)
@@ -273,11 +383,13 @@ def _print_method(report: Report, out: Console) -> None:
     bounds = ", ".join(f"{bound:.0e} in {str(dtype).removeprefix('torch.')}" for dtype, bound in BOUNDS.items())
     out.print(
         Text(
-            "ms: median of one call over rounds, every contender once a round in alternation. ÷ baseline: speed over "
-            "that of the row's first line, median of the ratios within a round; above 1 is faster. 10–90 %: "
+            "ms: median of one call over rounds, every contender once a round in alternation. times as fast: "
+            "speed over that of the row's first line, median of the ratios within a round; above 1 is faster. 10–90 %: "
             f"percentiles over rounds. Contenders more than {SLOW:g} times slower than the baseline take part in "
-            f"{FEWEST_ROUNDS} rounds only. extra MiB: by how much one call raises the high-water mark of resident "
-            "memory, results included. error: largest |x − float64 reference| over the largest number of a tensor, "
+            f"{FEWEST_ROUNDS} rounds only, and none in more than fit into {report.settings.seconds:g} s. times fewer "
+            "FLOPs: operations of the first line over its own; speed over FLOPs: times as fast over times fewer. "
+            "extra MiB: by how much one call raises the high-water mark of resident memory, results "
+            "included. error: largest |x − float64 reference| over the largest number of a tensor, "
             f"outputs and gradients; allowed {bounds}. Shares are of the better of the limits before and after.",
             style="dim",
         )

@@ -6,10 +6,12 @@ import argparse
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain, count
+from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from better_attention.cli import UserError, console
 from better_attention.cli.arguments import folder, positive, words
@@ -55,8 +57,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--flex", action="store_true", help="FlexAttention too: it compiles for seconds in each row")
     parser.add_argument("--quick", action="store_true", help="one shape of each suite, few rounds, rougher limits")
+    parser.add_argument("--targets", action="store_true", help="also print which of this project's targets are met")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
-    parser.add_argument("--out", type=folder, metavar="DIR", help="also write JSON and CSV files there")
+    parser.add_argument(
+        "--out",
+        type=folder,
+        metavar="DIR",
+        help="folder for the JSON and CSV files, which hold each row once it is measured: the same command goes on "
+        "where it stopped; default: runs/bench, or runs/bench-2 and so on where that holds rows of other settings",
+    )
+    parser.add_argument(
+        "--again", action="store_true", help="measure the rows again that the files hold, and replace them"
+    )
 
 
 def shapes(text: str) -> tuple[tuple[int, ...], ...]:
@@ -89,10 +101,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure, print, write; 0, 1 if a contender failed or its numbers were wrong, 130 (Ctrl-C), 143 (SIGTERM)."""
     from better_attention.benchmarks import tables
     from better_attention.benchmarks.runner import Settings, threads
-    from better_attention.experiments.output import check_writable
 
-    if args.out is not None:
-        check_writable(args.out)
     rounds, budget = (5, 2.0) if args.quick else (15, 10.0)
     settings = Settings(
         repeats=args.repeats or rounds,
@@ -105,22 +114,20 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(tables.as_json(report))
     else:
-        tables.print_report(report, console())
-    if args.out is not None:
-        for path in tables.write(report, args.out):
-            say(f"wrote {path}")
+        tables.print_report(report, console(), targets=args.targets)
     if not report.complete:
         return 143 if signal.SIGTERM in received else 130
     return 1 if any(result.status in ("wrong", "failed") for result in report.results) else 0
 
 
 def measure(args: argparse.Namespace, settings: Settings) -> Report:
-    """Limits, every row, limits again; what is done by then, if Ctrl-C ends it."""
+    """Limits, every row, limits again; what is done by then, if Ctrl-C ends it. Rows already in the files are kept."""
     import torch
 
     from better_attention.benchmarks import machine, runner, tables, targets
     from better_attention.benchmarks.registry import Shape
     from better_attention.benchmarks.suites import SUITES
+    from better_attention.experiments.output import check_writable
 
     dtype: torch.dtype = getattr(torch, args.dtype)
     suites = SUITES.values() if args.suite == "all" else [SUITES[args.suite]]
@@ -137,28 +144,104 @@ def measure(args: argparse.Namespace, settings: Settings) -> Report:
             "measured in float32, those of pictures at lengths that are a square (cifar100: one more)."
         )
     about = machine.describe(command_line())
-    results: list[runner.Result] = []
+    name = tables.stem(about, args.suite, args.dtype) + ".json"
+
+    def differences(out: Path) -> list[str]:
+        check_writable(out)
+        found = tables.read(out / name)
+        return (
+            [] if found is None else differing(found["machine"], found["settings"], about, tables.settings_of(settings))
+        )
+
+    out = output(args.out, Path("runs") / "bench", differences, again=args.again)
+    stored = None if differences(out) else tables.read(out / name)
+    kept = tables.stored_results(stored) if stored else []
+    if args.again:
+        kept = [result for result in kept if result.row not in rows]
+    measured = {result.row for result in kept}
+    todo = [row for row in rows if row not in measured]
     sizes = {"size": 1024, "read_bytes": 256 << 20} if args.quick else {}
-    say("machine limits: a large matrix product, reading memory")
-    limits = [machine.measure_limits(dtype, **sizes)]
-    complete = True
+    if stored and kept:
+        about, limits = resumed(stored["machine"], about), tables.stored_limits(stored)
+        if not todo and len(limits) > 1:
+            about = stored["machine"]
+        say_kept(out / name, len(rows) - len(todo), len(rows))
+    else:
+        say("machine limits: a large matrix product, reading memory")
+        limits = [machine.measure_limits(dtype, **sizes)]
+    results = list(kept)
 
-    def report(*, complete: bool) -> Report:
+    def report(results: list[runner.Result], planned: int, *, complete: bool) -> Report:
         verdicts = targets.verdicts(results, limits[0].better(limits[-1]))
-        return tables.Report(about, settings, limits, results, verdicts, len(rows), args.dtype, args.suite, complete)
+        return tables.Report(about, settings, limits, results, verdicts, planned, args.dtype, args.suite, complete)
 
+    def write(*, complete: bool) -> list[Path]:
+        return tables.write(report(results, len({*rows, *measured}), complete=complete), out)
+
+    complete = True
     try:
         for number, row in enumerate(rows, start=1):
-            say(f"[{number}/{len(rows)}] {row.name}")
-            results += runner.measure(row, SUITES[row.suite].contenders(row), settings)
-            if args.out is not None:  # whatever ends the run, even SIGKILL, the rows measured so far are kept
-                tables.write(report(complete=False), args.out)
-        say("machine limits once more")
-        limits.append(machine.measure_limits(dtype, **sizes))
+            if row in todo:
+                say(f"[{number}/{len(rows)}] {row.name}")
+                results += runner.measure(row, SUITES[row.suite].contenders(row), settings)
+                write(complete=False)  # whatever ends the run, even SIGKILL, the rows measured so far are kept
+        if todo or len(limits) < 2:
+            say("machine limits once more")
+            limits = [limits[0], machine.measure_limits(dtype, **sizes)]
     except KeyboardInterrupt:
         complete = False
-        say("interrupted: what follows is what was done by then.")
-    return report(complete=complete)
+        say("interrupted: what follows is what was done by then. The same command goes on from there.")
+    if results:
+        for path in write(complete=complete):
+            say(f"wrote {path}")
+    place = {row: i for i, row in enumerate(rows)}
+    asked = sorted((result for result in results if result.row in place), key=lambda result: place[result.row])
+    return report(asked, len(rows), complete=complete)
+
+
+def differing(
+    machine: Mapping[str, Any], settings: Mapping[str, Any], machine_now: Mapping[str, Any], now: Mapping[str, Any]
+) -> list[str]:
+    """In what stored rows were measured otherwise than now: machine, versions, commit, settings."""
+    from better_attention.benchmarks.machine import differences, identity
+
+    return differences({**identity(machine), **settings}, {**identity(machine_now), **now})
+
+
+def output(given: Path | None, default: Path, differences: Callable[[Path], list[str]], *, again: bool) -> Path:
+    """The folder to write into: never one with rows of other settings, unless ``again`` asks for it.
+
+    Args:
+        given: the argument ``--out``.
+        default: used without it, with -2, -3, ... appended where it holds rows of other settings.
+        differences: in what the rows in a folder were measured otherwise; empty: in nothing, or there are none.
+
+    Raises:
+        UserError: ``given`` holds rows of other settings.
+    """
+    if given is None:
+        folders = chain([default], (default.with_name(f"{default.name}-{number}") for number in count(2)))
+        return next(folder for folder in folders if not differences(folder))
+    if not again and (found := differences(given)):
+        raise UserError(
+            f"--out {given} holds rows that were measured otherwise ({'; '.join(found)}). "
+            "Choose another folder, or replace them with --again."
+        )
+    return given
+
+
+def resumed(stored: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """The stored description of the machine, with the date and load of this part of the run added."""
+    part = {key: now[key] for key in ("date", "load_average")}
+    return {**stored, "continued": [*stored.get("continued", []), part]}
+
+
+def say_kept(path: Path, kept: int, planned: int) -> None:
+    """Say on stderr how many of the planned rows are in the file already."""
+    if kept == planned:
+        say(f"{path} is complete: none of its {planned} rows is measured again. To do so: --again, or another --out")
+    elif kept:
+        say(f"{path} holds {kept} of {planned} rows of the same settings: they are kept and not measured again")
 
 
 @contextmanager

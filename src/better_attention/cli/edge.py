@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from better_attention.cli import UserError, console
 from better_attention.cli.arguments import folder, names, numbers, positive, words
-from better_attention.cli.bench import say, terminable
+from better_attention.cli.bench import differing, output, resumed, say, say_kept, terminable
 from better_attention.cli.compare import command_line
 from better_attention.mechanism import MECHANISMS
 
@@ -46,7 +46,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--threads", type=positive, metavar="N", help="default: as many as torch takes")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
-    parser.add_argument("--out", type=folder, metavar="DIR", help="folder for edge.csv, edge.json; default: runs/edge")
+    parser.add_argument(
+        "--out",
+        type=folder,
+        metavar="DIR",
+        help="folder for edge.csv and edge.json, which hold each row once it is timed: the same command goes on where "
+        "it stopped; default: runs/edge, or runs/edge-2 and so on where that holds rows of other settings",
+    )
+    parser.add_argument("--again", action="store_true", help="time the rows again that edge.json holds, replace them")
 
 
 def precisions(text: str) -> tuple[str, ...]:
@@ -64,21 +71,19 @@ def run(args: argparse.Namespace) -> int:
     from better_attention.benchmarks.runner import threads
     from better_attention.experiments.output import check_output
 
-    out = args.out or Path("runs") / "edge"
-    check_output(out, edge_view.FILES, edge_view.is_report)
+    if args.out is not None:
+        check_output(args.out, edge_view.FILES, edge_view.is_report)
     tasks = chosen(args.tasks)
     if not any(task.width % heads == 0 for task in tasks for heads in args.heads):
         widths = ", ".join(f"{task.name} {task.width}" for task in tasks)
         raise UserError(f"--heads: none of {', '.join(map(str, args.heads))} divides a model's width ({widths}).")
     with threads(args.threads), terminable() as received:
-        report = measure(args, tasks, out)
+        report = measure(args, tasks)
     if args.json:
         document = {"machine": report.machine, "settings": asdict(report.settings), "complete": report.complete}
         print(json.dumps(document | {"rows": edge_view.beside_paper(report)}, indent=2, ensure_ascii=False))
     else:
         edge_view.print_report(report, console())
-    for path in edge_view.write(report, out):
-        say(f"wrote {path}")
     return 0 if report.complete else 143 if signal.SIGTERM in received else 130
 
 
@@ -100,21 +105,51 @@ def chosen(text: str | None) -> list[Task]:
     return [tasks[name] for name in wanted]
 
 
-def measure(args: argparse.Namespace, tasks: list[Task], out: Path) -> Report:
-    """Every combination, or what is done by then, if Ctrl-C ends it."""
+def measure(args: argparse.Namespace, tasks: list[Task]) -> Report:
+    """Every combination, or what is done by then, if Ctrl-C ends it. Rows already in the file are kept."""
     from better_attention.benchmarks import edge, edge_view, machine
     from better_attention.benchmarks.edge import Timing
+    from better_attention.experiments.output import check_output
 
     settings = edge.Settings(args.samples, args.batch_size, args.rounds, args.measured, args.quick)
     about = machine.describe(command_line())
-    timings: list[Timing] = []
+
+    def stored(out: Path) -> Report | None:
+        check_output(out, edge_view.FILES, edge_view.is_report)
+        return edge_view.read(out / "edge.json") if (out / "edge.json").exists() else None
+
+    def differences(out: Path) -> list[str]:
+        found = stored(out)
+        return (
+            differing(found.machine, asdict(found.settings), about, asdict(settings)) if found and found.timings else []
+        )
+
+    out = output(args.out, Path("runs") / "edge", differences, again=args.again)
+    before = None if args.again and differences(out) else stored(out)
+    planned = [(task.name, h, precision) for task in tasks for h in args.heads for precision in args.precisions]
+    rows = {(*group, mechanism) for group in planned for mechanism in args.mechanisms}
+    timings: dict[tuple[str, int, str], list[Timing]] = {}
+    for timing in before.timings if before else ():
+        if not (args.again and (*timing.group, timing.mechanism) in rows):
+            timings.setdefault(timing.group, []).append(timing)
+    kept = [timing for found in timings.values() for timing in found]
+    done = rows & {(*timing.group, timing.mechanism) for timing in kept}
+    if before and kept:
+        about = dict(before.machine) if done == rows else resumed(before.machine, about)
+        say_kept(out / "edge.json", len(done), len(rows))
+
+    def report(*, complete: bool) -> Report:
+        order = dict.fromkeys((*planned, *timings))
+        return edge_view.Report(about, settings, [t for group in order for t in timings.get(group, [])], complete)
+
     complete = True
     try:
-        for found in edge.measure(tasks, args.mechanisms, args.heads, args.precisions, settings, say):
-            timings += found
-            # Whatever ends the run, even SIGKILL, the rows timed so far are kept.
-            edge_view.write(edge_view.Report(about, settings, timings, complete=False), out)
+        for found in edge.measure(tasks, args.mechanisms, args.heads, args.precisions, settings, say, kept):
+            timings[found[0].group] = found
+            edge_view.write(report(complete=False), out)  # whatever ends the run, even SIGKILL, these rows are kept
     except KeyboardInterrupt:
         complete = False
-        say("interrupted: what follows is what was done by then.")
-    return edge_view.Report(about, settings, timings, complete)
+        say("interrupted: what follows is what was done by then. The same command goes on from there.")
+    for path in edge_view.write(report(complete=complete), out):
+        say(f"wrote {path}")
+    return report(complete=complete)

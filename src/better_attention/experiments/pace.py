@@ -67,7 +67,7 @@ def measure(
     Args:
         task, splits, variant, heads, device: what is trained, on what and where.
         stop: asked after every round; once it says yes, what was measured by then is enough.
-        quick: one update of our model alone, for an estimate of many models; there is then no comparison with torch's layer.
+        quick: one update of our model alone, for an estimate of many models; torch's layer is then not timed.
     """
     with torch.random.fork_rng(devices=[]):
         model = task.build(variant, heads)

@@ -86,7 +86,8 @@ def summarise(records: Iterable[Record], baseline: str = "standard") -> list[Row
     """One row a (task, scale, number of heads, mechanism): means, 95 % intervals, differences, tests and ranks.
 
     Ranks compare rows of equal task, scale and number of heads, as in the paper, and count as equal what is printed
-    equal. Seconds have none: they tell of the hour as well; ``times_as_fast``, measured in turn with torch's layer, does.
+    equal. Seconds have none: they also depend on the load of the machine; ``times_as_fast`` has, measured in turn
+    with torch's layer.
 
     Args:
         records: one mapping a run, as in ``results.json``.

@@ -52,8 +52,8 @@ def print_table(rows: Sequence[Row], console: Console) -> None:
         console.print(Text("± –: a single seed tells nothing about the spread.", style="dim"))
     if any("times_as_fast" in row.estimates for row in rows):
         told = (
-            "times as fast as nn.MHA: speed of an update relative to the same model on torch.nn.MultiheadAttention, above 1 "
-            "is faster; [–]: measured once."
+            "times as fast as nn.MHA: speed of an update relative to the same model on torch.nn.MultiheadAttention, "
+            "above 1 is faster; [–]: measured once."
         )
         console.print(Text(told, style="dim"))
 
