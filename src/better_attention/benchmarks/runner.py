@@ -238,7 +238,10 @@ def time(runs: Mapping[str, Run], baseline: str, settings: Settings) -> tuple[di
     """
     estimates = {name: estimate(run) for name, run in runs.items()}
     calls = {name: math.ceil(SAMPLE / one) if one < BATCHED_BELOW else 1 for name, one in estimates.items()}
-    most = {name: max(1, min(settings.repeats, int(settings.seconds / one))) for name, one in estimates.items()}
+    fewest = {name: 1 if one > LONG else FEWEST_ROUNDS for name, one in estimates.items()}
+    most = {
+        name: min(settings.repeats, max(fewest[name], int(settings.seconds / one))) for name, one in estimates.items()
+    }
     for name, one in estimates.items():
         if one > SLOW * estimates.get(baseline, math.inf):
             most[name] = min(most[name], FEWEST_ROUNDS)

@@ -173,7 +173,7 @@ def stored_results(document: Mapping[str, Any]) -> list[Result]:
             raise ValueError(f"unknown dtype {one['dtype']!r}")
         shape = Shape(*(one[key] for key in Shape._fields))
         row = Row(one["suite"], shape, one["variant"], one["mode"], getattr(torch, one["dtype"]))
-        spreads = {key: one[key] and Spread(**one[key]) for key in ("seconds", "ratio")}
+        spreads: dict[str, Any] = {key: one[key] and Spread(**one[key]) for key in ("seconds", "ratio")}
         rest = {key: one[key] for key in ("status", "reason", "note", "error", "bound", "rounds", "calls", "memory")}
         work = Work(one["flops"], one["bytes"], one["flop_ratio"])
         found.append(Result(row, one["contender"], work, **rest, **spreads))
