@@ -59,7 +59,7 @@ def test_the_correction_is_told_and_decides() -> None:
 def test_a_single_seed_claims_nothing() -> None:
     (sentence, *_) = sentences(summarise([*runs("standard", 90.0), *runs("super", 92.0)]))
     assert said(sentence) == (
-        "With 4 heads, super has the highest test accuracy, 92.00 ± – % (1 seed): +2.00 ± – points against standard, "
+        "With 4 heads, super has the highest test accuracy, 92.00 % (1 seed): +2.00 points against standard, "
         "not tested (a single pair of seeds tells nothing about chance)."
     )
 
@@ -198,7 +198,7 @@ def test_shares_that_nobody_measured(odd: object) -> None:
 
 
 def ranked() -> list[Row]:
-    """Ranks of accuracy and loss: standard 2, 1 and 1, 1; super 1, 2 and 2, 2; efficient at 4 heads alone, 3 and 3."""
+    """Ranks of accuracy and loss with 4 heads: standard 2, 1; super 1, 2; efficient 3, 3, which was not run with 1."""
     values = {
         ("standard", 4): (91.0, 0.1), ("super", 4): (92.0, 0.2), ("efficient", 4): (90.0, 0.3),
         ("standard", 1): (95.0, 0.1), ("super", 1): (94.0, 0.2),
@@ -206,11 +206,11 @@ def ranked() -> list[Row]:
     return summarise(record(name, 0, h, test_accuracy=a, test_loss=loss) for (name, h), (a, loss) in values.items())
 
 
-def test_mean_ranks_over_metrics_and_heads() -> None:
+def test_mean_ranks_are_over_the_heads_that_every_mechanism_was_run_at() -> None:
     found = [(one.mechanism, one.places, one.mean, one.blocks) for one in standings(ranked())]
     assert found == [
-        ("standard", {"test_accuracy": 1.5, "test_loss": 1.0}, 1.25, 4),
-        ("super", {"test_accuracy": 1.5, "test_loss": 2.0}, 1.75, 4),
+        ("standard", {"test_accuracy": 2.0, "test_loss": 1.0}, 1.5, 2),
+        ("super", {"test_accuracy": 1.0, "test_loss": 2.0}, 1.5, 2),
         ("efficient", {"test_accuracy": 3.0, "test_loss": 3.0}, 3.0, 2),
     ]
 
@@ -231,21 +231,21 @@ def test_places_are_on_a_line_symmetric_around_zero() -> None:
     found = forest(rows, KEYS["test_accuracy"])
     assert found is not None
     efficient, ours = found.bars
-    # super: 1, 2, 3: 2 ± 4.3027/√3 = 2.4841; the line reaches as far as the farthest end, 4.4841, at 98
-    assert found.reach == "4.48"
+    # super: 1, 2, 3: 2 ± 4.3027/√3 = 2.4841; the line reaches to the farthest end, 4.4841, rounded up, at 98
+    assert found.reach == "5"
     assert (ours.low, ours.at, ours.high) == tuple(
-        pytest.approx(50 + 48 * v / 4.48414, abs=0.01) for v in (-0.48414, 2.0, 4.48414)
+        pytest.approx(50 + 48 * v / 5, abs=0.01) for v in (-0.48414, 2.0, 4.48414)
     )
     assert ours.text == "+2.00 ± 2.48 (p 0.074)"
     assert (ours.verdict, ours.shown) == (NOTHING, False)
-    assert (efficient.low, efficient.at, efficient.high) == (None, pytest.approx(50 - 48 * 2 / 4.48414, abs=0.01), None)
+    assert (efficient.low, efficient.at, efficient.high) == (None, pytest.approx(50 - 48 * 2 / 5, abs=0.01), None)
 
 
 def test_what_is_no_number_has_no_place() -> None:
     rows = summarise([*runs("standard", 90.0, 91.0), *runs("super", 91.0, math.nan)])
     found = forest(rows, KEYS["test_accuracy"])
     assert found is not None
-    assert (found.bars[0].at, found.bars[0].low, found.reach) == (None, None, "1.00")
+    assert (found.bars[0].at, found.bars[0].low, found.reach) == (None, None, "1")
     assert found.bars[0].text == "diverged (p –)"
 
 

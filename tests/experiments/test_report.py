@@ -179,7 +179,7 @@ def test_s9_not_even_a_verdict_is_trusted(benign: Page, payload: str, monkeypatc
     drawn = forest(rows, column)
     html = template.environment.get_template("differences.html").render(
         rows=rows, compared=[column], rank_columns=[column], forests=[drawn], fewest=2,
-        standings=[Standing(payload, {"test_accuracy": 1.0}, 1.0, 2)],
+        standings=[Standing(payload, {"test_accuracy": 1.0}, 1.0, 2)], ranked_heads=[1, 4], more_seeds=None,
     )  # fmt: skip
     page = Page(html)
     assert_harmless(page)
@@ -258,7 +258,8 @@ def whole(task: str = "mnist", seeds: int = 3, scale: str = "paper") -> Study:
 def test_the_tables_hold_the_numbers() -> None:
     page = Page(render(whole()))
     # 4 heads: accuracies 97.5, 98.5, 99.5; t(0.975, 2) = 4.303, so ± 2.48
-    assert "super 4 3 4,224 (1) 30,000 (1) 1.35 ± 0.25 99.00 ± 0.00 (1) 0.030 ± 0.000 (1) 98.50 ± 2.48 (1)" in page.text
+    assert "super 4 heads 98.50 ± 2.48 0.00 ± 0.00 0.100 ± 0.025 3 4,224 30,000 1.35 ± 0.25" in page.text
+    assert "super 4 heads 99.00 ± 0.00 0.030 ± 0.000" in page.text  # training, in a table of its own
     assert "super 4 heads 0.00 ± 0.00 (p 1.00) no difference shown" in page.text  # against standard, seed by seed
     assert "super 4 3 0.00 ± 0.00 1.00 1.00 1.00 0.00 no difference shown" in page.text
     assert "super 1.00 1.00 1.00 4" in page.text  # all equal: the first rank in every block
@@ -338,20 +339,42 @@ def test_the_forest_in_words_and_in_numbers() -> None:
     assert "50.0" in dots
 
 
-def test_a_single_seed_claims_no_spread() -> None:
-    page = Page(render(whole(seeds=1)))
-    assert "97.50 ± – (1)" in page.text
-    assert "single seed" in page.text
-    assert "A single pair of seeds allows no test." in page.text
+@pytest.mark.parametrize(
+    ("command", "again"),
+    [
+        ("better-attention compare mnist", "better-attention compare mnist --seeds 3"),
+        ("better-attention compare mnist --seeds 1 --out x", "better-attention compare mnist --out x --seeds 3"),
+        ("better-attention compare mnist --seeds=1", "better-attention compare mnist --seeds 3"),
+    ],
+)
+def test_a_page_of_single_seeds_has_no_dashes_and_says_how_to_get_more(command: str, again: str) -> None:
+    html = render(replace(whole("digits", seeds=1), command=command))
+    page = Page(html)
+    assert "± –" not in html
+    assert "p –" not in html
+    assert (
+        re.findall(r"<td[^>]*>–</td>", html) == ["<td>–</td>"] * 2
+    )  # standard against itself, with 1 and with 4 heads
+    assert "Tests" not in page.text
+    assert "super 4 heads 97.50 0.00" in page.text
+    assert "Every mechanism has a single seed" in page.text
+    assert f"Run again with 3 seeds: {again}" in page.text
     assert "higher in" not in page.text
-    assert "single" not in Page(render(whole())).text
+    assert "single seed" not in Page(render(whole())).text
 
 
-def test_ranks_and_best_are_marked() -> None:
+@pytest.mark.parametrize(("epochs", "drawn"), [(1, False), (2, True)])
+def test_curves_of_one_epoch_are_left_out(epochs: int, drawn: bool) -> None:
+    page = Page(render(replace(whole("digits"), curves={"super-h4-s0": curve(epochs)})))
+    assert ("Learning curves" in page.text) is drawn
+
+
+def test_the_best_are_marked_and_carry_no_rank() -> None:
     records = [record("standard"), record("super", test_accuracy=99.0)]
     html = render(replace(study(), records=records))
-    assert re.search(r'<td class="best">99.00 ± –\s*<small>\(1\)</small>', html)
-    assert re.search(r'<td class="other">97.50 ± –\s*<small>\(2\)</small>', html)
+    assert '<td class="best">99.00</td>' in html
+    assert '<td class="other">97.50</td>' in html
+    assert "<small>(1)" not in html
 
 
 def test_command_commit_setting_and_versions() -> None:
@@ -533,3 +556,32 @@ def test_the_browser_itself_hears_complaints_and_requests(browser: Browser, tmp_
     browser.open(tmp_path / "bad.html", 800)
     assert [url.rpartition("/")[2] for url in browser.requests()] == ["bad.html", "other.png"]
     assert browser.ask("document.documentElement.scrollWidth") > 800
+
+
+@pytest.mark.slow
+@needs_chromium
+@pytest.mark.parametrize(
+    ("width", "whole_table"), [(390, False), (1200, True), (1440, True)], ids=["390", "1200", "1440"]
+)
+def test_what_a_reader_came_for_is_seen_without_scrolling(
+    browser: Browser, tmp_path: Path, width: int, whole_table: bool
+) -> None:
+    one = whole("digits")
+    more = [record("super+expressive+per-head+identity", s, h, scale="paper") for s in range(3) for h in (1, 4)]
+    runs = [{**run, "epoch_ratio": 0.9 + 0.1 * int(str(run["seed"])), "test_top5": 99.0} for run in one.records]
+    one = replace(one, records=[*runs, *more])
+    write_report(one, tmp_path / "report.html")
+    browser.open(tmp_path / "report.html", width, mobile=width < 500)
+    right, room, titles = browser.ask(
+        "(h => [h[2].getBoundingClientRect().right, innerWidth, h.map(e => e.textContent)])"
+        "([...document.querySelectorAll('[aria-label=Results] thead th')])"
+    )
+    assert titles[:3] == ["Mechanism", "Test acc. %", "− standard"]
+    assert right <= room
+    hidden = browser.ask(
+        "[...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth)"
+        ".map(e => e.getAttribute('aria-label'))"
+    )
+    assert not whole_table or hidden == []
+    browser.ask("document.querySelectorAll('details').forEach(e => e.open = true)")
+    assert browser.ask("document.documentElement.scrollWidth") <= room

@@ -6,13 +6,14 @@ Claims rest on the test split alone; figures of training stand in tables and cur
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from better_attention.errors import counted
 from better_attention.experiments import paper
 from better_attention.experiments.paired import NOTHING, UNTESTED, p_text
-from better_attention.experiments.stats import number
+from better_attention.experiments.stats import Estimate, number
 from better_attention.experiments.study import Record
 from better_attention.experiments.summary import COLUMNS, Column, Row
 
@@ -21,6 +22,9 @@ PAPER = ("standard", "optimised", "efficient", "super")
 
 WAITING = 0.05
 """Most of a step that may be spent waiting for data, before times say more of the pipeline than of the model."""
+
+MORE_SEEDS = 3
+"""How many seeds are recommended to a reader who has one: the fewest that give an interval of use."""
 
 _WORDS = {
     "test_accuracy": ("test accuracy", " %", " points"),
@@ -49,6 +53,11 @@ def sentences(rows: Sequence[Row]) -> list[str]:
     return [one.replace(" ± ", _KEPT).replace(" %", "\N{NO-BREAK SPACE}%") for one in found]
 
 
+def shown(value: Estimate, digits: int, *, sign: bool = False) -> str:
+    """Mean and interval as text, of a single seed the mean alone: a dash in place of the interval tells nothing."""
+    return value.format(digits, sign=sign).removesuffix(" ± –")
+
+
 def finding(rows: Sequence[Row], column: Column) -> str | None:
     """Who is best in ``column``, and what the comparison with standard shows; None where there is nothing to compare.
 
@@ -67,12 +76,12 @@ def finding(rows: Sequence[Row], column: Column) -> str | None:
     sentence = (
         f"With {counted(best[0].heads, 'head')}, {_listed([row.mechanism for row in best])} "
         f"{'has' if len(best) == 1 else 'share'} the {'highest' if column.higher_is_better else 'lowest'} {name}, "
-        f"{value.format(column.digits)}{unit} ({counted(value.n, 'seed')})"
+        f"{shown(value, column.digits)}{unit} ({counted(value.n, 'seed')})"
     )
     if test is None or any(column.key not in row.tests for row in best):  # standard is among the best
         return f"{sentence}."
     who = f"{best[0].mechanism} " if len(best) > 1 else ""
-    against = f"{sentence}: {who}{test.difference.format(column.digits, sign=True)}{points} against standard"
+    against = f"{sentence}: {who}{shown(test.difference, column.digits, sign=True)}{points} against standard"
     if test.corrected_p is None:
         return f"{against}, {test.verdict} ({_why(best, column)})."
     return f"{against}, {test.verdict} ({p_text(test.corrected_p)}, {_corrected(test.family)})."
@@ -97,6 +106,18 @@ def tally(rows: Sequence[Row], column: Column) -> str | None:
         left = len(verdicts)
         return f"{start}: {NOTHING} in {'the only comparison' if left == 1 else f'any of {left} comparisons'}."
     return f"{start}, {counted(len(verdicts), 'comparison')}: {', '.join(parts)}."
+
+
+def more_seeds(rows: Sequence[Row], command: str) -> tuple[str, str] | None:
+    """A sentence and a command for rows of a single seed each; None where a mechanism has several."""
+    if not rows or any(len(row.seeds) > 1 for row in rows):
+        return None
+    again = re.sub(r"\s--seeds(\s+|=)\S+", "", command)
+    sentence = (
+        "Every mechanism has a single seed, which tells nothing about chance: there are no intervals and no tests. "
+        f"Run again with {MORE_SEEDS} seeds{':' if again else '.'}"
+    )
+    return sentence, f"{again} --seeds {MORE_SEEDS}" if again else ""
 
 
 def _why(rows: Sequence[Row], column: Column) -> str:
@@ -210,14 +231,26 @@ class Standing:
     blocks: int
 
 
+def shared_heads(rows: Sequence[Row]) -> list[int]:
+    """The numbers of heads that every mechanism among ``rows`` was run at, in rising order."""
+    by_mechanism: dict[str, set[int]] = {}
+    for row in rows:
+        by_mechanism.setdefault(row.mechanism, set()).add(row.heads)
+    return sorted(set.intersection(*by_mechanism.values())) if by_mechanism else []
+
+
 def standings(rows: Sequence[Row]) -> list[Standing]:
     """The rank table: mean ranks over the metrics of the test split and the numbers of heads, the best first.
 
-    Ranks are those of the results table: within a number of heads, equal where the printed means are. They know nothing
+    Ranks compare within a number of heads and are equal where the printed means are. Only numbers of heads that every
+    mechanism was run at count: a mean over other numbers of heads is a mean over other competitors. They know nothing
     of intervals, so that a better rank is no finding.
     """
     ranks: dict[str, dict[str, list[int]]] = {}
+    shared = shared_heads(rows)
     for row in rows:
+        if row.heads not in shared:
+            continue
         own = ranks.setdefault(row.mechanism, {})
         for column in COLUMNS:
             if column.tested and column.key in row.ranks:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 
-from better_attention.experiments.paired import p_text
-from better_attention.experiments.stats import number
+from better_attention.experiments.findings import shown
+from better_attention.experiments.paired import Comparison, p_text
 from better_attention.experiments.summary import Column, Row
 
 MARGIN = 2.0
@@ -58,7 +59,7 @@ def forest(rows: Sequence[Row], column: Column) -> Forest | None:
         for end in (one.difference.mean, one.difference.low, one.difference.high)
         if end is not None and math.isfinite(end)
     ]
-    reach = max(ends, default=0.0) or 1.0
+    reach = _round_up(max(ends, default=0.0) or 1.0)
 
     def place(value: float | None) -> float | None:
         if value is None or not math.isfinite(value):
@@ -72,10 +73,22 @@ def forest(rows: Sequence[Row], column: Column) -> Forest | None:
             at=place(one.difference.mean),
             low=place(one.difference.low),
             high=place(one.difference.high),
-            text=f"{one.difference.format(column.digits, sign=True)} ({p_text(one.corrected_p)})",
+            text=_text(one, column),
             verdict=one.verdict,
             shown=one.shows,
         )
         for row, one in tests
     ]
-    return Forest(column, number(reach, column.digits), bars)
+    return Forest(column, f"{reach:g}", bars)
+
+
+def _text(one: Comparison, column: Column) -> str:
+    difference = shown(one.difference, column.digits, sign=True)
+    return difference if one.difference.n == 1 else f"{difference} ({p_text(one.corrected_p)})"
+
+
+def _round_up(value: float) -> float:
+    """The next number with one digit, or with two where the second is a 5 below 3: 4.48 -> 5, 0.0213 -> 0.025."""
+    unit = Decimal(10) ** math.floor(math.log10(value))
+    steps = (Decimal(step) * unit for step in ("1", "1.5", "2", "2.5", "3", "4", "5", "6", "7", "8", "9", "10"))
+    return next(found for step in steps if (found := float(step)) >= value)

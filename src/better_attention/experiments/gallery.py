@@ -20,6 +20,7 @@ from better_attention.experiments.charts import (
     weight,
     weights_over_angle,
 )
+from better_attention.experiments.findings import shown
 from better_attention.experiments.stats import Estimate, number
 from better_attention.experiments.study import AlignmentPicture, AttentionMap, Curve, RunName
 from better_attention.experiments.summary import Row, columns_of
@@ -131,8 +132,8 @@ def curve_groups(curves: Mapping[str, Curve], album: Album) -> list[CurveGroup]:
 def _panel(title: str, key: str, runs: Mapping[str, Sequence[Curve]], album: Album) -> Panel | None:
     series = {name: [drawn for curve in seeds if (drawn := _series(curve, key))] for name, seeds in runs.items()}
     series = {name: seeds for name, seeds in series.items() if seeds}
-    if not series:
-        return None
+    if not any(len(x) > 1 for seeds in series.values() for x, _ in seeds):
+        return None  # one epoch is a point, and the table has it
     falling = key.endswith("loss")
     both = (learning_curves(series, dark=dark, falling=falling) for dark in (False, True))
     uris = album.add(*both, kind="image/svg+xml")
@@ -169,7 +170,7 @@ def ablation(rows: Sequence[Row], album: Album) -> tuple[list[str], list[Panel]]
 
 def _over_heads(runs: Mapping[str, Points]) -> str:
     return "; ".join(
-        f"{name}: {', '.join(f'{points[heads].format(2)} with {heads}' for heads in sorted(points))}"
+        f"{name}: {', '.join(f'{shown(points[heads], 2)} with {heads}' for heads in sorted(points))}"
         for name, points in runs.items()
     )
 

@@ -41,6 +41,8 @@ def render(study: Study) -> str:
     """The report of ``study`` as HTML text."""
     rows = summary.summarise(study.records)
     columns = summary.columns_of(rows)
+    # What the task is about comes first: accuracy where there is one, else BLEU.
+    main = sorted((c for c in columns if c.tested), key=lambda c: c.key not in ("test_accuracy", "test_bleu"))
     album = gallery.Album(PICTURE_ROOM)
     compared = summary.compared_columns(rows)
     # Small and about everything first: what finds no room is the last of the maps and kernels.
@@ -51,11 +53,15 @@ def render(study: Study) -> str:
         task=study.task,
         setting=_setting(study.task),
         rows=rows,
-        columns=columns,
+        main=main,
+        costs=[column for column in columns if not column.tested and column.kind != "metric"],
+        training=[column for column in columns if not column.tested and column.kind == "metric"],
         findings=findings.sentences(rows),
         origin=findings.origin(str(study.task.get("name", "")), rows),
         notes=[*study.notes, *findings.gaps(rows)],
         standings=findings.standings(rows),
+        ranked_heads=findings.shared_heads(rows),
+        more_seeds=findings.more_seeds(rows, study.command),
         rank_columns=[column for column in columns if column.tested],
         compared=compared,
         forests=[drawn for column in compared if (drawn := forest(rows, column))],
@@ -81,7 +87,7 @@ _SCALES = (pictures.SEQUENTIAL, pictures.DIVERGING)
 
 @cache
 def _template() -> jinja2.Template:
-    return template("report.html", look=look, marker_paths=MARKER_PATHS)
+    return template("report.html", shown=findings.shown, look=look, marker_paths=MARKER_PATHS)
 
 
 _SHOWN_ELSEWHERE = ("title", "source", "settings", "heads", "default_heads", "seeds")
