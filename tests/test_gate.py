@@ -459,6 +459,15 @@ def test_whoever_replaces_linear_maps_is_called(mechanism: str, monkeypatch: pyt
         close(counted(module, x), expected)
         handle.remove()
     assert len(calls) == 4 * SMALL[mechanism]
+    call = nn.Module._call_impl
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            nn.Module,
+            "_call_impl",
+            lambda self, *a, **k: (calls.append(self) if isinstance(self, nn.Linear) else None, call(self, *a, **k))[1],
+        )
+        close(counted(module, x), expected)
+    assert len(calls) == 5 * SMALL[mechanism]
 
 
 @pytest.mark.parametrize("mechanism", SMALL)

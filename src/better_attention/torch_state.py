@@ -217,9 +217,15 @@ def fx_call(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
 # --- are modules what they seem? ---------------------------------------------------------------------------------
 
 _module_call = nn.Module.__call__
+_module_call_within = nn.Module._call_impl  # looked up at each call, so that a patch of it alone takes effect
 _hooks: tuple[Any, ...] = tuple(
     getattr(nn.modules.module, name, True)
-    for name in ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks")
+    for name in (
+        "_global_forward_hooks",
+        "_global_forward_pre_hooks",
+        "_global_backward_hooks",
+        "_global_backward_pre_hooks",
+    )
 )
 
 
@@ -227,6 +233,7 @@ def unpatched() -> bool:
     """Whether no library observes or replaces linear maps globally: by hooks, class patches or patched functions."""
     return (
         nn.Module.__call__ is _module_call
+        and nn.Module._call_impl is _module_call_within
         and F.linear is torch._C._nn.linear
         and _belongs(nn.Linear.forward)
         and _belongs(nn.Identity.forward)
