@@ -64,11 +64,12 @@ def plan(out: Path, mechanism: str = "super") -> Plan:
 
 
 def states(out: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, tuple[str, str]]:
-    """Name -> state and detail, as ``runs`` tells them; the table is printed as well."""
+    """Path below ``out`` -> state and detail, as ``runs`` tells them; the table is printed as well."""
     main.main(["runs", str(out)])
     capsys.readouterr()
     main.main(["runs", str(out), "--json"])
-    return {one["name"]: (one["state"], one["detail"]) for one in json.loads(capsys.readouterr().out)}
+    listed = json.loads(capsys.readouterr().out)
+    return {Path(one["path"]).relative_to(out).as_posix(): (one["state"], one["detail"]) for one in listed}
 
 
 def as_fifo(path: Path) -> None:
@@ -116,6 +117,20 @@ def test_no_file_in_place_of_a_file(
             compare(plan(out), Watcher())
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no FIFO there")
+@pytest.mark.parametrize("put", [as_fifo, as_loop, as_endless_device])
+def test_a_renamed_run_is_listed_whatever_its_configuration_is(
+    put: Callable[[Path], None], out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (out / RUN).rename(out / "best of all")
+    (out / "best of all" / "config.json").unlink()
+    put(out / "best of all" / "config.json")
+    found = states(out, capsys)
+    assert found.keys() == {"best of all", OTHER}
+    assert found["best of all"][0] == "damaged"
+    assert "config.json" in found["best of all"][1]
+
+
 class _nothing:  # noqa: N801 - reads like contextlib's own
     def __enter__(self) -> None: ...
     def __exit__(self, *_: object) -> None: ...
@@ -142,7 +157,6 @@ def with_value(text: str, key: str, value: str) -> str:
     return json.dumps(document).replace('"@here@"', value)
 
 
-@pytest.mark.parametrize("value", VALUES)
 @pytest.mark.parametrize(
     ("name", "key"),
     [
@@ -159,29 +173,33 @@ def with_value(text: str, key: str, value: str) -> str:
         ("assets.json", "classes"),
     ],
 )
-def test_a_value_that_is_no_number_of_ours(
-    name: str, key: str, value: str, out: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_value_that_is_no_number_of_ours(name: str, key: str, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each value in a comparison of its own, all of them in one listing."""
     unsigned(out / RUN)
-    path = out / RUN / name
-    path.write_text(
-        with_value(
-            path.read_text("utf-8").splitlines()[0] if "metrics" in name else path.read_text("utf-8"), key, value
-        ),
-        "utf-8",
-    )
+    text = (out / RUN / name).read_text("utf-8")
+    first = text.splitlines()[0] if "metrics" in name else text
+    for number, value in enumerate(VALUES):
+        shutil.copytree(out / RUN, out / str(number) / RUN)
+        (out / str(number) / RUN / name).write_text(with_value(first, key, value), "utf-8")
     found = states(out, capsys)
+    assert found.keys() == {RUN, OTHER, *(f"{number}/{RUN}" for number in range(len(VALUES)))}
     assert found[OTHER][0] == "interrupted"
-    if name in ("metrics.jsonl", "result.json"):
-        assert found[RUN][0] == "damaged"
-        assert name in found[RUN][1]
-    if name != "assets.json":
-        with pytest.raises((OSError, ValueError), match=r"json"):
-            load_run(out / RUN)
-        assert main.main(["predict", str(out / RUN), "--index", "0"]) == 2
-    if name == "config.json" and value != "1e308":
-        with pytest.raises((OSError, ValueError)):
-            compare(plan(out), Watcher())
+    assert found[RUN][0] == "finished"
+    for number, value in enumerate(VALUES):
+        comparison = out / str(number)
+        run = comparison / RUN
+        if name in ("metrics.jsonl", "result.json"):
+            state, detail = found[f"{number}/{RUN}"]
+            assert state == "damaged", value
+            assert name in detail, value
+        if name != "assets.json":
+            with pytest.raises((OSError, ValueError), match=r"json") as caught:
+                load_run(run)
+            assert not str(caught.value).endswith("..")
+            assert main.main(["predict", str(run), "--index", "0"]) == 2, value
+        if name == "config.json" and value != "1e308":
+            with pytest.raises((OSError, ValueError)):
+                compare(plan(comparison), Watcher())
 
 
 @pytest.mark.parametrize("layers", [20_000, 2**20, 900])

@@ -79,10 +79,11 @@ def inventory(folders: Sequence[Path]) -> list[Found]:
 
 def _runs(folder: Path, depth: int) -> Iterator[Path]:
     """Every folder of a run, also of one that has lost its ``config.json``; a run holds no other, links end there."""
-    try:
-        found = (folder / "config.json").is_file()
-    except OSError:  # a folder that may not be read
-        return
+    config = folder / "config.json"
+    try:  # what stands in the place of the file, a FIFO for example, is damage; a folder of that name is anybody's
+        found = os.path.lexists(config) and not config.is_dir()
+    except OSError:  # a link to what may not be read
+        found = True
     if found or (_NAME.fullmatch(folder.name) and _has_files_of_a_run(folder)):
         yield folder
     elif depth:

@@ -158,9 +158,8 @@ def _build(task: Task, variant: Variant, heads: int, folder: Path) -> nn.Module:
         with torch.device("meta"):
             return task.build(variant, heads)
     except (RuntimeError, ArithmeticError, LookupError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{folder / 'config.json'} describes a model that cannot be built: {error or type(error).__name__}."
-        ) from None
+        why = str(error).rstrip(".") or type(error).__name__
+        raise ValueError(f"{folder / 'config.json'} describes a model that cannot be built: {why}.") from None
 
 
 def _what(config: Mapping[str, Any], folder: Path) -> tuple[Task, Variant, int]:
@@ -176,8 +175,9 @@ def _what(config: Mapping[str, Any], folder: Path) -> tuple[Task, Variant, int]:
         task = TASKS[name](settings["scale"]).with_settings(settings)
         return task, Variant.of(run["mechanism"]), whole_number(run["heads"], "heads")
     except (AttributeError, KeyError, TypeError, ValueError, ArithmeticError) as error:
+        why = str(error).rstrip(".")
         raise ValueError(
-            f"{folder / 'config.json'} cannot be read by this version of better-attention: {error}."
+            f"{folder / 'config.json'} cannot be read by this version of better-attention: {why}."
         ) from None
 
 
