@@ -359,11 +359,9 @@ class MultiheadAttention(nn.Module):
             mask_BNLS, padding_B11S = self._with_extra_columns(mask_BNLS, padding_B11S, q_BLD, k_BSD, is_causal)
             is_causal = False
 
-        k_BNSH = self._split(k_BSD, "k_proj")
+        q_BNLH, k_BNSH = self._split(q_BLD, "q_proj"), self._split(k_BSD, "k_proj")
         call = Call(
-            self._split(q_BLD, "q_proj")
-            if self.scaling is None
-            else called(self.scaling, self._split(q_BLD, "q_proj"), "scaling"),
+            q_BNLH if self.scaling is None else called(self.scaling, q_BNLH, "scaling"),
             k_BNSH,
             k_BNSH if v_BSD is k_BSD else self._split(v_BSD, "v_proj"),
             mask_BNLS=mask_BNLS,
@@ -568,19 +566,21 @@ class MultiheadAttention(nn.Module):
     def _refuse_leak(self, mask_BNLS: Tensor | None, is_causal: bool) -> None:
         if not isinstance(self.align, Alignment) or self.align.causal:
             return
-        came = "is_causal=True" if is_causal else "a causal attn_mask"
-        message = (
-            f"mechanism {self.mechanism.name!r} received {came}, but its W_A mixes every value position, later "
-            "ones included, into every other before any mask applies: the future would leak. Build the layer with "
-            "align_causal=True, which keeps W_A lower triangular."
-        )
         if is_causal or (mask_BNLS is not None and masks.hides_the_future(mask_BNLS)):
-            raise ValueError(message)
+            raise ValueError(self._leak("is_causal=True" if is_causal else "a causal attn_mask"))
         if mask_BNLS is not None and torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
             # The mask's values are known when the compiled code runs: the question becomes part of it.
             conditions = masks.triangle_conditions(mask_BNLS)
             if conditions:
-                torch._assert_async(~torch.stack([condition() for condition in conditions]).all(), message)
+                causal = torch.stack([condition() for condition in conditions]).all()
+                torch._assert_async(~causal, self._leak("a causal attn_mask"))
+
+    def _leak(self, came: str) -> str:
+        return (
+            f"mechanism {self.mechanism.name!r} received {came}, but its W_A mixes every value position, later "
+            "ones included, into every other before any mask applies: the future would leak. Build the layer with "
+            "align_causal=True, which keeps W_A lower triangular."
+        )
 
     def _with_extra_keys(self, k_BSD: Tensor, v_BSD: Tensor) -> tuple[Tensor, Tensor]:
         """Behind the sequence: the learned key and value, then those of zeros."""

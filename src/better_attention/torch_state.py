@@ -148,9 +148,16 @@ def forward_level() -> bool:
     return getattr(forward_ad, "_current_level", 0) >= 0
 
 
-def has_tangent(x: Tensor) -> bool:
-    """Whether ``x`` is a dual number, or may be one below the wrappers of torch.func."""
-    return forward_level() and (transformed() or forward_ad.unpack_dual(x).tangent is not None)
+def with_tangents(tensors: Mapping[str, Tensor | None]) -> list[str]:
+    """The names of those that are dual numbers, or may be some below the wrappers of torch.func."""
+    if not forward_level():
+        return []
+    hidden = transformed()
+    return [
+        name
+        for name, x in tensors.items()
+        if x is not None and (hidden or forward_ad.unpack_dual(x).tangent is not None)
+    ]
 
 
 def operator_obstacles(tensors: Mapping[str, Tensor | None]) -> list[str]:
@@ -170,12 +177,10 @@ def operator_obstacles(tensors: Mapping[str, Tensor | None]) -> list[str]:
         elif _functionalised():
             obstacles.append("torch.func.functionalize has no rule for it")
     for name, x in tensors.items():
-        if x is None:
-            continue
-        if type(x) is not Tensor and type(x) is not nn.Parameter and not isinstance(x, _FAKE):
+        if type(x) is not Tensor and type(x) is not nn.Parameter and x is not None and not isinstance(x, _FAKE):
             obstacles.append(f"{name} is a {type(x).__name__}, whose own rules for operators do not cover custom ones")
-        elif has_tangent(x):
-            obstacles.append(f"it has no forward-mode derivative, and {name} carries a tangent")
+    for name in with_tangents(tensors):
+        obstacles.append(f"it has no forward-mode derivative, and {name} carries a tangent")
     return obstacles
 
 

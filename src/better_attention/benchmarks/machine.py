@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 import better_attention
+from better_attention.experiments.origin import changed
 
 PACKAGES = ("better-attention", "torch", "torchao", "numpy", "x-transformers", "keras", "jax", "jaxlib")
 BEST_OF = 7
@@ -57,15 +58,8 @@ def identity(about: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The entries in which two descriptions differ, as ``seconds 2.0, now 10.0``; those within mappings one by one."""
-    found = []
-    for key in dict.fromkeys([*now, *stored]):
-        before, after = stored.get(key), now.get(key)
-        if isinstance(before, Mapping) and isinstance(after, Mapping):
-            found += differences(before, after)
-        elif before != after:
-            found.append(f"{key} {before}, now {after}")
-    return found
+    """The entries in which two descriptions differ, as ``seconds 2.0, now 10.0``."""
+    return [f"{key} {before}, now {after}" for key, before, after in changed(stored, now)]
 
 
 def busy(about: Mapping[str, Any]) -> str | None:

@@ -28,7 +28,7 @@ from better_attention.errors import whole_number
 from better_attention.experiments import manifest
 from better_attention.experiments.checkpoint import check_digest, load_weights, tensor_count
 from better_attention.experiments.files import parse_json, read_regular, write_atomic
-from better_attention.experiments.origin import environment
+from better_attention.experiments.origin import changed, environment
 from better_attention.experiments.task import SCALES, Prediction, Task
 from better_attention.experiments.tasks import TASKS
 from better_attention.experiments.variant import Variant
@@ -349,14 +349,9 @@ def describe_run(task: Task, variant: Variant, heads: int, seed: int, data: str,
 
 def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """One line for each value in which two :func:`describe_run` differ; how a task is called decides nothing."""
-    lines = []
-    for key in sorted((there.keys() | now.keys()) - {"title", "source"}):
-        old, new = there.get(key), now.get(key)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            lines += differences(old, new)
-        elif old != new:
-            lines.append(f"{key}: {old!r} there, {new!r} now")
-    return lines
+    return [
+        f"{key}: {old!r} there, {new!r} now" for key, old, new in changed(there, now) if key not in ("title", "source")
+    ]
 
 
 def check_agreement(out: Path, now: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from better_attention.torch_state import has_tangent
+from better_attention.torch_state import with_tangents
 
 from .call import Call, additive
 
@@ -27,7 +27,7 @@ def unsupported(call: Call) -> list[str]:
         reasons.append("it takes masks in float16 only, which has no room for large biases")
     if any(m.requires_grad for m in call.masks):
         reasons.append("it does not differentiate with respect to a mask on every device")
-    if any(x is not None and has_tangent(x) for x in call.tensors.values()):
+    if with_tangents(call.tensors):
         reasons.append("it has no forward-mode derivative")
     return reasons
 
