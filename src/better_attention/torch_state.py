@@ -166,6 +166,15 @@ def operator_obstacles(tensors: Mapping[str, Tensor | None]) -> list[str]:
     Args:
         tensors: by the name under which the user knows them.
     """
+    obstacles = [] if quiet() else _machinery_obstacles(tensors)  # one look in the ordinary case: small calls feel it
+    for name, x in tensors.items():
+        if type(x) is not Tensor and type(x) is not nn.Parameter and x is not None and not isinstance(x, _FAKE):
+            obstacles.append(f"{name} is a {type(x).__name__}, whose own rules for operators do not cover custom ones")
+    return obstacles
+
+
+def _machinery_obstacles(tensors: Mapping[str, Tensor | None]) -> list[str]:
+    """The part of :func:`operator_obstacles` that lies in what torch is doing."""
     obstacles = []
     if recording():
         obstacles.append("torch.jit.trace and the exporters built on it record torch's own operators only")
@@ -176,12 +185,8 @@ def operator_obstacles(tensors: Mapping[str, Tensor | None]) -> list[str]:
             obstacles.append("torch.compile has no rule for it inside transforms of torch.func")
         elif _functionalised():
             obstacles.append("torch.func.functionalize has no rule for it")
-    for name, x in tensors.items():
-        if type(x) is not Tensor and type(x) is not nn.Parameter and x is not None and not isinstance(x, _FAKE):
-            obstacles.append(f"{name} is a {type(x).__name__}, whose own rules for operators do not cover custom ones")
-    for name in with_tangents(tensors):
-        obstacles.append(f"it has no forward-mode derivative, and {name} carries a tangent")
-    return obstacles
+    carrying = with_tangents(tensors)
+    return obstacles + [f"it has no forward-mode derivative, and {name} carries a tangent" for name in carrying]
 
 
 def _functionalised() -> bool:
