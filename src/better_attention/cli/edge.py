@@ -130,9 +130,9 @@ def measure(args: argparse.Namespace, tasks: list[Task]) -> Report:
     planned = [(task.name, h, precision) for task in tasks for h in args.heads for precision in args.precisions]
     rows = {(*group, mechanism) for group in planned for mechanism in args.mechanisms}
     timings: dict[tuple[str, int, str], list[Timing]] = {}
-    for timing in before.timings if before else ():
-        if not (args.again and (*timing.group, timing.mechanism) in rows):
-            timings.setdefault(timing.group, []).append(timing)
+    for kept_timing in before.timings if before else ():
+        if not (args.again and (*kept_timing.group, kept_timing.mechanism) in rows):
+            timings.setdefault(kept_timing.group, []).append(kept_timing)
     kept = [timing for found in timings.values() for timing in found]
     done = rows & {(*timing.group, timing.mechanism) for timing in kept}
     if before and kept:

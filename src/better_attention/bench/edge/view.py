@@ -43,10 +43,10 @@ class Report:
     complete: bool = True
 
 
-def published(task: str, mechanism: str, heads: int) -> tuple[float | None, float | None]:
+def published_seconds(task: str, mechanism: str, heads: int) -> tuple[float | None, float | None]:
     """The paper's seconds, and how many times as fast that is as standard attention with as many heads.
 
-    >>> published("mnist", "standard", 4)
+    >>> published_seconds("mnist", "standard", 4)
     (5.27, 1.0)
     """
     rows = {(row["mechanism"], row["heads"]): row.get(task) for row in published.edge_inference()}
@@ -73,7 +73,7 @@ def beside_paper(report: Report | None) -> list[dict[str, Any]]:
 
 
 def _flat(timing: Timing, samples: int) -> dict[str, Any]:
-    seconds, times_as_fast = published(timing.task, timing.mechanism, timing.heads)
+    seconds, times_as_fast = published_seconds(timing.task, timing.mechanism, timing.heads)
     return {
         "task": timing.task,
         "mechanism": timing.mechanism,
@@ -193,7 +193,7 @@ def _print_precision(precision: str, timings: Sequence[Timing], settings: Settin
 
 def _strips(found: Mapping[tuple[str, str, int], Timing], task: str, rows: Sequence[tuple[str, int]]) -> list[Strip]:
     timings = [found.get((task, *row)) for row in rows]
-    theirs = [published(task, *row) for row in rows]
+    theirs = [published_seconds(task, *row) for row in rows]
     return [
         (f"{task}, s", [_cell(t, t.seconds if t else None) for t in timings]),
         (PAPER_DEVICE, ["–" if s is None else f"{s:g}" for s, _ in theirs]),

@@ -17,7 +17,7 @@ from better_attention.lab.tasks.catalogue import TASKS
 
 NUMBERS = range(1, 11)
 EDGE = 4
-"""The table of inference times, which no training run has figures for; see :mod:`better_attention.bench.edge.timing`."""
+"""The table of inference times, which no training run has figures for: :mod:`better_attention.bench.edge` has."""
 
 _NO_OUTCOME = frozenset(
     {"name", "title", "source", "scale", "heads", "default_heads", "seeds", "threads", "equal_params"}

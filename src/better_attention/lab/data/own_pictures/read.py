@@ -94,7 +94,7 @@ class Pictures:
         return 1 if remembered(_key("channels", self.tree.stamp, np.arange(0)), find) == 1 else 3
 
     def pixels(self, rows: Int64, size: int, channels: int) -> UInt8:
-        """The pictures of some rows, in their order: see :func:`~better_attention.lab.data.own_pictures.cache.decoded`."""
+        """The pictures of some rows, in their order; :func:`.cache.decoded` holds them."""
         wanted = {self.names[row]: place for place, row in enumerate(rows.tolist())}
         key = _key(f"{size} {channels}", self.tree.stamp, rows)
         return decoded(key, len(rows), lambda: self.tree.contents(wanted), size, channels)
