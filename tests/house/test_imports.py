@@ -1,10 +1,13 @@
-"""The direction of imports (HOUSE.md 2) and the security gate on the source (RELIABILITY.md S12), by reading it."""
+"""The four houses and the direction of imports between them (DESIGN.md), and the security gate, by reading the source.
+
+Every file is read as it is: nothing is imported, and no file is named here that a rename could leave behind.
+"""
 
 from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -16,29 +19,41 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # --- imports ----------------------------------------------------------------------------------------------------------
 
-RANKS: list[set[str]] = [
-    {"torch_state", "command"},
-    {"mechanism", "errors", "values", "native"},
-    {"impl"},
-    {"masks", "positions", "choice", "extras", "packed"},
-    {"inputs", "alignment", "causality", "state_dict", "prepare", "attend"},
-    {"functional", "cost"},
-    {"module"},
-    {"cache"},
-    {"adapters", "convert", "distill", "export"},
-    {"models", "data"},
-    {"experiments"},
-    {"benchmarks"},
-    {"cli"},
-    {"__main__"},
-]
-"""cli → experiments → models, data → adapters … → module → functional → impl → mechanism; helpers where they serve."""
+HOUSES = ("library", "lab", "bench", "cli")
+"""Each may import the houses before it, never those after it."""
 
-RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
+LAB_ROOMS = (
+    {"files"},
+    {"lock"},
+    {"data", "models", "published"},
+    {"tasks"},
+    {"runs"},
+    {"training"},
+    {"analysis"},
+    {"report"},
+    {"paper"},
+    {"comparison"},
+    {"ladder"},
+)
+"""The rooms of the lab in the order in which data walks through them."""
+
+LIBRARY_ROOMS = (
+    {"mechanism", "errors", "command"},
+    {"call"},
+    {"native"},
+    {"impl"},
+    {"positions", "functional", "causality", "cost"},
+    {"layer"},
+    {"inspect"},
+)
+"""From the values that describe a call to the layer that people build models with."""
+
 LIGHT = {"torch"}
-"""What the core may import beside the standard library; NumPy too is an extra."""
+"""What the library may import beside the standard library; NumPy too is an extra."""
 HEAVY = {"numpy", "scipy", "sklearn", "matplotlib", "accelerate", "safetensors", "jinja2", "pooch"}
-SHARED_BY_IMPLS = {"__init__", "call"}  # align computes W_A, not a call
+CATALOGUES = {"cli", "bench/suites", "lab/tasks/catalogue", "lab/data/published", "lab/published"}
+"""Folders whose files are rows of a table: verbs, suites, tasks, data sets. They may grow."""
+ROOM_SIZE = 15
 
 
 def imports(tree: ast.AST, package: str) -> Iterator[tuple[str, bool]]:
@@ -60,85 +75,105 @@ def imports(tree: ast.AST, package: str) -> Iterator[tuple[str, bool]]:
                 yield f"{module}.{alias.name}", id(node) not in lazy
 
 
-def of(file: Path) -> tuple[str, str, list[tuple[str, bool]]]:
-    """The component that ``file`` belongs to, its dotted path below the package, and what it imports."""
+def of(file: Path) -> tuple[str, list[tuple[str, bool]]]:
+    """The dotted path of ``file`` below the package, and what it imports."""
     parts = file.relative_to(ROOT).with_suffix("").parts
     package = ".".join((ROOT.name, *parts[:-1]))
-    return parts[0], ".".join(parts), list(imports(ast.parse(file.read_text("utf-8")), package))
+    return ".".join(parts), list(imports(ast.parse(file.read_text("utf-8")), package))
 
 
-def own(name: str) -> str | None:
-    """The component of ours that an absolute name lies in; None for the outside world."""
+def house(path: str) -> str:
+    """The house of a dotted path below the package: its first folder, or the library."""
+    head = path.split(".")[0]
+    return "cli" if head == "__main__" else head if head in HOUSES else "library"
+
+
+def rank(rooms: tuple[set[str], ...], room: str) -> int | None:
+    """Where ``room`` stands in an order of rooms; None for a room that has no place."""
+    return next((number for number, names in enumerate(rooms) if room in names), None)
+
+
+def below(name: str) -> str | None:
+    """The dotted path below our package that an absolute name stands for; None for the outside world."""
     head, _, rest = name.partition(".")
-    return (rest.split(".")[0] or "__init__") if head == ROOT.name else None
+    return rest if head == ROOT.name else None
 
 
-def direction_faults(component: str, path: str, imported: list[tuple[str, bool]]) -> list[str]:
-    """What a file of ``component`` imports against the direction."""
-    faults = []
+def is_ours(path: str) -> bool:
+    """Whether a dotted path below the package names a file or folder, and not a public name of the package itself."""
+    first = path.split(".")[0]
+    return (ROOT / first).is_dir() or (ROOT / f"{first}.py").is_file()
+
+
+def direction_faults(path: str, imported: list[tuple[str, bool]]) -> list[str]:
+    """What the file at ``path`` imports against the direction."""
+    mine, faults = house(path), []
+    if path == "__init__":  # the front door opens every house, for those who ask
+        return []
     for name, _ in imported:
-        target = own(name)
-        if target is None or component == "__init__" or target == component:
+        target = below(name)
+        if target is None:
             continue
-        if target not in RANK:  # a public name of the package itself
-            if RANK[component] <= RANK["module"]:
+        if not is_ours(target):
+            if mine == "library":
                 faults.append(f"{path}: imports {name} from the package's front door, from inside")
-        elif RANK[target] >= RANK[component]:
-            faults.append(f"{path}: {component} must not import {target} ({name})")
+        elif HOUSES.index(house(target)) > HOUSES.index(mine):
+            faults.append(f"{path}: the {mine} must not import the {house(target)} ({name})")
+        elif house(target) == mine:
+            faults += room_faults(mine, path, target)
     return faults
+
+
+def room_faults(mine: str, path: str, target: str) -> list[str]:
+    """An import inside a house, against the order of its rooms."""
+    rooms = {"library": LIBRARY_ROOMS, "lab": LAB_ROOMS}.get(mine)
+    if rooms is None:
+        return []
+    depth = 1 if mine == "lab" else 0
+    here, there = (p.split(".")[depth : depth + 1] for p in (path, target))
+    if not here or not there or here == there or here == ["__init__"]:
+        return []
+    from_rank, to_rank = rank(rooms, here[0]), rank(rooms, there[0])
+    if from_rank is None or to_rank is None:
+        return [f"{path}: give {here[0] if from_rank is None else there[0]} a place in the order of rooms"]
+    return [f"{path}: {here[0]} must not import {there[0]}"] if to_rank >= from_rank else []
+
+
+WAITING = {"call.function_arguments"}
+"""Still against the direction: it asks for the names of the implementations."""
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
 def test_dependencies_point_one_way(file: Path) -> None:
-    component, path, imported = of(file)
-    assert component in RANK or component == "__init__", f"{component}: give it a place in RANKS, and in HOUSE.md"
-    assert direction_faults(component, path, imported) == []
+    path, imported = of(file)
+    assert bool(direction_faults(path, imported)) == (path in WAITING)
 
 
 def test_the_direction_test_sees_what_it_should() -> None:
     package = ROOT.name
     bad = [
-        ("impl", "from ..functional import attention", f"{package}.impl"),
-        ("mechanism", "from .errors import describe", package),
-        ("module", "from better_attention.lab.models import vit", package),
+        ("impl.native", "from ..functional import attention", f"{package}.impl"),
+        ("mechanism", "from .impl import reference", package),
+        ("layer.multihead", "from better_attention.lab.models import vision_transformer", f"{package}.layer"),
         ("functional", "import better_attention.lab.runs.folder", package),
-        ("masks", "def f():\n    from . import module", package),
-        ("data", "from ..models.vit import ViT", f"{package}.data"),
-        ("experiments", "from ..cli import console", f"{package}.experiments"),
-        ("module", "from better_attention import attention", package),
+        ("call.masks", "def f():\n    from better_attention import layer", f"{package}.call"),
+        ("lab.data.store", "from better_attention.lab.models.text_classifier import X", f"{package}.lab.data"),
+        ("lab.runs.folder", "from better_attention.lab.training.loop import train", f"{package}.lab.runs"),
+        ("lab.tasks.base", "from better_attention.cli import console", f"{package}.lab.tasks"),
+        ("lab.nowhere.x", "from better_attention.lab.files import x", f"{package}.lab.nowhere"),
+        ("bench.runner", "from better_attention.cli import console", f"{package}.bench"),
+        ("layer.multihead", "from better_attention import attention", f"{package}.layer"),
     ]
-    for component, source, within in bad:
-        assert direction_faults(component, component, list(imports(ast.parse(source), within))), source
+    for path, source, within in bad:
+        assert direction_faults(path, list(imports(ast.parse(source), within))), source
     good = [
-        ("cli", "from ..experiments.runs import load_run", f"{package}.cli"),
-        ("experiments", "import better_attention as ba", f"{package}.experiments"),
-        ("module", "from .impl import reference\nimport torch", package),
-        ("impl", "from . import call", f"{package}.impl"),
+        ("cli.runs", "from ..lab.runs.folder import load_run", f"{package}.cli"),
+        ("lab.training.loop", "import better_attention as ba", f"{package}.lab.training"),
+        ("layer.multihead", "from ..impl import reference\nimport torch", f"{package}.layer"),
+        ("impl.native", "from . import reference", f"{package}.impl"),
     ]
-    for component, source, within in good:
-        assert direction_faults(component, component, list(imports(ast.parse(source), within))) == [], source
-
-
-def test_implementations_never_import_each_other() -> None:
-    for file in sorted((ROOT / "impl").glob("*.py")):
-        if file.stem == "__init__":
-            continue
-        _, path, imported = of(file)
-        for name, _ in imported:
-            inside = name.split(".")[2:3] if name.startswith(f"{ROOT.name}.impl.") else []
-            assert not inside or inside[0] in SHARED_BY_IMPLS, f"{path} imports {name}"
-
-
-def core_files() -> list[Path]:
-    return [f for f in FILES if (c := of(f)[0]) == "__init__" or RANK.get(c, 99) <= RANK["cache"]]
-
-
-@pytest.mark.parametrize("file", core_files(), ids=lambda f: str(f.relative_to(ROOT)))
-def test_the_core_needs_torch_alone(file: Path) -> None:
-    _, path, imported = of(file)
-    for name, _ in imported:
-        head = name.split(".")[0]
-        assert head in LIGHT | set(sys.stdlib_module_names) | {ROOT.name}, f"{path} imports {name}"
+    for path, source, within in good:
+        assert direction_faults(path, list(imports(ast.parse(source), within))) == [], source
 
 
 def file_of(name: str) -> Path | None:
@@ -152,6 +187,78 @@ def file_of(name: str) -> Path | None:
     return None
 
 
+def graph() -> dict[Path, set[Path]]:
+    """Which file imports which at run time, now or later; the front door is not part of the house behind it."""
+    edges: dict[Path, set[Path]] = {}
+    for file in FILES:
+        tree = ast.parse(file.read_text("utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+                node.body = [ast.Pass()]
+        package = ".".join((ROOT.name, *file.relative_to(ROOT).parts[:-1]))
+        targets = (file_of(name) for name, _ in imports(tree, package) if below(name))
+        edges[file] = {target for target in targets if target and target != file}
+    edges[ROOT / "__init__.py"] = set()
+    return edges
+
+
+def circles(edges: Mapping[Path, set[Path]]) -> list[Path]:
+    """The files that lie on or behind a circle: what is left once every file without an import is taken away."""
+    left = {file: set(targets) for file, targets in edges.items()}
+    while ends := {file for file, targets in left.items() if not targets}:
+        left = {file: targets - ends for file, targets in left.items() if file not in ends}
+    return sorted(left)
+
+
+def test_there_is_no_circle_of_imports() -> None:
+    assert [str(file.relative_to(ROOT)) for file in circles(graph())] == []
+
+
+def test_the_search_for_circles_finds_one() -> None:
+    a, b, c, d = (Path(name) for name in "abcd")
+    assert circles({a: {b}, b: {c}, c: {a}, d: set()}) == [a, b, c]
+    assert circles({a: {b, c}, b: {c}, c: {d}, d: set()}) == []
+
+
+@pytest.mark.parametrize("folder", sorted({f.parent for f in FILES}), ids=lambda f: str(f.relative_to(ROOT)))
+def test_no_room_is_a_heap(folder: Path) -> None:
+    if folder.relative_to(ROOT).as_posix() in CATALOGUES:
+        return
+    assert len([f for f in folder.glob("*.py") if f.name != "__init__.py"]) <= ROOM_SIZE
+
+
+def test_implementations_never_import_each_other() -> None:
+    from better_attention.impl import IMPLEMENTATIONS
+
+    for name in IMPLEMENTATIONS:
+        path, imported = of(ROOT / "impl" / f"{name}.py")
+        others = {f"{ROOT.name}.impl.{other}" for other in IMPLEMENTATIONS if other != name}
+        assert not [i for i, _ in imported if any(i == o or i.startswith(f"{o}.") for o in others)], path
+
+
+@pytest.mark.xfail(reason="verbs still share pieces with each other; they move to cli/arguments.py", strict=True)
+def test_verbs_import_no_verbs() -> None:
+    verbs = {f for f in (ROOT / "cli").glob("*.py") if "def add_arguments" in f.read_text("utf-8")}
+    assert len(verbs) >= 4
+    faults = [
+        f"{path} imports {name}"
+        for path, imported in map(of, sorted(verbs))
+        for name, _ in imported
+        if below(name) and file_of(name) in verbs
+    ]
+    assert faults == []
+
+
+@pytest.mark.parametrize(
+    "file", [f for f in FILES if house(of(f)[0]) == "library"], ids=lambda f: str(f.relative_to(ROOT))
+)
+def test_the_library_needs_torch_alone(file: Path) -> None:
+    path, imported = of(file)
+    for name, _ in imported:
+        head = name.split(".")[0]
+        assert head in LIGHT | set(sys.stdlib_module_names) | {ROOT.name}, f"{path} imports {name}"
+
+
 def test_the_command_line_starts_light() -> None:
     """``better-attention --help`` loads every verb; what a verb needs it imports where it runs."""
     verbs = [f for f in (ROOT / "cli").glob("*.py") if "def add_arguments" in f.read_text("utf-8")]
@@ -162,17 +269,17 @@ def test_the_command_line_starts_light() -> None:
         if file in seen:
             continue
         seen.add(file)
-        _, path, imported = of(file)
+        path, imported = of(file)
         for name, at_top in imported:
             if not at_top:
                 continue
             assert name.split(".")[0] not in HEAVY, f"{path} imports {name} at its top level"
-            if own(name) and (found := file_of(name)):
-                waiting.append(found)
+            if below(name) and (target := file_of(name)):
+                waiting.append(target)
     assert len(seen) > len(verbs)
 
 
-# --- S12: the security gate -------------------------------------------------------------------------------------------
+# --- the security gate ------------------------------------------------------------------------------------------------
 
 FORBIDDEN_MODULES = {
     "pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "telnetlib", "xmlrpc", "pty",
@@ -221,7 +328,7 @@ def keyword(call: ast.Call, name: str) -> object:
 
 
 def insecure(source: str) -> list[str]:
-    """What S12 forbids in a piece of Python source, one line each."""
+    """What is forbidden in a piece of Python source, one line each."""
     tree = ast.parse(source)
     names = full_names(tree)
     found = []
@@ -240,7 +347,7 @@ def insecure(source: str) -> list[str]:
 
 
 def insecure_call(node: ast.Call, name: str) -> list[str]:
-    """What S12 forbids about one call of the function ``name``."""
+    """What is forbidden about one call of the function ``name``."""
     method = node.func.attr if isinstance(node.func, ast.Attribute) else ""
     rules = {
         f"calls {name}": name in FORBIDDEN_CALLS,
@@ -258,7 +365,7 @@ def insecure_call(node: ast.Call, name: str) -> list[str]:
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
-def test_s12_nothing_insecure(file: Path) -> None:
+def test_nothing_insecure(file: Path) -> None:
     assert insecure(file.read_text("utf-8")) == []
 
 
@@ -315,15 +422,15 @@ GOOD = [
 
 
 @pytest.mark.parametrize("source", BAD)
-def test_s12_the_gate_closes(source: str) -> None:
+def test_the_gate_closes(source: str) -> None:
     assert insecure(source), source
 
 
 @pytest.mark.parametrize("source", GOOD)
-def test_s12_the_gate_opens(source: str) -> None:
+def test_the_gate_opens(source: str) -> None:
     assert insecure(source) == [], source
 
 
 def test_the_walk_found_the_package() -> None:
     names = {str(f.relative_to(ROOT)) for f in FILES}
-    assert {"__init__.py", "mechanism.py", "module.py", "functional.py", "impl/reference.py"} <= names
+    assert {"__init__.py", "mechanism.py", "functional.py", "impl/reference.py", "cli/main.py"} <= names

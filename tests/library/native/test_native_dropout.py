@@ -19,6 +19,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 import better_attention as ba
+from better_attention.call.call import Call
 from better_attention.impl import native
 from helpers import oracle
 from helpers.bridge import array, assert_close
@@ -161,7 +162,7 @@ def test_output_and_gradients(case: Case, dtype: torch.dtype, score: str, isa: s
     leaves = [x.detach().requires_grad_() for x in (q, k, v)[: 2 if case.shared else 3]]
     upstream = normal(rng, B, N, L, W, dtype=dtype)
     torch.manual_seed(state)
-    call = ba.impl.call.Call(
+    call = Call(
         leaves[0], leaves[1], leaves[-1], mask, padding, case.causal, score, scale, dropout_p=p
     )  # fmt: skip
     with native.instruction_set(isa), poisoned():

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 import better_attention as ba
+from better_attention.call.call import Call
 from better_attention.impl import native
 from better_attention.impl.attend import attend
 from helpers.bridge import assert_close
@@ -75,7 +76,7 @@ def run(drawn: dict[str, Tensor], score: str, case: Case) -> list[Tensor]:
     """Output and gradients, as the layer asks for them: a padding is a mask of its own."""
     q, k = (drawn[name].detach().requires_grad_() for name in "qk")
     v = k if drawn["v"] is drawn["k"] else drawn["v"].detach().requires_grad_()
-    call = ba.impl.call.Call(
+    call = Call(
         q, k, v, mask_BNLS=drawn.get("mask"), padding_B11S=drawn.get("padding"), causal=case.causal, score=score,
         scale=q.shape[-1] ** -0.5,
     )  # fmt: skip

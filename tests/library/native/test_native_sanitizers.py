@@ -20,7 +20,7 @@ import better_attention
 from helpers import CHECKOUT
 
 ROOT = CHECKOUT
-NATIVE = ROOT / "src" / "better_attention" / "native"
+NATIVE = ROOT / "src" / "better_attention" / "native" / "cpp"
 
 
 def need(tool: str, package: str) -> str:

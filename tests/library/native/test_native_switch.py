@@ -9,7 +9,7 @@ import sys
 import pytest
 
 PROGRAM = """
-from better_attention.native import missing
+from better_attention.native.library import missing
 try:
     print(missing() or "on")
 except ValueError as error:

@@ -186,7 +186,8 @@ with warnings.catch_warnings():
     import torch
     torch.zeros(1)
 torch.set_num_threads(1)
-import better_attention as ba, layers
+import better_attention as ba
+from helpers import layers
 x = torch.zeros(1, 2, 3, 4)
 ba.cost(8, 2, 5)
 print(json.dumps({{"fingerprint": layers.fingerprint(), "chosen": ba.explain(x, x, x).chosen}}))

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 import better_attention as ba
-from better_attention.bench import contenders
+from better_attention.bench import contenders as others
 from better_attention.bench.contenders import Layer
 from better_attention.bench.registry import PAPER, Contender, Results, Row, Run, Shape, Suite, Work, here, normal
 
 OURS = (*ba.MECHANISMS, "efficient+expressive")
 THEIRS: tuple[tuple[str, Callable[[Shape, torch.dtype], Layer], bool, tuple[str, ...]], ...] = (
-    ("nn.MultiheadAttention", contenders.torch_layer, True, ()),
-    ("fused QKV on SDPA", contenders.fused_layer, True, ()),
-    ("x-transformers", contenders.x_transformers_layer, False, ("x_transformers",)),
+    ("nn.MultiheadAttention", others.torch_layer, True, ()),
+    ("fused QKV on SDPA", others.fused_layer, True, ()),
+    ("x-transformers", others.x_transformers_layer, False, ("x_transformers",)),
 )
 """Name, maker, whether it has biases, and the packages it needs."""
 
@@ -44,9 +44,9 @@ def contenders(row: Row) -> list[Contender]:
     found = []
     for name, make, bias, modules in THEIRS:
         set_up = partial(_make, row, inputs, partial(_loaded, row, make, bias))
-        missing = partial(contenders.missing, *modules)
+        missing = partial(others.missing, *modules)
         found.append(Contender(name, set_up, partial(truth, "standard", bias), work(row, "standard"), missing))
-    set_up, missing = partial(_make_keras, row, inputs), partial(contenders.missing, "keras", "jax")
+    set_up, missing = partial(_make_keras, row, inputs), partial(others.missing, "keras", "jax")
     found.append(Contender("Keras on JAX", set_up, partial(truth, "standard", True), work(row, "standard"), missing))
     for mechanism in OURS:
         set_up = partial(_make, row, inputs, partial(_own, row, mechanism))
@@ -84,7 +84,7 @@ def _loaded(row: Row, make: Callable[[Shape, torch.dtype], Layer], bias: bool) -
 
 
 def _own(row: Row, mechanism: str) -> Layer:
-    return contenders.our_layer(_ours(row, mechanism, bias=True))
+    return others.our_layer(_ours(row, mechanism, bias=True))
 
 
 def _make(row: Row, inputs: Callable[[], Inputs], make: Callable[[], Layer]) -> Run:
@@ -111,7 +111,7 @@ def _make(row: Row, inputs: Callable[[], Inputs], make: Callable[[], Layer]) -> 
 
 def _make_keras(row: Row, inputs: Callable[[], Inputs]) -> Run:
     given = inputs()
-    return contenders.keras_run(_ours(row, "standard", bias=True), given.x, given.grad if row.backward else None)
+    return others.keras_run(_ours(row, "standard", bias=True), given.x, given.grad if row.backward else None)
 
 
 def _truth(row: Row, inputs: Callable[[], Inputs], mechanism: str, bias: bool) -> Results:
@@ -129,7 +129,7 @@ def _truth(row: Row, inputs: Callable[[], Inputs], mechanism: str, bias: bool) -
             outputs.append(output.detach())
     results = {"output": torch.cat(outputs)}
     if x.grad is not None:
-        results |= {"input": x.grad, **contenders.our_layer(layer).gradients()}
+        results |= {"input": x.grad, **others.our_layer(layer).gradients()}
     return results
 
 

@@ -43,7 +43,7 @@ def template(name: str, **names: Any) -> jinja2.Template:
     escaped; a name that nobody defined is an error.
     """
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("better_attention.lab"),
+        loader=jinja2.PackageLoader("better_attention.lab.report"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
