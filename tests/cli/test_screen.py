@@ -298,7 +298,7 @@ def printed_signs() -> set[str]:
     """Every character beyond ASCII in a string of the package that is no docstring."""
     found: set[str] = set()
     for file in Path(better_attention.__file__).parent.rglob("*.py"):
-        if file.name == "screen.py" or file.parent.name == "data":  # the spellings themselves, and what is only read
+        if file.name == "screen.py" or "data" in file.parts:  # the spellings themselves, and what is only read
             continue
         tree = ast.parse(file.read_text(encoding="utf-8"))
         alone = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}

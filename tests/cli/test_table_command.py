@@ -15,6 +15,7 @@ import torch
 
 from better_attention import MultiheadAttention
 from better_attention.cli import main
+from better_attention.lab import published
 from better_attention.lab.paper.beside import TABLES, printed_unit
 from better_attention.lab.tasks.catalogue import TASKS
 from better_attention.lab.training.loop import count
