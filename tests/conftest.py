@@ -1,15 +1,20 @@
-"""Fixtures for every test: randomness that follows from the test's own name, and where the real data lies."""
+"""Fixtures for every test: randomness from the test's own name, real data, a stand-in of the publishers."""
 
 from __future__ import annotations
 
 import os
 import signal
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from helpers.publisher import Publisher
 
 torch.set_num_threads(1)  # one summation order, on whatever machine
 
@@ -46,3 +51,19 @@ def real_data() -> Path:
     if not path.is_dir():
         pytest.fail(f"BETTER_ATTENTION_DATA={folder!r} is not a folder")
     return path
+
+
+@pytest.fixture
+def publisher() -> Iterator[Publisher]:
+    """A server that answers for every publisher's host."""
+    from helpers.publisher import Publisher
+
+    with Publisher() as server:
+        yield server
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty data home of the test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "better-attention" / "data"

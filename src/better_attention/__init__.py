@@ -15,11 +15,11 @@ from . import command as command  # first of all: it ends the process quietly if
 from .causality import assert_causal
 from .cost import Cost, cost
 from .functional import Explanation, attention, explain
+from .layer.multihead import MultiheadAttention
 from .mechanism import MECHANISMS, Mechanism
-from .module import MultiheadAttention
 
 if TYPE_CHECKING:
-    from .experiments.runs import load_run as load_run
+    from better_attention.lab.runs.folder import load_run as load_run
 
 __version__ = "0.1.0"
 
@@ -39,7 +39,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # load_run needs the extras; importing the package must not.
     if name == "load_run":
-        from .experiments.runs import load_run
+        from better_attention.lab.runs.folder import load_run
 
         return load_run
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,11 +8,11 @@ from typing import Literal, overload
 
 from torch import Tensor
 
-from .attend import attend
-from .choice import choose, passed_over, summary
+from .call.function_arguments import prepare
+from .call.torch_state import fx_call, is_symbolic
 from .impl import IMPLEMENTATIONS
-from .prepare import prepare
-from .torch_state import fx_call, is_symbolic
+from .impl.attend import attend
+from .impl.choice import choose, passed_over, summary
 
 
 @overload

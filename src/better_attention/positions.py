@@ -11,8 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from .call.call import island
 from .errors import describe, finite_number, floating_tensor, whole_number
-from .impl.call import island
 
 BASE = 10_000.0
 """The usual base of rotary positions (arXiv 2104.09864, section 3.3)."""

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from better_attention.alignment import Alignment
-from better_attention.benchmarks import machine, runner, tables
-from better_attention.benchmarks.suites import SUITES
+from better_attention.bench import machine, report, runner
+from better_attention.bench.suites import SUITES
 from better_attention.cli import UserError
 from better_attention.cli import bench as verb
+from better_attention.layer.alignment import Alignment
 
 SHORT = ("--suite", "align", "--shapes", "2x5x6x2", "--repeats", "3")
 
@@ -366,7 +366,7 @@ def test_a_number_that_json_does_not_know(capsys: pytest.CaptureFixture[str], mo
 
 
 def test_a_reason_is_no_formula() -> None:
-    assert tables._flat({"reason": "=cmd()", "note": "a\nb", "seconds": None}) == {
+    assert report._flat({"reason": "=cmd()", "note": "a\nb", "seconds": None}) == {
         "reason": "'=cmd()",
         "note": "a b",
         "seconds_median": None,

@@ -17,11 +17,11 @@ import pytest
 from rich.console import Console
 
 from better_attention.cli import compare, main
-from better_attention.cli.watch import LiveWatcher, PlainWatcher, make_watcher
-from better_attention.experiments import pace
-from better_attention.experiments.position import DivergedError, Position
-from better_attention.experiments.tasks import TASKS
-from better_attention.experiments.text_task import OwnTextTask
+from better_attention.cli.progress import LiveWatcher, PlainWatcher, make_watcher
+from better_attention.lab.tasks.catalogue import TASKS
+from better_attention.lab.tasks.text import OwnTextTask
+from better_attention.lab.training import step_time
+from better_attention.lab.training.progress import DivergedError, Position
 
 
 def parse(*arguments: str) -> argparse.Namespace:
@@ -171,7 +171,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
 def test_json_stands_alone_on_standard_output(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pace, "BUDGET", 0.0)
+    monkeypatch.setattr(step_time, "BUDGET", 0.0)
     options = ["--scale", "smoke", "--mechanisms", "standard", "--epochs", "1", "--device", "cpu", "--json"]
     assert main.main(["compare", *options, "--out", str(tmp_path)]) == 0
     said = capsys.readouterr()

@@ -13,17 +13,18 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from torch import nn
 
-from better_attention.benchmarks import edge, edge_view, machine
-from better_attention.benchmarks.edge import Settings, Timing
-from better_attention.benchmarks.runner import Spread
+from better_attention.bench import machine
+from better_attention.bench.edge import timing, view
+from better_attention.bench.edge.timing import Settings, Timing
+from better_attention.bench.runner import Spread
 from better_attention.cli import UserError, main
 from better_attention.cli import edge as verb
-from better_attention.experiments import paper
-from better_attention.experiments.tasks import TASKS
+from better_attention.lab import published
+from better_attention.lab.tasks.catalogue import TASKS
+from helpers import tiny
 
 SHORT = ["--tasks", "imdb", "--heads", "1,8", "--mechanisms", "standard,super"]
 SHORT += ["--samples", "50", "--batch-size", "20", "--rounds", "3"]
@@ -95,7 +96,7 @@ def test_fewer_samples_are_scaled_and_told(
     def passes(model: nn.Module, batches: Any) -> float:
         return float(len(batches))
 
-    monkeypatch.setattr(edge, "_pass", passes)
+    monkeypatch.setattr(timing, "_pass", passes)
     assert run(*FP32, *words) == 0
     out = capsys.readouterr().out
     assert ("imdb: 50 extrapolated from 30." in out) == (measured == 30)
@@ -106,10 +107,10 @@ def test_fewer_samples_are_scaled_and_told(
 
 def test_quick_takes_about_a_second_a_pass() -> None:
     quick = Settings(samples=5000, batch_size=32, quick=True)
-    assert edge.how_many(quick, 0.1) == 320
-    assert edge.how_many(quick, 60.0) == 32
-    assert edge.how_many(quick, 1e-6) == 5000
-    assert edge.how_many(Settings(quick=True, measured=64), 1e-6) == 64
+    assert timing.how_many(quick, 0.1) == 320
+    assert timing.how_many(quick, 60.0) == 32
+    assert timing.how_many(quick, 1e-6) == 5000
+    assert timing.how_many(Settings(quick=True, measured=64), 1e-6) == 64
 
 
 def test_the_mechanisms_take_turns_and_ratios_are_formed_within_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,8 +123,8 @@ def test_the_mechanisms_take_turns_and_ratios_are_formed_within_a_round(monkeypa
         order.append(model)
         return next(speeds[model])
 
-    monkeypatch.setattr(edge, "_pass", passes)
-    found = edge.rounds({"a": "a", "b": "b"}, [torch.zeros(1)] * 2, 3)  # type: ignore[dict-item]
+    monkeypatch.setattr(timing, "_pass", passes)
+    found = timing.rounds({"a": "a", "b": "b"}, [torch.zeros(1)] * 2, 3)  # type: ignore[dict-item]
     assert order == ["a", "b", "b", "a", "a", "b"]
     assert found == {"a": [1.0, 10.0, 4.0], "b": [2.0, 5.0, 2.0]}
 
@@ -137,8 +138,8 @@ def test_a_single_round_has_no_range(capsys: pytest.CaptureFixture[str]) -> None
 
 def test_a_quick_pass_is_sized_by_standard_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr(edge, "_pass", lambda model, batches: asked.append(model) or 0.5)  # type: ignore[func-returns-value]
-    timings = edge.measure_group(tiny.task(), ["super", "standard"], 3, "float32", Settings(64, 16, 1, quick=True))
+    monkeypatch.setattr(timing, "_pass", lambda model, batches: asked.append(model) or 0.5)  # type: ignore[func-returns-value]
+    timings = timing.measure_group(tiny.task(), ["super", "standard"], 3, "float32", Settings(64, 16, 1, quick=True))
     assert [timing.measured for timing in timings] == [32, 32]
     sizes = [sum(parameter.numel() for parameter in model.parameters()) for model in asked]
     assert sizes[:2] == [tiny.task().size("standard", 3)] * 2
@@ -147,8 +148,8 @@ def test_a_quick_pass_is_sized_by_standard_attention(monkeypatch: pytest.MonkeyP
 
 def test_an_int8_timing_is_not_the_papers_row() -> None:
     spread = Spread.of([1.0])
-    report = edge_view.Report({}, Settings(), [Timing("mnist", 4, "int8", "standard", spread, spread, 1, 5000)])
-    rows = [row for row in edge_view.beside_paper(report) if (row["task"], row["heads"]) == ("mnist", 4)]
+    report = view.Report({}, Settings(), [Timing("mnist", 4, "int8", "standard", spread, spread, 1, 5000)])
+    rows = [row for row in view.beside_paper(report) if (row["task"], row["heads"]) == ("mnist", 4)]
     assert [(row["mechanism"], row["precision"], row["reason"]) for row in rows] == [
         ("standard", "int8", ""),
         *((name, "float32", "not run") for name in ("standard", "optimised", "efficient", "super")),
@@ -157,19 +158,21 @@ def test_an_int8_timing_is_not_the_papers_row() -> None:
 
 def test_ratios_are_standards_time_over_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rounds of 1, 10, 4 and 2, 5, 2 seconds: the median of 0.5, 2, 2, and not the ratio of the medians, 4 / 2."""
-    monkeypatch.setattr(edge, "rounds", lambda models, *rest: {"standard": [1.0, 10.0, 4.0], "super": [2.0, 5.0, 2.0]})
+    monkeypatch.setattr(
+        timing, "rounds", lambda models, *rest: {"standard": [1.0, 10.0, 4.0], "super": [2.0, 5.0, 2.0]}
+    )
     task = tiny.task()
-    timings = edge.measure_group(task, ["standard", "super"], 3, "float32", Settings(samples=16, batch_size=16))
+    timings = timing.measure_group(task, ["standard", "super"], 3, "float32", Settings(samples=16, batch_size=16))
     assert timings[1].times_as_fast == Spread.of([0.5, 2.0, 2.0])
     assert timings[1].seconds == Spread.of([2.0, 5.0, 2.0])
 
 
-@pytest.mark.parametrize("name", [n for n in edge.PAPER_TASKS if n in TASKS])
+@pytest.mark.parametrize("name", [n for n in timing.PAPER_TASKS if n in TASKS])
 def test_inputs_have_the_tasks_shape(name: str) -> None:
-    task = edge.available_tasks()[name]
-    inputs = edge.random_inputs(task, 3)
+    task = timing.available_tasks()[name]
+    inputs = timing.random_inputs(task, 3)
     assert len(inputs) == 3
-    assert torch.equal(inputs, edge.random_inputs(task, 3))
+    assert torch.equal(inputs, timing.random_inputs(task, 3))
     assert inputs.float().std() > 0
     if name in ("mnist", "imdb"):
         model = task.build("efficient", 4).eval()
@@ -205,10 +208,10 @@ def fake_torchao(monkeypatch: pytest.MonkeyPatch, quantize: Any) -> None:
 
 def test_what_was_not_quantised_is_not_called_int8(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_torchao(monkeypatch, lambda model, config: None)
-    (timing,) = edge.measure_group(tiny.task(), ["standard"], 3, "int8", Settings(samples=16, batch_size=16))
-    assert timing.rounds == 0
+    (timed,) = timing.measure_group(tiny.task(), ["standard"], 3, "int8", Settings(samples=16, batch_size=16))
+    assert timed.rounds == 0
     # a tiny ViT: patches, 2 layers of 4 + 2 maps, head
-    assert timing.reason == "torchao left 14 of 14 linear maps in float32"
+    assert timed.reason == "torchao left 14 of 14 linear maps in float32"
 
 
 def test_wrong_int8_numbers_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,26 +224,26 @@ def test_wrong_int8_numbers_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> No
                 module.weight = nn.Parameter((module.weight.data * 3).as_subclass(Rough), requires_grad=False)
 
     fake_torchao(monkeypatch, spoil)
-    (timing,) = edge.measure_group(tiny.task(), ["standard"], 3, "int8", Settings(samples=16, batch_size=16))
-    assert timing.rounds == 0
-    assert "of the largest float32 output, allowed 1e-01" in timing.reason
+    (timed,) = timing.measure_group(tiny.task(), ["standard"], 3, "int8", Settings(samples=16, batch_size=16))
+    assert timed.rounds == 0
+    assert "of the largest float32 output, allowed 1e-01" in timed.reason
 
 
 @pytest.mark.filterwarnings("ignore")  # of torchao's own
 def test_int8_by_torchao() -> None:
     pytest.importorskip("torchao")
-    probe = edge.random_inputs(tiny.task(width=12), 16)
-    model, count = edge.prepare(tiny.task(width=12), "super", 3, "int8", probe)
+    probe = timing.random_inputs(tiny.task(width=12), 16)
+    model, count = timing.prepare(tiny.task(width=12), "super", 3, "int8", probe)
     # a tiny ViT: patches, 2 layers of q, o and the MLP, head
     assert count == 1 + 2 * (2 + 2) + 1
     with torch.inference_mode():
-        exact, _ = edge.prepare(tiny.task(width=12), "super", 3, "float32", probe)
+        exact, _ = timing.prepare(tiny.task(width=12), "super", 3, "float32", probe)
         off = (model(probe) - exact(probe)).abs().max() / exact(probe).abs().max()
     assert 0 < off < 0.1  # rounded to 8 bits, and no more than that
 
 
 def test_ctrl_c_keeps_what_was_done(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    real, done = edge.measure_group, []
+    real, done = timing.measure_group, []
 
     def once(*arguments: Any) -> Any:
         if done:
@@ -248,7 +251,7 @@ def test_ctrl_c_keeps_what_was_done(capsys: pytest.CaptureFixture[str], monkeypa
         done.append(True)
         return real(*arguments)
 
-    monkeypatch.setattr(edge, "measure_group", once)
+    monkeypatch.setattr(timing, "measure_group", once)
     assert run(*FP32) == 130
     assert "Interrupted: this is what was timed by then." in capsys.readouterr().out
     assert json.loads(Path("runs/edge/edge.json").read_text())["complete"] is False
@@ -257,7 +260,7 @@ def test_ctrl_c_keeps_what_was_done(capsys: pytest.CaptureFixture[str], monkeypa
 def test_rows_are_in_the_file_before_the_next_is_timed_and_sigterm_ends_a_run(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, kept = edge.measure_group, []
+    real, kept = timing.measure_group, []
     path = Path("runs/edge/edge.json")
 
     def group(*arguments: Any) -> Any:
@@ -266,17 +269,17 @@ def test_rows_are_in_the_file_before_the_next_is_timed_and_sigterm_ends_a_run(
             signal.raise_signal(signal.SIGTERM)
         return real(*arguments)
 
-    monkeypatch.setattr(edge, "measure_group", group)
+    monkeypatch.setattr(timing, "measure_group", group)
     assert run(*FP32) == 143
     assert kept[0] is None
     assert (len(kept[1]["timings"]), kept[1]["complete"]) == (2, False)
     assert "Interrupted: this is what was timed by then." in capsys.readouterr().out
-    assert len(edge_view.read(path).timings) == 2
+    assert len(view.read(path).timings) == 2
 
 
 def count_groups(monkeypatch: pytest.MonkeyPatch, most: int = 99) -> list[Any]:
     """What is timed, as (heads, mechanisms); Ctrl-C comes instead of the group after ``most`` of them."""
-    real = edge.measure_group
+    real = timing.measure_group
     groups: list[Any] = []
 
     def group(task: Any, mechanisms: Any, heads: int, *rest: Any) -> Any:
@@ -285,7 +288,7 @@ def count_groups(monkeypatch: pytest.MonkeyPatch, most: int = 99) -> list[Any]:
         groups.append((heads, tuple(mechanisms)))
         return real(task, mechanisms, heads, *rest)
 
-    monkeypatch.setattr(edge, "measure_group", group)
+    monkeypatch.setattr(timing, "measure_group", group)
     return groups
 
 
@@ -338,7 +341,7 @@ def test_the_time_of_all_rows_is_told_before_the_first(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every batch takes 10 seconds on the clock of this test."""
-    monkeypatch.setattr(edge, "_pass", lambda model, batches: 10.0 * len(batches))
+    monkeypatch.setattr(timing, "_pass", lambda model, batches: 10.0 * len(batches))
     assert run(*FP32) == 0
     first = capsys.readouterr().err.splitlines()[0]
     # 3 rounds of 3 batches and an untimed one for 4 rows, and 2 batches to see how long one takes for 2 groups
@@ -352,13 +355,13 @@ def test_noise_is_told_beside_the_number_and_a_summary_ends_the_run(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    real = edge.measure_group
+    real = timing.measure_group
 
     def group(*arguments: Any) -> Any:
         standard, other = real(*arguments)
         return [standard, replace(other, times_as_fast=Spread(*spread))]
 
-    monkeypatch.setattr(edge, "measure_group", group)
+    monkeypatch.setattr(timing, "measure_group", group)
     described = machine.describe
     monkeypatch.setattr(machine, "describe", lambda command: described(command) | {"load_average": 7.25, "cores": 2})
     assert run(*FP32) == 0
@@ -375,21 +378,21 @@ def test_a_file_of_an_earlier_version_holds_ratios_of_times(capsys: pytest.Captu
     assert run(*FP32, "--out", "here") == 0
     path = Path("here/edge.json")
     document = json.loads(path.read_text())
-    for timing in document["timings"]:
-        del timing["times_as_fast"]
-        timing["ratio"] = {"median": 0.5, "low": 0.25, "high": 0.8}
+    for kept in document["timings"]:
+        del kept["times_as_fast"]
+        kept["ratio"] = {"median": 0.5, "low": 0.25, "high": 0.8}
     path.write_text(json.dumps(document))
     (path.parent / "manifest.sha256").unlink()
-    assert edge_view.read(path).timings[1].times_as_fast == Spread(2.0, 1.25, 4.0)
+    assert view.read(path).timings[1].times_as_fast == Spread(2.0, 1.25, 4.0)
 
 
 def test_files_come_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(*FP32, "--out", "here") == 0
     said = capsys.readouterr()
     assert "wrote here/edge.csv" in said.err
-    report = edge_view.read(tmp_path / "here" / "edge.json")
+    report = view.read(tmp_path / "here" / "edge.json")
     assert isinstance(report.timings[0], Timing)
-    assert edge_view.beside_paper(report)[0]["mechanism"] == "standard"
+    assert view.beside_paper(report)[0]["mechanism"] == "standard"
     with (tmp_path / "here" / "edge.csv").open(newline="", encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == 60
@@ -400,7 +403,7 @@ def test_files_come_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert table.splitlines()[1:] == said.out.splitlines()
     assert main.main(["table", "4", "here", "--json"]) == 0
     (block,) = json.loads(capsys.readouterr().out)["blocks"]
-    assert block["rows"] == edge_view.beside_paper(report)
+    assert block["rows"] == view.beside_paper(report)
 
 
 def test_table_4_without_ours_is_the_papers(capsys: pytest.CaptureFixture[str]) -> None:
@@ -408,8 +411,8 @@ def test_table_4_without_ours_is_the_papers(capsys: pytest.CaptureFixture[str]) 
     out = capsys.readouterr().out
     assert "Not run: no edge.json was found" in out
     line = next(line for line in out.splitlines() if line.split()[:2] == ["super", "8"])
-    for task in edge.PAPER_TASKS:
-        (row,) = [r for r in paper.edge_inference() if (r["mechanism"], r["heads"]) == ("super", 8)]
+    for task in timing.PAPER_TASKS:
+        (row,) = [r for r in published.edge_inference() if (r["mechanism"], r["heads"]) == ("super", 8)]
         assert str(row[task]) in line
     assert main.main(["table", "4", "--csv", "t.csv"]) == 0
     assert len(Path("t.csv").read_text().splitlines()) == 61
@@ -451,7 +454,7 @@ def test_without_words_it_is_the_papers_table() -> None:
     verb.add_arguments(parser)
     args = parser.parse_args([])
     assert (args.samples, args.heads, args.precisions) == (5000, (1, 4, 8), ("float32", "int8"))
-    assert [task.name for task in verb.chosen(args.tasks)] == [n for n in edge.PAPER_TASKS if n in TASKS]
+    assert [task.name for task in verb.chosen(args.tasks)] == [n for n in timing.PAPER_TASKS if n in TASKS]
     assert {task.scale for task in verb.chosen(None)} == {"paper"}
     with pytest.raises(UserError, match="received 'chess'"):
         verb.chosen("mnist, chess")

@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 
 from better_attention import command
 from better_attention.cli import main
-from better_attention.experiments import climb, pace
-from better_attention.experiments.stop import Stop
-from better_attention.experiments.variant import Variant
-from better_attention.experiments.watcher import Watcher
+from better_attention.lab.ladder import climb
+from better_attention.lab.tasks.variant import Variant
+from better_attention.lab.training import step_time
+from better_attention.lab.training.events import Watcher
+from better_attention.lab.training.interruption import Stop
+from helpers import tiny
 
 SCRIPT = "import sys\nfrom better_attention.cli.main import main\nsys.exit(main())\n"
 
@@ -71,7 +72,7 @@ def test_while_the_pace_is_measured(
 
         return update
 
-    monkeypatch.setattr(pace, "_updates", interrupted)
+    monkeypatch.setattr(step_time, "_updates", interrupted)
     assert main.main([*VERBS[verb], "--device", "cpu", "--out", str(tmp_path / "out")]) == 130
     assert len(updates) == 1
     said = capsys.readouterr()
@@ -92,8 +93,8 @@ def test_between_the_runs_of_a_ladder_a_measurement_is_cut_short(monkeypatch: py
 
         return update
 
-    monkeypatch.setattr(pace, "_updates", counted)
-    pace.measure(tiny.task(), tiny.splits(), Variant.of("super"), 3, tiny.splits().train.inputs.device, stop=stop)
+    monkeypatch.setattr(step_time, "_updates", counted)
+    step_time.measure(tiny.task(), tiny.splits(), Variant.of("super"), 3, tiny.splits().train.inputs.device, stop=stop)
     assert len(updates) == 4  # ours and torch's, once to get ready and once for the time
 
 
@@ -110,8 +111,8 @@ def test_an_estimate_takes_two_updates_of_each_model(
 
         return update
 
-    monkeypatch.setattr(pace, "_updates", counted)
-    monkeypatch.setattr(pace, "_evaluation", lambda *_: (0.0, 0.0))
+    monkeypatch.setattr(step_time, "_updates", counted)
+    monkeypatch.setattr(step_time, "_evaluation", lambda *_: (0.0, 0.0))
     monkeypatch.setattr(climb.Climb, "train", lambda *_: pytest.fail("it has begun"))
     ladder = ["ladder", "--mechanisms", "standard,efficient", "--scalings", "sqrt", "--out", str(tmp_path / "out")]
     assert main.main(ladder) == 2

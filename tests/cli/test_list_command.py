@@ -8,7 +8,7 @@ import json
 import pytest
 
 from better_attention.cli import list as verb
-from better_attention.experiments.tasks import TASKS
+from better_attention.lab.tasks.catalogue import TASKS
 from better_attention.mechanism import MECHANISMS
 
 

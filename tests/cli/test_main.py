@@ -17,7 +17,7 @@ from PIL import Image
 
 from better_attention import __version__
 from better_attention.cli import UserError, main
-from better_attention.data import image_cache
+from better_attention.lab.data.own_pictures import cache
 
 
 def raising(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
@@ -208,11 +208,11 @@ def test_pictures_are_decoded_without_a_home_directory(
 ) -> None:
     homeless(monkeypatch, tmp_path)
     shades = np.arange(12 * 64, dtype=np.uint8).reshape(12, 8, 8)
-    made = [image_cache.decoded("key", 12, lambda: contents(shades, tmp_path), 8, 1) for _ in range(2)]
+    made = [cache.decoded("key", 12, lambda: contents(shades, tmp_path), 8, 1) for _ in range(2)]
     for pixels in made:
         assert (pixels == shades).all()
-    assert image_cache.remembered("key", lambda: [1, 2]) == [1, 2]
-    assert image_cache.held() == (0, 0)
+    assert cache.remembered("key", lambda: [1, 2]) == [1, 2]
+    assert cache.held() == (0, 0)
 
 
 def test_a_home_of_somebody_else(

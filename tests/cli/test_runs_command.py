@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 
 from better_attention.cli import main
-from better_attention.experiments.lock import holder, locked
-from better_attention.experiments.position import Interrupted
+from better_attention.lab.lock import holder, locked
+from better_attention.lab.training.progress import Interrupted
+from helpers import tiny
 
 
 @pytest.fixture(autouse=True)

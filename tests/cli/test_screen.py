@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 from PIL import Image
 from rich.progress import Progress
 from rich.table import Table
@@ -26,10 +25,11 @@ from rich.text import Text
 import better_attention
 from better_attention.cli import console, main, screen
 from better_attention.cli import list as list_verb
-from better_attention.cli.watch import PlainWatcher, make_watcher
-from better_attention.experiments import pace
-from better_attention.experiments.compare import Plan
-from better_attention.experiments.variant import Variant
+from better_attention.cli.progress import PlainWatcher, make_watcher
+from better_attention.lab.comparison.compare import Plan
+from better_attention.lab.tasks.variant import Variant
+from better_attention.lab.training import step_time
+from helpers import tiny
 
 NAME = (
     "a\x1b]8;;http:e\x1b\\\x1b[31mb\x07\x08\x7f\x9b2J\u202ec\u2066\u200e\r"
@@ -191,7 +191,7 @@ def test_every_verb_is_walked() -> None:
 def test_predictions_name_classes_and_inputs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pace, "BUDGET", 0.0)
+    monkeypatch.setattr(step_time, "BUDGET", 0.0)
     data = pictures(tmp_path / NAME)
     assert main.main(["compare", "images", *SMOKE, "--data", str(data)]) == 0
     said = capsys.readouterr()
@@ -298,7 +298,7 @@ def printed_signs() -> set[str]:
     """Every character beyond ASCII in a string of the package that is no docstring."""
     found: set[str] = set()
     for file in Path(better_attention.__file__).parent.rglob("*.py"):
-        if file.name == "screen.py" or file.parent.name == "data":  # the spellings themselves, and what is only read
+        if file.name == "screen.py" or "data" in file.parts:  # the spellings themselves, and what is only read
             continue
         tree = ast.parse(file.read_text(encoding="utf-8"))
         alone = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import studies
 import torch
 
 from better_attention import MultiheadAttention
 from better_attention.cli import main
-from better_attention.experiments import paper
-from better_attention.experiments.paper_tables import TABLES, printed_unit
-from better_attention.experiments.tasks import TASKS
-from better_attention.experiments.train import count
+from better_attention.lab import published
+from better_attention.lab.paper.beside import TABLES, printed_unit
+from better_attention.lab.tasks.catalogue import TASKS
+from better_attention.lab.training.loop import count
+from helpers import studies
 
 
 @pytest.fixture(autouse=True)
@@ -104,13 +104,13 @@ def test_every_figure_of_the_paper_is_there_when_nothing_was_run(
     found = document(capsys, number)
     assert [block["scale"] for block in found["blocks"]] == [None] * len(found["blocks"])
     for block, part in zip(found["blocks"], TABLES[number][1], strict=True):
-        published = part.published()
-        assert len(block["rows"]) == len(block["not_run"]) == len(published)
-        for row, theirs in zip(block["rows"], published, strict=True):
+        theirs_all = part.published()
+        assert len(block["rows"]) == len(block["not_run"]) == len(theirs_all)
+        for row, theirs in zip(block["rows"], theirs_all, strict=True):
             told = {key.removesuffix("_paper"): value for key, value in row.items() if key.endswith("_paper")}
             del told["in"]
             told.pop("times_as_fast_as_standard", None)
-            assert told == {key: theirs[key] for key in paper.COLUMNS if theirs[key] is not None}
+            assert told == {key: theirs[key] for key in published.COLUMNS if theirs[key] is not None}
     assert table(number) == 0
     assert capsys.readouterr().out.count("Not run: ") == len(found["blocks"])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from better_attention.experiments.variant import Variant
+from better_attention.lab.tasks.variant import Variant
 
 
 def names(text: str) -> tuple[str, ...]:

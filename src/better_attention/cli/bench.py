@@ -18,8 +18,8 @@ from better_attention.cli.arguments import folder, positive, words
 from better_attention.cli.compare import command_line
 
 if TYPE_CHECKING:
-    from better_attention.benchmarks.runner import Settings
-    from better_attention.benchmarks.tables import Report
+    from better_attention.bench.report import Report
+    from better_attention.bench.runner import Settings
 
 HELP = "measure speed and memory against PyTorch and others: tables, JSON, targets met and missed"
 SUITES = ("kernel", "layer", "decode", "align", "model")
@@ -99,8 +99,8 @@ def seconds(text: str) -> float:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print, write; 0, 1 if a contender failed or its numbers were wrong, 130 (Ctrl-C), 143 (SIGTERM)."""
-    from better_attention.benchmarks import tables
-    from better_attention.benchmarks.runner import Settings, threads
+    from better_attention.bench import report as bench_report
+    from better_attention.bench.runner import Settings, threads
 
     rounds, budget = (5, 2.0) if args.quick else (15, 10.0)
     settings = Settings(
@@ -112,9 +112,9 @@ def run(args: argparse.Namespace) -> int:
     with threads(args.threads), terminable() as received:
         report = measure(args, settings)
     if args.json:
-        print(tables.as_json(report))
+        print(bench_report.as_json(report))
     else:
-        tables.print_report(report, console(), targets=args.targets)
+        bench_report.print_report(report, console(), targets=args.targets)
     if not report.complete:
         return 143 if signal.SIGTERM in received else 130
     return 1 if any(result.status in ("wrong", "failed") for result in report.results) else 0
@@ -124,10 +124,11 @@ def measure(args: argparse.Namespace, settings: Settings) -> Report:
     """Limits, every row, limits again; what is done by then, if Ctrl-C ends it. Rows already in the files are kept."""
     import torch
 
-    from better_attention.benchmarks import machine, runner, tables, targets
-    from better_attention.benchmarks.registry import Shape
-    from better_attention.benchmarks.suites import SUITES
-    from better_attention.experiments.output import check_writable
+    from better_attention.bench import machine, runner, targets
+    from better_attention.bench import report as bench_report
+    from better_attention.bench.registry import Shape
+    from better_attention.bench.suites import SUITES
+    from better_attention.lab.runs.overwrite_guard import check_writable
 
     dtype: torch.dtype = getattr(torch, args.dtype)
     suites = SUITES.values() if args.suite == "all" else [SUITES[args.suite]]
@@ -144,25 +145,27 @@ def measure(args: argparse.Namespace, settings: Settings) -> Report:
             "measured in float32, those of pictures at lengths that are a square (cifar100: one more)."
         )
     about = machine.describe(command_line())
-    name = tables.stem(about, args.suite, args.dtype) + ".json"
+    name = bench_report.stem(about, args.suite, args.dtype) + ".json"
 
     def differences(out: Path) -> list[str]:
         check_writable(out)
-        found = tables.read(out / name)
+        found = bench_report.read(out / name)
         return (
-            [] if found is None else differing(found["machine"], found["settings"], about, tables.settings_of(settings))
+            []
+            if found is None
+            else differing(found["machine"], found["settings"], about, bench_report.settings_of(settings))
         )
 
     out = output(args.out, Path("runs") / "bench", differences, again=args.again)
-    stored = None if differences(out) else tables.read(out / name)
-    kept = tables.stored_results(stored) if stored else []
+    stored = None if differences(out) else bench_report.read(out / name)
+    kept = bench_report.stored_results(stored) if stored else []
     if args.again:
         kept = [result for result in kept if result.row not in rows]
     measured = {result.row for result in kept}
     todo = [row for row in rows if row not in measured]
     sizes = {"size": 1024, "read_bytes": 256 << 20} if args.quick else {}
     if stored and kept:
-        about, limits = resumed(stored["machine"], about), tables.stored_limits(stored)
+        about, limits = resumed(stored["machine"], about), bench_report.stored_limits(stored)
         if not todo and len(limits) > 1:
             about = stored["machine"]
         say_kept(out / name, len(rows) - len(todo), len(rows))
@@ -173,10 +176,12 @@ def measure(args: argparse.Namespace, settings: Settings) -> Report:
 
     def report(results: list[runner.Result], planned: int, *, complete: bool) -> Report:
         verdicts = targets.verdicts(results, limits[0].better(limits[-1]))
-        return tables.Report(about, settings, limits, results, verdicts, planned, args.dtype, args.suite, complete)
+        return bench_report.Report(
+            about, settings, limits, results, verdicts, planned, args.dtype, args.suite, complete
+        )
 
     def write(*, complete: bool) -> list[Path]:
-        return tables.write(report(results, len({*rows, *measured}), complete=complete), out)
+        return bench_report.write(report(results, len({*rows, *measured}), complete=complete), out)
 
     complete = True
     try:
@@ -203,7 +208,7 @@ def differing(
     machine: Mapping[str, Any], settings: Mapping[str, Any], machine_now: Mapping[str, Any], now: Mapping[str, Any]
 ) -> list[str]:
     """In what stored rows were measured otherwise than now: machine, versions, commit, settings."""
-    from better_attention.benchmarks.machine import differences, identity
+    from better_attention.bench.machine import differences, identity
 
     return differences({**identity(machine), **settings}, {**identity(machine_now), **now})
 

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 from better_attention.cli import UserError, console
 from better_attention.cli.arguments import folder, names, numbers, positive, whole, words
 from better_attention.cli.screen import message
-from better_attention.experiments.variant import Variant
+from better_attention.lab.tasks.variant import Variant
 from better_attention.mechanism import MECHANISMS
 
 if TYPE_CHECKING:
-    from better_attention.experiments.compare import Plan
-    from better_attention.experiments.task import Task
+    from better_attention.lab.comparison.compare import Plan
+    from better_attention.lab.tasks.base import Task
 
 TASK_LIST = (
     "mnist, cifar100, imagenet, imdb, amazon, translation, recurrence; images or text: your own, named by --data"
@@ -88,12 +88,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compare, and print the table."""
-    from better_attention.cli.watch import make_watcher
-    from better_attention.experiments import tables
-    from better_attention.experiments.compare import compare
-    from better_attention.experiments.position import Interrupted
-    from better_attention.experiments.trackers import TrackingWatcher
-    from better_attention.experiments.watcher import Watchers
+    from better_attention.cli.progress import make_watcher
+    from better_attention.lab.comparison.compare import compare
+    from better_attention.lab.comparison.trackers import TrackingWatcher
+    from better_attention.lab.report import tables
+    from better_attention.lab.training.events import Watchers
+    from better_attention.lab.training.progress import Interrupted
 
     plan = make_plan(args)
     screen = console(stderr=args.json)  # what a program reads stands alone on standard output
@@ -121,8 +121,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
     Raises:
         UserError, ValueError: an unknown task, or a setting out of range.
     """
-    from better_attention.experiments.compare import Plan
-    from better_attention.experiments.tasks import TASKS
+    from better_attention.lab.comparison.compare import Plan
+    from better_attention.lab.tasks.catalogue import TASKS
 
     if args.task not in TASKS:
         raise UserError(f"unknown task {args.task!r}: choose one of {', '.join(TASKS)}.")
@@ -149,8 +149,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
 
 def reads_files(task: Task) -> bool:
     """Whether a task reads a data set that lies somewhere, and does not make its own or carry it along."""
-    from better_attention.data.sources import SOURCES
-    from better_attention.experiments.recurrence_task import RecurrenceTask
+    from better_attention.lab.data.catalogue import SOURCES
+    from better_attention.lab.tasks.recurrence import RecurrenceTask
 
     source = SOURCES.get(task.dataset)
     return not isinstance(task, RecurrenceTask) and not (source is not None and source.embedded)
@@ -225,6 +225,6 @@ def _json_or_text(value: str) -> Any:
 
 def command_line() -> str:
     """The command as the user could type it again, with as many processes."""
-    from better_attention.experiments import launch
+    from better_attention.lab.training import launch
 
     return launch.command_line(sys.argv[1:])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from better_attention.cli import UserError, console
 from better_attention.cli.arguments import names, positive
-from better_attention.experiments.variant import Variant
+from better_attention.lab.tasks.variant import Variant
 from better_attention.mechanism import MECHANISMS
 
 HELP = "what the mechanisms cost: a table, or the paper's figures 2 to 4"
@@ -152,7 +152,7 @@ def _print(rows: list[Entry], args: argparse.Namespace) -> None:
 
 
 def _draw(args: argparse.Namespace) -> int:
-    from better_attention.experiments.figures import PAPER_OVERHEADS, POWERS, average_overheads, cost_figure
+    from better_attention.lab.paper.cost_figures import PAPER_OVERHEADS, POWERS, average_overheads, cost_figure
 
     for name, (size, *_) in SIZES.items():
         if getattr(args, name) != size:

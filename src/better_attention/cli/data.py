@@ -18,8 +18,8 @@ from better_attention.errors import counted
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from better_attention.data.download import Remote
-    from better_attention.data.sources import Source
+    from better_attention.lab.data.catalogue import Source
+    from better_attention.lab.data.download import Remote
 
 HELP = "show, fetch or import the data sets; clear decoded pictures"
 
@@ -50,29 +50,30 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         DataError: unknown data set, failed download, unusable files (a ValueError: the command line prints it).
     """
-    from better_attention.data import image_cache, sources, store
+    from better_attention.lab.data import catalogue, store
+    from better_attention.lab.data.own_pictures import cache
 
     folder: Path | None = getattr(args, "data", None)
     as_json: bool = getattr(args, "json", False)
     if args.action == "clear":
         if folder is not None:
             raise UserError("data clear empties the user's cache of decoded pictures: leave --data away.")
-        sets, size = image_cache.clear()
+        sets, size = cache.clear()
         if as_json:
-            print(json.dumps({"folder": str(image_cache.folder()), "sets": sets, "bytes": size}, indent=2))
+            print(json.dumps({"folder": str(cache.folder()), "sets": sets, "bytes": size}, indent=2))
         else:
-            told = f"removed {_decoded(sets, size)} from {image_cache.folder()}"
+            told = f"removed {_decoded(sets, size)} from {cache.folder()}"
             console().print(message(told), soft_wrap=True)
         return 0
     if args.action in (None, "list", "show") and folder is not None and not folder.exists():
         raise UserError(f"--data {folder} does not exist: `data fetch` and `data import` can make it.")
     if args.action in (None, "list"):
-        rows = [_state(row, folder) for row in sources.SOURCES.values()]
-        sets, size = image_cache.held()
+        rows = [_state(row, folder) for row in catalogue.SOURCES.values()]
+        sets, size = cache.held()
         place: str | None
         pictures: str | None
         try:
-            place, pictures = str(folder or store.home()), str(image_cache.folder())
+            place, pictures = str(folder or store.home()), str(cache.folder())
         except store.NoHome as missing:
             place, pictures = None if folder is None else str(folder), None
             if not as_json:
@@ -86,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
             )
         return 0
 
-    row = sources.source(args.name)
+    row = catalogue.source(args.name)
     if args.action == "fetch":
         with _progress(quiet=as_json) as progress:
             store.fetch(row, folder, progress=progress)
@@ -114,14 +115,14 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 def _state(row: Source, folder: Path | None) -> Record:
     """What can be said of a data set without reading it."""
-    from better_attention.data import DataError, sources, store
+    from better_attention.lab.data import DataError, catalogue, store
 
     record: Record = {"name": row.name, "title": row.title, "state": "embedded", "where": None}
     record["fetchable"] = bool(row.remotes)
     if row.embedded:
         return record
     try:
-        files = sources.find(row, folder)
+        files = catalogue.find(row, folder)
     except DataError as error:
         return record | {"state": "incomplete", "problem": str(error)}
     if files is None:
@@ -134,7 +135,7 @@ def _state(row: Source, folder: Path | None) -> Record:
 
 def _details(row: Source, folder: Path | None) -> Record:
     """Everything: origin and terms, and of what is here, the contents after reading all of it."""
-    from better_attention.data import Images, NotFetched, Pairs, read, sources, store
+    from better_attention.lab.data import Images, NotFetched, Pairs, catalogue, read, store
 
     record = _state(row, folder) | {
         "terms": row.terms,
@@ -146,7 +147,7 @@ def _details(row: Source, folder: Path | None) -> Record:
     except NotFetched as missing:
         return record | {"problem": str(missing)}
     digests = {remote.sha256 for remote in row.remotes}
-    files = [file for file in sources.find(row, folder) or () if file.is_file()]
+    files = [file for file in catalogue.find(row, folder) or () if file.is_file()]
     hashes = {file.name: store.sha256(file) for file in files}
     contents: Record = {
         "files": [{"name": name, "sha256": hash_, "official": hash_ in digests} for name, hash_ in hashes.items()],

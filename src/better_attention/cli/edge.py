@@ -16,8 +16,8 @@ from better_attention.cli.compare import command_line
 from better_attention.mechanism import MECHANISMS
 
 if TYPE_CHECKING:
-    from better_attention.benchmarks.edge_view import Report
-    from better_attention.experiments.task import Task
+    from better_attention.bench.edge.view import Report
+    from better_attention.lab.tasks.base import Task
 
 HELP = "seconds for 5,000 samples on this CPU, float32 and int8, beside the paper's table 4"
 PRECISIONS = ("float32", "int8")
@@ -67,12 +67,12 @@ def precisions(text: str) -> tuple[str, ...]:
 
 def run(args: argparse.Namespace) -> int:
     """Time, print, write; 0, 130 after Ctrl-C, or 143 after SIGTERM."""
-    from better_attention.benchmarks import edge_view
-    from better_attention.benchmarks.runner import threads
-    from better_attention.experiments.output import check_output
+    from better_attention.bench.edge import view
+    from better_attention.bench.runner import threads
+    from better_attention.lab.runs.overwrite_guard import check_output
 
     if args.out is not None:
-        check_output(args.out, edge_view.FILES, edge_view.is_report)
+        check_output(args.out, view.FILES, view.is_report)
     tasks = chosen(args.tasks)
     if not any(task.width % heads == 0 for task in tasks for heads in args.heads):
         widths = ", ".join(f"{task.name} {task.width}" for task in tasks)
@@ -81,9 +81,9 @@ def run(args: argparse.Namespace) -> int:
         report = measure(args, tasks)
     if args.json:
         document = {"machine": report.machine, "settings": asdict(report.settings), "complete": report.complete}
-        print(json.dumps(document | {"rows": edge_view.beside_paper(report)}, indent=2, ensure_ascii=False))
+        print(json.dumps(document | {"rows": view.beside_paper(report)}, indent=2, ensure_ascii=False))
     else:
-        edge_view.print_report(report, console())
+        view.print_report(report, console())
     return 0 if report.complete else 143 if signal.SIGTERM in received else 130
 
 
@@ -93,7 +93,7 @@ def chosen(text: str | None) -> list[Task]:
     Raises:
         UserError: an unknown task, or one that table 4 does not have.
     """
-    from better_attention.benchmarks.edge import available_tasks
+    from better_attention.bench.edge.timing import available_tasks
 
     tasks = available_tasks()
     if text is None:
@@ -107,16 +107,17 @@ def chosen(text: str | None) -> list[Task]:
 
 def measure(args: argparse.Namespace, tasks: list[Task]) -> Report:
     """Every combination, or what is done by then, if Ctrl-C ends it. Rows already in the file are kept."""
-    from better_attention.benchmarks import edge, edge_view, machine
-    from better_attention.benchmarks.edge import Timing
-    from better_attention.experiments.output import check_output
+    from better_attention.bench import machine
+    from better_attention.bench.edge import timing, view
+    from better_attention.bench.edge.timing import Timing
+    from better_attention.lab.runs.overwrite_guard import check_output
 
-    settings = edge.Settings(args.samples, args.batch_size, args.rounds, args.measured, args.quick)
+    settings = timing.Settings(args.samples, args.batch_size, args.rounds, args.measured, args.quick)
     about = machine.describe(command_line())
 
     def stored(out: Path) -> Report | None:
-        check_output(out, edge_view.FILES, edge_view.is_report)
-        return edge_view.read(out / "edge.json") if (out / "edge.json").exists() else None
+        check_output(out, view.FILES, view.is_report)
+        return view.read(out / "edge.json") if (out / "edge.json").exists() else None
 
     def differences(out: Path) -> list[str]:
         found = stored(out)
@@ -129,9 +130,9 @@ def measure(args: argparse.Namespace, tasks: list[Task]) -> Report:
     planned = [(task.name, h, precision) for task in tasks for h in args.heads for precision in args.precisions]
     rows = {(*group, mechanism) for group in planned for mechanism in args.mechanisms}
     timings: dict[tuple[str, int, str], list[Timing]] = {}
-    for timing in before.timings if before else ():
-        if not (args.again and (*timing.group, timing.mechanism) in rows):
-            timings.setdefault(timing.group, []).append(timing)
+    for kept_timing in before.timings if before else ():
+        if not (args.again and (*kept_timing.group, kept_timing.mechanism) in rows):
+            timings.setdefault(kept_timing.group, []).append(kept_timing)
     kept = [timing for found in timings.values() for timing in found]
     done = rows & {(*timing.group, timing.mechanism) for timing in kept}
     if before and kept:
@@ -140,16 +141,16 @@ def measure(args: argparse.Namespace, tasks: list[Task]) -> Report:
 
     def report(*, complete: bool) -> Report:
         order = dict.fromkeys((*planned, *timings))
-        return edge_view.Report(about, settings, [t for group in order for t in timings.get(group, [])], complete)
+        return view.Report(about, settings, [t for group in order for t in timings.get(group, [])], complete)
 
     complete = True
     try:
-        for found in edge.measure(tasks, args.mechanisms, args.heads, args.precisions, settings, say, kept):
+        for found in timing.measure(tasks, args.mechanisms, args.heads, args.precisions, settings, say, kept):
             timings[found[0].group] = found
-            edge_view.write(report(complete=False), out)  # whatever ends the run, even SIGKILL, these rows are kept
+            view.write(report(complete=False), out)  # whatever ends the run, even SIGKILL, these rows are kept
     except KeyboardInterrupt:
         complete = False
         say("interrupted: what follows is what was done by then. The same command goes on from there.")
-    for path in edge_view.write(report(complete=complete), out):
+    for path in view.write(report(complete=complete), out):
         say(f"wrote {path}")
     return report(complete=complete)

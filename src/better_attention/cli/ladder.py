@@ -12,13 +12,13 @@ from better_attention.cli import UserError, console
 from better_attention.cli.arguments import folder, names, numbers, positive, words
 from better_attention.cli.compare import command_line, settings_of
 from better_attention.cli.screen import message
-from better_attention.experiments.variant import Variant
+from better_attention.lab.tasks.variant import Variant
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from better_attention.experiments.ladder import Ladder
-    from better_attention.experiments.watcher import Watcher
+    from better_attention.lab.ladder.grid import Ladder
+    from better_attention.lab.training.events import Watcher
 
 HELP = "how hard a recurrence each score still predicts: heat maps over N and τ, updates to 99 %, paired tests"
 MECHANISMS = ("standard", "expressive", "efficient", "efficient+expressive")
@@ -77,12 +77,12 @@ def rungs(text: str) -> tuple[tuple[int, int], ...]:
 
 def run(args: argparse.Namespace) -> int:
     """Climb, and write the page after every rung; 0, 1 where a run diverged, 130 after Ctrl-C."""
-    from better_attention.experiments import ladder_page
-    from better_attention.experiments.climb import Climb
-    from better_attention.experiments.ladder import FILES
-    from better_attention.experiments.ladder_findings import duels, sentence
-    from better_attention.experiments.launch import is_first
-    from better_attention.experiments.position import Interrupted
+    from better_attention.lab.ladder import page
+    from better_attention.lab.ladder.climb import Climb
+    from better_attention.lab.ladder.findings import duels, sentence
+    from better_attention.lab.ladder.grid import FILES
+    from better_attention.lab.training.launch import is_first
+    from better_attention.lab.training.progress import Interrupted
 
     ladder = make_ladder(args)
     screen = console(stderr=args.json)  # what a program reads stands alone on standard output
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         for rung in climb.run():
             if is_first():
-                ladder_page.write(ladder, climb.rows, climb.notes, complete=rung == ladder.rungs[-1])
+                page.write(ladder, climb.rows, climb.notes, complete=rung == ladder.rungs[-1])
     except Interrupted as stopped:
         told = f"Interrupted. {stopped} The same command continues there:\n  {ladder.command}"
         screen.print(message(told), markup=False, soft_wrap=True)
@@ -111,10 +111,10 @@ def make_ladder(args: argparse.Namespace) -> Ladder:
     Raises:
         UserError, ValueError: a setting out of range.
     """
-    from better_attention.experiments.climb import epoch_updates
-    from better_attention.experiments.ladder import SCALES, Ladder, Setting
-    from better_attention.experiments.recurrence_task import RecurrenceTask
-    from better_attention.experiments.tasks import TASKS
+    from better_attention.lab.ladder.climb import epoch_updates
+    from better_attention.lab.ladder.grid import SCALES, Ladder, Setting
+    from better_attention.lab.tasks.catalogue import TASKS
+    from better_attention.lab.tasks.recurrence import RecurrenceTask
 
     grid = SCALES[args.scale]
     task = TASKS["recurrence"](args.scale)
@@ -154,9 +154,9 @@ def make_watcher(screen: Console, ladder: Ladder, scale: str, yes: bool) -> Watc
 
     Its ``estimate`` raises UserError where all of it takes more than an hour and the user has not said ``yes``.
     """
-    from better_attention.cli.watch import LONG, LineWatcher, duration
+    from better_attention.cli.progress import LONG, LineWatcher, duration
     from better_attention.errors import counted
-    from better_attention.experiments.climb import epoch_updates
+    from better_attention.lab.ladder.climb import epoch_updates
 
     class LadderWatcher(LineWatcher):
         def estimate(self, seconds: float, runs: int) -> None:

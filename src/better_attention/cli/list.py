@@ -44,7 +44,7 @@ def mechanisms() -> list[Entry]:
 
 def tasks() -> list[Entry]:
     """A mapping a task: its title, its source in the paper, its data set."""
-    from better_attention.experiments.tasks import TASKS
+    from better_attention.lab.tasks.catalogue import TASKS
 
     found: list[Entry] = []
     for name, make in TASKS.items():

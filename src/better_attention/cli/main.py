@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from better_attention import __version__, command
 from better_attention.cli import screen
-from better_attention.experiments.launch import PeerLostError, first_to_say
+from better_attention.lab.training.launch import PeerLostError, first_to_say
 
 VERBS = ("compare", "ladder", "table", "runs", "data", "list", "show", "cost", "predict", "bench", "edge")
 EXTRAS = frozenset(

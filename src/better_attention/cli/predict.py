@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from better_attention.experiments.image_task import ImageTask
-    from better_attention.experiments.runs import Run
+    from better_attention.lab.runs.folder import Run
+    from better_attention.lab.tasks.image import ImageTask
 
 PATH_LIKE = re.compile(r"\S*/\S*|\S+\.[A-Za-z]{1,5}")
 """A text without a space, with a slash or an ending: a file, if it were there."""
@@ -49,8 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Predict, and print a line an input: class, probability, and the true class of a test sample."""
-    from better_attention.experiments.image_task import ImageTask
-    from better_attention.experiments.runs import load_run
+    from better_attention.lab.runs.folder import load_run
+    from better_attention.lab.tasks.image import ImageTask
 
     if not args.inputs and not args.index:
         raise UserError("nothing to predict: name inputs after the run, or --index N for a test sample.")
@@ -89,7 +89,7 @@ def print_rows(rows: Sequence[dict[str, Any]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from better_attention.experiments.files import plain
+    from better_attention.lab.files import plain
 
     table = Table(
         "Input",
@@ -110,7 +110,7 @@ def read_texts(name: str, number: int = 1) -> list[str]:
     Raises:
         UserError: a file that is not there or is not UTF-8 text, or nothing to read.
     """
-    from better_attention.data.labelled import FORMATS
+    from better_attention.lab.data.own_texts.columns import FORMATS
 
     if name == "-":
         try:
@@ -142,9 +142,9 @@ def read_texts(name: str, number: int = 1) -> list[str]:
 
 def warn_of_unknown(texts: Sequence[str], trained: Run) -> None:
     """Say which texts hold no word that the model knows: what it says of them, it would say of any."""
-    from better_attention.data.vocabulary import UNKNOWN
-    from better_attention.experiments.files import plain
-    from better_attention.experiments.text_task import TextTask
+    from better_attention.lab.data.vocabulary import UNKNOWN
+    from better_attention.lab.files import plain
+    from better_attention.lab.tasks.text import TextTask
 
     if not isinstance(trained.task, TextTask):
         return
@@ -155,8 +155,8 @@ def warn_of_unknown(texts: Sequence[str], trained: Run) -> None:
 
 def warn_of_pictures(pictures: Sequence[tuple[str, NDArray[np.uint8]]], trained: Run) -> None:
     """Say which pictures are unlike all that the model was trained on: what it says of them is worth little."""
-    from better_attention.experiments.files import plain
-    from better_attention.experiments.image_task import ImageTask
+    from better_attention.lab.files import plain
+    from better_attention.lab.tasks.image import ImageTask
 
     if not isinstance(trained.task, ImageTask):
         return
@@ -184,7 +184,7 @@ def read_images(path: Path, task: ImageTask, resize: bool) -> list[tuple[str, ND
     """
     import numpy as np
 
-    from better_attention.experiments.folder_task import FolderTask
+    from better_attention.lab.tasks.picture_folder import FolderTask
 
     if path.is_dir():
         raise UserError(f"{path} is a folder: name the pictures in it.")
@@ -209,8 +209,8 @@ def read_images(path: Path, task: ImageTask, resize: bool) -> list[tuple[str, ND
     if isinstance(task, FolderTask):  # pictures of all sizes are what it was trained on
         return [(str(path), task.picture(path))]
 
-    from better_attention.data import DataError
-    from better_attention.data.picture import quiet, read_picture, sides
+    from better_attention.lab.data import DataError
+    from better_attention.lab.data.own_pictures.decode import quiet, read_picture, sides
 
     side = task.raw_size
     try:
@@ -235,11 +235,11 @@ def numbered_samples(trained: Run, rows: Sequence[int], folder: Path | None) -> 
     """
     if not rows:
         return []
-    from better_attention.data import Images, Pairs, read
-    from better_attention.experiments.folder_task import FolderTask
-    from better_attention.experiments.recurrence_task import RecurrenceTask
-    from better_attention.experiments.text_task import TextTask
-    from better_attention.experiments.translation_task import TranslationTask
+    from better_attention.lab.data import Images, Pairs, read
+    from better_attention.lab.tasks.picture_folder import FolderTask
+    from better_attention.lab.tasks.recurrence import RecurrenceTask
+    from better_attention.lab.tasks.text import TextTask
+    from better_attention.lab.tasks.translation import TranslationTask
 
     inputs: Any
     if isinstance(trained.task, RecurrenceTask):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from better_attention.cli import UserError, console
 
 if TYPE_CHECKING:
-    from better_attention.experiments.inventory import Found
+    from better_attention.lab.runs.states import Found
 
 TOLD = 10
 """Runs that one note names."""
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: a folder that does not exist.
     """
-    from better_attention.experiments.inventory import inventory
+    from better_attention.lab.runs.states import inventory
 
     for folder in args.folders:
         if not folder.is_dir():
@@ -53,9 +53,9 @@ def print_runs(found: list[Found], folders: list[Path]) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from better_attention.cli.progress import duration
     from better_attention.cli.screen import message
-    from better_attention.cli.watch import duration
-    from better_attention.experiments.files import plain
+    from better_attention.lab.files import plain
 
     screen = console()
     if not found:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from better_attention.cli import UserError, console
 from better_attention.cli.cost import add_sizes, check_sizes
-from better_attention.experiments.variant import Variant
+from better_attention.lab.tasks.variant import Variant
 from better_attention.mechanism import MECHANISMS, PROJECTIONS
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: it is neither a mechanism nor a task.
     """
-    from better_attention.experiments.tasks import TASKS
+    from better_attention.lab.tasks.catalogue import TASKS
 
     if args.name in TASKS:
         task = describe_task(args.name)
@@ -67,8 +67,8 @@ def run(args: argparse.Namespace) -> int:
 
 def describe_mechanism(variant: Variant, embed_dim: int, heads: int, length: int) -> Entry:
     """The mechanism's axes, picture, equations, and the counts of one layer of these sizes."""
+    from better_attention.cli.mechanism_drawing import draw, equations, legend, source
     from better_attention.cost import cost
-    from better_attention.experiments.drawing import draw, equations, legend, source
 
     mechanism, d, n = variant.mechanism, embed_dim, length
     layout = "per_head" if variant.per_head else "shared"
@@ -102,9 +102,9 @@ def _layout(variant: Variant) -> list[str]:
 
 def describe_task(name: str) -> Entry:
     """The task's text, its settings at every scale, and the paper's rows for it."""
-    from better_attention.experiments import paper
-    from better_attention.experiments.task import SCALES
-    from better_attention.experiments.tasks import TASKS
+    from better_attention.lab import published
+    from better_attention.lab.tasks.base import SCALES
+    from better_attention.lab.tasks.catalogue import TASKS
 
     make = TASKS[name]
     module = inspect.getdoc(sys.modules[make.__module__]) or ""
@@ -117,7 +117,7 @@ def describe_task(name: str) -> Entry:
         "source": task.source,
         "about": [_ROLE.sub(r"\1", " ".join(part.split())) for part in (module, choices) if part],
         "settings": {scale: make(scale).settings() for scale in SCALES},
-        "paper": paper.rows(name),
+        "paper": published.rows(name),
     }
 
 
@@ -167,8 +167,8 @@ def _print_task(found: Entry) -> None:
 
 
 def _print_paper(found: Entry) -> None:
-    from better_attention.experiments.stats import number
-    from better_attention.experiments.summary import COLUMNS
+    from better_attention.lab.analysis.estimates import number
+    from better_attention.lab.analysis.summary import COLUMNS
 
     rows = found["paper"]
     out = console()

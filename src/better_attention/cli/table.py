@@ -39,24 +39,24 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError, ValueError, FileNotFoundError: results that are not there, or damaged.
     """
-    from better_attention.experiments import paper_tables, paper_view
-    from better_attention.experiments.output import check_file
+    from better_attention.lab.paper import beside, view
+    from better_attention.lab.runs.overwrite_guard import check_file
 
     if args.csv is not None:
         check_file(args.csv, "--csv", is_table)
-    if args.number == paper_tables.EDGE:
+    if args.number == beside.EDGE:
         return edge_table(args)
-    files = paper_tables.find_results(args.results)
-    found = paper_tables.blocks(args.number, files)
+    files = beside.find_results(args.results)
+    found = beside.blocks(args.number, files)
     if args.csv is not None:
-        paper_view.write_csv(found, args.csv)
+        view.write_csv(found, args.csv)
     if args.json:
-        print(json.dumps(paper_view.as_json(args.number, found), indent=2, ensure_ascii=False))
+        print(json.dumps(view.as_json(args.number, found), indent=2, ensure_ascii=False))
     else:
         screen = console()
-        paper_view.print_blocks(args.number, found, screen)
+        view.print_blocks(args.number, found, screen)
         if not any(block.ours for block in found):
-            tasks = sorted({str(record["task"]) for file in files for record in paper_tables.read_results(file)})
+            tasks = sorted({str(record["task"]) for file in files for record in beside.read_results(file)})
             told = f"Results of {', '.join(tasks)} were read: none of them is of table {args.number}."
             screen.print(message(told) if tasks else "No results.json was found.", markup=False, soft_wrap=True)
     return 0
@@ -69,22 +69,22 @@ def is_table(content: bytes) -> bool:
 
 def edge_table(args: argparse.Namespace) -> int:
     """Table 4, from what ``better-attention edge`` wrote."""
-    from better_attention.benchmarks import edge_view
-    from better_attention.experiments.paper_tables import find_results
+    from better_attention.bench.edge import view
+    from better_attention.lab.paper.beside import find_results
 
     files = find_results(args.results, "edge.json")
-    reports = [(file, edge_view.read(file)) for file in files]
+    reports = [(file, view.read(file)) for file in files]
     if args.csv is not None:
-        edge_view.write_csv([report for _, report in reports], args.csv)
+        view.write_csv([report for _, report in reports], args.csv)
     if args.json:
-        told = [{"file": str(file), "rows": edge_view.beside_paper(report)} for file, report in reports]
-        blocks = told or [{"file": "", "rows": edge_view.beside_paper(None)}]
-        print(json.dumps({"table": 4, "title": edge_view.TITLE, "blocks": blocks}, indent=2, ensure_ascii=False))
+        told = [{"file": str(file), "rows": view.beside_paper(report)} for file, report in reports]
+        blocks = told or [{"file": "", "rows": view.beside_paper(None)}]
+        print(json.dumps({"table": 4, "title": view.TITLE, "blocks": blocks}, indent=2, ensure_ascii=False))
         return 0
     screen = console()
     for file, report in reports:
         screen.print(message(f"{file}"), markup=False, soft_wrap=True)
-        edge_view.print_report(report, screen)
+        view.print_report(report, screen)
     if not reports:
-        edge_view.print_paper(screen)
+        view.print_paper(screen)
     return 0

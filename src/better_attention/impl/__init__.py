@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from better_attention.call.call import Call
+
 from . import chunked, native, reference, sdpa
-from .call import Call
 
 
 class Implementation(NamedTuple):
@@ -34,4 +35,4 @@ IMPLEMENTATIONS: Mapping[str, Implementation] = MappingProxyType(
         "reference": Implementation(reference.unsupported, reference.compute, portable=True),
     }
 )
-"""By name; ``impl="auto"`` asks them in this order, after the small-call rule in :mod:`better_attention.choice`."""
+"""By name; ``impl="auto"`` asks them in this order, after the small-call rule of :mod:`.choice`."""

@@ -17,9 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from better_attention.torch_state import legacy_batched, operator_obstacles, transformed
-
-from .call import (
+from better_attention.call.call import (
     NO_DROPOUT,
     Call,
     additive,
@@ -32,6 +30,7 @@ from .call import (
     triangle,
     unit,
 )
+from better_attention.call.torch_state import legacy_batched, operator_obstacles, transformed
 
 TILE = 1 << 19
 """Elements of one tile: 2 MiB of float32, a few of which fit a desktop processor's cache."""

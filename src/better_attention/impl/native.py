@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from better_attention.native import (
+from better_attention.call.call import NO_DROPOUT, Call, dropout_seed, flops, fold_batch, one_by_one
+from better_attention.call.torch_state import address, operator_obstacles, ordinary, transformed
+from better_attention.native.library import (
     DTYPES,
     NO_MASK,
     current_instruction_set,
@@ -22,10 +24,7 @@ from better_attention.native import (
     missing,
     rows,
 )
-from better_attention.native import call as call_library
-from better_attention.torch_state import address, operator_obstacles, ordinary, transformed
-
-from .call import NO_DROPOUT, Call, dropout_seed, flops, fold_batch, one_by_one
+from better_attention.native.library import call as call_library
 
 __all__ = ["compute", "instruction_set", "instruction_sets", "missing", "unsupported"]
 

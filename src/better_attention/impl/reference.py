@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .call import Call, additive, hidden, island, triangle, unit
+from better_attention.call.call import Call, additive, hidden, island, triangle, unit
 
 
 def unsupported(call: Call) -> list[str]:

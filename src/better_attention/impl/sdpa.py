@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from better_attention.torch_state import with_tangents
-
-from .call import Call, additive
+from better_attention.call.call import Call, additive
+from better_attention.call.torch_state import with_tangents
 
 MERGE_LIMIT = 1 << 16
 """Elements up to which padding, mask and triangle are merged into one mask for SDPA, which takes only one."""

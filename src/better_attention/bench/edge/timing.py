@@ -1,0 +1,289 @@
+"""Table 4 of arXiv 2403.01643 on this CPU: how long the models of its experiments take for 5,000 samples.
+
+Speed alone is asked, which trained weights do not change: the models keep their initial ones and read random inputs of
+the task's shape. The mechanisms take turns, every second round backwards, and a ratio is formed within each round, so
+that what slows the machine for a while slows both sides of it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+
+import torch
+from torch import Tensor, nn
+
+from better_attention.bench.runner import Spread, no_garbage_collection
+from better_attention.lab import published
+from better_attention.lab.tasks.base import Task
+from better_attention.lab.tasks.catalogue import TASKS
+from better_attention.lab.tasks.image import ImageTask
+from better_attention.lab.tasks.text import TextTask
+from better_attention.lab.tasks.variant import Variant
+
+PAPER_TASKS = tuple(name for name in published.edge_inference()[0] if name not in ("mechanism", "heads"))
+"""The columns of table 4."""
+PRECISIONS = ("float32", "int8")
+INT8_BOUND = 0.1
+"""Largest error of int8 outputs, over the largest float32 output, at which a model is still timed."""
+QUICK_SECONDS = 1.0
+BASELINE = "standard"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What is timed.
+
+    Args:
+        samples: number that the seconds are given for.
+        batch_size: samples of one call.
+        rounds: passes of every model.
+        measured: samples of a pass, from which ``samples`` are extrapolated; None: all of them.
+        quick: as many batches a pass as standard attention does in about a second, where that is less.
+    """
+
+    samples: int = 5000
+    batch_size: int = 32
+    rounds: int = 3
+    measured: int | None = None
+    quick: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """One mechanism in one model.
+
+    Args:
+        task, heads, precision, mechanism: which.
+        seconds: for all samples, median and spread over rounds; None: not timed, see ``reason``.
+        times_as_fast: seconds of standard attention over its own in the same rounds; above 1 is faster.
+        rounds: passes.
+        measured: samples of a pass; fewer than asked for: ``seconds`` are extrapolated.
+        quantised: linear maps that compute in int8.
+        reason: why it was not timed.
+    """
+
+    task: str
+    heads: int
+    precision: str
+    mechanism: str
+    seconds: Spread | None = None
+    times_as_fast: Spread | None = None
+    rounds: int = 0
+    measured: int = 0
+    quantised: int = 0
+    reason: str = ""
+
+    @property
+    def group(self) -> tuple[str, int, str]:
+        """Task, heads and precision: what is timed in turn."""
+        return self.task, self.heads, self.precision
+
+
+def available_tasks() -> dict[str, Task]:
+    """The tasks of table 4 that there are, at the paper's scale."""
+    return {name: TASKS[name]("paper") for name in PAPER_TASKS if name in TASKS}
+
+
+def random_inputs(task: Task, samples: int) -> Tensor:
+    """Inputs (N, ...) of the task's shape and dtype; texts are full, without padding.
+
+    Raises:
+        ValueError: a task that is neither of images nor of texts.
+
+    >>> random_inputs(TASKS["imdb"]("paper"), 7).shape
+    torch.Size([7, 32])
+    """
+    generator = torch.Generator().manual_seed(0)
+    if isinstance(task, ImageTask):
+        shape = (samples, task.image_size, task.image_size, *([task.channels] if task.channels > 1 else []))
+        return torch.randint(0, task.peak + 1, shape, dtype=torch.uint8, generator=generator)
+    if isinstance(task, TextTask):
+        return torch.randint(1, task.vocabulary, (samples, task.length), generator=generator)
+    raise ValueError(f"task {task.name!r} classifies neither images nor texts: choose {', '.join(available_tasks())}.")
+
+
+def measure(
+    tasks: Sequence[Task],
+    mechanisms: Sequence[str],
+    heads: Sequence[int],
+    precisions: Sequence[str],
+    settings: Settings,
+    say: Callable[[str], None] = lambda line: None,
+    kept: Sequence[Timing] = (),
+) -> Iterator[list[Timing]]:
+    """Time every combination; a list of timings for each task, number of heads and precision.
+
+    Args:
+        tasks, mechanisms, heads, precisions, settings: what is timed.
+        say: called with lines about the progress.
+        kept: earlier timings with the same settings. A group that has all ``mechanisms`` is not timed again; one that
+            lacks some is timed again together with those it has, since ratios are formed within a round.
+    """
+    groups = [(task, h, precision) for task in tasks for h in heads for precision in precisions]
+    there = {
+        (task.name, h, precision): [t.mechanism for t in kept if t.group == (task.name, h, precision)]
+        for task, h, precision in groups
+    }
+    open_ = [
+        (task, h, precision) for task, h, precision in groups if set(mechanisms) - {*there[task.name, h, precision]}
+    ]
+    if open_:
+        seconds = expected(open_, len(mechanisms), settings)
+        say(f"about {seconds / 60:.1f} minutes in all for {len(open_) * len(mechanisms)} rows at the present load")
+    for place, (task, h, precision) in enumerate(groups, start=1):
+        if (task, h, precision) in open_:
+            say(f"[{place}/{len(groups)}] {task.name}, h {h}, {precision}")
+            names = tuple(dict.fromkeys((*there[task.name, h, precision], *mechanisms)))
+            yield measure_group(task, names, h, precision, settings, say)
+
+
+def expected(groups: Sequence[tuple[Task, int, str]], mechanisms: int, settings: Settings) -> float:
+    """About how many seconds the groups take: standard attention of each task is timed for a batch, in float32."""
+    total = 0.0
+    for task in dict.fromkeys(task for task, _, _ in groups):
+        probe = random_inputs(task, settings.batch_size)
+        fitting = [(h, precision) for one, h, precision in groups if one is task and task.width % h == 0]
+        if not fitting:
+            continue
+        began = perf_counter()
+        model, _ = prepare(task, BASELINE, fitting[0][0], "float32", probe)
+        built = perf_counter() - began
+        one = min(_pass(model, [probe]) for _ in range(2))
+        batches = math.ceil(how_many(settings, one) / settings.batch_size)
+        passes = one * (batches + 1) * settings.rounds  # each pass follows an untimed batch
+        total += len(fitting) * (mechanisms * (built + passes) + 2 * one)
+    return total
+
+
+def measure_group(
+    task: Task,
+    mechanisms: Sequence[str],
+    heads: int,
+    precision: str,
+    settings: Settings,
+    say: Callable[[str], None] = lambda line: None,
+) -> list[Timing]:
+    """Time the mechanisms in turn in one model."""
+    models: dict[str, nn.Module] = {}
+    timings: dict[str, Timing] = {}
+    probe = random_inputs(task, settings.batch_size)
+    for name in mechanisms:
+        timing = Timing(task.name, heads, precision, name)
+        try:
+            model, quantised = prepare(task, name, heads, precision, probe)
+        except Unusable as reason:
+            timings[name] = Timing(task.name, heads, precision, name, reason=str(reason))
+            continue
+        models[name] = model
+        timings[name] = Timing(task.name, heads, precision, name, quantised=quantised)
+    if not models:
+        return list(timings.values())
+    measuring = models.get(BASELINE, next(iter(models.values())))
+    one = min(_pass(measuring, [probe]) for _ in range(2))
+    measured = how_many(settings, one)
+    duration = one * measured / settings.batch_size * len(models) * settings.rounds
+    if duration > 10:
+        say(f"    about {duration / 60:.1f} minutes")
+    batches = random_inputs(task, measured).split(settings.batch_size)
+    samples = rounds(models, batches, settings.rounds)
+    scale = settings.samples / measured
+    for name, seconds in samples.items():
+        timing = timings[name]
+        ratios = [base / own for own, base in zip(seconds, samples.get(BASELINE, []), strict=False)]
+        timings[name] = Timing(
+            *(timing.task, timing.heads, timing.precision, timing.mechanism),
+            seconds=Spread.of([scale * second for second in seconds]),
+            times_as_fast=Spread.of(ratios) if ratios else None,
+            rounds=len(seconds),
+            measured=measured,
+            quantised=timing.quantised,
+        )
+    return list(timings.values())
+
+
+class Unusable(Exception):  # noqa: N818 - a reason to leave a model out, no error of ours
+    """A model that cannot be timed; says why."""
+
+
+def prepare(task: Task, mechanism: str, heads: int, precision: str, probe: Tensor) -> tuple[nn.Module, int]:
+    """A model in eval mode and how many of its linear maps compute in int8.
+
+    Raises:
+        Unusable: it cannot be built, torchao is missing, or the int8 outputs are far from the float32 ones.
+    """
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = task.build(Variant.of(mechanism), heads).eval()
+    except ValueError as error:
+        raise Unusable(str(error)) from None
+    if precision == "float32":
+        return model, 0
+    with torch.inference_mode():
+        exact = model(probe)
+        quantised = quantise(model)
+        off = float((model(probe) - exact).abs().max() / exact.abs().max())
+    if not off <= INT8_BOUND:  # NaN too
+        raise Unusable(f"int8 outputs are off by {off:.1e} of the largest float32 output, allowed {INT8_BOUND:.0e}")
+    return model, quantised
+
+
+def quantise(model: nn.Module) -> int:
+    """Turn every ``nn.Linear`` into torchao's dynamic int8, in place; returns how many. W_A stays as it is.
+
+    Raises:
+        Unusable: torchao is not installed, or cannot do it with this torch.
+    """
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # what torchao misses at import is for GPUs
+    try:
+        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+    except ImportError as error:
+        raise Unusable(f"int8 needs torchao ({error}): pip install torchao") from None
+    finally:
+        logging.disable(before)
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    try:
+        quantize_(model, Int8DynamicActivationInt8WeightConfig())
+    except (RuntimeError, NotImplementedError, AttributeError, TypeError) as error:
+        raise Unusable(f"torchao cannot quantise with torch {torch.__version__}: {error}") from None
+    done = sum(type(linear.weight) not in (Tensor, nn.Parameter) for linear in linears)
+    if done < len(linears):
+        raise Unusable(f"torchao left {len(linears) - done} of {len(linears)} linear maps in float32")
+    return done
+
+
+def how_many(settings: Settings, batch_seconds: float) -> int:
+    """Samples of one pass, where a batch of standard attention (of the first model without it) takes so long.
+
+    >>> how_many(Settings(), 1.0), how_many(Settings(measured=64), 1.0), how_many(Settings(quick=True), 0.25)
+    (5000, 64, 128)
+    """
+    most = min(settings.measured or settings.samples, settings.samples)
+    if not settings.quick:
+        return most
+    return min(most, settings.batch_size * max(1, math.ceil(QUICK_SECONDS / batch_seconds)))
+
+
+def rounds(models: Mapping[str, nn.Module], batches: Sequence[Tensor], number: int) -> dict[str, list[float]]:
+    """Seconds of each pass over all ``batches``, a number a round for each model."""
+    names = list(models)
+    found: dict[str, list[float]] = {name: [] for name in names}
+    with no_garbage_collection():
+        for turn in range(number):
+            for name in names if turn % 2 == 0 else reversed(names):
+                _pass(models[name], batches[:1])  # untimed: caches and threads are then as it leaves them itself
+                found[name].append(_pass(models[name], batches))
+    return found
+
+
+def _pass(model: nn.Module, batches: Sequence[Tensor]) -> float:
+    with torch.inference_mode():
+        began = perf_counter()
+        for batch in batches:
+            model(batch)
+        return perf_counter() - began

@@ -1,0 +1,1 @@
+"""From anybody's arguments to one validated call."""

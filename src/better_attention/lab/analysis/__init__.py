@@ -1,0 +1,1 @@
+"""Statistics over finished runs, and what they amount to in words."""

@@ -1,0 +1,1 @@
+"""Comparisons: every mechanism, head count and seed of a task, trained alike."""

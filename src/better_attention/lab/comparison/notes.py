@@ -1,0 +1,71 @@
+"""What a comparison has to say of its own setting, on the screen and in its report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from better_attention.errors import counted
+from better_attention.lab import published
+from better_attention.lab.analysis.estimates import number
+from better_attention.lab.paper.beside import changed_settings, other_samples, told
+from better_attention.lab.tasks.base import Task
+from better_attention.lab.tasks.splits import Splits
+from better_attention.lab.tasks.variant import Variant
+
+FEW = 100
+"""Of fewer test samples than these, one weighs more than most differences between mechanisms."""
+
+
+def remarks(
+    task: Task, variants: Sequence[Variant], heads: Sequence[int], samples: Mapping[str, int] | None = None
+) -> tuple[str, ...]:
+    """Sentences on what differs from the paper's setting, and on how equal the models are that are to be equal.
+
+    Args:
+        task: the task, its settings resolved.
+        variants, heads: what is compared.
+        samples: name of a split -> how many it has.
+    """
+    found = []
+    changed = changed_settings(task.name, task.settings()) if published.rows(task.name) else {}
+    if "train_samples" not in changed and "test_samples" not in changed:
+        changed |= other_samples(task.name, samples)
+    if changed:
+        found.append(f"the setting is not the paper's: {told(task.name, changed)}")
+    if samples and task.batch_size >= samples["train"]:
+        every = counted(samples["train"], "sample")
+        found.append(f"an epoch is a single update: a batch of {task.batch_size:,} holds all {every}")
+    if task.equal_params:
+        found += [f"equal parameters with {counted(n, 'head')}: {_sizes(task, variants, n)}" for n in heads]
+    return tuple(found)
+
+
+def guessing(splits: Splits) -> tuple[str, ...]:
+    """The zero of an accuracy: what always guessing the most frequent class achieves on the test samples that are used.
+
+    Empty where a sample has many targets. A handful of test samples is told of, too.
+    """
+    targets = splits.test.targets
+    if targets.ndim != 1 or "classes" not in splits.assets:
+        return ()
+    counts = targets.cpu().bincount()
+    often, share = splits.assets["classes"][int(counts.argmax())], 100 * float(counts.max()) / len(targets)
+    notes = [f"guessing {often!r}, the most frequent class, is right for {share:.1f} % of the test samples"]
+    if len(targets) < FEW:
+        notes.append(f"the test split has {counted(len(targets), 'sample')}: one is {100 / len(targets):.1f} points")
+    return tuple(notes)
+
+
+def _sizes(task: Task, variants: Sequence[Variant], heads: int) -> str:
+    """Parameters, width and layers of each model: ``standard 9,770 (width 32, layers 2)``, and how far off it is."""
+    aim = replace(task, equal_params=False).size("standard", heads)
+    parts, other, widened = [], False, False
+    for variant in variants:
+        own, count = task.sized(variant, heads), task.size(variant, heads)
+        off = f", {number(100 * (count / aim - 1), 1, sign=True)} %" if count != aim else ""
+        parts.append(f"{variant.name} {count:,} (width {own.width}, layers {own.layers}{off})")
+        other = other or count != aim
+        widened = widened or (own.width, own.layers) != (task.width, task.layers)
+    unchanged = "" if widened or not other else "; no other width comes nearer, so that nothing was widened"
+    return ", ".join(parts) + unchanged

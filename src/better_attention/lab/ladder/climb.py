@@ -1,0 +1,230 @@
+"""Climbing a ladder: train the cells that are worth trying, rung by rung, and put down what came of each."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from better_attention.cost import cost
+from better_attention.lab.analysis.study import times_as_fast
+from better_attention.lab.comparison.compare import at_most
+from better_attention.lab.ladder.grid import (
+    FILES,
+    GIVE_UP,
+    Cell,
+    Ladder,
+    Row,
+    Rung,
+    Setting,
+    below,
+    best_settings,
+    is_ladder,
+    softmax_twin,
+)
+from better_attention.lab.lock import locked
+from better_attention.lab.runs.folder import list_runs, read_curve
+from better_attention.lab.runs.overwrite_guard import check_output
+from better_attention.lab.tasks.recurrence import RecurrenceTask
+from better_attention.lab.tasks.splits import Splits
+from better_attention.lab.tasks.variant import Variant
+from better_attention.lab.training.events import Watcher
+from better_attention.lab.training.interruption import Stop
+from better_attention.lab.training.loop import Training
+from better_attention.lab.training.processes import make_accelerator, watching_peers
+from better_attention.lab.training.progress import DivergedError, Interrupted
+from better_attention.lab.training.step_time import Pace, measure
+
+
+@dataclass
+class Climb:
+    """A ladder on its way: what has been found so far, and what is still worth trying.
+
+    Args:
+        rows: of the cells that were run, in their order.
+        notes: what each rung's data say of themselves.
+        paces: of the models that were trained.
+    """
+
+    ladder: Ladder
+    watcher: Watcher
+    rows: list[Row] = field(default_factory=list)
+    notes: dict[Rung, str] = field(default_factory=dict)
+    paces: dict[tuple[RecurrenceTask, Variant], Pace] = field(default_factory=dict)
+
+    def run(self) -> Iterator[Rung]:
+        """Train what is not yet trained; a rung is yielded when all its cells are done.
+
+        Raises:
+            ValueError: a folder holds another run; a model cannot be built.
+            Interrupted: a signal arrived; everything is saved.
+            PeerLostError: another process of the launch has ended.
+        """
+        ladder = self.ladder
+        begun = any((ladder.folder(cell) / "config.json").is_file() for cell in ladder.cells)
+        check_output(ladder.out, FILES, is_ladder, known=begun)
+        if runs := list_runs(ladder.out):
+            raise ValueError(f"{ladder.out} holds runs of a comparison ({runs[0]['name']}): choose another --out.")
+        accelerator = make_accelerator(ladder.device)
+        for setting, variant in product(ladder.settings, ladder.variants):
+            with torch.device("meta"):  # what cannot be built is refused before hours of training
+                ladder.task_of(ladder.rungs[-1], setting).build(variant, ladder.heads)
+        stop = Stop(self.watcher)
+        with watching_peers(accelerator.num_processes, ladder.command), at_most(ladder.task.threads):
+            self.estimate(accelerator)  # nothing is to be saved yet: a signal ends it at once
+            with stop.listening():
+                for rung in ladder.rungs:
+                    splits = ladder.task_of(rung, ladder.settings[0]).load().to(accelerator.device)
+                    self.notes[rung] = splits.notes[-1]
+                    for seed in range(ladder.seeds):
+                        for cell in self.worth_trying(rung, seed):
+                            self.rows.append(self.train(cell, splits, accelerator, stop))
+                    accelerator.free_memory()  # it holds on to every model it has prepared
+                    yield rung
+
+    def worth_trying(self, rung: Rung, seed: int) -> list[Cell]:
+        """The cells of a rung and a seed, without those that are given up or, when screening, were not the best."""
+        pairs = list(product(self.ladder.settings, self.ladder.variants))
+        pairs = [(s, v) for s, v in pairs if not self.given_up(rung, s, softmax_twin(v))]
+        if self.ladder.screen and seed > 0:
+            best = best_settings(row for row in self.rows if row.rung == rung)
+            pairs = [(s, v) for s, v in pairs if best.get((v.name, rung)) == s]
+        return [Cell(rung, setting, variant, seed) for setting, variant in pairs]
+
+    def given_up(self, rung: Rung, setting: Setting, twin: str) -> bool:
+        """Whether a setting has failed too often below this rung, with either score: pairs stay whole."""
+        tried: dict[Rung, bool] = {}
+        for row in self.rows:
+            if (row.setting, row.twin) == (setting, twin) and row.rung != rung and below(row.rung, rung):
+                tried[row.rung] = tried.get(row.rung, False) or row.updates_to_target is not None
+        return sum(not solved for solved in tried.values()) >= GIVE_UP
+
+    def train(self, cell: Cell, splits: Splits, accelerator: Accelerator, stop: Stop) -> Row:
+        """One run, or what it had found before."""
+        ladder, folder = self.ladder, self.ladder.folder(cell)
+        task = ladder.task_of(cell.rung, cell.setting)
+        name = str(folder.relative_to(ladder.out))
+        self.watcher.begin(name, len(self.rows) + 1, len(ladder.cells))
+        if stop():  # a finished run does not ask
+            stopped = Interrupted("Every run so far is saved.")
+            stopped.signal = stop.signal or stopped.signal
+            raise stopped
+        known = os.path.lexists(folder / "result.json")
+        with locked(folder) if accelerator.is_main_process else nullcontext():
+            training = Training(
+                *(task, splits, cell.variant, ladder.heads, cell.seed, folder, accelerator),
+                command=ladder.command,
+                pace=None if known else self.pace(task, cell.variant, splits, accelerator, stop),
+                progress=self.watcher.progress,
+                stop=stop,
+            )
+            try:
+                record: Mapping[str, Any] = training.run()
+            except DivergedError as error:
+                self.watcher.failed(name, error)
+                return row_of(ladder, cell, {}, [])
+            except Interrupted as error:
+                error.signal = stop.signal or error.signal
+                raise
+        self.watcher.end(name, dict(record))
+        if times_as_fast(record) is None:  # of an older version; the model is the same
+            record = {**record, "times_as_fast": self.pace(task, cell.variant, splits, accelerator, stop).times_as_fast}
+        return row_of(ladder, cell, record, read_curve(folder))
+
+    def pace(
+        self, task: RecurrenceTask, variant: Variant, splits: Splits, accelerator: Accelerator, stop: Stop
+    ) -> Pace:
+        """The pace of a model, measured when it is first asked for."""
+        if (task, variant) not in self.paces:
+            self.paces[task, variant] = measure(task, splits, variant, self.ladder.heads, accelerator.device, stop=stop)
+        return self.paces[task, variant]
+
+    def estimate(self, accelerator: Accelerator) -> None:
+        """Tell the watcher how long all of it takes at most: every update made, nothing given up or solved.
+
+        Each mechanism is measured at each depth, for the shortest and the longest sequences of the largest N; in
+        between the time is at most linear in the length. How positions are told makes little difference: the rotary
+        ones, which cost most, stand for the others. Of what screening will leave, the slowest setting is counted.
+        """
+        ladder = self.ladder
+        ended = {cell: (ladder.folder(cell) / "result.json").is_file() for cell in ladder.cells}
+        chosen = {(c.rung, c.variant, c.seed) for c, done in ended.items() if done and ladder.screen and c.seed > 0}
+        waiting = [c for c, done in ended.items() if not done and (c.rung, c.variant, c.seed) not in chosen]
+        if not waiting:
+            return
+        modulus = max(cell.rung[0] for cell in waiting)
+        ends = sorted({min(cell.rung[1] for cell in waiting), max(cell.rung[1] for cell in waiting)})
+        positions = max((cell.setting.positions for cell in waiting), key=lambda name: name == "rotary")
+        kinds = {(cell.variant, cell.setting.layers) for cell in waiting}
+        seconds: dict[tuple[Variant, int, int], float] = {}
+        for (variant, layers), delay in product(kinds, ends):
+            task = ladder.task_of((modulus, delay), Setting("sqrt", positions, layers))
+            small = replace(task, train_samples=min(task.train_samples or 1, task.batch_size), test_samples=1)
+            splits = small.load().to(accelerator.device)
+            found = measure(task, splits, variant, ladder.heads, accelerator.device, quick=True)
+            train = epoch_updates(task) * task.batch_size
+            held_out = task.test_samples or 0
+            seconds[variant, layers, delay] = found.run_seconds(task, train, held_out, held_out)
+        slowest: dict[object, float] = {}
+        for cell in waiting:
+            kind = cell.variant, cell.setting.layers
+            low, high = (seconds[*kind, end] for end in (ends[0], ends[-1]))
+            share = (cell.rung[1] - ends[0]) / max(1, ends[-1] - ends[0])
+            screened = ladder.screen and cell.seed > 0  # one setting will be left
+            place = (cell.rung, cell.variant, cell.seed, None if screened else cell.setting)
+            slowest[place] = max(slowest.get(place, 0.0), low + share * (high - low))
+        self.watcher.estimate(sum(slowest.values()), len(slowest))
+
+
+def epoch_updates(task: RecurrenceTask) -> int:
+    """Updates of an epoch."""
+    return math.ceil((task.train_samples or 0) / task.batch_size)
+
+
+def row_of(ladder: Ladder, cell: Cell, record: Mapping[str, Any], curve: Sequence[Mapping[str, float]]) -> Row:
+    """The row of a cell from its record and its curve; both empty where the run diverged."""
+    task = ladder.task_of(cell.rung, cell.setting)
+    each = epoch_updates(task)
+    solved = [int(epoch["epoch"]) for epoch in curve if task.solved(epoch)]
+    return Row(
+        mechanism=cell.variant.name,
+        score=cell.variant.mechanism.score,
+        modulus=task.modulus,
+        delay=task.delay,
+        scaling=task.scaling,
+        positions=task.positions,
+        layers=task.layers,
+        heads=ladder.heads,
+        seed=cell.seed,
+        width=task.sized(cell.variant, ladder.heads).width,
+        **{key: record.get(key) for key in ("train_accuracy", "validation_accuracy", "test_accuracy", "test_loss")},
+        updates=len(curve) * each if record else None,
+        updates_to_target=solved[0] * each if solved else None,
+        update_flops=update_flops(task, cell.variant, ladder.heads),
+        params=record.get("total_params"),
+        seconds=record.get("epoch_seconds", 0.0) * len(curve) if record else None,
+        times_as_fast=times_as_fast(record),
+        commit=record.get("commit"),
+    )
+
+
+def update_flops(task: RecurrenceTask, variant: Variant, heads: int) -> int:
+    """Operations of the matrix products of one update, forward and backward: attention, MLP 4D, logits."""
+    width, tokens = task.sized(variant, heads).width, task.batch_size * task.length
+    attention = cost(
+        width,
+        heads,
+        task.length,
+        mechanism=variant.mechanism,
+        batch=task.batch_size,
+        align_heads="per_head" if variant.per_head else "shared",
+    ).flops
+    maps = task.layers * 8 * width**2 + width * task.modulus  # multiplications of a token, forward
+    return task.layers * attention + 6 * tokens * maps

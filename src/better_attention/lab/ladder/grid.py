@@ -1,0 +1,249 @@
+"""The recurrence ladder: how far up, over N and τ, each mechanism and score predicts; our own measure, not a paper's.
+
+A ladder is a grid that is fixed beforehand: rungs (N, τ) x settings (scaling of q.k, positions, depth) x variants x
+seeds. Each cell is a run of the task ``recurrence`` in a folder of its own, OUT/n4-t8/sqrt-rotary-l1/standard-h2-s0,
+so that a ladder that was killed goes on where it was.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from better_attention.lab.runs.folder import run_name
+from better_attention.lab.tasks.recurrence import RecurrenceTask
+from better_attention.lab.tasks.variant import Variant
+
+Rung = tuple[int, int]
+"""Modulus N and delay τ."""
+
+GIVE_UP = 2
+"""Failed rungs, none harder than this one in N or in τ, after which a setting does not try it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One column of the grid: how q.k is scaled, how positions are told, how many layers there are."""
+
+    scaling: str
+    positions: str
+    layers: int
+
+    def __str__(self) -> str:
+        return f"{self.scaling}-{self.positions}-l{self.layers}"
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One run of the grid."""
+
+    rung: Rung
+    setting: Setting
+    variant: Variant
+    seed: int
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """What is climbed.
+
+    Args:
+        task: the task ``recurrence`` with everything that the grid does not set.
+        rungs: (N, τ), rising in difficulty; no rung comes before one that is easier in both.
+        settings: every one is tried on every rung, unless it has been given up.
+        variants, heads, seeds: as in a comparison; ``seeds`` counts from 0.
+        out: folder of the ladder.
+        screen: seed 0 alone tries every setting; the other seeds run where it was best on validation, per variant.
+        device, command: as in a comparison.
+
+    Raises:
+        ValueError: a rung behind a harder one.
+    """
+
+    task: RecurrenceTask
+    rungs: Sequence[Rung]
+    settings: Sequence[Setting]
+    variants: Sequence[Variant]
+    heads: int
+    seeds: int
+    out: Path
+    screen: bool = False
+    device: str = "cpu"
+    command: str = ""
+
+    def __post_init__(self) -> None:
+        for place, rung in enumerate(self.rungs):
+            for later in self.rungs[place:]:
+                if later != rung and below(later, rung):
+                    raise ValueError(f"rungs rise in difficulty: {later} is easier than {rung}, which comes before it.")
+        if len(set(self.rungs)) < len(self.rungs):
+            raise ValueError(f"each rung is climbed once, received {list(self.rungs)}.")
+
+    def task_of(self, rung: Rung, setting: Setting) -> RecurrenceTask:
+        """The task of a cell."""
+        return replace(
+            self.task,
+            modulus=rung[0],
+            delay=rung[1],
+            scaling=setting.scaling,
+            positions=setting.positions,
+            layers=setting.layers,
+        )
+
+    def folder(self, cell: Cell) -> Path:
+        """Where a cell's run lies."""
+        N, delay = cell.rung
+        return self.out / f"n{N}-t{delay}" / str(cell.setting) / run_name(cell.variant, self.heads, cell.seed)
+
+    @property
+    def cells(self) -> list[Cell]:
+        """The whole grid, none given up."""
+        combined = product(self.rungs, range(self.seeds), self.settings, self.variants)
+        return [Cell(rung, setting, variant, seed) for rung, seed, setting, variant in combined]
+
+
+def below(easier: Rung, harder: Rung) -> bool:
+    """Whether a rung is at most as hard as another in N and in τ."""
+    return easier[0] <= harder[0] and easier[1] <= harder[1]
+
+
+def softmax_twin(variant: Variant) -> str:
+    """The name of the variant that differs in the score alone: what expressive attention is compared with.
+
+    >>> softmax_twin(Variant.of("expressive")), softmax_twin(Variant.of("efficient+expressive"))
+    ('standard', 'efficient')
+    """
+    return replace(variant, mechanism=replace(variant.mechanism, score="softmax")).name
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What came of a cell. Accuracies in per cent of the symbols that can be predicted; None where a run diverged.
+
+    Args:
+        mechanism, score: name of the variant, and its score.
+        modulus, delay, scaling, positions, layers, heads, seed: the cell.
+        width: model width; not the task's where parameters are made equal.
+        train_accuracy, validation_accuracy, test_accuracy, test_loss: of the weights with the best validation loss.
+        updates: how many were made.
+        updates_to_target: after how many the validation accuracy first reached the target; None: never.
+        update_flops: of the matrix products of one update, forward and backward.
+        params: learned values of the model.
+        seconds: of training.
+        times_as_fast: time of an update of the same model on torch's own layer, which has learned positions where ours
+            are rotary, over that of this model: above 1 is faster.
+        commit: of the program that trained it.
+    """
+
+    mechanism: str
+    score: str
+    modulus: int
+    delay: int
+    scaling: str
+    positions: str
+    layers: int
+    heads: int
+    seed: int
+    width: int
+    train_accuracy: float | None = None
+    validation_accuracy: float | None = None
+    test_accuracy: float | None = None
+    test_loss: float | None = None
+    updates: int | None = None
+    updates_to_target: int | None = None
+    update_flops: int = 0
+    params: int | None = None
+    seconds: float | None = None
+    times_as_fast: float | None = None
+    commit: str | None = None
+
+    @property
+    def rung(self) -> Rung:
+        """(N, τ)."""
+        return self.modulus, self.delay
+
+    @property
+    def setting(self) -> Setting:
+        """The column of the grid."""
+        return Setting(self.scaling, self.positions, self.layers)
+
+    @property
+    def twin(self) -> str:
+        """See :func:`softmax_twin`."""
+        return softmax_twin(Variant.of(self.mechanism))
+
+
+def best_settings(rows: Iterable[Row]) -> dict[tuple[str, Rung], Setting]:
+    """The setting of each mechanism and rung with the highest mean validation accuracy, then the fewest updates.
+
+    Settings are compared over the seeds that all of them have: when screening, the first alone.
+    """
+    groups: dict[tuple[str, Rung], dict[Setting, dict[int, Row]]] = {}
+    for row in rows:
+        groups.setdefault((row.mechanism, row.rung), {}).setdefault(row.setting, {})[row.seed] = row
+
+    def rank(of: Sequence[Row]) -> tuple[float, float]:
+        # A run that has reached the target has solved the rung, at whatever fraction of a per cent it then stopped.
+        accuracies = [100.0 if row.updates_to_target else row.validation_accuracy or 0.0 for row in of]
+        return -sum(accuracies), sum(row.updates or math.inf for row in of)
+
+    best = {}
+    for key, settings in groups.items():
+        shared = set.intersection(*(set(seeds) for seeds in settings.values()))
+        best[key] = min(settings, key=lambda s: rank([settings[s][seed] for seed in sorted(shared)]))
+    return best
+
+
+FILES = ("ladder.json", "ladder.csv", "ladder.html")
+"""What a ladder writes below its folder."""
+
+
+def is_ladder(found: object) -> bool:
+    """Whether the value in a JSON file is a ``ladder.json``."""
+    return isinstance(found, Mapping) and "grid" in found
+
+
+LEAST_STATES = 256
+"""Of a space of fewer states N^τ too little is left to hold out: its rungs measure how few sequences suffice."""
+
+
+def _rungs(*sizes: int) -> tuple[Rung, ...]:
+    """N and τ of these sizes, powers of two, by their product, then by N."""
+    pairs = ((N, delay) for N in sizes for delay in sizes if N**delay >= LEAST_STATES)
+    return tuple(sorted(pairs, key=lambda rung: (rung[0] * rung[1], rung)))
+
+
+SCALES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "smoke": {
+            "rungs": ((16, 2), (4, 4)),
+            "scalings": ("sqrt",),
+            "positions": ("rotary",),
+            "layers": (1,),
+            "seeds": 1,
+            "updates": 300,
+        },
+        "small": {
+            "rungs": _rungs(4, 16, 64),
+            "scalings": ("sqrt", "raw", "learned"),
+            "positions": ("learned", "rotary", "alibi"),
+            "layers": (1, 2),
+            "seeds": 3,
+            "updates": 1_000,
+        },
+        "paper": {
+            "rungs": _rungs(2, 4, 8, 16, 32, 64),
+            "scalings": ("sqrt", "raw", "learned"),
+            "positions": ("learned", "rotary", "alibi"),
+            "layers": (1, 2),
+            "seeds": 5,
+            "updates": 10_000,
+        },
+    }
+)
+"""What a ladder tries at each scale; "paper" is N, τ = 2 ... 64 and, like the task, in no paper."""

@@ -1,0 +1,130 @@
+"""A small causal decoder for the prediction of tokens: the model of the recurrence ladder.
+
+Shape letters: B batch, L tokens, D model width, N heads, K outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from better_attention.errors import one_of
+from better_attention.layer.multihead import MultiheadAttention
+from better_attention.mechanism import Mechanism
+from better_attention.positions import alibi_bias
+
+POSITIONS = ("learned", "rotary", "alibi")
+EMBEDDING_STD = 0.02  # GPT-2's
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: ``x + attention(norm(x))``, then ``x + MLP(norm(x))``, MLP widths [4D, D]."""
+
+    def __init__(self, width: int, attention: MultiheadAttention, dropout: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attention = attention
+        self.norm2 = nn.LayerNorm(width)
+        self.expand = nn.Linear(width, 4 * width)
+        self.contract = nn.Linear(4 * width, width)
+        self.dropout = dropout
+
+    def forward(self, x_BLD: Tensor, bias: Tensor | None) -> Tensor:
+        """Map (B, L, D) to (B, L, D); ``bias`` (B N, L, L) is added to the log weights."""
+        normed = self.norm1(x_BLD)
+        mixed, _ = self.attention(normed, normed, normed, attn_mask=bias, is_causal=True, need_weights=False)
+        x_BLD = x_BLD + F.dropout(mixed, self.dropout, self.training)
+        mapped = self.contract(F.gelu(self.expand(self.norm2(x_BLD))))
+        return x_BLD + F.dropout(mapped, self.dropout, self.training)
+
+
+class Decoder(nn.Module):
+    """Causal language model: tokens, positions, pre-norm blocks, a norm, logits of what comes next.
+
+    Args:
+        vocabulary: number of different tokens that are read.
+        outputs: number of different tokens that are predicted, K; None: as many as are read.
+        length: longest sequence; the size of W_A and of learned positions.
+        width, layers, heads: model width D, number of blocks, attention heads.
+        mechanism: name or row of :data:`better_attention.MECHANISMS`; W_A, where there is one, is lower triangular.
+        options: further arguments of every :class:`~better_attention.MultiheadAttention`.
+        positions: ``"learned"`` (a vector a position, added to the token's), ``"rotary"``, or ``"alibi"``.
+        scale: factor on q.k: None for 1/sqrt(head width), a number, or ``"learned"``.
+        dropout: on attention weights, and after both halves of a block.
+
+    Raises:
+        ValueError: positions of another name; arguments that the attention layers refuse.
+
+    >>> import torch
+    >>> model = Decoder(vocabulary=5, length=7, width=8, layers=2, heads=2, mechanism="super", positions="alibi")
+    >>> model(torch.tensor([[0, 4, 1]])).shape
+    torch.Size([1, 3, 5])
+    """
+
+    def __init__(
+        self,
+        *,
+        vocabulary: int,
+        length: int,
+        width: int,
+        layers: int,
+        heads: int,
+        outputs: int | None = None,
+        mechanism: str | Mechanism = "standard",
+        options: Mapping[str, Any] | None = None,
+        positions: str = "learned",
+        scale: float | str | None = None,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        one_of(positions, "positions", POSITIONS)
+        mechanism = Mechanism.of(mechanism)
+        aligned: dict[str, Any] = {"max_len": length, "align_causal": True} if mechanism.aligned else {}
+        self.heads, self.length, self.alibi = heads, length, positions == "alibi"
+        self.tokens = nn.Embedding(vocabulary, width)
+        self.positions = nn.Embedding(length, width) if positions == "learned" else None
+        self.blocks = nn.ModuleList(
+            Block(
+                width,
+                MultiheadAttention(
+                    width,
+                    heads,
+                    dropout,
+                    batch_first=True,
+                    mechanism=mechanism,
+                    scale=scale,
+                    rotary=positions == "rotary",
+                    **(aligned | dict(options or {})),
+                ),
+                dropout,
+            )
+            for _ in range(layers)
+        )
+        self.norm = nn.LayerNorm(width)
+        self.output = nn.Linear(width, vocabulary if outputs is None else outputs)
+        for table in (self.tokens, self.positions):
+            if table is not None:
+                nn.init.normal_(table.weight, std=EMBEDDING_STD)
+
+    def forward(self, tokens_BL: Tensor) -> Tensor:
+        """Logits (B, L, K) of the token after each of ``tokens_BL``, integers (B, L).
+
+        Raises:
+            ValueError: more tokens than ``length``.
+        """
+        B, L = tokens_BL.shape
+        if self.length < L:
+            raise ValueError(f"this model was built for length={self.length}, received {L} tokens. Shorten the input.")
+        x_BLD = self.tokens(tokens_BL)
+        if self.positions is not None:
+            x_BLD = x_BLD + self.positions.weight[:L]
+        bias = None
+        if self.alibi:  # once for all blocks
+            bias = alibi_bias(self.heads, L, L, device=x_BLD.device, dtype=x_BLD.dtype).repeat(B, 1, 1)
+        for block in self.blocks:
+            x_BLD = block(x_BLD, bias)
+        logits: Tensor = self.output(self.norm(x_BLD))
+        return logits

@@ -1,0 +1,253 @@
+"""The pictures of a report: learning curves, attention maps, alignment kernels, each with its text alternative."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+
+import numpy as np
+from markupsafe import Markup
+from numpy.typing import NDArray
+
+from better_attention.lab.analysis.estimates import Estimate, number
+from better_attention.lab.analysis.findings import shown
+from better_attention.lab.analysis.study import AlignmentPicture, AttentionMap, Curve, RunName
+from better_attention.lab.analysis.summary import Row, columns_of
+from better_attention.lab.report import heatmaps
+from better_attention.lab.report.charts import (
+    LENGTHS,
+    Points,
+    Series,
+    learning_curves,
+    over_heads,
+    weight,
+    weights_over_angle,
+)
+from better_attention.mechanism import MECHANISMS
+
+PANELS = (
+    ("validation_loss", "Validation loss"),
+    ("validation_accuracy", "Validation accuracy, %"),
+    ("train_loss", "Training loss"),
+    ("train_accuracy", "Training accuracy, %"),
+)
+
+HEADS_SHOWN = 8
+"""Of a layer with more heads the first so many are drawn, and the page says so."""
+
+
+@dataclass(slots=True)
+class Album:
+    """The pictures of one page, up to ``room`` characters; ``left_out`` counts those that found no room."""
+
+    room: int
+    left_out: int = 0
+
+    def add(self, *contents: bytes, kind: str = "image/png") -> list[Markup] | None:
+        """The addresses of pictures that belong together, or None where there is no room for them all."""
+        uris = [heatmaps.data_uri(content, kind) for content in contents]
+        size = sum(map(len, uris))
+        if size > self.room:
+            self.left_out += 1
+            return None
+        self.room -= size
+        return uris
+
+
+@dataclass(slots=True)
+class Panel:
+    """A drawing in two versions, for light and for dark pages."""
+
+    title: str
+    alt: str
+    light: Markup
+    dark: Markup
+
+
+@dataclass(slots=True)
+class CurveGroup:
+    """The panels of one number of heads."""
+
+    heads: int | None
+    mechanisms: list[str]
+    panels: list[Panel]
+
+
+@dataclass(slots=True)
+class Head:
+    """The weights of one head on one input, and the attention that each patch or token receives."""
+
+    matrix: Markup
+    over: Markup | None
+    shades: list[tuple[str, str]]
+    caption: str
+    alt: str
+
+
+@dataclass(slots=True)
+class Layer:
+    """The heads of one layer of one run on one input, ``total`` in number, of which the first are drawn."""
+
+    run: RunName
+    layer: str
+    total: int
+    heads: list[Head] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Input:
+    """One input and what the layers of all runs make of it."""
+
+    label: str
+    picture: Markup | None
+    layers: list[Layer] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Kernel:
+    """W_A of one layer, a picture a kernel; ``total`` kernels, of which the first are drawn."""
+
+    run: RunName
+    layer: str
+    total: int
+    pictures: list[tuple[Markup, str, str]] = field(default_factory=list)
+
+
+def curve_groups(curves: Mapping[str, Curve], album: Album) -> list[CurveGroup]:
+    """The learning curves, one group of panels a number of heads, a line a mechanism."""
+    by_heads: dict[int | None, dict[str, list[Curve]]] = {}
+    for name, curve in curves.items():
+        run = RunName.of(name)
+        by_heads.setdefault(run.heads, {}).setdefault(run.mechanism, []).append(curve)
+    groups = []
+    for heads, found in sorted(by_heads.items(), key=lambda item: item[0] or 0):
+        runs = {name: found[name] for name in [*MECHANISMS, *found] if name in found}
+        panels = [panel for key, title in PANELS if (panel := _panel(title, key, runs, album))]
+        if panels:
+            groups.append(CurveGroup(heads, list(runs), panels))
+    return groups
+
+
+def _panel(title: str, key: str, runs: Mapping[str, Sequence[Curve]], album: Album) -> Panel | None:
+    series = {name: [drawn for curve in seeds if (drawn := _series(curve, key))] for name, seeds in runs.items()}
+    series = {name: seeds for name, seeds in series.items() if seeds}
+    if not any(len(x) > 1 for seeds in series.values() for x, _ in seeds):
+        return None  # one epoch is a point, and the table has it
+    falling = key.endswith("loss")
+    both = (learning_curves(series, dark=dark, falling=falling) for dark in (False, True))
+    uris = album.add(*both, kind="image/svg+xml")
+    if uris is None:
+        return None
+    ends = ", ".join(f"{name} {np.mean([y[-1] for _, y in seeds]):.4g}" for name, seeds in series.items())
+    return Panel(title, f"{title}, by epoch. Last values, mean over seeds: {ends}.", *uris)
+
+
+def _series(curve: Curve, key: str) -> Series | None:
+    points = [(float(entry["epoch"]), float(entry[key])) for entry in curve if entry.get(key) is not None]
+    return ([x for x, _ in points], [y for _, y in points]) if points else None
+
+
+def ablation(rows: Sequence[Row], album: Album) -> tuple[list[str], list[Panel]]:
+    """Results of the test split over the number of heads: the mechanisms drawn, and a panel each of accuracy and BLEU.
+
+    Empty where fewer than two numbers of heads were run.
+    """
+    if len({row.heads for row in rows}) < 2:
+        return [], []
+    panels = []
+    for column in columns_of(rows):
+        if column.key not in ("test_accuracy", "test_bleu"):
+            continue
+        runs: dict[str, dict[int, Estimate]] = {}
+        for row in rows:
+            if column.key in row.estimates:
+                runs.setdefault(row.mechanism, {})[row.heads] = row.estimates[column.key]
+        if uris := album.add(*(over_heads(runs, dark=dark) for dark in (False, True)), kind="image/svg+xml"):
+            panels.append(Panel(column.title, f"{column.title} by number of heads. {_over_heads(runs)}.", *uris))
+    return list(dict.fromkeys(row.mechanism for row in rows)) if panels else [], panels
+
+
+def _over_heads(runs: Mapping[str, Points]) -> str:
+    return "; ".join(
+        f"{name}: {', '.join(f'{shown(points[heads], 2)} with {heads}' for heads in sorted(points))}"
+        for name, points in runs.items()
+    )
+
+
+def angle_panels(album: Album) -> list[Panel]:
+    """The weights of softmax and of expressive attention over the angle between query and key, from the formulas."""
+    panels = []
+    titles = {"standard": "softmax: exp z", "expressive": "expressive: z²/(1 + z²)"}
+    for mechanism, title in titles.items():
+        if uris := album.add(*_drawn_angles(mechanism), kind="image/svg+xml"):
+            at = np.array([0.0, 90.0, 180.0])
+            values = (
+                f"{length:g}: {', '.join(number(float(w), 3) for w in weight(mechanism, at, length))}"
+                for length in LENGTHS
+            )
+            alt = f"{title}. Weight at 0°, 90° and 180° for |q| |k| · scale of {'; '.join(values)}."
+            panels.append(Panel(title, alt, *uris))
+    return panels
+
+
+@cache
+def _drawn_angles(mechanism: str) -> tuple[bytes, bytes]:
+    """For light and for dark pages; the same on every page."""
+    return weights_over_angle(mechanism, dark=False), weights_over_angle(mechanism, dark=True)
+
+
+def inputs(maps: Sequence[AttentionMap], album: Album) -> list[Input]:
+    """The attention maps, gathered by input, so that the mechanisms stand below each other."""
+    found: dict[str, Input] = {}
+    for one in maps:
+        if one.label not in found:
+            photograph = None if one.picture is None else album.add(heatmaps.photograph(one.picture))
+            found[one.label] = Input(one.label, photograph[0] if photograph else None)
+        layer = Layer(RunName.of(one.run), one.layer, total=len(one.weights))
+        shown = range(min(layer.total, HEADS_SHOWN))
+        layer.heads = [head for place in shown if (head := _head(one, place, album))]
+        if layer.heads:
+            found[one.label].layers.append(layer)
+    return [one for one in found.values() if one.layers]
+
+
+def _head(one: AttentionMap, place: int, album: Album) -> Head | None:
+    weights = one.weights[place]
+    received = np.nan_to_num(weights).mean(axis=0)  # over the queries
+    over = None if one.picture is None else heatmaps.over_picture(received, one.picture)
+    uris = album.add(heatmaps.heat(weights), *([over] if over else []))
+    if uris is None:
+        return None
+    greatest = float(np.nan_to_num(weights).max(initial=0.0))
+    caption = f"head {place + 1}, up to {greatest:.2g}"
+    alt = (
+        f"Attention weights of head {place + 1}, {weights.shape[0]} queries (rows) by {weights.shape[1]} keys "
+        f"(columns); greatest weight {greatest:.2g}, key {int(received.argmax()) + 1} receives most"
+    )
+    return Head(uris[0], uris[1] if over else None, _shades(one.tokens, received), caption, alt)
+
+
+def _shades(tokens: Sequence[str] | None, received: NDArray[np.floating]) -> list[tuple[str, str]]:
+    """Each token with its share of the greatest attention received, "0.00" to "1.00"."""
+    greatest = received.max(initial=0.0)
+    shares = received / greatest if greatest > 0 else received
+    return [(token, f"{share:.2f}") for token, share in zip(tokens or (), shares, strict=False)]
+
+
+def kernels(alignments: Sequence[AlignmentPicture], album: Album) -> list[Kernel]:
+    """W_A of every layer: blue below zero, white at zero, red above."""
+    found = []
+    for one in alignments:
+        stack = one.weight if one.weight.ndim == 3 else one.weight[None]
+        kernel = Kernel(RunName.of(one.run), one.layer, total=len(stack))
+        for place, matrix in enumerate(stack[:HEADS_SHOWN], start=1):
+            content, reach = heatmaps.diverging(matrix)
+            which = f"head {place}" if one.weight.ndim == 3 else "all heads"
+            size = matrix.shape[0]
+            alt = f"Alignment kernel of {which}, {size} by {size}, values from -{reach:.2g} to {reach:.2g}"
+            if uris := album.add(content):
+                kernel.pictures.append((uris[0], f"{which}, ±{reach:.2g}", alt))
+        if kernel.pictures:
+            found.append(kernel)
+    return found

@@ -1,0 +1,1 @@
+"""Run folders: one trained model each."""

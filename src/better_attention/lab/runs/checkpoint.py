@@ -1,0 +1,201 @@
+"""Checkpoints: the whole state of a training run, on disk whole or not at all, in safetensors and JSON.
+
+A checkpoint is a pair, ``checkpoint-000007.safetensors`` and ``checkpoint-000007.json``. The JSON is
+written last and carries the SHA-256 of both, so a pair that a crash, a full disk or a flipped bit spoilt is
+recognised, and the previous pair, which is kept until then, takes its place. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from better_attention.lab.files import digest as digest_of
+from better_attention.lab.files import open_regular, parse_json, read_regular, remove_leftovers, write_atomic
+
+
+def save(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    """Write a new checkpoint into ``folder``, which exists, and remove all but the last two.
+
+    Args:
+        tensors: name -> tensor, on any device.
+        state: plain JSON values, finite numbers only.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written; earlier checkpoints are untouched.
+    """
+    numbers = _numbers(folder)
+    number = max(numbers, default=0) + 1
+    stem = f"checkpoint-{number:06d}"
+    content = tensor_bytes(tensors)
+    manifest = {"tensors": sha256(content).hexdigest(), "state": state}
+    # An earlier one without its JSON was never whole: it is not the one to fall back on.
+    previous = max((n for n in numbers if (folder / f"checkpoint-{n:06d}.json").exists()), default=None)
+    try:
+        write_atomic(folder / f"{stem}.safetensors", content, make_folder=False)
+        text = json.dumps({"digest": _digest(manifest), **manifest}, allow_nan=False)
+        write_atomic(folder / f"{stem}.json", text, make_folder=False)
+    except OSError:
+        _remove(folder, number)  # half a pair would only take room
+        raise
+    for other in numbers - {previous}:
+        _remove(folder, other)
+
+
+def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """The newest whole checkpoint in ``folder`` (tensors on the CPU, state); None if there is none.
+
+    Warns of each damaged one that it passes over.
+    """
+    for number in sorted(_numbers(folder), reverse=True):
+        stem = folder / f"checkpoint-{number:06d}"
+        try:
+            manifest = parse_json(read_regular(stem.with_suffix(".json")))
+            digest = manifest.pop("digest")
+            if digest != _digest(manifest):
+                raise ValueError(f"{stem.name}.json was altered: its digest is {_digest(manifest)}, not {digest}")
+            with open_regular(stem.with_suffix(".safetensors")) as file:
+                content = file.read()
+            if (found := sha256(content).hexdigest()) != manifest["tensors"]:
+                raise ValueError(f"{stem.name}.safetensors has SHA-256 {found}, not {manifest['tensors']}")
+            return safetensors.torch.load(content), manifest["state"]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            warnings.warn(f"{folder}: passing over a damaged checkpoint ({error}).", stacklevel=2)
+    return None
+
+
+def last_state(folder: Path) -> dict[str, Any] | None:
+    """The state of the newest checkpoint in ``folder`` whose tensors are there, None if there is none.
+
+    Of the tensors only the head is read, for a listing; :func:`load` checks every byte.
+    """
+    for number in sorted(_numbers(folder), reverse=True):
+        stem = folder / f"checkpoint-{number:06d}"
+        try:
+            manifest = parse_json(read_regular(stem.with_suffix(".json")))
+            if manifest.pop("digest") == _digest(manifest) and isinstance(state := manifest["state"], dict):
+                open_regular(stem.with_suffix(".safetensors")).close()  # nothing that would block
+                with safetensors.safe_open(stem.with_suffix(".safetensors"), framework="pt"):
+                    return state
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError):
+            continue
+    return None
+
+
+def clear(folder: Path) -> None:
+    """Remove every checkpoint in ``folder``, and what a crash left of unfinished ones."""
+    for number in _numbers(folder):
+        _remove(folder, number)
+    remove_leftovers(folder)
+
+
+def tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+    """``tensors`` as the bytes of a safetensors file."""
+    content: bytes = safetensors.torch.save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
+    return content
+
+
+def check_digest(path: Path, digest: object) -> None:
+    """Make sure that the bytes of a file are those that were written.
+
+    Args:
+        path: the file.
+        digest: their SHA-256 as it was written down; None: by a version that did not.
+
+    Raises:
+        ValueError: they are others.
+    """
+    if digest is None:
+        return
+    found = digest_of(path)
+    if found != digest:
+        raise ValueError(
+            f"{path} was changed since it was written: its SHA-256 is {found}, not {digest}. Delete the run and train "
+            "it again."
+        )
+
+
+def tensor_count(path: Path) -> int:
+    """Number of tensors in a safetensors file, of which only the head is read.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    open_regular(path).close()  # nothing that would block
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return len(file.keys())
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f"{path} is not a whole safetensors file ({error}). Delete the run and train it again."
+        ) from None
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Put the weights in the safetensors file ``path`` in place of ``model``'s, which may be on the meta device.
+
+    Raises:
+        ValueError: the file is damaged, or its names, shapes or dtypes are not the model's; found before any
+            tensor is read.
+    """
+    expected = {name: (tuple(t.shape), t.dtype) for name, t in model.state_dict().items()}
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            wrong = [
+                f"{name}: {found.get(name, 'missing')} in the file, {expected.get(name, ('unknown',))[0]} in the model"
+                for name in sorted(found.keys() | expected.keys())
+                if found.get(name) != expected.get(name, ("unknown",))[0]
+            ]
+            if wrong:
+                raise ValueError(f"{path} does not hold the weights of this model:\n  " + "\n  ".join(wrong[:10]))
+            tensors = {name: file.get_tensor(name) for name in found}
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f"{path} is not a whole safetensors file ({error}). Delete the run and train it again."
+        ) from None
+    for name, tensor in tensors.items():
+        if tensor.dtype != expected[name][1]:
+            raise ValueError(f"{path}: {name} is {tensor.dtype} in the file, {expected[name][1]} in the model.")
+    model.load_state_dict(tensors, assign=True)
+
+
+def optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The moments and step counts of an optimiser, named ``"INDEX.KEY"`` by the order of its parameters."""
+    state = optimiser.state_dict()["state"]
+    return {f"{index}.{key}": value for index, entry in state.items() for key, value in entry.items()}
+
+
+def load_optimiser(optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Put what :func:`optimiser_tensors` gave back into a fresh optimiser over the same parameters."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        index, key = name.split(".", 1)
+        state.setdefault(int(index), {})[key] = tensor
+    optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    return sha256(json.dumps(manifest, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def _numbers(folder: Path) -> set[int]:
+    found = (
+        re.fullmatch(r"checkpoint-(\d{6})\.(?:json|safetensors)", path.name) for path in folder.glob("checkpoint-*")
+    )
+    return {int(match[1]) for match in found if match}
+
+
+def _remove(folder: Path, number: int) -> None:
+    """Remove one pair, the JSON first, so that no pair is ever half there and taken for whole."""
+    for suffix in (".json", ".safetensors"):
+        (folder / f"checkpoint-{number:06d}{suffix}").unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""What is trained: tasks by kind, and the catalogue of those that the command knows."""

@@ -1,0 +1,366 @@
+"""What an experiment is, as data: a data set, a model, and the settings of its training.
+
+A task is a frozen dataclass that a function of ``tasks/`` returns for a scale; every variant is a
+``dataclasses.replace`` of it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from better_attention.errors import finite_number, one_of, whole_number
+from better_attention.lab.tasks.optimisers import RMSprop
+from better_attention.lab.tasks.splits import Split, Splits
+from better_attention.lab.tasks.variant import Variant
+from better_attention.mechanism import Mechanism
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+SCALES = ("smoke", "small", "paper")
+OPTIMISERS = ("adam", "adamw", "rmsprop")
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One input for people to look at: the tokens of a text, or a uint8 picture (H, W) or (H, W, 3)."""
+
+    tokens: tuple[str, ...] | None = None
+    picture: NDArray[np.uint8] | None = None
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says of one input.
+
+    Args:
+        label: the likeliest class, or the text that was generated.
+        probability: its probability, 0 ... 1.
+        probabilities: name -> probability, of every class; empty for a text.
+    """
+
+    label: str
+    probability: float
+    probabilities: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task(ABC):
+    """One experiment at one scale.
+
+    Args:
+        name, title, source: key on the command line, one line for people, where the paper has it.
+        scale: ``"smoke"`` (seconds), ``"small"`` (minutes) or ``"paper"`` (the paper's setting).
+        dataset: key of :data:`better_attention.lab.data.SOURCES`.
+        width, length, layers: model width d, sequence length ℓ, attention layers.
+        heads, default_heads: head counts of the paper's ablation; the one compared by default.
+        seeds: runs of each row unless told otherwise.
+        epochs: most epochs of a run.
+        patience: epochs without a better validation loss after which a run stops; 0: never.
+        batch_size: samples of one update, over all processes together.
+        optimiser, lr, weight_decay: ``"adam"``, ``"adamw"`` or ``"rmsprop"`` (Keras') and its numbers.
+        dropout: rate inside the blocks.
+        validation_share: share of the training split that is held out as validation.
+        train_samples, test_samples: random subsets for the smaller scales; None: everything.
+        data_seed: seed of the validation cut and of the subsets, the same for every run.
+        equal_params: give every mechanism the width at which its model comes nearest to the parameters of the standard
+            model at ``width``, as table 7 of arXiv 2403.01643 does by hand.
+        threads: most CPU threads of a run; None: as many as torch takes. Models this small lose more by handing work
+            to a second thread than it gains, and lose badly where another program wants that core.
+    """
+
+    follows: ClassVar[Mapping[str, str]] = {
+        "heads": "--heads",
+        "default_heads": "--heads",
+        "seeds": "--seeds",
+    }
+    """Settings that something else decides -> what; to set them would do nothing."""
+
+    own_data: ClassVar[bool] = False
+    """Whether the data is the user's own, and every folder of it is read."""
+
+    name: str
+    title: str
+    source: str
+    scale: str
+    dataset: str
+    width: int
+    length: int
+    layers: int
+    heads: tuple[int, ...]
+    default_heads: int
+    seeds: int
+    epochs: int
+    patience: int
+    batch_size: int
+    optimiser: str
+    lr: float
+    weight_decay: float = 0.0
+    dropout: float = 0.1
+    validation_share: float = 0.1
+    train_samples: int | None = None
+    test_samples: int | None = None
+    data_seed: int = 0
+    equal_params: bool = False
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("width", "length", "layers", "default_heads", "seeds", "epochs", "batch_size"):
+            whole_number(getattr(self, name), name)
+        whole_number(self.patience, "patience", at_least=0)
+        for name in ("threads", "train_samples", "test_samples"):
+            if getattr(self, name) is not None:
+                whole_number(getattr(self, name), name)
+        one_of(self.scale, "scale", SCALES)
+        one_of(self.optimiser, "optimiser", OPTIMISERS)
+        if finite_number(self.lr, "lr", low=0.0) == 0:
+            raise ValueError("lr must be above 0, received 0.")
+        finite_number(self.weight_decay, "weight_decay", low=0.0)
+        for name in ("dropout", "validation_share"):
+            share(getattr(self, name), name)
+
+    def fitted(self, folder: Path | None = None) -> Self:
+        """This task with what only the user's data can tell (classes, sizes) filled in; known data sets know it all.
+
+        Raises:
+            ValueError: the data set is missing or damaged; the message says how to get it.
+        """
+        return self
+
+    @abstractmethod
+    def load(self, folder: Path | None = None) -> Splits:
+        """Read the data set from ``folder`` (None: the library's own data home) and split it.
+
+        Raises:
+            ValueError: the data set is missing or damaged; the message says how to get it.
+        """
+
+    @abstractmethod
+    def model(self, variant: Variant, heads: int) -> nn.Module:
+        """A fresh model of this width: inputs (B, ...) to logits (B, K), or (B, T, K) of T targets a sample."""
+
+    def build(self, variant: str | Mechanism | Variant, heads: int) -> nn.Module:
+        """A fresh model for a comparison: :meth:`model`, at the width that ``equal_params`` asks for."""
+        variant = Variant.of(variant)
+        return self.sized(variant, heads).model(variant, heads)
+
+    def size(self, variant: str | Mechanism | Variant, heads: int) -> int:
+        """Parameters of the model that :meth:`build` makes; takes no memory."""
+        with torch.device("meta"):
+            return count(self.build(variant, heads))
+
+    def torch_twin(self) -> Self:
+        """This task with a standard model that ``torch.nn.MultiheadAttention`` can compute, for the pace beside it."""
+        return self
+
+    def width_step(self, heads: int) -> int:
+        """Widths that :meth:`sized` may choose are multiples of this."""
+        return heads
+
+    def sized(self, variant: Variant, heads: int) -> Self:
+        """This task at the width of ``variant``: its own, or the one of about equal parameters in total."""
+        return replace(self, width=equal_width(self, variant, heads)) if self.equal_params else self
+
+    @abstractmethod
+    def encode(self, inputs: Any, assets: Mapping[str, Any]) -> Tensor:
+        """New inputs as the model reads them, (N, ...).
+
+        Raises:
+            ValueError, TypeError: inputs that the model cannot read.
+        """
+
+    def stored(self, splits: Splits) -> Mapping[str, Any]:
+        """What a run keeps for reading new inputs, as plain JSON values: ``splits.assets``, and what a task adds."""
+        return splits.assets
+
+    @abstractmethod
+    def show(self, inputs: Tensor, assets: Mapping[str, Any]) -> Shown:
+        """One encoded input, without the batch dimension, for people to look at."""
+
+    def key_tokens(self, layer: str, shown: Shown) -> tuple[str, ...] | None:
+        """The tokens of ``shown`` that are the keys of an attention layer, by its name in the model; None: no text."""
+        return shown.tokens
+
+    def augment(self, inputs: Tensor) -> Tensor:
+        """Training inputs (B, ...) changed at random, by the generator of their device; unchanged unless overridden."""
+        return inputs
+
+    def scores(self, model: nn.Module, split: Split, assets: Mapping[str, Any]) -> dict[str, float]:
+        """What a finished model is measured by beside accuracy and loss: ``"top5"`` (%) or ``"bleu"`` (points).
+
+        The model is in eval mode, on the device of ``split``.
+        """
+        return {}
+
+    def scored(self, samples: int) -> int:
+        """How many of a split's samples :meth:`scores` looks at."""
+        return samples
+
+    def solved(self, epoch: Mapping[str, float]) -> bool:
+        """Whether a run may end after ``epoch``, its line of the curve, since more cannot be learned."""
+        return False
+
+    def examples(self, splits: Splits, number: int) -> list[tuple[int, str]]:
+        """Test samples for people to look at, each of another class: row and description."""
+        targets = splits.test.targets.tolist()
+        rows = [targets.index(target) for target in dict.fromkeys(targets)][:number]
+        return [(row, f"test sample {row}, class {splits.assets['classes'][targets[row]]}") for row in rows]
+
+    def predictions(self, model: nn.Module, inputs: Tensor, assets: Mapping[str, Any]) -> list[Prediction]:
+        """What ``model``, in eval mode, says of encoded inputs (B, ...): the likeliest class of each."""
+        classes = assets["classes"]
+        return [
+            Prediction(classes[best := row.index(max(row))], row[best], dict(zip(classes, row, strict=True)))
+            for row in self.probabilities(model(inputs)).tolist()
+        ]
+
+    def losses(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy of each sample, (B,), from logits (B, K); K = 1 is the logit of class 1 of two."""
+        if logits.shape[1] == 1:
+            return F.binary_cross_entropy_with_logits(logits[:, 0], targets.to(logits.dtype), reduction="none")
+        return F.cross_entropy(logits, targets, reduction="none")
+
+    def correct(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Whether the likeliest class is the right one, bool (B,); with several targets a sample, the share, float."""
+        predicted = (logits[:, 0] > 0).long() if logits.shape[1] == 1 else logits.argmax(dim=1)
+        return predicted == targets
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Probability of every class, (B, classes)."""
+        if logits.shape[1] == 1:
+            second = logits[:, 0].sigmoid()
+            return torch.stack([1 - second, second], dim=1)
+        return logits.softmax(dim=1)
+
+    def make_optimiser(self, model: nn.Module) -> torch.optim.Optimizer:
+        """The task's optimiser over all parameters of ``model``."""
+        if self.optimiser == "rmsprop":
+            return RMSprop(model.parameters(), lr=self.lr, weight_decay=self.weight_decay)
+        make = torch.optim.AdamW if self.optimiser == "adamw" else torch.optim.Adam
+        return make(model.parameters(), lr=self.lr, weight_decay=self.weight_decay, fused=True)
+
+    def settings(self) -> dict[str, Any]:
+        """Every field as a plain JSON value."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    def with_settings(self, settings: Mapping[str, Any]) -> Self:
+        """This task with the fields that :meth:`settings` once gave.
+
+        Raises:
+            ValueError: an unknown or a missing field, or a value out of range.
+        """
+        own = {f.name for f in fields(self)}
+        if own != set(settings):
+            raise ValueError(
+                f"settings of task {self.name!r}: unknown {sorted(set(settings) - own)}, "
+                f"missing {sorted(own - set(settings))}; written by another version of better-attention."
+            )
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+        return replace(self, **values)
+
+
+def share(value: object, name: str) -> float:
+    """``value`` as a number from 0 to below 1, or an error naming the setting: of all that is left out nothing is left.
+
+    Raises:
+        TypeError, ValueError: it is none.
+    """
+    number = finite_number(value, name, low=0.0, high=1.0)
+    if number == 1:
+        raise ValueError(f"{name} must be below 1, received {value!r}: nothing would be left.")
+    return number
+
+
+def count(module: nn.Module) -> int:
+    """Number of learned values of a module."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@cache
+def equal_width(task: Task, variant: Variant, heads: int) -> int:
+    """The multiple of ``task.width_step(heads)`` at which ``variant`` comes nearest to standard at ``task.width``."""
+
+    def size(width: int, of: Variant) -> int:
+        return replace(task, width=width, equal_params=False).size(of, heads)
+
+    aim, step = size(task.width, Variant.of("standard")), task.width_step(heads)
+    if size(task.width, variant) == aim:
+        return task.width
+    low, high = 1, max(2, 4 * task.width // step)
+    while high - low > 1:  # parameters grow with the width
+        middle = (low + high) // 2
+        low, high = (middle, high) if size(middle * step, variant) <= aim else (low, middle)
+    return min((low * step, high * step, task.width), key=lambda width: abs(size(width, variant) - aim))
+
+
+def check_classes(task: Task, classes: int, there: Sequence[str]) -> None:
+    """Refuse data of another number of classes than the model is built for.
+
+    Raises:
+        ValueError: it is another.
+    """
+    if len(there) != classes:
+        raise ValueError(
+            f"task {task.name!r} is set to classes={classes}, but data set {task.dataset!r} has {len(there)}: "
+            f"leave `classes` as it is, or take classes={len(there)}."
+        )
+
+
+def cut(task: Task, train: int, test: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Row numbers of the training, validation and test samples.
+
+    Validation is cut from the official training split; smaller scales then take subsets of each part.
+    All three are random, in an order that depends on ``task.data_seed`` alone.
+
+    Raises:
+        ValueError: a part would be empty.
+    """
+    generator = torch.Generator().manual_seed(task.data_seed)
+    rows = torch.randperm(train, generator=generator)
+    tests = torch.randperm(test, generator=generator)[: task.test_samples].sort().values
+    size = train if task.train_samples is None else min(task.train_samples, train)
+    held_out = round(size * task.validation_share)
+    parts = rows[held_out:size], rows[:held_out], tests
+    for name, part in zip(("training", "validation", "test"), parts, strict=True):
+        if len(part) == 0:
+            raise ValueError(
+                f"task {task.name!r} leaves no {name} samples of {train} training and {test} test samples "
+                f"(validation_share={task.validation_share}, train_samples={task.train_samples}, "
+                f"test_samples={task.test_samples})."
+            )
+    return parts
+
+
+def subsets(task: Task, train: int, validation: int, test: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Row numbers of the training, validation and test samples where all three are given: all, or random subsets.
+
+    ``task.train_samples`` counts training and validation together, as it does where validation is cut from training.
+
+    Raises:
+        ValueError: a part would be empty.
+    """
+    limits: tuple[int | None, int | None] = (None, None)
+    if task.train_samples is not None:
+        held_out = min(validation, round(task.train_samples * task.validation_share))
+        limits = task.train_samples - held_out, held_out
+        if min(limits) < 1:
+            raise ValueError(
+                f"task {task.name!r} leaves no training or no validation samples (train_samples={task.train_samples}, "
+                f"validation_share={task.validation_share})."
+            )
+    generator = torch.Generator().manual_seed(task.data_seed)
+
+    def some(size: int, limit: int | None) -> Tensor:
+        return torch.randperm(size, generator=generator)[:limit].sort().values
+
+    return some(train, limits[0]), some(validation, limits[1]), some(test, task.test_samples)

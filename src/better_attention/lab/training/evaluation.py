@@ -1,0 +1,40 @@
+"""Loss and accuracy of a split, every sample counted once, on one process or several."""
+
+from __future__ import annotations
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from better_attention.lab.tasks.base import Task
+from better_attention.lab.tasks.splits import Split
+
+EVALUATION_BATCH = 512
+
+
+def evaluate(accelerator: Accelerator, model: nn.Module, task: Task, split: Split) -> dict[str, float]:
+    """Mean loss and accuracy in per cent of ``split``, every sample counted once over all processes.
+
+    Raises:
+        RuntimeError: a sample was lost or counted twice.
+    """
+    loss = correct = seen = 0.0
+    model.eval()
+    with torch.inference_mode():
+        for x, y in split.batches(EVALUATION_BATCH, accelerator.process_index, accelerator.num_processes):
+            logits = model(x)
+            loss += float(task.losses(logits, y).sum())
+            correct += float(task.correct(logits, y).sum())
+            seen += len(y)
+    loss, correct, seen = total(accelerator, loss, correct, seen)
+    if seen != len(split):
+        raise RuntimeError(f"evaluation counted {seen:.0f} samples of {len(split)}: this is a bug of better-attention.")
+    return {"accuracy": 100 * correct / seen, "loss": loss / seen}
+
+
+def total(accelerator: Accelerator, *values: float) -> list[float]:
+    """The sum of each value over the processes."""
+    if accelerator.num_processes == 1:
+        return list(values)
+    sums: Tensor = accelerator.reduce(torch.tensor(values, dtype=torch.float64, device=accelerator.device), "sum")
+    return [float(value) for value in sums.tolist()]

@@ -1,0 +1,386 @@
+"""The training loop: one run, from its initial weights or its last checkpoint to its record.
+
+Everything random is a pure function of the position: the order of the samples of (seed, epoch), the dropout
+of (seed, epoch, step). A run that was killed at any moment therefore continues in the middle of its epoch
+and, on a CPU with as many threads, ends with the same bits. It runs on Hugging Face accelerate: on a CPU, a
+GPU, or several processes, where each takes its share of every batch and the gradient is that of the whole
+batch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from better_attention.errors import counted
+from better_attention.lab.files import digest, open_regular, write_atomic
+from better_attention.lab.runs import checkpoint, manifest
+from better_attention.lab.runs.folder import (
+    FILES,
+    WEIGHTS,
+    check_files,
+    describe_run,
+    json_text,
+    open_run,
+    read_json,
+    read_result,
+    write_json,
+)
+from better_attention.lab.runs.provenance import commit, environment
+from better_attention.lab.tasks.base import Task, count
+from better_attention.lab.tasks.splits import Splits
+from better_attention.lab.tasks.variant import Variant
+from better_attention.lab.training.evaluation import evaluate, total
+from better_attention.lab.training.launch import in_words, torchrun
+from better_attention.lab.training.progress import DivergedError, Interrupted, Position
+from better_attention.lab.training.randomness import derive, epoch_order, initial_model, reseed
+from better_attention.lab.training.step_time import Pace
+from better_attention.layer.multihead import MultiheadAttention
+
+CHECKPOINT_SECONDS = 20.0  # at most this much work is lost
+
+
+@dataclass
+class Training:
+    """One run on its way; :meth:`run` is the story, the other methods are its chapters in order.
+
+    Args:
+        task, variant, heads, seed: what is trained.
+        splits: the data, on the accelerator's device.
+        folder: the run's own.
+        accelerator: where it runs.
+        command: the command line, for the record.
+        progress: called after every update with the position and the number of updates of an epoch.
+        stop: asked after every update; true saves the run and raises :class:`Interrupted`.
+        checkpoint_seconds: time between checkpoints; at an epoch's end a tenth of it suffices.
+        pace: what was measured of the model's speed before training, for the record.
+    """
+
+    task: Task
+    splits: Splits
+    variant: Variant
+    heads: int
+    seed: int
+    folder: Path
+    accelerator: Accelerator
+    command: str = ""
+    progress: Callable[[Position, int], None] = lambda position, steps: None
+    stop: Callable[[], bool] = lambda: False
+    checkpoint_seconds: float = CHECKPOINT_SECONDS
+    pace: Pace | None = None
+
+    def run(self) -> dict[str, Any]:
+        """Train, or continue where the run was interrupted, then test; a finished run is returned as it is.
+
+        The test split is touched once, after the weights of the epoch with the best validation loss are back.
+
+        Returns:
+            The record of the run, as it stands in ``result.json``.
+
+        Raises:
+            DivergedError: a loss or gradient is not finite; raised before the update that it would spoil, and written
+                down in ``diverged.json``.
+            Interrupted: ``stop`` said so.
+            ValueError: the folder holds another run, or a finished one that was changed since it was written.
+            OSError: the disk is full, for example; the last checkpoint is whole. Or the folder was deleted or replaced.
+        """
+        found = self.open()
+        if found is not None:
+            if self.main:
+                checkpoint.clear(self.folder)  # a crash may have come right after the result
+            return found
+        with open_regular(self.folder / "config.json") as config:
+            return self.train(config)
+
+    def train(self, config: BinaryIO) -> dict[str, Any]:
+        """Train what is left, then test.
+
+        Args:
+            config: the run's ``config.json``, open: while it is, no other file can be mistaken for it.
+        """
+        self.config = config
+        self.restore()
+        self.warm_up()
+        try:
+            while not self.position.finished(self.task):
+                self.train_epoch()
+                self.validate()
+        except DivergedError as error:
+            if self.main:
+                self.write("diverged.json", json_text({"reason": str(error)}))
+            raise
+        self.model.load_state_dict(self.best)
+        weights = checkpoint.tensor_bytes(self.best)
+        record = self.record() | {"model_sha256": sha256(weights).hexdigest(), "manifest": manifest.NAME}
+        if self.main:
+            self.write_curve()
+            self.write(WEIGHTS, weights)
+            text = json_text(record)
+            digests = {name: digest(self.folder / name) for name in FILES if name != "result.json"}
+            digests["result.json"] = sha256(text.encode("utf-8")).hexdigest()
+            manifest.write(self.folder, digests, make_folder=False)
+            self.write("result.json", text)  # last: with it the run is finished
+            checkpoint.clear(self.folder)
+        self.accelerator.wait_for_everyone()
+        return record
+
+    def open(self) -> dict[str, Any] | None:
+        """Make the run's folder, or make sure that it is this run's; the record if the run is finished.
+
+        Raises:
+            ValueError: another run lies there, or this one was changed since it was written.
+        """
+        device = self.accelerator.device.type
+        run = describe_run(self.task, self.variant, self.heads, self.seed, self.splits.digest, device)
+        self.main = self.accelerator.is_main_process
+        if self.main:
+            open_run(self.folder, run, self.command)
+            if not os.path.lexists(self.folder / "result.json"):
+                self.write_assets()
+        self.accelerator.wait_for_everyone()
+        found = read_result(self.folder)
+        if found is not None:
+            check_files(self.folder, found)
+        return found
+
+    def write_assets(self) -> None:
+        """``assets.json``, unless it is there already as the data give it."""
+        try:
+            known = read_json(self.folder / "assets.json")
+        except (OSError, ValueError):
+            known = None
+        assets = self.task.stored(self.splits)
+        if known is None or json_text(known) != json_text(assets):
+            write_json(self.folder / "assets.json", assets)
+
+    def write(self, name: str, content: bytes | str) -> None:
+        """Write a file of the run.
+
+        Raises:
+            OSError: it cannot be written, or the folder is no longer that of this run.
+        """
+        self.check_folder()
+        write_atomic(self.folder / name, content, make_folder=False)
+
+    def check_folder(self) -> None:
+        """Refuse to go on where the folder was deleted, moved or replaced since this process opened it.
+
+        Raises:
+            OSError: it was.
+        """
+        try:
+            same = os.path.samestat(os.fstat(self.config.fileno()), (self.folder / "config.json").stat())
+        except OSError:
+            same = False
+        if not same:
+            raise OSError(
+                f"{self.folder} was deleted, moved or replaced while it was being trained: nothing more is saved "
+                "there. Run the same command again; without its folder, the run starts anew."
+            )
+
+    def restore(self) -> None:
+        """Build model and optimiser, at the last checkpoint if there is one."""
+        self.model = initial_model(self.task, self.variant, self.heads, self.seed)
+        self.parallel, self.optimiser = self.accelerator.prepare(self.model, self.task.make_optimiser(self.model))
+        self.position = Position()
+        self.best: dict[str, Tensor] = {}
+        self.saved_at = time.monotonic()
+        with warnings.catch_warnings():
+            if not self.main:  # the first process tells of a damaged one
+                warnings.simplefilter("ignore")
+            saved = checkpoint.load(self.folder)
+        if saved is None:
+            self.begin_session()
+            return
+        tensors, state = saved
+        self.position = Position(**state)
+        self.begin_session()
+        if not self.main:  # the sums that were saved are those of all processes together
+            self.position.loss = self.position.correct = 0.0
+        self.best = {k: v.to(self.accelerator.device) for k, v in _below("best", tensors).items()}
+        self.model.load_state_dict(_below("model", tensors))
+        checkpoint.load_optimiser(self.optimiser, _below("optimiser", tensors))
+
+    def begin_session(self) -> None:
+        """Note where the run goes on from here, and warn where that will show in the last bits."""
+        sessions, threads = self.position.sessions, torch.get_num_threads()
+        session = {"commit": commit(), "threads": threads, "processes": self.accelerator.num_processes}
+        before, processes = (sessions[-1][key] if sessions else session[key] for key in ("threads", "processes"))
+        if not sessions or sessions[-1] != session:
+            sessions.append(session)
+        if processes != session["processes"] and self.main:
+            warnings.warn(
+                f"{self.folder}: trained by {in_words(processes)} so far, goes on with "
+                f"{session['processes']}. Each process draws its own dropout, and sums are rounded otherwise: the "
+                f"result will differ from that of a run in one go. `{torchrun(processes)} ...` goes on as it began.",
+                stacklevel=2,
+            )
+        if before != threads and self.main and self.accelerator.device.type == "cpu":
+            warnings.warn(
+                f"{self.folder}: trained with {counted(before, 'thread')} so far, goes on with {threads}. Sums are "
+                "then rounded otherwise: the result will differ in its last bits from that of a run in one go. "
+                f"OMP_NUM_THREADS={before} goes on as it began.",
+                stacklevel=2,
+            )
+
+    def warm_up(self) -> None:
+        """One forward and backward pass without an update: what happens only once is in no epoch's seconds."""
+        batch = slice(self.task.batch_size)
+        self.parallel.train()
+        inputs, targets = self.splits.train.batch(batch)
+        logits = self.parallel(self.task.augment(inputs))
+        self.accelerator.backward(self.task.losses(logits, targets).sum())
+        self.optimiser.zero_grad()
+
+    def train_epoch(self) -> None:
+        """The updates of an epoch that are still to be done."""
+        task, position, train = self.task, self.position, self.splits.train
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        steps = math.ceil(len(train) / task.batch_size)
+        order = epoch_order(len(train), self.seed, position.epoch).to(train.inputs.device)
+        self.parallel.train()
+        while position.step < steps:
+            began = time.perf_counter()
+            batch = order[position.step * task.batch_size : (position.step + 1) * task.batch_size]
+            mine = batch[rank::processes]
+            reseed(self.accelerator.device, derive("dropout", self.seed, position.epoch, position.step, rank))
+            inputs, targets = train.batch(mine)
+            inputs = task.augment(inputs)
+            ready = time.perf_counter()
+            logits = self.parallel(inputs)
+            loss = task.losses(logits, targets).sum()
+            # Processes average their gradients: scaled like this, the average is that of the whole batch.
+            self.accelerator.backward(loss * (processes / len(batch)))
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+            correct = task.correct(logits.detach(), targets).sum()
+            numbers = torch.stack([loss.detach(), norm, correct.to(norm.dtype)]).tolist()  # one wait for the device
+            due = time.monotonic() - self.saved_at >= self.checkpoint_seconds
+            failed, due, stopped = self.any_process(not all(map(math.isfinite, numbers)), due, self.stop())
+            if failed:
+                raise DivergedError(
+                    f"{self.folder.name}: epoch {position.epoch}, step {position.step + 1} of {steps}: loss "
+                    f"{numbers[0] / max(1, len(mine))}, gradient norm {numbers[1]}. The run was stopped before the "
+                    f"update; its last checkpoint is kept. Try a lower --lr (it was {task.lr})."
+                )
+            self.optimiser.step()
+            self.optimiser.zero_grad()
+            position.step += 1
+            position.loss += numbers[0]
+            position.correct += numbers[2]
+            position.seconds += time.perf_counter() - began
+            position.waiting += ready - began
+            self.progress(position, steps)
+            if stopped or (due and position.step < steps):
+                self.save()
+            if stopped:
+                raise Interrupted(f"{self.folder.name}: saved in epoch {position.epoch} after step {position.step}.")
+
+    def validate(self) -> None:
+        """Close the epoch: its line of the curve, its weights if they are the best so far, a checkpoint."""
+        position = self.position
+        loss, correct = self.total(position.loss, position.correct)
+        validation = evaluate(self.accelerator, self.model, self.task, self.splits.validation)
+        if not math.isfinite(validation["loss"]):
+            raise DivergedError(f"{self.folder.name}: epoch {position.epoch}: validation loss {validation['loss']}.")
+        position.curve.append(
+            {
+                "epoch": position.epoch,
+                "train_loss": loss / len(self.splits.train),
+                "train_accuracy": 100 * correct / len(self.splits.train),
+                "validation_loss": validation["loss"],
+                "validation_accuracy": validation["accuracy"],
+                "seconds": position.seconds,
+                "waiting": position.waiting,
+            }
+        )
+        if validation["loss"] < position.best_loss:
+            position.best_epoch, position.best_loss = position.epoch, validation["loss"]
+            self.best = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
+        position.epoch += 1
+        position.step, position.loss, position.correct = 0, 0.0, 0.0
+        position.seconds = position.waiting = 0.0
+        due = time.monotonic() - self.saved_at >= self.checkpoint_seconds / 10
+        if self.any_process(due)[0] or position.finished(self.task):
+            self.save()
+
+    def save(self) -> None:
+        """Write a checkpoint and the curve."""
+        loss, correct = self.total(self.position.loss, self.position.correct)
+        if self.main:
+            tensors = {f"model.{name}": t for name, t in self.model.state_dict().items()}
+            tensors |= {f"best.{name}": t for name, t in self.best.items()}
+            tensors |= {f"optimiser.{name}": t for name, t in checkpoint.optimiser_tensors(self.optimiser).items()}
+            state = asdict(self.position) | {"loss": loss, "correct": correct}
+            if not self.best:
+                del state["best_loss"]  # infinite, which JSON does not know
+            self.check_folder()
+            checkpoint.save(self.folder, tensors, state)
+            (self.folder / "diverged.json").unlink(missing_ok=True)  # it has got further than that now
+            self.write_curve()
+        self.saved_at = time.monotonic()
+
+    def write_curve(self) -> None:
+        """``metrics.jsonl``: the finished epochs."""
+        self.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.position.curve))
+
+    def record(self) -> dict[str, Any]:
+        """Evaluate the restored weights on every split; what ``results.json`` says of this run."""
+        parts = {name: getattr(self.splits, name) for name in ("train", "validation", "test")}
+        found = {name: evaluate(self.accelerator, self.model, self.task, split) for name, split in parts.items()}
+        self.model.eval()
+        with torch.inference_mode():
+            more = {name: self.task.scores(self.model, parts[name], self.splits.assets) for name in ("train", "test")}
+        seconds, waiting = (sum(line[key] for line in self.position.curve) for key in ("seconds", "waiting"))
+        attention = next(m for m in self.model.modules() if isinstance(m, MultiheadAttention))
+        where = environment(self.command)
+        return {
+            "task": self.task.name,
+            "scale": self.task.scale,
+            "mechanism": self.variant.name,
+            "score": self.variant.mechanism.score,
+            "heads": self.heads,
+            "seed": self.seed,
+            "settings": self.task.settings(),
+            **{f"{name}_{key}": value for name, values in found.items() for key, value in values.items()},
+            **{f"{name}_{key}": more[name].get(key) for name in more for key in ("top5", "bleu")},
+            "attention_params": count(attention),
+            "total_params": count(self.model),
+            "epoch_seconds": seconds / len(self.position.curve),
+            "waiting_share": waiting / seconds,
+            "times_as_fast": self.pace.times_as_fast if self.pace else None,
+            "epochs": len(self.position.curve),
+            "best_epoch": self.position.best_epoch,
+            "samples": self.splits.sizes,
+            **({"departures": list(self.splits.departures)} if self.splits.departures else {}),
+            "device": self.accelerator.device.type,
+            "processes": self.accelerator.num_processes,
+            **{key: where[key] for key in ("threads", "commit", "command", "versions")},
+            # What is said above is of the last part, where a run was interrupted and went on elsewhere.
+            **({"sessions": self.position.sessions} if len(self.position.sessions) > 1 else {}),
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+
+    def any_process(self, *flags: bool) -> list[bool]:
+        """Each flag, true on every process if it is true on one, so that all of them decide alike."""
+        return [n > 0 for n in self.total(*map(float, flags))]
+
+    def total(self, *values: float) -> list[float]:
+        """The sum of each value over the processes."""
+        return total(self.accelerator, *values)
+
+
+def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {n.removeprefix(f"{prefix}."): t for n, t in tensors.items() if n.startswith(f"{prefix}.")}

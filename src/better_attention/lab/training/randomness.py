@@ -1,0 +1,52 @@
+"""Everything random of a run, each a pure function of its seed and its position."""
+
+from __future__ import annotations
+
+from hashlib import sha256
+
+import torch
+from torch import Tensor, nn
+
+from better_attention.lab.tasks.base import Task
+from better_attention.lab.tasks.variant import Variant
+
+
+def initial_model(task: Task, variant: Variant, heads: int, seed: int) -> nn.Module:
+    """The model of a variant at its initial weights, which depend on the seed alone.
+
+    Every tensor that the standard model has under the same name and in the same shape starts from the same
+    values, so that mechanisms differ in what they compute and not in their luck.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive("standard", seed))
+        standard = task.build("standard", heads).state_dict()
+        torch.manual_seed(derive("own", seed))
+        model = task.build(variant, heads)
+    own = model.state_dict()
+    shared = {name: t for name, t in standard.items() if name in own and own[name].shape == t.shape}
+    model.load_state_dict(own | shared)
+    return model
+
+
+def epoch_order(samples: int, seed: int, epoch: int) -> Tensor:
+    """The order of the samples in an epoch, int64 (samples,): the same for every mechanism."""
+    return torch.randperm(samples, generator=torch.Generator().manual_seed(derive("order", seed, epoch)))
+
+
+def reseed(device: torch.device, seed: int) -> None:
+    """Start the generators that dropout on ``device`` draws from: ours takes its seed from the CPU's.
+
+    Not ``torch.manual_seed``: that tells every kind of device, at milliseconds a call where there is none.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        getattr(torch, device.type).manual_seed(seed)
+
+
+def derive(*parts: str | int) -> int:
+    """A seed, 0 ... 2^63 - 1, that depends on all ``parts``; unrelated for any two of them.
+
+    >>> derive("order", 0, 1) != derive("order", 1, 0)
+    True
+    """
+    return int.from_bytes(sha256(repr(parts).encode()).digest()[:8]) >> 1

@@ -1,0 +1,157 @@
+"""The alignment kernel W_A: a learned linear map over positions, from the left, on the values."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from better_attention.call.torch_state import exporting, transformed
+from better_attention.call.values import surely_finite, without
+from better_attention.errors import flag, one_of, whole_number
+from better_attention.native import align
+
+# Lengths at which the compiled kernels beat torch's matrix product (benchmarks/results).
+TRAINED = (64, 1024)
+"""Shortest length in training, and the longest of a full W_A; a triangular one stays ahead."""
+TRIANGULAR = 192
+"""Shortest length of a triangular W_A in inference; a full one is torch's there."""
+
+
+class Alignment(nn.Module):
+    r"""Mixes value positions: :math:`V' = W_A V + a \mathbf{1}^\top` (2403.01643, definition 4).
+
+    Shorter inputs use ``weight[:s, :s]`` and ``bias[:s]``; position j of the value is always column j.
+
+    Args:
+        max_len: largest number of value positions, the size of W_A.
+        num_heads: number of heads the values are split into.
+        heads: "shared", one W_A for all heads, or "per_head".
+        causal: keep W_A lower triangular, so that no position receives a later one.
+        init: "xavier" (Glorot uniform, Keras' default for such a map; the paper does not say) or "identity",
+            which makes super start out as efficient.
+        bias: whether there is a bias, one number per position (and head), added to every feature.
+        compiled: whether the compiled CPU kernels may compute it where they are faster; they have a first derivative
+            only.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError, TypeError: an argument out of range; in ``forward``, more than ``max_len`` positions.
+
+    >>> Alignment(max_len=8, num_heads=2)(torch.zeros(3, 5, 6)).shape
+    torch.Size([3, 5, 6])
+    """
+
+    def __init__(
+        self,
+        max_len: int,
+        num_heads: int,
+        *,
+        heads: str = "shared",
+        causal: bool = False,
+        init: str = "xavier",
+        bias: bool = True,
+        compiled: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.max_len = whole_number(max_len, "max_len")
+        self.num_heads = num_heads
+        self.heads = one_of(heads, "align_heads", ("shared", "per_head"))
+        self.causal = flag(causal, "align_causal")
+        self.compiled = flag(compiled, "compiled")
+        self.init = one_of(init, "align_init", ("xavier", "identity"))
+        sizes = (num_heads,) if heads == "per_head" else ()
+        self.weight = nn.Parameter(torch.empty(*sizes, self.max_len, self.max_len, device=device, dtype=dtype))
+        self.bias: nn.Parameter | None = None
+        if bias:
+            self.bias = nn.Parameter(torch.empty(*sizes, self.max_len, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw W_A anew; its bias starts at zero."""
+        with torch.no_grad():
+            if self.init == "identity":
+                self.weight.copy_(torch.eye(self.max_len, dtype=self.weight.dtype, device=self.weight.device))
+            else:
+                bound = math.sqrt(6.0 / (2 * self.max_len))  # per kernel; nn.init would count the heads as inputs
+                self.weight.uniform_(-bound, bound)
+            if self.causal:
+                self.weight.tril_()
+            if self.bias is not None:
+                self.bias.zero_()
+
+    def forward(self, value_BSD: Tensor) -> Tensor:
+        """Mix the positions of (B, S, D) values, D = heads x head width, head after head."""
+        S = value_BSD.shape[1]
+        if self.max_len < S:
+            raise ValueError(
+                f"this layer's W_A was built for max_len={self.max_len} but received {S} values "
+                f"(shape {tuple(value_BSD.shape)}). Build with max_len >= {S}, shorten the input, "
+                "or use 'efficient', which has no fixed length."
+            )
+        aligned_BSD = self._mix(value_BSD)
+        if self.causal and not surely_finite(aligned_BSD):
+            aligned_BSD = self._keep_apart(value_BSD)
+        return aligned_BSD
+
+    def _mix(self, value_BSD: Tensor) -> Tensor:
+        S = value_BSD.shape[1]
+        weight, bias = self.first(S)
+        if self._kernels_serve(weight, value_BSD):
+            shared = weight.dim() == 2
+            column = None if bias is None else bias.squeeze(-1)[None] if shared else bias.squeeze(-1)
+            return align.align(weight[None] if shared else weight, column, value_BSD, self.causal)
+        if self.causal:
+            weight = weight.tril()
+        if self.heads == "shared":
+            aligned_BSD: Tensor = weight @ value_BSD
+            return aligned_BSD if bias is None else aligned_BSD + bias
+        # The batch becomes columns, so that each head's kernel is used as it is and not copied for every sample.
+        (B, S, D), N = value_BSD.shape, self.num_heads
+        columns_NSC = value_BSD.reshape(B, S, N, D // N).permute(2, 1, 0, 3).reshape(N, S, B * (D // N))
+        aligned_NSC: Tensor = weight @ columns_NSC
+        if bias is not None:
+            aligned_NSC = aligned_NSC + bias
+        return aligned_NSC.reshape(N, S, B, D // N).permute(2, 1, 0, 3).reshape(B, S, D)
+
+    def _kernels_serve(self, weight: Tensor, value_BSD: Tensor) -> bool:
+        if not self.compiled or not align.supported(weight, self.bias, value_BSD):
+            return False
+        if torch.compiler.is_compiling():
+            return self.causal and not exporting()
+        trains = torch.is_grad_enabled() and (weight.requires_grad or value_BSD.requires_grad)
+        S = value_BSD.shape[1]
+        if transformed():
+            return False
+        if trains:
+            return TRAINED[0] <= S and (self.causal or TRAINED[1] >= S)
+        return self.causal and S >= TRIANGULAR
+
+    def is_plain(self, S: int) -> bool:
+        """Whether this is one full matrix for all heads that ``S`` positions fit into."""
+        return self.heads == "shared" and not self.causal and self.max_len >= S
+
+    def first(self, S: int) -> tuple[Tensor, Tensor | None]:
+        """The part of W_A for S positions, and of its bias as a column."""
+        if not torch.compiler.is_compiling():
+            return self.weight[..., :S, :S], None if self.bias is None else self.bias[..., :S, None]
+        # While tracing, a slice up to a symbolic S is taken to be shorter than the whole: S = max_len would be lost.
+        positions = torch.arange(S, device=self.weight.device)
+        weight = self.weight.index_select(-2, positions).index_select(-1, positions)
+        return weight, None if self.bias is None else self.bias.index_select(-1, positions)[..., None]
+
+    def _keep_apart(self, value_BSD: Tensor) -> Tensor:
+        """With numbers that are not finite, 0 * NaN would carry them backwards: positions before them stay clean."""
+        bad_BS = ~value_BSD.isfinite().all(dim=-1)
+        clean_BSD = self._mix(without(value_BSD, bad_BS))
+        return clean_BSD.masked_fill((bad_BS.cumsum(dim=-1) > 0)[..., None], math.nan)
+
+    def extra_repr(self) -> str:
+        """Settings for ``print(module)``."""
+        return (
+            f"max_len={self.max_len}, heads={self.heads!r}, causal={self.causal}, init={self.init!r}, "
+            f"bias={self.bias is not None}"
+        )

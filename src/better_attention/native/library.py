@@ -1,0 +1,210 @@
+"""The compiled CPU kernels' shared library: finding it, its instruction sets, and calls across its C interface.
+
+The library knows neither torch nor Python; ``api.h`` beside this file is the whole interface. It is looked for and
+loaded at the first use, not at import.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ABI = 2
+"""Version of ``api.h`` that this file speaks."""
+SETS = {"portable": 1, "neon": 2, "avx2": 3, "avx512": 4}
+"""Instruction sets by their number in ``api.h``, slowest first."""
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.bool: 2}
+"""Element types by their number in ``api.h``."""
+NO_MASK = 3
+PATTERNS = ("*better_attention*.so", "*better_attention*.dylib", "*better_attention*.dll")
+
+SWITCH = "BETTER_ATTENTION_NATIVE"
+"""The environment variable that switches the kernels off, to compare with plain torch or to rule them out."""
+
+_BEST = 0
+_forced = _BEST
+
+
+class _Library:
+    """The loaded library, or why there is none."""
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+        try:
+            self._load()
+        except _MissingError as missing:
+            self.reason = str(missing)
+
+    def _load(self) -> None:
+        if not _switched_on():
+            raise _MissingError(f"they are switched off by BETTER_ATTENTION_NATIVE={os.environ[SWITCH]}")
+        file = _find()
+        try:
+            library = ctypes.CDLL(str(file))
+            self.isas = int(_function(library, "ba_isas", [])())
+            abi = int(_function(library, "ba_abi", [])())
+            if abi != ABI:
+                raise _MissingError(
+                    f"{file.name} has interface {abi}, this version of better-attention needs {ABI}; {way_out()}"
+                )
+            calls = ("ba_forward", "ba_backward", "ba_layer_forward", "ba_align_forward", "ba_align_backward")
+            self.calls = {name: _function(library, name, [ctypes.c_char_p]) for name in calls}
+            self.shares_threads = bool(_function(library, "ba_pool", [])())
+        except (OSError, AttributeError) as error:
+            raise _MissingError(f"{file.name} could not be loaded: {error}; {way_out()}") from None
+
+
+def _switched_on() -> bool:
+    """What ``BETTER_ATTENTION_NATIVE`` says.
+
+    Raises:
+        ValueError: neither yes nor no: a switch that is misspelt should not be ignored.
+    """
+    value = os.environ.get(SWITCH, "1")
+    if value.lower() in ("1", "on", "true", "yes", ""):
+        return True
+    if value.lower() in ("0", "off", "false", "no"):
+        return False
+    raise ValueError(f"the environment variable {SWITCH} must be 1 or 0 (on or off), received {value!r}.")
+
+
+class _MissingError(Exception):
+    """There is no usable library."""
+
+
+def _function(library: ctypes.CDLL, name: str, arguments: list[type]) -> Callable[..., int]:
+    function: Callable[..., int] = getattr(library, name)
+    function.argtypes, function.restype = arguments, ctypes.c_int64  # type: ignore[attr-defined]
+    return function
+
+
+def _find() -> Path:
+    """The library's file: beside this one, or where an installer put the package's compiled part."""
+    package = sys.modules[__name__.partition(".")[0]]
+    folders = [Path(__file__).parent, *(Path(folder) / "native" for folder in package.__path__)]
+    for folder in folders:
+        for pattern in PATTERNS:
+            for file in sorted(folder.glob(pattern)):
+                return file
+    for folder in folders:
+        note = folder / "missing.txt"
+        if note.is_file():
+            raise _MissingError(f"{note.read_text('utf-8').strip()}; {way_out()}")
+    raise _MissingError(
+        f"no compiled kernels were installed with better-attention (no C++ compiler at installation?); {way_out()}"
+    )
+
+
+def way_out() -> str:
+    """How to install the kernels: from where the package came, past pip's cache, which may hold it without them."""
+    try:
+        text = metadata.distribution("better-attention").read_text("direct_url.json")
+        record = json.loads(text or "{}")
+        source, editable = record.get("url", "better-attention"), record.get("dir_info", {}).get("editable", False)
+        if "vcs_info" in record:
+            source = f"{record['vcs_info']['vcs']}+{source}@{record['vcs_info']['commit_id']}"
+    except (metadata.PackageNotFoundError, OSError, ValueError, KeyError, AttributeError):
+        source, editable = "better-attention", False
+    target = shlex.join([*(["--editable"] if editable else []), source])
+    return f"with a C++ compiler there: pip install --no-cache-dir --force-reinstall --no-deps {target}"
+
+
+@cache
+def _library() -> _Library:
+    return _Library()
+
+
+def missing() -> str | None:
+    """Why the compiled kernels cannot be used here at all, or None if they can."""
+    return _library().reason
+
+
+# torch.compile takes the answer as a constant instead of tracing a search for files. This is all that
+# torch.compiler.assume_constant_result does, which would import half of the compiler along with this package.
+missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def instruction_sets() -> tuple[str, ...]:
+    """The instruction sets that were built and that this processor has, fastest first; empty if :func:`missing`."""
+    library = _library()
+    if library.reason is not None:
+        return ()
+    return tuple(name for name, number in reversed(SETS.items()) if library.isas >> number & 1)
+
+
+@contextmanager
+def instruction_set(name: str) -> Iterator[None]:
+    """Use one instruction set while the context lasts, in this process.
+
+    Args:
+        name: one of :func:`instruction_sets`.
+
+    Raises:
+        ValueError: it is unknown, was not built, or the processor lacks it.
+    """
+    global _forced
+    before, _forced = _forced, _number(name, "instruction_set")
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def _number(name: str, source: str) -> int:
+    here = instruction_sets()
+    if name not in here:
+        raise ValueError(f"{source} must be one of {', '.join(here) or '(none)'} here, received {name!r}.")
+    return SETS[name]
+
+
+@cache
+def _from_environment(name: str) -> int:
+    return _number(name, "the environment variable BETTER_ATTENTION_ISA")
+
+
+def current_instruction_set() -> int:
+    """The number of the instruction set to use: a context's, the environment's, or 0 for the best.
+
+    Raises:
+        ValueError: ``BETTER_ATTENTION_ISA`` names none that runs here.
+    """
+    if _forced != _BEST:
+        return _forced
+    wanted = os.environ.get("BETTER_ATTENTION_ISA")
+    return _from_environment(wanted) if wanted else _BEST
+
+
+def call(function: str, arguments: bytes) -> None:
+    """Call a function of ``api.h`` that takes one structure, given as its bytes. The GIL is released meanwhile.
+
+    Raises:
+        MemoryError: a thread got no scratch memory.
+        RuntimeError: there are no kernels here, as where a program exported with them is loaded without.
+    """
+    library = _library()
+    if library.reason is not None:
+        raise RuntimeError(
+            f"this program calls better-attention's compiled CPU kernels, which are missing here: {library.reason}. "
+            "Install them, or export the model with impl='auto', which takes torch's own operators."
+        )
+    status = library.calls[function](arguments)
+    if status == 1:
+        raise MemoryError("the compiled attention kernels got no scratch memory.")
+    if status != 0:
+        raise RuntimeError(f"{function} returned {status}.")  # a bug: the instruction set was checked
+
+
+def rows(x: Tensor) -> Tensor:
+    """``x`` with its last dimension contiguous, as the kernels read it; a copy only where it is not."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

@@ -1,0 +1,338 @@
+"""Comparisons: what is trained, what is kept, what is written."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import signal
+import threading
+import time
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from better_attention.lab.analysis.study import Study
+from better_attention.lab.analysis.summary import summarise
+from better_attention.lab.comparison import compare as comparison
+from better_attention.lab.comparison.compare import Plan, compare, make_accelerator
+from better_attention.lab.lock import locked
+from better_attention.lab.runs.states import inventory
+from better_attention.lab.tasks.catalogue import TASKS
+from better_attention.lab.tasks.splits import Splits
+from better_attention.lab.tasks.variant import Variant
+from better_attention.lab.training import loop
+from better_attention.lab.training.events import Watcher
+from better_attention.lab.training.interruption import Stop
+from better_attention.lab.training.progress import DivergedError, Interrupted, Position
+from helpers import tiny
+
+
+class Diary(Watcher):
+    """Writes down what a comparison tells."""
+
+    def __init__(self) -> None:
+        self.begun: list[str] = []
+        self.ended: list[str] = []
+        self.lost: list[str] = []
+        self.updates = 0
+        self.asked_to_stop = False
+
+    def begin(self, name: str, number: int, runs: int) -> None:
+        self.begun.append(f"{number}/{runs} {name}")
+
+    def progress(self, position: Position, steps: int) -> None:
+        self.updates += 1
+
+    def end(self, name: str, record: dict[str, Any]) -> None:
+        self.ended.append(name)
+
+    def failed(self, name: str, error: DivergedError) -> None:
+        self.lost.append(name)
+
+    def stopping(self) -> None:
+        self.asked_to_stop = True
+
+
+def test_seeds_are_outermost(tmp_path: Path) -> None:
+    order = tiny.plan(tmp_path, heads=(1, 2), seeds=2).runs()
+    assert [seed for _, _, seed in order] == [0] * 4 + [1] * 4
+    assert [(m.name, h) for m, h, _ in order[:4]] == [("standard", 1), ("super", 1), ("standard", 2), ("super", 2)]
+
+
+def first_three(study: Study) -> list[tuple[str, int]]:
+    return [(run, int(epoch["epoch"])) for run, curve in study.curves.items() for epoch in curve][:3]
+
+
+def test_a_comparison_writes_its_results_and_is_then_kept(tmp_path: Path) -> None:
+    diary = Diary()
+    study, failed = compare(tiny.plan(tmp_path, seeds=2), diary)
+    assert failed == []
+    assert diary.begun == ["1/4 standard-h3-s0", "2/4 super-h3-s0", "3/4 standard-h3-s1", "4/4 super-h3-s1"]
+    assert diary.updates == 4 * 6
+    records = json.loads((tmp_path / "results.json").read_text())
+    assert [(r["mechanism"], r["heads"], r["seed"]) for r in records] == [
+        ("standard", 3, 0),
+        ("super", 3, 0),
+        ("standard", 3, 1),
+        ("super", 3, 1),
+    ]
+    assert set(study.curves) == {"standard-h3-s0", "super-h3-s0", "standard-h3-s1", "super-h3-s1"}
+    assert [(m.run, m.weights.shape) for m in study.maps[:1]] == [("standard-h3-s0", (3, 16, 16))]
+    assert len(study.maps) == 2 * 2 * 2  # mechanisms, layers, samples
+    assert {a.run for a in study.alignments} == {"super-h3-s0"}
+    with (tmp_path / "results.csv").open(newline="") as file:
+        assert len(list(csv.DictReader(file))) == 2
+    with (tmp_path / "curves.csv").open(newline="") as file:
+        epochs = list(csv.DictReader(file))
+    assert [(e["run"], e["epoch"]) for e in epochs[:3]] == [(r, str(n)) for r, n in first_three(study)]
+    assert {e["run"]: float(e["train_loss"]) for e in epochs} == {
+        r: c[-1]["train_loss"] for r, c in study.curves.items()
+    }
+    assert "<html" in (tmp_path / "report.html").read_text("utf-8")
+
+    again = Diary()
+    compare(tiny.plan(tmp_path, seeds=2), again)
+    assert again.updates == 0
+    assert again.ended == diary.ended
+
+
+def test_later_comparisons_add_to_a_folder(tmp_path: Path) -> None:
+    compare(tiny.plan(tmp_path, ["standard"]), Watcher())
+    study, _ = compare(tiny.plan(tmp_path, ["efficient"]), Watcher())
+    assert {record["mechanism"] for record in study.records} == {"standard", "efficient"}
+
+
+def test_a_folder_does_not_mix_settings(tmp_path: Path) -> None:
+    compare(tiny.plan(tmp_path, ["standard"]), Watcher())
+    other = replace(tiny.plan(tmp_path, ["super"]), task=tiny.task(epochs=1, lr=0.5))
+    with pytest.raises(ValueError, match=r"another configuration:\n  lr: 0.01 there, 0.5 now\n.*--out"):
+        compare(other, Watcher())
+    assert not (tmp_path / "super-h3-s0").exists()
+
+
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGINT, "SIGINT"), (signal.SIGTERM, "SIGTERM")])
+def test_a_signal_saves_and_the_next_call_continues(tmp_path: Path, number: signal.Signals, name: str) -> None:
+    class Hurry(Diary):
+        def progress(self, position: Position, steps: int) -> None:
+            super().progress(position, steps)
+            if self.updates == 8:
+                os.kill(os.getpid(), number)
+
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    hurry = Hurry()
+    with pytest.raises(Interrupted, match=r"super-h3-s0: saved in epoch 1 after step 3") as caught:
+        compare(tiny.plan(tmp_path), hurry)
+    assert caught.value.signal == number
+    assert hurry.asked_to_stop
+    assert hurry.ended == ["standard-h3-s0"]
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    diary = Diary()
+    compare(tiny.plan(tmp_path), diary)
+    assert diary.updates == 6 - 3
+
+
+def test_a_run_that_fails_does_not_take_the_others_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = loop.Training.train_epoch
+
+    def poisoned(self: loop.Training) -> None:
+        if self.variant.name == "standard":
+            next(self.model.parameters()).data.fill_(torch.nan)
+        real(self)
+
+    monkeypatch.setattr(loop.Training, "train_epoch", poisoned)
+    diary = Diary()
+    study, failed = compare(tiny.plan(tmp_path), diary)
+    assert failed == diary.lost == ["standard-h3-s0"]
+    assert [(record["mechanism"], "diverged" in record) for record in study.records] == [
+        ("super", False),
+        ("standard", True),
+    ]
+    assert any("diverged, and nothing is claimed of its mechanism: standard-h3-s0" in note for note in study.notes)
+    assert study.finished == 1
+
+
+def test_nothing_is_claimed_of_a_mechanism_of_which_a_run_diverged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = loop.Training.train_epoch
+
+    def poisoned(self: loop.Training) -> None:
+        if (self.variant.name, self.seed) == ("super", 2):
+            next(self.model.parameters()).data.fill_(torch.nan)
+        real(self)
+
+    whole, _ = compare(tiny.plan(tmp_path / "whole", seeds=4), Watcher())
+    assert summarise(whole.records)[1].tests["test_loss"].corrected_p is not None
+    monkeypatch.setattr(loop.Training, "train_epoch", poisoned)
+    study, failed = compare(tiny.plan(tmp_path / "spoilt", seeds=4), Watcher())
+    assert failed == ["super-h3-s2"]
+    written = json.loads((tmp_path / "spoilt" / "results.json").read_text())
+    assert [(run["seed"], run["samples"]) for run in written if "diverged" in run] == [(2, whole.records[0]["samples"])]
+    for records in (study.records, written):  # as `table` reads them back
+        standard, spoilt = summarise(records)
+        assert (standard.mechanism, standard.ranks["test_accuracy"], standard.seeds) == ("standard", 1, (0, 1, 2, 3))
+        assert spoilt.tests["test_accuracy"].verdict == spoilt.tests["test_loss"].verdict == "not tested"
+        assert spoilt.ranks.keys().isdisjoint({"test_accuracy", "test_loss", "train_accuracy"})
+        assert math.isnan(spoilt.estimates["test_accuracy"].mean)
+        assert spoilt.estimates["attention_params"].n == 3
+    page = (tmp_path / "spoilt" / "report.html").read_text("utf-8")
+    assert "super-h3-s2: epoch 1, step 1" in page
+    assert "Test acc. % and Test loss of at least one run is no number; nothing is claimed of it" in page
+
+
+def test_two_commands_that_begin_at_once_do_not_mix_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = replace(tiny.plan(tmp_path, ["super"]), task=tiny.task(epochs=1, lr=0.5))
+    real = comparison.measure_paces
+
+    def overtaken(*arguments: Any) -> Any:
+        monkeypatch.undo()
+        compare(tiny.plan(tmp_path, ["standard"]), Watcher())  # begins and ends while the other measures
+        return real(*arguments)
+
+    monkeypatch.setattr(comparison, "measure_paces", overtaken)
+    with pytest.raises(ValueError, match=r"standard-h3-s0 holds a run with another configuration:\n  lr: 0.01 there"):
+        compare(other, Watcher())
+    assert not (tmp_path / "super-h3-s0" / "config.json").exists()
+    assert {run["mechanism"] for run in json.loads((tmp_path / "results.json").read_text())} == {"standard"}
+
+
+class NoData(Diary):
+    """A comparison that is refused has not read its data."""
+
+    def data(self, splits: Splits, accelerator: object) -> None:
+        raise AssertionError("the data was read")
+
+
+@pytest.mark.parametrize("name", ["result.json", "metrics.jsonl", "model.safetensors"])
+def test_a_run_without_its_configuration_is_damaged_and_named_at_once(tmp_path: Path, name: str) -> None:
+    compare(tiny.plan(tmp_path, ["super"]), Watcher())
+    (tmp_path / "super-h3-s0" / "config.json").unlink()
+    for other in {"result.json", "metrics.jsonl", "model.safetensors"} - {name}:
+        (tmp_path / "super-h3-s0" / other).unlink()
+    before = (tmp_path / "super-h3-s0" / name).read_bytes()
+    with pytest.raises(ValueError, match=rf"super-h3-s0 holds {name}, but no config\.json: a run that is damaged, or"):
+        compare(tiny.plan(tmp_path), NoData())
+    assert (tmp_path / "super-h3-s0" / name).read_bytes() == before
+    ((found,)) = inventory([tmp_path])
+    assert (found.path.name, found.state) == ("super-h3-s0", "damaged")
+    assert "config.json is missing" in found.detail
+
+
+def test_a_run_that_another_process_writes_is_named_at_once(tmp_path: Path) -> None:
+    with (
+        locked(tmp_path / "super-h3-s0"),
+        pytest.raises(ValueError, match=r"super-h3-s0 is being written by another process \(process \d+\)\. Wait"),
+    ):
+        compare(tiny.plan(tmp_path), NoData())
+
+
+@pytest.mark.parametrize("inside", [".", "runs/mine"])
+def test_results_do_not_go_into_a_folder_that_is_read_as_data(tmp_path: Path, inside: str) -> None:
+    for task in ("images", "text"):
+        own = Plan(TASKS[task]("smoke"), [Variant.of("super")], (4,), 1, tmp_path / inside, data=tmp_path, device="cpu")
+        with pytest.raises(ValueError, match=r"--out .* lies in --data .*, and what is written there would be read as"):
+            compare(own, NoData())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_finished_run_without_its_weights_is_told(tmp_path: Path) -> None:
+    compare(tiny.plan(tmp_path), Watcher())
+    (tmp_path / "super-h3-s0" / "model.safetensors").unlink()
+    study, _ = compare(tiny.plan(tmp_path), Watcher())
+    assert [note for note in study.notes if "weights" in note] == [
+        "super-h3-s0 has lost its weights (model.safetensors): no maps of it are shown"
+    ]
+    assert len(study.records) == 2
+
+
+def test_results_are_written_by_one_command_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that comes second waits, and sees the runs of the first."""
+    real, second = (
+        comparison.make_study,
+        threading.Thread(target=compare, args=(tiny.plan(tmp_path, ["super"]), Watcher())),
+    )
+    seen: list[set[object]] = []
+
+    def slow(own: Plan, splits: Splits) -> Study:
+        study = real(own, splits)
+        seen.append({record["mechanism"] for record in study.records})
+        if not second.is_alive() and not second.ident:
+            monkeypatch.setattr(Stop, "listening", lambda self: nullcontext())  # signals are for the main thread
+            second.start()
+            for _ in range(600):
+                if (tmp_path / "super-h3-s0" / "result.json").is_file():
+                    break
+                time.sleep(0.05)
+            time.sleep(0.3)
+        return study
+
+    monkeypatch.setattr(comparison, "make_study", slow)
+    monkeypatch.setattr(comparison, "claim", lambda *_: None)  # it would wait, too, before it trains
+    compare(tiny.plan(tmp_path, ["standard"]), Watcher())
+    second.join(60)
+    assert seen == [{"standard"}, {"standard", "super"}]
+    assert {run["mechanism"] for run in json.loads((tmp_path / "results.json").read_text())} == {"standard", "super"}
+
+
+def test_all_mechanisms_see_the_samples_in_the_same_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, list[list[int]]] = {}
+    real = type(tiny.task()).losses
+
+    class Note(Diary):
+        def begin(self, name: str, number: int, runs: int) -> None:
+            seen[name] = []
+            self.name = name
+
+    note = Note()
+
+    def losses(self: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled() and hasattr(note, "name"):  # after the pace was measured
+            seen[note.name].append(targets.tolist())
+        return real(self, logits, targets)
+
+    monkeypatch.setattr(type(tiny.task()), "losses", losses)
+    compare(tiny.plan(tmp_path, seeds=2), note)
+    assert seen["standard-h3-s0"] == seen["super-h3-s0"]
+    assert seen["standard-h3-s1"] == seen["super-h3-s1"]
+    assert seen["standard-h3-s0"] != seen["standard-h3-s1"]
+
+
+def test_what_cannot_be_built_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--heads 4 does not divide the width of task 'digits', 6"):
+        compare(tiny.plan(tmp_path, heads=(3, 4)), Watcher())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_could_not_be_read_back_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    task = tiny.task(patch=2**20 + 1, image_size=2**20 + 1)
+    plan = Plan(task, [Variant.of("super")], (3,), 1, tmp_path, device="cpu")
+    with pytest.raises(
+        ValueError, match="image_size=1048577 is out of range: models are read with sizes up to 1,048,576"
+    ):
+        compare(plan, Watcher())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ValueError, match="--device cuda: there is no such device here"):
+        make_accelerator("cuda")
+
+
+def test_a_task_limits_the_threads_of_its_runs(tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for threads, seen in ((None, 2), (1, 1), (5, 2)):
+            wish = replace(tiny.plan(tmp_path / str(threads), ["standard"]), task=tiny.task(epochs=1, threads=threads))
+            study, _ = compare(wish, Watcher())
+            assert [record["threads"] for record in study.records] == [seen]
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

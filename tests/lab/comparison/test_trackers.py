@@ -1,0 +1,341 @@
+"""Trackers: what they are told, that no epoch is told twice, and that nothing of theirs can stop training."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from better_attention.cli import main
+from better_attention.lab.comparison import trackers
+from better_attention.lab.comparison.compare import Plan, compare
+from better_attention.lab.comparison.trackers import TrackingWatcher, check
+from better_attention.lab.files import write_atomic
+from better_attention.lab.runs.folder import read_curve
+from better_attention.lab.tasks.variant import Variant
+from better_attention.lab.training.events import Watcher, Watchers
+from better_attention.lab.training.progress import Interrupted, Position
+from helpers import tiny
+
+
+def plan(out: Path, epochs: int = 3, mechanisms: Sequence[str] = ("super",)) -> Plan:
+    variants = [Variant.of(name) for name in mechanisms]
+    return Plan(tiny.task(epochs=epochs), variants, (3,), 1, out, device="cpu", command="better-attention compare")
+
+
+@pytest.fixture(autouse=True)
+def training_alone(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither pace nor report: trackers have no part in them. The test of the whole command has both."""
+    if "capsys" not in request.fixturenames:
+        module = sys.modules[compare.__module__]
+        monkeypatch.setattr(module, "measure_paces", lambda *arguments: {})
+        monkeypatch.setattr(module, "make_study", lambda *arguments: SimpleNamespace(records=[], finished=0))
+
+
+class Notebook:
+    """A tracker that keeps what it is told, in a dictionary of runs."""
+
+    pages: dict[str, list[tuple[int | None, dict[str, Any]]]]
+    settings: dict[str, list[dict[str, Any]]]
+    fail_at: str = ""
+
+    def __init__(self, run: str) -> None:
+        self.run, self.finished = run, 0
+
+    def _maybe(self, place: str) -> None:
+        if type(self).fail_at == place:
+            raise ConnectionError(f"no network in {place}")
+
+    def start(self) -> None:
+        self._maybe("start")
+        self.pages.setdefault(self.run, [])
+
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        self._maybe("settings")
+        self.settings.setdefault(self.run, []).append(values)
+
+    def log(self, values: dict[str, Any], step: int | None = None) -> None:
+        self._maybe("log")
+        self.pages[self.run].append((step, values))
+
+    def finish(self) -> None:
+        self._maybe("finish")
+
+
+@pytest.fixture
+def notebook(monkeypatch: pytest.MonkeyPatch) -> type[Notebook]:
+    """A stand-in for wandb, under its name."""
+    kind = type("Kind", (Notebook,), {"pages": {}, "settings": {}})
+    monkeypatch.setattr(trackers, "TRACKERS", {"wandb": lambda folder, plan, run: kind(run)})
+    monkeypatch.setattr(trackers, "find_spec", lambda name: ModuleSpec(name, None, origin="here"))
+    return kind
+
+
+def tracked(wish: Plan, *more: Watcher, names: Sequence[str] = ("wandb",)) -> list[str]:
+    """Compare with trackers; what they said."""
+    said: list[str] = []
+    with TrackingWatcher(wish, names, said.append) as watcher:
+        compare(wish, Watchers(*more, watcher))
+    return said
+
+
+class StopAfter(Watcher):
+    """Interrupts a comparison after some updates, as a signal does."""
+
+    def __init__(self, updates: int, error: type[BaseException] = KeyboardInterrupt) -> None:
+        self.left, self.error = updates, error
+
+    def progress(self, position: Position, steps: int) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise self.error
+
+
+def test_every_epoch_and_the_final_figures(tmp_path: Path, notebook: type[Notebook]) -> None:
+    assert tracked(plan(tmp_path, mechanisms=("super", "efficient"))) == []
+    assert set(notebook.pages) == {"super-h3-s0", "efficient-h3-s0"}
+    for run, page in notebook.pages.items():
+        curve = read_curve(tmp_path / run)
+        assert [step for step, _ in page] == [1, 2, 3, 3]
+        for (_, told), line in zip(page, curve, strict=False):
+            for key in ("train_loss", "train_accuracy", "validation_loss", "validation_accuracy"):
+                assert told[key.replace("_", "/")] == line[key]
+            assert told["epoch/seconds"] == line["seconds"]
+        record = json.loads((tmp_path / run / "result.json").read_text())
+        final = page[-1][1]
+        assert final == {
+            f"final/{k}": record[k] for k in record if k.startswith(("validation_", "test_")) and record[k]
+        }
+        assert final["final/test_accuracy"] == record["test_accuracy"]
+        (settings,) = notebook.settings[run]
+        assert settings["run"] == run
+        assert settings["lr"] == 1e-2
+        assert all(isinstance(value, bool | int | float | str) for value in settings.values())
+
+
+def test_epochs_are_told_while_the_run_goes_on(tmp_path: Path, notebook: type[Notebook]) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        tracked(plan(tmp_path), StopAfter(14))  # 6 updates an epoch
+    # The watcher before it in the row ends the 14th update: the second epoch was told at the 13th.
+    assert [step for step, _ in notebook.pages["super-h3-s0"]] == [1, 2]
+
+
+@pytest.mark.parametrize("stops", [[3], [7], [8, 2, 4], [6], [18]])
+def test_a_resumed_run_has_no_epoch_twice(tmp_path: Path, notebook: type[Notebook], stops: list[int]) -> None:
+    """Killed without a last checkpoint: epochs are trained again, and not told again."""
+    for updates in stops:
+        with pytest.raises(KeyboardInterrupt):
+            tracked(plan(tmp_path), StopAfter(updates))
+    tracked(plan(tmp_path))
+    tracked(plan(tmp_path))  # a finished comparison adds nothing
+    page = notebook.pages["super-h3-s0"]
+    assert [step for step, _ in page] == [1, 2, 3, 3]
+    assert [told["validation/loss"] for _, told in page[:3]] == [
+        line["validation_loss"] for line in read_curve(tmp_path / "super-h3-s0")
+    ]
+    assert len(notebook.settings["super-h3-s0"]) == 1
+
+
+def test_a_run_that_was_deleted_and_trained_anew_has_a_log_of_its_own(tmp_path: Path, notebook: type[Notebook]) -> None:
+    tracked(plan(tmp_path))
+    before = list(notebook.pages["super-h3-s0"])
+    for epochs, page in ((2, "super-h3-s0-2"), (1, "super-h3-s0-3")):
+        shutil.rmtree(tmp_path / "super-h3-s0")
+        for _ in range(2):  # the second time there is nothing new
+            tracked(plan(tmp_path, epochs=epochs))
+        assert [step for step, _ in notebook.pages[page]] == [*range(1, epochs + 1), epochs]
+        assert notebook.settings[page][0]["epochs"] == epochs
+    assert notebook.pages["super-h3-s0"] == before
+    assert set(notebook.pages) == {"super-h3-s0", "super-h3-s0-2", "super-h3-s0-3"}
+
+
+def test_a_finished_comparison_is_told_afterwards(tmp_path: Path, notebook: type[Notebook]) -> None:
+    compare(plan(tmp_path), Watcher())
+    assert not (tmp_path / "trackers").exists()
+    tracked(plan(tmp_path))
+    assert [step for step, _ in notebook.pages["super-h3-s0"]] == [1, 2, 3, 3]
+
+
+@pytest.mark.parametrize("place", ["start", "settings", "log", "finish"])
+def test_a_tracker_that_fails_is_given_up_and_training_goes_on(
+    place: str, tmp_path: Path, notebook: type[Notebook]
+) -> None:
+    notebook.fail_at = place
+    (said,) = tracked(plan(tmp_path, mechanisms=("super", "efficient")))
+    assert said.startswith(f"wandb failed (ConnectionError: no network in {place}): nothing more is logged there")
+    assert len(list(tmp_path.glob("*/result.json"))) == 2
+    notebook.fail_at = ""
+    assert tracked(plan(tmp_path, mechanisms=("super", "efficient"))) == []
+    for run in ("super-h3-s0", "efficient-h3-s0"):  # what was missing came afterwards
+        assert [step for step, _ in notebook.pages[run]][-4:] == [1, 2, 3, 3]
+
+
+def test_a_full_disk_ends_the_tracker_alone(
+    tmp_path: Path, notebook: type[Notebook], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, value: Any) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(trackers, "write_json", full)
+    (said,) = tracked(plan(tmp_path))
+    assert "No space left on device" in said
+    assert (tmp_path / "super-h3-s0" / "result.json").is_file()
+
+
+def test_a_failing_tracker_takes_no_other_along(
+    tmp_path: Path, notebook: type[Notebook], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = type("Bad", (Notebook,), {"pages": {}, "settings": {}, "fail_at": "log"})
+    pair = {"tensorboard": lambda folder, plan, run: bad(run), **trackers.TRACKERS}
+    monkeypatch.setattr(trackers, "TRACKERS", pair)
+    (said,) = tracked(plan(tmp_path), names=("tensorboard", "wandb"))
+    assert said.startswith("tensorboard failed")
+    assert [step for step, _ in notebook.pages["super-h3-s0"]] == [1, 2, 3, 3]
+
+
+def test_only_the_first_process_tells(tmp_path: Path, notebook: type[Notebook]) -> None:
+    class Second(TrackingWatcher):
+        def data(self, splits: Any, accelerator: Any) -> None:
+            self.main = False
+
+    wish = plan(tmp_path)
+    with Second(wish, ["wandb"], print) as watcher:
+        compare(wish, watcher)
+    assert notebook.pages == {}
+    assert not (tmp_path / "trackers").exists()
+
+
+def test_watchers_are_told_alike_and_in_order() -> None:
+    told: list[str] = []
+
+    class Note(Watcher):
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __getattribute__(self, attribute: str) -> Any:
+            if attribute in vars(Watcher):
+                return lambda *arguments: told.append(f"{self.name} {attribute} {len(arguments)}")
+            return object.__getattribute__(self, attribute)
+
+    calls = [name for name in vars(Watcher) if not name.startswith("_")]
+    assert set(calls) <= set(vars(Watchers)), "a new event must be handed on too"
+    both = Watchers(Note("a"), Note("b"))
+    for name in calls:
+        count = vars(Watcher)[name].__code__.co_argcount - 1
+        getattr(both, name)(*range(count))
+    assert told == [
+        f"{who} {name} {vars(Watcher)[name].__code__.co_argcount - 1}" for name in calls for who in ("a", "b")
+    ]
+
+
+# --- what is asked for ------------------------------------------------------------------------------------------------
+
+
+def test_names_and_packages_are_checked_before_anything_is_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = ["compare", "--scale", "smoke", "--device", "cpu", "--out", str(tmp_path / "out")]
+    assert main.main([*short, "--track", "neptune"]) == 2
+    assert "unknown tracker 'neptune': choose among tensorboard, wandb." in capsys.readouterr().err
+    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+    assert main.main([*short, "--track", "wandb"]) == 2
+    said = capsys.readouterr().err
+    assert "--track wandb needs the package 'wandb', which is not installed: pip install wandb" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_called_wandb_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    with pytest.raises(ValueError, match="pip install wandb"):
+        check(["wandb"])
+
+
+def test_wandb_needs_no_network_unless_it_is_told_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for the package: what wandb.init is asked for."""
+    asked: dict[str, Any] = {}
+
+    class Run:
+        def log(self, values: dict[str, Any], step: int) -> None:
+            """Nothing."""
+
+        def finish(self) -> None:
+            """Nothing."""
+
+    def init(**arguments: Any) -> Run:
+        asked.update(arguments)
+        return Run()
+
+    module = ModuleType("wandb")
+    module.init = init  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    trackers.wandb(tmp_path, plan(tmp_path), "super-h3-s0").start()
+    assert (asked["mode"], asked["resume"], asked["dir"], asked["name"]) == (
+        "offline",
+        "allow",
+        str(tmp_path),
+        "super-h3-s0",
+    )
+    first = asked["id"]
+    monkeypatch.setenv("WANDB_MODE", "online")
+    trackers.wandb(tmp_path, plan(tmp_path), "super-h3-s0").start()
+    assert (asked["mode"], asked["id"]) == ("online", first)
+    trackers.wandb(tmp_path / "other", plan(tmp_path), "super-h3-s0").start()
+    assert asked["id"] != first
+
+
+# --- TensorBoard itself -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore")  # of tensorboard's own
+def test_tensorboard_reads_the_curves_back(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    said: list[str] = []
+    for stop in (8, None):
+        wish = plan(tmp_path)
+        with TrackingWatcher(wish, ["tensorboard"], said.append) as watcher:
+            if stop:
+                with pytest.raises(Interrupted):
+                    compare(wish, Watchers(StopAfter(stop, Interrupted), watcher))
+            else:
+                compare(wish, watcher)
+    assert said == []
+    events = EventAccumulator(str(tmp_path / "trackers" / "tensorboard" / "super-h3-s0"))
+    events.Reload()
+    curve = read_curve(tmp_path / "super-h3-s0")
+    for key in ("train_loss", "train_accuracy", "validation_loss", "validation_accuracy"):
+        scalars = events.Scalars(key.replace("_", "/"))
+        assert [scalar.step for scalar in scalars] == [1, 2, 3]
+        assert [scalar.value for scalar in scalars] == pytest.approx([line[key] for line in curve], rel=1e-6)
+    record = json.loads((tmp_path / "super-h3-s0" / "result.json").read_text())
+    (final,) = events.Scalars("final/test_accuracy")
+    assert (final.step, final.value) == (3, pytest.approx(record["test_accuracy"], rel=1e-6))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_command_logs_with_the_flag_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tensorboard")
+    short = ["--scale", "smoke", "--epochs", "1", "--seeds", "1", "--device", "cpu", "--mechanisms", "super"]
+    assert main.main(["compare", *short, "--out", str(tmp_path)]) == 0
+    assert not (tmp_path / "trackers").exists()
+    assert main.main(["compare", *short, "--out", str(tmp_path), "--track", "tensorboard"]) == 0
+    assert list((tmp_path / "trackers" / "tensorboard" / "super-h4-s0").glob("events.*"))
+    assert "failed" not in capsys.readouterr().out
+
+
+def test_a_damaged_memory_is_a_failure_of_the_tracker(tmp_path: Path, notebook: type[Notebook]) -> None:
+    write_atomic(tmp_path / "trackers" / "logged" / "super-h3-s0.wandb.json", "{")
+    (said,) = tracked(replace(plan(tmp_path), command="x"))
+    assert "super-h3-s0.wandb.json is damaged" in said
