@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from better_attention.lab.analysis.study import AlignmentPicture, AttentionMap, Study
+from better_attention.lab.analysis.study import AlignmentPicture, AttentionMap, Study, Threshold
 
 MECHANISMS = ("standard", "optimised", "efficient", "super", "expressive")
 
@@ -89,6 +89,8 @@ def study(text: str = "plain words", mechanism: str = "custom(q+align)", task: s
                 test_accuracy=97.0 + seed + names.index(name) * (1 + seed / 50),
                 waiting_share=0.04 + names.index(name) / 100,
                 times_as_fast=1.1 + seed / 100,
+                epochs_to_threshold=3 + seed + names.index(name) * (1 + seed),
+                seconds_to_threshold=1.5,
                 versions={text: text},
                 samples={text: 7},
             )
@@ -97,14 +99,16 @@ def study(text: str = "plain words", mechanism: str = "custom(q+align)", task: s
         ],
         curves={f"{name}-h4-s{seed}": curve(3 + seed) for name in names[:2] for seed in (0, 1)},
         maps=[
-            attention_map(other, label=text, layer=text),
+            attention_map(other, label=text, layer=text, predicted=text),
             attention_map(other, label=f"{text} again", layer=text, picture=None, tokens=[text] * 9, heads=12),
         ],
         alignments=[
-            AlignmentPicture(other, text, rng.normal(size=(5, 5))),
+            AlignmentPicture(other, text, rng.normal(size=(5, 5)), np.eye(5)),
             AlignmentPicture(other, text, rng.normal(size=(12, 5, 5))),
         ],
         command=text,
         commit=text,
         notes=[text, "a second note"],
+        threshold=Threshold(90.0, text),
+        folders={other: text, "standard-h4-s0": "standard-h4-s0", "standard-h4-s1": f"../{text}"},
     )

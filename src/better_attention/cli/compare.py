@@ -74,6 +74,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=folder, metavar="DIR", help="folder for the runs; default: runs/TASK-SCALE")
     parser.add_argument(
+        "--threshold",
+        type=float,
+        metavar="PERCENT",
+        help="count the epochs until the validation accuracy reaches this; default: 90 %% of the way from guessing to "
+        "what standard achieves",
+    )
+    parser.add_argument(
         "--json", action="store_true", help="print results.json at the end; what is under way goes to standard error"
     )
     parser.add_argument(
@@ -107,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
         screen.print(message(told), markup=False, soft_wrap=True)
         return 128 + stopped.signal
     if study.finished:
-        tables.print_table(tables.summarise(study.records), screen)
+        tables.print_table(tables.summarise(study.records), screen, study.threshold)
         for name in ("report.html", "results.csv", "results.json", "curves.csv"):
             screen.print(message(f"{plan.out / name}"), markup=False, soft_wrap=True)
     if args.json:
@@ -144,6 +151,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         data=args.data,
         device=args.device,
         command=command_line(),
+        threshold=args.threshold,
     )
 
 

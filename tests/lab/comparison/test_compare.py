@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+import re
 import signal
 import threading
 import time
@@ -17,11 +18,13 @@ from typing import Any
 import pytest
 import torch
 
-from better_attention.lab.analysis.study import Study
+from better_attention.inspect import alignment_kernels
+from better_attention.lab.analysis.study import Study, Threshold
 from better_attention.lab.analysis.summary import summarise
 from better_attention.lab.comparison import compare as comparison
 from better_attention.lab.comparison.compare import Plan, compare, make_accelerator
 from better_attention.lab.lock import locked
+from better_attention.lab.runs.folder import load_run
 from better_attention.lab.runs.states import inventory
 from better_attention.lab.tasks.catalogue import TASKS
 from better_attention.lab.tasks.splits import Splits
@@ -30,6 +33,7 @@ from better_attention.lab.training import loop
 from better_attention.lab.training.events import Watcher
 from better_attention.lab.training.interruption import Stop
 from better_attention.lab.training.progress import DivergedError, Interrupted, Position
+from better_attention.lab.training.randomness import initial_model
 from helpers import tiny
 
 
@@ -86,6 +90,9 @@ def test_a_comparison_writes_its_results_and_is_then_kept(tmp_path: Path) -> Non
     assert [(m.run, m.weights.shape) for m in study.maps[:1]] == [("standard-h3-s0", (3, 16, 16))]
     assert len(study.maps) == 2 * 2 * 2  # mechanisms, layers, samples
     assert {a.run for a in study.alignments} == {"super-h3-s0"}
+    assert all(re.fullmatch(r"\d \(\d{1,3} %\)", one.predicted) for one in study.maps)
+    assert study.folders["super-h3-s1"] == "super-h3-s1"
+    assert '<a href="super-h3-s1/">' in (tmp_path / "report.html").read_text("utf-8")
     with (tmp_path / "results.csv").open(newline="") as file:
         assert len(list(csv.DictReader(file))) == 2
     with (tmp_path / "curves.csv").open(newline="") as file:
@@ -100,6 +107,46 @@ def test_a_comparison_writes_its_results_and_is_then_kept(tmp_path: Path) -> Non
     compare(tiny.plan(tmp_path, seeds=2), again)
     assert again.updates == 0
     assert again.ended == diary.ended
+
+
+def test_epochs_are_counted_to_the_threshold_of_the_plan(tmp_path: Path) -> None:
+    study, _ = compare(tiny.plan(tmp_path, threshold=100.0), Watcher())
+    assert study.threshold == Threshold(100.0, "as given by --threshold")
+    assert [run["epochs_to_threshold"] for run in study.records] == [None, None]
+    (first, *_) = study.curves["standard-h3-s0"]
+    study, _ = compare(tiny.plan(tmp_path, threshold=1e-3), Watcher())
+    assert first["validation_accuracy"] > 0
+    assert study.records[0]["epochs_to_threshold"] == 1
+    assert study.records[0]["seconds_to_threshold"] == first["seconds"]
+    with (tmp_path / "results.csv").open(newline="") as file:
+        assert [float(line["threshold_accuracy"]) for line in csv.DictReader(file)] == [1e-3, 1e-3]
+    with pytest.raises(ValueError, match="threshold must be between 0 and 100, received 101"):
+        tiny.plan(tmp_path, threshold=101.0)
+
+
+def test_maps_say_what_the_model_predicts_of_their_sample(tmp_path: Path) -> None:
+    task = tiny.task(epochs=4)
+    study, _ = compare(replace(tiny.plan(tmp_path, ["standard"]), task=task), Watcher())
+    run = load_run(tmp_path / "standard-h3-s0")
+    rows = [row for row, _ in task.examples(tiny.splits(), 2)]
+    inputs = tiny.splits().test.inputs[rows]
+    found = task.predictions(run.model, inputs, tiny.splits().assets)
+    told = [f"{one.label} ({100 * one.probability:.0f} %)" for one in found]
+    assert list(dict.fromkeys((one.label, one.predicted) for one in study.maps)) == list(
+        zip([label for _, label in task.examples(tiny.splits(), 2)], told, strict=True)
+    )
+
+
+def test_kernels_are_drawn_beside_where_they_started(tmp_path: Path) -> None:
+    study, _ = compare(tiny.plan(tmp_path, ["standard", "super"], seeds=1), Watcher())
+    trained = dict(alignment_kernels(load_run(tmp_path / "super-h3-s0").model))
+    fresh = dict(alignment_kernels(initial_model(tiny.task(epochs=1), Variant.of("super"), 3, 0)))
+    for one in study.alignments:
+        assert one.initial is not None
+        assert (one.weight == trained[one.layer].numpy()).all()
+        assert (one.initial == fresh[one.layer].numpy()).all()
+        assert 0 < abs(one.weight - one.initial).max() < abs(one.initial).max()  # an epoch at a small rate
+    assert len(study.alignments) == 2
 
 
 def test_later_comparisons_add_to_a_folder(tmp_path: Path) -> None:

@@ -36,9 +36,19 @@ def test_a_task_of_our_own_has_no_setting_of_the_papers() -> None:
 def test_equal_parameters_are_told_in_numbers() -> None:
     """Table 7 of arXiv 2403.01643: 60.54 and 60.09 million parameters, 768 wide and 8 deep, 804 wide and 9 deep."""
     task = replace(TASKS["imagenet"]("paper"), equal_params=True)
-    (found,) = remarks(task, [Variant.of(name) for name in ("standard", "efficient")], [12])
+    found, odd = remarks(task, [Variant.of(name) for name in ("standard", "efficient")], [12])
     sizes = "standard 60,539,960 (width 768, layers 8), efficient 60,094,724 (width 804, layers 9, −0.7 %)"
     assert found == f"equal parameters with 12 heads: {sizes}"
+    assert odd == (
+        "widths chosen with 12 heads that are no multiple of 8, which may cost speed that is not the mechanism's: "
+        "efficient 804"
+    )
+
+
+def test_a_width_that_is_a_multiple_of_eight_or_was_given_costs_nothing() -> None:
+    task = replace(TASKS["imagenet"]("paper"), equal_params=True)
+    assert len(remarks(task, [Variant.of("efficient")], [8])) == 1  # of 8 heads every width is
+    assert len(remarks(replace(task, width=780), STANDARD, [12])) == 2  # the setting is not the paper's, and the sizes
 
 
 def test_where_nothing_is_widened_it_is_said() -> None:

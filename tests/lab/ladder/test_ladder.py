@@ -387,9 +387,9 @@ def test_differences_are_taken_pair_by_pair_and_corrected() -> None:
     assert overall.accuracy.difference.mean == pytest.approx(3.0 + 0.1 * 6 / 9)
     assert overall.verdict == "higher"
     assert overall.speed == "2.00 [2.00, 2.00]"
-    assert [duel.where for duel in found["rungs"]] == ["N = 4, τ = 4", "N = 8, τ = 4", "N = 8, τ = 8"]
+    assert [duel.where for duel in found["rungs"]] == ["4 symbols, delay 4", "8 symbols, delay 4", "8 symbols, delay 8"]
     assert {duel.accuracy.family for duel in found["rungs"] if duel.accuracy} == {3}
-    assert sentence(overall).endswith("points of test accuracy over 9 pairs of runs: expressive predicts better.")
+    assert sentence(overall).endswith("points over 9 pairs of runs; expressive predicts better.")
     (worse,) = duels(many(-3.0))["overall"]
     assert "softmax predicts better" in sentence(worse)
 
@@ -411,10 +411,10 @@ def test_runs_that_diverged_leave_nothing_to_claim() -> None:
     found = duels(spoilt)
     (overall,) = found["overall"]
     assert overall.verdict == "not tested"
-    assert sentence(overall).endswith("over 6 pairs of runs: not tested, as 3 runs diverged.")
+    assert sentence(overall).endswith("over 6 pairs of runs; not tested, as 3 runs diverged.")
     assert [duel.verdict for duel in found["rungs"]] == [duel.verdict for duel in duels(rows)["rungs"][:2]]
     spoilt = [replace(r, test_accuracy=None) if r == rows[lost.index(True)] else r for r in rows]
-    assert sentence(duels(spoilt)["overall"][0]).endswith("over 8 pairs of runs: not tested, as 1 run diverged.")
+    assert sentence(duels(spoilt)["overall"][0]).endswith("over 8 pairs of runs; not tested, as 1 run diverged.")
 
 
 # --- the files --------------------------------------------------------------------------------------------------------
@@ -456,9 +456,12 @@ def test_the_page_holds_the_numbers(tmp_path: Path) -> None:
     page = Page(ladder_page.render(report(ladder(tmp_path, task=base(epochs=100)), rows)))  # of 3 updates
     text = " ".join(page.text.split())
     assert page.open == []
-    assert "standard τ, N 4 8 4 90.0 3/3 89.0 3/3 8 88.0 3/3" in text
-    assert "N = 8, τ = 8 3 of 3 N = 8, τ = 8 3 of 3" in text
-    assert "expressive against standard: +3.1 ± " in text
+    assert "standard Delay \\ symbols 4 8 4 90.0 3/3 89.0 3/3 8 88.0 3/3" in text
+    assert "8 symbols, delay 8 3 of 3 8 symbols, delay 8 3 of 3" in text
+    assert "Test accuracy of expressive against standard: +3.1 ± " in text
+    assert "rotary, 1 layer expressive − standard" in text  # settings in words in every table
+    assert "rotary-l1" not in text
+    assert "What is asked Accuracy by delay and number of symbols How high" in text  # contents
     assert "1/√d k , rotary, 1 layer" in text  # k set low
     assert "raw q·k, ALiBi, 2 layers" in text
     assert "by their hash" in text

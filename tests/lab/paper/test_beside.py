@@ -31,7 +31,8 @@ def test_parameter_counts_are_those_of_our_layers(task: str) -> None:
 
 
 def test_the_names_are_those_of_our_records() -> None:
-    own = {"times_as_fast"}  # against torch's layer, which the paper did not measure
+    # The paper measured neither the speed against torch's layer nor that of learning.
+    own = {"times_as_fast", "epochs_to_threshold", "seconds_to_threshold"}
     assert {column.key for column in COLUMNS} - own <= set(published.COLUMNS)
 
 

@@ -158,3 +158,17 @@ def test_the_five_are_told_apart_without_colour() -> None:
 def test_variants_keep_the_colour_and_get_a_marker() -> None:
     assert look("efficient+expressive").light == look("efficient").light
     assert look("efficient+expressive").marker != look("standard+align").marker != ""
+
+
+def test_variants_of_one_mechanism_are_told_apart_by_dashes_and_by_markers() -> None:
+    names = [
+        "",
+        "+expressive",
+        "+align",
+        "+per-head",
+        "+identity",
+        "+align+expressive",
+        "+expressive+identity+per-head",
+    ]
+    variants = [look(f"super{name}") for name in names]
+    assert len({one.dashes for one in variants}) == len({one.marker for one in variants}) == len(names)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import io
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,11 +10,11 @@ from matplotlib import colormaps
 from numpy.typing import NDArray
 from PIL import Image
 
-from better_attention.lab.analysis.study import AlignmentPicture, AttentionMap, RunName
+from better_attention.lab.analysis.study import RunName
 from better_attention.lab.analysis.summary import summarise
 from better_attention.lab.report import gallery, heatmaps
 from better_attention.lab.report.gallery import Album
-from helpers.studies import attention_map, curve, record
+from helpers.studies import curve, record
 
 
 def pixels(content: bytes) -> NDArray[np.uint8]:
@@ -150,53 +148,6 @@ def test_curves_without_values_are_left_out(missing: list[dict[str, float]]) -> 
     assert gallery.curve_groups({"super-h1-s0": missing}, Album(10**9)) == []
 
 
-def test_maps_are_gathered_by_input() -> None:
-    maps = [
-        attention_map(f"{name}-h2-s0", label=label, layer=f"blocks.{number}")
-        for name in ("standard", "super")
-        for label in ("a 3", "a 7")
-        for number in (0, 1)
-    ]
-    found = gallery.inputs(maps, Album(10**9))
-    assert [one.label for one in found] == ["a 3", "a 7"]
-    assert [(layer.run.mechanism, layer.layer) for layer in found[0].layers] == [
-        (name, f"blocks.{number}") for name in ("standard", "super") for number in (0, 1)
-    ]
-    assert [len(layer.heads) for layer in found[0].layers] == [2] * 4
-
-
-def test_a_heads_words_are_its_numbers() -> None:
-    weights = np.zeros((1, 2, 3))
-    weights[0, :, 1], weights[0, 0, 0] = (0.25, 1.0), 0.75
-    one = AttentionMap("super-h1-s0", "a", "x", weights, tokens=("not", "so", "bad"))
-    (found,) = gallery.inputs([one], Album(10**9))
-    head = found.layers[0].heads[0]
-    assert head.caption == "head 1, up to 1"
-    assert head.alt == (
-        "Attention weights of head 1, 2 queries (rows) by 3 keys (columns); greatest weight 1, key 2 receives most"
-    )
-    assert head.shades == [("not", "0.60"), ("so", "1.00"), ("bad", "0.00")]
-    assert head.over is None
-    assert (pixels(base64.b64decode(head.matrix.partition(",")[2]))[1, 1] == colour("viridis", 1)).all()
-
-
-@pytest.mark.parametrize(("heads", "shown"), [(1, 1), (8, 8), (12, 8)])
-def test_up_to_eight_heads_are_shown_and_counted(heads: int, shown: int) -> None:
-    (one,) = gallery.inputs([attention_map("super-h12-s0", heads=heads)], Album(10**9))
-    (layer,) = one.layers
-    assert (len(layer.heads), layer.total) == (shown, heads)
-    assert [head.caption.split(",")[0] for head in layer.heads] == [f"head {k + 1}" for k in range(shown)]
-    (kernel,) = gallery.kernels([AlignmentPicture("super-h12-s0", "a", np.ones((heads, 3, 3)))], Album(10**9))
-    assert (len(kernel.pictures), kernel.total) == (shown, heads)
-
-
-def test_heads_without_room_are_counted_as_missing() -> None:
-    one = attention_map("super-h4-s0", heads=4, picture=None)
-    sizes = [len(heatmaps.data_uri(heatmaps.heat(weights), "image/png")) for weights in one.weights]
-    (found,) = gallery.inputs([one], Album(room=sum(sizes[:2])))
-    assert (len(found.layers[0].heads), found.layers[0].total) == (2, 4)
-
-
 def test_results_over_heads_need_two_of_them() -> None:
     rows = summarise(record(name, s, h) for name in ("standard", "super") for h in (1, 4) for s in (0, 1))
     names, (panel,) = gallery.ablation(rows, Album(10**9))
@@ -217,35 +168,6 @@ def test_the_weights_over_the_angle_in_words() -> None:
         "for |q| |k| · scale of 1: 2.718, 1.000, 0.368; 2: 7.389, 1.000, 0.135; 4: 54.598, 1.000, 0.018." in softmax.alt
     )
     assert "scale of 1: 0.500, 0.000, 0.500; 2: 0.800, 0.000, 0.800; 4: 0.941, 0.000, 0.941." in expressive.alt
-
-
-def test_kernels_of_every_head() -> None:
-    alignments = [
-        AlignmentPicture("super-h2-s0", "a", np.eye(3)),
-        AlignmentPicture("super-h2-s0", "b", np.stack([np.eye(3), -2 * np.eye(3)])),
-    ]
-    shared, each = gallery.kernels(alignments, Album(10**9))
-    assert [caption for _, caption, _ in shared.pictures] == ["all heads, ±1"]
-    assert [caption for _, caption, _ in each.pictures] == ["head 1, ±1", "head 2, ±2"]
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"weights": np.zeros((1, 2, 9, 9))}, r"weights of an attention map are \(heads, L, S\)"),
-        ({"tokens": ["a"] * 8}, "received 8 tokens for 9 keys"),
-        ({"picture": np.zeros((2, 2))}, "a picture is uint8"),
-        ({"picture": np.zeros((2, 2, 4), dtype=np.uint8)}, r"received uint8, shape \(2, 2, 4\)"),
-    ],
-)
-def test_maps_that_fit_nothing(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        attention_map("super-h2-s0", **changes)
-
-
-def test_a_kernel_is_square() -> None:
-    with pytest.raises(ValueError, match=r"W_A is \(l, l\) or \(heads, l, l\), received shape \(3, 4\)"):
-        AlignmentPicture("super-h2-s0", "a", np.zeros((3, 4)))
 
 
 @pytest.mark.parametrize("name", ["super-h4-s0", "super+expressive-h12-s3", "custom(q+align)-h1-s0", "a-h1-s2-h3-s4"])

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from better_attention.lab.analysis.study import Threshold
 from better_attention.lab.analysis.summary import (
     Row,
     against_paper,
@@ -224,10 +225,46 @@ def test_one_mechanism_has_no_differences() -> None:
 
 
 def test_a_single_seed_is_told() -> None:
-    text = printed(five(seeds=1), 200)
-    assert "97.50 ± – (1)" in text
-    assert "a single seed tells nothing about the spread" in text
-    assert "a single seed" not in printed(five(), 200)
+    text = printed(summarise(record(name, task="mnist", times_as_fast=1.1) for name in MECHANISMS), 200)
+    ours = text[: text.index("Ours, the paper's")]
+    assert "97.50 (1)" in ours
+    assert "±" not in ours  # nor in the legend
+    assert "–" not in ours  # no interval, no p, no verdict, and nothing in their place
+    assert "verdict" not in ours
+    assert "super 4 0.00" in " ".join(ours[ours.index("Difference") :].split())
+    assert "A single seed tells nothing about chance" in ours
+    assert "single seed" not in printed(five(), 200)
+
+
+def test_what_matters_most_comes_first() -> None:
+    title = next(line for line in printed(five(), 200).splitlines() if "Mechanism" in line)
+    places = [title.index(name) for name in ("Test acc. %", "Test loss", "Params", "s/epoch", "Train acc. %")]
+    assert places == sorted(places)
+
+
+def reaching(*epochs: int | None, mechanism: str = "super") -> list[dict[str, Any]]:
+    return [record(mechanism, s, epochs_to_threshold=e, seconds_to_threshold=e) for s, e in enumerate(epochs)]
+
+
+def test_the_speed_of_learning_is_printed_with_its_threshold() -> None:
+    rows = summarise([*reaching(10, 12, 11, mechanism="standard"), *reaching(5, 7, 7)])
+    console = Console(width=250, file=io.StringIO())
+    tables.print_table(rows, console, Threshold(87.5, "as we say"))
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    assert "until the validation accuracy reached 87.5 %, as we say." in text
+    assert "6.3 ± 2.9 (1)" in text
+    assert "−4.7 ± 1.4 (p 0.005)" in text
+    assert "fewer epochs" in text
+    assert "threshold" not in printed(five(), 250)
+
+
+def test_runs_that_never_got_there_are_told() -> None:
+    text = printed(summarise([*reaching(10, 12, mechanism="standard"), *reaching(5, None), record("efficient")]), 250)
+    first = text[: text.index("Difference")]
+    line = {line.split()[0]: line for line in first.splitlines() if line.split()}
+    assert "5.0, 1 of 2 runs" in line["super"]
+    assert "never" in line["efficient"]
 
 
 def test_no_run_at_all() -> None:
@@ -286,6 +323,21 @@ def test_csv_holds_what_the_comparison_shows(tmp_path: Path) -> None:
     assert float(ours["times_as_fast_low"]) == pytest.approx(1 / float(ours["times_as_fast_high"]))
     assert not [key for key in ours if key.startswith("train") and key.endswith(("_p", "_verdict", "_p_holm"))]
     assert not {"times_as_fast_interval", "times_as_fast_difference"} & set(ours)
+
+
+def test_csv_holds_the_speed_of_learning(tmp_path: Path) -> None:
+    rows = summarise(
+        [*reaching(10, 12, 11, mechanism="standard"), *reaching(5, 7, 7), *reaching(4, None, None, mechanism="a")]
+    )
+    tables.write_csv(rows, tmp_path / "results.csv", Threshold(87.5, ""))
+    with (tmp_path / "results.csv").open(newline="", encoding="utf-8") as file:
+        _, ours, slow = csv.DictReader(file)
+    assert float(ours["threshold_accuracy"]) == 87.5
+    assert float(ours["epochs_to_threshold"]) == pytest.approx(19 / 3)
+    assert float(ours["seconds_to_threshold"]) == pytest.approx(19 / 3)
+    assert (ours["epochs_to_threshold_runs"], slow["epochs_to_threshold_runs"]) == ("3", "1")
+    assert (ours["epochs_to_threshold_verdict"], slow["epochs_to_threshold_verdict"]) == ("lower", "")
+    assert float(ours["epochs_to_threshold_p_holm"]) < 0.05
 
 
 def test_csv_of_nothing_is_a_header(tmp_path: Path) -> None:

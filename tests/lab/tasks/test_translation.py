@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 
-from better_attention.lab.comparison.compare import draw_maps
+from better_attention.lab.comparison.run_pictures import draw_maps
 from better_attention.lab.runs import checkpoint
 from better_attention.lab.runs.folder import load_run
 from better_attention.lab.tasks.catalogue import TASKS
@@ -335,6 +335,9 @@ def test_attention_maps_name_the_keys_of_each_layer(learned: Path, splits: Split
     assert target is not None
     assert (source[0], target[:2]) == ("the", ("[start]", "el"))
     assert by_layer["encoder.0.attention"].tokens == source
+    assert by_layer["encoder.0.attention"].queries == source
+    assert by_layer["decoder.0.cross"].tokens == source
+    assert by_layer["decoder.0.cross"].queries == by_layer["decoder.0.attention"].queries == target
     shown = " ".join(source).strip(), " ".join(target[1:]).strip().removesuffix(" [end]")
     assert maps[0].label.split(": ")[1] == " → ".join(shown)
     assert maps[0].label != maps[5].label

@@ -30,15 +30,15 @@ class Estimate:
     n: int
 
     def format(self, digits: int, *, sign: bool = False) -> str:
-        """The estimate as tables print it: ``98.12 ± 0.30``, ``98.12 ± –`` for a single seed, ``diverged`` for none.
+        """The estimate as tables print it: ``98.12 ± 0.30``, the mean alone for a single seed, ``diverged`` for none.
 
         >>> Estimate(98.123, 0.304, 5).format(2), Estimate(0.123, None, 1).format(2, sign=True)
-        ('98.12 ± 0.30', '+0.12 ± –')
+        ('98.12 ± 0.30', '+0.12')
         """
         if not math.isfinite(self.mean):
             return DIVERGED
-        width = "–" if self.half_width is None else number(self.half_width, digits)
-        return f"{number(self.mean, digits, sign=sign)} ± {width}"
+        width = "" if self.half_width is None else f" ± {number(self.half_width, digits)}"
+        return f"{number(self.mean, digits, sign=sign)}{width}"
 
     @property
     def low(self) -> float | None:
@@ -62,7 +62,7 @@ class Ratio(Estimate):
     factor: float | None = None
 
     def format(self, digits: int, *, sign: bool = False) -> str:
-        """The ratio as tables print it: ``0.90 [0.85, 0.95]``, and ``0.90 [–]`` for a single measurement.
+        """The ratio as tables print it: ``0.90 [0.85, 0.95]``, the mean alone for a single measurement.
 
         >>> Ratio(0.9, None, 3, factor=1.06).format(2)
         '0.90 [0.85, 0.95]'
@@ -70,8 +70,8 @@ class Ratio(Estimate):
         if not math.isfinite(self.mean):  # no time was measured, which nothing but an odd clock explains
             return "–"
         low, high = self.low, self.high
-        reach = "–" if low is None or high is None else f"{number(low, digits)}, {number(high, digits)}"
-        return f"{number(self.mean, digits, sign=sign)} [{reach}]"
+        reach = "" if low is None or high is None else f" [{number(low, digits)}, {number(high, digits)}]"
+        return f"{number(self.mean, digits, sign=sign)}{reach}"
 
     @property
     def low(self) -> float | None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from better_attention.errors import counted
 from better_attention.lab import published
-from better_attention.lab.analysis.estimates import Estimate, number
+from better_attention.lab.analysis.estimates import number
 from better_attention.lab.analysis.paired import NOTHING, UNTESTED, p_text
 from better_attention.lab.analysis.study import Record
 from better_attention.lab.analysis.summary import COLUMNS, Column, Row
@@ -53,11 +53,6 @@ def sentences(rows: Sequence[Row]) -> list[str]:
     return [one.replace(" ± ", _KEPT).replace(" %", "\N{NO-BREAK SPACE}%") for one in found]
 
 
-def shown(value: Estimate, digits: int, *, sign: bool = False) -> str:
-    """Mean and interval as text, of a single seed the mean alone: a dash in place of the interval tells nothing."""
-    return value.format(digits, sign=sign).removesuffix(" ± –")
-
-
 def finding(rows: Sequence[Row], column: Column) -> str | None:
     """Who is best in ``column``, and what the comparison with standard shows; None where there is nothing to compare.
 
@@ -76,12 +71,12 @@ def finding(rows: Sequence[Row], column: Column) -> str | None:
     sentence = (
         f"With {counted(best[0].heads, 'head')}, {_listed([row.mechanism for row in best])} "
         f"{'has' if len(best) == 1 else 'share'} the {'highest' if column.higher_is_better else 'lowest'} {name}, "
-        f"{shown(value, column.digits)}{unit} ({counted(value.n, 'seed')})"
+        f"{value.format(column.digits)}{unit} ({counted(value.n, 'seed')})"
     )
     if test is None or any(column.key not in row.tests for row in best):  # standard is among the best
         return f"{sentence}."
     who = f"{best[0].mechanism} " if len(best) > 1 else ""
-    against = f"{sentence}: {who}{shown(test.difference, column.digits, sign=True)}{points} against standard"
+    against = f"{sentence}: {who}{test.difference.format(column.digits, sign=True)}{points} against standard"
     if test.corrected_p is None:
         return f"{against}, {test.verdict} ({_why(best, column)})."
     return f"{against}, {test.verdict} ({p_text(test.corrected_p)}, {_corrected(test.family)})."

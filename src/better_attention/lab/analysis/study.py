@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -44,7 +44,9 @@ class AttentionMap:
         layer: name of the layer in the model, such as ``"blocks.0.attention"``.
         label: what the input is, for the reader (``"a handwritten 7"``).
         weights: (heads, L, S), each row a distribution over the S keys.
-        tokens: the S tokens of a text input.
+        tokens: the S tokens of a text input; padding is empty.
+        queries: the L tokens that ask, where they are not the keys.
+        predicted: what the run's model says of the input, for the reader (``"7 (98 %)"``); "": not known.
         picture: uint8, (H, W) grey or (H, W, 3) colour, of an image input.
 
     Raises:
@@ -57,6 +59,8 @@ class AttentionMap:
     weights: NDArray[np.floating]
     tokens: Sequence[str] | None = None
     picture: NDArray[np.uint8] | None = None
+    queries: Sequence[str] | None = None
+    predicted: str = ""
 
     def __post_init__(self) -> None:
         if self.weights.ndim != 3:
@@ -67,6 +71,10 @@ class AttentionMap:
         if self.tokens is not None and len(self.tokens) != self.weights.shape[2]:
             raise ValueError(
                 f"received {len(self.tokens)} tokens for {self.weights.shape[2]} keys: one a key is needed."
+            )
+        if self.queries is not None and len(self.queries) != self.weights.shape[1]:
+            raise ValueError(
+                f"received {len(self.queries)} query tokens for {self.weights.shape[1]} queries: one a query is needed."
             )
         if self.picture is not None and not (
             self.picture.dtype == np.uint8 and (self.picture.ndim == 2 or self.picture.shape[2:] == (3,))
@@ -85,6 +93,7 @@ class AlignmentPicture:
         run: name of the run.
         layer: name of the layer in the model.
         weight: (l, l), shared by the heads, or (heads, l, l).
+        initial: the same before training; None: not known.
 
     Raises:
         ValueError: an array of another shape.
@@ -93,10 +102,29 @@ class AlignmentPicture:
     run: str
     layer: str
     weight: NDArray[np.floating]
+    initial: NDArray[np.floating] | None = None
 
     def __post_init__(self) -> None:
         if self.weight.ndim not in (2, 3) or self.weight.shape[-1] != self.weight.shape[-2]:
             raise ValueError(f"W_A is (l, l) or (heads, l, l), received shape {self.weight.shape}.")
+        if self.initial is not None and self.initial.shape != self.weight.shape:
+            raise ValueError(
+                f"W_A before training has the shape of the trained one, {self.weight.shape}, received "
+                f"{self.initial.shape}."
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Threshold:
+    """A validation accuracy that runs are to reach.
+
+    Args:
+        accuracy: in per cent.
+        rule: how it was fixed, as the part of a sentence that follows its value.
+    """
+
+    accuracy: float
+    rule: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +140,8 @@ class Study:
         command: the command that made it.
         commit: the commit it was made at, or ``"unknown"``.
         notes: sentences for the reader: what differs from the paper, what went wrong.
+        folders: name of a run -> its folder, seen from that of the report; without those that are not there.
+        threshold: the validation accuracy that the records' ``epochs_to_threshold`` are about; None: they have none.
     """
 
     task: Mapping[str, object]
@@ -122,6 +152,8 @@ class Study:
     command: str
     commit: str
     notes: Sequence[str] = ()
+    threshold: Threshold | None = None
+    folders: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def finished(self) -> int:

@@ -21,15 +21,22 @@ class Column:
     title: str
     digits: int
     higher_is_better: bool
-    # "size": the same for every seed; "time" and "ratio": this machine's, a ratio has a geometric mean.
+    # "size": the same for every seed; "time" and "ratio": this machine's, a ratio has a geometric mean; "epochs": until
+    # the validation accuracy reached a threshold, without the runs that never did.
     kind: str = "metric"
 
     @property
     def tested(self) -> bool:
-        """Whether claims may rest on it: figures of the test split alone."""
+        """Whether claims on the trained model may rest on it: figures of the test split alone."""
         return self.key.startswith("test_")
 
+    @property
+    def compared(self) -> bool:
+        """Whether it is compared with standard: figures of the test split, and the speed of learning."""
+        return self.tested or self.kind == "epochs"
 
+
+EPOCHS_TO_THRESHOLD = Column("epochs_to_threshold", "Epochs to threshold", 1, higher_is_better=False, kind="epochs")
 COLUMNS = (
     Column("attention_params", "Params", 0, higher_is_better=False, kind="size"),
     Column("total_params", "All params", 0, higher_is_better=False, kind="size"),
@@ -43,8 +50,13 @@ COLUMNS = (
     Column("test_loss", "Test loss", 3, higher_is_better=False),
     Column("test_top5", "Test top 5 %", 2, higher_is_better=True),
     Column("test_bleu", "Test BLEU", 1, higher_is_better=True),
+    EPOCHS_TO_THRESHOLD,
+    Column("seconds_to_threshold", "s to threshold", 1, higher_is_better=False, kind="time"),
 )
 """What is shown, in the paper's order; a column that no row has a value for is left out."""
+
+COSTS = ("attention_params", "total_params", "epoch_seconds", "times_as_fast")
+"""Keys of the columns that say what a mechanism costs."""
 
 MACHINE = ("time", "ratio")
 """Kinds of column whose numbers are this machine's: not to be set against the paper's."""
@@ -65,8 +77,10 @@ class Row:
         ranks: key of a column -> rank among the rows of the same task, scale and number of heads.
         gains: key of a column -> difference to standard attention, seed by seed; empty for standard itself.
         published: the paper's numbers for this task, mechanism and number of heads; None where it has none.
-        tests: key of a column of the test split -> comparison with standard, its p corrected for all comparisons of
-            that metric in the task: every other mechanism at every number of heads. Empty for standard itself.
+        tests: key of a column that is ``compared`` -> comparison with standard, its p corrected for all comparisons of
+            that metric in the task: every other mechanism at every number of heads. Epochs to a threshold are compared
+            where every run of both reached it: the mean over the others would be one over the fast ones. Empty for
+            standard itself.
     """
 
     task: str
@@ -115,7 +129,7 @@ def summarise(records: Iterable[Record], baseline: str = "standard") -> list[Row
             name: {key: _estimate(key, list(seeds.values())) for key, seeds in by_key.items()}
             for name, by_key in values.items()
         }
-        places = _ranks(estimates)
+        places = _ranks(estimates, values)
         for name, by_key in values.items():
             rows.append(
                 Row(
@@ -172,6 +186,10 @@ def _values(runs: Sequence[Record], measured: Sequence[str], where: str) -> dict
     return found
 
 
+_Values = Mapping[str, Mapping[int, float]]
+"""Key of a column -> seed -> value."""
+
+
 def _estimate(key: str, values: Sequence[float]) -> Estimate:
     return ratio(values) if key in _RATIOS else estimate(values)
 
@@ -179,23 +197,21 @@ def _estimate(key: str, values: Sequence[float]) -> Estimate:
 _RATIOS = frozenset(column.key for column in COLUMNS if column.kind == "ratio")
 
 
-def _ranks(estimates: Mapping[str, Mapping[str, Estimate]]) -> dict[str, dict[str, int]]:
+def _ranks(estimates: Mapping[str, Mapping[str, Estimate]], values: Mapping[str, _Values]) -> dict[str, dict[str, int]]:
     places: dict[str, dict[str, int]] = {name: {} for name in estimates}
     for column in COLUMNS:
         if column.kind == "time":  # of runs that may be days apart, on a machine that did other things besides
             continue
         means = [
-            round(by_key[column.key].mean, column.digits) if column.key in by_key else None
-            for by_key in estimates.values()
+            round(by_key[column.key].mean, column.digits)
+            if column.key in by_key and (column.kind != "epochs" or _complete(values[name], column))
+            else None
+            for name, by_key in estimates.items()
         ]
         for name, rank in zip(estimates, ranks(means, higher_is_better=column.higher_is_better), strict=True):
             if rank is not None:
                 places[name][column.key] = rank
     return places
-
-
-_Values = Mapping[str, Mapping[int, float]]
-"""Key of a column -> seed -> value."""
 
 
 def _gains(ours: _Values, baseline: _Values) -> dict[str, Estimate]:
@@ -208,8 +224,17 @@ def _gains(ours: _Values, baseline: _Values) -> dict[str, Estimate]:
 
 
 def _tests(ours: _Values, baseline: _Values) -> dict[str, Comparison]:
-    found = {c.key: compare_paired(ours.get(c.key, {}), baseline.get(c.key, {})) for c in COLUMNS if c.tested}
+    found = {
+        column.key: compare_paired(ours.get(column.key, {}), baseline.get(column.key, {}))
+        for column in COLUMNS
+        if column.tested or (column.compared and _complete(ours, column) and _complete(baseline, column))
+    }
     return {key: one for key, one in found.items() if one is not None}
+
+
+def _complete(values: _Values, column: Column) -> bool:
+    """Whether every run has a value: without those that never reached a threshold, the others look fast."""
+    return len(values.get(column.key, {})) == max(map(len, values.values()), default=0)
 
 
 def _corrected(rows: Sequence[Row]) -> list[Row]:
@@ -230,8 +255,22 @@ def columns_of(rows: Sequence[Row]) -> list[Column]:
     return [column for column in COLUMNS if any(column.key in row.estimates for row in rows)]
 
 
+def by_importance(columns: Sequence[Column]) -> list[Column]:
+    """The columns in the order of a reader's questions: results of the test split, costs, speed of learning, training.
+
+    Of the test split, what the task is about comes first: accuracy where there is one, else BLEU.
+    """
+
+    def place(column: Column) -> int:
+        if column.tested:
+            return 0 if column.key in ("test_accuracy", "test_bleu") else 1
+        return 2 if column.key in COSTS else 4 if column.kind == "metric" else 3
+
+    return sorted(columns, key=place)
+
+
 def compared_columns(rows: Sequence[Row]) -> list[Column]:
-    """The columns of the test split in which at least one row is compared with standard."""
+    """The columns in which at least one row is compared with standard."""
     return [column for column in COLUMNS if any(column.key in row.tests for row in rows)]
 
 

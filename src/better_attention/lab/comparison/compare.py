@@ -14,9 +14,10 @@ import torch
 from accelerate import Accelerator
 
 from better_attention.errors import counted
-from better_attention.inspect import alignment_kernels, attention_maps
+from better_attention.lab.analysis import learning_speed
 from better_attention.lab.analysis.study import AlignmentPicture, AttentionMap, Study
 from better_attention.lab.comparison.notes import guessing, remarks
+from better_attention.lab.comparison.run_pictures import draw_kernels, draw_maps
 from better_attention.lab.lock import TURN, holder, locked, taken
 from better_attention.lab.report import html, tables
 from better_attention.lab.runs import manifest
@@ -46,7 +47,6 @@ from better_attention.lab.training.step_time import Pace, measure
 
 RESULTS = ("results.json", "results.csv", "curves.csv", "report.html")
 OPTIMISED = 3  # copies of the parameters in training, at least: weights, gradients and a moment
-EXAMPLES = 2  # test samples whose attention maps are drawn
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,8 @@ class Plan:
         data: the user's data folder; None: the library's own.
         device: ``"auto"`` (a GPU if there is one), ``"cpu"``, ``"cuda"`` or ``"mps"``.
         command: the command line, for the record.
+        threshold: validation accuracy in per cent, the epochs to which are counted; None: by the rule of
+            :func:`better_attention.lab.analysis.learning_speed.find_threshold`.
     """
 
     task: Task
@@ -70,6 +72,11 @@ class Plan:
     data: Path | None = None
     device: str = "auto"
     command: str = ""
+    threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.threshold is not None:
+            learning_speed.check_threshold(self.threshold)
 
     def runs(self) -> list[tuple[Variant, int, int]]:
         """Variant, heads and seed of every run, seeds outermost: what is interrupted is balanced."""
@@ -308,9 +315,11 @@ def make_study(plan: Plan, splits: Splits) -> Study:
             and record["heads"] == plan.heads[-1]
             and (entry["path"] / "model.safetensors").is_file()
         ):
-            model = load_run(entry["path"]).model
-            maps += draw_maps(name, model, plan.task, splits)
-            alignments += [AlignmentPicture(name, layer, w.numpy()) for layer, w in alignment_kernels(model)]
+            run = load_run(entry["path"])
+            maps += draw_maps(name, run.model, run.task, splits)
+            alignments += draw_kernels(name, run)
+    guessing = learning_speed.guessing_accuracy(splits.validation.targets)
+    threshold = learning_speed.find_threshold(curves, guessing, plan.threshold)
     notes = [
         *splits.notes,
         *(
@@ -327,13 +336,17 @@ def make_study(plan: Plan, splits: Splits) -> Study:
             "source": plan.task.source,
             "settings": plan.task.settings(),
         },
-        records=[*(run["result"] for run in finished), *lost],
+        records=learning_speed.timed([*(run["result"] for run in finished), *lost], curves, threshold),
         curves=curves,
         maps=maps,
         alignments=alignments,
         command=plan.command,
         commit=commit(),
         notes=notes,
+        threshold=threshold,
+        folders={
+            f"{r['mechanism']}-h{r['heads']}-s{r['seed']}": run["name"] for run in finished if (r := run["result"])
+        },
     )
 
 
@@ -363,25 +376,10 @@ def _rank(plan: Plan, mechanism: str) -> tuple[int, str]:
     return (names.index(mechanism) if mechanism in names else len(names), mechanism)
 
 
-def draw_maps(name: str, model: torch.nn.Module, task: Task, splits: Splits) -> list[AttentionMap]:
-    """The attention maps of every layer on a few test samples."""
-    maps = []
-    for row, label in task.examples(splits, EXAMPLES):
-        inputs = splits.test.inputs[row].cpu()
-        shown = task.show(inputs, splits.assets)
-        maps += [
-            AttentionMap(
-                name, layer, label, weights[0].numpy(), tokens=task.key_tokens(layer, shown), picture=shown.picture
-            )
-            for layer, weights in attention_maps(model, inputs[None]).items()
-        ]
-    return maps
-
-
 def write_results(study: Study, out: Path) -> None:
     """``results.csv``, ``results.json``, ``curves.csv`` and ``report.html`` in ``out``, and their digests."""
     manifest.remove(out, RESULTS)  # it would be wrong until all of them are written
-    tables.write_csv(tables.summarise(study.records), out / "results.csv")
+    tables.write_csv(tables.summarise(study.records), out / "results.csv", study.threshold)
     tables.write_json(study.records, out / "results.json")
     tables.write_curves(study.curves, out / "curves.csv")
     html.write_report(study, out / "report.html")

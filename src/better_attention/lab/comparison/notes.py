@@ -13,6 +13,8 @@ from better_attention.lab.tasks.base import Task
 from better_attention.lab.tasks.splits import Splits
 from better_attention.lab.tasks.variant import Variant
 
+EVEN = 8
+"""Processors compute on so many float32 numbers at a time, or on a multiple of it."""
 FEW = 100
 """Of fewer test samples than these, one weighs more than most differences between mechanisms."""
 
@@ -38,6 +40,7 @@ def remarks(
         found.append(f"an epoch is a single update: a batch of {task.batch_size:,} holds all {every}")
     if task.equal_params:
         found += [f"equal parameters with {counted(n, 'head')}: {_sizes(task, variants, n)}" for n in heads]
+        found += [odd for n in heads if (odd := _odd_widths(task, variants, n))]
     return tuple(found)
 
 
@@ -55,6 +58,18 @@ def guessing(splits: Splits) -> tuple[str, ...]:
     if len(targets) < FEW:
         notes.append(f"the test split has {counted(len(targets), 'sample')}: one is {100 / len(targets):.1f} points")
     return tuple(notes)
+
+
+def _odd_widths(task: Task, variants: Sequence[Variant], heads: int) -> str:
+    """Which models have been widened to a width that computes less well, and so look slower than their mechanism."""
+    widths = {variant.name: task.sized(variant, heads).width for variant in variants}
+    odd = [f"{name} {width}" for name, width in widths.items() if width % EVEN and width != task.width]
+    if not odd:
+        return ""
+    return (
+        f"widths chosen with {counted(heads, 'head')} that are no multiple of {EVEN}, which may cost speed that is not "
+        f"the mechanism's: {', '.join(odd)}"
+    )
 
 
 def _sizes(task: Task, variants: Sequence[Variant], heads: int) -> str:

@@ -10,7 +10,7 @@ from statistics import fmean, median
 from better_attention.errors import counted
 from better_attention.lab.analysis.estimates import number
 from better_attention.lab.analysis.paired import NOTHING, UNTESTED, Comparison, compare_paired, corrected
-from better_attention.lab.ladder.grid import Row, Rung, Setting, best_settings
+from better_attention.lab.ladder.grid import Row, Rung, Setting, best_settings, rung_words
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,12 +147,12 @@ def duels(rows: Sequence[Row]) -> dict[str, list[Duel]]:
     named = [pair for pair in dict.fromkeys((r.twin, r.mechanism) for r in rows) if pair in twins]
     overall = [_duel(best, *pair, "all rungs, each at its best setting") for pair in named]
     by_rung = [
-        _duel([row for row in best if row.rung == rung], *pair, f"N = {rung[0]}, τ = {rung[1]}")
+        _duel([row for row in best if row.rung == rung], *pair, rung_words(rung))
         for pair in named
         for rung in dict.fromkeys(row.rung for row in rows)
     ]
     by_setting = [
-        _duel([row for row in rows if row.setting == setting], *pair, str(setting))
+        _duel([row for row in rows if row.setting == setting], *pair, setting.words)
         for pair in named
         for setting in dict.fromkeys(row.setting for row in rows)
     ]
@@ -193,9 +193,9 @@ def sentence(duel: Duel) -> str:
     """One comparison in words."""
     found = duel.accuracy
     if found is None:
-        return f"{duel.expressive} and {duel.softmax} share no pair of runs."
+        return f"There is no pair of runs of {duel.expressive} and {duel.softmax}."
     points = found.difference.format(1, sign=True)
     pairs = f"{counted(found.difference.n, 'pair')} of runs"
     told = {"higher": "expressive predicts better", "lower": "softmax predicts better"}.get(duel.verdict, duel.verdict)
     lost = f", as {counted(duel.diverged, 'run')} diverged" if duel.diverged else ""
-    return f"{duel.expressive} against {duel.softmax}: {points} points of test accuracy over {pairs}: {told}{lost}."
+    return f"Test accuracy of {duel.expressive} against {duel.softmax}: {points} points over {pairs}; {told}{lost}."

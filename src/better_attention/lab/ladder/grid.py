@@ -15,12 +15,23 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from better_attention.errors import counted
 from better_attention.lab.runs.folder import run_name
 from better_attention.lab.tasks.recurrence import RecurrenceTask
 from better_attention.lab.tasks.variant import Variant
 
 Rung = tuple[int, int]
-"""Modulus N and delay τ."""
+"""Modulus N, the number of symbols, and delay τ."""
+
+
+def rung_words(rung: Rung) -> str:
+    """A rung for a reader.
+
+    >>> rung_words((8, 4))
+    '8 symbols, delay 4'
+    """
+    return f"{counted(rung[0], 'symbol')}, delay {rung[1]}"
+
 
 GIVE_UP = 2
 """Failed rungs, none harder than this one in N or in τ, after which a setting does not try it."""
@@ -36,6 +47,17 @@ class Setting:
 
     def __str__(self) -> str:
         return f"{self.scaling}-{self.positions}-l{self.layers}"
+
+    @property
+    def words(self) -> str:
+        """The setting for a reader.
+
+        >>> Setting("learned", "learned", 1).words
+        'learned scale, learned positions, 1 layer'
+        """
+        scale = {"sqrt": "1/√d_k", "raw": "raw q·k", "learned": "learned scale"}[self.scaling]
+        names = {"alibi": "ALiBi", "learned": "learned positions"}
+        return f"{scale}, {names.get(self.positions, self.positions)}, {counted(self.layers, 'layer')}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from better_attention.errors import counted
 from better_attention.lab.analysis.estimates import number
 from better_attention.lab.files import write_atomic
 from better_attention.lab.ladder.findings import at_best, duels, heights, sentence, spots, within
-from better_attention.lab.ladder.grid import GIVE_UP, Ladder, Row, Rung, Setting
+from better_attention.lab.ladder.grid import GIVE_UP, Ladder, Row, Rung, rung_words
 from better_attention.lab.lock import TURN, locked
 from better_attention.lab.report.page import template
 from better_attention.lab.report.tables import safe, write_lines
@@ -137,14 +137,6 @@ def shade(accuracy: float | None, modulus: int) -> str:
     return f"{0.0 if accuracy is None else min(1.0, max(0.0, (accuracy - chance) / (100 - chance))):.2f}"
 
 
-def told(setting: Setting) -> str:
-    """A setting in words."""
-    scale = {"sqrt": "1/√d_k", "raw": "raw q·k", "learned": "learned scale"}[setting.scaling]
-    names = {"alibi": "ALiBi", "learned": "learned positions"}
-    depth = counted(setting.layers, "layer")
-    return f"{scale}, {names.get(setting.positions, setting.positions)}, {depth}"
-
-
 @cache
 def _template() -> jinja2.Template:
-    return template("ladder.html", counted=counted, shade=shade, told=told)
+    return template("ladder.html", counted=counted, shade=shade, rung_words=rung_words)

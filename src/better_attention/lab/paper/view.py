@@ -22,10 +22,10 @@ def print_blocks(table: int, found: Sequence[Block], console: Console) -> None:
     console.print(Text(f"Table {table} of arXiv 2403.01643v2: {TABLES[table][0]}", style="bold"))
     console.print(
         Text(
-            "Ours: mean ± half width of the 95 % interval over seeds (± –: one seed). The paper: means of five runs "
-            "(ImageNet: one), no spread given; seconds on an RTX 4090. Times as fast: above 1 is faster, as "
+            "Ours: mean ± half width of the 95 % interval over seeds, of one seed its value alone. The paper: means of "
+            "five runs (ImageNet: one), no spread given; seconds on an RTX 4090. Times as fast: above 1 is faster, as "
             "standard attention or as torch.nn.MultiheadAttention; ours from updates timed in turn, where a run has "
-            "them; [–]: measured once.",
+            "them.",
             style="dim",
         )
     )

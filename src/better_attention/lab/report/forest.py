@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 
-from better_attention.lab.analysis.findings import shown
 from better_attention.lab.analysis.paired import Comparison, p_text
 from better_attention.lab.analysis.summary import Column, Row
 
@@ -83,7 +82,7 @@ def forest(rows: Sequence[Row], column: Column) -> Forest | None:
 
 
 def _text(one: Comparison, column: Column) -> str:
-    difference = shown(one.difference, column.digits, sign=True)
+    difference = one.difference.format(column.digits, sign=True)
     return difference if one.difference.n == 1 else f"{difference} ({p_text(one.corrected_p)})"
 
 

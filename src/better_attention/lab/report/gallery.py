@@ -1,18 +1,16 @@
-"""The pictures of a report: learning curves, attention maps, alignment kernels, each with its text alternative."""
+"""The drawings of a report and the room they take: curves, results over heads, weights by angle, each in words."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
 from markupsafe import Markup
-from numpy.typing import NDArray
 
 from better_attention.lab.analysis.estimates import Estimate, number
-from better_attention.lab.analysis.findings import shown
-from better_attention.lab.analysis.study import AlignmentPicture, AttentionMap, Curve, RunName
+from better_attention.lab.analysis.study import Curve, RunName
 from better_attention.lab.analysis.summary import Row, columns_of
 from better_attention.lab.report import heatmaps
 from better_attention.lab.report.charts import (
@@ -32,9 +30,6 @@ PANELS = (
     ("train_loss", "Training loss"),
     ("train_accuracy", "Training accuracy, %"),
 )
-
-HEADS_SHOWN = 8
-"""Of a layer with more heads the first so many are drawn, and the page says so."""
 
 
 @dataclass(slots=True)
@@ -72,46 +67,6 @@ class CurveGroup:
     heads: int | None
     mechanisms: list[str]
     panels: list[Panel]
-
-
-@dataclass(slots=True)
-class Head:
-    """The weights of one head on one input, and the attention that each patch or token receives."""
-
-    matrix: Markup
-    over: Markup | None
-    shades: list[tuple[str, str]]
-    caption: str
-    alt: str
-
-
-@dataclass(slots=True)
-class Layer:
-    """The heads of one layer of one run on one input, ``total`` in number, of which the first are drawn."""
-
-    run: RunName
-    layer: str
-    total: int
-    heads: list[Head] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class Input:
-    """One input and what the layers of all runs make of it."""
-
-    label: str
-    picture: Markup | None
-    layers: list[Layer] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class Kernel:
-    """W_A of one layer, a picture a kernel; ``total`` kernels, of which the first are drawn."""
-
-    run: RunName
-    layer: str
-    total: int
-    pictures: list[tuple[Markup, str, str]] = field(default_factory=list)
 
 
 def curve_groups(curves: Mapping[str, Curve], album: Album) -> list[CurveGroup]:
@@ -170,7 +125,7 @@ def ablation(rows: Sequence[Row], album: Album) -> tuple[list[str], list[Panel]]
 
 def _over_heads(runs: Mapping[str, Points]) -> str:
     return "; ".join(
-        f"{name}: {', '.join(f'{shown(points[heads], 2)} with {heads}' for heads in sorted(points))}"
+        f"{name}: {', '.join(f'{points[heads].format(2)} with {heads}' for heads in sorted(points))}"
         for name, points in runs.items()
     )
 
@@ -195,59 +150,3 @@ def angle_panels(album: Album) -> list[Panel]:
 def _drawn_angles(mechanism: str) -> tuple[bytes, bytes]:
     """For light and for dark pages; the same on every page."""
     return weights_over_angle(mechanism, dark=False), weights_over_angle(mechanism, dark=True)
-
-
-def inputs(maps: Sequence[AttentionMap], album: Album) -> list[Input]:
-    """The attention maps, gathered by input, so that the mechanisms stand below each other."""
-    found: dict[str, Input] = {}
-    for one in maps:
-        if one.label not in found:
-            photograph = None if one.picture is None else album.add(heatmaps.photograph(one.picture))
-            found[one.label] = Input(one.label, photograph[0] if photograph else None)
-        layer = Layer(RunName.of(one.run), one.layer, total=len(one.weights))
-        shown = range(min(layer.total, HEADS_SHOWN))
-        layer.heads = [head for place in shown if (head := _head(one, place, album))]
-        if layer.heads:
-            found[one.label].layers.append(layer)
-    return [one for one in found.values() if one.layers]
-
-
-def _head(one: AttentionMap, place: int, album: Album) -> Head | None:
-    weights = one.weights[place]
-    received = np.nan_to_num(weights).mean(axis=0)  # over the queries
-    over = None if one.picture is None else heatmaps.over_picture(received, one.picture)
-    uris = album.add(heatmaps.heat(weights), *([over] if over else []))
-    if uris is None:
-        return None
-    greatest = float(np.nan_to_num(weights).max(initial=0.0))
-    caption = f"head {place + 1}, up to {greatest:.2g}"
-    alt = (
-        f"Attention weights of head {place + 1}, {weights.shape[0]} queries (rows) by {weights.shape[1]} keys "
-        f"(columns); greatest weight {greatest:.2g}, key {int(received.argmax()) + 1} receives most"
-    )
-    return Head(uris[0], uris[1] if over else None, _shades(one.tokens, received), caption, alt)
-
-
-def _shades(tokens: Sequence[str] | None, received: NDArray[np.floating]) -> list[tuple[str, str]]:
-    """Each token with its share of the greatest attention received, "0.00" to "1.00"."""
-    greatest = received.max(initial=0.0)
-    shares = received / greatest if greatest > 0 else received
-    return [(token, f"{share:.2f}") for token, share in zip(tokens or (), shares, strict=False)]
-
-
-def kernels(alignments: Sequence[AlignmentPicture], album: Album) -> list[Kernel]:
-    """W_A of every layer: blue below zero, white at zero, red above."""
-    found = []
-    for one in alignments:
-        stack = one.weight if one.weight.ndim == 3 else one.weight[None]
-        kernel = Kernel(RunName.of(one.run), one.layer, total=len(stack))
-        for place, matrix in enumerate(stack[:HEADS_SHOWN], start=1):
-            content, reach = heatmaps.diverging(matrix)
-            which = f"head {place}" if one.weight.ndim == 3 else "all heads"
-            size = matrix.shape[0]
-            alt = f"Alignment kernel of {which}, {size} by {size}, values from -{reach:.2g} to {reach:.2g}"
-            if uris := album.add(content):
-                kernel.pictures.append((uris[0], f"{which}, ±{reach:.2g}", alt))
-        if kernel.pictures:
-            found.append(kernel)
-    return found

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import jinja2
 
-from better_attention.lab.analysis import findings, summary
+from better_attention.lab.analysis import advice, findings, learning_speed, summary
 from better_attention.lab.analysis.study import Study
+from better_attention.lab.analysis.summary import Column, Row
 from better_attention.lab.files import write_atomic
-from better_attention.lab.report import gallery, heatmaps
+from better_attention.lab.report import gallery, heatmaps, map_gallery
 from better_attention.lab.report.forest import forest
 from better_attention.lab.report.page import template
+from better_attention.lab.report.scatter import scatter
 from better_attention.lab.report.style import MARKER_PATHS, look
 
 PICTURE_ROOM = 2_400_000
@@ -25,12 +28,13 @@ PICTURE_ROOM = 2_400_000
 def write_report(study: Study, path: str | Path) -> None:
     """Write the report of ``study`` to ``path`` (``OUT/report.html``), atomically.
 
-    The page holds findings in words, what is the paper's and what is ours, the result table (beside the paper's
-    numbers, where it has the task), a forest plot and the tests of the differences to standard attention, mean ranks,
-    results over the number of heads, learning curves, attention maps, pictures of W_A, the weights of both scores over
-    the angle between query and key, setting, notes, command, commit and versions. Text of the study is escaped and cut
-    at 2,000 characters, and the page's own policy forbids scripts and every address but ``data:``. Pictures beyond
-    :data:`PICTURE_ROOM` are left out, and the page says how many.
+    The page begins with which mechanism to use and how sure that is; then come the speed of learning, the results
+    (beside the paper's numbers, where it has the task), a forest plot and the tests of the differences to standard,
+    mean ranks, results over the number of heads, attention maps, pictures of W_A, the weights of both scores over the
+    angle between query and key, every run, setting, notes, command, commit and versions. Text of the study is escaped
+    and cut at 2,000 characters. The page's own policy forbids scripts and loads nothing but ``data:``; links lead to
+    its sections, to the folders of the runs and to the papers. Pictures beyond :data:`PICTURE_ROOM` are left out, and
+    the page says how many.
 
     Raises:
         ValueError: records that :func:`better_attention.lab.analysis.summary.summarise` cannot read.
@@ -41,11 +45,10 @@ def write_report(study: Study, path: str | Path) -> None:
 def render(study: Study) -> str:
     """The report of ``study`` as HTML text."""
     rows = summary.summarise(study.records)
-    columns = summary.columns_of(rows)
-    # What the task is about comes first: accuracy where there is one, else BLEU.
-    main = sorted((c for c in columns if c.tested), key=lambda c: c.key not in ("test_accuracy", "test_bleu"))
+    columns = summary.by_importance(summary.columns_of(rows))
+    main = [column for column in columns if column.tested]
     album = gallery.Album(PICTURE_ROOM)
-    compared = summary.compared_columns(rows)
+    compared = [column for column in summary.compared_columns(rows) if column.tested]
     # Small and about everything first: what finds no room is the last of the maps and kernels.
     ablation_names, ablation_panels = gallery.ablation(rows, album)
     expressive = any(row.score == "expressive" for row in rows)
@@ -55,9 +58,15 @@ def render(study: Study) -> str:
         setting=_setting(study.task),
         rows=rows,
         main=main,
-        costs=[column for column in columns if not column.tested and column.kind != "metric"],
+        costs=[column for column in columns if column.key in summary.COSTS],
         training=[column for column in columns if not column.tested and column.kind == "metric"],
         findings=findings.sentences(rows),
+        **_advice(study, rows, columns),
+        speed=learning_speed.lines(rows, study.records) if study.threshold else [],
+        speed_sentences=learning_speed.sentences(rows, study.threshold) if study.threshold else [],
+        links=_links(study),
+        run_columns=_run_columns(columns),
+        run_lines=_run_lines(study, _run_columns(columns)),
         origin=findings.origin(str(study.task.get("name", "")), rows),
         notes=[*study.notes, *findings.gaps(rows)],
         standings=findings.standings(rows),
@@ -70,11 +79,11 @@ def render(study: Study) -> str:
         ablation_names=ablation_names,
         ablation_panels=ablation_panels,
         angle_panels=gallery.angle_panels(album) if expressive else [],
-        paper_columns=summary.against_paper(rows),
+        paper_columns=summary.by_importance(summary.against_paper(rows)),
         paper_value=summary.paper_value,
         curve_groups=gallery.curve_groups(study.curves, album),
-        inputs=gallery.inputs(study.maps, album),
-        kernels=gallery.kernels(study.alignments, album),
+        folds=map_gallery.folds(study.maps, album),
+        kernels=map_gallery.kernels(study.alignments, album),
         left_out=album.left_out,
         bars={name: heatmaps.data_uri(heatmaps.scale_bar(name), "image/png") for name in _SCALES},
         commands=_commands(study),
@@ -88,7 +97,50 @@ _SCALES = (heatmaps.SEQUENTIAL, heatmaps.DIVERGING)
 
 @cache
 def _template() -> jinja2.Template:
-    return template("report.html", shown=findings.shown, look=look, marker_paths=MARKER_PATHS)
+    told = learning_speed.told
+    return template("report.html", look=look, marker_paths=MARKER_PATHS, told_epochs=told)
+
+
+def _advice(study: Study, rows: Sequence[Row], columns: Sequence[Column]) -> dict[str, object]:
+    """What the template of the first section needs; empty lists and texts where there is nothing to advise on."""
+    advised = advice.advised_column(columns)
+    heads = advice.advised_heads(rows, advised) if advised else None
+    if advised is None or heads is None:
+        return {"advised": None, "answer": "", "cards": [], "scatter": None, "about_seeds": ""}
+    block = [row for row in rows if row.heads == heads]
+    found = advice.cards(block, study.records, advised)
+    family = max((row.tests[advised.key].family for row in block if advised.key in row.tests), default=0)
+    return {
+        "advised": advised,
+        "answer": advice.answer(found, advised, heads),
+        "cards": found,
+        "scatter": scatter(found, advised),
+        "about_seeds": advice.about_seeds(family) if any("would decide" in card.verdict for card in found) else "",
+    }
+
+
+_FOLDER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
+"""Folders of runs as ``run_name`` of :mod:`better_attention.lab.runs.folder` names them: never another place."""
+
+
+def _links(study: Study) -> dict[str, str]:
+    """Name of a run -> the address of its folder, relative to the page."""
+    return {run: f"{folder}/" for run, folder in study.folders.items() if _FOLDER.fullmatch(folder)}
+
+
+def _run_columns(columns: Sequence[Column]) -> list[Column]:
+    """What is shown of every single run."""
+    return [column for column in columns if column.compared or column.key in ("epoch_seconds", "seconds_to_threshold")]
+
+
+def _run_lines(study: Study, columns: Sequence[Column]) -> list[tuple[str, list[tuple[Column, float | None]]]]:
+    """Name of each run and its numbers, None where it has none."""
+    found = []
+    for record in study.records:
+        name = f"{record.get('mechanism')}-h{record.get('heads')}-s{record.get('seed')}"
+        values = [(c, v if isinstance(v := record.get(c.key), int | float) else None) for c in columns]
+        found.append((name, values))
+    return found
 
 
 _SHOWN_ELSEWHERE = ("title", "source", "settings", "heads", "default_heads", "seeds")

@@ -53,6 +53,18 @@ _MARKERS: dict[tuple[str, ...], str] = {
     ("identity", "per-head"): "P",
 }
 """What a name adds to the mechanism it varies, sorted -> its marker; "X" for what is not here."""
+_DASHES: dict[tuple[str, ...], Dashes] = {
+    ("expressive",): (3, 1, 1, 1, 1, 1),
+    ("align",): (9, 2),
+    ("per-head",): (4, 1.2),
+    ("identity",): (1.5, 1.5),
+    ("align", "expressive"): (9, 2, 1, 2),
+    ("align", "per-head"): (9, 2, 4, 2),
+    ("align", "identity"): (9, 2, 1.5, 1.5),
+    ("identity", "per-head"): (4, 1.2, 1.5, 1.2),
+}
+"""Likewise -> its dashes, so that a variant is told from what it varies where no marker is near."""
+_MIXED: Dashes = (1, 3)
 
 MARKER_PATHS = {
     "": "",
@@ -72,14 +84,17 @@ _MODIFIERS = ("align", "expressive", "identity", "per-head")
 
 
 def look(mechanism: str) -> Look:
-    """The look of a mechanism: that of the one it varies, with a marker for what its name adds.
+    """The look of a mechanism: the colour of the one it varies, with dashes and a marker for what its name adds.
 
     >>> look("super+expressive").light == look("super").light, look("super+expressive").marker
     (True, 'o')
+    >>> look("super+expressive").dashes == look("super").dashes
+    False
     """
     base, *modifiers = mechanism.split("+")
     added = tuple(sorted({m for m in modifiers if m in _MODIFIERS}))
-    return replace(_LOOKS.get(base, _OTHER), marker=_MARKERS.get(added, "X"))
+    own = _LOOKS.get(base, _OTHER)
+    return replace(own, marker=_MARKERS.get(added, "X"), dashes=_DASHES.get(added, _MIXED)) if added else own
 
 
 @dataclass(frozen=True, slots=True)

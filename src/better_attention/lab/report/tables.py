@@ -17,13 +17,15 @@ from rich.text import Text
 
 from better_attention.lab.analysis.estimates import number
 from better_attention.lab.analysis.findings import gaps
-from better_attention.lab.analysis.paired import p_text
-from better_attention.lab.analysis.study import Record
+from better_attention.lab.analysis.learning_speed import told
+from better_attention.lab.analysis.paired import Comparison, p_text
+from better_attention.lab.analysis.study import Record, Threshold
 from better_attention.lab.analysis.summary import (
     MACHINE,
     Column,
     Row,
     against_paper,
+    by_importance,
     columns_of,
     compared_columns,
     paper_value,
@@ -34,35 +36,37 @@ from better_attention.lab.files import plain, write_atomic
 __all__ = ["Row", "print_table", "summarise", "write_csv", "write_json"]
 
 
-def print_table(rows: Sequence[Row], console: Console) -> None:
+def print_table(rows: Sequence[Row], console: Console, threshold: Threshold | None = None) -> None:
     """Print the results, the differences to standard and, where the paper has the task, ours and the paper's.
 
     Ranks stand in parentheses, the best of each column is bold. Differences carry the corrected p and the word for what
-    it shows. What does not fit side by side comes below.
+    it shows. What does not fit side by side comes below. Of single seeds there are neither intervals nor tests, and
+    nothing stands in their place.
+
+    Args:
+        rows: of :func:`better_attention.lab.analysis.summary.summarise`.
+        console: where to.
+        threshold: what the epochs and seconds to a threshold are about.
     """
     if not rows:
         console.print(Text("No run has finished."))
         return
     title = ", ".join(dict.fromkeys(f"{row.task} (scale {row.scale})" for row in rows))
-    legend = "mean ± half width of the 95 % interval over seeds (rank)"
+    several = any(len(row.seeds) > 1 for row in rows)
+    legend = f"mean{' ± half width of the 95 % interval over seeds' * several} (rank)"
     seeds: Strip = ("Seeds", [len(row.seeds) for row in rows])
-    ours: list[list[Strip]] = [[(column.title, [_ours(row, column) for row in rows])] for column in columns_of(rows)]
+    columns = by_importance(columns_of(rows))
+    ours: list[list[Strip]] = [[(column.title, [_ours(row, column) for row in rows])] for column in columns]
     print_fitting(f"{title}: {legend}", [*_heads(rows), seeds], ours, _ends_of_blocks(rows), console)
-    if any(len(row.seeds) == 1 for row in rows):
-        console.print(Text("± –: a single seed tells nothing about the spread.", style="dim"))
-    if any("times_as_fast" in row.estimates for row in rows):
-        told = (
-            "times as fast as nn.MHA: speed of an update relative to the same model on torch.nn.MultiheadAttention, "
-            "above 1 is faster; [–]: measured once."
-        )
-        console.print(Text(told, style="dim"))
-
+    for text in _explanations(rows, threshold):
+        console.print(Text(text, style="dim"))
     for gap in gaps(rows):
         console.print(Text(f"note: {plain(gap)}"))
     compared = [row for row in rows if row.tests]
     differences = [group for column in compared_columns(rows) for group in _against_standard(compared, column)]
     if differences:
-        title = "Difference to standard, seed by seed (p of the paired t-test, Holm-corrected)"
+        tested = any(one.corrected_p is not None for row in compared for one in row.tests.values())
+        title = f"Difference to standard, seed by seed{' (p of the paired t-test, Holm-corrected)' * tested}"
         print_fitting(title, _heads(compared), differences, _ends_of_blocks(compared), console)
 
     printed = [row for row in rows if row.published]
@@ -71,6 +75,24 @@ def print_table(rows: Sequence[Row], console: Console) -> None:
         sources = ", ".join(sorted({str(row.published["source"]) for row in printed if row.published}))
         title = f"Ours, the paper's ({sources}), difference"
         print_fitting(title, _heads(printed), both, _ends_of_blocks(printed), console)
+
+
+def _explanations(rows: Sequence[Row], threshold: Threshold | None) -> list[str]:
+    """What the titles of the columns leave open."""
+    found = []
+    if any(len(row.seeds) == 1 for row in rows):
+        found.append("A single seed tells nothing about chance: there is no interval and no test of it.")
+    if any("times_as_fast" in row.estimates for row in rows):
+        found.append(
+            "times as fast as nn.MHA: speed of an update relative to the same model on torch.nn.MultiheadAttention, "
+            "above 1 is faster."
+        )
+    if threshold is not None:
+        found.append(
+            "Epochs and seconds to threshold: until the validation accuracy reached "
+            f"{number(threshold.accuracy, 1)} %, {threshold.rule}."
+        )
+    return found
 
 
 Strip = tuple[str, Sequence[object]]
@@ -84,20 +106,36 @@ def _heads(rows: Sequence[Row]) -> list[Strip]:
 def _ours(row: Row, column: Column) -> Text:
     value, rank = row.estimates.get(column.key), row.ranks.get(column.key)
     if value is None:
-        return Text("–")
+        return Text("never" if column.kind == "epochs" else "–")
     text = number(value.mean, column.digits) if column.kind == "size" else value.format(column.digits)
+    if column.kind == "epochs" and value.n < len(row.seeds):
+        text = f"{text}, {value.n} of {len(row.seeds)} runs"
     return Text(text if rank is None else f"{text} ({rank})", style="bold" if rank == 1 else "")
 
 
 def _against_standard(rows: Sequence[Row], column: Column) -> list[list[Strip]]:
     """``+0.05 ± 0.40 (p 1.00)`` and ``no difference shown``; a column each, so that a narrow screen can part them."""
-    differences, verdicts = [], []
-    for one in (row.tests.get(column.key) for row in rows):
-        shown = "bold" if one and one.shows else ""
-        text = f"{one.difference.format(column.digits, sign=True)} ({p_text(one.corrected_p)})" if one else "–"
-        differences.append(Text(text, style=shown))
-        verdicts.append(Text(one.verdict if one else "–", style=shown))
-    return [[(f"{column.title} − standard", differences)], [(f"{column.title}: verdict", verdicts)]]
+    found = [row.tests.get(column.key) for row in rows]
+    style = ["bold" if one and one.shows else "" for one in found]
+    differences = [Text(_difference(one, column), bold) for one, bold in zip(found, style, strict=True)]
+    verdicts = [Text(_verdict(one, column), bold) for one, bold in zip(found, style, strict=True)]
+    strips: list[list[Strip]] = [[(f"{column.title} − standard", differences)]]
+    if any(one is not None and one.corrected_p is not None for one in found):
+        strips.append([(f"{column.title}: verdict", verdicts)])
+    return strips
+
+
+def _verdict(one: Comparison | None, column: Column) -> str:
+    if one is None:
+        return "not compared"
+    return told(one.verdict) if column.kind == "epochs" else one.verdict
+
+
+def _difference(one: Comparison | None, column: Column) -> str:
+    if one is None:
+        return "–"
+    text = one.difference.format(column.digits, sign=True)
+    return text if one.corrected_p is None else f"{text} ({p_text(one.corrected_p)})"
 
 
 def _beside_paper(rows: Sequence[Row], column: Column) -> list[Strip]:
@@ -143,20 +181,27 @@ def _ends_of_blocks(rows: Sequence[Row]) -> list[bool]:
     return [*(key != following for key, following in pairwise(keys)), True]
 
 
-def write_csv(rows: Sequence[Row], path: str | Path) -> None:
+def write_csv(rows: Sequence[Row], path: str | Path, threshold: Threshold | None = None) -> None:
     """Write the rows as CSV, atomically.
 
     Each column of :data:`COLUMNS` that has values gives a mean, its ``_interval`` (half width; a ratio's two ends
     instead, ``_low`` and ``_high``), ``_rank``, ``_gain`` and ``_gain_interval`` (against standard, seed by seed),
-    ``_paper`` and ``_difference`` (ours - the paper's). Those of the test split also give what the comparison with
-    standard shows: ``_pairs`` (seeds that both have), ``_p`` (paired t-test), ``_p_wilcoxon``, ``_p_holm`` (the former,
-    or the latter where there is no spread, corrected for the number of comparisons), ``_effect`` (d_z, Hedges) and
-    ``_verdict``.
+    ``_paper`` and ``_difference`` (ours - the paper's). Those of the test split, and the epochs to the ``threshold``,
+    also give what the comparison with standard shows: ``_pairs`` (seeds that both have), ``_p`` (paired t-test),
+    ``_p_wilcoxon``, ``_p_holm`` (the former, or the latter where there is no spread, corrected for the number of
+    comparisons), ``_effect`` (d_z, Hedges) and ``_verdict``.
 
     Numbers stay numbers, in full precision; free text that a spreadsheet could take for a formula is prefixed by an
     apostrophe. A cell without a value is empty.
+
+    Args:
+        rows: of :func:`better_attention.lab.analysis.summary.summarise`.
+        path: where to.
+        threshold: written as ``threshold_accuracy`` where there is one; ``epochs_to_threshold_runs`` counts the runs
+            that reached it, and the mean is theirs.
     """
-    table = [_flat(row, columns_of(rows)) for row in rows]
+    columns = columns_of(rows)
+    table = [_flat(row, columns) | ({"threshold_accuracy": threshold.accuracy} if threshold else {}) for row in rows]
     header = tuple(table[0]) if table else ("task", "scale", "mechanism", "score", "heads", "seeds")
     write_lines(path, header, (cells.values() for cells in table))
 
@@ -195,7 +240,9 @@ def _flat(row: Row, columns: Sequence[Column]) -> dict[str, object]:
         cells[f"{key}_rank"] = row.ranks.get(key)
         if column.kind == "metric":
             cells |= {f"{key}_gain": gain and gain.mean, f"{key}_gain_interval": gain and gain.half_width}
-        if column.tested:
+        if column.kind == "epochs":
+            cells[f"{key}_runs"] = ours.n if ours else 0
+        if column.compared:
             cells |= _tested(row, key)
         cells[f"{key}_paper"] = theirs
         if column.kind not in MACHINE:

@@ -191,6 +191,10 @@ class Task(ABC):
         """The tokens of ``shown`` that are the keys of an attention layer, by its name in the model; None: no text."""
         return shown.tokens
 
+    def query_tokens(self, layer: str, shown: Shown) -> tuple[str, ...] | None:
+        """The tokens of ``shown`` that are the queries of an attention layer: its keys, unless overridden."""
+        return self.key_tokens(layer, shown)
+
     def augment(self, inputs: Tensor) -> Tensor:
         """Training inputs (B, ...) changed at random, by the generator of their device; unchanged unless overridden."""
         return inputs

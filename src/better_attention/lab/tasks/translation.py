@@ -197,6 +197,12 @@ class TranslationTask(Task):
         own = layer.startswith("decoder.") and "cross" not in layer
         return shown.tokens[self.length :] if own else shown.tokens[: self.length]
 
+    def query_tokens(self, layer: str, shown: Shown) -> tuple[str, ...] | None:
+        """Every layer of the decoder is asked by the translation, every other layer by the source."""
+        if shown.tokens is None:
+            return None
+        return shown.tokens[self.length :] if layer.startswith("decoder.") else shown.tokens[: self.length]
+
     def examples(self, splits: Splits, number: int) -> list[tuple[int, str]]:
         """The longest test pairs of which nothing was cut off, each of another source: row and both sentences."""
         sources, targets = splits.test.inputs[:, : self.length], splits.test.targets

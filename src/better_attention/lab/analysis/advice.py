@@ -1,0 +1,194 @@
+"""Which mechanism to use here, and how sure that is: the first thing on a report, in words and in numbers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import geometric_mean
+
+from better_attention.errors import counted
+from better_attention.lab.analysis.estimates import Estimate, number
+from better_attention.lab.analysis.paired import LEVEL, NOTHING, UNTESTED, Comparison, p_text
+from better_attention.lab.analysis.power import MOST, POWER, pairs_needed, spread
+from better_attention.lab.analysis.study import Record, times_as_fast
+from better_attention.lab.analysis.summary import Column, Row
+
+BASELINE = "standard"
+UNITS = {"test_accuracy": "points of test accuracy", "test_bleu": "points of test BLEU"}
+"""Key of a column that advice may rest on -> the unit of its differences."""
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """One mechanism at a glance.
+
+    Args:
+        mechanism: its name.
+        value: its result on the test split.
+        params: parameters of one attention layer; None where they are not known.
+        params_share: relative to those of standard; None likewise.
+        speed: times as fast in training as standard; None where it was not measured.
+        difference: to standard, seed by seed; None for standard itself, and where there is no pair.
+        outcome: ``"higher"``, ``"lower"``, that nothing shows or that nothing was tested; "" for standard itself.
+        verdict: one sentence on that difference.
+    """
+
+    mechanism: str
+    value: Estimate
+    params: int | None
+    params_share: float | None
+    speed: float | None
+    difference: Estimate | None
+    outcome: str
+    verdict: str
+
+
+def advised_column(columns: Sequence[Column]) -> Column | None:
+    """The column that advice rests on: test accuracy where there is one, else test BLEU."""
+    return next((column for key in UNITS for column in columns if column.key == key), None)
+
+
+def advised_heads(rows: Sequence[Row], column: Column) -> int | None:
+    """The number of heads that is advised on: that of most mechanisms, the greatest of several; None without rows."""
+    counts = Counter(row.heads for row in rows if column.key in row.estimates)
+    return max(counts, key=lambda heads: (counts[heads], heads), default=None)
+
+
+def cards(rows: Sequence[Row], records: Sequence[Record], column: Column) -> list[Card]:
+    """A card a mechanism, in the order of ``rows``.
+
+    Args:
+        rows: those of one number of heads.
+        records: the runs, for their speeds.
+        column: what it is about.
+    """
+    shared = [row for row in rows if column.key in row.estimates]
+    base = next((row for row in shared if row.mechanism == BASELINE), None)
+    found = []
+    for row in shared:
+        params, theirs = _params(row), _params(base)
+        test = row.tests.get(column.key)
+        found.append(
+            Card(
+                mechanism=row.mechanism,
+                value=row.estimates[column.key],
+                params=params,
+                params_share=params / theirs if params is not None and theirs else None,
+                speed=_speed(records, row, base),
+                difference=test.difference if test else None,
+                outcome="" if row.mechanism == BASELINE else test.verdict if test else UNTESTED,
+                verdict=_verdict(row, test, base),
+            )
+        )
+    return found
+
+
+def _params(row: Row | None) -> int | None:
+    found = row.estimates.get("attention_params") if row else None
+    return int(found.mean) if found else None
+
+
+def _speed(records: Sequence[Record], row: Row, base: Row | None) -> float | None:
+    """Both were measured in turn with the same model on torch's layer, which cancels."""
+    if base is None or row is base:
+        return None
+    ours, theirs = (_speeds(records, name, row.heads) for name in (row.mechanism, BASELINE))
+    return geometric_mean(ours) / geometric_mean(theirs) if ours and theirs else None
+
+
+def _speeds(records: Sequence[Record], mechanism: str, heads: int) -> list[float]:
+    own = (run for run in records if (run.get("mechanism"), run.get("heads")) == (mechanism, heads))
+    found = (times_as_fast(run) for run in own)
+    return [float(value) for value in found if isinstance(value, int | float) and value > 0]
+
+
+def _verdict(row: Row, test: Comparison | None, base: Row | None) -> str:
+    """One sentence on what the comparison of ``row`` with standard shows, and what would show more."""
+    if row.mechanism == BASELINE:
+        return "What the others are compared with."
+    if base is None or test is None:
+        return "Cannot be compared: there are no runs of standard with the same seeds."
+    difference, pairs = test.difference, counted(test.difference.n, "seed")
+    if test.shows:
+        return f"{test.verdict.capitalize()} than standard ({pairs}, {p_text(test.corrected_p)})."
+    if difference.n == 1:
+        return "Not tested: one seed tells nothing about chance."
+    deviation = spread(difference)
+    if deviation is None or test.corrected_p is None:
+        return "Not tested: a run diverged, or all differences are equal."
+    start = f"Cannot be told from standard with {pairs}"
+    if difference.mean == 0:
+        return f"{start}: the means are equal."
+    needed = pairs_needed(difference.mean, deviation, LEVEL / max(test.family, 1))
+    if needed is None:
+        return f"{start}, and more than {MOST:,} would be needed to decide a difference of this size."
+    return f"{start}; about {needed:,} would decide a difference of this size."
+
+
+def answer(found: Sequence[Card], column: Column, heads: int) -> str:
+    """Which mechanism to use, in a sentence or two.
+
+    The best of those that are shown to be better than standard; without one, the mechanism of the fewest attention
+    parameters among those of which no difference is shown, with the interval of its difference: what is not shown may
+    still be there.
+    """
+    where = f"With {counted(heads, 'head')}"
+    base = next((card for card in found if card.mechanism == BASELINE), None)
+    if base is None or len(found) < 2:
+        return f"{where}, nothing can be recommended: there is no comparison with standard."
+    if all(card.outcome in ("", UNTESTED) for card in found):
+        return f"{where}, nothing can be recommended: nothing was tested, which takes several finished runs of each."
+    better = [card for card in found if card.outcome == "higher"]
+    if better:
+        return f"{where}, {_better(max(better, key=lambda card: card.value.mean), column)}"
+    equal = [card for card in found if card.outcome == NOTHING and (card.params_share or 1) < 1]
+    if not equal:
+        return f"{where}, stay with standard: nothing is shown to be better, and nothing smaller to be as good."
+    least = min(equal, key=lambda card: card.params_share or 1)
+    return (
+        f"{where}, no mechanism is shown to be better than standard. {_capital(least.mechanism)} is the smallest of "
+        f"which no difference is shown, {_size(least)}: {_reach(least, column)}."
+    )
+
+
+def _better(card: Card, column: Column) -> str:
+    gain = card.difference.format(column.digits, sign=True) if card.difference else ""
+    return f"use {card.mechanism}: {gain} {UNITS[column.key]} against standard, which is shown; {_size(card)}."
+
+
+def _capital(name: str) -> str:
+    return name[:1].upper() + name[1:]
+
+
+def _size(card: Card) -> str:
+    """What it costs beside standard."""
+    parts = [] if card.params_share is None else [f"{number(100 * card.params_share, 0)} % of its attention parameters"]
+    parts += [] if card.speed is None else [f"{number(card.speed, 2)} times its speed in training"]
+    return f"with {' and '.join(parts)}" if parts else "at a cost that is not known"
+
+
+def _reach(card: Card, column: Column) -> str:
+    """Between what and what the difference lies."""
+    difference, digits = card.difference, column.digits
+    if difference is None or difference.low is None or difference.high is None:
+        return "how much worse it may be is not known"
+    low, high = (number(end, digits, sign=True) for end in (difference.low, difference.high))
+    return (
+        f"its difference lies between {low} and {high} {UNITS[column.key]} (95 % interval, "
+        f"{counted(difference.n, 'seed')})"
+    )
+
+
+def about_seeds(family: int) -> str:
+    """How the number of seeds that would decide was found, for the small print.
+
+    Args:
+        family: the number of comparisons that share a level.
+    """
+    level = f"{LEVEL:g}" if family <= 1 else f"{LEVEL:g}/{family} (the strictest step of Holm’s correction)"
+    return (
+        f"About so many seeds would decide: with as many, a paired t-test at the level {level} shows a true difference "
+        f"of the size and the spread seen here with a chance of {100 * POWER:.0f} %. Both come from these few seeds, "
+        "so that the number is a guide and no promise."
+    )

@@ -1,0 +1,203 @@
+"""How fast a mechanism learns: epochs and seconds until its validation accuracy reaches a threshold.
+
+The threshold is fixed by a rule that looks at the standard mechanism alone, so that no other mechanism has a say in
+where it is measured. It is the only figure of the validation split that is compared with standard.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from torch import Tensor
+
+from better_attention.errors import counted, finite_number
+from better_attention.lab.analysis.estimates import Estimate, number
+from better_attention.lab.analysis.paired import Comparison, p_text
+from better_attention.lab.analysis.study import Curve, Record, RunName, Threshold
+from better_attention.lab.analysis.summary import EPOCHS_TO_THRESHOLD, Row
+
+SHARE = 0.9
+"""How much of the way from guessing to what standard achieves is asked for."""
+
+
+def check_threshold(value: float) -> float:
+    """``value`` as a validation accuracy in per cent.
+
+    Raises:
+        TypeError, ValueError: it is no number above 0 and up to 100.
+    """
+    if finite_number(value, "threshold", low=0.0, high=100.0) == 0:
+        raise ValueError("threshold must be above 0 %, received 0: every run begins there.")
+    return float(value)
+
+
+def find_threshold(curves: Mapping[str, Curve], guessing: float = 0.0, given: float | None = None) -> Threshold | None:
+    """The threshold for runs with these curves; None where standard was not run, or learned nothing.
+
+    Unless ``given``, it lies :data:`SHARE` of the way from ``guessing`` to the mean, over all runs of the standard
+    mechanism, of their best validation accuracies.
+
+    Args:
+        curves: name of a run -> its curve.
+        guessing: validation accuracy in per cent without any learning.
+        given: the threshold that the user named, in per cent.
+
+    >>> curve = [{"epoch": 1, "validation_accuracy": 50.0}, {"epoch": 2, "validation_accuracy": 90.0}]
+    >>> find_threshold({"standard-h4-s0": curve}, guessing=10.0).accuracy
+    82.0
+    """
+    if given is not None:
+        return Threshold(given, "as given by --threshold")
+    best = [max(seen) for name, curve in curves.items() if _is_standard(name) and (seen := _accuracies(curve))]
+    if not best or not fmean(best) > guessing:
+        return None
+    accuracy = guessing + SHARE * (fmean(best) - guessing)
+    rule = (
+        f"{100 * SHARE:.0f} % of the way from guessing ({number(guessing, 1)} %) to the mean of the best validation "
+        f"accuracies of standard ({number(fmean(best), 1)} %); no other mechanism enters it"
+    )
+    return Threshold(accuracy, rule)
+
+
+def guessing_accuracy(targets: Tensor) -> float:
+    """Accuracy in per cent of always guessing the most frequent class; 0 where a sample has many targets.
+
+    >>> import torch
+    >>> guessing_accuracy(torch.tensor([2, 2, 0, 1])), guessing_accuracy(torch.zeros(4, 3, dtype=torch.int64))
+    (50.0, 0.0)
+    """
+    if targets.ndim != 1:
+        return 0.0
+    return 100 * float(targets.cpu().bincount().max()) / len(targets)
+
+
+def timed(records: Sequence[Record], curves: Mapping[str, Curve], threshold: Threshold | None) -> list[Record]:
+    """The records with ``epochs_to_threshold`` and ``seconds_to_threshold``, None of a run that never reached it.
+
+    Unchanged where there is no threshold, and those of runs without a curve. Seconds are those of training alone.
+    """
+    if threshold is None:
+        return list(records)
+    found: list[Record] = []
+    for record in records:
+        curve = curves.get(f"{record.get('mechanism')}-h{record.get('heads')}-s{record.get('seed')}")
+        if curve is None or not _accuracies(curve):
+            found.append(record)
+            continue
+        epochs, seconds = _reached(curve, threshold.accuracy) or (None, None)
+        found.append({**record, "epochs_to_threshold": epochs, "seconds_to_threshold": seconds})
+    return found
+
+
+def sentences(rows: Sequence[Row], threshold: Threshold) -> list[str]:
+    """A sentence a number of heads: who gets to the threshold first, and what the comparison with standard shows."""
+    column = EPOCHS_TO_THRESHOLD
+    found = []
+    for heads in sorted({row.heads for row in rows}):
+        block = [row for row in rows if row.heads == heads]
+        reached = [row for row in block if column.key in row.estimates]
+        if len(block) < 2 or not reached:
+            continue
+        first = min(reached, key=lambda row: row.estimates[column.key].mean)
+        epochs = first.estimates[column.key].mean
+        text = (
+            f"With {counted(heads, 'head')}, {first.mechanism} is the first to reach {number(threshold.accuracy, 1)} % "
+            f"validation accuracy, after {number(epochs, column.digits)} epochs on average ({runs_of(first)})"
+        )
+        test = first.tests.get(column.key)
+        if test is not None and test.corrected_p is not None:
+            text += (
+                f": {test.difference.format(column.digits, sign=True)} epochs against standard, {told(test.verdict)} "
+                f"({p_text(test.corrected_p)}, corrected for {counted(test.family, 'comparison')})"
+            )
+        found.append(f"{text}.")
+    return found
+
+
+def told(verdict: str) -> str:
+    """A verdict on a number of epochs: fewer are better.
+
+    >>> told("lower"), told("no difference shown")
+    ('fewer epochs', 'no difference shown')
+    """
+    return {"lower": "fewer epochs", "higher": "more epochs"}.get(verdict, verdict)
+
+
+def runs_of(row: Row) -> str:
+    """How many runs of ``row`` reached the threshold: ``3 of 3 runs``."""
+    estimate = row.estimates.get(EPOCHS_TO_THRESHOLD.key)
+    return f"{estimate.n if estimate else 0} of {counted(len(row.seeds), 'run')}"
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A line of the table of a report.
+
+    Args:
+        row: mechanism and number of heads.
+        epochs, seconds: means of the runs that reached the threshold; None where none did.
+        test: comparison of the epochs with standard; None where there is none.
+        reached: how many runs did, in words.
+        by_seed: name of a run -> its epochs, None where it never got there; in the order of the seeds.
+    """
+
+    row: Row
+    epochs: Estimate | None
+    seconds: Estimate | None
+    test: Comparison | None
+    reached: str
+    by_seed: Sequence[tuple[str, int | None]]
+
+
+def lines(rows: Sequence[Row], records: Sequence[Record]) -> list[Line]:
+    """A line a row; none where no run was timed."""
+    key = EPOCHS_TO_THRESHOLD.key
+    runs: dict[tuple[object, object], list[Record]] = {}
+    for record in records:
+        if key in record:
+            runs.setdefault((record.get("mechanism"), record.get("heads")), []).append(record)
+    found = []
+    for row in rows:
+        own = sorted(runs.get((row.mechanism, row.heads), ()), key=lambda run: int(str(run["seed"])))
+        if own:
+            by_seed = [
+                (
+                    str(RunName(row.mechanism, row.heads, int(str(run["seed"])))),
+                    e if isinstance(e := run[key], int) else None,
+                )
+                for run in own
+            ]
+            estimates = row.estimates
+            found.append(
+                Line(
+                    row,
+                    estimates.get(key),
+                    estimates.get("seconds_to_threshold"),
+                    row.tests.get(key),
+                    runs_of(row),
+                    by_seed,
+                )
+            )
+    return found
+
+
+def _is_standard(name: str) -> bool:
+    return RunName.of(name).mechanism == "standard"
+
+
+def _accuracies(curve: Curve) -> list[float]:
+    values = [entry.get("validation_accuracy") for entry in curve]
+    return [value for value in values if value is not None and math.isfinite(value)]
+
+
+def _reached(curve: Curve, accuracy: float) -> tuple[int, float] | None:
+    """Number and seconds of the epochs up to the first that is at least ``accuracy``; None where there is none."""
+    seconds = 0.0
+    for entry in curve:
+        seconds += entry.get("seconds", 0.0)
+        if entry.get("validation_accuracy", -math.inf) >= accuracy:
+            return int(entry["epoch"]), seconds
+    return None
