@@ -11,8 +11,7 @@ from torch import Tensor
 from .call.function_arguments import prepare
 from .call.torch_state import fx_call, is_symbolic
 from .impl import IMPLEMENTATIONS
-from .impl.attend import attend
-from .impl.choice import choose, passed_over, summary
+from .impl.dispatch import attend, choose, passed_over, summary
 
 
 @overload

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from better_attention.scores import DEFAULT_SCORE
+
 
 @dataclass(frozen=True, slots=True)
 class Call:
@@ -23,7 +25,7 @@ class Call:
         mask_BNLS: broadcastable to (B, N, L, S); bool, True = attend, or a float added in log-weight space.
         padding_B11S: the same for whole keys, (B, 1, 1, S); kept apart so that merging never needs (B, N, L, S).
         causal: query l sees keys s <= l (top-left triangle), besides what the masks allow.
-        score: "softmax" or "expressive".
+        score: a key of :data:`better_attention.scores.SCORES`.
         scale: factor on q.k.
         dropout_p: probability of dropping a weight.
         need_weights: whether the weights themselves are wanted.
@@ -35,7 +37,7 @@ class Call:
     mask_BNLS: Tensor | None = None
     padding_B11S: Tensor | None = None
     causal: bool = False
-    score: str = "softmax"
+    score: str = DEFAULT_SCORE
     scale: float = 1.0
     dropout_p: float = 0.0
     need_weights: bool = False
@@ -71,18 +73,6 @@ class Call:
         return replace(self, k_BNSH=k_BNSH, v_BNSH=v_BNSH)
 
 
-def hidden(mask: Tensor, score: str) -> Tensor:
-    """Where a mask hides a key altogether (bool, True = hidden).
-
-    For softmax a float mask hides where it is -inf; finite biases are just added, as in torch. The expressive
-    score has no exponential to drown a very negative finite bias in, so there everything at or below the
-    dtype's lowest number (the padding value of several libraries) hides too.
-    """
-    if mask.dtype == torch.bool:
-        return ~mask
-    return mask == -torch.inf if score == "softmax" else mask <= torch.finfo(mask.dtype).min
-
-
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """A float mask in ``dtype``: widened as it is, narrowed so that what is finite stays finite.
 
@@ -101,19 +91,6 @@ def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
 def island(dtype: torch.dtype) -> torch.dtype:
     """The dtype to compute weights in: 16-bit formats lose z**2 and long sums, so they compute in float32."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-
-
-def unit(x: Tensor, dim: tuple[int, ...]) -> Tensor:
-    """A unit for the numbers along ``dim``: 1, or where all are small a power of two in which they are not.
-
-    The expressive score is a ratio of products of queries and keys that may themselves be too small for the dtype.
-    Products of numbers in units are not, and a power of two changes no digit of them.
-    """
-    if any(x.shape[d] == 0 for d in dim):
-        return torch.ones_like(x.detach().sum(dim, keepdim=True))
-    tiny = torch.finfo(x.dtype).tiny
-    largest = x.detach().abs().amax(dim, keepdim=True)
-    return torch.ones_like(largest).masked_fill(largest < tiny**0.25, tiny**0.5)
 
 
 def triangle(rows: Tensor, length: int) -> Tensor:

@@ -35,4 +35,4 @@ IMPLEMENTATIONS: Mapping[str, Implementation] = MappingProxyType(
         "reference": Implementation(reference.unsupported, reference.compute, portable=True),
     }
 )
-"""By name; ``impl="auto"`` asks them in this order, after the small-call rule of :mod:`.choice`."""
+"""By name; ``impl="auto"`` asks them in this order, after the small-call rule of :mod:`.dispatch`."""

@@ -1,4 +1,4 @@
-"""Both scores in plain torch, tile by tile: extra memory is one tile, never L x S, in both directions.
+"""Scores in plain torch, tile by tile: extra memory is one tile, never L x S, in both directions.
 
 A tile holds every key of a few queries of a few heads, so a row is normalised at once and no running maximum
 is needed. The backward pass computes the tiles again, and draws again what dropout drops: both directions visit the
@@ -9,7 +9,6 @@ length).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -24,13 +23,12 @@ from better_attention.call.call import (
     dropout_seed,
     flops,
     fold_batch,
-    hidden,
     island,
     one_by_one,
     triangle,
-    unit,
 )
 from better_attention.call.torch_state import legacy_batched, operator_obstacles, transformed
+from better_attention.scores import SCORES, Tiles
 
 TILE = 1 << 19
 """Elements of one tile: 2 MiB of float32, a few of which fit a desktop processor's cache."""
@@ -39,6 +37,8 @@ TILE = 1 << 19
 def unsupported(call: Call) -> list[str]:
     """Why tiles cannot serve this call."""
     reasons = []
+    if SCORES[call.score].tiles is None:
+        reasons.append(f"the score {call.score!r} has no tiled form")
     if call.need_weights:
         reasons.append("it never holds all the weights, so it cannot return them")
     if call.dropout_p > 0.0 and transformed():
@@ -93,7 +93,7 @@ def _restrictions(
     bias: Tensor | None = None
     for mask in masks:
         cut = _cut(mask, tile)
-        here = hidden(cut, score)
+        here = SCORES[score].hides(cut)
         hide = here if hide is None else hide | here
         if cut.dtype != torch.bool:
             finite = additive(cut.masked_fill(here, 0.0), like.dtype)
@@ -119,66 +119,10 @@ class _Dropout:
         return kept.div_(self.keep) if self.keep > 0.0 else kept
 
 
-# --- scores on a tile: weights, and their derivative towards z -------------------------------------------------
-
-
-def _softmax(z: Tensor, hide: Tensor | None, bias: Tensor | None) -> Tensor:
-    """Normalised weights; 0 in a row with every key hidden."""
-    if bias is not None:
-        z += bias
-    if hide is None:
-        return torch.softmax(z, dim=-1)
-    z.masked_fill_(hide, -math.inf)
-    nothing = z.amax(dim=-1, keepdim=True) == -math.inf  # sums of finite biases can reach it too
-    return torch.softmax(z, dim=-1).masked_fill_(nothing, 0.0)
-
-
-def _plain_expressive(z: Tensor, hide: Tensor | None) -> Tensor:
-    """z**2 / (1 + z**2) in z's memory, as 1 / (1 + z**-2): three passes, and neither 0 nor infinity needs care."""
-    if hide is not None:
-        z.masked_fill_(hide, 0.0)
-    return z.pow_(-2.0).add_(1.0).reciprocal_()
-
-
-def _expressive(z: Tensor, units: Tensor, hide: Tensor | None, bias: Tensor | None, *, derive: bool = False) -> Tensor:
-    """Weights before division by their sum, from scores in ``units``; these become the derivative, if it is wanted.
-
-    Where all scores of a row are so small that 1 + z**2 is 1 to the last bit, the weight is z**2, whose size the
-    normaliser cancels: such rows are measured in their largest.
-    """
-    limits = torch.finfo(z.dtype)
-    if hide is not None:
-        z.masked_fill_(hide, 0.0)  # z = 0 is weight 0
-    largest = torch.linalg.vector_norm(z, math.inf, dim=-1, keepdim=True)
-    small = (largest > 0.0) & (largest * units < limits.eps)
-    factor = torch.where(small, 1.0 / largest, units)
-    if bool((factor != 1.0).any()):
-        z *= factor
-    far = limits.max**0.48  # beyond, a is 1 and its derivative 0, to the last bit; z**2 is still finite
-    if bool((largest * factor > far).any()):
-        z.clamp_(-far, far)
-    square = z.square()
-    inverse = ((square * ~small) if bool(small.any()) else square).add(1.0).reciprocal_()
-    a = square.mul_(inverse)
-    if derive:
-        z.mul_(inverse).mul_(inverse).mul_(2.0 * factor)
-    if bias is not None:
-        faint = a < limits.tiny
-        a.masked_fill_(faint, 0.0)
-        shift = (a.log() + bias).amax(dim=-1, keepdim=True)
-        shift.masked_fill_(shift == -math.inf, 0.0)
-        # Where the weight is 0 the exponent may be anything, so it is bounded.
-        grown = (bias - shift).clamp_(max=-math.log(limits.tiny)).exp_()
-        a.mul_(grown)
-        if derive:
-            z.mul_(grown).masked_fill_(faint, 0.0)
-    return a
-
-
-def _total(a: Tensor) -> Tensor:
-    """The sum over keys, infinity in a row without weight."""
-    total = a.sum(dim=-1, keepdim=True)
-    return total.masked_fill_(total == 0.0, math.inf)
+def _tiles_of(score: str) -> type[Tiles]:
+    tiles = SCORES[score].tiles
+    assert tiles is not None  # noqa: S101 - unsupported() refuses the others, for the type checker
+    return tiles
 
 
 # --- the operators ---------------------------------------------------------------------------------------------
@@ -207,27 +151,14 @@ def _forward(
     if S == 0:
         return heads
     dropout = _Dropout(seed, dropout_p, q.device)
-    unit_q, unit_k = unit(q_BNLH, (-1,)), unit(k_BNSH, (-2, -1))
-    faint = torch.finfo(dtype).tiny ** 0.63  # below it a row of squares has lost digits to underflow
+    tiles = _tiles_of(score)(q_BNLH, k_BNSH)
     for tile in _tiles(B, N, L, S, causal):
-        at, keys = (tile.batch, tile.heads, tile.rows), (tile.batch, tile.heads, tile.keys)
-        z = q_BNLH[at] @ k_BNSH[keys].transpose(-1, -2)
-        hide, bias = _restrictions(masks, causal, score, tile, z)
-        total: Tensor | None = None
-        if score == "softmax":
-            a = _softmax(z, hide, bias)
-        else:
-            if bias is None:
-                a = _plain_expressive(z, hide)
-                total = _total(a)
-            if total is None or bool(((total < faint) | (total == math.inf)).any()):
-                units = unit_q[at], unit_k[at[:2]]
-                z = (q_BNLH[at] / units[0]) @ (k_BNSH[keys] / units[1]).transpose(-1, -2)
-                a = _expressive(z, units[0] * units[1], hide, bias)
-                total = _total(a)
+        rows, keys = (tile.batch, tile.heads, tile.rows), (tile.batch, tile.heads, tile.keys)
+        hide, bias = _restrictions(masks, causal, score, tile, q_BNLH)
+        a, total = tiles.weights(rows, keys, bias, hide)
         kept = dropout.next(a)
         weighted = (a if kept is None else a * kept) @ v_BNSH[keys]
-        heads[at] = (weighted if total is None else weighted / total).to(q.dtype)
+        heads[rows] = (weighted if total is None else weighted / total).to(q.dtype)
     return heads
 
 
@@ -272,23 +203,15 @@ def _backward(
     ]
     q_BNLH, k_BNSH, v_BNSH, g_BNLH = (x.to(dtype).contiguous() for x in (q.to(dtype) * scale, k, v, grad))
     dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q, k, v))
-    unit_q, unit_k = unit(q_BNLH, (-1,)), unit(k_BNSH, (-2, -1))
-    if score == "expressive":
-        q_BNLH, k_BNSH = q_BNLH / unit_q, k_BNSH / unit_k
     dropout = _Dropout(seed, dropout_p, q.device)
+    tiles = _tiles_of(score)(q_BNLH, k_BNSH)
     for tile in _tiles(B, N, L, S, causal) if S else ():
-        at, keys = (tile.batch, tile.heads, tile.rows), (tile.batch, tile.heads, tile.keys)
-        z = q_BNLH[at] @ k_BNSH[keys].transpose(-1, -2)
-        hide, bias = _restrictions(masks, causal, score, tile, z)
-        if score == "softmax":
-            weights = slope = _softmax(z, hide, bias)
-        else:
-            weights = _expressive(z, unit_q[at] * unit_k[at[:2]], hide, bias, derive=True)
-            total = _total(weights)
-            weights, slope = weights.div_(total), z.div_(total)
+        rows, keys = (tile.batch, tile.heads, tile.rows), (tile.batch, tile.heads, tile.keys)
+        hide, bias = _restrictions(masks, causal, score, tile, q_BNLH)
+        weights, slope = tiles.slopes(rows, keys, bias, hide)
         kept = dropout.next(weights)
-        dv[keys] += (weights if kept is None else weights * kept).transpose(-1, -2) @ g_BNLH[at]
-        dw = g_BNLH[at] @ v_BNSH[keys].transpose(-1, -2)
+        dv[keys] += (weights if kept is None else weights * kept).transpose(-1, -2) @ g_BNLH[rows]
+        dw = g_BNLH[rows] @ v_BNSH[keys].transpose(-1, -2)
         if kept is not None:
             dw.mul_(kept)
         # The normaliser's share. From these very weights: where one key has all of it, nothing is left of the two.
@@ -298,10 +221,9 @@ def _backward(
                 part = _cut(gradient, tile)
                 part += (dw * weights).sum_to_size(part.shape)
         dz = dw.mul_(slope)
-        dq[at] = dz @ k_BNSH[keys]
-        dk[keys] += dz.transpose(-1, -2) @ q_BNLH[at]
-    if score == "expressive":
-        dq, dk = dq / unit_q, dk / unit_k
+        dq[rows] = dz @ tiles.k[keys]
+        dk[keys] += dz.transpose(-1, -2) @ tiles.q[rows]
+    dq, dk = tiles.gradients(dq, dk)
     dmask, dpadding = (
         q.new_zeros(0) if m is None or g is None else g.to(m.dtype)
         for g, m in zip(wanted, (mask, padding), strict=True)

@@ -19,8 +19,7 @@ from better_attention.call.function_arguments import same_dtype
 from better_attention.call.torch_state import are_plain, bare, fx_leaf, is_symbolic, quiet, unpatched
 from better_attention.call.values import autocast_dtype
 from better_attention.errors import finite_number, flag, floating_dtype, one_of, whole_number
-from better_attention.impl.attend import attend
-from better_attention.impl.choice import IMPLS
+from better_attention.impl.dispatch import IMPLS, attend
 from better_attention.mechanism import MECHANISMS, Mechanism
 from better_attention.positions import BASE, angles, even_width, turned
 

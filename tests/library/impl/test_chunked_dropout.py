@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import better_attention as ba
 from better_attention import functional
-from better_attention.impl import choice, chunked
+from better_attention.impl import chunked, dispatch
 from helpers.layers import tokens
 
 scores = pytest.mark.parametrize("score", ["softmax", "expressive"])
@@ -91,7 +91,7 @@ def test_the_seed_decides_and_checkpointing_drops_the_same_again(score: str) -> 
 def test_long_sequences_under_dropout_keep_no_weights(score: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there are no compiled kernels, the tiles serve: PyTorch's CPU attention keeps L x S weights for dropout."""
     without = {name: one for name, one in functional.IMPLEMENTATIONS.items() if name != "native"}
-    for module in (functional, choice):
+    for module in (functional, dispatch):
         monkeypatch.setattr(module, "IMPLEMENTATIONS", without)
     q = torch.empty(1, 2, 1024, 16)
     assert ba.explain(q, q, q, score=score, dropout_p=0.1).chosen == "chunked"

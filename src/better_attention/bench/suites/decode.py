@@ -18,7 +18,7 @@ from torch.nn import functional as F
 import better_attention as ba
 from better_attention.bench import machine
 from better_attention.bench.registry import Contender, Results, Row, Run, Shape, Suite, Work, here, normal
-from better_attention.impl.choice import IMPLS
+from better_attention.impl.dispatch import IMPLS
 
 SMALLEST_POOL = 256 << 20
 """Bytes of all caches together, at least; more where the last-level cache is larger, if that fits into memory."""

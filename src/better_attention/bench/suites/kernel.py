@@ -30,7 +30,7 @@ from better_attention.bench.registry import (
     normal,
 )
 from better_attention.impl import IMPLEMENTATIONS
-from better_attention.impl.choice import IMPLS
+from better_attention.impl.dispatch import IMPLS
 
 IMPL_NAMES = tuple(dict.fromkeys(("auto", "native", *IMPLEMENTATIONS)))
 """Every implementation there is or could be: a missing one is listed with the reason."""
