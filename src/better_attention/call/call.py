@@ -5,9 +5,7 @@ Shape suffixes, here and everywhere below: B batch, L queries, S keys, N heads, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,48 +94,3 @@ def island(dtype: torch.dtype) -> torch.dtype:
 def triangle(rows: Tensor, length: int) -> Tensor:
     """Bool (len(rows), length), True where key s may be seen by query ``rows[i]``, that is s <= rows[i]."""
     return torch.arange(length, device=rows.device) <= rows[:, None]
-
-
-def flops(q: Sequence[int], k: Sequence[int], v: Sequence[int]) -> int:
-    """Floating-point operations of a forward pass, from the shapes of q, k and v; a multiply-add counts as two.
-
-    As in :func:`better_attention.cost`: the two products, every key of every query, hidden or not. The backward pass
-    has twice as many; scores that an implementation computes again are not counted.
-    """
-    B, N, L, H = q
-    return 2 * B * N * L * k[2] * (H + v[3])
-
-
-NO_DROPOUT = "under torch.func it has no dropout: one seed would be one mask for a whole vmap"
-
-
-def dropout_seed(call: Call) -> Tensor | None:
-    """The number from which follows what a call drops, None without dropout.
-
-    Drawn from the CPU's default generator, which torch.manual_seed and activation checkpointing take care of.
-    """
-    return torch.randint(2**63 - 1, (), device="cpu") if call.dropout_p > 0.0 else None
-
-
-def one_by_one(info: Any, in_dims: Any, args: Any, operator: Any) -> tuple[Any, Any]:
-    """The vmap rule of an operator with dropout: what it drops depends on its batch, so nothing is folded."""
-    slices = [
-        operator(*(x.select(dim, i) if isinstance(dim, int) else x for x, dim in zip(args, in_dims, strict=True)))
-        for i in range(info.batch_size)
-    ]
-    if isinstance(slices[0], Tensor):
-        return torch.stack(slices), 0
-    results = tuple(torch.stack(parts) for parts in zip(*slices, strict=True))
-    return results, (0,) * len(results)
-
-
-def fold_batch(info: Any, in_dims: Any, tensors: Any, batch: int) -> list[Tensor | None]:
-    """For vmap rules: every tensor with a batch of ``size * batch``, what is not vmapped repeated."""
-    folded: list[Tensor | None] = []
-    for x, dim in zip(tensors, in_dims, strict=True):
-        if x is not None:
-            x = x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
-            # A mask that broadcasts over the batch is expanded, a view.
-            x = x.expand(info.batch_size, batch, *x.shape[2:]).flatten(0, 1)
-        folded.append(x)
-    return folded

@@ -535,7 +535,7 @@ class MultiheadAttention(nn.Module):
     def _in_one_call(self, x_BLD: Tensor, is_causal: bool) -> Tensor | None:
         """Small self-attention in inference by one compiled call; None where it has to go step by step."""
         # Under the triangle a past row keeps its bits whatever the future holds, NaN too: one way for both.
-        if is_causal or torch.is_grad_enabled() or not quiet() or not fast_path.serves(x_BLD):
+        if is_causal or torch.is_grad_enabled() or not quiet() or not fast_path.serves(x_BLD, self.mechanism.score):
             return None
         projections = (self.q_proj, self.k_proj, self.v_proj, self.out_proj)
         parts = (*projections, self.align)
