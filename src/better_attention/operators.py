@@ -36,7 +36,6 @@ class Definition(ABC, Generic[A]):
         arguments: the ``NamedTuple`` A: first the tensors, ``Tensor | None`` where one is optional, then settings of
             type bool, str or float.
         differentiable: the fields of A that have a gradient.
-        saved: the fields that :meth:`backward` reads; None: all. It finds None in the others.
         saves_results: whether :meth:`backward` reads the results.
         results: how many tensors :meth:`forward` returns. The first is the result; the others have no derivative.
         device_type: the only device that computes it; None: any.
@@ -50,7 +49,6 @@ class Definition(ABC, Generic[A]):
     name: ClassVar[str]
     arguments: ClassVar[Any]
     differentiable: ClassVar[tuple[str, ...]]
-    saved: ClassVar[tuple[str, ...] | None] = None
     saves_results: ClassVar[bool] = False
     results: ClassVar[int] = 1
     device_type: ClassVar[str | None] = None
@@ -104,19 +102,26 @@ def register(definition: Definition[A]) -> Callable[[A], Any]:
         derivative.register_vmap(_backward_vmap_rule(backward_packet, layout, definition.differentiable))
     _count_flops(definition, layout, packet, backward_packet)
     function = _function(definition, layout, packet, save, derive)
-    differentiable = [layout.fields.index(field) for field in definition.differentiable]
+    inference, tensors, single = definition.inference, layout.tensors, layout.results == 1
 
     def call(arguments: A) -> Any:
         if torch.compiler.is_compiling():
             return packet(*arguments)
-        trains = torch.is_grad_enabled() and any(
-            x is not None and x.requires_grad for x in (arguments[i] for i in differentiable)
-        )
-        if not trains and ordinary(*arguments[: layout.tensors]):
-            return layout.returned(definition.inference(arguments))
+        if not _require_gradients(arguments[:tensors]) and ordinary(*arguments[:tensors]):
+            results = inference(arguments)
+            return results[0] if single else results
         return function.apply(*arguments)
 
     return call
+
+
+def _require_gradients(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether a derivative may be asked for. A loop: small calls feel a generator."""
+    if torch.is_grad_enabled():
+        for x in tensors:
+            if x is not None and x.requires_grad:
+                return True
+    return False
 
 
 class _Layout(NamedTuple):
@@ -142,9 +147,8 @@ class _Layout(NamedTuple):
         """Those of the operator and of its derivative, in torch's language."""
         types = [_SCHEMA_TYPES[hint] for hint in get_type_hints(self.arguments).values()]
         parameters = [f"{kind} {name}" for kind, name in zip(types, self.fields, strict=True)]
-        tensors = [f"Tensor? {name}" for name in self.fields[: self.tensors]]  # what is not saved comes as None
         saved = [f"Tensor result{number}" for number in range(self.saved_results)]
-        backward = ["Tensor grad", *tensors, *saved, *parameters[self.tensors :], "bool[] wanted"]
+        backward = ["Tensor grad", *parameters[: self.tensors], *saved, *parameters[self.tensors :], "bool[] wanted"]
         return _schema(parameters, self.results), _schema(backward, gradients)
 
     def returned(self, results: Tensors) -> Any:
@@ -229,7 +233,6 @@ def _count_flops(definition: Definition[A], layout: _Layout, packet: Any, backwa
 
 def _autograd(definition: Definition[A], layout: _Layout, backward_packet: Any) -> tuple[Any, Any]:
     """What is kept of a call, and its derivative; both for the operator and for the ``autograd.Function``."""
-    saved = [definition.saved is None or field in definition.saved for field in layout.fields[: layout.tensors]]
     differentiable = [layout.fields.index(field) for field in definition.differentiable]
     in_eager_mode = _derivative(definition, layout)
     elsewhere = _backward_function(definition, layout, backward_packet, in_eager_mode)
@@ -237,8 +240,7 @@ def _autograd(definition: Definition[A], layout: _Layout, backward_packet: Any) 
     def save(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
         kept = output if definition.saves_results else ()
         kept = (kept,) if isinstance(kept, Tensor) else kept
-        tensors = (x if wish else None for x, wish in zip(inputs[: layout.tensors], saved, strict=True))
-        ctx.save_for_backward(*tensors, *kept)
+        ctx.save_for_backward(*inputs[: layout.tensors], *kept)
         ctx.settings = (*inputs[layout.tensors :], [bool(ctx.needs_input_grad[i]) for i in differentiable])
         if layout.results > 1 and isinstance(ctx, FunctionCtx):
             ctx.mark_non_differentiable(*output[1:])

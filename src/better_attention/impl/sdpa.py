@@ -17,16 +17,16 @@ MERGE_LIMIT = 1 << 16
 
 def unsupported(call: Call) -> list[str]:
     """Why PyTorch's fused attention should not compute this call."""
-    reasons = []
+    reasons, masks = [], call.masks
     if call.score != SCORE:
         reasons.append(f"it computes {SCORE} weights only, not {call.score!r}")
     if call.need_weights:
         reasons.append("it does not return weights")
-    if len(call.masks) + call.causal > 1 and _merged_elements(call) > MERGE_LIMIT:
+    if len(masks) + call.causal > 1 and _merged_elements(call) > MERGE_LIMIT:
         reasons.append("mask, padding and triangle together would have to be merged into one (B, N, L, S) mask")
-    if call.q_BNLH.dtype == torch.float16 and any(m.dtype not in (torch.bool, torch.float16) for m in call.masks):
+    if call.q_BNLH.dtype == torch.float16 and any(m.dtype not in (torch.bool, torch.float16) for m in masks):
         reasons.append("it takes masks in float16 only, which has no room for large biases")
-    if any(m.requires_grad for m in call.masks):
+    if masks and any(m.requires_grad for m in masks):
         reasons.append("it does not differentiate with respect to a mask on every device")
     if with_tangents(call.tensors):
         reasons.append("it has no forward-mode derivative")

@@ -111,7 +111,6 @@ class _Align(operators.Definition[Arguments]):
     name = "align"
     arguments = Arguments
     differentiable = ("weight", "bias", "value")
-    saved = ("weight", "value")
     device_type = "cpu"
     refuses_second = "the compiled W_A has a first derivative only: pass impl='reference' for higher ones."
 
