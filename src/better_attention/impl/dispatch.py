@@ -17,7 +17,7 @@ from better_attention.call.torch_state import exporting, exporting_onnx, transfo
 from better_attention.call.values import autocast_dtype, surely_finite, without
 from better_attention.scores import SCORES
 
-from . import IMPLEMENTATIONS
+from . import IMPLEMENTATIONS, sdpa
 
 IMPLS = ("auto", *IMPLEMENTATIONS)
 
@@ -106,7 +106,8 @@ def _slow(call: Call, name: str) -> bool:
 
 def _native_is_slow(call: Call) -> bool:
     """Whether PyTorch's fused attention can compute the call, too, and is faster than the compiled kernels."""
-    if IMPLEMENTATIONS["sdpa"].unsupported(call):
+    # The score alone first, which answers most calls: small ones feel the rest of the questions.
+    if call.score != sdpa.SCORE or IMPLEMENTATIONS["sdpa"].unsupported(call):
         return False
     if call.dropout_p > 0.0:  # PyTorch draws a random number for each weight, one by one, and keeps them all
         return False
