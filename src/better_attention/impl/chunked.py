@@ -102,14 +102,14 @@ def _restrictions(a: Arguments, tile: _Tile, like: Tensor) -> tuple[Tensor | Non
 
 
 class _Dropout:
-    """The factors 0 and 1/(1-p) of a call's weights, tile after tile."""
+    """Draws the factors 0 and 1/(1-p) of a call's weights, tile after tile, the same in both directions."""
 
     def __init__(self, seed: Tensor | None, p: float, device: torch.device) -> None:
         self.keep = 1.0 - p
         self.generator = None if seed is None else torch.Generator(device).manual_seed(int(seed))
 
     def next(self, like: Tensor) -> Tensor | None:
-        """Those of the next tile, None without dropout; all 0 where everything is dropped."""
+        """The factors of the next tile; None without dropout. With p = 1 all are 0, not NaN."""
         if self.generator is None:
             return None
         kept = torch.empty_like(like).bernoulli_(self.keep, generator=self.generator)
@@ -165,7 +165,8 @@ def _backward(grad: Tensor, a: Arguments, mask_wanted: Sequence[bool]) -> Sequen
         dw = g_BNLH[tile.queries] @ v_BNSH[tile.keys].transpose(-1, -2)
         if kept is not None:
             dw.mul_(kept)
-        # The normaliser's share. From these very weights: where one key has all of it, nothing is left of the two.
+        # The derivative of the normaliser. It has to use the same rounded weights as dv, so that the two terms cancel
+        # exactly where one key has all the weight.
         dw.sub_((dw * weights).sum(dim=-1, keepdim=True))
         for gradient in mask_grads:
             if gradient is not None:

@@ -22,16 +22,16 @@ from . import IMPLEMENTATIONS, sdpa
 IMPLS = ("auto", *IMPLEMENTATIONS)
 
 # --- where which implementation is slow -------------------------------------------------------------------------------
-# Crossovers of forward plus backward, measured on CPUs (benchmarks/results). On the slow side, a call spends its time
-# between Python and the implementation rather than on arithmetic, or PyTorch has the faster instructions.
+# Crossovers of forward plus backward, measured on CPUs (benchmarks/results). An implementation is slow where a call
+# takes less time than the way to it from Python, or where PyTorch uses faster instructions.
 
 
 class SmallCall(NamedTuple):
-    """Up to which size the reference is fastest where no compiled kernel serves.
+    """The largest call for which the reference is fastest, if the compiled kernels cannot compute it.
 
     Args:
         weights: number of weights, B N L S.
-        length: number of keys, S; None: any. It is limited where PyTorch's fused attention competes.
+        length: number of keys, S, where PyTorch's fused attention is faster for more; None: any number.
     """
 
     weights: int
@@ -43,9 +43,9 @@ SMALL_CALLS: Mapping[str, SmallCall] = MappingProxyType(
 )
 """By score."""
 UNMEASURED = SmallCall(1 << 17)
-"""For a score that nobody has measured yet: as for the expressive score, whose arithmetic is plain, too."""
+"""For scores that have not been measured: as for the expressive score, which is made of plain arithmetic, too."""
 
-# The compiled kernels against PyTorch's fused attention, for calls that both can compute:
+# The compiled kernels compared with PyTorch's fused attention, for calls that both can compute:
 NATIVE_MIN_HEADS = 32
 """From this number of heads (B N) on, the compiled kernels are faster at any length."""
 NATIVE_MIN_MULTIPLICATIONS = 1 << 20
@@ -57,22 +57,22 @@ NATIVE_MAX_LENGTH_BF16 = 128
 NATIVE_MAX_LENGTH_BF16_TRAINING = 512
 """The same where gradients are wanted."""
 SDPA_MAX_WEIGHTS_UNDER_DROPOUT = 1 << 20
-"""From this many weights of a head (L S) on, tiles are as fast under dropout as PyTorch, which keeps every weight."""
+"""Under dropout PyTorch keeps every weight: from this many weights per head (L S) on, tiles are as fast."""
 
 
 # --- the choice -------------------------------------------------------------------------------------------------------
 
 
 def choose(call: Call, impl: str) -> str | None:
-    """The implementation for a call; None where the one that was asked for refuses it."""
+    """The name of the implementation that computes a call; None if ``impl`` names one that cannot."""
     if impl != "auto":
         return None if IMPLEMENTATIONS[impl].unsupported(call) else impl
     if exporting():
-        return next(name for name, i in IMPLEMENTATIONS.items() if not _tied(name) and not i.unsupported(call))
-    # A compiled program is for many sizes: comparing its symbolic ones would pin them.
+        return next(name for name, i in IMPLEMENTATIONS.items() if not _unfit_for_export(name) and not i.unsupported(call))
+    # torch.compile makes programs for many sizes; comparing their symbolic sizes would fix them to one.
     sizes_matter = call.q_BNLH.device.type == "cpu" and not torch.compiler.is_compiling()
     fallback = None
-    # The first that is not slow. Each is asked only when its turn comes: for small calls the questions take time.
+    # Take the first that is not slow. `unsupported` is evaluated lazily: for small calls its cost is measurable.
     for name, implementation in IMPLEMENTATIONS.items():
         if not implementation.unsupported(call):
             if not (sizes_matter and _slow(call, name)):
@@ -81,8 +81,8 @@ def choose(call: Call, impl: str) -> str | None:
     return fallback
 
 
-def _tied(name: str) -> str | None:
-    """Why an exported program should contain an implementation only if it was asked for by name; None: it may."""
+def _unfit_for_export(name: str) -> str | None:
+    """Why ``impl="auto"`` keeps an implementation out of exported programs; None where it does not."""
     if not IMPLEMENTATIONS[name].portable:
         return f"the exported program would need better-attention to run; impl={name!r} exports it all the same"
     if name == "sdpa" and exporting_onnx():
@@ -106,7 +106,7 @@ def _slow(call: Call, name: str) -> bool:
 
 def _native_is_slow(call: Call) -> bool:
     """Whether PyTorch's fused attention can compute the call, too, and is faster than the compiled kernels."""
-    # The score alone first, which answers most calls: small ones feel the rest of the questions.
+    # The score decides most calls; `unsupported`, whose cost is measurable for small ones, the rest.
     if call.score != sdpa.SCORE or IMPLEMENTATIONS["sdpa"].unsupported(call):
         return False
     if call.dropout_p > 0.0:  # PyTorch draws a random number for each weight, one by one, and keeps them all
@@ -130,8 +130,8 @@ def _max_length_bf16(call: Call) -> int:
 def passed_over(chosen: str | None, name: str, impl: str) -> str:
     """Why an implementation that could compute a call is not the ``chosen`` one."""
     if impl != "auto":
-        return f"impl={impl!r} was asked for"
-    return (_tied(name) if exporting() else None) or f"{chosen!r} is faster or leaner here"
+        return f"impl={impl!r} was requested"
+    return (_unfit_for_export(name) if exporting() else None) or f"{chosen!r} is faster or leaner here"
 
 
 def refusal(call: Call, impl: str) -> str:
@@ -164,7 +164,7 @@ def attend(call: Call, impl: str) -> tuple[Tensor, Tensor | None]:
     """Compute a validated call.
 
     Returns:
-        Head outputs (B, N, L, H), and weights (B, N, L, S) where they are asked for.
+        Head outputs (B, N, L, H), and weights (B, N, L, S) if the call wants them, else None.
 
     Raises:
         ValueError: ``impl`` cannot compute the call.
@@ -180,7 +180,7 @@ def attend(call: Call, impl: str) -> tuple[Tensor, Tensor | None]:
 
 
 def _without_autocast(device: str) -> AbstractContextManager[object]:
-    """Autocast switched off. The inputs already have its dtype; it would undo the float32 that 16-bit inputs need."""
+    """Disable autocast: inputs were already cast, and it would turn the float32 accumulation back into 16 bits."""
     return nullcontext() if autocast_dtype(device) is None else torch.autocast(device, enabled=False)
 
 

@@ -14,7 +14,7 @@ Slices = tuple[slice, ...]
 
 
 class Tiles(Protocol):
-    """A score computed tile by tile: made for one call, then asked for each tile.
+    """A score computed tile by tile: one object per call, one method call per tile.
 
     Weights are ``a / total``, where ``total`` sums ``a`` over the keys of a row. Then
     ``dL/dz = slope * (dL/dw - sum(w * dL/dw))``, with ``slope = a' / total``, whatever the score.
