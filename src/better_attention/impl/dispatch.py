@@ -68,7 +68,8 @@ def choose(call: Call, impl: str) -> str | None:
     if impl != "auto":
         return None if IMPLEMENTATIONS[impl].unsupported(call) else impl
     if exporting():
-        return next(name for name, i in IMPLEMENTATIONS.items() if not _unfit_for_export(name) and not i.unsupported(call))
+        fit = (name for name in IMPLEMENTATIONS if not _unfit_for_export(name))
+        return next(name for name in fit if not IMPLEMENTATIONS[name].unsupported(call))
     # torch.compile makes programs for many sizes; comparing their symbolic sizes would fix them to one.
     sizes_matter = call.q_BNLH.device.type == "cpu" and not torch.compiler.is_compiling()
     fallback = None
