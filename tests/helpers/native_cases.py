@@ -21,6 +21,7 @@ from torch import Tensor
 
 from better_attention.call.call import Call
 from better_attention.impl import native
+from better_attention.native import structs
 from helpers import oracle
 from helpers.bridge import array, assert_close, assert_within_rounding, rounded_attention
 from helpers.rounding import Error, Rounding, expected_errors
@@ -28,7 +29,7 @@ from helpers.rounding import Error, Rounding, expected_errors
 ISAS = () if native.missing() else native.instruction_sets()
 needs_native = pytest.mark.skipif(native.missing() is not None, reason=f"no compiled kernels: {native.missing()}")
 
-SCORES = ("softmax", "expressive")
+SCORES = tuple(structs.SCORES)
 DTYPES = (torch.float32, torch.bfloat16)
 
 FEW = 8

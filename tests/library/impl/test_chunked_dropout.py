@@ -13,9 +13,10 @@ from torch.utils.checkpoint import checkpoint
 import better_attention as ba
 from better_attention import functional
 from better_attention.impl import chunked, dispatch
+from better_attention.scores import SCORES
 from helpers.layers import tokens
 
-scores = pytest.mark.parametrize("score", ["softmax", "expressive"])
+scores = pytest.mark.parametrize("score", SCORES)
 
 
 @pytest.fixture(autouse=True, params=[1 << 19, 64], ids=["one tile", "many tiles"])
@@ -104,6 +105,19 @@ def test_opcheck(score: str) -> None:
     q, k, v = (tokens(2, 2, n, 4, requires_grad=True) for n in (5, 7, 7))
     arguments = (q, k, v, None, None, torch.tensor(12345), False, score, 0.5, 0.25)
     torch.library.opcheck(torch.ops.better_attention.chunked.default, arguments)
+
+
+@scores
+def test_one_tensor_can_be_key_and_value_of_the_operator(score: str) -> None:
+    """``impl="chunked"`` passes it twice; the operator takes None for v, as that of the kernels, and sums gradients."""
+    q, k = (tokens(2, 2, n, 4, requires_grad=True) for n in (5, 7))
+    operator, settings = torch.ops.better_attention.chunked, (None, None, None, True, score, 0.5, 0.0)
+    once, twice = operator(q, k, None, *settings), operator(q, k, k, *settings)
+    torch.testing.assert_close(once, twice)
+    for ours, expected in zip(
+        torch.autograd.grad(once.sum(), (q, k)), torch.autograd.grad(twice.sum(), (q, k)), strict=True
+    ):
+        torch.testing.assert_close(ours, expected)
 
 
 @scores
