@@ -62,7 +62,7 @@ class Mechanism:
             raise TypeError(
                 f"aligned must be True or False, received {self.aligned!r} ({type(self.aligned).__name__})."
             )
-        if self.score not in tuple(SCORES):
+        if self.score not in tuple(SCORES):  # a tuple, because a list as a score cannot be looked up in a mapping
             raise ValueError(f"unknown score {self.score!r}: choose one of {list(SCORES)}.")
         object.__setattr__(self, "projections", projections)
 

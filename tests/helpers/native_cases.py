@@ -1,6 +1,7 @@
 """Cases for the compiled kernels: what is drawn, what is exact, and how the two are compared.
 
-Letters as in native/api.h: B batch, N query heads, G key heads, L queries, S keys, H width of q and k, W width of v.
+Letters as in native/cpp/api.h: B batch, N query heads, G key heads, L queries, S keys, H width of q and k, W width of
+v.
 """
 
 from __future__ import annotations

@@ -66,6 +66,7 @@ class _Tile(NamedTuple):
 
 def _cover(B: int, N: int, L: int, S: int, causal: bool) -> Iterator[_Tile]:
     """Cover (B, N, L) in tiles of about ``TILE`` weights; under the triangle a tile stops at its last visible key."""
+    # Rows come first, 128 at least even where that exceeds TILE; then as many heads, then samples, as fit.
     rows = max(1, min(L, max(128, TILE // max(1, N * S))))
     heads = max(1, min(N, TILE // max(1, rows * S)))
     batch = max(1, min(B, TILE // max(1, rows * S * N))) if heads == N else 1

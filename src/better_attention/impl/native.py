@@ -66,6 +66,7 @@ def _forward(a: Arguments, *, stats: bool) -> tuple[Tensor, Tensor]:
     a = _contiguous_rows(a)
     out = _empty(a.q, a.values.shape[-1])
     numbers = a.q.new_empty((*a.q.shape[:3], 2) if stats else (0,), dtype=torch.float32)
+    # api.h wants at least one key and one feature. The normaliser of a row without weight is infinite.
     if a.k.shape[2] == 0 or out.shape[3] == 0:
         return out.zero_(), numbers.fill_(torch.inf)
     call_library("ba_forward", _describe(a, out, numbers if stats else None))

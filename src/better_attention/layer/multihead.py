@@ -22,6 +22,7 @@ from better_attention.errors import finite_number, flag, floating_dtype, one_of,
 from better_attention.impl.dispatch import IMPLS, attend
 from better_attention.mechanism import MECHANISMS, Mechanism
 from better_attention.positions import BASE, angles, even_width, turned
+from better_attention.scores import DEFAULT_SCORE
 
 from . import arguments, fast_path
 from .alignment import Alignment
@@ -270,7 +271,7 @@ class MultiheadAttention(nn.Module):
         return None if self.scaling is None else self.scaling.log_scale
 
     def _packed(self, kind: str) -> Tensor | Unpackable | None:
-        ours = self.mechanism.aligned or self.mechanism.score != "softmax" or self.scale is not None
+        ours = self.mechanism.aligned or self.mechanism.score != DEFAULT_SCORE or self.scale is not None
         torchs = not ours and self.rotary is None
         return packed((self.q_proj, self.k_proj, self.v_proj), kind, self.mechanism.name, torchs)
 

@@ -41,6 +41,7 @@ def register(definition: Definition[A]) -> Callable[[A], Any]:
     def call(arguments: A) -> Any:
         if torch.compiler.is_compiling():
             return packet(*arguments)
+        # Past the dispatcher, whose overhead is a large part of a small call. Only where nothing could notice.
         if not _require_gradients(arguments[:tensors]) and ordinary(*arguments[:tensors]):
             results = inference(arguments)
             return results[0] if single else results
@@ -50,9 +51,9 @@ def register(definition: Definition[A]) -> Callable[[A], Any]:
 
 
 def _require_gradients(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether a derivative may be asked for. A loop: small calls feel a generator."""
+    """Whether a derivative may be wanted."""
     if torch.is_grad_enabled():
-        for x in tensors:
+        for x in tensors:  # not any(): for small calls the cost of a generator is measurable
             if x is not None and x.requires_grad:
                 return True
     return False
@@ -130,6 +131,7 @@ def _autograd(definition: Definition[A], layout: Layout, backward_packet: Any) -
         kept = (kept,) if isinstance(kept, Tensor) else kept
         ctx.save_for_backward(*inputs[: layout.tensors], *kept)
         ctx.settings = (*inputs[layout.tensors :], [bool(ctx.needs_input_grad[i]) for i in differentiable])
+        # Under vmap the context is a wrapper around another one, whose results are not these.
         if layout.results > 1 and isinstance(ctx, FunctionCtx):
             ctx.mark_non_differentiable(*output[1:])
 
@@ -137,6 +139,7 @@ def _autograd(definition: Definition[A], layout: Layout, backward_packet: Any) -
         tensors = ctx.saved_tensors  # read once: activation checkpointing hands them out only once
         if definition.refuses_batched_dropout and layout.seed(tensors) is not None and legacy_batched(grad):
             raise ValueError(definition.refuses_batched_dropout)
+        # An autograd.Function cannot be a graph node, an operator has no rules for torch.func: each has its place.
         run = elsewhere
         if torch.compiler.is_compiling():
             run = backward_packet
