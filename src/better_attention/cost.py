@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .errors import flag, one_of, whole_number
+from .errors import check_bool, check_choice, check_int
 from .mechanism import Mechanism
 
 
@@ -69,12 +69,12 @@ def cost(
     """
     row = Mechanism.of(mechanism)
     d, h, n, B = (
-        whole_number(x, name)
+        check_int(x, name)
         for x, name in ((embed_dim, "embed_dim"), (num_heads, "num_heads"), (length, "length"), (batch, "batch"))
     )
-    one_of(align_heads, "align_heads", ("shared", "per_head"))
+    check_choice(align_heads, "align_heads", ("shared", "per_head"))
     for value, name in ((backward, "backward"), (bias, "bias")):
-        flag(value, name)
+        check_bool(value, name)
     if not isinstance(dtype, torch.dtype):
         raise TypeError(
             f"dtype must be a torch.dtype such as torch.float32, received {dtype!r} ({type(dtype).__name__})."

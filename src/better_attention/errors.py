@@ -28,16 +28,7 @@ def choices(names: Iterable[str]) -> str:
     return ", ".join(repr(name) for name in names)
 
 
-def counted(number: int, word: str) -> str:
-    """A number and its word.
-
-    >>> counted(1, "run"), counted(1200, "pair")
-    ('1 run', '1,200 pairs')
-    """
-    return f"{number:,} {word}{'s' * (number != 1)}"
-
-
-def whole_number(value: object, name: str, *, at_least: int = 1) -> int:
+def check_int(value: object, name: str, *, at_least: int = 1) -> int:
     """``value`` as an int, or an error naming the argument.
 
     Raises:
@@ -54,7 +45,7 @@ def whole_number(value: object, name: str, *, at_least: int = 1) -> int:
     return number
 
 
-def finite_number(value: object, name: str, *, low: float = -math.inf, high: float = math.inf) -> float:
+def check_float(value: object, name: str, *, low: float = -math.inf, high: float = math.inf) -> float:
     """``value`` as a finite float within ``[low, high]``, or an error naming the argument.
 
     Raises:
@@ -72,7 +63,7 @@ def finite_number(value: object, name: str, *, low: float = -math.inf, high: flo
     return number
 
 
-def one_of(value: object, name: str, allowed: Iterable[str]) -> str:
+def check_choice(value: object, name: str, allowed: Iterable[str]) -> str:
     """``value`` if it is one of the ``allowed`` names, or an error listing them.
 
     Raises:
@@ -87,7 +78,7 @@ def one_of(value: object, name: str, allowed: Iterable[str]) -> str:
     return value
 
 
-def flag(value: object, name: str) -> bool:
+def check_bool(value: object, name: str) -> bool:
     """``value`` if it is a bool, or an error naming the argument.
 
     Raises:

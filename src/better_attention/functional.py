@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, overload
 
 from torch import Tensor
 
 from .call.function_arguments import prepare
-from .call.torch_state import fx_call, is_symbolic
+from .call.tracing import function_node, is_symbolic, refuse_script
+from .errors import check_choice
 from .impl import IMPLEMENTATIONS
-from .impl.dispatch import attend, choose, passed_over, summary
+from .impl.dispatch import IMPLS, attend, choose, passed_over, summary
 
 
 @overload
@@ -109,7 +111,7 @@ def attention(
     torch.Size([2, 4, 5, 8])
     """
     if is_symbolic(query):
-        return fx_call(  # type: ignore[no-any-return]
+        return function_node(  # type: ignore[no-any-return]
             attention,
             {
                 "query": query,
@@ -125,15 +127,18 @@ def attention(
                 "impl": impl,
             },
         )
-    call, lead = prepare(
-        query, key, value, score, attn_mask, is_causal, dropout_p, scale, enable_gqa, need_weights, impl
-    )
+    check_choice(impl, "impl", IMPLS)
+    call, lead = prepare(query, key, value, score, attn_mask, is_causal, dropout_p, scale, enable_gqa, need_weights)
     heads_BNLH, weights_BNLS = attend(call, impl)
     output = lead.unfold(heads_BNLH)
     if not need_weights:
         return output
     assert weights_BNLS is not None  # noqa: S101 - the chosen implementation returns weights, for the type checker
     return output, lead.unfold(weights_BNLS)
+
+
+# torch.jit.script asks for it before it reads the source; calls never look at it.
+attention.__prepare_scriptable__ = partial(refuse_script, "attention")  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +196,8 @@ def explain(
       chunked: impl='sdpa' was requested
       reference: impl='sdpa' was requested
     """
-    call, _ = prepare(query, key, value, score, attn_mask, is_causal, dropout_p, scale, enable_gqa, need_weights, impl)
+    check_choice(impl, "impl", IMPLS)
+    call, _ = prepare(query, key, value, score, attn_mask, is_causal, dropout_p, scale, enable_gqa, need_weights)
     chosen = choose(call, impl)
     reasons = {}
     for name, implementation in IMPLEMENTATIONS.items():

@@ -11,8 +11,8 @@ import math
 import torch
 from torch import Tensor
 
-from .call.call import island
-from .errors import describe, finite_number, floating_tensor, whole_number
+from .call.call import compute_dtype
+from .errors import check_float, check_int, describe, floating_tensor
 
 BASE = 10_000.0
 """The usual base of rotary positions (arXiv 2104.09864, section 3.3)."""
@@ -58,13 +58,13 @@ def rotary(x_BNLH: Tensor, *, base: float = BASE, offset: int | Tensor = 0, posi
             f"positions must be (L,) = ({L},), or (B, L) for x (B, N, L, H); received {describe(positions)} for "
             f"{describe(x_BNLH)}."
         )
-    cos, sin = angles(positions, H, base=base, dtype=island(x_BNLH.dtype))
+    cos, sin = rotary_angles(positions, H, base=base, dtype=compute_dtype(x_BNLH.dtype))
     if positions.dim() == 2:
         cos, sin = (c.reshape(c.shape[0], *(1,) * (x_BNLH.dim() - 3), *c.shape[1:]) for c in (cos, sin))
-    return turned(x_BNLH, cos, sin)
+    return rotate(x_BNLH, cos, sin)
 
 
-def angles(
+def rotary_angles(
     positions: Tensor, width: int, *, base: float = BASE, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
     """Cosine and sine of every pair's angle at each position, (..., L, H/2) for positions (..., L).
@@ -78,21 +78,21 @@ def angles(
     Raises:
         ValueError: an odd width, or a base below 1.
     """
-    even_width(width)
-    finite_number(base, "base", low=1.0)
+    check_even_width(width)
+    check_float(base, "base", low=1.0)
     pairs = torch.arange(0, width, 2, device=positions.device, dtype=dtype)
     speeds_P = torch.exp(pairs * (-math.log(base) / width))
     turns_LP = positions.to(dtype)[..., None] * speeds_P
     return turns_LP.cos(), turns_LP.sin()
 
 
-def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """``x`` (..., H) with its pairs (p, p + H/2) turned; ``cos`` and ``sin`` broadcast to (..., H/2)."""
     first, second = x.to(cos.dtype).chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
-def even_width(width: int) -> int:
+def check_even_width(width: int) -> int:
     """``width`` if pairs of features fill a head of it.
 
     Raises:
@@ -119,7 +119,7 @@ def alibi_slopes(num_heads: int) -> list[float]:
     >>> alibi_slopes(4), alibi_slopes(3)
     ([0.25, 0.0625, 0.015625, 0.00390625], [0.0625, 0.00390625, 0.25])
     """
-    num_heads = whole_number(num_heads, "num_heads")
+    num_heads = check_int(num_heads, "num_heads")
     below = 1 << (num_heads.bit_length() - 1)
     slopes = [2.0 ** (-8.0 * (n + 1) / below) for n in range(below)]
     return slopes + [2.0 ** (-4.0 * (2 * n + 1) / below) for n in range(num_heads - below)]

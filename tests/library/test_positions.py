@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.export import Dim
 
 import better_attention as ba
-from better_attention.positions import alibi_bias, alibi_slopes, angles, rotary
+from better_attention.positions import alibi_bias, alibi_slopes, rotary, rotary_angles
 from better_attention.scores import SCORES
 from helpers import oracle
 from helpers.layers import ALL, CAUSAL, layer, refused, tokens
@@ -100,7 +100,7 @@ def test_angles_that_cannot_be() -> None:
     refused(lambda: rotary(tokens(L, H), positions=torch.zeros(1, L)), (7, 4), kind=ValueError)
     refused(lambda: rotary(x, positions=list(range(L))), "positions must be a tensor", kind=TypeError)
     refused(lambda: rotary(x.long()), "must be float64", kind=TypeError)
-    refused(lambda: angles(torch.arange(3), 5), "even", kind=ValueError)
+    refused(lambda: rotary_angles(torch.arange(3), 5), "even", kind=ValueError)
 
 
 PRINTED = {

@@ -86,7 +86,7 @@ def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return narrow.masked_fill(mask == -torch.inf, -torch.inf)
 
 
-def island(dtype: torch.dtype) -> torch.dtype:
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype to compute weights in: 16-bit formats lose z**2 and long sums, so they compute in float32."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from better_attention.errors import describe, finite_number, flag, floating_tensor, one_of
-from better_attention.impl.dispatch import IMPLS
+from better_attention.errors import check_bool, check_choice, check_float, describe, floating_tensor
 from better_attention.scores import SCORES
 
 from .call import Call
 from .masks import check_mask, without_repeats
-from .values import autocast_dtype
+from .torch_state import autocast_dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,14 +60,12 @@ def prepare(
     scale: float | None,
     enable_gqa: bool,
     need_weights: bool,
-    impl: str,
 ) -> tuple[Call, Lead]:
     """The call in its one internal form, and the leading dimensions (..., N) that its result goes back to."""
-    one_of(score, "score", SCORES)
-    one_of(impl, "impl", IMPLS)
-    flag(is_causal, "is_causal")
-    flag(enable_gqa, "enable_gqa")
-    flag(need_weights, "need_weights")
+    check_choice(score, "score", SCORES)
+    check_bool(is_causal, "is_causal")
+    check_bool(enable_gqa, "enable_gqa")
+    check_bool(need_weights, "need_weights")
     query, key, value = (floating_tensor(x, n) for x, n in ((query, "query"), (key, "key"), (value, "value")))
     query, key, value = same_dtype(query, key, value)
     sizes = _check_shapes(query, key, value, enable_gqa)
@@ -82,8 +79,8 @@ def prepare(
         mask_BNLS=None if attn_mask is None else _mask(attn_mask, lead),
         causal=is_causal,
         score=score,
-        scale=1.0 / math.sqrt(max(1, query.shape[-1])) if scale is None else finite_number(scale, "scale"),
-        dropout_p=finite_number(dropout_p, "dropout_p", low=0.0, high=1.0),
+        scale=1.0 / math.sqrt(max(1, query.shape[-1])) if scale is None else check_float(scale, "scale"),
+        dropout_p=check_float(dropout_p, "dropout_p", low=0.0, high=1.0),
         need_weights=need_weights,
     )
     return call, lead

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from better_attention.errors import FLOATING, describe
 
-from .torch_state import transformed
-from .values import readable
+from .torch_private import transformed
+from .torch_state import values_available
 
 
 def check_mask(mask: object, name: str, *, one_means: str, device: torch.device) -> Tensor:
@@ -78,7 +78,7 @@ def without_repeats(mask: Tensor) -> Tensor:
 
 
 def _zeros_and_ones(mask: Tensor) -> bool:
-    if mask.numel() == 0 or not readable():
+    if mask.numel() == 0 or not values_available():
         return False
     try:
         mask = without_repeats(mask)

@@ -1,48 +1,73 @@
-"""What torch is doing around a call, and everything that this package asks of torch's private side.
+"""What torch is doing around a call, and what may be asked of tensors at the moment.
 
 The compiled kernels read tensors by address. That is right for ordinary tensors in ordinary execution only: a tensor
 can be lazy (a negation, a zero without memory), a wrapper (fake, functional, batched, distributed) or a dual number,
 and tools that trace, count or replace operators have to see operators. Such calls go through the dispatcher or to
-implementations made of torch's own operators; the questions that decide it are here.
-
-Where a version of torch lacks a private name, the careful answer is assumed: calls get slower, never wrong.
+implementations made of torch's own operators; the functions that decide it are here. Names that are private in torch
+are in :mod:`.torch_private`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn import functional as F
 
-try:
-    from torch._subclasses.fake_tensor import FakeTensor as _FAKE  # noqa: N814 - torch itself imports it
-except ImportError:  # pragma: no cover - then fake tensors count as any other subclass
-    _FAKE = ()  # type: ignore[assignment, misc]
+from .torch_private import (
+    FAKE_TENSOR,
+    constant_while_compiling,
+    dispatch_keys,
+    dispatch_modes,
+    forward_level,
+    function_modes,
+    interpreter_stack,
+    is_profiled,
+    is_tracing,
+    transformed,
+)
+
+# --- what can be known about tensors outside tracing --------------------------------------------------------------
 
 
-def _private(name: str, careful: object) -> Callable[..., Any]:
-    """The function of that dotted name below ``torch._C``, or one that gives the careful answer."""
-    found: Any = torch._C
-    for part in name.split("."):
-        found = getattr(found, part, None)
-    return found if callable(found) else lambda *_: careful
+def values_available() -> bool:
+    """Whether Python may read the values of tensors: not while a graph is being traced."""
+    return not (torch.compiler.is_compiling() or is_tracing())
 
 
-_dispatch_modes = _private("_len_torch_dispatch_stack", 1)
-_function_modes = _private("_len_torch_function_stack", 1)
-_profiled = _private("_autograd._profiler_enabled", True)
-_keys = _private("_dispatch_keys", None)
-_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", torch.jit.is_tracing)  # type: ignore[attr-defined]
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """The dtype autocast would compute in on a device type, None where it is off or unknown (the meta device)."""
+    if device != "cpu" and not torch.amp.is_autocast_available(device):  # the CPU always has it: small calls feel it
+        return None
+    if not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
 
-transformed: Callable[[], bool] = _private("_are_functorch_transforms_active", True)
-"""Whether transforms of torch.func are at work."""
 
-legacy_batched: Callable[[Tensor], bool] = _private("_functorch.is_legacy_batchedtensor", True)
-"""Whether a tensor is one that ``torch.autograd.grad(is_grads_batched=True)`` hands out."""
+def is_known_finite(x: Tensor) -> bool:
+    """False only if ``x`` is seen to hold NaN or infinity: one sum, on the CPU, in eager mode.
+
+    On an accelerator reading a value would stall its queue, so there everything counts as finite.
+    """
+    if x.device.type != "cpu" or not values_available():
+        return True
+    try:
+        x = x.detach()
+        # In another dtype the sum would convert all of x first. A finite sum may overflow: then look at each.
+        wide = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
+        return math.isfinite(x.sum(dtype=wide).item()) or bool(x.isfinite().all())
+    except RuntimeError:  # no values to look at: fake tensors, vmap
+        return True
+
+
+def zero_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """``x`` with the marked rows (all but its last dimension) zeroed, in the same memory layout.
+
+    The layout decides which kernel a matrix product takes, and with it the last bits of rows that are not marked.
+    """
+    return x.clone().masked_fill_(rows[..., None], 0.0)
 
 
 # --- may memory be read by address? ------------------------------------------------------------------------------
@@ -52,12 +77,12 @@ def quiet() -> bool:
     """Whether nothing traces, transforms, observes or replaces operators at the moment."""
     return not (
         torch.compiler.is_compiling()
-        or _tracing()
-        or _dispatch_modes()
-        or _function_modes()
+        or is_tracing()
+        or dispatch_modes()
+        or function_modes()
         or transformed()
         or forward_level()
-        or _profiled()
+        or is_profiled()
     )
 
 
@@ -81,7 +106,7 @@ def are_plain(*tensors: Tensor | None) -> bool:
             continue
         if type(x) is not Tensor and type(x) is not nn.Parameter:
             return False
-        keys = _keys(x)
+        keys = dispatch_keys(x)
         if keys is None or keys.raw_repr() not in plain:
             return False
     return True
@@ -93,12 +118,12 @@ def _learn_plain_keys() -> frozenset[int]:
     Learnt from new tensors at the first use, and only while :func:`quiet`: a mode would hand out its own kind.
     """
     global _plain_keys
-    found = []
+    plain = []
     for inference in (False, True):
         with torch.inference_mode(inference):
-            keys = _keys(torch.empty(0, device="cpu"))
-            found.append(keys and keys.raw_repr())
-    _plain_keys = frozenset(found)
+            keys = dispatch_keys(torch.empty(0, device="cpu"))
+            plain.append(keys and keys.raw_repr())
+    _plain_keys = frozenset(plain)
     return _plain_keys
 
 
@@ -127,7 +152,7 @@ def exporting() -> bool:
 
 def recording() -> bool:
     """Whether torch.jit.trace, or an exporter built on it, records operators. torch.compile cannot trace the call."""
-    return not torch.compiler.is_compiling() and _tracing()
+    return not torch.compiler.is_compiling() and is_tracing()
 
 
 def exporting_onnx() -> bool:
@@ -135,17 +160,9 @@ def exporting_onnx() -> bool:
     return exporting() and _in_onnx_export()
 
 
+@constant_while_compiling  # torch.compile takes torch's own function to be False, strict torch.export too
 def _in_onnx_export() -> bool:
     return torch.onnx.is_in_onnx_export()
-
-
-# torch.compile takes torch's own function to be False, the strict mode of torch.export too; of ours it asks the answer.
-_in_onnx_export._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def forward_level() -> bool:
-    """Whether forward-mode differentiation may be under way."""
-    return getattr(forward_ad, "_current_level", 0) >= 0
 
 
 def with_tangents(tensors: Mapping[str, Tensor | None]) -> list[str]:
@@ -168,7 +185,7 @@ def operator_obstacles(tensors: Mapping[str, Tensor | None]) -> list[str]:
     """
     obstacles = [] if quiet() else _machinery_obstacles(tensors)  # one look in the ordinary case: small calls feel it
     for name, x in tensors.items():
-        if type(x) is not Tensor and type(x) is not nn.Parameter and x is not None and not isinstance(x, _FAKE):
+        if type(x) is not Tensor and type(x) is not nn.Parameter and x is not None and not isinstance(x, FAKE_TENSOR):
             obstacles.append(f"{name} is a {type(x).__name__}, whose own rules for operators do not cover custom ones")
     return obstacles
 
@@ -190,79 +207,7 @@ def _machinery_obstacles(tensors: Mapping[str, Tensor | None]) -> list[str]:
 
 
 def _functionalised() -> bool:
-    """Whether torch.func.functionalize is among the transforms at work."""
-    functorch = getattr(torch._C, "_functorch", None)
-    stack: list[Any] | None = getattr(functorch, "get_interpreter_stack", list)()
-    return any("functionalize" in str(interpreter.key()).lower() for interpreter in stack or ())
-
-
-def is_symbolic(x: object) -> bool:
-    """Whether ``x`` is a value of ``torch.fx.symbolic_trace``, which runs code with names in place of tensors."""
-    return not isinstance(x, Tensor) and isinstance(x, torch.fx.Proxy)
-
-
-def fx_leaf(module: nn.Module, arguments: Mapping[str, Any]) -> Any:
-    """The node that stands for a call of ``module`` whose query :func:`is_symbolic`.
-
-    torch.fx does not look into torch's own modules; ours it would have to be told to leave alone.
-
-    Raises:
-        TypeError: the module is itself what is traced.
-    """
-    tracer = arguments["query"].tracer
-    path = tracer.path_of_module(module)
-    if not path:
-        raise TypeError(
-            f"torch.fx.symbolic_trace received a {type(module).__name__} itself, which is one node of a graph like "
-            "torch's own layers. Trace a model that contains it, or use torch.export."
-        )
-    return tracer.create_proxy("call_module", path, (), dict(arguments))
-
-
-def fx_call(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
-    """The same for a call of a function."""
-    return arguments["query"].tracer.create_proxy("call_function", function, (), dict(arguments))
-
-
-# --- are modules what they seem? ---------------------------------------------------------------------------------
-
-_module_call = nn.Module.__call__
-_module_call_within = nn.Module._call_impl  # looked up at each call, so that a patch of it alone takes effect
-_hooks: tuple[Any, ...] = tuple(
-    getattr(nn.modules.module, name, True)
-    for name in (
-        "_global_forward_hooks",
-        "_global_forward_pre_hooks",
-        "_global_backward_hooks",
-        "_global_backward_pre_hooks",
-    )
-)
-
-
-def unpatched() -> bool:
-    """Whether no library observes or replaces linear maps globally: by hooks, class patches or patched functions."""
-    return (
-        nn.Module.__call__ is _module_call
-        and nn.Module._call_impl is _module_call_within
-        and F.linear is torch._C._nn.linear
-        and _belongs(nn.Linear.forward)
-        and _belongs(nn.Identity.forward)
-        and not any(_hooks)
-    )
-
-
-def _belongs(forward: Any) -> bool:
-    """Whether a ``forward`` is the one that torch's file of linear maps defines, whenever it was looked at."""
-    return getattr(forward, "__globals__", None) is nn.modules.linear.__dict__
-
-
-def bare(part: nn.Module) -> bool:
-    """Whether calling a module runs its class's ``forward`` and nothing else: no hook of its own, nothing patched."""
-    state = part.__dict__
-    return not (
-        "forward" in state
-        or state.get("_forward_hooks", True)
-        or state.get("_forward_pre_hooks", True)
-        or state.get("_backward_hooks", True)
-        or state.get("_backward_pre_hooks", True)
-    )
+    """Whether torch.func.functionalize is, or may be, among the transforms at work."""
+    if interpreter_stack is None:
+        return True
+    return any("functionalize" in str(interpreter.key()).lower() for interpreter in interpreter_stack() or ())

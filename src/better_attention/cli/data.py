@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from better_attention.cli import UserError, console
 from better_attention.cli.screen import message
-from better_attention.errors import counted
+from better_attention.text import plural
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -177,7 +177,7 @@ _STATES = {
 
 
 def _decoded(sets: int, size: int) -> str:
-    return f"{counted(sets, 'set')} of decoded pictures, {size / 2**20:,.0f} MiB,"
+    return f"{plural(sets, 'set')} of decoded pictures, {size / 2**20:,.0f} MiB,"
 
 
 def _print_list(out: Console, place: str | None, rows: list[Record], decoded: Record, option: str) -> None:

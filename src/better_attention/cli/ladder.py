@@ -155,14 +155,14 @@ def make_watcher(screen: Console, ladder: Ladder, scale: str, yes: bool) -> Watc
     Its ``estimate`` raises UserError where all of it takes more than an hour and the user has not said ``yes``.
     """
     from better_attention.cli.progress import LONG, LineWatcher, duration
-    from better_attention.errors import counted
     from better_attention.lab.ladder.climb import epoch_updates
+    from better_attention.text import plural
 
     class LadderWatcher(LineWatcher):
         def estimate(self, seconds: float, runs: int) -> None:
             self.say(
-                f"at most {duration(seconds)} of training for {counted(runs, 'run')} of {epoch_updates(ladder.task)} "
-                f"updates an epoch and at most {counted(self.epochs, 'epoch')}; solved runs end sooner, hopeless ones "
+                f"at most {duration(seconds)} of training for {plural(runs, 'run')} of {epoch_updates(ladder.task)} "
+                f"updates an epoch and at most {plural(self.epochs, 'epoch')}; solved runs end sooner, hopeless ones "
                 "are not begun"
             )
             if seconds > LONG and not yes:

@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from better_attention.cli.screen import message
-from better_attention.errors import counted
 from better_attention.lab.comparison.compare import Plan
 from better_attention.lab.tasks.splits import Splits
 from better_attention.lab.training.events import Watcher
 from better_attention.lab.training.progress import DivergedError, Position
+from better_attention.text import plural
 
 PLAIN_SECONDS = 30.0  # between two lines about one run
 LONG = 3600.0  # seconds above which the user is told of something shorter
@@ -74,7 +74,7 @@ class PlainWatcher(LineWatcher):
     def data(self, splits: Splits, accelerator: Accelerator) -> None:
         """Say what is compared, on what."""
         task, sizes = self.plan.task, splits.sizes.values()
-        self.say(f"{task.title}, scale {task.scale}: {counted(len(self.plan.runs()), 'run')} below {self.plan.out}")
+        self.say(f"{task.title}, scale {task.scale}: {plural(len(self.plan.runs()), 'run')} below {self.plan.out}")
         self.say(
             "{:,} training, {:,} validation and {:,} test samples; ".format(*sizes) + f"device {accelerator.device}"
         )
@@ -84,8 +84,8 @@ class PlainWatcher(LineWatcher):
     def estimate(self, seconds: float, runs: int) -> None:
         """See :class:`Watcher`."""
         sooner = f"; patience {self.plan.task.patience} may end a run sooner" if self.plan.task.patience else ""
-        most = f"at most {counted(self.epochs, 'epoch')}"
-        self.say(f"about {duration(seconds)} for {counted(runs, 'run')} of {most}{sooner}")
+        most = f"at most {plural(self.epochs, 'epoch')}"
+        self.say(f"about {duration(seconds)} for {plural(runs, 'run')} of {most}{sooner}")
         if seconds > LONG:
             smaller = {"paper": "--scale small or smoke takes", "small": "--scale smoke takes"}
             less = smaller.get(self.plan.task.scale, "fewer --epochs, --seeds or --mechanisms take")

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from better_attention import operators
-from better_attention.call.call import Call, additive, island, triangle
-from better_attention.call.torch_state import operator_obstacles, transformed
+from better_attention.call.call import Call, additive, compute_dtype, triangle
+from better_attention.call.torch_private import transformed
+from better_attention.call.torch_state import operator_obstacles
 from better_attention.scores import SCORES, Tiles
 
 from .arguments import NO_DROPOUT, Arguments, flops
@@ -129,7 +130,7 @@ def _tiles_of(score: str) -> type[Tiles]:
 def _forward(a: Arguments) -> Tensor:
     """Head outputs (B, N, L, W)."""
     (B, N, L, _), S, v = a.q.shape, a.k.shape[2], a.values
-    dtype = island(a.q.dtype)
+    dtype = compute_dtype(a.q.dtype)
     # Contiguous once: views of (B, L, N H) are the normal case, and every tile would copy its part again.
     q_BNLH, k_BNSH, v_BNSH = (x.to(dtype).contiguous() for x in (a.q.to(dtype) * a.scale, a.k, v))
     heads = a.q.new_zeros(B, N, L, v.shape[-1])
@@ -149,7 +150,7 @@ def _forward(a: Arguments) -> Tensor:
 def _backward(grad: Tensor, a: Arguments, mask_wanted: Sequence[bool]) -> Sequence[Tensor | None]:
     """Gradients of q, k, v and of the two masks; where k serves as v, of both in the second one."""
     (B, N, L, _), S, v = a.q.shape, a.k.shape[2], a.values
-    dtype = island(a.q.dtype)
+    dtype = compute_dtype(a.q.dtype)
     mask_grads = [
         torch.zeros_like(m, dtype=dtype) if m is not None and wish else None
         for m, wish in zip((a.mask, a.padding), mask_wanted, strict=True)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from better_attention.call.call import Call, triangle
-from better_attention.call.torch_state import exporting, exporting_onnx, transformed
-from better_attention.call.values import autocast_dtype, surely_finite, without
+from better_attention.call.torch_private import transformed
+from better_attention.call.torch_state import autocast_dtype, exporting, exporting_onnx, is_known_finite, zero_rows
 from better_attention.scores import SCORES
 
 from . import IMPLEMENTATIONS, sdpa
@@ -175,7 +175,7 @@ def attend(call: Call, impl: str) -> tuple[Tensor, Tensor | None]:
         raise ValueError(refusal(call, impl))
     with _without_autocast(call.q_BNLH.device.type):
         heads_BNLH, weights_BNLS = IMPLEMENTATIONS[chosen].compute(call)
-        if call.restricted and not surely_finite(heads_BNLH):
+        if call.restricted and not is_known_finite(heads_BNLH):
             heads_BNLH, weights_BNLS = _keep_apart(call, chosen, heads_BNLH, weights_BNLS)
     return heads_BNLH, weights_BNLS if call.need_weights else None
 
@@ -198,8 +198,8 @@ def _keep_apart(
         return heads_BNLH, weights_BNLS
     clean = replace(
         call,
-        k_BNSH=without(call.k_BNSH, bad_BNS),
-        v_BNSH=without(call.v_BNSH, bad_BNS),
+        k_BNSH=zero_rows(call.k_BNSH, bad_BNS),
+        v_BNSH=zero_rows(call.v_BNSH, bad_BNS),
     )
     heads_BNLH, weights_BNLS = IMPLEMENTATIONS[chosen].compute(clean)
     sees_bad_BNL1 = _sees(call, bad_BNS)

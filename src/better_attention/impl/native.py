@@ -10,17 +10,18 @@ from torch import Tensor
 
 from better_attention import operators
 from better_attention.call.call import Call
-from better_attention.call.torch_state import address, operator_obstacles, transformed
+from better_attention.call.torch_private import transformed
+from better_attention.call.torch_state import address, operator_obstacles
 from better_attention.native import structs
 from better_attention.native.library import (
     call as call_library,
 )
 from better_attention.native.library import (
+    contiguous_rows,
     current_instruction_set,
     instruction_set,
     instruction_sets,
     missing,
-    rows,
 )
 
 from .arguments import NO_DROPOUT, Arguments, flops
@@ -63,7 +64,7 @@ def compute(call: Call) -> tuple[Tensor, None]:
 
 def _forward(a: Arguments, *, stats: bool) -> tuple[Tensor, Tensor]:
     """The results; the second one is empty unless ``stats`` are wanted, which the derivative needs."""
-    a = _contiguous_rows(a)
+    a = _with_contiguous_rows(a)
     out = _empty(a.q, a.values.shape[-1])
     numbers = a.q.new_empty((*a.q.shape[:3], 2) if stats else (0,), dtype=torch.float32)
     # api.h wants at least one key and one feature. The normaliser of a row without weight is infinite.
@@ -75,7 +76,7 @@ def _forward(a: Arguments, *, stats: bool) -> tuple[Tensor, Tensor]:
 
 def _backward(grad: Tensor, a: Arguments, out: Tensor, stats: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of q, k and v; where k serves as v, of both in the second one."""
-    a, grad = _contiguous_rows(a), rows(grad)
+    a, grad = _with_contiguous_rows(a), contiguous_rows(grad)
     dq, dk = _empty(a.q, a.q.shape[-1]), _empty(a.k, a.k.shape[-1])
     dv = None if a.v is None else _empty(a.v, a.v.shape[-1])
     if a.k.shape[2] == 0 or a.values.shape[3] == 0 or a.q.shape[1] == 0 or a.q.numel() == 0:
@@ -122,9 +123,9 @@ def _steps(mask: Tensor) -> list[int]:
     return [0 if size == 1 else step for size, step in zip(mask.shape, mask.stride(), strict=True)]
 
 
-def _contiguous_rows(a: Arguments) -> Arguments:
+def _with_contiguous_rows(a: Arguments) -> Arguments:
     """The same arguments with the last dimension of q, k and v contiguous; copies only where it is not."""
-    q, k, v = rows(a.q), rows(a.k), None if a.v is None else rows(a.v)
+    q, k, v = contiguous_rows(a.q), contiguous_rows(a.k), None if a.v is None else contiguous_rows(a.v)
     return a if q is a.q and k is a.k and v is a.v else a._replace(q=q, k=k, v=v)
 
 

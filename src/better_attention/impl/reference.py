@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from better_attention.call.call import Call, additive, island, triangle
+from better_attention.call.call import Call, additive, compute_dtype, triangle
 from better_attention.scores import SCORES
 
 
@@ -22,7 +22,7 @@ def unsupported(call: Call) -> list[str]:
 def compute(call: Call) -> tuple[Tensor, Tensor]:
     """Head outputs (B, N, L, H) and weights (B, N, L, S), the weights after dropout as torch returns them."""
     call = call.with_repeated_heads()
-    dtype = island(call.q_BNLH.dtype)
+    dtype = compute_dtype(call.q_BNLH.dtype)
     q_BNLH, k_BNSH, v_BNSH = call.q_BNLH, call.k_BNSH, call.v_BNSH
     if dtype != q_BNLH.dtype:
         q_BNLH, k_BNSH, v_BNSH = q_BNLH.to(dtype), k_BNSH.to(dtype), v_BNSH.to(dtype)

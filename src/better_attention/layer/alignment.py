@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from better_attention.call.torch_state import exporting, transformed
-from better_attention.call.values import surely_finite, without
-from better_attention.errors import flag, one_of, whole_number
+from better_attention.call import masks
+from better_attention.call.torch_private import check_when_run, transformed
+from better_attention.call.torch_state import exporting, is_known_finite, zero_rows
+from better_attention.errors import check_bool, check_choice, check_int
+from better_attention.mechanism import Mechanism
 from better_attention.native import align
+
+from .part import Part, Sizes
+
+if TYPE_CHECKING:
+    from .multihead import MultiheadAttention
+
+ALIGN_HEADS = ("shared", "per_head")
+ALIGN_INITS = ("xavier", "identity")
 
 # Lengths at which the compiled kernels beat torch's matrix product (benchmarks/results).
 TRAINED = (64, 1024)
@@ -57,12 +69,12 @@ class Alignment(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.max_len = whole_number(max_len, "max_len")
+        self.max_len = check_int(max_len, "max_len")
         self.num_heads = num_heads
-        self.heads = one_of(heads, "align_heads", ("shared", "per_head"))
-        self.causal = flag(causal, "align_causal")
-        self.compiled = flag(compiled, "compiled")
-        self.init = one_of(init, "align_init", ("xavier", "identity"))
+        self.heads = check_choice(heads, "align_heads", ALIGN_HEADS)
+        self.causal = check_bool(causal, "align_causal")
+        self.compiled = check_bool(compiled, "compiled")
+        self.init = check_choice(init, "align_init", ALIGN_INITS)
         sizes = (num_heads,) if heads == "per_head" else ()
         self.weight = nn.Parameter(torch.empty(*sizes, self.max_len, self.max_len, device=device, dtype=dtype))
         self.bias: nn.Parameter | None = None
@@ -93,13 +105,13 @@ class Alignment(nn.Module):
                 "or use 'efficient', which has no fixed length."
             )
         aligned_BSD = self._mix(value_BSD)
-        if self.causal and not surely_finite(aligned_BSD):
+        if self.causal and not is_known_finite(aligned_BSD):
             aligned_BSD = self._keep_apart(value_BSD)
         return aligned_BSD
 
     def _mix(self, value_BSD: Tensor) -> Tensor:
         S = value_BSD.shape[1]
-        weight, bias = self.first(S)
+        weight, bias = self.sliced_to(S)
         if self._kernels_serve(weight, value_BSD):
             shared = weight.dim() == 2
             column = None if bias is None else bias.squeeze(-1)[None] if shared else bias.squeeze(-1)
@@ -134,7 +146,7 @@ class Alignment(nn.Module):
         """Whether this is one full matrix for all heads that ``S`` positions fit into."""
         return self.heads == "shared" and not self.causal and self.max_len >= S
 
-    def first(self, S: int) -> tuple[Tensor, Tensor | None]:
+    def sliced_to(self, S: int) -> tuple[Tensor, Tensor | None]:
         """The part of W_A for S positions, and of its bias as a column."""
         if not torch.compiler.is_compiling():
             return self.weight[..., :S, :S], None if self.bias is None else self.bias[..., :S, None]
@@ -146,7 +158,7 @@ class Alignment(nn.Module):
     def _keep_apart(self, value_BSD: Tensor) -> Tensor:
         """With numbers that are not finite, 0 * NaN would carry them backwards: positions before them stay clean."""
         bad_BS = ~value_BSD.isfinite().all(dim=-1)
-        clean_BSD = self._mix(without(value_BSD, bad_BS))
+        clean_BSD = self._mix(zero_rows(value_BSD, bad_BS))
         return clean_BSD.masked_fill((bad_BS.cumsum(dim=-1) > 0)[..., None], math.nan)
 
     def extra_repr(self) -> str:
@@ -155,3 +167,69 @@ class Alignment(nn.Module):
             f"max_len={self.max_len}, heads={self.heads!r}, causal={self.causal}, init={self.init!r}, "
             f"bias={self.bias is not None}"
         )
+
+
+def check_alignment(mechanism: Mechanism, max_len: int | None, heads: str, causal: bool, init: str) -> None:
+    """Refuse settings of W_A where there is none, and a W_A without its size.
+
+    Raises:
+        ValueError: either of them.
+    """
+    if mechanism.aligned:
+        if max_len is None:
+            raise ValueError(
+                f"mechanism {mechanism.name!r} needs max_len, the size of W_A: the longest value sequence. "
+                "Pass max_len=..., or use 'efficient', which has no fixed length."
+            )
+        return
+    defaults = {"max_len": None, "align_heads": "shared", "align_causal": False, "align_init": "xavier"}
+    for (name, default), value in zip(defaults.items(), (max_len, heads, causal, init), strict=True):
+        if value != default:
+            raise ValueError(
+                f"{name}={value!r} configures the alignment kernel W_A, which mechanism {mechanism.name!r} does not "
+                f"use. Remove {name}, or choose 'super' or 'NAME+align'."
+            )
+
+
+def refuse_leak(layer: MultiheadAttention, mask_BNLS: Tensor | None, is_causal: bool) -> None:
+    """Refuse a causal mask together with a W_A that mixes later values into earlier ones.
+
+    Raises:
+        ValueError: there is one; where a compiled program first sees the mask when it runs, RuntimeError there.
+    """
+    if not isinstance(layer.align, Alignment) or layer.align.causal:
+        return
+    if is_causal or (mask_BNLS is not None and masks.hides_the_future(mask_BNLS)):
+        raise ValueError(_leak(layer.mechanism.name, "is_causal=True" if is_causal else "a causal attn_mask"))
+    if mask_BNLS is not None and torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
+        # The mask's values are known when the compiled code runs: the question becomes part of it.
+        conditions = masks.triangle_conditions(mask_BNLS)
+        if conditions:
+            causal = torch.stack([condition() for condition in conditions]).all()
+            check_when_run(~causal, _leak(layer.mechanism.name, "a causal attn_mask"))
+
+
+def _leak(mechanism: str, received: str) -> str:
+    return (
+        f"mechanism {mechanism!r} received {received}, but its W_A mixes every value position, later ones included, "
+        "into every other before any mask applies: the future would leak. Build the layer with align_causal=True, "
+        "which keeps W_A lower triangular."
+    )
+
+
+def _kernels(sizes: Sizes) -> int:
+    return sizes.num_heads if sizes.align_heads == "per_head" else 1
+
+
+ALIGNMENT_PART = Part(
+    symbol="W_A",
+    module="align",
+    stream="v",
+    label="Linear* W_A",
+    legend="Linear*: a learned map with a bias, from the left: it mixes tokens.",
+    add=lambda mechanism: replace(mechanism, aligned=True),
+    params=lambda sizes: _kernels(sizes) * (sizes.length**2 + sizes.bias * sizes.length),
+    flops=lambda sizes: 2 * sizes.length**2 * sizes.embed_dim,
+    term=lambda factor: f"W^A {factor}",
+)
+"""What W_A counts and how it is drawn."""

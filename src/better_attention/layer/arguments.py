@@ -1,16 +1,128 @@
-"""What torch.nn.MultiheadAttention takes, checked and in the one form the layer computes with."""
+"""What torch.nn.MultiheadAttention takes, checked and brought into the one form that the layer computes with.
+
+Shape suffixes: B batch, L queries, S keys, N heads, H head width, D model width.
+"""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, NamedTuple
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from better_attention.call.masks import NEARLY_HIDDEN, check_mask, without_repeats
-from better_attention.call.torch_state import bare, unpatched
-from better_attention.call.values import autocast_dtype
-from better_attention.errors import FLOATING, describe, floating_tensor
+from better_attention.call.torch_state import autocast_dtype
+from better_attention.errors import describe, floating_tensor
 from better_attention.mechanism import Mechanism
 from better_attention.scores import SCORES
+
+from .alignment import refuse_leak
+
+if TYPE_CHECKING:
+    from .multihead import MultiheadAttention
+
+
+class Arguments(NamedTuple):
+    """The arguments of ``torch.nn.MultiheadAttention.forward``, as they came."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    key_padding_mask: Tensor | None
+    need_weights: bool
+    attn_mask: Tensor | None
+    average_attn_weights: bool
+    is_causal: bool
+
+
+class Inputs(NamedTuple):
+    """The same after validation.
+
+    Args:
+        query_BLD, key_BSD, value_BSD: batched, batch first; padded keys and values are zero.
+        mask_BNLS: bool, True = attend, or a float added to the log weights; broadcastable to (B, N, L, S).
+        padding_B11S: the same for whole keys.
+        padded_BS1: True where W_V's bias makes a padded value non-zero again before W_A mixes it into others.
+        causal: whether query l sees keys s <= l only.
+        need_weights: whether the weights are wanted.
+        average: whether the weights are wanted averaged over heads.
+        is_self: whether query, key and value were one tensor.
+        batched: whether the query came with a batch dimension.
+        batch_first: whether that was the first.
+    """
+
+    query_BLD: Tensor
+    key_BSD: Tensor
+    value_BSD: Tensor
+    mask_BNLS: Tensor | None
+    padding_B11S: Tensor | None
+    padded_BS1: Tensor | None
+    causal: bool
+    need_weights: bool
+    average: bool
+    is_self: bool
+    batched: bool
+    batch_first: bool
+
+    def with_zero_padding(self, v_BSD: Tensor) -> Tensor:
+        """Projected values, padded ones zero where W_A would mix them into others."""
+        return v_BSD if self.padded_BS1 is None else v_BSD.masked_fill(self.padded_BS1, 0.0)
+
+    def returned(self, output: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """What ``forward`` returns.
+
+        Args:
+            output: batched, in the caller's order of dimensions.
+            weights: (B, N, L, S), or None where they are not wanted.
+        """
+        if weights is not None and self.average:
+            weights = weights.mean(dim=1)
+        if self.batched:
+            return output, weights
+        return output.squeeze(0 if self.batch_first else 1), None if weights is None else weights[0]
+
+
+def read(layer: MultiheadAttention, given: Arguments) -> Inputs:
+    """Check what ``layer`` was called with.
+
+    Raises:
+        TypeError, ValueError: inputs that do not fit the layer or one another; a causal mask on a full W_A.
+    """
+    widths = (layer.embed_dim, layer.kdim, layer.vdim)
+    query, key, value = given.query, given.key, given.value
+    query_BLD, key_BSD, value_BSD = sequences(query, key, value, widths=widths, batch_first=layer.batch_first)
+    check_placement(query, key, value)
+    batched = query.dim() == 3
+    mask_BNLS = padding_B11S = padded_BS1 = None
+    if given.attn_mask is not None or given.key_padding_mask is not None:
+        sizes = (query_BLD.shape[0], layer.num_heads, query_BLD.shape[1], key_BSD.shape[1])
+        mask_BNLS, padding_B11S = torch_masks(
+            given.attn_mask, given.key_padding_mask, sizes, batched=batched, device=query.device
+        )
+    if given.is_causal or mask_BNLS is not None:
+        refuse_leak(layer, mask_BNLS, given.is_causal)
+    if padding_B11S is not None:
+        padded_BS1 = padded_positions(padding_B11S, layer.mechanism)
+        key_BSD, value_BSD = zero_padding(key_BSD, value_BSD, padded_BS1)
+        if not (layer.mechanism.aligned and "v" in layer.mechanism.projections):
+            padded_BS1 = None
+    return Inputs(
+        query_BLD,
+        key_BSD,
+        value_BSD,
+        mask_BNLS,
+        padding_B11S,
+        padded_BS1,
+        given.is_causal,
+        given.need_weights,
+        given.average_attn_weights,
+        key is query and value is key,
+        batched,
+        layer.batch_first,
+    )
+
+
+_NAMES, _WIDTHS = ("query", "key", "value"), ("embed_dim", "kdim", "vdim")
 
 
 def sequences(
@@ -27,18 +139,20 @@ def sequences(
         TypeError: not floating-point tensors.
         ValueError: shapes that do not fit the layer or one another.
     """
-    named = {"query": query, "key": key, "value": value}
-    for name, x in named.items():
-        floating_tensor(x, name)
+    floating_tensor(query, "query")
+    if key is not query:
+        floating_tensor(key, "key")
+    if value is not key:
+        floating_tensor(value, "value")
     rank = query.dim()
 
     def received() -> str:  # built only when something is wrong: torch.compile cannot format symbolic sizes
-        return ", ".join(f"{n} {tuple(x.shape)}" for n, x in named.items())
+        return ", ".join(f"{n} {tuple(x.shape)}" for n, x in zip(_NAMES, (query, key, value), strict=True))
 
     if rank not in (2, 3) or key.dim() != rank or value.dim() != rank:
         layout = "(B, L, D)" if batch_first else "(L, B, D)"
         raise ValueError(f"expected query, key and value all {layout} or all unbatched (L, D), received {received()}.")
-    for (name, x), argument, width in zip(named.items(), ("embed_dim", "kdim", "vdim"), widths, strict=True):
+    for name, x, argument, width in zip(_NAMES, (query, key, value), _WIDTHS, widths, strict=True):
         if x.shape[-1] != width:
             raise ValueError(f"{name} must have last size {argument}={width}, received {received()}.")
     batch_dim = 0 if batch_first else 1
@@ -58,8 +172,8 @@ def sequences(
 def check_placement(query: Tensor, key: Tensor, value: Tensor) -> None:
     """Refuse inputs on different devices, or (except under autocast) of different dtypes.
 
-    Where the weights are is for each called module to judge: they may be offloaded, quantised, sharded or cast when it
-    is called.
+    Whether the weights fit is checked where each sub-module is called: they may be offloaded, quantised, sharded or
+    cast at that moment.
 
     Raises:
         ValueError: devices differ.
@@ -70,70 +184,11 @@ def check_placement(query: Tensor, key: Tensor, value: Tensor) -> None:
             f"query, key and value must be on one device, received query on {query.device}, key on {key.device}, "
             f"value on {value.device}. Move them with .to(device)."
         )
-    if autocast_dtype(query.device.type) is None and not query.dtype == key.dtype == value.dtype:
+    if not query.dtype == key.dtype == value.dtype and autocast_dtype(query.device.type) is None:
         raise TypeError(
             f"query, key and value must have one dtype, received query {query.dtype}, key {key.dtype}, value "
             f"{value.dtype}. Convert them with .to(dtype), or use torch.autocast."
         )
-
-
-def called(part: nn.Module, x: Tensor, name: str) -> Tensor:
-    """``part(x)``, with an error that says so where its weights are of another dtype or on another device.
-
-    Args:
-        part: a sub-module of the layer that takes one tensor.
-        x: its input.
-        name: how messages call it.
-
-    Raises:
-        TypeError: its parameters are of another dtype, and it did not get over that.
-        ValueError: they are on another device, likewise.
-    """
-    weight = part._parameters.get("weight")
-    if weight is not None and _goes_unnoticed(weight, x) and _is_untouched(part):
-        raise _mismatch(name, weight, x)
-    try:
-        result: Tensor = part(x)
-    except RuntimeError as error:
-        if type(error) is RuntimeError:  # its subclasses are others: out of memory, for example
-            for parameter in part._parameters.values():
-                if parameter is not None and _differ(parameter, x):
-                    raise _mismatch(name, parameter, x) from error
-        raise
-    return result
-
-
-def _differ(parameter: Tensor, x: Tensor) -> bool:
-    return parameter.device != x.device or (parameter.is_floating_point() and parameter.dtype != x.dtype)
-
-
-def _goes_unnoticed(weight: Tensor, x: Tensor) -> bool:
-    """Whether they do not go together, and there would be no error here that could be explained.
-
-    torch mixes the meta device with others, and returns unwritten memory; a compiler tries operators on its own.
-    """
-    if torch.compiler.is_compiling() and autocast_dtype(x.device.type) is None:
-        return _differ(weight, x)
-    return weight.is_meta is not x.is_meta
-
-
-def _mismatch(name: str, parameter: Tensor, x: Tensor) -> TypeError | ValueError:
-    if parameter.device == x.device:
-        inputs = f"the inputs with .to({parameter.dtype}), " if parameter.dtype in FLOATING else ""
-        return TypeError(
-            f"the parameters of {name} are {parameter.dtype}, its input is {x.dtype}. Convert {inputs}the layer with "
-            f".to({x.dtype}), or use torch.autocast."
-        )
-    way = "Move the inputs or the layer with .to(device)"
-    if parameter.is_meta:
-        way = "Load weights with load_state_dict(..., assign=True), or call .to_empty(device=...), first"
-    return ValueError(f"the parameters of {name} are on {parameter.device}, its input is on {x.device}. {way}.")
-
-
-def _is_untouched(part: nn.Module) -> bool:
-    """Whether nobody has provided for weights that come and go: no hook, no replaced or patched forward."""
-    own = isinstance(part, nn.Linear) and type(part).forward is not nn.Linear.forward
-    return not own and bare(part) and unpatched()
 
 
 def torch_masks(
@@ -200,10 +255,8 @@ def _hint(mask: Tensor, sizes: tuple[int, int, int, int]) -> str:
     return meaning if mask.dim() == 4 else ""
 
 
-def padded_positions(padding_B11S: Tensor | None, mechanism: Mechanism) -> Tensor | None:
-    """Which keys are hidden from every query, (B, S, 1), or None."""
-    if padding_B11S is None:
-        return None
+def padded_positions(padding_B11S: Tensor, mechanism: Mechanism) -> Tensor:
+    """Which keys are hidden from every query, (B, S, 1)."""
     padding_BS1 = padding_B11S[:, 0, 0, :, None]
     if padding_BS1.dtype == torch.bool:
         return ~padding_BS1
@@ -214,9 +267,7 @@ def padded_positions(padding_B11S: Tensor | None, mechanism: Mechanism) -> Tenso
     return (lowest & ~lowest.all(dim=1, keepdim=True)) | SCORES[mechanism.score].hides(padding_BS1)
 
 
-def silence(key_BSD: Tensor, value_BSD: Tensor, padded_BS1: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Padded keys and values as zeros: W_A would mix them into real ones, and 0 * NaN is NaN in any mechanism."""
-    if padded_BS1 is None:
-        return key_BSD, value_BSD
-    silenced = key_BSD.masked_fill(padded_BS1, 0.0)
-    return silenced, silenced if value_BSD is key_BSD else value_BSD.masked_fill(padded_BS1, 0.0)
+def zero_padding(key_BSD: Tensor, value_BSD: Tensor, padded_BS1: Tensor) -> tuple[Tensor, Tensor]:
+    """Padded keys and values as zeros: W_A would mix them into others, and 0 * NaN is NaN in any mechanism."""
+    zeroed = key_BSD.masked_fill(padded_BS1, 0.0)
+    return zeroed, zeroed if value_BSD is key_BSD else value_BSD.masked_fill(padded_BS1, 0.0)

@@ -1,14 +1,23 @@
-"""Learned parts of the layer that are neither a projection nor W_A: sub-modules that are called, one tensor in and out.
+"""Keys and values that torch's layer adds behind the sequence: learned ones (``add_bias_kv``) and zeros.
 
-Whatever acts on called modules (hooks, offloading, sharding, gradients per sample) reaches their parameters too.
+The learned ones are sub-modules that are called, one tensor in and out, so that whatever acts on called modules (hooks,
+offloading, sharding, gradients per sample) reaches their parameters too.
 """
 
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .calling import called
+
+if TYPE_CHECKING:
+    from .arguments import Inputs
+    from .multihead import MultiheadAttention
 
 
 class ExtraPosition(nn.Module):
@@ -32,32 +41,37 @@ class ExtraPosition(nn.Module):
         return torch.cat([x_BSD, self.weight.to(x_BSD.dtype).expand(x_BSD.shape[0], 1, -1)], dim=1)
 
 
-class LearnedScale(nn.Module):
-    """A learned factor on the scores of each head, ``exp(log_scale)``; starts at 1/sqrt(head width).
+def append(layer: MultiheadAttention, k_BSD: Tensor, v_BSD: Tensor, x: Inputs) -> tuple[Tensor, Tensor, Inputs]:
+    """Keys and values that the layer adds behind the sequence: the learned ones, then those of zeros.
 
-    Args:
-        num_heads, head_dim: number and width of the heads.
-        device, dtype: of the parameter.
+    Returns:
+        Keys, values, and the inputs with masks that let every query see them.
     """
+    added = (layer.extra_k is not None) + layer.add_zero_attn
+    if not added:
+        return k_BSD, v_BSD, x
+    S = k_BSD.shape[1]
+    if layer.extra_k is not None and layer.extra_v is not None:
+        k_BSD, v_BSD = called(layer.extra_k, k_BSD, "extra_k"), called(layer.extra_v, v_BSD, "extra_v")
+    if layer.add_zero_attn:
+        k_BSD, v_BSD = (F.pad(y, (0, 0, 0, 1)) for y in (k_BSD, v_BSD))
+    mask_BNLS = x.mask_BNLS
+    if x.causal:
+        # Written out: the triangle of an implementation would hide the added keys, which stand behind the sequence.
+        L = x.query_BLD.shape[1]
+        mask_BNLS = _with_triangle(mask_BNLS, torch.ones(L, S, dtype=torch.bool, device=x.query_BLD.device).tril())
+    padding_B11S = _widened(x.padding_B11S, added)
+    return k_BSD, v_BSD, x._replace(mask_BNLS=_widened(mask_BNLS, added), padding_B11S=padding_B11S, causal=False)
 
-    def __init__(
-        self,
-        num_heads: int,
-        head_dim: int,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ):
-        super().__init__()
-        self.head_dim = head_dim
-        self.log_scale = nn.Parameter(torch.empty(num_heads, device=device, dtype=dtype))
-        self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        """Back to 1/sqrt(head width)."""
-        nn.init.constant_(self.log_scale, -0.5 * math.log(self.head_dim))
+def _with_triangle(mask_BNLS: Tensor | None, triangle_LS: Tensor) -> Tensor:
+    if mask_BNLS is None:
+        return triangle_LS[None, None]
+    if mask_BNLS.dtype == torch.bool:
+        return mask_BNLS & triangle_LS
+    return mask_BNLS.masked_fill(~triangle_LS, -math.inf)
 
-    def forward(self, q_BNLH: Tensor) -> Tensor:
-        """Scale the queries (B, N, L, H), head by head."""
-        factor_N11 = self.log_scale.exp()[:, None, None]
-        return q_BNLH * factor_N11.to(q_BNLH.dtype)
+
+def _widened(mask: Tensor | None, added: int) -> Tensor | None:
+    """A mask with columns for the added keys, which it neither hides nor biases."""
+    return None if mask is None else F.pad(mask, (0, added), value=True if mask.dtype == torch.bool else 0.0)

@@ -1,28 +1,62 @@
 """A small layer's self-attention in inference as one call of the compiled kernels.
 
-There the way between operators costs more than the arithmetic. Which layers can go that way is the module's question;
-here are only the sizes and the call.
+At these sizes, calling separate operators takes longer than the arithmetic.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
-from better_attention.call.torch_state import address
+from better_attention.call.torch_private import is_bare, is_unpatched, own_parameters
+from better_attention.call.torch_state import address, are_plain, autocast_dtype, quiet
 from better_attention.native import structs
 from better_attention.native.library import call as call_library
-from better_attention.native.library import current_instruction_set, missing, rows
+from better_attention.native.library import contiguous_rows, current_instruction_set, missing
+
+from .alignment import Alignment
+from .arguments import Inputs
+from .scale import fixed_scale
+
+if TYPE_CHECKING:
+    from .multihead import MultiheadAttention
 
 WIDTH, LENGTH = 128, 128
 """Largest model width and length at which one call measures faster than separate operators."""
 
 
-def serves(x_BLD: Tensor, score: str) -> bool:
-    """Whether one call can compute inputs of this kind and size, with this score, and is faster."""
+def attend(layer: MultiheadAttention, x: Inputs) -> Tensor | None:
+    """The layer's output (B, L, D), or None where it has to be computed step by step."""
+    # Under the triangle a past row keeps its bits whatever the future holds, NaN included: one way for both.
+    if not x.is_self or x.need_weights or x.mask_BNLS is not None or x.padding_B11S is not None or x.causal:
+        return None
+    x_BLD = x.query_BLD
+    if torch.is_grad_enabled() or not quiet() or not _is_small(x_BLD) or not _is_simple(layer):
+        return None
+    align = layer.align
+    parts = (layer.q_proj, layer.k_proj, layer.v_proj, layer.out_proj, align)
+    parameters = [own_parameters(part) for part in parts]  # asked once: a module's attributes are slow
+    if not all(map(_is_ordinary, parts, parameters)):
+        return None
+    if not are_plain(x_BLD, *(p for named in parameters for p in named.values())):
+        return None
+    alignment = None
+    if isinstance(align, Alignment):
+        if not align.is_plain(x_BLD.shape[1]):
+            return None
+        alignment = align.sliced_to(x_BLD.shape[1])
+    maps = [(named.get("weight"), named.get("bias")) for named in parameters[:4]]
+    scale = fixed_scale(layer.scale, layer.head_dim)
+    return _self_attention(x_BLD, layer.num_heads, maps, alignment, layer.mechanism.score, scale)
+
+
+def _is_small(x_BLD: Tensor) -> bool:
+    """Whether inputs of this kind and size are faster in one call."""
     return (
-        score in structs.SCORES
-        and x_BLD.shape[1] <= LENGTH
+        x_BLD.shape[1] <= LENGTH
         and x_BLD.shape[2] <= WIDTH
         and x_BLD.dtype == torch.float32
         and x_BLD.device.type == "cpu"
@@ -30,13 +64,36 @@ def serves(x_BLD: Tensor, score: str) -> bool:
     )
 
 
-def self_attention(
+def _is_simple(layer: MultiheadAttention) -> bool:
+    """Whether the layer has nothing that the one call does not compute."""
+    return (
+        layer.impl in ("auto", "native")
+        and layer.mechanism.score in structs.SCORES
+        and layer.batch_first
+        and layer.kdim == layer.vdim == layer.embed_dim
+        and layer.extra_k is None
+        and not layer.add_zero_attn
+        and layer.scaling is None
+        and layer.rotary is None
+        and not (layer.training and layer.dropout > 0.0)
+        and autocast_dtype("cpu") is None
+        and is_unpatched()
+    )
+
+
+def _is_ordinary(part: nn.Module, parameters: Mapping[str, Tensor | None]) -> bool:
+    """Whether a part is just what it seems: no adapter, hook, patch or special weight would be skipped."""
+    if type(part) not in (nn.Linear, nn.Identity, Alignment) or not is_bare(part) or len(parameters) not in (0, 2):
+        return False
+    return all(p is None or p.dtype == torch.float32 for p in parameters.values())
+
+
+def _self_attention(
     x_BLD: Tensor,
     heads: int,
-    projections: tuple[nn.Module, ...],
+    maps: Sequence[tuple[Tensor | None, Tensor | None]],
     alignment: tuple[Tensor, Tensor | None] | None,
     score: str,
-    causal: bool,
     scale: float,
 ) -> Tensor:
     """Output (B, L, D), contiguous, of self-attention on ``x_BLD``.
@@ -44,27 +101,26 @@ def self_attention(
     Args:
         x_BLD: (B, L, D), float32, on the CPU.
         heads: number of heads.
-        projections: those of query, key, value and output: linear maps (D, D), or identities.
+        maps: weight (D, D) and bias (D,) of W_Q, W_K, W_V and W_O; None and None for an identity.
         alignment: W_A (L, L) and its bias, of L elements, or None.
-        score, causal, scale: as for an attention call.
+        score, scale: as for an attention call.
     """
-    x_BLD = rows(x_BLD)
+    x_BLD = contiguous_rows(x_BLD)
     B, L, D = x_BLD.shape
     out_BLD = x_BLD.new_empty(B, L, D)
     if out_BLD.numel() == 0:
         return out_BLD
     kept: list[Tensor] = []  # their memory has to live until the call is over
     addresses: list[int] = []
-    for projection in projections:
-        for parameter in (projection.weight, projection.bias) if isinstance(projection, nn.Linear) else (None, None):
-            if parameter is not None:
-                kept.append(parameter.contiguous())
-            addresses.append(0 if parameter is None else address(kept[-1]))
-    weight, bias = (None, None) if alignment is None else (rows(alignment[0]), alignment[1])
+    for parameter in (p for pair in maps for p in pair):
+        if parameter is not None:
+            kept.append(parameter.contiguous())
+        addresses.append(0 if parameter is None else address(kept[-1]))
+    weight, bias = (None, None) if alignment is None else (contiguous_rows(alignment[0]), alignment[1])
     bias = None if bias is None else bias.contiguous()
     c = structs.Layer()
     c.isa, c.threads = current_instruction_set(), torch.get_num_threads()
-    c.score, c.causal, c.scale = structs.SCORES[score], causal, scale
+    c.score, c.causal, c.scale = structs.SCORES[score], False, scale
     c.B, c.N, c.L, c.D = B, heads, L, D
     c.x, (c.x_b, c.x_l, _) = address(x_BLD), x_BLD.stride()
     c.wq, c.bq, c.wk, c.bk, c.wv, c.bv, c.wo, c.bo = addresses

@@ -15,14 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from better_attention.call.torch_state import transformed
-from better_attention.call.values import readable
+from better_attention.call.torch_private import (
+    own_parameters,
+    transformed,
+    version,
+    whole_attentions,
+    without_subclasses,
+)
+from better_attention.call.torch_state import values_available
 
-_COMPUTES_ATTENTION = {
-    F.multi_head_attention_forward,
-    torch._native_multi_head_attention,
-    torch._transformer_encoder_layer_fwd,
-}
+_COMPUTES_ATTENTION = {F.multi_head_attention_forward, *whole_attentions}
 _COPIES = {Tensor.copy_, Tensor.__setitem__, Tensor.set_, Tensor.data.__set__}  # type: ignore[attr-defined]
 
 
@@ -116,11 +118,11 @@ class Packed(Tensor):
             return None
         # Some of torch's initialisers draw elsewhere and copy.
         drawn = sys._getframe(1).f_globals.get("__name__") == nn.init.__name__
-        with torch._C.DisableTorchFunctionSubclass():
-            before = [_version(x) for x in given]
+        with without_subclasses():  # type: ignore[misc]  # there is one: packed() asked
+            before = [version(x) for x in given]
             result = func(*args, **(kwargs or {}))
-            for x, version in zip(given, before, strict=True):
-                if version is None or _version(x) != version:
+            for x, earlier in zip(given, before, strict=True):
+                if earlier is None or version(x) != earlier:
                     x._source.write(x._source.whole.detach(), copied=func in _COPIES and not drawn)
             return _linked(result, source)
 
@@ -182,11 +184,13 @@ def packed(projections: Sequence[nn.Module], kind: str, mechanism: str, torchs: 
         (3D, D) or (3D,); None without learned maps or biases.
     """
     learned = [p for p in projections if type(p) is not nn.Identity]
-    if not readable():
+    if not values_available():
         return Unpackable("while a graph is being traced")
-    if not all(isinstance(p, nn.Linear) and "weight" in p._parameters for p in learned):
+    if without_subclasses is None or None in whole_attentions:
+        return Unpackable("with this version of torch, which lacks what they need")
+    if not all(isinstance(p, nn.Linear) and "weight" in own_parameters(p) for p in learned):
         return Unpackable("where other modules stand in the place of its nn.Linear projections")
-    named = [None if type(p) is nn.Identity else p._parameters[kind] for p in projections]
+    named = [None if type(p) is nn.Identity else own_parameters(p).get(kind) for p in projections]
     present = [x for x in named if x is not None]
     if not present:
         return None
@@ -228,10 +232,6 @@ def _unlearned(like: Tensor) -> Tensor:
     if like.dim() == 1:
         return torch.zeros_like(like)
     return torch.eye(len(like), dtype=like.dtype, device=like.device)
-
-
-def _version(x: Tensor) -> int | None:
-    return None if x.is_inference() else x._version
 
 
 def _linked(result: Any, source: _Source) -> Any:

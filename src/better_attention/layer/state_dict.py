@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from better_attention.call.torch_private import load_hooks, set_load_hooks
 from better_attention.mechanism import MECHANISMS, Mechanism
+
+from .part import Part
+from .parts import PARTS, mechanism_with, parts_of
 
 _EARLIER = {"bias_k": "extra_k.weight", "bias_v": "extra_v.weight", "log_scale": "scaling.log_scale"}
 """Names of torch and of earlier versions of this library, and where these parameters are now."""
@@ -54,7 +61,7 @@ def separate(state_dict: dict[str, Any], prefix: str) -> None:
 
 
 class _Explained(str):
-    """A key that says, in torch's error about unexpected keys, why it is one.
+    """A key that says, in torch's error about missing and unexpected keys, why it is one; elsewhere an ordinary text.
 
     Whether a load is strict is known to the outermost ``load_state_dict`` alone, which formats the keys it was handed.
     """
@@ -62,32 +69,96 @@ class _Explained(str):
     why: str
 
     def __format__(self, spec: str) -> str:
-        return f"{super().__format__(spec)}: {self.why}"
+        plain, caller = super().__format__(spec), sys._getframe(1).f_globals.get("__name__")
+        return f"{plain}: {self.why}" if caller == nn.Module.__module__ else plain
+
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        return str, (str(self),)
 
 
 def explain_parts(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
-    """Let the first key that the layer's mechanism has no place for say so, and what to do.
+    """Let torch's error say so where the weights are another mechanism's, and what to do; once for the layer.
 
     Args:
         module: the layer.
-        state_dict: under our names; that one key is replaced by an equal one.
+        state_dict: under our names; of keys that the mechanism has no place for, the first is replaced by an equal one.
         prefix: of the layer's names.
     """
     mechanism: Mechanism = module.mechanism  # type: ignore[assignment]
-    has = mechanism.projections | (frozenset("a") if mechanism.aligned else frozenset())
-    named = {part: [n for n in state_dict if n.startswith(f"{prefix}{name}.")] for part, name in _MODULES.items()}
-    came = frozenset(part for part, names in named.items() if names)
-    if came <= has:
-        return
-    theirs = Mechanism(came - {"a"}, aligned="a" in came)
-    alike = [n for n, m in MECHANISMS.items() if (m.projections, m.aligned) == (theirs.projections, theirs.aligned)]
-    key = _Explained(next(name for part, names in named.items() if part not in has for name in names))
-    key.why = (
-        f"mechanism {mechanism.name!r} has {_listed(has)}, these weights have {_listed(came)}: build the layer with "
-        f"their mechanism, {' or '.join(map(repr, alike or [theirs.name]))}; or load what fits with strict=False, "
-        "which leaves the others out and makes it another function than the one that was trained"
+    has = parts_of(mechanism)
+    modules = {name: name.removeprefix(prefix).split(".")[0] for name in state_dict if name.startswith(prefix)}
+    by_module = {part.module: part for part in PARTS}
+    came = [part for part in PARTS if part.module in modules.values()]
+    layer_modules = {name for name, _ in module.named_modules(remove_duplicate=False)}
+    surplus, lacking = [part for part in came if part not in has], [part for part in has if part not in came]
+    if surplus:
+        key = _Explained(next(name for name, module in modules.items() if by_module.get(module) in surplus))
+        key.why = _another_mechanism(mechanism, came, "leaves the others out")
+        renamed = [(key if name == key else name, value) for name, value in state_dict.items()]
+        state_dict.clear()
+        state_dict.update(renamed)
+    # Beside names that are no layer's of ours, nobody knows what the weights are of.
+    elif came and lacking and all(name in layer_modules for name in modules.values()):
+        _MissingParts(
+            tuple(f"{prefix}{part.module}." for part in lacking),
+            _another_mechanism(mechanism, came, f"leaves {_listed(lacking)} at the values that the layer has now"),
+        ).wait(module)
+
+
+def _another_mechanism(mechanism: Mechanism, came: list[Part], consequence: str) -> str:
+    """What to do about weights of another mechanism; ``consequence``: of a load that is not strict."""
+    alike = [repr(name) for name, row in MECHANISMS.items() if parts_of(row) == came]
+    return (
+        f"mechanism {mechanism.name!r} has {_listed(parts_of(mechanism))}, these weights have {_listed(came)}: build "
+        f"the layer with their mechanism, {' or '.join(alike or [repr(mechanism_with(came).name)])}; or load what fits "
+        f"with strict=False, which {consequence} and makes it another function than the one that was trained"
     )
-    state_dict[key] = state_dict.pop(key)
+
+
+def _listed(parts: list[Part]) -> str:
+    return ", ".join(part.symbol for part in parts) or "no weights"
+
+
+@dataclass(frozen=True, slots=True)
+class _MissingParts:
+    """A hook that lets the first missing key below ``names`` say why it is missing, once.
+
+    torch finds out which keys are missing only after the layer's own turn, when it comes to the modules in it.
+    """
+
+    names: tuple[str, ...]
+    why: str
+
+    def wait(self, module: nn.Module) -> None:
+        """Be called when the modules in ``module`` have been loaded."""
+        hooks = _lasting_hooks(module)
+        if hooks is not None:
+            set_load_hooks(module, OrderedDict(hooks, **{"missing parts": self}))
+
+    def __call__(self, module: nn.Module, keys: Any) -> None:
+        set_load_hooks(module, _lasting_hooks(module) or OrderedDict())  # a new one: torch goes through the old one
+        for index, name in enumerate(keys.missing_keys):
+            if name.startswith(self.names):
+                key = keys.missing_keys[index] = _Explained(name)
+                key.why = self.why
+                return
+
+
+def _lasting_hooks(module: nn.Module) -> OrderedDict[Any, Any] | None:
+    """The hooks that torch calls after loading, without one of ours that is still waiting.
+
+    It waits for ever where a program loads module by module and calls no hooks.
+    """
+    hooks = load_hooks(module)
+    if hooks is None:
+        return None
+    return OrderedDict((key, hook) for key, hook in hooks.items() if not isinstance(hook, _MissingParts))
+
+
+def without_waiting_hook(module: nn.Module) -> dict[str, Any]:
+    """The attributes of a layer, to be copied or pickled, without a hook of ours that is still waiting."""
+    state, hooks = dict(module.__dict__), _lasting_hooks(module)
+    return {name: hooks if value is load_hooks(module) else value for name, value in state.items()}
 
 
 def other_size(module: nn.Module, state_dict: Mapping[str, Any], prefix: str) -> list[str]:
@@ -100,13 +171,6 @@ def other_size(module: nn.Module, state_dict: Mapping[str, Any], prefix: str) ->
         f"{prefix}align.weight in these weights is of a layer with max_len={kernel.shape[-1]} and "
         f"align_heads={'shared' if kernel.dim() == 2 else 'per_head'!r}: build this layer with the same."
     ]
-
-
-_MODULES = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj", "a": "align"}
-
-
-def _listed(parts: frozenset[str]) -> str:
-    return ", ".join(f"W_{p.upper()}" for p in _MODULES if p in parts) or "no weights"
 
 
 def to_packed(state_dict: Mapping[str, Tensor], *, packed: bool) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from better_attention.call.torch_state import address, operator_obstacles
 
 from . import structs
 from .library import call as call_library
-from .library import current_instruction_set, missing, rows
+from .library import contiguous_rows, current_instruction_set, missing
 
 
 class Arguments(NamedTuple):
@@ -56,7 +56,11 @@ def align(weight: Tensor, bias: Tensor | None, value_BSD: Tensor, causal: bool) 
 
 
 def _forward(a: Arguments) -> Tensor:
-    weight, value, bias = rows(a.weight), rows(a.value), None if a.bias is None else rows(a.bias)
+    weight, value, bias = (
+        contiguous_rows(a.weight),
+        contiguous_rows(a.value),
+        None if a.bias is None else contiguous_rows(a.bias),
+    )
     c = _describe(weight, value, a.causal)
     if bias is not None:
         c.bias, c.bias_g = address(bias), bias.stride(0)
@@ -80,7 +84,7 @@ def _products(
     grad: Tensor, a: Arguments, *, weight_wanted: bool, value_wanted: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients that are matrix products: of weight and of value."""
-    grad, weight, value = rows(grad), rows(a.weight), rows(a.value)
+    grad, weight, value = contiguous_rows(grad), contiguous_rows(a.weight), contiguous_rows(a.value)
     dweight = weight.new_empty(weight.shape) if weight_wanted else None
     dvalue = value.new_empty(value.shape) if value_wanted else None
     if 0 in value.shape:

@@ -20,6 +20,8 @@ from typing import Any
 
 from torch import Tensor
 
+from better_attention.call.torch_private import constant_while_compiling
+
 from .structs import ABI, BEST_ISA, FUNCTIONS, ISAS, NO_MEMORY, OK
 
 PATTERNS = ("*better_attention*.so", "*better_attention*.dylib", "*better_attention*.dll")
@@ -121,14 +123,10 @@ def _library() -> _Library:
     return _Library()
 
 
+@constant_while_compiling  # instead of tracing a search for files
 def missing() -> str | None:
     """Why the compiled kernels cannot be used here at all, or None if they can."""
     return _library().reason
-
-
-# torch.compile takes the answer as a constant instead of tracing a search for files. This is all that
-# torch.compiler.assume_constant_result does, which would import half of the compiler along with this package.
-missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def instruction_sets() -> tuple[str, ...]:
@@ -201,6 +199,6 @@ def call(function: str, arguments: ctypes.Structure) -> None:
         raise RuntimeError(f"{function} returned {status}.")  # a bug: the instruction set and the score were checked
 
 
-def rows(x: Tensor) -> Tensor:
+def contiguous_rows(x: Tensor) -> Tensor:
     """``x`` with its last dimension contiguous, as the kernels read it; a copy only where it is not."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

@@ -11,7 +11,8 @@ from torch.autograd.function import Function, FunctionCtx
 from torch.library import custom_op
 from torch.utils.flop_counter import register_flop_formula
 
-from better_attention.call.torch_state import legacy_batched, ordinary
+from better_attention.call.torch_private import legacy_batched
+from better_attention.call.torch_state import ordinary
 
 from .definition import A, Definition, Layout, Tensors
 from .vmap import backward_vmap_rule, vmap_rule

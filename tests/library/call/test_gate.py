@@ -548,52 +548,6 @@ def test_fake_tensors_have_the_shape_of_real_ones() -> None:
         assert gradient.shape == q.shape
 
 
-NAMES = (
-    "_dispatch_keys",
-    "_len_torch_dispatch_stack",
-    "_len_torch_function_stack",
-    "_are_functorch_transforms_active",
-    "_is_tracing",
-    "_functorch.is_legacy_batchedtensor",
-    "_autograd._profiler_enabled",
-)
-"""What is read of torch's private side."""
-
-WITHOUT = """
-import torch
-holder, _, name = "{name}".rpartition(".")
-home = getattr(torch._C, holder) if holder else torch._C
-torchs_own = getattr(home, name)
-delattr(home, name)
-import better_attention as ba
-setattr(home, name, torchs_own)  # torch needs it itself
-torch.manual_seed(0)
-x = torch.randn(4, 16, 20, 8, requires_grad=True)
-for score in ("softmax", "expressive"):
-    got = ba.attention(x, x, x, score=score)
-    right = ba.attention(x, x, x, score=score, impl="reference")
-    torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(
-        torch.autograd.grad(got.sin().sum(), x), torch.autograd.grad(right.sin().sum(), x), rtol=1e-4, atol=1e-5
-    )
-layer = ba.MultiheadAttention(16, 2, mechanism="super", max_len=6, batch_first=True).eval()
-x = torch.randn(2, 6, 16)
-with torch.no_grad():
-    layer(x, x, x, need_weights=False)
-print("right")
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
-def test_a_torch_that_has_renamed_what_is_private_gives_right_numbers(name: str) -> None:
-    """A process of its own: the package asks for these names when it is imported."""
-    result = subprocess.run(
-        [sys.executable, "-c", WITHOUT.format(name=name)], capture_output=True, text=True, check=False
-    )
-    assert result.stdout == "right\n", result.stderr
-
-
 # --- torch.fx and torch.jit.script ------------------------------------------------------------------------------------
 
 
@@ -637,10 +591,29 @@ def test_a_layer_alone_cannot_be_its_own_leaf() -> None:
         torch.fx.symbolic_trace(ba.MultiheadAttention(D, 2))
 
 
-def test_script_is_refused_with_a_way_out() -> None:
-    for module in (ba.MultiheadAttention(D, 2), Model(ba.MultiheadAttention(D, 2))):
-        with pytest.raises(TypeError, match=r"(?s)torch.jit.script.*torch.export"):
-            torch.jit.script(module)
+class CallsTheFunction(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return ba.attention(x, x, x)
+
+
+def calls_the_function(x: Tensor) -> Tensor:
+    return ba.attention(x, x, x)
+
+
+@pytest.mark.parametrize(
+    ("scripted", "name"),
+    [
+        (ba.MultiheadAttention(D, 2), "MultiheadAttention"),
+        (Model(ba.MultiheadAttention(D, 2)), "MultiheadAttention"),
+        (ba.attention, "attention"),
+        (calls_the_function, "attention"),
+        (CallsTheFunction(), "attention"),
+    ],
+    ids=["layer", "layer within", "function", "called by a function", "called by a module"],
+)
+def test_script_is_refused_with_a_way_out(scripted: object, name: str) -> None:
+    with pytest.raises(TypeError, match=rf"(?s)better_attention\.{name} .*torch\.jit\.script.*torch\.export"):
+        torch.jit.script(scripted)
 
 
 # --- distributed tensors, and derivatives in one batch ----------------------------------------------------------------

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import geometric_mean
 
-from better_attention.errors import counted
 from better_attention.lab.analysis.estimates import Estimate, number
 from better_attention.lab.analysis.paired import LEVEL, NOTHING, UNTESTED, Comparison, p_text
 from better_attention.lab.analysis.power import MOST, POWER, pairs_needed, spread
 from better_attention.lab.analysis.study import Record, times_as_fast
 from better_attention.lab.analysis.summary import Column, Row
+from better_attention.text import plural
 
 BASELINE = "standard"
 UNITS = {"test_accuracy": "points of test accuracy", "test_bleu": "points of test BLEU"}
@@ -109,7 +109,7 @@ def _verdict(row: Row, test: Comparison | None, base: Row | None) -> str:
         return "What the others are compared with."
     if base is None or test is None:
         return "Cannot be compared: there are no runs of standard with the same seeds."
-    difference, pairs = test.difference, counted(test.difference.n, "seed")
+    difference, pairs = test.difference, plural(test.difference.n, "seed")
     if test.shows:
         return f"{test.verdict.capitalize()} than standard ({pairs}, {p_text(test.corrected_p)})."
     if difference.n == 1:
@@ -133,7 +133,7 @@ def answer(found: Sequence[Card], column: Column, heads: int) -> str:
     parameters among those of which no difference is shown, with the interval of its difference: what is not shown may
     still be there.
     """
-    where = f"With {counted(heads, 'head')}"
+    where = f"With {plural(heads, 'head')}"
     base = next((card for card in found if card.mechanism == BASELINE), None)
     if base is None or len(found) < 2:
         return f"{where}, nothing can be recommended: there is no comparison with standard."
@@ -176,7 +176,7 @@ def _reach(card: Card, column: Column) -> str:
     low, high = (number(end, digits, sign=True) for end in (difference.low, difference.high))
     return (
         f"its difference lies between {low} and {high} {UNITS[column.key]} (95 % interval, "
-        f"{counted(difference.n, 'seed')})"
+        f"{plural(difference.n, 'seed')})"
     )
 
 

@@ -10,12 +10,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from better_attention.errors import counted
 from better_attention.lab import published
 from better_attention.lab.analysis.estimates import number
 from better_attention.lab.analysis.paired import NOTHING, UNTESTED, p_text
 from better_attention.lab.analysis.study import Record
 from better_attention.lab.analysis.summary import COLUMNS, Column, Row
+from better_attention.text import plural
 
 PAPER = ("standard", "optimised", "efficient", "super")
 """The mechanisms that arXiv 2403.01643 defines."""
@@ -69,9 +69,9 @@ def finding(rows: Sequence[Row], column: Column) -> str | None:
         return None
     value, test = best[0].estimates[column.key], best[0].tests.get(column.key)
     sentence = (
-        f"With {counted(best[0].heads, 'head')}, {_listed([row.mechanism for row in best])} "
+        f"With {plural(best[0].heads, 'head')}, {_listed([row.mechanism for row in best])} "
         f"{'has' if len(best) == 1 else 'share'} the {'highest' if column.higher_is_better else 'lowest'} {name}, "
-        f"{value.format(column.digits)}{unit} ({counted(value.n, 'seed')})"
+        f"{value.format(column.digits)}{unit} ({plural(value.n, 'seed')})"
     )
     if test is None or any(column.key not in row.tests for row in best):  # standard is among the best
         return f"{sentence}."
@@ -100,7 +100,7 @@ def tally(rows: Sequence[Row], column: Column) -> str | None:
     if words == [NOTHING]:
         left = len(verdicts)
         return f"{start}: {NOTHING} in {'the only comparison' if left == 1 else f'any of {left} comparisons'}."
-    return f"{start}, {counted(len(verdicts), 'comparison')}: {', '.join(parts)}."
+    return f"{start}, {plural(len(verdicts), 'comparison')}: {', '.join(parts)}."
 
 
 def more_seeds(rows: Sequence[Row], command: str) -> tuple[str, str] | None:
@@ -142,7 +142,7 @@ def gaps(rows: Sequence[Row]) -> list[str]:
         compared = [row for row in rows if (row.task, row.scale, row.heads) == block]
         seeds = sorted({seed for row in compared for seed in row.seeds})
         for row in compared:
-            who, missing = f"{row.mechanism} with {counted(row.heads, 'head')}", sorted(set(seeds) - set(row.seeds))
+            who, missing = f"{row.mechanism} with {plural(row.heads, 'head')}", sorted(set(seeds) - set(row.seeds))
             if missing:
                 which = f"seed{'s' * (len(missing) > 1)} {_listed(list(map(str, missing)))}"
                 found.append(
@@ -153,7 +153,7 @@ def gaps(rows: Sequence[Row]) -> list[str]:
             if odd:
                 found.append(f"{who}: {_listed(odd)} of at least one run is no number; nothing is claimed of it.")
         if len(compared) > 1 and all(row.mechanism != "standard" for row in compared):
-            found.append(f"standard was not run with {counted(block[2], 'head')}: nothing is compared with it there.")
+            found.append(f"standard was not run with {plural(block[2], 'head')}: nothing is compared with it there.")
     return found
 
 

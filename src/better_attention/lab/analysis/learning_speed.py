@@ -13,11 +13,12 @@ from statistics import fmean
 
 from torch import Tensor
 
-from better_attention.errors import counted, finite_number
+from better_attention.errors import check_float
 from better_attention.lab.analysis.estimates import Estimate, number
 from better_attention.lab.analysis.paired import Comparison, p_text
 from better_attention.lab.analysis.study import Curve, Record, RunName, Threshold
 from better_attention.lab.analysis.summary import EPOCHS_TO_THRESHOLD, Row
+from better_attention.text import plural
 
 SHARE = 0.9
 """How much of the way from guessing to what standard achieves is asked for."""
@@ -29,7 +30,7 @@ def check_threshold(value: float) -> float:
     Raises:
         TypeError, ValueError: it is no number above 0 and up to 100.
     """
-    if finite_number(value, "threshold", low=0.0, high=100.0) == 0:
+    if check_float(value, "threshold", low=0.0, high=100.0) == 0:
         raise ValueError("threshold must be above 0 %, received 0: every run begins there.")
     return float(value)
 
@@ -104,14 +105,14 @@ def sentences(rows: Sequence[Row], threshold: Threshold) -> list[str]:
         first = min(reached, key=lambda row: row.estimates[column.key].mean)
         epochs = first.estimates[column.key].mean
         text = (
-            f"With {counted(heads, 'head')}, {first.mechanism} is the first to reach {number(threshold.accuracy, 1)} % "
+            f"With {plural(heads, 'head')}, {first.mechanism} is the first to reach {number(threshold.accuracy, 1)} % "
             f"validation accuracy, after {number(epochs, column.digits)} epochs on average ({runs_of(first)})"
         )
         test = first.tests.get(column.key)
         if test is not None and test.corrected_p is not None:
             text += (
                 f": {test.difference.format(column.digits, sign=True)} epochs against standard, {told(test.verdict)} "
-                f"({p_text(test.corrected_p)}, corrected for {counted(test.family, 'comparison')})"
+                f"({p_text(test.corrected_p)}, corrected for {plural(test.family, 'comparison')})"
             )
         found.append(f"{text}.")
     return found
@@ -129,7 +130,7 @@ def told(verdict: str) -> str:
 def runs_of(row: Row) -> str:
     """How many runs of ``row`` reached the threshold: ``3 of 3 runs``."""
     estimate = row.estimates.get(EPOCHS_TO_THRESHOLD.key)
-    return f"{estimate.n if estimate else 0} of {counted(len(row.seeds), 'run')}"
+    return f"{estimate.n if estimate else 0} of {plural(len(row.seeds), 'run')}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from better_attention.errors import counted
 from better_attention.lab.analysis import learning_speed
 from better_attention.lab.analysis.study import AlignmentPicture, AttentionMap, Study
 from better_attention.lab.comparison.notes import guessing, remarks
@@ -44,6 +43,7 @@ from better_attention.lab.training.loop import Training
 from better_attention.lab.training.processes import make_accelerator, watching_peers
 from better_attention.lab.training.progress import DivergedError, Interrupted
 from better_attention.lab.training.step_time import Pace, measure
+from better_attention.text import plural
 
 RESULTS = ("results.json", "results.csv", "curves.csv", "report.html")
 OPTIMISED = 3  # copies of the parameters in training, at least: weights, gradients and a moment
@@ -265,7 +265,7 @@ def check_models(plan: Plan, accelerator: Accelerator) -> None:
                 size = sum(parameter.nbytes for parameter in plan.task.build(variant, heads).parameters())
             if OPTIMISED * size > memory:
                 raise ValueError(
-                    f"{variant.name} with {counted(heads, 'head')} has {size / 2**30:,.0f} GiB of parameters; to train "
+                    f"{variant.name} with {plural(heads, 'head')} has {size / 2**30:,.0f} GiB of parameters; to train "
                     f"it takes {OPTIMISED} times that, and this machine has {memory / 2**30:,.0f} GiB of memory."
                 )
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from better_attention.errors import counted
 from better_attention.lab import published
 from better_attention.lab.analysis.estimates import number
 from better_attention.lab.paper.beside import changed_settings, other_samples, told
 from better_attention.lab.tasks.base import Task
 from better_attention.lab.tasks.splits import Splits
 from better_attention.lab.tasks.variant import Variant
+from better_attention.text import plural
 
 EVEN = 8
 """Processors compute on so many float32 numbers at a time, or on a multiple of it."""
@@ -36,10 +36,10 @@ def remarks(
     if changed:
         found.append(f"the setting is not the paper's: {told(task.name, changed)}")
     if samples and task.batch_size >= samples["train"]:
-        every = counted(samples["train"], "sample")
+        every = plural(samples["train"], "sample")
         found.append(f"an epoch is a single update: a batch of {task.batch_size:,} holds all {every}")
     if task.equal_params:
-        found += [f"equal parameters with {counted(n, 'head')}: {_sizes(task, variants, n)}" for n in heads]
+        found += [f"equal parameters with {plural(n, 'head')}: {_sizes(task, variants, n)}" for n in heads]
         found += [odd for n in heads if (odd := _odd_widths(task, variants, n))]
     return tuple(found)
 
@@ -56,7 +56,7 @@ def guessing(splits: Splits) -> tuple[str, ...]:
     often, share = splits.assets["classes"][int(counts.argmax())], 100 * float(counts.max()) / len(targets)
     notes = [f"guessing {often!r}, the most frequent class, is right for {share:.1f} % of the test samples"]
     if len(targets) < FEW:
-        notes.append(f"the test split has {counted(len(targets), 'sample')}: one is {100 / len(targets):.1f} points")
+        notes.append(f"the test split has {plural(len(targets), 'sample')}: one is {100 / len(targets):.1f} points")
     return tuple(notes)
 
 
@@ -67,7 +67,7 @@ def _odd_widths(task: Task, variants: Sequence[Variant], heads: int) -> str:
     if not odd:
         return ""
     return (
-        f"widths chosen with {counted(heads, 'head')} that are no multiple of {EVEN}, which may cost speed that is not "
+        f"widths chosen with {plural(heads, 'head')} that are no multiple of {EVEN}, which may cost speed that is not "
         f"the mechanism's: {', '.join(odd)}"
     )
 

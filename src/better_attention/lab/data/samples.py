@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from better_attention.errors import counted
+from better_attention.text import plural
 
 UInt8 = NDArray[np.uint8]
 Int64 = NDArray[np.int64]
@@ -154,7 +154,7 @@ class Pairs:
 def overlap_notes(train: Iterable[str], test: Iterable[str]) -> tuple[str, ...]:
     """A note if a text is in both splits: what a model has trained on says little of what it can do."""
     shared = len(set(train) & set(test))
-    return (f"{counted(shared, 'text')} {'occurs' if shared == 1 else 'occur'} in both splits",) if shared else ()
+    return (f"{plural(shared, 'text')} {'occurs' if shared == 1 else 'occur'} in both splits",) if shared else ()
 
 
 def size_notes(train: int, test: int, official: tuple[int, int]) -> tuple[str, ...]:

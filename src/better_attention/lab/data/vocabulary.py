@@ -11,7 +11,7 @@ from functools import cache
 
 import numpy as np
 
-from better_attention.errors import whole_number
+from better_attention.errors import check_int
 
 from .samples import DataError, Int64
 
@@ -84,7 +84,7 @@ class Vocabulary:
             DataError: no word in any text.
             ValueError: ``size`` leaves no room for a word.
         """
-        size = whole_number(size, "size", at_least=_RESERVED + 1)
+        size = check_int(size, "size", at_least=_RESERVED + 1)
         counts: Counter[str] = Counter()
         for text in texts:
             counts.update(tokens(text))
@@ -103,7 +103,7 @@ class Vocabulary:
         Returns:
             int64 ``(N, length)``. (Keras' ``pad_sequences`` does the same by default; arXiv 2403.01643 used it.)
         """
-        length = whole_number(length, "length")
+        length = check_int(length, "length")
         rows = np.zeros((len(texts), length), dtype=np.int64)
         for row, text in zip(rows, texts, strict=True):
             numbers = [self._numbers.get(word, UNKNOWN) for word in _last_tokens(text, length)]

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, median
 
-from better_attention.errors import counted
 from better_attention.lab.analysis.estimates import number
 from better_attention.lab.analysis.paired import NOTHING, UNTESTED, Comparison, compare_paired, corrected
 from better_attention.lab.ladder.grid import Row, Rung, Setting, best_settings, rung_words
+from better_attention.text import plural
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +195,7 @@ def sentence(duel: Duel) -> str:
     if found is None:
         return f"There is no pair of runs of {duel.expressive} and {duel.softmax}."
     points = found.difference.format(1, sign=True)
-    pairs = f"{counted(found.difference.n, 'pair')} of runs"
+    pairs = f"{plural(found.difference.n, 'pair')} of runs"
     told = {"higher": "expressive predicts better", "lower": "softmax predicts better"}.get(duel.verdict, duel.verdict)
-    lost = f", as {counted(duel.diverged, 'run')} diverged" if duel.diverged else ""
+    lost = f", as {plural(duel.diverged, 'run')} diverged" if duel.diverged else ""
     return f"Test accuracy of {duel.expressive} against {duel.softmax}: {points} points over {pairs}; {told}{lost}."

@@ -15,10 +15,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from better_attention.errors import counted
 from better_attention.lab.runs.folder import run_name
 from better_attention.lab.tasks.recurrence import RecurrenceTask
 from better_attention.lab.tasks.variant import Variant
+from better_attention.text import plural
 
 Rung = tuple[int, int]
 """Modulus N, the number of symbols, and delay τ."""
@@ -30,7 +30,7 @@ def rung_words(rung: Rung) -> str:
     >>> rung_words((8, 4))
     '8 symbols, delay 4'
     """
-    return f"{counted(rung[0], 'symbol')}, delay {rung[1]}"
+    return f"{plural(rung[0], 'symbol')}, delay {rung[1]}"
 
 
 GIVE_UP = 2
@@ -57,7 +57,7 @@ class Setting:
         """
         scale = {"sqrt": "1/√d_k", "raw": "raw q·k", "learned": "learned scale"}[self.scaling]
         names = {"alibi": "ALiBi", "learned": "learned positions"}
-        return f"{scale}, {names.get(self.positions, self.positions)}, {counted(self.layers, 'layer')}"
+        return f"{scale}, {names.get(self.positions, self.positions)}, {plural(self.layers, 'layer')}"
 
 
 @dataclass(frozen=True, slots=True)

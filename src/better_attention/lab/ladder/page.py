@@ -10,7 +10,6 @@ from statistics import geometric_mean
 
 import jinja2
 
-from better_attention.errors import counted
 from better_attention.lab.analysis.estimates import number
 from better_attention.lab.files import write_atomic
 from better_attention.lab.ladder.findings import at_best, duels, heights, sentence, spots, within
@@ -20,6 +19,7 @@ from better_attention.lab.report.page import template
 from better_attention.lab.report.tables import safe, write_lines
 from better_attention.lab.runs.provenance import commit, versions
 from better_attention.lab.tasks.recurrence import formula
+from better_attention.text import plural
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,4 +139,4 @@ def shade(accuracy: float | None, modulus: int) -> str:
 
 @cache
 def _template() -> jinja2.Template:
-    return template("ladder.html", counted=counted, shade=shade, rung_words=rung_words)
+    return template("ladder.html", plural=plural, shade=shade, rung_words=rung_words)

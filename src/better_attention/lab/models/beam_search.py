@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from better_attention.errors import finite_number, whole_number
+from better_attention.errors import check_float, check_int
 from better_attention.lab.models.translator import END, PADDING, START, Translator
 
 
@@ -71,7 +71,7 @@ def beam_search(
     Raises:
         ValueError: a number out of range.
     """
-    W, alpha = whole_number(width, "width"), finite_number(length_penalty, "length_penalty", low=0.0)
+    W, alpha = check_int(width, "width"), check_float(length_penalty, "length_penalty", low=0.0)
     memory_BSD, padding_BS = (x.repeat_interleave(W, dim=0) for x in model.encode(source_BS))
     B, V = len(source_BS), model.output.out_features
     written_BWT = source_BS.new_full((B, W, 1), START)
@@ -99,7 +99,7 @@ def beam_search(
 def _longest(model: Translator, max_len: int | None) -> int:
     if max_len is None:
         return model.target_length
-    if whole_number(max_len, "max_len") > model.target_length:
+    if check_int(max_len, "max_len") > model.target_length:
         raise ValueError(
             f"max_len must be <= {model.target_length}, the target positions this model knows, received {max_len}."
         )

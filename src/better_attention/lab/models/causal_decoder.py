@@ -11,7 +11,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from better_attention.errors import one_of
+from better_attention.errors import check_choice
 from better_attention.layer.multihead import MultiheadAttention
 from better_attention.mechanism import Mechanism
 from better_attention.positions import alibi_bias
@@ -80,7 +80,7 @@ class Decoder(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        one_of(positions, "positions", POSITIONS)
+        check_choice(positions, "positions", POSITIONS)
         mechanism = Mechanism.of(mechanism)
         aligned: dict[str, Any] = {"max_len": length, "align_causal": True} if mechanism.aligned else {}
         self.heads, self.length, self.alibi = heads, length, positions == "alibi"

@@ -12,7 +12,7 @@ from matplotlib.ticker import EngFormatter, FixedLocator
 from numpy.typing import NDArray
 
 from better_attention.cost import cost
-from better_attention.errors import one_of
+from better_attention.errors import check_choice
 from better_attention.lab.files import write_atomic
 from better_attention.lab.report.plot_style import SIGNATURE, bare, blank, line, saved, style
 from better_attention.lab.report.style import LIGHT, look
@@ -40,7 +40,7 @@ def flops(form: str, mechanism: str, embed_dim: int, heads: int, length: int) ->
         heads: number of heads h.
         length: number of tokens ℓ.
     """
-    one_of(form, "form", FORMS)
+    check_choice(form, "form", FORMS)
     record = cost(embed_dim, heads, length, mechanism=mechanism)
     if form == "paper":
         return float(record.flops_paper)
@@ -83,7 +83,7 @@ def cost_figure(number: int, path: str | Path, form: str = "paper") -> None:
     Raises:
         ValueError: another number, form or kind of file, or a file of somebody else's.
     """
-    one_of(form, "form", FORMS)
+    check_choice(form, "form", FORMS)
     draw = {2: _against_width, 3: _heat_maps, 4: _surfaces}.get(number)
     if draw is None:
         raise ValueError(f"figure must be 2, 3 or 4 (the paper's figures of cost), received {number!r}.")

@@ -10,10 +10,10 @@ import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
 
-from better_attention.errors import counted
 from better_attention.lab.analysis.study import AlignmentPicture, AttentionMap, RunName
 from better_attention.lab.report import heatmaps
 from better_attention.lab.report.gallery import Album
+from better_attention.text import plural
 
 HEADS_SHOWN = 8
 """Of a layer with more heads the first so many are drawn, and the page says so."""
@@ -121,7 +121,7 @@ def _size(one: AttentionMap) -> str:
     """How many tokens or patches a map is of."""
     _, rows, columns = one.weights.shape
     what = "token" if one.picture is None else "position"
-    return counted(columns, what) if rows == columns else f"{counted(columns, what)}, asked by {rows}"
+    return plural(columns, what) if rows == columns else f"{plural(columns, what)}, asked by {rows}"
 
 
 _LAYER = re.compile(r"(?:(encoder|decoder)|blocks)\.(\d{1,4})\.(attention|cross)(?:#(\d{1,4}))?")

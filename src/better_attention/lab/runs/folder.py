@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from better_attention.errors import whole_number
+from better_attention.errors import check_int
 from better_attention.lab.files import parse_json, read_regular, write_atomic
 from better_attention.lab.runs import manifest
 from better_attention.lab.runs.checkpoint import check_digest, load_weights, tensor_count
@@ -173,7 +173,7 @@ def _what(config: Mapping[str, Any], folder: Path) -> tuple[Task, Variant, int]:
             )
         check_sizes(settings)
         task = TASKS[name](settings["scale"]).with_settings(settings)
-        return task, Variant.of(run["mechanism"]), whole_number(run["heads"], "heads")
+        return task, Variant.of(run["mechanism"]), check_int(run["heads"], "heads")
     except (AttributeError, KeyError, TypeError, ValueError, ArithmeticError) as error:
         why = str(error).rstrip(".")
         raise ValueError(

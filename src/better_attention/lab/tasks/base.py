@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from better_attention.errors import finite_number, one_of, whole_number
+from better_attention.errors import check_choice, check_float, check_int
 from better_attention.lab.tasks.optimisers import RMSprop
 from better_attention.lab.tasks.splits import Split, Splits
 from better_attention.lab.tasks.variant import Variant
@@ -116,16 +116,16 @@ class Task(ABC):
 
     def __post_init__(self) -> None:
         for name in ("width", "length", "layers", "default_heads", "seeds", "epochs", "batch_size"):
-            whole_number(getattr(self, name), name)
-        whole_number(self.patience, "patience", at_least=0)
+            check_int(getattr(self, name), name)
+        check_int(self.patience, "patience", at_least=0)
         for name in ("threads", "train_samples", "test_samples"):
             if getattr(self, name) is not None:
-                whole_number(getattr(self, name), name)
-        one_of(self.scale, "scale", SCALES)
-        one_of(self.optimiser, "optimiser", OPTIMISERS)
-        if finite_number(self.lr, "lr", low=0.0) == 0:
+                check_int(getattr(self, name), name)
+        check_choice(self.scale, "scale", SCALES)
+        check_choice(self.optimiser, "optimiser", OPTIMISERS)
+        if check_float(self.lr, "lr", low=0.0) == 0:
             raise ValueError("lr must be above 0, received 0.")
-        finite_number(self.weight_decay, "weight_decay", low=0.0)
+        check_float(self.weight_decay, "weight_decay", low=0.0)
         for name in ("dropout", "validation_share"):
             share(getattr(self, name), name)
 
@@ -279,7 +279,7 @@ def share(value: object, name: str) -> float:
     Raises:
         TypeError, ValueError: it is none.
     """
-    number = finite_number(value, name, low=0.0, high=1.0)
+    number = check_float(value, name, low=0.0, high=1.0)
     if number == 1:
         raise ValueError(f"{name} must be below 1, received {value!r}: nothing would be left.")
     return number

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from better_attention.errors import one_of, whole_number
+from better_attention.errors import check_choice, check_int
 from better_attention.lab.tasks.augmentation import AUGMENTATIONS, keras_augmented
 from better_attention.lab.tasks.base import Shown, Task, check_classes, cut, share
 from better_attention.lab.tasks.splits import Split, Splits
@@ -71,14 +71,14 @@ class ImageTask(Task):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("raw_size", "image_size", "patch", "classes", "peak"):
-            whole_number(getattr(self, name), name)
-        if whole_number(self.channels, "channels") not in (1, 3):
+            check_int(getattr(self, name), name)
+        if check_int(self.channels, "channels") not in (1, 3):
             raise ValueError(f"channels must be 1 (grey) or 3 (colour), received {self.channels}.")
         share(self.head_dropout, "head_dropout")
         if self.mlp is not None:
-            whole_number(self.mlp, "mlp")
-        whole_number(self.head_hidden, "head_hidden", at_least=0)
-        one_of(self.augmentation, "augmentation", AUGMENTATIONS)
+            check_int(self.mlp, "mlp")
+        check_int(self.head_hidden, "head_hidden", at_least=0)
+        check_choice(self.augmentation, "augmentation", AUGMENTATIONS)
         if self.patch > self.image_size:
             raise ValueError(f"patch must be <= image_size={self.image_size}, received {self.patch}.")
         object.__setattr__(self, "length", (self.image_size // self.patch) ** 2 + self.class_token)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from better_attention.errors import one_of
+from better_attention.errors import check_choice
 from better_attention.lab.tasks.base import cut, subsets
 from better_attention.lab.tasks.image import ImageTask, blank_notes, dark_notes, overlap_notes
 from better_attention.lab.tasks.splits import Split, Splits
@@ -50,7 +50,7 @@ class FolderTask(ImageTask):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of(self.damaged, "damaged", ("refuse", "leave-out"))
+        check_choice(self.damaged, "damaged", ("refuse", "leave-out"))
 
     def fitted(self, folder: Path | None = None) -> Self:
         """See :meth:`Task.fitted`."""

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from better_attention.errors import finite_number, one_of, whole_number
+from better_attention.errors import check_choice, check_float, check_int
 from better_attention.lab.models.causal_decoder import POSITIONS
 from better_attention.lab.tasks.base import Shown, Task
 from better_attention.lab.tasks.splits import Split, Splits
@@ -73,16 +73,16 @@ class RecurrenceTask(Task):
     target_accuracy: float | None = 99.0
 
     def __post_init__(self) -> None:
-        if whole_number(self.modulus, "modulus", at_least=2) > 256:
+        if check_int(self.modulus, "modulus", at_least=2) > 256:
             raise ValueError(f"modulus must be <= 256, received {self.modulus}.")
         for name, least in (("delay", 2), ("steps", 1)):
-            whole_number(getattr(self, name), name, at_least=least)
+            check_int(getattr(self, name), name, at_least=least)
         for name in ("train_samples", "test_samples"):
-            whole_number(getattr(self, name), name)
-        one_of(self.positions, "positions", POSITIONS)
-        one_of(self.scaling, "scaling", SCALINGS)
+            check_int(getattr(self, name), name)
+        check_choice(self.positions, "positions", POSITIONS)
+        check_choice(self.scaling, "scaling", SCALINGS)
         if self.target_accuracy is not None:
-            finite_number(self.target_accuracy, "target_accuracy", low=0.0, high=100.0)
+            check_float(self.target_accuracy, "target_accuracy", low=0.0, high=100.0)
         self._check_rules()
         object.__setattr__(self, "length", self.delay + self.steps - 1 + (len(self.rules) > 1))
         super().__post_init__()
@@ -92,7 +92,7 @@ class RecurrenceTask(Task):
             raise ValueError(f"rules must be a tuple of names out of {', '.join(RULES)}, received {self.rules!r}.")
         meanings: dict[tuple[int, ...], str] = {}
         for name in self.rules:
-            meaning = tuple(c % self.modulus for c in RULES[one_of(name, "rules", RULES)])
+            meaning = tuple(c % self.modulus for c in RULES[check_choice(name, "rules", RULES)])
             if meaning in meanings:
                 raise ValueError(
                     f"rules {meanings[meaning]!r} and {name!r} are the same modulo {self.modulus}. Leave one out, or "
@@ -102,8 +102,8 @@ class RecurrenceTask(Task):
 
     def load(self, folder: Path | None = None) -> Splits:
         """Make the data; nothing is read."""
-        held_out = whole_number(self.test_samples, "test_samples")
-        wanted = {"train": whole_number(self.train_samples, "train_samples"), "validation": held_out, "test": held_out}
+        held_out = check_int(self.test_samples, "test_samples")
+        wanted = {"train": check_int(self.train_samples, "train_samples"), "validation": held_out, "test": held_out}
         rules = len(self.rules)
         states = split_states(self.modulus, self.delay, {k: -(-n // rules) for k, n in wanted.items()}, self.data_seed)
         sequences = {name: self._sequences(of, wanted[name], name == "train") for name, of in states.items()}

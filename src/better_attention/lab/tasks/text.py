@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from better_attention.errors import whole_number
+from better_attention.errors import check_int
 from better_attention.lab.tasks.base import Shown, Task, check_classes, cut, subsets
 from better_attention.lab.tasks.splits import Split, Splits
 from better_attention.lab.tasks.variant import Variant
@@ -40,7 +40,7 @@ class TextTask(Task):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, least in (("vocabulary", 3), ("classes", 2), ("hidden", 1), ("head", 1)):
-            whole_number(getattr(self, name), name, at_least=least)
+            check_int(getattr(self, name), name, at_least=least)
 
     def load(self, folder: Path | None = None) -> Splits:
         """See :meth:`Task.load`."""

@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from better_attention.errors import counted, finite_number, whole_number
+from better_attention.errors import check_float, check_int
 from better_attention.lab.tasks.base import Prediction, Shown, Task, share
 from better_attention.lab.tasks.splits import Split, Splits
 from better_attention.lab.tasks.variant import Variant
+from better_attention.text import plural
 
 PADDING, END = 0, 3  # as in models.translation, which is imported where it is used
 NO_WORD = "\N{REPLACEMENT CHARACTER}"  # no translation holds it
@@ -58,11 +59,11 @@ class TranslationTask(Task):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("encoder_layers", "hidden", "beam", "bleu_samples"):
-            whole_number(getattr(self, name), name)
-        whole_number(self.vocabulary, "vocabulary", at_least=5)
+            check_int(getattr(self, name), name)
+        check_int(self.vocabulary, "vocabulary", at_least=5)
         share(self.output_dropout, "output_dropout")
         share(self.test_share, "test_share")
-        finite_number(self.length_penalty, "length_penalty", low=0.0)
+        check_float(self.length_penalty, "length_penalty", low=0.0)
 
     def load(self, folder: Path | None = None) -> Splits:
         """See :meth:`Task.load`."""
@@ -90,7 +91,7 @@ class TranslationTask(Task):
             assets,
             notes=(
                 *data.notes,
-                *((f"{counted(dropped, 'pair')} without a word on one side left out",) if dropped else ()),
+                *((f"{plural(dropped, 'pair')} without a word on one side left out",) if dropped else ()),
                 f"all translations of one source sentence lie in one split: {len(train):,} pairs to train, "
                 f"{len(validation):,} to validate, {len(test):,} to test",
                 "loss and accuracy are means over sentences, each the mean over its tokens, padding excluded",

@@ -25,7 +25,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from better_attention.errors import counted
 from better_attention.lab.files import digest, open_regular, write_atomic
 from better_attention.lab.runs import checkpoint, manifest
 from better_attention.lab.runs.folder import (
@@ -49,6 +48,7 @@ from better_attention.lab.training.progress import DivergedError, Interrupted, P
 from better_attention.lab.training.randomness import derive, epoch_order, initial_model, reseed
 from better_attention.lab.training.step_time import Pace
 from better_attention.layer.multihead import MultiheadAttention
+from better_attention.text import plural
 
 CHECKPOINT_SECONDS = 20.0  # at most this much work is lost
 
@@ -230,7 +230,7 @@ class Training:
             )
         if before != threads and self.main and self.accelerator.device.type == "cpu":
             warnings.warn(
-                f"{self.folder}: trained with {counted(before, 'thread')} so far, goes on with {threads}. Sums are "
+                f"{self.folder}: trained with {plural(before, 'thread')} so far, goes on with {threads}. Sums are "
                 "then rounded otherwise: the result will differ in its last bits from that of a run in one go. "
                 f"OMP_NUM_THREADS={before} goes on as it began.",
                 stacklevel=2,

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-from better_attention.errors import counted
 from better_attention.lab.data.own_texts.columns import Columns
 from better_attention.lab.data.own_texts.records import quotes_enclose
 from better_attention.lab.data.samples import DataError
+from better_attention.text import plural
 
 TABLE = re.compile(
     r"(?:.*[_-])?(?:labels?|annotations?|metadata|train|training|test|val|valid|validation|dev)\.(?:csv|tsv|txt)",
@@ -44,7 +44,7 @@ class Labels:
     @property
     def note(self) -> str:
         """Where the classes come from, for a report."""
-        lost = f"; {counted(self.missing, 'row')} of it without a picture" if self.missing else ""
+        lost = f"; {plural(self.missing, 'row')} of it without a picture" if self.missing else ""
         return f"classes are from {self.table}{lost}"
 
 
@@ -120,5 +120,5 @@ def _label_column(table: str, header: Sequence[str] | None, at: int, width: int)
             return header.index(label)
     if width == 2 or (header is None and at + 1 < width):  # as in val_annotations.txt: name, class, box
         return 1 - at if width == 2 else at + 1
-    some = ", ".join(repr(name[:40]) for name in (header or ())[:20]) or f"{counted(width, 'column')} without names"
+    some = ", ".join(repr(name[:40]) for name in (header or ())[:20]) or f"{plural(width, 'column')} without names"
     raise DataError(f"{table} does not say which column holds the classes: it has {some}. Call that column 'label'.")

@@ -26,9 +26,9 @@ from pathlib import Path
 
 import numpy as np
 
-from better_attention.errors import counted
 from better_attention.lab.data.own_texts.columns import doubtful
 from better_attention.lab.data.samples import DataError, Int64, UInt8
+from better_attention.text import plural
 
 from .cache import decoded, remembered, unreadable
 from .decode import SUFFIXES, is_grey, quiet
@@ -334,11 +334,11 @@ def _ignored(found: Pictures, splits: Mapping[str, str], used: Collection[str]) 
         flat.append(f"not read as labels: {', '.join(tables[:10])}{', ...' if len(tables) > 10 else ''}")
     loose = len(found.tree.names) - len(found.names)
     if loose:
-        flat.append(f"{counted(loose, 'picture')} in no class's folder, not read")
+        flat.append(f"{plural(loose, 'picture')} in no class's folder, not read")
     if unread := found.tree.unread:
         kinds = ", ".join(f"{number:,} {kind}" for kind, number in sorted(unread.items()))
         flat.append(
-            f"{counted(sum(unread.values()), 'picture')} of kinds that are not read left out ({kinds}): convert them"
+            f"{plural(sum(unread.values()), 'picture')} of kinds that are not read left out ({kinds}): convert them"
         )
     return tuple(flat)
 

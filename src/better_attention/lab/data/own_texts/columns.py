@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from better_attention.errors import counted
 from better_attention.lab.data.samples import DataError
+from better_attention.text import plural
 
 from .records import (
     DELIMITERS,
@@ -167,7 +167,7 @@ def read_table(path: Path, columns: Columns) -> Table:
     except DataError as error:
         raise NoLabelsError(str(error)) if unlabelled == len(table.lines) else error from None
     if trimmed:
-        notes.append(f"{path.name}: spaces around {counted(trimmed, 'label')} are cut off")
+        notes.append(f"{path.name}: spaces around {plural(trimmed, 'label')} are cut off")
     if not table.texts:
         raise DataError(f"{path} holds no texts, only the names of its columns: is the file whole?")
     return table
@@ -206,9 +206,7 @@ def _csv_rows(path: Path, columns: Columns, faults: Faults, notes: list[str]) ->
             quoted = quotes_enclose(start)
         if not quoted:
             marked = sum('"' in line for line in start)
-            notes.append(
-                f"{path.name}: quotes are read as characters of the texts; {counted(marked, 'line')} hold them"
-            )
+            notes.append(f"{path.name}: quotes are read as characters of the texts; {plural(marked, 'line')} hold them")
         records = csv_records(path, itertools.chain(start, source), delimiter, quoted=quoted, faults=faults)
         line, names = next(records, (1, []))
         if not names:
@@ -227,14 +225,14 @@ def _csv_rows(path: Path, columns: Columns, faults: Faults, notes: list[str]) ->
         if broken:
             longest = max(broken, key=lambda row: row[1])
             notes.append(
-                f"{path.name}: {counted(len(broken), 'row')} with line ends between quotes, "
+                f"{path.name}: {plural(len(broken), 'row')} with line ends between quotes, "
                 f"{sum(many for _, many in broken):,} lines together, the longest {longest[1]:,} from line "
                 f"{longest[0]:,} on. If these are rows of their own, a quote there is a character: double it, and "
                 "enclose its field in quotes"
             )
         if beyond:
             notes.append(
-                f"{path.name}: {counted(len(beyond), 'row')} with something in a column without a name, which is not "
+                f"{path.name}: {plural(len(beyond), 'row')} with something in a column without a name, which is not "
                 f"read: line {', '.join(map(str, beyond[:10]))}{', ...' if len(beyond) > 10 else ''}"
             )
 
@@ -330,7 +328,7 @@ def doubtful(classes: Sequence[str], counts: Mapping[str, int], kind: str) -> tu
         )
     empty = like_missing(classes)
     if empty:
-        named = ", ".join(f"{name!r} ({counted(counts[name], kind)})" for name in empty)
+        named = ", ".join(f"{name!r} ({plural(counts[name], kind)})" for name in empty)
         notes.append(f"read as a class, though it may stand for a missing label: {named}")
     return tuple(notes)
 

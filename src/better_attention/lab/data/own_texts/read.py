@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from better_attention.errors import counted
 from better_attention.lab.data.samples import DataError, Int64, Texts
 from better_attention.lab.data.vocabulary import tokens
+from better_attention.text import plural
 
 from .columns import KINDS, Columns, NoLabelsError, Table, doubtful, format_of, near_equal, read_shards
 from .folders import FILE, PARTS, class_folders
@@ -260,7 +260,7 @@ def _readable(texts: Sequence[str], keys: Sequence[bytes]) -> tuple[str, ...]:
     notes = []
     empty = keys.count(text_key(""))
     if empty:
-        notes.append(f"{empty:,} of {counted(len(texts), 'text')} without a word, only signs: nothing is read of them")
+        notes.append(f"{empty:,} of {plural(len(texts), 'text')} without a word, only signs: nothing is read of them")
     words = [word for text in texts[:SAMPLED] for word in tokens(text)]
     whole = "".join(words)
     if words and len(_UNSPACED.findall(whole)) > len(whole) / 3 and len(whole) / len(words) > 3:

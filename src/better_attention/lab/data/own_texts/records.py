@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from better_attention.errors import counted
 from better_attention.lab.data.archives import MIB, Readable, decompressed
 from better_attention.lab.data.samples import DataError
+from better_attention.text import plural
 
 DELIMITERS: Mapping[str, str] = {",": "comma", ";": "semicolon", "\t": "tab"}
 
@@ -54,7 +54,7 @@ class Faults:
         (_, message), *others = sorted(self.found, key=lambda fault: fault[0])
         if others:
             numbers = ", ".join(str(number) for number, _ in others[:10]) + (", ..." if len(others) > 10 else "")
-            message += f" Likewise {counted(len(others), f'more {self.unit}')}: {numbers}."
+            message += f" Likewise {plural(len(others), f'more {self.unit}')}: {numbers}."
         raise DataError(message)
 
 
@@ -162,7 +162,7 @@ def csv_records(
                 del fields[width:]
             if len(fields) != width:
                 message = (
-                    f"{path}, line {line} has {counted(len(fields), 'field')}, line {first} has {width} (separated by "
+                    f"{path}, line {line} has {plural(len(fields), 'field')}, line {first} has {width} (separated by "
                     f"{DELIMITERS[delimiter]}s). "
                 )
                 message += (

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from better_attention.errors import whole_number
+from better_attention.errors import check_int
 from better_attention.lab.data.archives import AGAIN, MIB, tar_members, zip_members
 from better_attention.lab.data.samples import DataError, Int64, Pairs
 from better_attention.lab.data.vocabulary import UNKNOWN
@@ -65,7 +65,7 @@ def encode(sentences: Sequence[str], words: Sequence[str], length: int, *, frame
     >>> encode(["a b c", "b"], ["a", "b"], 2).tolist()
     [[2, 3], [3, 0]]
     """
-    length = whole_number(length, "length")
+    length = check_int(length, "length")
     numbers = {word: number for number, word in enumerate(words, start=UNKNOWN + 1)}
     rows = np.zeros((len(sentences), length), dtype=np.int64)
     for row, sentence in zip(rows, sentences, strict=True):

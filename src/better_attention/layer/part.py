@@ -1,0 +1,60 @@
+"""What a learned part of a layer says about itself, so that counts, tables, drawings and messages can ask it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from better_attention.mechanism import Mechanism
+
+
+class Sizes(NamedTuple):
+    """The sizes that a part's counts depend on.
+
+    Args:
+        embed_dim: model width d.
+        num_heads: number of heads h.
+        length: number of tokens, and the size of W_A.
+        bias: whether maps have biases.
+        align_heads: "shared", or "per_head" for one W_A per head.
+    """
+
+    embed_dim: int
+    num_heads: int
+    length: int
+    bias: bool = True
+    align_heads: str = "shared"
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One learned linear map of a layer.
+
+    Args:
+        symbol: the paper's name, as in ``"W_Q"``.
+        module: name of the sub-module of :class:`better_attention.MultiheadAttention` that computes it.
+        stream: what it acts on: ``"q"``, ``"k"``, ``"v"``, or ``"o"`` for the joined heads.
+        label: the text of its block in drawings, at most 13 characters.
+        legend: what that text means.
+        add: ``mechanism`` with this part.
+        params: number of parameters.
+        flops: floating-point operations of a forward pass over one sequence, a multiply-add counted as two.
+        term: its product with a factor, as in ``"V"`` to ``"V W_i^V"``.
+        absent: what tables say of a mechanism that does not have it.
+    """
+
+    symbol: str
+    module: str
+    stream: str
+    label: str
+    legend: str
+    add: Callable[[Mechanism], Mechanism]
+    params: Callable[[Sizes], int]
+    flops: Callable[[Sizes], int]
+    term: Callable[[str], str]
+    absent: str = ""
+
+    def is_in(self, mechanism: Mechanism) -> bool:
+        """Whether ``mechanism`` has this part."""
+        return self.add(mechanism) == mechanism

@@ -1,0 +1,73 @@
+"""W_Q, W_K, W_V and W_O: linear maps, or the identity where a mechanism does not learn one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from better_attention.errors import check_int
+from better_attention.mechanism import PROJECTIONS, Mechanism
+
+from .part import Part, Sizes
+
+
+def projection(learned: bool, in_features: int, out_features: int, bias: bool, **factory: Any) -> nn.Module:
+    """A linear map with undrawn weights, or the identity, which is called like one.
+
+    The layer draws the weights itself, in torch's order: one seed gives both classes the same ones.
+    """
+    if not learned:
+        return nn.Identity()
+    linear: nn.Linear = _Undrawn(in_features, out_features, bias, **factory)
+    linear.__class__ = nn.Linear  # an ordinary one from here on: some tools ask for exactly this class
+    return linear
+
+
+class _Undrawn(nn.Linear):
+    """A linear map that draws no random numbers when it is built."""
+
+    def reset_parameters(self) -> None:
+        """Leave the weights as allocated."""
+
+
+def check_input_width(width: int | None, name: str, letter: str, embed_dim: int, mechanism: Mechanism) -> int:
+    """Width of the input that W_K or W_V, given by its letter, is applied to; ``embed_dim`` where ``width`` is None.
+
+    Raises:
+        ValueError, TypeError: no whole number; or another width than ``embed_dim`` where nothing projects it.
+    """
+    if width is None:
+        return embed_dim
+    width = check_int(width, name)
+    if width != embed_dim and letter not in mechanism.projections:
+        raise ValueError(
+            f"{name}={width} must equal embed_dim={embed_dim}: mechanism {mechanism.name!r} has no W_{letter.upper()}, "
+            "its heads read slices of the input itself. Project the input first, or use a mechanism that learns "
+            f"{letter!r}."
+        )
+    return width
+
+
+def _part(letter: str) -> Part:
+    name, of_head = letter.upper(), "" if letter == "o" else "_i"
+    return Part(
+        symbol=f"W_{name}",
+        module="out_proj" if letter == "o" else f"{letter}_proj",
+        stream=letter,
+        label=f"Linear  W_{name}",
+        legend="Linear: a learned map with a bias, from the right.",
+        add=lambda mechanism: replace(mechanism, projections=mechanism.projections | {letter}),
+        params=_params,
+        flops=lambda sizes: 2 * sizes.length * sizes.embed_dim**2,
+        term=lambda factor: f"{factor} W{of_head}^{name}",
+        absent="slice",
+    )
+
+
+def _params(sizes: Sizes) -> int:
+    return sizes.embed_dim**2 + sizes.bias * sizes.embed_dim
+
+
+PROJECTION_PARTS = tuple(_part(letter) for letter in PROJECTIONS)
