@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import filelock
 import pytest
 
 from better_attention.lab import lock
@@ -24,10 +25,10 @@ from helpers import TESTS, tiny
 def without_locks(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     """Play a file system that answers so where it is asked for a lock."""
 
-    def refuse(handle: int) -> None:
+    def refuse(handle: int, *, blocking: bool) -> bool:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(lock, "_lock", refuse)
+    monkeypatch.setattr(filelock, "lock_descriptor", refuse)
 
 
 @pytest.mark.parametrize("name", ["ENOLCK", "EOPNOTSUPP", "ENOSYS", "ENOTSUP", "EINVAL"])
@@ -63,10 +64,11 @@ def test_a_comparison_trains_there(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 DIES = """
 import errno, os, sys
 from pathlib import Path
+import filelock
 from better_attention.lab import lock
-def refuse(handle):
+def refuse(handle, *, blocking):
     raise OSError(errno.ENOLCK, "No locks available")
-lock._lock = refuse
+filelock.lock_descriptor = refuse
 with lock.locked(Path(sys.argv[1])):
     os._exit(7)
 """
@@ -84,8 +86,6 @@ def test_the_marker_of_a_process_that_died_is_removed(tmp_path: Path, monkeypatc
 
 @pytest.mark.parametrize("name", ["EACCES", "EROFS", "EIO", "ESTALE"])
 def test_another_error_is_told_as_what_it_is(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if name == "EACCES" and sys.platform == "win32":
-        pytest.skip("there it says that the lock is held")
     number = getattr(errno, name)
     without_locks(monkeypatch, number)
     with pytest.raises(OSError, match=re.escape(os.strerror(number))) as caught, locked(tmp_path):

@@ -188,20 +188,15 @@ def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
         pass
 
 
-def test_the_commit_is_that_of_this_checkout_or_unknown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    found = provenance.commit()
-    assert found == "unknown" or len(found.removesuffix("+changes")) == 40
-    # Installed below another project's repository: that one's commit would be a lie.
+def test_the_commit_is_that_of_this_checkout_or_unknown(tmp_path: Path) -> None:
+    here = provenance.commit()
+    assert here == "unknown" or len(here.removesuffix("+changes")) == 40
+    # Installed below another project's repository, whose commit would be misleading.
     (tmp_path / ".git").mkdir()
-    monkeypatch.setattr(better_attention, "__file__", str(tmp_path / "venv" / "better_attention" / "__init__.py"))
-    provenance.commit.cache_clear()
-    assert provenance.commit() == "unknown"
-    provenance.commit.cache_clear()
+    assert provenance.commit(tmp_path / "venv" / "better_attention") == "unknown"
 
 
-def test_results_that_were_rewritten_are_no_change_of_the_source(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_results_that_were_rewritten_are_no_change_of_the_source(tmp_path: Path) -> None:
     """Results are kept in the same checkout as the program: the first of two commands must not taint the second."""
     source = tmp_path / "src" / "better_attention" / "__init__.py"
     kept = tmp_path / "results" / "table.csv"
@@ -211,17 +206,14 @@ def test_results_that_were_rewritten_are_no_change_of_the_source(
     who = ["-c", "user.name=a", "-c", "user.email=a@b"]
     for words in (["init", "-q"], ["add", "-A"], [*who, "commit", "-q", "-m", "first"]):
         subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
-    monkeypatch.setattr(better_attention, "__file__", str(source))
 
-    def found() -> str:
+    def commit() -> str:
         provenance.commit.cache_clear()
-        return provenance.commit()
+        return provenance.commit(source.parent)
 
-    clean = found()
+    clean = commit()
     assert len(clean) == 40
     kept.write_text("2")
-    assert found() == clean
+    assert commit() == clean
     source.write_text("2")
-    assert found() == f"{clean}+changes"
-    monkeypatch.undo()
-    provenance.commit.cache_clear()
+    assert commit() == f"{clean}+changes"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from better_attention.lab.analysis import learning_speed
 from better_attention.lab.analysis.study import AlignmentPicture, AttentionMap, Study
 from better_attention.lab.comparison.notes import guessing, remarks
 from better_attention.lab.comparison.run_pictures import draw_kernels, draw_maps
-from better_attention.lab.lock import TURN, holder, locked, taken
+from better_attention.lab.lock import RESULTS_LOCK_SECONDS, holder, in_use_message, locked
 from better_attention.lab.report import html, tables
 from better_attention.lab.runs import manifest
 from better_attention.lab.runs.folder import (
@@ -41,7 +41,7 @@ from better_attention.lab.tasks.variant import Variant
 from better_attention.lab.training.events import Watcher
 from better_attention.lab.training.interruption import Stop
 from better_attention.lab.training.loop import Training
-from better_attention.lab.training.processes import make_accelerator, watching_peers
+from better_attention.lab.training.processes import limited_threads, make_accelerator, watching_peers
 from better_attention.lab.training.progress import DivergedError, Interrupted
 from better_attention.lab.training.step_time import Pace, measure
 
@@ -81,17 +81,6 @@ class Plan:
     def runs(self) -> list[tuple[Variant, int, int]]:
         """Variant, heads and seed of every run, seeds outermost: what is interrupted is balanced."""
         return [(v, h, s) for s in range(self.seeds) for h in self.heads for v in self.variants]
-
-
-@contextmanager
-def at_most(threads: int | None) -> Iterator[None]:
-    """Let torch use at most this many CPU threads while the block runs; None: as before."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(min(before, threads or before))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def compare(plan: Plan, watcher: Watcher) -> tuple[Study, list[str]]:
@@ -135,9 +124,9 @@ def train_all(plan: Plan, accelerator: Accelerator, watcher: Watcher) -> tuple[S
     check_agreement(plan.out, same | {"data_sha256": splits.digest})
     failed: list[str] = []
     stop = Stop(watcher)
-    with at_most(plan.task.threads):  # nothing is to be saved yet: a signal ends it at once
+    with limited_threads(plan.task.threads):  # nothing is to be saved yet: a signal ends it at once
         paces = measure_paces(plan, splits, accelerator, watcher)
-    with at_most(plan.task.threads), stop.listening():
+    with limited_threads(plan.task.threads), stop.listening():
         for number, (variant, heads, seed) in enumerate(plan.runs(), start=1):
             name = run_name(variant, heads, seed)
             with locked(plan.out / name) if accelerator.is_main_process else nullcontext():
@@ -163,7 +152,7 @@ def train_all(plan: Plan, accelerator: Accelerator, watcher: Watcher) -> tuple[S
                 finally:
                     accelerator.free_memory()  # it holds on to every model it has prepared
     # One at a time, so that what is written last has seen every run: another command may work in this folder, too.
-    with locked(plan.out, TURN) if accelerator.is_main_process else nullcontext():
+    with locked(plan.out, RESULTS_LOCK_SECONDS) if accelerator.is_main_process else nullcontext():
         study = make_study(plan, splits)
         if accelerator.is_main_process and study.finished:
             write_results(study, plan.out)
@@ -201,7 +190,7 @@ def claim(plan: Plan, name: str, run: Mapping[str, Any]) -> None:
     Raises:
         ValueError: one has, with others.
     """
-    with locked(plan.out, TURN):
+    with locked(plan.out, RESULTS_LOCK_SECONDS):
         check_agreement(plan.out, run)
         open_run(plan.out / name, run, plan.command)
 
@@ -245,7 +234,7 @@ def check_free(plan: Plan) -> None:
     for planned in plan.runs():
         folder = plan.out / run_name(*planned)
         if writer := holder(folder):
-            raise ValueError(taken(folder, writer))
+            raise ValueError(in_use_message(folder, writer))
 
 
 def check_models(plan: Plan, accelerator: Accelerator) -> None:

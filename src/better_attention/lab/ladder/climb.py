@@ -15,7 +15,6 @@ from accelerate import Accelerator
 
 from better_attention.cost import cost
 from better_attention.lab.analysis.study import times_as_fast
-from better_attention.lab.comparison.compare import at_most
 from better_attention.lab.ladder.grid import (
     FILES,
     GIVE_UP,
@@ -38,7 +37,7 @@ from better_attention.lab.tasks.variant import Variant
 from better_attention.lab.training.events import Watcher
 from better_attention.lab.training.interruption import Stop
 from better_attention.lab.training.loop import Training
-from better_attention.lab.training.processes import make_accelerator, watching_peers
+from better_attention.lab.training.processes import limited_threads, make_accelerator, watching_peers
 from better_attention.lab.training.progress import DivergedError, Interrupted
 from better_attention.lab.training.step_time import Pace, measure
 
@@ -77,7 +76,7 @@ class Climb:
             with torch.device("meta"):  # what cannot be built is refused before hours of training
                 ladder.task_of(ladder.rungs[-1], setting).build(variant, ladder.heads)
         stop = Stop(self.watcher)
-        with watching_peers(accelerator.num_processes, ladder.command), at_most(ladder.task.threads):
+        with watching_peers(accelerator.num_processes, ladder.command), limited_threads(ladder.task.threads):
             self.estimate(accelerator)  # nothing is to be saved yet: a signal ends it at once
             with stop.listening():
                 for rung in ladder.rungs:

@@ -15,7 +15,7 @@ from better_attention.lab.analysis.estimates import number
 from better_attention.lab.files import write_atomic
 from better_attention.lab.ladder.findings import at_best, duels, heights, sentence, spots, within
 from better_attention.lab.ladder.grid import GIVE_UP, Ladder, Row, Rung, rung_words
-from better_attention.lab.lock import TURN, locked
+from better_attention.lab.lock import RESULTS_LOCK_SECONDS, locked
 from better_attention.lab.report.page import template
 from better_attention.lab.report.tables import safe, write_lines
 from better_attention.lab.runs.provenance import commit, versions
@@ -48,7 +48,7 @@ def write(ladder: Ladder, rows: Sequence[Row], notes: Mapping[Rung, str], *, com
     text = json.dumps(as_json(report), indent=2, ensure_ascii=False, allow_nan=False)
     header = [field.name for field in fields(Row)]
     lines = ([safe(v) if isinstance(v, str) else v for v in asdict(row).values()] for row in rows)
-    with locked(ladder.out, TURN):
+    with locked(ladder.out, RESULTS_LOCK_SECONDS):
         write_atomic(ladder.out / "ladder.json", text.encode("utf-8", "replace") + b"\n")
         write_lines(ladder.out / "ladder.csv", header, lines)
         write_atomic(ladder.out / "ladder.html", render(report))

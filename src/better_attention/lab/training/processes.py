@@ -81,6 +81,17 @@ def watching_peers(processes: int, command: str = "") -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def limited_threads(threads: int | None) -> Iterator[None]:
+    """Let torch use at most ``threads`` CPU threads while the block runs; None changes nothing."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(before, threads or before))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _asked_for_more() -> bool:
     """Whether ``accelerate launch`` started this process in the way in which it starts one of several, but alone.
 
