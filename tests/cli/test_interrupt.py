@@ -18,7 +18,6 @@ from better_attention.cli import main
 from better_attention.lab.ladder import climb
 from better_attention.lab.tasks.variant import Variant
 from better_attention.lab.training import step_time
-from better_attention.lab.training.events import Watcher
 from better_attention.lab.training.interruption import Stop
 from helpers import tiny
 
@@ -82,7 +81,7 @@ def test_while_the_pace_is_measured(
 
 
 def test_between_the_runs_of_a_ladder_a_measurement_is_cut_short(monkeypatch: pytest.MonkeyPatch) -> None:
-    stop = Stop(Watcher())
+    stop = Stop()
     updates = []
 
     def counted(*arguments: Any) -> Callable[[], float]:

@@ -107,7 +107,7 @@ def test_it_ends_with_the_findings_and_says_where_the_files_are(
     assert main.main([*TINY, "--out", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     assert "our own definition" in said
-    assert "of training for 4 runs of 2 updates an epoch and at most 1 epoch; solved" in said
+    assert "of training for 4 runs with 2 updates per epoch and at most 1 epoch; solved" in said
     assert "[1 of at most 4] n4-t4/sqrt-rotary-l1/standard-h2-s0  test " in said
     assert "expressive against standard: " in said
     assert "no difference shown." in said

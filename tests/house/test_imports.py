@@ -167,7 +167,7 @@ def test_the_direction_test_sees_what_it_should() -> None:
     for path, source, within in bad:
         assert direction_faults(path, list(imports(ast.parse(source), within))), source
     good = [
-        ("cli.runs", "from ..lab.runs.folder import load_run", f"{package}.cli"),
+        ("cli.runs", "from ..lab.runs.load import load_run", f"{package}.cli"),
         ("lab.training.loop", "import better_attention as ba", f"{package}.lab.training"),
         ("layer.multihead", "from ..impl import reference\nimport torch", f"{package}.layer"),
         ("impl.native", "from . import reference", f"{package}.impl"),

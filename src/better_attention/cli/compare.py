@@ -18,7 +18,7 @@ from better_attention.lab.tasks.variant import Variant
 from better_attention.mechanism import MECHANISMS
 
 if TYPE_CHECKING:
-    from better_attention.lab.comparison.compare import Plan
+    from better_attention.lab.comparison.plan import Plan
     from better_attention.lab.tasks.base import Task
 
 TASK_LIST = (
@@ -95,29 +95,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compare, and print the table."""
-    from better_attention.cli.progress import make_watcher
+    from better_attention.cli.progress import make_progress
     from better_attention.lab.comparison.compare import compare
-    from better_attention.lab.comparison.trackers import TrackingWatcher
+    from better_attention.lab.comparison.trackers import Tracking
     from better_attention.lab.report import tables
-    from better_attention.lab.training.events import Watchers
+    from better_attention.lab.training.events import to_all
+    from better_attention.lab.training.launch import is_first
     from better_attention.lab.training.progress import Interrupted
 
     plan = make_plan(args)
-    screen = console(stderr=args.json)  # what a program reads stands alone on standard output
-    watcher = make_watcher(screen, plan)
-    tracking = TrackingWatcher(plan, args.track, watcher.say)
+    screen = console(stderr=args.json)  # standard output is for the JSON alone
     try:
-        with watcher, tracking:
-            study, failed = compare(plan, Watchers(watcher, tracking) if args.track else watcher)
+        with make_progress(screen, plan) as progress, Tracking(plan, args.track, progress.say, first=is_first()) as log:
+            study, failed = compare(plan, to_all(progress, log))
     except Interrupted as stopped:
-        told = f"Interrupted. {stopped} The same command continues there:\n  {plan.command}"
-        screen.print(message(told), markup=False, soft_wrap=True)
+        text = f"Interrupted. {stopped} The same command continues there:\n  {plan.command}"
+        screen.print(message(text), markup=False, soft_wrap=True)
         return 128 + stopped.signal
     if study.finished:
         tables.print_table(tables.summarise(study.records), screen, study.threshold)
         for name in ("report.html", "results.csv", "results.json", "curves.csv"):
             screen.print(message(f"{plan.out / name}"), markup=False, soft_wrap=True)
-    if args.json:
+    if args.json and is_first():
         print((plan.out / "results.json").read_text("utf-8") if study.finished else "[]")
     return 1 if failed else 0
 
@@ -128,7 +127,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
     Raises:
         UserError, ValueError: an unknown task, or a setting out of range.
     """
-    from better_attention.lab.comparison.compare import Plan
+    from better_attention.lab.comparison.plan import Plan
     from better_attention.lab.tasks.catalogue import TASKS
 
     if args.task not in TASKS:

@@ -6,7 +6,7 @@ import argparse
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from better_attention.cli import UserError, console
 from better_attention.cli.arguments import folder, names, numbers, positive, words
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from better_attention.lab.ladder.grid import Ladder
-    from better_attention.lab.training.events import Watcher
+    from better_attention.lab.training.events import Notify
 
 HELP = "how hard a recurrence each score still predicts: heat maps over N and τ, updates to 99 %, paired tests"
 MECHANISMS = ("standard", "expressive", "efficient", "efficient+expressive")
@@ -85,16 +85,16 @@ def run(args: argparse.Namespace) -> int:
     from better_attention.lab.training.progress import Interrupted
 
     ladder = make_ladder(args)
-    screen = console(stderr=args.json)  # what a program reads stands alone on standard output
+    screen = console(stderr=args.json)  # standard output is for the JSON alone
     screen.print("a ladder of recurrences, our own definition: neither paper has it", markup=False, soft_wrap=True)
-    climb = Climb(ladder, make_watcher(screen, ladder, args.scale, args.yes))
+    climb = Climb(ladder, make_progress(screen, ladder, args.scale, args.yes))
     try:
         for rung in climb.run():
             if is_first():
                 page.write(ladder, climb.rows, climb.notes, complete=rung == ladder.rungs[-1])
     except Interrupted as stopped:
-        told = f"Interrupted. {stopped} The same command continues there:\n  {ladder.command}"
-        screen.print(message(told), markup=False, soft_wrap=True)
+        text = f"Interrupted. {stopped} The same command continues there:\n  {ladder.command}"
+        screen.print(message(text), markup=False, soft_wrap=True)
         return 128 + stopped.signal
     for duel in duels(climb.rows)["overall"]:
         screen.print(sentence(duel), markup=False, soft_wrap=True)
@@ -149,35 +149,41 @@ def make_ladder(args: argparse.Namespace) -> Ladder:
     return ladder
 
 
-def make_watcher(screen: Console, ladder: Ladder, scale: str, yes: bool) -> Watcher:
-    """Prints a line for each run, and one every half minute of a long one.
+def make_progress(screen: Console, ladder: Ladder, scale: str, yes: bool) -> Notify:
+    """Prints one line per run, and one every half minute of a long one.
 
-    Its ``estimate`` raises UserError where all of it takes more than an hour and the user has not said ``yes``.
+    When it is called with an estimate of more than an hour and the user has not said ``yes``, it raises UserError.
     """
-    from better_attention.cli.progress import LONG, LineWatcher, duration
+    from better_attention.cli.progress import LONG_RUN_SECONDS, ProgressLines, duration
     from better_attention.errors import counted
     from better_attention.lab.ladder.climb import epoch_updates
+    from better_attention.lab.training.events import Began, Ended, Estimated, Event
 
-    class LadderWatcher(LineWatcher):
-        def estimate(self, seconds: float, runs: int) -> None:
+    class LadderProgress(ProgressLines):
+        def __call__(self, event: Event) -> None:
+            super().__call__(event)
+            match event:
+                case Estimated(seconds=seconds, runs=runs):
+                    self.show_estimate(seconds, runs)
+                case Began(name=name, number=number, runs=runs):
+                    self.title = f"[{number} of at most {runs}] {name}"
+                case Ended(record=record):
+                    updates = record.epochs * epoch_updates(ladder.task)
+                    self.say(f"{self.title}  test {record.test_accuracy:.2f} % after {updates:,} updates")
+                case _:
+                    pass
+
+        def show_estimate(self, seconds: float, runs: int) -> None:
             self.say(
-                f"at most {duration(seconds)} of training for {counted(runs, 'run')} of {epoch_updates(ladder.task)} "
-                f"updates an epoch and at most {counted(self.epochs, 'epoch')}; solved runs end sooner, hopeless ones "
-                "are not begun"
+                f"at most {duration(seconds)} of training for {counted(runs, 'run')} with "
+                f"{epoch_updates(ladder.task)} updates per epoch and at most {counted(self.epochs, 'epoch')}; solved "
+                "runs end sooner, hopeless ones are not begun"
             )
-            if seconds > LONG and not yes:
+            if seconds > LONG_RUN_SECONDS and not yes:
                 smaller = "" if scale == "smoke" else ", take --scale smoke, which needs minutes,"
                 raise UserError(
                     f"that may take more than an hour: add --yes to begin{smaller} or choose fewer --rungs, "
                     "--mechanisms, --scalings, --positions, --layers or --seeds. Nothing was begun."
                 )
 
-        def begin(self, name: str, number: int, runs: int) -> None:
-            super().begin(name, number, runs)
-            self.title = f"[{number} of at most {runs}] {name}"
-
-        def end(self, name: str, record: dict[str, Any]) -> None:
-            updates = record["epochs"] * epoch_updates(ladder.task)
-            self.say(f"{self.title}  test {record['test_accuracy']:.2f} % after {updates:,} updates")
-
-    return LadderWatcher(screen, ladder.task.epochs)
+    return LadderProgress(screen, ladder.task.epochs)

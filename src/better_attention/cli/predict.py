@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from better_attention.lab.runs.folder import Run
+    from better_attention.lab.runs.load import Run
     from better_attention.lab.tasks.image import ImageTask
 
 PATH_LIKE = re.compile(r"\S*/\S*|\S+\.[A-Za-z]{1,5}")
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Predict, and print a line an input: class, probability, and the true class of a test sample."""
-    from better_attention.lab.runs.folder import load_run
+    from better_attention.lab.runs.load import load_run
     from better_attention.lab.tasks.image import ImageTask
 
     if not args.inputs and not args.index:

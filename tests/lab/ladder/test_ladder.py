@@ -25,8 +25,8 @@ from better_attention.lab.tasks.catalogue import TASKS
 from better_attention.lab.tasks.recurrence import RecurrenceTask
 from better_attention.lab.tasks.variant import Variant
 from better_attention.lab.training import step_time
-from better_attention.lab.training.events import Watcher
-from better_attention.lab.training.progress import Interrupted, Position
+from better_attention.lab.training.events import Ended, Estimated, Event, Updated, ignore
+from better_attention.lab.training.progress import Interrupted
 
 SQRT, RAW = Setting("sqrt", "rotary", 1), Setting("raw", "alibi", 2)
 PAIR = ("standard", "expressive")
@@ -134,27 +134,26 @@ def test_the_twin_differs_in_the_score_alone() -> None:
 # --- climbing ---------------------------------------------------------------------------------------------------------
 
 
-class Notes(Watcher):
-    """Writes down what it hears; asks to stop once the wanted number of updates is made."""
+class Notes:
+    """Writes down the events; asks to stop once the wanted number of updates is made."""
 
     def __init__(self) -> None:
         self.ended: list[str] = []
         self.estimates: list[tuple[float, int]] = []
         self.updates = 0
 
-    def estimate(self, seconds: float, runs: int) -> None:
-        self.estimates.append((seconds, runs))
-
-    def progress(self, position: Position, steps: int) -> None:
-        self.updates += 1
-
-    def end(self, name: str, record: dict[str, Any]) -> None:
-        self.ended.append(name)
+    def notify(self, event: Event) -> None:
+        if isinstance(event, Estimated):
+            self.estimates.append((event.seconds, event.runs))
+        elif isinstance(event, Updated):
+            self.updates += 1
+        elif isinstance(event, Ended):
+            self.ended.append(event.name)
 
 
 def climbed(of: Ladder) -> tuple[Climb, Notes]:
     notes = Notes()
-    climb = Climb(of, notes)
+    climb = Climb(of, notes.notify)
     assert list(climb.run()) == list(of.rungs)
     return climb, notes
 
@@ -217,7 +216,7 @@ def test_the_estimate_bounds_every_mechanism_in_any_order(
     for names in (list(seconds), list(reversed(seconds))):
         variants = [Variant.of(name) for name in names]
         of = ladder(tmp_path, rungs=((4, 4), (8, 6)), seeds=2, screen=screen, variants=variants, task=base(epochs=2))
-        climb = Climb(of, notes := Notes())
+        climb = Climb(of, (notes := Notes()).notify)
         climb.estimate(Accelerator(cpu=True))
         told += notes.estimates
     updates = 3 * 2
@@ -248,7 +247,7 @@ def test_a_ladder_that_was_killed_goes_on_bit_by_bit(tmp_path: Path, monkeypatch
     straight, heard = climbed(ladder(tmp_path / "straight", **grid))
     of = ladder(tmp_path / "again", **grid)
     for updates in (4, 11):  # of 24: in the first run's second epoch, in the second run's last
-        climb = Climb(of, notes := Killer(updates))
+        climb = Climb(of, (notes := Killer(updates)).notify)
         monkeypatch.setattr(climb_module, "Stop", lambda _, notes=notes: notes)
         with pytest.raises(Interrupted):
             list(climb.run())
@@ -279,7 +278,7 @@ def test_a_finished_ladder_is_not_measured_again_and_listens_to_ctrl_c(
     climbed(of)
     monkeypatch.setattr(climb_module, "Stop", lambda _: Killer(0))
     with pytest.raises(Interrupted, match="Every run so far is saved"):
-        list(Climb(of, Notes()).run())
+        list(Climb(of, Notes().notify).run())
 
 
 def test_another_setting_is_refused(tmp_path: Path) -> None:
@@ -290,7 +289,7 @@ def test_another_setting_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_failed_below_is_given_up_for_both_scores_of_that_setting_alone(tmp_path: Path) -> None:
-    climb = Climb(ladder(tmp_path, rungs=((4, 4), (2, 9), (8, 4), (8, 8))), Watcher())
+    climb = Climb(ladder(tmp_path, rungs=((4, 4), (2, 9), (8, 4), (8, 8))), ignore)
     climb.rows = [failed(name, rung) for name in PAIR for rung in ((4, 4), (8, 4))]
     climb.rows += [
         failed("efficient", (4, 4)),
@@ -306,7 +305,7 @@ def test_what_failed_below_is_given_up_for_both_scores_of_that_setting_alone(tmp
 
 
 def test_screening_runs_the_other_seeds_where_validation_was_best(tmp_path: Path) -> None:
-    climb = Climb(ladder(tmp_path, screen=True), Watcher())
+    climb = Climb(ladder(tmp_path, screen=True), ignore)
     climb.rows = [
         failed("standard", (4, 4), validation=60.0, test=10.0),
         failed("standard", (4, 4), setting=RAW, validation=50.0, test=90.0),  # the test split has no say
@@ -329,7 +328,7 @@ def test_the_operations_of_an_update() -> None:
 
 def test_a_run_that_diverged_is_a_row_without_numbers(tmp_path: Path) -> None:
     of = ladder(tmp_path)
-    found = row_of(of, of.cells[0], {}, [])
+    found = row_of(of, of.cells[0], None, [])
     assert (found.test_accuracy, found.updates, found.updates_to_target) == (None, None, None)
     page = ladder_page.render(report(of, [found]))
     assert "failed" in page
@@ -497,7 +496,7 @@ def test_an_unfinished_ladder_is_a_page_and_says_so(tmp_path: Path) -> None:
 def test_csv_and_json_hold_every_row(tmp_path: Path) -> None:
     of, rows = (
         ladder(tmp_path),
-        [*many(1.0), failed("efficient+expressive"), row_of(ladder(tmp_path), ladder(tmp_path).cells[0], {}, [])],
+        [*many(1.0), failed("efficient+expressive"), row_of(ladder(tmp_path), ladder(tmp_path).cells[0], None, [])],
     )
     ladder_page.write(of, rows, {}, complete=True)
     with (tmp_path / "ladder.csv").open(newline="", encoding="utf-8") as file:

@@ -11,13 +11,15 @@ from pathlib import Path
 import pytest
 
 from better_attention.cli import main
-from better_attention.lab.comparison.compare import Plan, compare
+from better_attention.lab.comparison.compare import compare
+from better_attention.lab.comparison.plan import Plan
 from better_attention.lab.paper.beside import read_results
 from better_attention.lab.runs import manifest
-from better_attention.lab.runs.folder import FILES, list_runs, load_run
-from better_attention.lab.runs.states import look_at
+from better_attention.lab.runs.folder import FILES
+from better_attention.lab.runs.load import load_run
+from better_attention.lab.runs.snapshot import Snapshot
+from better_attention.lab.runs.states import run_state
 from better_attention.lab.tasks.variant import Variant
-from better_attention.lab.training.events import Watcher
 from helpers import CHECKOUT, tiny
 
 RUN = "super-h3-s0"
@@ -31,7 +33,7 @@ def plan(out: Path) -> Plan:
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("compared")
-    compare(plan(out), Watcher())
+    compare(plan(out))
     return out
 
 
@@ -58,19 +60,19 @@ def test_every_flipped_bit_of_a_run_is_noticed(name: str, out: Path, seed: int) 
     whole = path.read_bytes()
     for number, content in enumerate(flips(whole, 120, seed)):
         path.write_bytes(content)
-        assert look_at(out / RUN).state == "damaged"
+        assert run_state(out / RUN).state == "damaged"
         if number % 6 == 0:
             with pytest.raises((ValueError, FileNotFoundError)):
                 load_run(out / RUN)
         if name in ("config.json", "result.json", manifest.NAME):
             try:
-                found = list_runs(out)
+                found = Snapshot.read(out).runs
             except ValueError:
                 continue
             # What the manifest says of other files is looked at when they are; a config may become somebody else's.
             assert name == manifest.NAME or found == []
     path.write_bytes(whole)
-    assert look_at(out / RUN).state == "finished"
+    assert run_state(out / RUN).state == "finished"
     load_run(out / RUN)
 
 
@@ -78,7 +80,7 @@ def test_every_flipped_bit_of_a_run_is_noticed(name: str, out: Path, seed: int) 
 def test_a_space_more_is_a_change(name: str, out: Path) -> None:
     path = out / RUN / name
     path.write_bytes(path.read_bytes().replace(b": ", b":  ", 1))
-    found = look_at(out / RUN)
+    found = run_state(out / RUN)
     assert (found.state, f"{name} was changed since it was written" in found.detail) == ("damaged", True)
 
 
@@ -108,7 +110,7 @@ def test_each_command_says_that_a_number_was_changed(
     another_number(out / "results.json" if verb == "table" else out / RUN / "result.json")
     if verb == "compare":
         with pytest.raises(ValueError, match=r"result\.json was changed since it was written"):
-            compare(plan(out), Watcher())
+            compare(plan(out))
         return
     words = {"runs": ["runs", str(out)], "table": ["table", "1", str(out)]}
     words["predict"] = ["predict", str(out / RUN), "--index", "0"]
@@ -133,22 +135,22 @@ def as_before_manifests(folder: Path) -> None:
 
 def test_a_run_without_a_manifest_is_read_and_told(out: Path) -> None:
     as_before_manifests(out / RUN)
-    found = look_at(out / RUN)
+    found = run_state(out / RUN)
     assert (found.state, found.detail) == ("finished", "no manifest: a change of its numbers would not be noticed")
     assert load_run(out / RUN).result["mechanism"] == "super"
     (out / manifest.NAME).unlink()
     assert len(read_results(out / "results.json")) == 1
-    compare(plan(out), Watcher())
+    compare(plan(out))
     weights = out / RUN / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-3] ^= 1
     weights.write_bytes(content)
-    assert "was changed since it was written" in look_at(out / RUN).detail  # its record has the digest of the weights
+    assert "was changed since it was written" in run_state(out / RUN).detail  # its record has the digest of the weights
 
 
 def test_a_manifest_that_is_gone_is_missed(out: Path) -> None:
     (out / RUN / manifest.NAME).unlink()
-    assert "manifest.sha256 is missing" in look_at(out / RUN).detail
+    assert "manifest.sha256 is missing" in run_state(out / RUN).detail
     with pytest.raises(ValueError, match=r"manifest\.sha256 is missing"):
         load_run(out / RUN)
 
@@ -156,7 +158,7 @@ def test_a_manifest_that_is_gone_is_missed(out: Path) -> None:
 @pytest.mark.parametrize("name", [n for n in FILES if n != "model.safetensors"])
 def test_a_file_that_is_gone_is_missed(name: str, out: Path) -> None:
     (out / RUN / name).unlink()
-    found = look_at(out / RUN)
+    found = run_state(out / RUN)
     if name == "result.json":
         assert found.state == "interrupted"
     else:

@@ -133,7 +133,7 @@ def test_going_on_with_other_processes_is_told_and_put_down(
     run.accelerator = SimpleNamespace(num_processes=3 - before, device=torch.device("cpu"))
     told = "1 process so far, goes on with 2" if before == 1 else "2 processes so far, goes on with 1"
     command = "better-attention" if before == 1 else "torchrun --nproc_per_node 2 -m better_attention"
-    with pytest.warns(UserWarning, match=rf"trained by {told}\. .*dropout.*`{command} \.\.\.` goes on as it began"):
+    with pytest.warns(UserWarning, match=rf"trained by {told}\. .*dropout.*`{command} \.\.\.` to reproduce it"):
         run.begin_session()
     assert [part["processes"] for part in run.position.sessions] == [before, 3 - before]
 

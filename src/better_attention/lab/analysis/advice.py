@@ -11,8 +11,9 @@ from better_attention.errors import counted
 from better_attention.lab.analysis.estimates import Estimate, number
 from better_attention.lab.analysis.paired import LEVEL, NOTHING, UNTESTED, Comparison, p_text
 from better_attention.lab.analysis.power import MOST, POWER, pairs_needed, spread
-from better_attention.lab.analysis.study import Record, times_as_fast
+from better_attention.lab.analysis.study import Record
 from better_attention.lab.analysis.summary import Column, Row
+from better_attention.lab.runs.record import times_as_fast
 
 BASELINE = "standard"
 UNITS = {"test_accuracy": "points of test accuracy", "test_bleu": "points of test BLEU"}

@@ -16,8 +16,9 @@ from torch import Tensor
 from better_attention.errors import counted, finite_number
 from better_attention.lab.analysis.estimates import Estimate, number
 from better_attention.lab.analysis.paired import Comparison, p_text
-from better_attention.lab.analysis.study import Curve, Record, RunName, Threshold
+from better_attention.lab.analysis.study import Curve, Record, Threshold
 from better_attention.lab.analysis.summary import EPOCHS_TO_THRESHOLD, Row
+from better_attention.lab.runs.name import RunName
 
 SHARE = 0.9
 """How much of the way from guessing to what standard achieves is asked for."""
@@ -83,7 +84,7 @@ def timed(records: Sequence[Record], curves: Mapping[str, Curve], threshold: Thr
         return list(records)
     found: list[Record] = []
     for record in records:
-        curve = curves.get(f"{record.get('mechanism')}-h{record.get('heads')}-s{record.get('seed')}")
+        curve = curves.get(str(RunName.of_record(record)))
         if curve is None or not _accuracies(curve):
             found.append(record)
             continue

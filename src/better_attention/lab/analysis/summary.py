@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 from better_attention.lab import published
 from better_attention.lab.analysis.estimates import Estimate, estimate, ranks, ratio
 from better_attention.lab.analysis.paired import Comparison, compare_paired, corrected, paired_difference
-from better_attention.lab.analysis.study import Record, times_as_fast
+from better_attention.lab.analysis.study import Record
+from better_attention.lab.runs.record import times_as_fast
 from better_attention.mechanism import MECHANISMS
 
 

@@ -16,7 +16,8 @@ from types import MappingProxyType
 from typing import Any
 
 from better_attention.errors import counted
-from better_attention.lab.runs.folder import run_name
+from better_attention.lab.runs.folder import RunFolder
+from better_attention.lab.runs.job import Job
 from better_attention.lab.tasks.recurrence import RecurrenceTask
 from better_attention.lab.tasks.variant import Variant
 
@@ -117,10 +118,14 @@ class Ladder:
             layers=setting.layers,
         )
 
-    def folder(self, cell: Cell) -> Path:
-        """Where a cell's run lies."""
-        N, delay = cell.rung
-        return self.out / f"n{N}-t{delay}" / str(cell.setting) / run_name(cell.variant, self.heads, cell.seed)
+    def job(self, cell: Cell) -> Job:
+        """The run of a cell."""
+        return Job(self.task_of(cell.rung, cell.setting), cell.variant, self.heads, cell.seed)
+
+    def folder(self, cell: Cell) -> RunFolder:
+        """The folder of a cell's run."""
+        modulus, delay = cell.rung
+        return RunFolder(self.out / f"n{modulus}-t{delay}" / str(cell.setting) / self.job(cell).folder_name)
 
     @property
     def cells(self) -> list[Cell]:
@@ -225,9 +230,9 @@ FILES = ("ladder.json", "ladder.csv", "ladder.html")
 """What a ladder writes below its folder."""
 
 
-def is_ladder(found: object) -> bool:
-    """Whether the value in a JSON file is a ``ladder.json``."""
-    return isinstance(found, Mapping) and "grid" in found
+def is_ladder(value: object) -> bool:
+    """Whether the value in a JSON file is that of a ``ladder.json``."""
+    return isinstance(value, Mapping) and "grid" in value
 
 
 LEAST_STATES = 256

@@ -20,6 +20,7 @@ from better_attention.lab.report.forest import forest
 from better_attention.lab.report.page import template
 from better_attention.lab.report.scatter import scatter
 from better_attention.lab.report.style import MARKER_PATHS, look
+from better_attention.lab.runs.name import RunName
 
 PICTURE_ROOM = 2_400_000
 """Characters of pictures on a page, so that it stays below 3 MB and opens at once on a phone."""
@@ -120,7 +121,7 @@ def _advice(study: Study, rows: Sequence[Row], columns: Sequence[Column]) -> dic
 
 
 _FOLDER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
-"""Folders of runs as ``run_name`` of :mod:`better_attention.lab.runs.folder` names them: never another place."""
+"""Names of run folders that are linked: a path with a separator would lead to another place."""
 
 
 def _links(study: Study) -> dict[str, str]:
@@ -137,7 +138,7 @@ def _run_lines(study: Study, columns: Sequence[Column]) -> list[tuple[str, list[
     """Name of each run and its numbers, None where it has none."""
     found = []
     for record in study.records:
-        name = f"{record.get('mechanism')}-h{record.get('heads')}-s{record.get('seed')}"
+        name = str(RunName.of_record(record))
         values = [(c, v if isinstance(v := record.get(c.key), int | float) else None) for c in columns]
         found.append((name, values))
     return found
