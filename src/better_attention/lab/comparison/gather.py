@@ -69,7 +69,7 @@ def write(study: Study, out: Path) -> None:
         OSError: a file cannot be written.
     """
     manifest.remove(out, RESULTS)  # the digests would be wrong until all files are written
-    tables.write_csv(tables.summarise(study.records), out / "results.csv")
+    tables.write_csv(tables.summarise(study.records), out / "results.csv", study.threshold)
     tables.write_json(study.records, out / "results.json")
     tables.write_curves(study.curves, out / "curves.csv")
     html.write_report(study, out / "report.html")
