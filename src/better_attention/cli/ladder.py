@@ -44,7 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--heads", type=positive, metavar="N", help="default: the task's")
     parser.add_argument("--seeds", type=positive, metavar="N", help="seeds 0 ... N-1")
     parser.add_argument(
-        "--updates", type=positive, metavar="N", help="most of a run, in whole epochs of 50 (of N, where N is less)"
+        "--updates",
+        type=positive,
+        metavar="N",
+        help="maximum per run, in whole epochs of 50 updates (of N, if N is less)",
     )
     parser.add_argument(
         "--screen",
@@ -61,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--device", choices=("auto", "cpu", "cuda", "mps"), default="cpu", help="default: cpu; the models are small"
     )
     parser.add_argument(
-        "--json", action="store_true", help="print ladder.json at the end; what is under way goes to standard error"
+        "--json", action="store_true", help="print ladder.json at the end; progress goes to standard error"
     )
     parser.add_argument("--yes", action="store_true", help="begin even if the estimate is above an hour")
     parser.add_argument("--out", type=folder, metavar="DIR", help="folder for the runs; default: runs/ladder-SCALE")
@@ -128,7 +131,7 @@ def make_ladder(args: argparse.Namespace) -> Ladder:
     # The model is that of "small" at every scale; only the grid grows.
     task = replace(task, **{"width": TASKS["recurrence"]("small").width, "equal_params": not args.equal_width} | chosen)
     updates = args.updates or grid["updates"]
-    if updates < epoch_updates(task):  # an epoch is what is validated after: it cannot be longer than the run
+    if updates < epoch_updates(task):  # validation comes after each epoch, so none may be longer than the run
         task = replace(task, train_samples=updates * task.batch_size)
     task = replace(task, epochs=updates // epoch_updates(task))
     columns = [getattr(args, name) or grid[name] for name in ("scalings", "positions", "layers")]

@@ -20,7 +20,16 @@ from better_attention.lab.ladder import climb as climb_module
 from better_attention.lab.ladder import page as ladder_page
 from better_attention.lab.ladder.climb import Climb, row_of, update_flops
 from better_attention.lab.ladder.findings import at_best, duels, heights, sentence, spots, within
-from better_attention.lab.ladder.grid import SCALES, Cell, Ladder, Row, Setting, below, best_settings, softmax_twin
+from better_attention.lab.ladder.grid import (
+    SCALES,
+    Cell,
+    Ladder,
+    RungResult,
+    Setting,
+    below,
+    best_settings,
+    softmax_twin,
+)
 from better_attention.lab.tasks.catalogue import TASKS
 from better_attention.lab.tasks.recurrence import RecurrenceTask
 from better_attention.lab.tasks.variant import Variant
@@ -66,13 +75,13 @@ def ladder(out: Path, **changes: Any) -> Ladder:
     return Ladder(**(given | changes))
 
 
-def row(mechanism: str = "standard", rung: tuple[int, int] = (4, 4), seed: int = 0, **changes: Any) -> Row:
+def row(mechanism: str = "standard", rung: tuple[int, int] = (4, 4), seed: int = 0, **changes: Any) -> RungResult:
     given: dict[str, Any] = {
         "setting": SQRT, "test": 100.0, "validation": 99.5, "to_target": 200, "updates": 200, "flops": 1000
     }  # fmt: skip
     given |= changes
     setting = given["setting"]
-    return Row(
+    return RungResult(
         mechanism=mechanism,
         score=Variant.of(mechanism).mechanism.score,
         modulus=rung[0],
@@ -95,7 +104,7 @@ def row(mechanism: str = "standard", rung: tuple[int, int] = (4, 4), seed: int =
     )
 
 
-def failed(*args: Any, **changes: Any) -> Row:
+def failed(*args: Any, **changes: Any) -> RungResult:
     return row(*args, **({"test": 40.0, "validation": 40.0, "to_target": None, "updates": 1000} | changes))
 
 
@@ -162,7 +171,7 @@ def bits(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("model.safetensors"))}
 
 
-def untimed(rows: Sequence[Row]) -> list[Row]:
+def untimed(rows: Sequence[RungResult]) -> list[RungResult]:
     assert all(one.times_as_fast and one.times_as_fast > 0 for one in rows)
     return [replace(one, seconds=None, times_as_fast=None) for one in rows]
 
@@ -367,7 +376,7 @@ def test_heights_at_equal_updates_and_at_equal_compute() -> None:
     assert equal["efficient"] == found["efficient"].__class__((8, 8), 2, 3)
 
 
-def many(gain: float, noise: Sequence[float] = (0.0, 0.4, -0.3)) -> list[Row]:
+def many(gain: float, noise: Sequence[float] = (0.0, 0.4, -0.3)) -> list[RungResult]:
     """Three rungs and three seeds, expressive ``gain`` points above softmax but for noise, and twice as slow."""
     rows = []
     for place, rung in enumerate(((4, 4), (8, 4), (8, 8))):
@@ -444,7 +453,7 @@ class Page(HTMLParser):
         self.text += f"{data} "
 
 
-def report(of: Ladder, rows: Sequence[Row], text: str = "plain words") -> ladder_page.Report:
+def report(of: Ladder, rows: Sequence[RungResult], text: str = "plain words") -> ladder_page.Report:
     """A report with ``text`` in every field of free text."""
     of = replace(of, command=text, device=text, task=replace(of.task, title=text, source=text))
     return ladder_page.Report(of, rows, {(4, 4): text}, True, text, {text: text})

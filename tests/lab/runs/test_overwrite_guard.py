@@ -27,7 +27,7 @@ def check(folder: Path) -> None:
 @pytest.mark.parametrize("content", ["", "{}", "[1]", "[" * 100_000, '{"theirs": 1}'])
 def test_files_of_others_are_not_overwritten(name: str, content: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match=f"holds {name}, but no found.json of better-attention's"):
+    with pytest.raises(ValueError, match=f"holds {name}, but no found.json of better-attention: refusing"):
         check(tmp_path)
 
 
@@ -72,7 +72,7 @@ def test_looking_whether_a_folder_can_be_written_leaves_no_trace(tmp_path: Path)
 
 def test_a_comparison_leaves_the_users_report_alone(tmp_path: Path) -> None:
     (tmp_path / "report.html").write_text("<p>mine</p>")
-    with pytest.raises(ValueError, match=r"holds report.html, but no results.json of better-attention's"):
+    with pytest.raises(ValueError, match=r"holds report.html, but no results.json of better-attention: refusing"):
         compare(tiny.plan(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
     assert (tmp_path / "report.html").read_text() == "<p>mine</p>"
@@ -81,7 +81,7 @@ def test_a_comparison_leaves_the_users_report_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["5", "null", "[]", "[1]", '["the mechanism"]', '{"mechanism": 1}', "[[]]"])
 def test_a_file_that_only_looks_like_results_is_anothers(content: str, tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text(content)
-    with pytest.raises(ValueError, match=r"no results\.json of better-attention's"):
+    with pytest.raises(ValueError, match=r"no results\.json of better-attention: refusing"):
         compare(tiny.plan(tmp_path))
     for ours in (is_ladder, is_report):
         assert not ours(json.loads(content))

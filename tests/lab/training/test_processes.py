@@ -82,7 +82,7 @@ def test_processes_work_together_whatever_the_device(
     [
         ("mps", 0, True, "2 processes were launched, but on device mps they do not work together"),
         ("auto", 1, False, "2 processes were launched on this machine, which has 1 CUDA device; each needs its own"),
-        ("cuda", 0, False, "there is no such device here"),
+        ("cuda", 0, False, "no such device on this machine"),
     ],
 )
 def test_processes_that_cannot_are_told_so(

@@ -1,4 +1,4 @@
-"""What a comparison has to say of its own setting, on the screen and in its report."""
+"""Notes on the setting of a comparison, for the screen and the report."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from better_attention.lab.tasks.variant import Variant
 EVEN = 8
 """Processors compute on so many float32 numbers at a time, or on a multiple of it."""
 FEW = 100
-"""Of fewer test samples than these, one weighs more than most differences between mechanisms."""
+"""With fewer test samples, a single one weighs more than most differences between mechanisms."""
 
 
 def remarks(
     task: Task, variants: Sequence[Variant], heads: Sequence[int], samples: Mapping[str, int] | None = None
 ) -> tuple[str, ...]:
-    """Sentences on what differs from the paper's setting, and on how equal the models are that are to be equal.
+    """Sentences on what differs from the paper's setting, and on how equal models of equal parameters are.
 
     Args:
         task: the task, its settings resolved.
         variants, heads: what is compared.
-        samples: name of a split -> how many it has.
+        samples: name of a split -> its number of samples.
     """
     found = []
     changed = changed_settings(task.name, task.settings()) if published.rows(task.name) else {}
@@ -45,9 +45,9 @@ def remarks(
 
 
 def guessing(splits: Splits) -> tuple[str, ...]:
-    """The zero of an accuracy: what always guessing the most frequent class achieves on the test samples that are used.
+    """Baseline accuracy of always predicting the most frequent class, on the test samples that are used.
 
-    Empty where a sample has many targets. A handful of test samples is told of, too.
+    Empty where a sample has many targets. Very few test samples are mentioned, too.
     """
     targets = splits.test.targets
     if targets.ndim != 1 or "classes" not in splits.assets:

@@ -17,8 +17,8 @@ from better_attention.lab.ladder.grid import (
     GIVE_UP,
     Cell,
     Ladder,
-    Row,
     Rung,
+    RungResult,
     Setting,
     below,
     best_settings,
@@ -56,7 +56,7 @@ class Climb:
 
     ladder: Ladder
     notify: Notify = ignore
-    rows: list[Row] = field(default_factory=list)
+    rows: list[RungResult] = field(default_factory=list)
     notes: dict[Rung, str] = field(default_factory=dict)
     paces: dict[tuple[Task, Variant], Pace] = field(default_factory=dict)
 
@@ -107,7 +107,7 @@ class Climb:
                 tried[row.rung] = tried.get(row.rung, False) or row.updates_to_target is not None
         return sum(not solved for solved in tried.values()) >= GIVE_UP
 
-    def train(self, cell: Cell, splits: Splits, accelerator: Accelerator, stop: Stop) -> Row:
+    def train(self, cell: Cell, splits: Splits, accelerator: Accelerator, stop: Stop) -> RungResult:
         """Train one cell, or read the result of an earlier command."""
         ladder, folder, job = self.ladder, self.ladder.folder(cell), self.ladder.job(cell)
         name = str(folder.path.relative_to(ladder.out))
@@ -186,7 +186,7 @@ def epoch_updates(task: RecurrenceTask) -> int:
     return math.ceil((task.train_samples or 0) / task.batch_size)
 
 
-def row_of(ladder: Ladder, cell: Cell, record: RunRecord | None, curve: Sequence[Mapping[str, float]]) -> Row:
+def row_of(ladder: Ladder, cell: Cell, record: RunRecord | None, curve: Sequence[Mapping[str, float]]) -> RungResult:
     """The row of a cell.
 
     Args:
@@ -198,7 +198,7 @@ def row_of(ladder: Ladder, cell: Cell, record: RunRecord | None, curve: Sequence
     task = ladder.task_of(cell.rung, cell.setting)
     each = epoch_updates(task)
     solved = [int(epoch["epoch"]) for epoch in curve if task.solved(epoch)]
-    row = Row(
+    row = RungResult(
         mechanism=cell.variant.name,
         score=cell.variant.mechanism.score,
         modulus=task.modulus,

@@ -68,7 +68,7 @@ def versions() -> dict[str, str]:
 
 
 def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """Key, old and new value of each entry in which two descriptions differ; those within mappings one by one."""
+    """Key, old and new value of each entry in which two descriptions differ; nested mappings entry by entry."""
     for key in sorted(before.keys() | now.keys()):
         old, new = before.get(key), now.get(key)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
