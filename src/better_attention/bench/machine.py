@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import datetime
 import hashlib
-import importlib
 import os
 import platform
 from collections.abc import Callable, Mapping
@@ -102,14 +101,10 @@ def cores() -> int:
 
 
 def instruction_set() -> str:
-    """What the compiled kernels would use, or why they are not there."""
-    from better_attention.impl import IMPLEMENTATIONS
+    """The instruction set that the compiled kernels use, or why they cannot be loaded."""
+    from better_attention.impl import native
 
-    if "native" not in IMPLEMENTATIONS:
-        return "no compiled kernels in this version"
-    native = importlib.import_module("better_attention.impl.native")
-    missing: str | None = native.missing()
-    if missing is not None:
+    if (missing := native.missing()) is not None:
         return f"no compiled kernels: {missing}"
     return os.environ.get("BETTER_ATTENTION_ISA") or str(native.instruction_sets()[0])
 

@@ -18,7 +18,6 @@ from torch.nn import functional as F
 import better_attention as ba
 from better_attention.bench import machine
 from better_attention.bench.registry import Contender, Results, Row, Run, Shape, Suite, Work, here, normal
-from better_attention.impl.choice import IMPLS
 
 SMALLEST_POOL = 256 << 20
 """Bytes of all caches together, at least; more where the last-level cache is larger, if that fits into memory."""
@@ -122,8 +121,6 @@ def _make_ours(row: Row, inputs: Callable[[], Inputs], score: str, impl: str, sh
 
 
 def _no_ours(inputs: Callable[[], Inputs], score: str, impl: str, shared: bool) -> str | None:
-    if impl not in IMPLS:
-        return "this version has no compiled kernels"
     explanation = ba.explain(inputs().query, *_caches(inputs(), shared)[0], score=score, impl=impl)
     return None if explanation.chosen else "; ".join(explanation.reasons[impl])
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import unicodedata
 from collections import Counter
@@ -22,7 +21,6 @@ _INVISIBLE = re.compile(
     "[\u00ad\u061c\u180b-\u180f\u200e\u200f\u202a-\u202e\u2060-\u2069\ufe00-\ufe0f\ufeff\U000e0100-\U000e01ef]"
 )
 """Soft hyphens, directions, variation selectors: they change how a word is set, not which word it is."""
-_FORMAT = "better-attention vocabulary 1"
 
 
 def tokens(text: str) -> list[str]:
@@ -130,25 +128,6 @@ class Vocabulary:
 
     def __hash__(self) -> int:
         return hash(self._words)
-
-    def to_json(self) -> str:
-        """The vocabulary as JSON text, for the folder of a run."""
-        return json.dumps({"format": _FORMAT, "words": self._words}, ensure_ascii=False)
-
-    @classmethod
-    def from_json(cls, text: str) -> Vocabulary:
-        """The inverse of :meth:`to_json`.
-
-        Raises:
-            DataError: not such a text.
-        """
-        try:
-            record = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"this is no vocabulary: not JSON ({error}).") from None
-        if not isinstance(record, dict) or record.get("format") != _FORMAT or not isinstance(record.get("words"), list):
-            raise DataError(f'this is no vocabulary: expected {{"format": "{_FORMAT}", "words": [...]}}.')
-        return cls(record["words"])
 
 
 def _last_tokens(text: str, count: int) -> list[str]:
