@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from better_attention.bench import machine, report, runner
+from better_attention.bench import machine, registry, runner
 from better_attention.bench.suites import SUITES
 from better_attention.cli import UserError
 from better_attention.cli import bench as verb
@@ -365,14 +365,18 @@ def test_a_number_that_json_does_not_know(capsys: pytest.CaptureFixture[str], mo
     assert [(row["status"], row["error"]) for row in ours] == [("wrong", None)] * 2
 
 
-def test_a_reason_is_no_formula() -> None:
-    assert report._flat({"reason": "=cmd()", "note": "a\nb", "seconds": None}) == {
-        "reason": "'=cmd()",
-        "note": "a b",
-        "seconds_median": None,
-        "seconds_low": None,
-        "seconds_high": None,
-    }
+@pytest.mark.parametrize("evil", ["=cmd()", "＝cmd()", " =cmd()", "\t=cmd()"])
+def test_the_reason_of_a_failure_is_no_formula(evil: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Alignment, value: torch.Tensor) -> torch.Tensor:
+        raise registry.Unavailable(evil)
+
+    monkeypatch.setattr(Alignment, "forward", fail)
+    assert run(*SHORT, "--out", str(tmp_path)) == 0
+    (table,) = tmp_path.glob("*.csv")
+    with table.open(newline="", encoding="utf-8") as file:
+        reasons = [line["reason"] for line in csv.DictReader(file) if line["status"] == "unavailable"]
+    assert reasons
+    assert {reason[0] for reason in reasons} == {"'"}
 
 
 @pytest.mark.parametrize(

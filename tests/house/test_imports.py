@@ -24,7 +24,7 @@ HOUSES = ("library", "lab", "bench", "cli")
 
 LAB_ROOMS = (
     {"files"},
-    {"lock"},
+    {"lock", "csv_json"},
     {"data", "models", "published"},
     {"tasks"},
     {"runs"},

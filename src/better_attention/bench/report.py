@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +20,8 @@ from better_attention.bench.machine import Limits, busy
 from better_attention.bench.registry import Row, Shape, Work
 from better_attention.bench.runner import BOUNDS, FEWEST_ROUNDS, SLOW, Result, Settings, Spread, noise_line
 from better_attention.bench.targets import TIE, Verdict
-from better_attention.lab.files import parse_json, plain, read_regular, write_atomic
+from better_attention.lab import csv_json
+from better_attention.lab.files import parse_json, plain, read_regular
 
 SIGNS = {True: "met", False: "MISSED", None: "open"}
 
@@ -127,13 +125,9 @@ def _dtype(result: Result) -> str:
 def write(report: Report, folder: Path) -> list[Path]:
     """Write the run as JSON and as CSV, a line for each contender of each row; returns the paths."""
     paths = [folder / f"{report.stem()}.{ending}" for ending in ("json", "csv")]
-    write_atomic(paths[0], as_json(report) + "\n")
-    buffer = io.StringIO(newline="")
+    csv_json.write_json(paths[0], report.document())
     lines = [_flat(record(result, report.best)) for result in report.results]
-    writer = csv.DictWriter(buffer, fieldnames=list(lines[0]) if lines else ["suite"], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    write_atomic(paths[1], buffer.getvalue())
+    csv_json.write_csv(paths[1], list(lines[0]) if lines else ["suite"], (line.values() for line in lines))
     return paths
 
 
@@ -187,18 +181,7 @@ def stored_limits(document: Mapping[str, Any]) -> list[Limits]:
 
 def as_json(report: Report) -> str:
     """The run as one JSON document."""
-    return json.dumps(_finite(report.document()), indent=2, ensure_ascii=False, allow_nan=False)
-
-
-def _finite(value: object) -> object:
-    """JSON knows no infinity (the error of a NaN): such a number becomes null."""
-    if isinstance(value, float):
-        return value if abs(value) < float("inf") else None
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value
+    return csv_json.as_json(report.document())
 
 
 def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -206,9 +189,6 @@ def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in values.items():
         if key in ("seconds", "ratio"):
             cells |= {f"{key}_{part}": value and value[part] for part in ("median", "low", "high")}
-        elif isinstance(value, str):
-            text = plain(value)
-            cells[key] = f"'{text}" if text.startswith(("=", "+", "-", "@")) else text  # else a spreadsheet's formula
         else:
             cells[key] = value
     return cells

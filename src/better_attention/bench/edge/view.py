@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,10 +14,10 @@ from rich.text import Text
 from better_attention.bench.edge.timing import BASELINE, PAPER_TASKS, Settings, Timing
 from better_attention.bench.machine import busy
 from better_attention.bench.runner import Spread, noise_line
-from better_attention.lab import published
+from better_attention.lab import csv_json, published
 from better_attention.lab.analysis.estimates import number
-from better_attention.lab.files import parse_json, read_regular, write_atomic
-from better_attention.lab.report.tables import Strip, print_fitting, safe, write_lines
+from better_attention.lab.files import parse_json, read_regular
+from better_attention.lab.report.tables import Strip, print_fitting
 from better_attention.lab.runs import manifest
 
 TITLE = "inference on an edge device: seconds for 5,000 samples"
@@ -255,7 +254,7 @@ def write(report: Report, folder: Path) -> list[Path]:
     }
     paths = [folder / name for name in FILES]
     manifest.remove(folder, FILES)  # it would be wrong until both are written
-    write_atomic(paths[0], json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    csv_json.write_json(paths[0], document)
     write_csv([report], paths[1])
     manifest.add(folder, FILES)
     return paths
@@ -264,9 +263,7 @@ def write(report: Report, folder: Path) -> list[Path]:
 def write_csv(reports: Sequence[Report], path: Path) -> None:
     """Ours beside the paper's, a line a timing."""
     rows = [row for report in reports for row in beside_paper(report)] or beside_paper(None)
-    header = list(rows[0])
-    text = ("task", "mechanism", "precision", "reason")
-    write_lines(path, header, ([safe(row[k]) if k in text else row[k] for k in header] for row in rows))
+    csv_json.write_csv(path, list(rows[0]), (row.values() for row in rows))
 
 
 def read(path: Path) -> Report:
