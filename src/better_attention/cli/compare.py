@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
-from collections.abc import Sequence
-from dataclasses import fields, replace
-from difflib import get_close_matches
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from better_attention.cli import UserError, console
-from better_attention.cli.arguments import folder, names, numbers, positive, whole, words
+from better_attention.cli.arguments import command_line, folder, names, numbers, positive, whole, words
 from better_attention.cli.screen import message
+from better_attention.cli.settings import settings_of
 from better_attention.lab.tasks.variant import Variant
 from better_attention.mechanism import MECHANISMS
 
@@ -162,77 +159,3 @@ def reads_files(task: Task) -> bool:
 
     source = SOURCES.get(task.dataset)
     return not isinstance(task, RecurrenceTask) and not (source is not None and source.embedded)
-
-
-def settings_of(task: Task, texts: Sequence[str]) -> dict[str, Any]:
-    """The settings that several ``NAME=VALUE`` describe, see :func:`setting`.
-
-    Raises:
-        UserError: one is given twice, too.
-    """
-    found: dict[str, Any] = {}
-    for text in texts:
-        name, value = setting(task, text)
-        if name in found:
-            raise UserError(f"--set {text!r}: {name} is given twice.")
-        found[name] = value
-    return found
-
-
-OWN_OPTIONS = ("name", "title", "source", "scale", "dataset", "equal_params")
-
-
-def setting(task: Task, text: str) -> tuple[str, Any]:
-    """Name and value of ``NAME=VALUE``, the value as JSON or, failing that or where any text will do, as it stands.
-
-    Raises:
-        UserError: no such setting, or a value of another kind than the task's own.
-    """
-    name, sign, value = text.partition("=")
-    kinds = {field.name: str(field.type) for field in fields(task) if field.name not in OWN_OPTIONS}
-    if not sign or name not in kinds:
-        free = sorted(kinds.keys() - task.follows.keys())
-        near = ["--equal-params"] if name == "equal_params" else get_close_matches(name, free, n=1, cutoff=0.75)
-        unknown = f"there is no setting {name!r}{f' (did you mean {near[0]}?)' if near else ''}; " if sign else ""
-        raise UserError(f"--set {text!r}: {unknown}expected NAME=VALUE with one of the names {', '.join(free)}.")
-    if name in task.follows:
-        raise UserError(f"--set {text!r}: {name} of task {task.name!r} follows from {task.follows[name]}.")
-    parsed = _json_or_text(value)
-    own = getattr(task, name)
-    if own == "" and not isinstance(parsed, str):  # free text: a column may be called 2024, or true
-        parsed = value
-    kind = (int,) if own is None else (int, float) if isinstance(own, float) else (type(own),)
-    if "None" in kinds[name]:
-        kind = (*kind, type(None))
-    if isinstance(own, tuple):  # a JSON list, or words with commas between
-        words = tuple(parsed if isinstance(parsed, list) else map(_json_or_text, value.split(",")))
-        parsed = words if all(isinstance(word, type(own[0])) for word in words) else value
-    if not isinstance(parsed, kind) or (isinstance(parsed, bool) and not isinstance(own, bool)):
-        wanted = " or ".join(KINDS[one] for one in kind if one is not int or float not in kind)
-        raise UserError(f"--set {text!r}: {name} is {own!r} by default; expected {wanted}, received {value!r}.")
-    return name, parsed
-
-
-KINDS: dict[type, str] = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "a text",
-    tuple: "values of that kind with commas between",
-    type(None): "null",
-}
-"""How the kinds of settings are called, as they are written in ``NAME=VALUE``."""
-
-
-def _json_or_text(value: str) -> Any:
-    try:
-        return json.loads(value)
-    except ValueError:
-        return value
-
-
-def command_line() -> str:
-    """The command as the user could type it again, with as many processes."""
-    from better_attention.lab.training import launch
-
-    return launch.command_line(sys.argv[1:])

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from better_attention.cli import UserError, console
-from better_attention.cli.arguments import folder, names, numbers, positive, words
-from better_attention.cli.bench import differing, output, resumed, say, say_kept, terminable
-from better_attention.cli.compare import command_line
+from better_attention.cli.arguments import command_line, folder, names, numbers, positive, words
+from better_attention.cli.measurements import differing, output, resumed, say_kept, terminable
+from better_attention.cli.screen import say
 from better_attention.mechanism import MECHANISMS
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from better_attention.cli import UserError, console
-from better_attention.cli.arguments import folder, names, numbers, positive, words
-from better_attention.cli.compare import command_line, settings_of
+from better_attention.cli.arguments import command_line, folder, names, numbers, positive, words
 from better_attention.cli.screen import message
+from better_attention.cli.settings import settings_of
 from better_attention.lab.tasks.variant import Variant
 
 if TYPE_CHECKING:

@@ -65,6 +65,11 @@ def message(text: str) -> str:
     return "\n".join([first, *(line if line.startswith(" ") else f"  {line}" for line in more)])
 
 
+def say(line: str) -> None:
+    """Print a line about the progress of the command on standard error."""
+    print(line, file=sys.stderr, flush=True)
+
+
 class Guarded:
     """A text stream that writes through :func:`harmless` and :func:`spelled`; anything else is the stream's own.
 
