@@ -23,7 +23,7 @@ HOUSES = ("library", "lab", "bench", "cli")
 """Each may import the houses before it, never those after it."""
 
 LAB_ROOMS = (
-    {"files"},
+    {"files", "catalogue"},
     {"lock", "csv_json"},
     {"data", "models", "published"},
     {"tasks"},

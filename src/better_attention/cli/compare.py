@@ -11,22 +11,22 @@ from better_attention.cli import UserError, console
 from better_attention.cli.arguments import command_line, folder, names, numbers, positive, whole, words
 from better_attention.cli.screen import message
 from better_attention.cli.settings import settings_of
+from better_attention.lab.tasks.base import SCALES
+from better_attention.lab.tasks.catalogue import TASKS
 from better_attention.lab.tasks.variant import Variant
 from better_attention.mechanism import MECHANISMS
 
 if TYPE_CHECKING:
     from better_attention.lab.comparison.compare import Plan
-    from better_attention.lab.tasks.base import Task
 
-TASK_LIST = (
-    "mnist, cifar100, imagenet, imdb, amazon, translation, recurrence; images or text: your own, named by --data"
-)
 HELP = "train the mechanisms side by side on real data: table, results.csv, results.json, report.html"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the verb."""
-    parser.add_argument("task", nargs="?", default="digits", metavar="TASK", help=f"digits (default), {TASK_LIST}")
+    parser.add_argument(
+        "task", nargs="?", default="digits", metavar="TASK", help=f"one of {', '.join(TASKS)}; default: digits"
+    )
     parser.add_argument(
         "--mechanisms",
         type=names,
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--scale",
-        choices=("smoke", "small", "paper"),
+        choices=SCALES,
         default="small",
         help="seconds, minutes (default), the paper's setting",
     )
@@ -67,7 +67,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default: a GPU if there is one"
     )
     parser.add_argument(
-        "--data", type=Path, metavar="DIR", help="folder (or file) with the data; default: where `data fetch` puts it"
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="folder or file with the data, or with pictures or texts of your own; default: where `data fetch` puts it",
     )
     parser.add_argument("--out", type=folder, metavar="DIR", help="folder for the runs; default: runs/TASK-SCALE")
     parser.add_argument(
@@ -126,7 +129,6 @@ def make_plan(args: argparse.Namespace) -> Plan:
         UserError, ValueError: an unknown task, or a setting out of range.
     """
     from better_attention.lab.comparison.compare import Plan
-    from better_attention.lab.tasks.catalogue import TASKS
 
     if args.task not in TASKS:
         raise UserError(f"unknown task {args.task!r}: choose one of {', '.join(TASKS)}.")
@@ -136,8 +138,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
     named = settings_of(task, args.set)
     for name in sorted(named.keys() & settings.keys()):
         raise UserError(f"{name} is given twice: by --set and by --{name.replace('_', '-')}.")
-    if args.data is not None and not reads_files(task):
-        raise UserError(f"--data: task {task.name!r} reads no files, its data comes with it. Leave --data away.")
+    if args.data is not None and not task.reads_files:
+        raise UserError(f"--data: task {task.name!r} uses built-in data; remove --data.")
     task = replace(task, **(named | settings), equal_params=args.equal_params)
     return Plan(
         task=task,
@@ -150,12 +152,3 @@ def make_plan(args: argparse.Namespace) -> Plan:
         command=command_line(),
         threshold=args.threshold,
     )
-
-
-def reads_files(task: Task) -> bool:
-    """Whether a task reads a data set that lies somewhere, and does not make its own or carry it along."""
-    from better_attention.lab.data.catalogue import SOURCES
-    from better_attention.lab.tasks.recurrence import RecurrenceTask
-
-    source = SOURCES.get(task.dataset)
-    return not isinstance(task, RecurrenceTask) and not (source is not None and source.embedded)

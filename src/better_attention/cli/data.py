@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 from better_attention.cli import UserError, console
 from better_attention.cli.screen import message
 from better_attention.errors import counted
+from better_attention.lab.data.published import SOURCES
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from better_attention.lab.data.catalogue import Source
     from better_attention.lab.data.download import Remote
+    from better_attention.lab.data.source import Source
 
 HELP = "show, fetch or import the data sets; clear decoded pictures"
 
@@ -39,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     clear = actions.add_parser("clear", help="remove decoded pictures from the user's cache; they are made again")
     clear.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print JSON")
     for action in (show, fetch, adopt):
-        action.add_argument("name", metavar="NAME", help="digits, mnist, cifar100, imdb, amazon or translation")
+        action.add_argument("name", metavar="NAME", help=", ".join(SOURCES))
         _add_common(action)
     adopt.add_argument("origin", metavar="FROM", type=Path, help="the folder or file that holds the data")
 
@@ -51,7 +52,9 @@ def run(args: argparse.Namespace) -> int:
         DataError: unknown data set, failed download, unusable files (a ValueError: the command line prints it).
     """
     from better_attention.lab.data import catalogue, store
+    from better_attention.lab.data.home import NoHome, home
     from better_attention.lab.data.own_pictures import cache
+    from better_attention.lab.tasks.catalogue import TASKS
 
     folder: Path | None = getattr(args, "data", None)
     as_json: bool = getattr(args, "json", False)
@@ -68,13 +71,13 @@ def run(args: argparse.Namespace) -> int:
     if args.action in (None, "list", "show") and folder is not None and not folder.exists():
         raise UserError(f"--data {folder} does not exist: `data fetch` and `data import` can make it.")
     if args.action in (None, "list"):
-        rows = [_state(row, folder) for row in catalogue.SOURCES.values()]
+        rows = [_state(row, folder) for row in SOURCES.values()]
         sets, size = cache.held()
         place: str | None
         pictures: str | None
         try:
-            place, pictures = str(folder or store.home()), str(cache.folder())
-        except store.NoHome as missing:
+            place, pictures = str(folder or home()), str(cache.folder())
+        except NoHome as missing:
             place, pictures = None if folder is None else str(folder), None
             if not as_json:
                 print(f"note: {missing}", file=sys.stderr)
@@ -87,6 +90,10 @@ def run(args: argparse.Namespace) -> int:
             )
         return 0
 
+    if args.name not in SOURCES and args.name in TASKS and TASKS[args.name]("paper").own_data:
+        raise UserError(
+            f"task {args.name!r} reads your own files in place: `better-attention compare {args.name} --data PATH`."
+        )
     row = catalogue.source(args.name)
     if args.action == "fetch":
         with _progress(quiet=as_json) as progress:
@@ -115,7 +122,8 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 def _state(row: Source, folder: Path | None) -> Record:
     """What can be said of a data set without reading it."""
-    from better_attention.lab.data import DataError, catalogue, store
+    from better_attention.lab.data import catalogue, store
+    from better_attention.lab.data.samples import DataError
 
     record: Record = {"name": row.name, "title": row.title, "state": "embedded", "where": None}
     record["fetchable"] = bool(row.remotes)
@@ -135,7 +143,10 @@ def _state(row: Source, folder: Path | None) -> Record:
 
 def _details(row: Source, folder: Path | None) -> Record:
     """Everything: origin and terms, and of what is here, the contents after reading all of it."""
-    from better_attention.lab.data import Images, NotFetched, Pairs, catalogue, read, store
+    from better_attention.lab.data import catalogue
+    from better_attention.lab.data.catalogue import read
+    from better_attention.lab.data.samples import Images, NotFetched, Pairs
+    from better_attention.lab.files import digest
 
     record = _state(row, folder) | {
         "terms": row.terms,
@@ -148,7 +159,7 @@ def _details(row: Source, folder: Path | None) -> Record:
         return record | {"problem": str(missing)}
     digests = {remote.sha256 for remote in row.remotes}
     files = [file for file in catalogue.find(row, folder) or () if file.is_file()]
-    hashes = {file.name: store.sha256(file) for file in files}
+    hashes = {file.name: digest(file) for file in files}
     contents: Record = {
         "files": [{"name": name, "sha256": hash_, "official": hash_ in digests} for name, hash_ in hashes.items()],
         "notes": list(data.notes),

@@ -12,6 +12,7 @@ from better_attention.cli import UserError, console
 from better_attention.cli.arguments import command_line, folder, names, numbers, positive, words
 from better_attention.cli.screen import message
 from better_attention.cli.settings import settings_of
+from better_attention.lab.tasks.base import SCALES
 from better_attention.lab.tasks.variant import Variant
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the verb."""
     parser.add_argument(
         "--scale",
-        choices=("smoke", "small", "paper"),
+        choices=SCALES,
         default="small",
         help="the grid: a minute, hours (default; the estimate says how many), days; our own task, in no paper",
     )
@@ -111,12 +112,13 @@ def make_ladder(args: argparse.Namespace) -> Ladder:
     Raises:
         UserError, ValueError: a setting out of range.
     """
+    from better_attention.lab.ladder import grid as grids
     from better_attention.lab.ladder.climb import epoch_updates
-    from better_attention.lab.ladder.grid import SCALES, Ladder, Setting
+    from better_attention.lab.ladder.grid import Ladder, Setting
     from better_attention.lab.tasks.catalogue import TASKS
     from better_attention.lab.tasks.recurrence import RecurrenceTask
 
-    grid = SCALES[args.scale]
+    grid = grids.SCALES[args.scale]
     task = TASKS["recurrence"](args.scale)
     assert isinstance(task, RecurrenceTask)  # noqa: S101 - for the type checker
     chosen = settings_of(task, args.set)

@@ -209,8 +209,8 @@ def read_images(path: Path, task: ImageTask, resize: bool) -> list[tuple[str, ND
     if isinstance(task, FolderTask):  # pictures of all sizes are what it was trained on
         return [(str(path), task.picture(path))]
 
-    from better_attention.lab.data import DataError
     from better_attention.lab.data.own_pictures.decode import quiet, read_picture, sides
+    from better_attention.lab.data.samples import DataError
 
     side = task.raw_size
     try:
@@ -235,7 +235,8 @@ def numbered_samples(trained: Run, rows: Sequence[int], folder: Path | None) -> 
     """
     if not rows:
         return []
-    from better_attention.lab.data import Images, Pairs, read
+    from better_attention.lab.data.catalogue import read
+    from better_attention.lab.data.samples import Images, Pairs
     from better_attention.lab.tasks.picture_folder import FolderTask
     from better_attention.lab.tasks.recurrence import RecurrenceTask
     from better_attention.lab.tasks.text import TextTask

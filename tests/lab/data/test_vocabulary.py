@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from better_attention.lab.data import DataError, Texts, Vocabulary, read
-from better_attention.lab.data.vocabulary import tokens
+from better_attention.lab.data.catalogue import read
+from better_attention.lab.data.samples import DataError, Texts
+from better_attention.lab.data.vocabulary import Vocabulary, tokens
 
 TEXTS = ["b a. B", "a c!", "it's <br />It's"]
 

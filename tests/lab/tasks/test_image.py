@@ -20,8 +20,8 @@ from torch import nn
 
 from better_attention.cli import main
 from better_attention.lab.comparison.compare import Plan, compare
-from better_attention.lab.data import DataError, NotFetched
 from better_attention.lab.data.published import mnist
+from better_attention.lab.data.samples import DataError, NotFetched
 from better_attention.lab.paper import beside
 from better_attention.lab.runs.folder import load_run
 from better_attention.lab.tasks import image as image_task

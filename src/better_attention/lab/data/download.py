@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 from urllib.parse import urljoin, urlsplit
 
+from better_attention.lab.files import sync_folder
+
 from .samples import DataError
 
 if TYPE_CHECKING:
     import requests
-
-HOSTS = frozenset({"storage.googleapis.com", "ai.stanford.edu", "www.cs.toronto.edu"})
-"""The publishers' hosts. A redirect to any other is refused, whatever it offers."""
 
 Progress = Callable[[int], None]
 """Called with the bytes of the file that are there so far."""
@@ -62,7 +61,7 @@ def download(
     folder: Path,
     *,
     session: requests.Session | None = None,
-    hosts: Collection[str] = HOSTS,
+    hosts: Collection[str] | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Bring ``remote`` into ``folder``, unless it is there already with the right digest.
@@ -74,7 +73,8 @@ def download(
         remote: what to fetch.
         folder: where it shall lie; created if missing.
         session: the connection to use; a new one if None.
-        hosts: the hosts (with port, if not 443) that may be asked, also by redirects.
+        hosts: the hosts (with port, if not 443) that may be asked, also by redirects; None: the publisher's own, in
+            ``remote.url``, so that a redirect elsewhere is refused, whatever it offers.
         progress: told about every piece that arrives.
 
     Returns:
@@ -87,6 +87,7 @@ def download(
     import requests
 
     url, part = remote.url, folder / f"{remote.name}.part"
+    hosts = {urlsplit(url).netloc} if hosts is None else hosts
     with session or requests.Session() as connection, _quiet(pooch.get_logger()), _disk_errors(folder, remote.size):
         transport = _Transport(remote, part, connection, hosts, progress)
         for _ in range(2):  # a part may stem from another version of the file: then once more, from the start
@@ -269,14 +270,3 @@ def _disk_errors(folder: Path, size: int) -> Iterator[None]:
             f"cannot write to {folder}: {error.strerror or error}. It needs {size:,} free bytes and the right to "
             "write; `--data DIR` takes another folder."
         ) from None
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename within ``folder`` survive a power cut; a no-op where folders cannot be opened (Windows)."""
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

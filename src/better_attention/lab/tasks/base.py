@@ -61,7 +61,7 @@ class Task(ABC):
     Args:
         name, title, source: key on the command line, one line for people, where the paper has it.
         scale: ``"smoke"`` (seconds), ``"small"`` (minutes) or ``"paper"`` (the paper's setting).
-        dataset: key of :data:`better_attention.lab.data.SOURCES`.
+        dataset: key of :data:`better_attention.lab.data.published.SOURCES`, or a name of the task's own.
         width, length, layers: model width d, sequence length ℓ, attention layers.
         heads, default_heads: head counts of the paper's ablation; the one compared by default.
         seeds: runs of each row unless told otherwise.
@@ -136,6 +136,13 @@ class Task(ABC):
             ValueError: the data set is missing or damaged; the message says how to get it.
         """
         return self
+
+    @property
+    def reads_files(self) -> bool:
+        """Whether the data lies in files: it is neither made by the task nor carried by an installed package."""
+        from better_attention.lab.data.published import SOURCES
+
+        return self.dataset not in SOURCES or not SOURCES[self.dataset].embedded
 
     @abstractmethod
     def load(self, folder: Path | None = None) -> Splits:

@@ -85,7 +85,8 @@ class ImageTask(Task):
 
     def load(self, folder: Path | None = None) -> Splits:
         """See :meth:`Task.load`."""
-        from better_attention.lab.data import Images, read
+        from better_attention.lab.data.catalogue import read
+        from better_attention.lab.data.samples import Images
 
         images = read(self.dataset, folder)
         if not isinstance(images, Images):

@@ -126,9 +126,9 @@ class FolderTask(ImageTask):
         return fit(Image.fromarray(array), self.image_size, self.channels)
 
     def _pictures(self, folder: Path | None) -> Pictures:
-        from better_attention.lab.data import NotFetched
+        from better_attention.lab.data.home import home
         from better_attention.lab.data.own_pictures.read import LAYOUT, find
-        from better_attention.lab.data.store import home
+        from better_attention.lab.data.samples import NotFetched
 
         base = home() if folder is None else folder
         below = base / self.dataset

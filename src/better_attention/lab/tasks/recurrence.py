@@ -100,6 +100,11 @@ class RecurrenceTask(Task):
                 )
             meanings[meaning] = name
 
+    @property
+    def reads_files(self) -> bool:
+        """False: the sequences are computed."""
+        return False
+
     def load(self, folder: Path | None = None) -> Splits:
         """Make the data; nothing is read."""
         held_out = whole_number(self.test_samples, "test_samples")

@@ -16,7 +16,7 @@ from better_attention.lab.tasks.splits import Split, Splits
 from better_attention.lab.tasks.variant import Variant
 
 if TYPE_CHECKING:
-    from better_attention.lab.data import Texts
+    from better_attention.lab.data.samples import Texts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class TextTask(Task):
 
     def load(self, folder: Path | None = None) -> Splits:
         """See :meth:`Task.load`."""
-        from better_attention.lab.data import Vocabulary
+        from better_attention.lab.data.vocabulary import Vocabulary
 
         texts = self.texts(folder)
         check_classes(self, self.classes, texts.classes)
@@ -70,7 +70,8 @@ class TextTask(Task):
 
     def texts(self, folder: Path | None = None) -> Texts:
         """The data set as it is read, before anything is left out."""
-        from better_attention.lab.data import Texts, read
+        from better_attention.lab.data.catalogue import read
+        from better_attention.lab.data.samples import Texts
 
         texts = read(self.dataset, folder)
         if not isinstance(texts, Texts):
@@ -97,7 +98,7 @@ class TextTask(Task):
 
     def encode(self, inputs: Any, assets: Mapping[str, Any]) -> Tensor:
         """One text, or a sequence of them, as tokens (N, ℓ)."""
-        from better_attention.lab.data import Vocabulary
+        from better_attention.lab.data.vocabulary import Vocabulary
 
         texts = [inputs] if isinstance(inputs, str) else list(inputs)
         wrong = [text for text in texts if not isinstance(text, str)]
@@ -127,7 +128,7 @@ class OwnTextTask(TextTask):
 
     def fitted(self, folder: Path | None = None) -> Self:
         """With the number of classes, no more words than there are, and a last layer no narrower than the outputs."""
-        from better_attention.lab.data import Vocabulary
+        from better_attention.lab.data.vocabulary import Vocabulary
 
         texts = self.texts(folder)
         words = Vocabulary.build(chosen(self, texts)["train"].texts, self.vocabulary)
@@ -136,8 +137,8 @@ class OwnTextTask(TextTask):
 
     def texts(self, folder: Path | None = None) -> Texts:
         """See :meth:`TextTask.texts`; ``folder`` may be a file."""
-        from better_attention.lab.data import NotFetched
         from better_attention.lab.data.own_texts import read as texts
+        from better_attention.lab.data.samples import NotFetched
 
         if folder is None:
             raise NotFetched(f"task {self.name!r} reads texts of your own: name them with `--data`, {texts.LAYOUT}.")

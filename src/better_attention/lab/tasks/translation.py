@@ -66,10 +66,12 @@ class TranslationTask(Task):
 
     def load(self, folder: Path | None = None) -> Splits:
         """See :meth:`Task.load`."""
-        from better_attention.lab.data import Pairs, Vocabulary, read
+        from better_attention.lab.data.catalogue import read
         from better_attention.lab.data.published.translation import END as END_WORD
         from better_attention.lab.data.published.translation import START as START_WORD
         from better_attention.lab.data.published.translation import normalise
+        from better_attention.lab.data.samples import Pairs
+        from better_attention.lab.data.vocabulary import Vocabulary
 
         data = read(self.dataset, folder)
         if not isinstance(data, Pairs):

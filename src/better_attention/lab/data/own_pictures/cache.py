@@ -9,18 +9,20 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
+from better_attention.lab.data.home import NoHome, home
 from better_attention.lab.data.samples import DataError, UInt8
-from better_attention.lab.data.store import NoHome, home
+from better_attention.lab.files import remove_leftovers, replacing
 
 from .decode import quiet, read_picture
 
@@ -119,7 +121,7 @@ def remembered(key: str, find: Callable[[], Any]) -> Any:
         return find()
     except (OSError, ValueError, RecursionError):
         value = find()
-    with suppress(NotWritable), _alone(path, ".json.lock"), _replacing(path) as file:
+    with suppress(NotWritable), _alone(path, ".json.lock"), replacing(path) as file:
         file.write(json.dumps(value).encode())
     return value
 
@@ -142,7 +144,7 @@ def _write(path: Path, shape: tuple[int, ...], contents: Contents) -> None:
             f"the decoded pictures take {each * shape[0]:,} bytes; {path.parent} has {free:,} free. Make room, take a "
             "smaller picture size, or let XDG_CACHE_HOME name another disk."
         )
-    with _replacing(path) as file:
+    with replacing(path) as file:
         header = {"descr": "|u1", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
         start = file.tell()
@@ -211,20 +213,6 @@ def _workers() -> int:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, which becomes ``path`` if the block ends well. The caller holds the lock."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
 def _alone(path: Path, lock: str) -> Iterator[None]:
     """One process at a time makes ``path``, others wait; what the disk says becomes an error with a way out.
 
@@ -237,6 +225,7 @@ def _alone(path: Path, lock: str) -> Iterator[None]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(path.with_name(lock)):
+            remove_leftovers(path.parent, re.compile(re.escape(path.name)))  # of a process that was killed
             yield
     except OSError as error:
         kind = NotWritable if error.errno in _REFUSED else DataError

@@ -26,6 +26,7 @@ from better_attention.lab.data.archives import MIB, decompressed, tar_streams
 from better_attention.lab.data.own_texts.records import Faults, csv_records, json_records, lines, text_lines, whole
 from better_attention.lab.data.own_texts.split import partition, repeats, text_key
 from better_attention.lab.data.samples import DataError, Int64, Texts, overlap_notes, size_notes
+from better_attention.lab.data.source import Source
 
 # Its publisher's page gives no digest; torchtext knows an MD5, which is no proof. So it can be imported only.
 OFFICIAL = (3_000_000, 650_000)
@@ -205,3 +206,13 @@ def _source_note(strata: Sequence[tuple[str, int]]) -> str:
     shares = sorted(100 * best[origin] / size for origin, size in sizes.items())
     low, high = shares[0], shares[-1]
     return f"the collection partly predicts the stars: five stars make {low:.0f} % of one and {high:.0f} % of another"
+
+
+SOURCE = Source(
+    name="amazon",
+    title="product reviews, one to five stars (officially 3,650,000)",
+    terms="Zhang, Zhao, LeCun 2015, from McAuley, Leskovec 2013; research use, with citation",
+    layout=LAYOUT,
+    load=read,
+    locate=locate,
+)

@@ -19,6 +19,7 @@ import numpy as np
 from better_attention.lab.data.archives import AGAIN, MIB, tar_members
 from better_attention.lab.data.download import Remote
 from better_attention.lab.data.samples import DataError, Images, Int64, NotFetched, UInt8, departures
+from better_attention.lab.data.source import Source
 
 # Address, size and SHA-256: github.com/tensorflow/datasets, tensorflow_datasets/url_checksums/cifar100.txt
 # at commit 333639b37af6c6fedf3610a4a2d42f1c6ef6f7d5.
@@ -164,3 +165,15 @@ def _names(place: Path, data: bytes) -> tuple[str, ...]:
             f"{AGAIN}"
         )
     return names
+
+
+SOURCE = Source(
+    name="cifar100",
+    title="60,000 photographs of 100 kinds of things, 32×32",
+    terms="Krizhevsky 2009; no licence stated, with citation",
+    layout=LAYOUT,
+    load=read,
+    locate=locate,
+    remotes=REMOTES,
+    members=members,
+)

@@ -18,6 +18,7 @@ import numpy as np
 from better_attention.lab.data.archives import AGAIN, MIB, decompressed
 from better_attention.lab.data.download import Remote
 from better_attention.lab.data.samples import DataError, Images, Int64, NotFetched, UInt8, departures
+from better_attention.lab.data.source import Source
 
 _ADDRESS = "https://storage.googleapis.com/cvdf-datasets/mnist/"
 # Addresses, sizes and SHA-256: github.com/tensorflow/datasets, tensorflow_datasets/url_checksums/mnist.txt
@@ -172,3 +173,14 @@ def _split(image_file: Path, label_file: Path) -> tuple[UInt8, Int64]:
     if labels.min() == labels.max():
         raise DataError(f"{label_file}: every label is {labels[0]}; there is nothing to learn. {AGAIN}")
     return images, labels.astype(np.int64)
+
+
+SOURCE = Source(
+    name="mnist",
+    title="70,000 handwritten digits, 28×28",
+    terms="LeCun, Cortes, Burges; CC BY-SA 3.0",
+    layout=LAYOUT,
+    load=read,
+    locate=locate,
+    remotes=REMOTES,
+)

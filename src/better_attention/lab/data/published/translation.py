@@ -18,6 +18,7 @@ import numpy as np
 from better_attention.errors import whole_number
 from better_attention.lab.data.archives import AGAIN, MIB, tar_members, zip_members
 from better_attention.lab.data.samples import DataError, Int64, Pairs
+from better_attention.lab.data.source import Source
 from better_attention.lab.data.vocabulary import UNKNOWN
 
 OFFICIAL = {"Anki": 118_964, "Europarl": 1_965_734}
@@ -192,3 +193,13 @@ def _lines(where: str, data: bytes) -> Iterator[tuple[int, str]]:
             f"{where}, line {number}: not UTF-8 text (byte {data[error.start]:#04x}). Convert the file to UTF-8."
         ) from None
     yield from enumerate(text.removesuffix("\n").split("\n"), start=1)
+
+
+SOURCE = Source(
+    name="translation",
+    title="English sentences and their Spanish translations: Anki and Europarl",
+    terms="Tatoeba (tatoeba.org), CC BY 2.0 FR; Koehn 2005 (Europarl v7), no known restriction",
+    layout=LAYOUT,
+    load=read,
+    locate=locate,
+)
