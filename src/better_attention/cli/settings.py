@@ -29,7 +29,11 @@ def settings_of(task: Task, texts: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-OWN_OPTIONS = ("name", "title", "source", "scale", "dataset", "equal_params")
+FIXED = ("name", "title", "source", "scale", "dataset", "equal_params")
+"""Fields of a task that are no settings, or have an option of their own that is not called like them."""
+
+OPTIONS = {"heads": "--heads", "default_heads": "--heads", "seeds": "--seeds"}
+"""Settings that another option decides -> that option."""
 
 
 def setting(task: Task, text: str) -> tuple[str, Any]:
@@ -39,14 +43,15 @@ def setting(task: Task, text: str) -> tuple[str, Any]:
         UserError: no such setting, or a value of another kind than the task's own.
     """
     name, sign, value = text.partition("=")
-    kinds = {field.name: str(field.type) for field in fields(task) if field.name not in OWN_OPTIONS}
+    decided = {**OPTIONS, **task.derived}
+    kinds = {field.name: str(field.type) for field in fields(task) if field.name not in FIXED}
     if not sign or name not in kinds:
-        free = sorted(kinds.keys() - task.follows.keys())
+        free = sorted(kinds.keys() - decided.keys())
         near = ["--equal-params"] if name == "equal_params" else get_close_matches(name, free, n=1, cutoff=0.75)
         unknown = f"there is no setting {name!r}{f' (did you mean {near[0]}?)' if near else ''}; " if sign else ""
         raise UserError(f"--set {text!r}: {unknown}expected NAME=VALUE with one of the names {', '.join(free)}.")
-    if name in task.follows:
-        raise UserError(f"--set {text!r}: {name} of task {task.name!r} follows from {task.follows[name]}.")
+    if name in decided:
+        raise UserError(f"--set {text!r}: {name} of task {task.name!r} follows from {decided[name]}.")
     parsed = _json_or_text(value)
     own = getattr(task, name)
     if own == "" and not isinstance(parsed, str):  # free text: a column may be called 2024, or true

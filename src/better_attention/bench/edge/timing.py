@@ -20,8 +20,6 @@ from better_attention.bench.runner import Spread, no_garbage_collection
 from better_attention.lab import published
 from better_attention.lab.tasks.base import Task
 from better_attention.lab.tasks.catalogue import TASKS
-from better_attention.lab.tasks.image import ImageTask
-from better_attention.lab.tasks.text import TextTask
 from better_attention.lab.tasks.variant import Variant
 
 PAPER_TASKS = tuple(name for name in published.edge_inference()[0] if name not in ("mechanism", "heads"))
@@ -88,24 +86,6 @@ def available_tasks() -> dict[str, Task]:
     return {name: TASKS[name]("paper") for name in PAPER_TASKS}
 
 
-def random_inputs(task: Task, samples: int) -> Tensor:
-    """Inputs (N, ...) of the task's shape and dtype; texts are full, without padding.
-
-    Raises:
-        ValueError: a task that is neither of images nor of texts.
-
-    >>> random_inputs(TASKS["imdb"]("paper"), 7).shape
-    torch.Size([7, 32])
-    """
-    generator = torch.Generator().manual_seed(0)
-    if isinstance(task, ImageTask):
-        shape = (samples, task.image_size, task.image_size, *([task.channels] if task.channels > 1 else []))
-        return torch.randint(0, task.peak + 1, shape, dtype=torch.uint8, generator=generator)
-    if isinstance(task, TextTask):
-        return torch.randint(1, task.vocabulary, (samples, task.length), generator=generator)
-    raise ValueError(f"task {task.name!r} classifies neither images nor texts: choose {', '.join(available_tasks())}.")
-
-
 def measure(
     tasks: Sequence[Task],
     mechanisms: Sequence[str],
@@ -145,7 +125,7 @@ def expected(groups: Sequence[tuple[Task, int, str]], mechanisms: int, settings:
     """About how many seconds the groups take: standard attention of each task is timed for a batch, in float32."""
     total = 0.0
     for task in dict.fromkeys(task for task, _, _ in groups):
-        probe = random_inputs(task, settings.batch_size)
+        probe = task.random_samples(settings.batch_size).inputs
         fitting = [(h, precision) for one, h, precision in groups if one is task and task.width % h == 0]
         if not fitting:
             continue
@@ -170,7 +150,7 @@ def measure_group(
     """Time the mechanisms in turn in one model."""
     models: dict[str, nn.Module] = {}
     timings: dict[str, Timing] = {}
-    probe = random_inputs(task, settings.batch_size)
+    probe = task.random_samples(settings.batch_size).inputs
     for name in mechanisms:
         timing = Timing(task.name, heads, precision, name)
         try:
@@ -188,7 +168,7 @@ def measure_group(
     duration = one * measured / settings.batch_size * len(models) * settings.rounds
     if duration > 10:
         say(f"    about {duration / 60:.1f} minutes")
-    batches = random_inputs(task, measured).split(settings.batch_size)
+    batches = task.random_samples(measured).inputs.split(settings.batch_size)
     samples = rounds(models, batches, settings.rounds)
     scale = settings.samples / measured
     for name, seconds in samples.items():

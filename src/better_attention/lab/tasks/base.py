@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from better_attention.errors import finite_number, one_of, whole_number
+from better_attention.lab.tasks.inputs import NamedInput, StandardInput, read_texts
 from better_attention.lab.tasks.optimisers import RMSprop
 from better_attention.lab.tasks.splits import Split, Splits
 from better_attention.lab.tasks.variant import Variant
@@ -79,15 +80,14 @@ class Task(ABC):
             to a second thread than it gains, and lose badly where another program wants that core.
     """
 
-    follows: ClassVar[Mapping[str, str]] = {
-        "heads": "--heads",
-        "default_heads": "--heads",
-        "seeds": "--seeds",
-    }
-    """Settings that something else decides -> what; to set them would do nothing."""
+    derived: ClassVar[Mapping[str, str]] = {}
+    """Settings that follow from others or from the data -> from which; to set them would do nothing."""
 
     own_data: ClassVar[bool] = False
     """Whether the data is the user's own, and every folder of it is read."""
+
+    unnumbered: ClassVar[str] = ""
+    """Why test samples cannot be named by number, and what to do instead; empty: see :meth:`numbered_samples`."""
 
     name: str
     title: str
@@ -128,6 +128,14 @@ class Task(ABC):
         finite_number(self.weight_decay, "weight_decay", low=0.0)
         for name in ("dropout", "validation_share"):
             share(getattr(self, name), name)
+
+    def at_length(self, length: int) -> Self:
+        """This task with inputs of ``length`` tokens, for measurements at other sizes.
+
+        Raises:
+            ValueError: its model cannot read inputs of that length.
+        """
+        return replace(self, length=length)
 
     def fitted(self, folder: Path | None = None) -> Self:
         """This task with what only the user's data can tell (classes, sizes) filled in; known data sets know it all.
@@ -177,6 +185,70 @@ class Task(ABC):
     def sized(self, variant: Variant, heads: int) -> Self:
         """This task at the width of ``variant``: its own, or the one of about equal parameters in total."""
         return replace(self, width=equal_width(self, variant, heads)) if self.equal_params else self
+
+    def random_samples(self, samples: int) -> Split:
+        """Random inputs and targets of this task's shapes and types, always the same: for measurements of speed.
+
+        >>> from better_attention.lab.tasks.catalogue import TASKS
+        >>> TASKS["imdb"]("paper").random_samples(7).inputs.shape
+        torch.Size([7, 32])
+        """
+        first, second = (torch.Generator().manual_seed(seed) for seed in (0, 1))
+        return Split(self.random_inputs(samples, first), self.random_targets(samples, second))
+
+    @abstractmethod
+    def random_inputs(self, samples: int, generator: torch.Generator) -> Tensor:
+        """Encoded inputs (N, ...) drawn at random, without padding."""
+
+    @abstractmethod
+    def random_targets(self, samples: int, generator: torch.Generator) -> Tensor:
+        """Targets (N,) or (N, T) drawn at random."""
+
+    def read_inputs(
+        self, names: Sequence[str], standard_input: StandardInput, *, resize: bool = False
+    ) -> list[NamedInput]:
+        """New inputs for :meth:`encode`, by what a user calls them; here texts, see :func:`.inputs.read_texts`.
+
+        Args:
+            names: of the inputs.
+            standard_input: what ``-`` stands for.
+            resize: scale pictures to the size of the data set's.
+
+        Raises:
+            ValueError, FileNotFoundError: something that is not there or cannot be an input; the message names it.
+        """
+        return read_texts(names, standard_input)
+
+    def unlike(self, value: Any, assets: Mapping[str, Any]) -> list[str]:
+        """How an input differs from all that the model was trained on, as sentences that follow its name and a colon.
+
+        What a model predicts for such an input is worth little. Empty where nothing is known to differ.
+        """
+        return []
+
+    def numbered_samples(self, rows: Sequence[int], splits: Splits, folder: Path | None = None) -> list[NamedInput]:
+        """Samples of the test split by their numbers in the data set's own order, for :meth:`encode`.
+
+        Args:
+            rows: the numbers, from 0.
+            splits: what :meth:`load` gives.
+            folder: where it reads the data.
+
+        Raises:
+            ValueError: no such sample, or :attr:`unnumbered`.
+        """
+        if self.unnumbered:
+            raise ValueError(f"task {self.name!r} {self.unnumbered}")
+        inputs, targets = self.test_inputs(splits, folder)
+        classes = splits.assets["classes"]
+        for row in rows:
+            if not 0 <= row < len(inputs):
+                raise ValueError(f"test sample {row}: the test split has samples 0 to {len(inputs) - 1}.")
+        return [NamedInput(f"test sample {row}", inputs[row], classes[targets[row]]) for row in rows]
+
+    def test_inputs(self, splits: Splits, folder: Path | None = None) -> tuple[Sequence[Any], Sequence[int]]:
+        """Input and class of every test sample, before encoding and before any subset is taken."""
+        return list(splits.test.inputs.numpy()), splits.test.targets.tolist()
 
     @abstractmethod
     def encode(self, inputs: Any, assets: Mapping[str, Any]) -> Tensor:
@@ -312,66 +384,3 @@ def equal_width(task: Task, variant: Variant, heads: int) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if size(middle * step, variant) <= aim else (low, middle)
     return min((low * step, high * step, task.width), key=lambda width: abs(size(width, variant) - aim))
-
-
-def check_classes(task: Task, classes: int, there: Sequence[str]) -> None:
-    """Refuse data of another number of classes than the model is built for.
-
-    Raises:
-        ValueError: it is another.
-    """
-    if len(there) != classes:
-        raise ValueError(
-            f"task {task.name!r} is set to classes={classes}, but data set {task.dataset!r} has {len(there)}: "
-            f"leave `classes` as it is, or take classes={len(there)}."
-        )
-
-
-def cut(task: Task, train: int, test: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Row numbers of the training, validation and test samples.
-
-    Validation is cut from the official training split; smaller scales then take subsets of each part.
-    All three are random, in an order that depends on ``task.data_seed`` alone.
-
-    Raises:
-        ValueError: a part would be empty.
-    """
-    generator = torch.Generator().manual_seed(task.data_seed)
-    rows = torch.randperm(train, generator=generator)
-    tests = torch.randperm(test, generator=generator)[: task.test_samples].sort().values
-    size = train if task.train_samples is None else min(task.train_samples, train)
-    held_out = round(size * task.validation_share)
-    parts = rows[held_out:size], rows[:held_out], tests
-    for name, part in zip(("training", "validation", "test"), parts, strict=True):
-        if len(part) == 0:
-            raise ValueError(
-                f"task {task.name!r} leaves no {name} samples of {train} training and {test} test samples "
-                f"(validation_share={task.validation_share}, train_samples={task.train_samples}, "
-                f"test_samples={task.test_samples})."
-            )
-    return parts
-
-
-def subsets(task: Task, train: int, validation: int, test: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Row numbers of the training, validation and test samples where all three are given: all, or random subsets.
-
-    ``task.train_samples`` counts training and validation together, as it does where validation is cut from training.
-
-    Raises:
-        ValueError: a part would be empty.
-    """
-    limits: tuple[int | None, int | None] = (None, None)
-    if task.train_samples is not None:
-        held_out = min(validation, round(task.train_samples * task.validation_share))
-        limits = task.train_samples - held_out, held_out
-        if min(limits) < 1:
-            raise ValueError(
-                f"task {task.name!r} leaves no training or no validation samples (train_samples={task.train_samples}, "
-                f"validation_share={task.validation_share})."
-            )
-    generator = torch.Generator().manual_seed(task.data_seed)
-
-    def some(size: int, limit: int | None) -> Tensor:
-        return torch.randperm(size, generator=generator)[:limit].sort().values
-
-    return some(train, limits[0]), some(validation, limits[1]), some(test, task.test_samples)

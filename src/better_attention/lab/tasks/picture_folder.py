@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from better_attention.errors import one_of
-from better_attention.lab.tasks.base import cut, subsets
-from better_attention.lab.tasks.image import ImageTask, blank_notes, dark_notes, overlap_notes
+from better_attention.lab.tasks.image import ImageTask
+from better_attention.lab.tasks.picture_notes import blank_notes, dark_notes, overlap_notes
 from better_attention.lab.tasks.splits import Split, Splits
+from better_attention.lab.tasks.subsets import cut, subsets
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,8 +37,8 @@ class FolderTask(ImageTask):
         official: pictures to train and to test with in the published data set; a note says where others were read.
     """
 
-    follows: ClassVar[Mapping[str, str]] = {
-        **ImageTask.follows,
+    derived: ClassVar[Mapping[str, str]] = {
+        **ImageTask.derived,
         "classes": "the data",
         "raw_size": "image_size",
         "peak": "the files: 255",
@@ -102,6 +103,14 @@ class FolderTask(ImageTask):
         pictures = [self.picture(one) for one in inputs]
         shape = (self.image_size, self.image_size, *([self.channels] if self.channels > 1 else []))
         return super().encode(np.stack(pictures) if pictures else np.empty((0, *shape), np.uint8), assets)
+
+    def read_picture(self, path: Path, *, resize: bool = False) -> NDArray[np.uint8]:
+        """See :meth:`ImageTask.read_picture`; pictures of every size are read, as in training."""
+        return self.picture(path)
+
+    def test_inputs(self, splits: Splits, folder: Path | None = None) -> tuple[Sequence[Any], Sequence[int]]:
+        """See :meth:`Task.test_inputs`; the decoded pictures that the task tests with."""
+        return list(splits.test.inputs.numpy()), splits.test.targets.tolist()
 
     def picture(self, source: str | Path | NDArray[np.uint8]) -> NDArray[np.uint8]:
         """One picture, from a file or from pixels, as the model reads it.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from better_attention.lab.tasks.base import Prediction, Shown, Task, share
 from better_attention.lab.tasks.splits import Split, Splits
 from better_attention.lab.tasks.variant import Variant
 
-PADDING, END = 0, 3  # as in models.translation, which is imported where it is used
+PADDING, START, END = 0, 2, 3  # as in models.translation, which is imported where it is used
 NO_WORD = "\N{REPLACEMENT CHARACTER}"  # no translation holds it
 DECODING_BATCH = 128
 
@@ -45,6 +45,8 @@ class TranslationTask(Task):
         length_penalty: exponent of the length in the ranking of a beam.
         bleu_samples: most pairs of a split that are translated for its BLEU: the first ones, in their random order.
     """
+
+    unnumbered: ClassVar[str] = "has no published test split. Name the sentences instead."
 
     encoder_layers: int
     vocabulary: int
@@ -137,6 +139,16 @@ class TranslationTask(Task):
             dropout=self.dropout,
             output_dropout=self.output_dropout,
         )
+
+    def random_inputs(self, samples: int, generator: torch.Generator) -> Tensor:
+        """See :meth:`Task.random_inputs`; sources and translations of full length, ``[start]`` between them."""
+        sources = torch.randint(1, self.vocabulary, (samples, self.length), generator=generator)
+        words = torch.randint(END + 1, self.vocabulary, (samples, self.length - 1), generator=generator)
+        return torch.cat([sources, torch.full((samples, 1), START), words], dim=1)
+
+    def random_targets(self, samples: int, generator: torch.Generator) -> Tensor:
+        """See :meth:`Task.random_targets`."""
+        return torch.randint(END, self.vocabulary, (samples, self.length), generator=generator)
 
     def losses(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy of each sample, (B,), the mean over its tokens, from logits (B, T, V) and targets (B, T)."""
