@@ -14,12 +14,12 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from time import perf_counter
 from types import FrameType, MappingProxyType
 
 import torch
 
 from better_attention.bench.registry import Contender, Results, Row, Run, Unavailable, Work
+from better_attention.lab.timing import alternate
 
 BOUNDS: Mapping[torch.dtype, float] = MappingProxyType({torch.float32: 1e-4, torch.bfloat16: 3e-2})
 """Largest error that passes the gate: |x - float64 reference| over the largest number of that tensor."""
@@ -246,17 +246,12 @@ def time(runs: Mapping[str, Run], baseline: str, settings: Settings) -> tuple[di
         if one > SLOW * estimates.get(baseline, math.inf):
             most[name] = min(most[name], FEWEST_ROUNDS)
     samples = {name: [one] if one > max(settings.seconds, LONG) else [] for name, one in estimates.items()}
-    names = list(runs)
     with no_garbage_collection():
-        start = perf_counter()
-        for turn in range(settings.repeats if runs else 0):
-            if turn >= FEWEST_ROUNDS and perf_counter() - start > settings.seconds:
-                break
-            for name in names if turn % 2 == 0 else reversed(names):
-                if len(samples[name]) <= turn < most[name]:
-                    if estimates[name] < LONG:
-                        runs[name].sample(1)  # untimed: caches and threads are then as it leaves them itself
-                    samples[name].append(runs[name].sample(calls[name]) / calls[name])
+        for turn, name in alternate(list(runs), settings.repeats, least=FEWEST_ROUNDS, seconds=settings.seconds):
+            if len(samples[name]) <= turn < most[name]:
+                if estimates[name] < LONG:
+                    runs[name].sample(1)  # untimed: caches and threads are then as it leaves them itself
+                samples[name].append(runs[name].sample(calls[name]) / calls[name])
     return samples, calls
 
 

@@ -115,12 +115,10 @@ def make_ladder(args: argparse.Namespace) -> Ladder:
     from better_attention.lab.ladder import grid as grids
     from better_attention.lab.ladder.climb import epoch_updates
     from better_attention.lab.ladder.grid import Ladder, Setting
-    from better_attention.lab.tasks.catalogue import TASKS
-    from better_attention.lab.tasks.recurrence import RecurrenceTask
+    from better_attention.lab.tasks.catalogue.recurrence import recurrence
 
     grid = grids.SCALES[args.scale]
-    task = TASKS["recurrence"](args.scale)
-    assert isinstance(task, RecurrenceTask)  # noqa: S101 - for the type checker
+    task = recurrence(args.scale)
     chosen = settings_of(task, args.set)
     taken = [name for name in chosen if name in GRID]
     if taken:
@@ -128,7 +126,7 @@ def make_ladder(args: argparse.Namespace) -> Ladder:
     rungs = args.rungs or grid["rungs"]
     task = replace(task, modulus=min(modulus for modulus, _ in rungs))  # rules that differ there differ everywhere
     # The model is that of "small" at every scale; only the grid grows.
-    task = replace(task, **{"width": TASKS["recurrence"]("small").width, "equal_params": not args.equal_width} | chosen)
+    task = replace(task, **{"width": recurrence("small").width, "equal_params": not args.equal_width} | chosen)
     updates = args.updates or grid["updates"]
     if updates < epoch_updates(task):  # an epoch is what is validated after: it cannot be longer than the run
         task = replace(task, train_samples=updates * task.batch_size)

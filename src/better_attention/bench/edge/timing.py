@@ -21,6 +21,7 @@ from better_attention.lab import published
 from better_attention.lab.tasks.base import Task
 from better_attention.lab.tasks.catalogue import TASKS
 from better_attention.lab.tasks.variant import Variant
+from better_attention.lab.timing import alternate
 
 PAPER_TASKS = tuple(name for name in published.edge_inference()[0] if name not in ("mechanism", "heads"))
 """The columns of table 4."""
@@ -250,15 +251,13 @@ def how_many(settings: Settings, batch_seconds: float) -> int:
 
 
 def rounds(models: Mapping[str, nn.Module], batches: Sequence[Tensor], number: int) -> dict[str, list[float]]:
-    """Seconds of each pass over all ``batches``, a number a round for each model."""
-    names = list(models)
-    found: dict[str, list[float]] = {name: [] for name in names}
+    """Seconds of each pass over all ``batches``: for each model, one number per round."""
+    seconds: dict[str, list[float]] = {name: [] for name in models}
     with no_garbage_collection():
-        for turn in range(number):
-            for name in names if turn % 2 == 0 else reversed(names):
-                _pass(models[name], batches[:1])  # untimed: caches and threads are then as it leaves them itself
-                found[name].append(_pass(models[name], batches))
-    return found
+        for _, name in alternate(list(models), number):
+            _pass(models[name], batches[:1])  # untimed: caches and threads are then as it leaves them itself
+            seconds[name].append(_pass(models[name], batches))
+    return seconds
 
 
 def _pass(model: nn.Module, batches: Sequence[Tensor]) -> float:
