@@ -45,8 +45,12 @@ def document(capsys: pytest.CaptureFixture[str], *words: str) -> Any:
     return json.loads(capsys.readouterr().out)
 
 
-def test_the_suites_are_those_of_the_registry() -> None:
-    assert set(SUITES) == set(verb.SUITES)
+def test_every_suite_can_be_asked_for() -> None:
+    assert {"kernel", "layer", "decode", "align", "model"} <= set(SUITES)
+    assert all(SUITES[name].name == name for name in SUITES)
+    parser = argparse.ArgumentParser()
+    verb.add_arguments(parser)
+    assert [parser.parse_args(["--suite", name]).suite for name in (*SUITES, "all")] == [*SUITES, "all"]
     assert {str(dtype).removeprefix("torch.") for dtype in runner.BOUNDS} == set(verb.DTYPES)
 
 

@@ -61,6 +61,12 @@ def differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return [f"{key} {before}, now {after}" for key, before, after in changed(stored, now)]
 
 
+def resumed(stored: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """The stored description of the machine, with the date and load of this part of the run added."""
+    part = {key: now[key] for key in ("date", "load_average")}
+    return {**stored, "continued": [*stored.get("continued", []), part]}
+
+
 def busy(about: Mapping[str, Any]) -> str | None:
     """A warning if other programs were busy on a good part of the cores when ``about`` was taken; None: they were not.
 

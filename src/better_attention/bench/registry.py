@@ -156,6 +156,8 @@ class Suite:
         contenders: those of a row, the baseline first. Inputs are made when the first contender needs them.
         shapes, quick: the rows' shapes, and those of ``--quick``.
         variants, modes: the other two axes.
+        rates: what tables show beside times: ``"product"``, FLOP/s; ``"whole"``, FLOP/s and how the speed compares with
+            the number of operations; ``"read"``, GB/s.
         skipped: rows of the default shapes that would tell little for their time.
         fits: whether there can be such a row; of those that cannot, none is made for any shape.
     """
@@ -167,6 +169,7 @@ class Suite:
     quick: tuple[Shape, ...]
     variants: tuple[str, ...]
     modes: tuple[str, ...]
+    rates: str = "product"
     skipped: Callable[[Row], bool] = lambda row: False
     fits: Callable[[Row], bool] = lambda row: True
 

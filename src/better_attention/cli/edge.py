@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from better_attention.cli import UserError, console
 from better_attention.cli.arguments import command_line, folder, names, numbers, positive, words
-from better_attention.cli.measurements import differing, output, resumed, say_kept, terminable
+from better_attention.cli.measurements import differing, output, say_kept, terminable
 from better_attention.cli.screen import say
 from better_attention.mechanism import MECHANISMS
 
@@ -136,7 +136,7 @@ def measure(args: argparse.Namespace, tasks: list[Task]) -> Report:
     kept = [timing for found in timings.values() for timing in found]
     done = rows & {(*timing.group, timing.mechanism) for timing in kept}
     if before and kept:
-        about = dict(before.machine) if done == rows else resumed(before.machine, about)
+        about = dict(before.machine) if done == rows else machine.resumed(before.machine, about)
         say_kept(out / "edge.json", len(done), len(rows))
 
     def report(*, complete: bool) -> Report:

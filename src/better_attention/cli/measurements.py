@@ -46,12 +46,6 @@ def output(given: Path | None, default: Path, differences: Callable[[Path], list
     return given
 
 
-def resumed(stored: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
-    """The stored description of the machine, with the date and load of this part of the run added."""
-    part = {key: now[key] for key in ("date", "load_average")}
-    return {**stored, "continued": [*stored.get("continued", []), part]}
-
-
 def say_kept(path: Path, kept: int, planned: int) -> None:
     """Say on stderr how many of the planned rows are in the file already."""
     if kept == planned:

@@ -143,4 +143,5 @@ SUITE = Suite(
     quick=(Shape(1, 4096, 768, 12),),
     variants=(APART, JOINED),
     modes=("forward",),
+    rates="read",
 )

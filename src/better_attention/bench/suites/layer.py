@@ -141,4 +141,5 @@ SUITE = Suite(
     quick=(PAPER[2],),
     variants=("plain",),
     modes=("inference", "training"),
+    rates="whole",
 )

@@ -175,6 +175,7 @@ SUITE = Suite(
     quick=(SHAPES["imdb"],),
     variants=tuple(SHAPES),
     modes=("inference", "training"),
+    rates="whole",
     skipped=_other,
     # bfloat16 weights are not what anybody trains, and their rounding adds up over a model's layers beyond any gate
     fits=lambda row: row.dtype == torch.float32 and _possible(row),
