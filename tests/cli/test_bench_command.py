@@ -280,7 +280,7 @@ def test_rows_of_other_settings_are_not_overwritten(
     if not words:
         real = machine.describe
         monkeypatch.setattr(machine, "describe", lambda command: real(command) | {"commit": "another"})
-    with pytest.raises(UserError, match=f"--out mine holds rows that were measured otherwise .*{told}.*--again"):
+    with pytest.raises(UserError, match=f"--out mine holds rows that were measured differently .*{told}.*--again"):
         run(*base, *words, "--out", "mine")
     assert path.read_bytes() == content
     assert run(*base, *words) == 0

@@ -78,7 +78,7 @@ def test_decoded_pictures_are_listed_with_their_size(
     assert image_cache.held() == (0, 0)
     assert call("clear", "--json") == 0
     assert json.loads(capsys.readouterr().out) == {"folder": told["folder"], "sets": 0, "bytes": 0}
-    with pytest.raises(UserError, match="leave --data away"):
+    with pytest.raises(UserError, match="remove --data"):
         call("--data", str(tmp_path), "clear")
 
 

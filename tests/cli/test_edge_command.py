@@ -311,7 +311,7 @@ def test_rows_of_other_settings_are_not_overwritten(capsys: pytest.CaptureFixtur
     assert run(*FP32) == run(*FP32, "--out", "mine") == 0
     content = Path("mine/edge.json").read_bytes()
     assert run(*FP32, "--rounds", "2", "--out", "mine") == 2
-    assert "--out mine holds rows that were measured otherwise (rounds 3, now 2)" in capsys.readouterr().err
+    assert "--out mine holds rows that were measured differently (rounds 3, now 2)" in capsys.readouterr().err
     assert Path("mine/edge.json").read_bytes() == content
     assert run(*FP32, "--rounds", "2") == 0
     assert sorted(str(path) for path in Path("runs").glob("*/edge.json")) == [

@@ -1,7 +1,7 @@
 """What a benchmark is made of: suites of rows, contenders in each row, and the shapes of the papers.
 
-A :class:`Row` says what is computed; a :class:`Contender` is somebody who computes it. The first contender of a row is
-the baseline of every ratio in it.
+A :class:`Row` says what is computed; a :class:`Contender` computes it. The first contender of a row is the baseline of
+every ratio in it.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What one call must do, whoever does it; 0 and None where that is not counted.
+    """What one call must do in any implementation; 0 and None where that is not counted.
 
     Args:
         flops: floating-point operations, a multiply-add as two.
@@ -111,11 +111,11 @@ class Run:
     """A contender set up for a row.
 
     Args:
-        sample: seconds that so many calls in a row take.
+        sample: seconds that the given number of consecutive calls take.
         results: computes once and returns what came out, for the gate.
         memory: bytes by which one call raises the high-water mark of resident memory; None: cannot be measured.
-        note: what a reader should know.
-        close: gives back what garbage collection would not.
+        note: shown beside the results.
+        close: releases what garbage collection would not.
     """
 
     sample: Callable[[int], float]
@@ -127,7 +127,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """Somebody who computes a row, bound to its inputs.
+    """An implementation that computes a row, bound to its inputs.
 
     Args:
         name: unique within the row.
@@ -177,8 +177,8 @@ class Suite:
         """All rows, for the default shapes or others."""
         axes = product(shapes or self.shapes, self.variants, self.modes)
         every = (Row(self.name, shape, variant, mode, dtype) for shape, variant, mode in axes)
-        found = [row for row in every if self.fits(row)]
-        return found if shapes else [row for row in found if not self.skipped(row)]
+        possible = [row for row in every if self.fits(row)]
+        return possible if shapes else [row for row in possible if not self.skipped(row)]
 
 
 def here(call: Callable[[], object], results: Callable[[], Results], *, grad: bool, note: str = "") -> Run:

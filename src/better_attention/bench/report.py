@@ -26,7 +26,7 @@ class Report:
         machine: as :func:`better_attention.bench.machine.describe` gives it.
         settings: of the runner.
         limits: before and, where the run came to its end, after the rows.
-        results, verdicts: what was found.
+        results, verdicts: of the rows and of the targets.
         rows: how many rows were planned.
         dtype, suite: what was asked for.
         complete: False if it was interrupted.
@@ -75,21 +75,21 @@ def stem(machine: Mapping[str, Any], suite: str, dtype: str) -> str:
 
 def rates(result: Result, limits: Limits) -> dict[str, float | None]:
     """Numbers that follow from a result: rates, their shares of the machine's limits, ratio over FLOP ratio."""
-    found: dict[str, float | None] = dict.fromkeys(
+    numbers: dict[str, float | None] = dict.fromkeys(
         ("gflops", "product_share", "gbytes", "read_share", "flop_ratio", "ratio_over_flop_ratio")
     )
     if result.seconds is None:
-        return found
+        return numbers
     seconds, work = result.seconds.median, result.work
     if work.flops:
         rate = work.flops / seconds / 1e9
-        found |= {"gflops": rate, "product_share": rate / limits.product[_dtype(result)]}
+        numbers |= {"gflops": rate, "product_share": rate / limits.product[_dtype(result)]}
     if work.bytes:
         rate = work.bytes / seconds / 1e9
-        found |= {"gbytes": rate, "read_share": rate / max(limits.read.values())}
+        numbers |= {"gbytes": rate, "read_share": rate / max(limits.read.values())}
     if work.flop_ratio and result.ratio:
-        found |= {"flop_ratio": work.flop_ratio, "ratio_over_flop_ratio": result.ratio.median / work.flop_ratio}
-    return found
+        numbers |= {"flop_ratio": work.flop_ratio, "ratio_over_flop_ratio": result.ratio.median / work.flop_ratio}
+    return numbers
 
 
 def record(result: Result, limits: Limits) -> dict[str, Any]:
@@ -150,17 +150,17 @@ def read(path: Path) -> dict[str, Any] | None:
 
 def stored_results(document: Mapping[str, Any]) -> list[Result]:
     """The results in a document of :func:`read`."""
-    found = []
-    for one in document["rows"]:
-        if one["dtype"] not in {str(dtype).removeprefix("torch.") for dtype in BOUNDS}:
-            raise ValueError(f"unknown dtype {one['dtype']!r}")
-        shape = Shape(*(one[key] for key in Shape._fields))
-        row = Row(one["suite"], shape, one["variant"], one["mode"], getattr(torch, one["dtype"]))
-        spreads: dict[str, Any] = {key: one[key] and Spread(**one[key]) for key in ("seconds", "ratio")}
-        rest = {key: one[key] for key in ("status", "reason", "note", "error", "bound", "rounds", "calls", "memory")}
-        work = Work(one["flops"], one["bytes"], one["flop_ratio"])
-        found.append(Result(row, one["contender"], work, **rest, **spreads))
-    return found
+    results = []
+    for entry in document["rows"]:
+        if entry["dtype"] not in {str(dtype).removeprefix("torch.") for dtype in BOUNDS}:
+            raise ValueError(f"unknown dtype {entry['dtype']!r}")
+        shape = Shape(*(entry[key] for key in Shape._fields))
+        row = Row(entry["suite"], shape, entry["variant"], entry["mode"], getattr(torch, entry["dtype"]))
+        spreads: dict[str, Any] = {key: entry[key] and Spread(**entry[key]) for key in ("seconds", "ratio")}
+        rest = {key: entry[key] for key in ("status", "reason", "note", "error", "bound", "rounds", "calls", "memory")}
+        work = Work(entry["flops"], entry["bytes"], entry["flop_ratio"])
+        results.append(Result(row, entry["contender"], work, **rest, **spreads))
+    return results
 
 
 def stored_limits(document: Mapping[str, Any]) -> list[Limits]:

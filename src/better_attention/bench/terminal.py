@@ -67,8 +67,8 @@ def summary(report: Report) -> list[str]:
     for result, ratio, baseline in pairs:
         row = result.row
         if row.variant == "plain" or (row.suite, row.mode) not in plain_suites:
-            found = groups.setdefault((row.suite, row.mode, baseline), {})
-            found.setdefault(result.contender, []).append(ratio.median)
+            speeds_of = groups.setdefault((row.suite, row.mode, baseline), {})
+            speeds_of.setdefault(result.contender, []).append(ratio.median)
     lines = ["On this machine (geometric means over rows; above 1 is faster):"]
     for (suite, mode, baseline), speeds in groups.items():
         numbers = [f"{name} {statistics.geometric_mean(values):.2f}" for name, values in speeds.items()]
@@ -207,9 +207,9 @@ def _print_verdicts(report: Report, out: Console) -> None:
     for column in ("", "Target", "at least", "found", "where not"):
         table.add_column(column, justify="right" if column in ("at least", "found") else "left", overflow="fold")
     for verdict in report.verdicts:
-        found = "–" if verdict.found is None else f"{verdict.found:.2f}"
+        value = "–" if verdict.found is None else f"{verdict.found:.2f}"
         style = "bold red" if verdict.met is False else ""
-        cells = (SIGNS[verdict.met], verdict.name, f"{verdict.least:.2f}", found, plain(verdict.detail, 400))
+        cells = (SIGNS[verdict.met], verdict.name, f"{verdict.least:.2f}", value, plain(verdict.detail, 400))
         table.add_row(*(Text(cell, style=style) for cell in cells))
     out.print(table)
     out.print(

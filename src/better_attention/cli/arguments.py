@@ -54,8 +54,8 @@ def whole(text: str, at_least: int = 0) -> int:
 def add_sizes(parser: argparse.ArgumentParser) -> None:
     """Declare the sizes of a layer; the defaults are those of the paper's MNIST model."""
     for name, (size, letter, what) in SIZES.items():
-        told = f"{what}; default: {size}"
-        parser.add_argument(option(name), type=positive, default=size, metavar=letter, help=told)
+        text = f"{what}; default: {size}"
+        parser.add_argument(option(name), type=positive, default=size, metavar=letter, help=text)
 
 
 def option(name: str) -> str:

@@ -81,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "what standard achieves",
     )
     parser.add_argument(
-        "--json", action="store_true", help="print results.json at the end; what is under way goes to standard error"
+        "--json", action="store_true", help="print results.json at the end; progress goes to standard error"
     )
     parser.add_argument(
         "--track",
@@ -110,8 +110,8 @@ def run(args: argparse.Namespace) -> int:
         with watcher, tracking:
             study, failed = compare(plan, Watchers(watcher, tracking) if args.track else watcher)
     except Interrupted as stopped:
-        told = f"Interrupted. {stopped} The same command continues there:\n  {plan.command}"
-        screen.print(message(told), markup=False, soft_wrap=True)
+        text = f"Interrupted. {stopped} The same command continues there:\n  {plan.command}"
+        screen.print(message(text), markup=False, soft_wrap=True)
         return 128 + stopped.signal
     if study.finished:
         tables.print_table(tables.summarise(study.records), screen, study.threshold)

@@ -1,4 +1,4 @@
-"""``better-attention data``: what data is here, and how to get what is not."""
+"""``better-attention data``: which data sets are here, and how to get the others."""
 
 from __future__ import annotations
 
@@ -32,9 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_common(parser)
     actions = parser.add_subparsers(dest="action", metavar="ACTION", title="actions (default: list)")
     _add_common(actions.add_parser("list", help="every data set, and whether it is here"))
-    show = actions.add_parser(
-        "show", help="one data set: origin, terms, files, sizes; what is here is read and checked"
-    )
+    show = actions.add_parser("show", help="one data set: origin, terms, files, sizes; its files are read and checked")
     fetch = actions.add_parser("fetch", help="download the official files, with their SHA-256 checked")
     adopt = actions.add_parser("import", help="copy the official files from a folder of yours, after checking them")
     clear = actions.add_parser("clear", help="remove decoded pictures from the user's cache; they are made again")
@@ -60,33 +58,35 @@ def run(args: argparse.Namespace) -> int:
     as_json: bool = getattr(args, "json", False)
     if args.action == "clear":
         if folder is not None:
-            raise UserError("data clear empties the user's cache of decoded pictures: leave --data away.")
+            raise UserError(
+                "data clear empties the cache of decoded pictures, which --data does not move: remove --data."
+            )
         sets, size = cache.clear()
         if as_json:
             print(json.dumps({"folder": str(cache.folder()), "sets": sets, "bytes": size}, indent=2))
         else:
-            told = f"removed {_decoded(sets, size)} from {cache.folder()}"
-            console().print(message(told), soft_wrap=True)
+            text = f"removed {_decoded(sets, size)} from {cache.folder()}"
+            console().print(message(text), soft_wrap=True)
         return 0
     if args.action in (None, "list", "show") and folder is not None and not folder.exists():
         raise UserError(f"--data {folder} does not exist: `data fetch` and `data import` can make it.")
     if args.action in (None, "list"):
         rows = [_state(row, folder) for row in SOURCES.values()]
         sets, size = cache.held()
-        place: str | None
+        where: str | None
         pictures: str | None
         try:
-            place, pictures = str(folder or home()), str(cache.folder())
+            where, pictures = str(folder or home()), str(cache.folder())
         except NoHome as missing:
-            place, pictures = None if folder is None else str(folder), None
+            where, pictures = None if folder is None else str(folder), None
             if not as_json:
                 print(f"note: {missing}", file=sys.stderr)
         decoded: Record = {"folder": pictures, "sets": sets, "bytes": size}
         if as_json:
-            print(json.dumps({"folder": place, "data_sets": rows, "decoded_pictures": decoded}, indent=2))
+            print(json.dumps({"folder": where, "data_sets": rows, "decoded_pictures": decoded}, indent=2))
         else:
             _print_list(
-                console(), place, rows, decoded, "" if folder is None else " " + shlex.join(["--data", str(folder)])
+                console(), where, rows, decoded, "" if folder is None else " " + shlex.join(["--data", str(folder)])
             )
         return 0
 
@@ -121,7 +121,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 
 def _state(row: Source, folder: Path | None) -> Record:
-    """What can be said of a data set without reading it."""
+    """What is known about a data set without reading it."""
     from better_attention.lab.data import catalogue, store
     from better_attention.lab.data.samples import DataError
 
@@ -142,7 +142,7 @@ def _state(row: Source, folder: Path | None) -> Record:
 
 
 def _details(row: Source, folder: Path | None) -> Record:
-    """Everything: origin and terms, and of what is here, the contents after reading all of it."""
+    """Origin, terms and official files; of a data set that is here also its contents, which are read completely."""
     from better_attention.lab.data import catalogue
     from better_attention.lab.data.catalogue import read
     from better_attention.lab.data.samples import Images, NotFetched, Pairs
@@ -191,7 +191,7 @@ def _decoded(sets: int, size: int) -> str:
     return f"{counted(sets, 'set')} of decoded pictures, {size / 2**20:,.0f} MiB,"
 
 
-def _print_list(out: Console, place: str | None, rows: list[Record], decoded: Record, option: str) -> None:
+def _print_list(out: Console, where: str | None, rows: list[Record], decoded: Record, option: str) -> None:
     from rich.table import Table
     from rich.text import Text
 
@@ -201,8 +201,8 @@ def _print_list(out: Console, place: str | None, rows: list[Record], decoded: Re
     for row in rows:
         table.add_row(row["name"], Text(row["title"]), _STATES[row["state"]])
     out.print(table)
-    if place is not None:
-        out.print(Text(f"\n{message(f'Looked in {place}.')}"))
+    if where is not None:
+        out.print(Text(f"\n{message(f'Looked in {where}.')}"))
     for row in rows:
         if "problem" in row:
             out.print(Text(message(f"{row['name']}: {row['problem']}")))
@@ -212,8 +212,8 @@ def _print_list(out: Console, place: str | None, rows: list[Record], decoded: Re
             bring = f"better-attention data import {name} FROM{option}"
             out.print(Text(message(fetch if row["fetchable"] else bring)), soft_wrap=True)
     if decoded["sets"]:
-        told = f"{_decoded(decoded['sets'], decoded['bytes'])} in {decoded['folder']}"
-        out.print(Text(f"\n{message(told)}; `better-attention data clear` removes them."), soft_wrap=True)
+        text = f"{_decoded(decoded['sets'], decoded['bytes'])} in {decoded['folder']}"
+        out.print(Text(f"\n{message(text)}; `better-attention data clear` removes them."), soft_wrap=True)
 
 
 def _print_record(out: Console, record: Record) -> None:
@@ -243,7 +243,7 @@ def _print_record(out: Console, record: Record) -> None:
 
 @contextmanager
 def _progress(*, quiet: bool) -> Iterator[Callable[[Remote, int], None] | None]:
-    """How a download shows itself, on stderr: bars on a terminal, a line a file elsewhere, nothing if ``quiet``."""
+    """How a download shows itself, on stderr: bars on a terminal, one line per file elsewhere, nothing if ``quiet``."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     err = console(stderr=True)

@@ -58,11 +58,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def precisions(text: str) -> tuple[str, ...]:
     """Precisions from a comma-separated list; each once."""
-    found = words(text)
-    wrong = [word for word in found if word not in PRECISIONS]
+    names = words(text)
+    wrong = [word for word in names if word not in PRECISIONS]
     if wrong:
         raise argparse.ArgumentTypeError(f"expected float32, int8 or both, received {wrong[0]!r}")
-    return found
+    return names
 
 
 def run(args: argparse.Namespace) -> int:

@@ -18,7 +18,7 @@ from better_attention.cli.screen import say
 def differing(
     machine: Mapping[str, Any], settings: Mapping[str, Any], machine_now: Mapping[str, Any], now: Mapping[str, Any]
 ) -> list[str]:
-    """In what stored rows were measured otherwise than now: machine, versions, commit, settings."""
+    """How stored rows were measured differently: machine, versions, commit, settings."""
     from better_attention.bench.machine import differences, identity
 
     return differences({**identity(machine), **settings}, {**identity(machine_now), **now})
@@ -30,7 +30,7 @@ def output(given: Path | None, default: Path, differences: Callable[[Path], list
     Args:
         given: the argument ``--out``.
         default: used without it, with -2, -3, ... appended where it holds rows of other settings.
-        differences: in what the rows in a folder were measured otherwise; empty: in nothing, or there are none.
+        differences: how the rows in a folder were measured differently; empty if they were not, or if there are none.
 
     Raises:
         UserError: ``given`` holds rows of other settings.
@@ -38,9 +38,9 @@ def output(given: Path | None, default: Path, differences: Callable[[Path], list
     if given is None:
         folders = chain([default], (default.with_name(f"{default.name}-{number}") for number in count(2)))
         return next(folder for folder in folders if not differences(folder))
-    if not again and (found := differences(given)):
+    if not again and (differing_entries := differences(given)):
         raise UserError(
-            f"--out {given} holds rows that were measured otherwise ({'; '.join(found)}). "
+            f"--out {given} holds rows that were measured differently ({'; '.join(differing_entries)}). "
             "Choose another folder, or replace them with --again."
         )
     return given

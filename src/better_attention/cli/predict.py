@@ -90,7 +90,7 @@ def print_rows(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def say_unlike(inputs: Sequence[NamedInput], trained: Run) -> None:
-    """Say on standard error which inputs differ from all training data: their predictions mean little."""
+    """Report on standard error which inputs differ from all training data: predictions for them mean little."""
     from better_attention.lab.files import plain
 
     titles: dict[str, list[str]] = {}
@@ -116,7 +116,7 @@ def numbered_samples(trained: Run, rows: Sequence[int], folder: Path | None) -> 
     splits = task.load(folder)
     if splits.digest != trained.config["run"]["data_sha256"]:
         raise UserError(
-            f"--index: {folder or 'what is there'} is not the data that {trained.path} was trained on. A test sample "
-            "of other data may be one that it has seen; name the inputs themselves to predict all the same."
+            f"--index: {folder or 'the data set'} is not the data that {trained.path} was trained on. Test samples of "
+            "other data may have been trained on; to predict anyway, name the inputs themselves."
         )
     return task.numbered_samples(rows, splits, folder)

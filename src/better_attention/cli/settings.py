@@ -20,13 +20,13 @@ def settings_of(task: Task, texts: Sequence[str]) -> dict[str, Any]:
     Raises:
         UserError: one is given twice, too.
     """
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for text in texts:
         name, value = setting(task, text)
-        if name in found:
+        if name in settings:
             raise UserError(f"--set {text!r}: {name} is given twice.")
-        found[name] = value
-    return found
+        settings[name] = value
+    return settings
 
 
 FIXED = ("name", "title", "source", "scale", "dataset", "equal_params")
@@ -53,18 +53,18 @@ def setting(task: Task, text: str) -> tuple[str, Any]:
     if name in decided:
         raise UserError(f"--set {text!r}: {name} of task {task.name!r} follows from {decided[name]}.")
     parsed = _json_or_text(value)
-    own = getattr(task, name)
-    if own == "" and not isinstance(parsed, str):  # free text: a column may be called 2024, or true
+    default = getattr(task, name)
+    if default == "" and not isinstance(parsed, str):  # free text: a column may be called 2024, or true
         parsed = value
-    kind = (int,) if own is None else (int, float) if isinstance(own, float) else (type(own),)
+    kind = (int,) if default is None else (int, float) if isinstance(default, float) else (type(default),)
     if "None" in kinds[name]:
         kind = (*kind, type(None))
-    if isinstance(own, tuple):  # a JSON list, or words with commas between
+    if isinstance(default, tuple):  # a JSON list, or words with commas between
         words = tuple(parsed if isinstance(parsed, list) else map(_json_or_text, value.split(",")))
-        parsed = words if all(isinstance(word, type(own[0])) for word in words) else value
-    if not isinstance(parsed, kind) or (isinstance(parsed, bool) and not isinstance(own, bool)):
-        wanted = " or ".join(KINDS[one] for one in kind if one is not int or float not in kind)
-        raise UserError(f"--set {text!r}: {name} is {own!r} by default; expected {wanted}, received {value!r}.")
+        parsed = words if all(isinstance(word, type(default[0])) for word in words) else value
+    if not isinstance(parsed, kind) or (isinstance(parsed, bool) and not isinstance(default, bool)):
+        wanted = " or ".join(KINDS[type_] for type_ in kind if type_ is not int or float not in kind)
+        raise UserError(f"--set {text!r}: {name} is {default!r} by default; expected {wanted}, received {value!r}.")
     return name, parsed
 
 

@@ -343,7 +343,7 @@ def test_nearly_black_pictures_are_told(tmp_path: Path, monkeypatch: pytest.Monk
     task = small().fitted(tmp_path)
     assert [note for note in task.load(tmp_path).notes if "nearly black" in note] == [
         "30 of 40 pictures are nearly black, no pixel brighter than 31 of 255: files of 16 bits that use 12 or fewer "
-        "come out so; scale their values up to white before training"
+        "look like this; scale their values up to white before training"
     ]
     monkeypatch.setattr(picture_notes, "SEARCHED_BYTES", 1000)
     assert not any("nearly black" in note for note in task.load(tmp_path).notes)

@@ -1,8 +1,8 @@
 """Table 4 of arXiv 2403.01643 on this CPU: how long the models of its experiments take for 5,000 samples.
 
-Speed alone is asked, which trained weights do not change: the models keep their initial ones and read random inputs of
-the task's shape. The mechanisms take turns, every second round backwards, and a ratio is formed within each round, so
-that what slows the machine for a while slows both sides of it.
+Only speed is measured, which does not depend on training: the models keep their initial weights and read random inputs
+of the task's shape. The mechanisms alternate, and a ratio is formed within each round, so that a temporary slowdown of
+the machine affects both sides of it.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Timing:
 
     @property
     def group(self) -> tuple[str, int, str]:
-        """Task, heads and precision: what is timed in turn."""
+        """Task, heads and precision: what is timed in alternation."""
         return self.task, self.heads, self.precision
 
 
@@ -115,9 +115,9 @@ def measure(
     if open_:
         seconds = expected(open_, len(mechanisms), settings)
         say(f"about {seconds / 60:.1f} minutes in all for {len(open_) * len(mechanisms)} rows at the present load")
-    for place, (task, h, precision) in enumerate(groups, start=1):
+    for number, (task, h, precision) in enumerate(groups, start=1):
         if (task, h, precision) in open_:
-            say(f"[{place}/{len(groups)}] {task.name}, h {h}, {precision}")
+            say(f"[{number}/{len(groups)}] {task.name}, h {h}, {precision}")
             names = tuple(dict.fromkeys((*there[task.name, h, precision], *mechanisms)))
             yield measure_group(task, names, h, precision, settings, say)
 
@@ -127,16 +127,16 @@ def expected(groups: Sequence[tuple[Task, int, str]], mechanisms: int, settings:
     total = 0.0
     for task in dict.fromkeys(task for task, _, _ in groups):
         probe = task.random_samples(settings.batch_size).inputs
-        fitting = [(h, precision) for one, h, precision in groups if one is task and task.width % h == 0]
+        fitting = [(h, precision) for candidate, h, precision in groups if candidate is task and task.width % h == 0]
         if not fitting:
             continue
         began = perf_counter()
         model, _ = prepare(task, BASELINE, fitting[0][0], "float32", probe)
         built = perf_counter() - began
-        one = min(_pass(model, [probe]) for _ in range(2))
-        batches = math.ceil(how_many(settings, one) / settings.batch_size)
-        passes = one * (batches + 1) * settings.rounds  # each pass follows an untimed batch
-        total += len(fitting) * (mechanisms * (built + passes) + 2 * one)
+        batch_seconds = min(_pass(model, [probe]) for _ in range(2))
+        batches = math.ceil(how_many(settings, batch_seconds) / settings.batch_size)
+        passes = batch_seconds * (batches + 1) * settings.rounds  # each pass follows an untimed batch
+        total += len(fitting) * (mechanisms * (built + passes) + 2 * batch_seconds)
     return total
 
 
@@ -148,7 +148,7 @@ def measure_group(
     settings: Settings,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[Timing]:
-    """Time the mechanisms in turn in one model."""
+    """Time the mechanisms in one model, in alternation."""
     models: dict[str, nn.Module] = {}
     timings: dict[str, Timing] = {}
     probe = task.random_samples(settings.batch_size).inputs
@@ -164,9 +164,9 @@ def measure_group(
     if not models:
         return list(timings.values())
     measuring = models.get(BASELINE, next(iter(models.values())))
-    one = min(_pass(measuring, [probe]) for _ in range(2))
-    measured = how_many(settings, one)
-    duration = one * measured / settings.batch_size * len(models) * settings.rounds
+    batch_seconds = min(_pass(measuring, [probe]) for _ in range(2))
+    measured = how_many(settings, batch_seconds)
+    duration = batch_seconds * measured / settings.batch_size * len(models) * settings.rounds
     if duration > 10:
         say(f"    about {duration / 60:.1f} minutes")
     batches = task.random_samples(measured).inputs.split(settings.batch_size)
@@ -174,7 +174,7 @@ def measure_group(
     scale = settings.samples / measured
     for name, seconds in samples.items():
         timing = timings[name]
-        ratios = [base / own for own, base in zip(seconds, samples.get(BASELINE, []), strict=False)]
+        ratios = [base / mine for mine, base in zip(seconds, samples.get(BASELINE, []), strict=False)]
         timings[name] = Timing(
             *(timing.task, timing.heads, timing.precision, timing.mechanism),
             seconds=Spread.of([scale * second for second in seconds]),
@@ -239,7 +239,7 @@ def quantise(model: nn.Module) -> int:
 
 
 def how_many(settings: Settings, batch_seconds: float) -> int:
-    """Samples of one pass, where a batch of standard attention (of the first model without it) takes so long.
+    """Samples of one pass, given the time of a batch of standard attention, or of the first model without it.
 
     >>> how_many(Settings(), 1.0), how_many(Settings(measured=64), 1.0), how_many(Settings(quick=True), 0.25)
     (5000, 64, 128)

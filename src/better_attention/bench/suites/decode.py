@@ -66,19 +66,19 @@ def contenders(row: Row) -> list[Contender]:
     """SDPA and ours, with key and value apart and with one tensor that serves as both."""
     inputs = cache(partial(Inputs.of, row))
     truth = cache(partial(_truth, inputs))
-    found = []
+    row_contenders = []
     for shared in (False, True):
         sdpa = partial(_make, row, inputs, lambda q, k, v: F.scaled_dot_product_attention(q, k, v), shared)
         name = "SDPA" + ", k is v" * shared
-        found.append(Contender(name, sdpa, partial(truth, "softmax", shared), work(row, shared)))
+        row_contenders.append(Contender(name, sdpa, partial(truth, "softmax", shared), work(row, shared)))
     for score in ("softmax", "expressive"):
         for impl in ("auto", "native"):
             for shared in (False, True):
                 make = partial(_make_ours, row, inputs, score, impl, shared)
                 why_not = partial(_no_ours, inputs, score, impl, shared)
                 name = f"{score} {impl}" + ", k is v" * shared
-                found.append(Contender(name, make, partial(truth, score, shared), work(row, shared), why_not))
-    return found
+                row_contenders.append(Contender(name, make, partial(truth, score, shared), work(row, shared), why_not))
+    return row_contenders
 
 
 def work(row: Row, shared: bool) -> Work:

@@ -67,19 +67,19 @@ def work(row: Row, mechanism: str) -> Work:
     The mechanisms differ in their attention layers alone, by as much as :func:`better_attention.cost` says.
     """
     B, L, D, N = row.shape
-    own, standard = (
+    ours, standard = (
         ba.cost(D, N, L, mechanism=name, batch=B, backward=row.backward).flops for name in (mechanism, "standard")
     )
     whole, layers = _standard(row)
-    flops = whole + layers * (own - standard)
+    flops = whole + layers * (ours - standard)
     return Work(flops=flops, flop_ratio=whole / flops)
 
 
 @cache
 def _standard(row: Row) -> tuple[float, int]:
     """FLOPs of the standard model, and how many attention layers it has."""
-    one = replace(row, shape=row.shape._replace(batch=1))
-    task, given, model = task_of(one), _inputs(one), _build(one, "standard", "reference")
+    single = replace(row, shape=row.shape._replace(batch=1))
+    task, given, model = task_of(single), _inputs(single), _build(single, "standard", "reference")
     with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(row.backward):
         loss = task.losses(model(given.inputs), given.targets).mean()
         if row.backward:

@@ -22,7 +22,7 @@ def source(name: str) -> Source:
 
 
 def find(source: Source, folder: Path | None = None) -> Files | None:
-    """The files of ``source`` in ``folder`` or ``folder/NAME``; None if there are none.
+    """The files of ``source`` in ``folder`` or ``folder/NAME``; None if they are not there.
 
     Args:
         source: a row of ``SOURCES`` that is not embedded.
@@ -64,10 +64,10 @@ def read(name: str, folder: Path | None = None) -> Images | Texts | Pairs:
     row = source(name)
     files = find(row, None if folder is None else Path(folder))
     if files is None:
-        place = home() / name if folder is None else folder
+        where = home() / name if folder is None else folder
         fetch = f"`better-attention data fetch {name}` downloads it, " if row.remotes else ""
         raise NotFetched(
-            f"data set {name!r} is not in {place}: {fetch}`better-attention data import {name} FROM` copies it from a "
+            f"data set {name!r} is not in {where}: {fetch}`better-attention data import {name} FROM` copies it from a "
             f"folder of yours, `--data DIR` reads it there. Layout: {row.layout}."
         )
     return row.load(files)

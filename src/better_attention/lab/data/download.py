@@ -2,7 +2,7 @@
 
 pooch decides whether a download is needed, compares the SHA-256 and puts the file in place by renaming it;
 this module is the transport that pooch calls. pooch does not resume, and its own transport follows
-redirects wherever they lead.
+redirects to any host.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _REDIRECTS = 5
 _ATTEMPTS = 3  # of one call, each going on where the last one broke off
 _TIMEOUT = (10.0, 30.0)  # seconds to connect; seconds without a byte
 _SLOWEST = 1024  # bytes a second, over ...
-_PATIENCE = 60.0  # ... at least so many seconds: a drip never runs into the time-out
+_PATIENCE = 60.0  # ... at least this many seconds: a very slow server never runs into the time-out
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ def download(
         session: the connection to use; a new one if None.
         hosts: the hosts (with port, if not 443) that may be asked, also by redirects; None: the publisher's own, in
             ``remote.url``, so that a redirect elsewhere is refused, whatever it offers.
-        progress: told about every piece that arrives.
+        progress: called for every piece that arrives.
 
     Returns:
         The file.
@@ -200,8 +200,8 @@ class _Transport:
         goes_on = status == 206
         expected = remote.size - have if goes_on else remote.size
         length = response.headers.get("Content-Length", str(expected))
-        place = response.headers.get("Content-Range", "")
-        if length != str(expected) or (goes_on and not place.startswith(f"bytes {have}-")):
+        content_range = response.headers.get("Content-Range", "")
+        if length != str(expected) or (goes_on and not content_range.startswith(f"bytes {have}-")):
             kind = response.headers.get("Content-Type", "unknown")
             raise DataError(
                 f"{remote.url}: the server offers {length} bytes (type {kind}), the published file needs {expected:,}: "

@@ -23,7 +23,7 @@ class Source:
         terms: who made it, and under which terms it may be used.
         layout: the official layout, in words.
         load: reads the files that ``locate`` found.
-        locate: the files of the data set at or in a place, None if there are none; raises if they are incomplete.
+        locate: the files of the data set at or in a folder, None if they are not there; raises if they are incomplete.
         remotes: what can be fetched, digests included. Empty: embedded (no ``locate``), or to be imported only.
         members: the files of an unpacked folder by their names in the archive, so that it can be packed again.
     """

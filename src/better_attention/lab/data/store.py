@@ -88,17 +88,17 @@ def import_from(source: Source, place: Path, folder: Path | None = None) -> Path
         raise DataError(f"{source.name!r} needs no import: {source.layout}.")
     if not place.exists():
         raise DataError(f"{place} does not exist: name the folder or file that holds {source.name} ({source.layout}).")
-    found = source.locate(place) or source.locate(place / source.name)
-    if found is None:
+    sources = source.locate(place) or source.locate(place / source.name)
+    if sources is None:
         raise DataError(f"{place} does not hold {source.name}: expected {source.layout}.")
-    source.load(found)
+    source.load(sources)
 
     target = (folder or home()) / source.name
-    if any(file.parent.resolve() == target.resolve() for file in found):
+    if any(file.parent.resolve() == target.resolve() for file in sources):
         raise DataError(f"{place} is where {source.name} already lies; there is nothing to import.")
     with _exclusive(target):
         files = {}
-        for file in found:
+        for file in sources:
             name = _stored_name(source, file)
             files[name] = _write(target / name, _packer(source, file) if file.is_dir() else _copier(file))
         _record(target, "imported", files)

@@ -58,7 +58,7 @@ class Vocabulary:
         words: the words, most frequent first; word ``i`` gets the number ``i + 2``.
 
     Raises:
-        DataError: a word occurs twice, or is none.
+        DataError: a word occurs twice, or is empty.
     """
 
     def __init__(self, words: Sequence[str]) -> None:
@@ -68,7 +68,7 @@ class Vocabulary:
         self._numbers = {word: number for number, word in enumerate(self._words, start=_RESERVED)}
         if len(self._numbers) != len(self._words):
             twice = next(word for word, count in Counter(self._words).items() if count > 1)
-            raise DataError(f"the word {twice!r} occurs twice in the vocabulary; each word needs a number of its own.")
+            raise DataError(f"the word {twice!r} occurs twice in the vocabulary; each word needs its own number.")
 
     @classmethod
     def build(cls, texts: Iterable[str], size: int) -> Vocabulary:
@@ -96,7 +96,7 @@ class Vocabulary:
 
         Args:
             texts: ``N`` texts.
-            length: words a row.
+            length: words per row.
 
         Returns:
             int64 ``(N, length)``. (Keras' ``pad_sequences`` does the same by default; arXiv 2403.01643 used it.)
@@ -139,8 +139,8 @@ def _last_tokens(text: str, count: int) -> list[str]:
     reach = 8 * count
     while reach < len(text):
         cut = text.find(" ", len(text) - reach)
-        found = tokens(text[cut:]) if cut >= 0 else []
-        if len(found) >= count:
-            return found[-count:]
+        last = tokens(text[cut:]) if cut >= 0 else []
+        if len(last) >= count:
+            return last[-count:]
         reach *= 2
     return tokens(text)[-count:]

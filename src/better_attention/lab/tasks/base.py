@@ -1,7 +1,7 @@
-"""What an experiment is, as data: a data set, a model, and the settings of its training.
+"""An experiment as data: a data set, a model, and the settings of its training.
 
-A task is a frozen dataclass that a function of ``tasks/`` returns for a scale; every variant is a
-``dataclasses.replace`` of it.
+A task is a frozen dataclass that a function of ``tasks/catalogue/`` returns for a scale; every variant of it is made by
+``dataclasses.replace``.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ OPTIMISERS = ("adam", "adamw", "rmsprop")
 
 @dataclass(frozen=True)
 class Shown:
-    """One input for people to look at: the tokens of a text, or a uint8 picture (H, W) or (H, W, 3)."""
+    """One input in readable form: the tokens of a text, or a uint8 picture (H, W) or (H, W, 3)."""
 
     tokens: tuple[str, ...] | None = None
     picture: NDArray[np.uint8] | None = None
@@ -42,7 +42,7 @@ class Shown:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model says of one input.
+    """The prediction of a model for one input.
 
     Args:
         label: the likeliest class, or the text that was generated.
@@ -65,19 +65,19 @@ class Task(ABC):
         dataset: key of :data:`better_attention.lab.data.published.SOURCES`, or a name of the task's own.
         width, length, layers: model width d, sequence length ℓ, attention layers.
         heads, default_heads: head counts of the paper's ablation; the one compared by default.
-        seeds: runs of each row unless told otherwise.
+        seeds: default number of runs of each row.
         epochs: most epochs of a run.
         patience: epochs without a better validation loss after which a run stops; 0: never.
         batch_size: samples of one update, over all processes together.
-        optimiser, lr, weight_decay: ``"adam"``, ``"adamw"`` or ``"rmsprop"`` (Keras') and its numbers.
+        optimiser, lr, weight_decay: ``"adam"``, ``"adamw"`` or ``"rmsprop"`` (as in Keras), and its parameters.
         dropout: rate inside the blocks.
         validation_share: share of the training split that is held out as validation.
         train_samples, test_samples: random subsets for the smaller scales; None: everything.
         data_seed: seed of the validation cut and of the subsets, the same for every run.
         equal_params: give every mechanism the width at which its model comes nearest to the parameters of the standard
             model at ``width``, as table 7 of arXiv 2403.01643 does by hand.
-        threads: most CPU threads of a run; None: as many as torch takes. Models this small lose more by handing work
-            to a second thread than it gains, and lose badly where another program wants that core.
+        threads: most CPU threads of a run; None: torch's default. Very small models lose more by handing work to a
+            second thread than they gain, especially where another program needs that core.
     """
 
     derived: ClassVar[Mapping[str, str]] = {}
@@ -175,7 +175,7 @@ class Task(ABC):
             return count(self.build(variant, heads))
 
     def torch_twin(self) -> Self:
-        """This task with a standard model that ``torch.nn.MultiheadAttention`` can compute, for the pace beside it."""
+        """This task with a standard model that ``torch.nn.MultiheadAttention`` can compute, to compare their speed."""
         return self
 
     def width_step(self, heads: int) -> int:
@@ -264,7 +264,7 @@ class Task(ABC):
 
     @abstractmethod
     def show(self, inputs: Tensor, assets: Mapping[str, Any]) -> Shown:
-        """One encoded input, without the batch dimension, for people to look at."""
+        """One encoded input, without the batch dimension, in readable form."""
 
     def key_tokens(self, layer: str, shown: Shown) -> tuple[str, ...] | None:
         """The tokens of ``shown`` that are the keys of an attention layer, by its name in the model; None: no text."""
@@ -294,13 +294,13 @@ class Task(ABC):
         return False
 
     def examples(self, splits: Splits, number: int) -> list[tuple[int, str]]:
-        """Test samples for people to look at, each of another class: row and description."""
+        """Test samples for a report, each of another class: row and description."""
         targets = splits.test.targets.tolist()
         rows = [targets.index(target) for target in dict.fromkeys(targets)][:number]
         return [(row, f"test sample {row}, class {splits.assets['classes'][targets[row]]}") for row in rows]
 
     def predictions(self, model: nn.Module, inputs: Tensor, assets: Mapping[str, Any]) -> list[Prediction]:
-        """What ``model``, in eval mode, says of encoded inputs (B, ...): the likeliest class of each."""
+        """The likeliest class of each encoded input (B, ...) by ``model``, which is in eval mode."""
         classes = assets["classes"]
         return [
             Prediction(classes[best := row.index(max(row))], row[best], dict(zip(classes, row, strict=True)))
@@ -342,21 +342,21 @@ class Task(ABC):
         Raises:
             ValueError: an unknown or a missing field, or a value out of range.
         """
-        own = {f.name for f in fields(self)}
-        if own != set(settings):
+        known = {f.name for f in fields(self)}
+        if known != set(settings):
             raise ValueError(
-                f"settings of task {self.name!r}: unknown {sorted(set(settings) - own)}, "
-                f"missing {sorted(own - set(settings))}; written by another version of better-attention."
+                f"settings of task {self.name!r}: unknown {sorted(set(settings) - known)}, "
+                f"missing {sorted(known - set(settings))}; written by another version of better-attention."
             )
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
         return replace(self, **values)
 
 
 def share(value: object, name: str) -> float:
-    """``value`` as a number from 0 to below 1, or an error naming the setting: of all that is left out nothing is left.
+    """``value`` as a number from 0 to below 1, or an error naming the setting; a share of 1 would leave nothing.
 
     Raises:
-        TypeError, ValueError: it is none.
+        TypeError, ValueError: it is not such a number.
     """
     number = finite_number(value, name, low=0.0, high=1.0)
     if number == 1:

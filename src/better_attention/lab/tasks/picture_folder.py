@@ -88,8 +88,8 @@ class FolderTask(ImageTask):
             *without,
             f"the shorter side of every picture was scaled to {self.image_size} pixels, and the middle square taken",
         ]
-        found = (len(pictures.parts["train"]), len(pictures.parts["test"]))
-        unlike = () if self.official is None else size_notes(*found, self.official)
+        sizes_there = (len(pictures.parts["train"]), len(pictures.parts["test"]))
+        unlike = () if self.official is None else size_notes(*sizes_there, self.official)
         notes += unlike
         splits = Splits(train, validation, test, assets={"classes": list(pictures.classes)}, departures=unlike)
         return replace(splits, notes=(*notes, *overlap_notes(splits), *dark_notes(splits), *blank_notes(splits)))
@@ -100,7 +100,7 @@ class FolderTask(ImageTask):
 
         if isinstance(inputs, str | Path) or (isinstance(inputs, np.ndarray) and _is_one(inputs)):
             inputs = [inputs]
-        pictures = [self.picture(one) for one in inputs]
+        pictures = [self.picture(source) for source in inputs]
         shape = (self.image_size, self.image_size, *([self.channels] if self.channels > 1 else []))
         return super().encode(np.stack(pictures) if pictures else np.empty((0, *shape), np.uint8), assets)
 

@@ -27,8 +27,8 @@ NEARLY_BLACK = 31
 
 GROUNDS = ("dark", "light")
 BLANK_HINT = (
-    "White shapes on a transparent ground come out so, because transparent parts are read as white, as they are shown; "
-    "save them on a dark ground"
+    "White shapes on a transparent ground are read this way, because transparent parts are read as white, as they are "
+    "shown; save them on a dark ground"
 )
 
 
@@ -67,11 +67,11 @@ def unlike_training(picture: np.ndarray[Any, Any], peak: int, training: str) -> 
     spread = float((picture.max(axis=(0, 1)) - picture.min(axis=(0, 1))).max())
     if spread * 255 <= BLANK_RANGE * peak:
         return [f"blank, every pixel has nearly the same value. {BLANK_HINT}"]
-    own = ground(picture[None], peak)
-    if training not in GROUNDS or own == training:
+    edges = ground(picture[None], peak)
+    if training not in GROUNDS or edges == training:
         return []
     return [
-        f"{own} at its edges, where the training pictures are {training}: the model has learned nothing about such "
+        f"{edges} at its edges, where the training pictures are {training}: the model has learned nothing about such "
         "pictures, however high its probabilities. Invert the picture if it shows the same kind of thing"
     ]
 
@@ -103,7 +103,7 @@ def dark_notes(splits: Splits) -> tuple[str, ...]:
         return ()
     return (
         f"{dark:,} of {sum(map(len, parts)):,} pictures are nearly black, no pixel brighter than {NEARLY_BLACK} of "
-        "255: files of 16 bits that use 12 or fewer come out so; scale their values up to white before training",
+        "255: files of 16 bits that use 12 or fewer look like this; scale their values up to white before training",
     )
 
 

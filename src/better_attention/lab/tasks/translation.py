@@ -162,9 +162,11 @@ class TranslationTask(Task):
     def scores(self, model: nn.Module, split: Split, assets: Mapping[str, Any]) -> dict[str, float]:
         """BLEU of the translations against the pairs' own, one reference each."""
         inputs, targets = split.batch(slice(self.bleu_samples))
-        found = [p.label for batch in inputs.split(DECODING_BATCH) for p in self.predictions(model, batch, assets)]
+        translations = [
+            p.label for batch in inputs.split(DECODING_BATCH) for p in self.predictions(model, batch, assets)
+        ]
         # Which unknown word a reference has does not matter, as long as no translation can match it.
-        return {"bleu": bleu(found, sentences(targets, assets["target"], unknown=NO_WORD))[0]}
+        return {"bleu": bleu(translations, sentences(targets, assets["target"], unknown=NO_WORD))[0]}
 
     def scored(self, samples: int) -> int:
         """See :meth:`Task.scored`."""
@@ -202,14 +204,14 @@ class TranslationTask(Task):
         words = (["", "?", *assets["source"]], ["", "?", *assets["target"]])
         tokens = inputs.tolist()
         halves = tokens[: self.length], tokens[self.length :]
-        return Shown(tokens=tuple(own[n] for own, half in zip(words, halves, strict=True) for n in half))
+        return Shown(tokens=tuple(vocabulary[n] for vocabulary, half in zip(words, halves, strict=True) for n in half))
 
     def key_tokens(self, layer: str, shown: Shown) -> tuple[str, ...] | None:
         """The decoder's own attention reads the translation, every other layer the source."""
         if shown.tokens is None:
             return None
-        own = layer.startswith("decoder.") and "cross" not in layer
-        return shown.tokens[self.length :] if own else shown.tokens[: self.length]
+        reads_target = layer.startswith("decoder.") and "cross" not in layer
+        return shown.tokens[self.length :] if reads_target else shown.tokens[: self.length]
 
     def query_tokens(self, layer: str, shown: Shown) -> tuple[str, ...] | None:
         """Every layer of the decoder is asked by the translation, every other layer by the source."""
@@ -225,10 +227,10 @@ class TranslationTask(Task):
         order = torch.where(whole, lengths, lengths - self.length).argsort(descending=True, stable=True)[: 20 * number]
         read = sentences(sources[order], splits.assets["source"])
         meant = sentences(targets[order], splits.assets["target"])
-        found: dict[str, tuple[int, str]] = {}
+        pairs: dict[str, tuple[int, str]] = {}
         for row, source, target in zip(order.tolist(), read, meant, strict=True):
-            found.setdefault(source, (row, f"test pair {row}: {source} → {target}"))
-        return list(found.values())[:number]
+            pairs.setdefault(source, (row, f"test pair {row}: {source} → {target}"))
+        return list(pairs.values())[:number]
 
 
 def cut_pairs(task: TranslationTask, sources: Sequence[str]) -> tuple[list[int], list[int], list[int]]:

@@ -66,10 +66,10 @@ def held() -> tuple[int, int]:
 
 def clear() -> tuple[int, int]:
     """Remove every decoded set; returns how many there were, and their bytes."""
-    found = held()
+    removed = held()
     for path in (*folder().glob("*.npy"), *folder().glob("*.json")):
         path.unlink(missing_ok=True)
-    return found
+    return removed
 
 
 def decoded(key: str, rows: int, contents: Callable[[], Contents], size: int, channels: int) -> UInt8:
@@ -127,7 +127,7 @@ def remembered(key: str, find: Callable[[], Any]) -> Any:
 
 
 def _mapped(path: Path, shape: tuple[int, ...]) -> UInt8 | None:
-    """The cached array, copied where it is written to; None if there is none of this shape."""
+    """The cached array, copied where it is written to; None if it is missing or has another shape."""
     try:
         array = np.lib.format.open_memmap(path, mode="c")
     except (OSError, ValueError):
@@ -161,18 +161,18 @@ def _pictures(shape: tuple[int, ...], contents: Contents) -> Iterator[tuple[int,
     """
     size, channels = shape[1], 3 if len(shape) == 4 else 1
     bad: list[str] = []
-    found = 0
+    done = 0
     for row, picture in _attempts(contents, size, channels):
         if isinstance(picture, DataError):
             bad.append(str(picture))
             continue
-        found += 1
+        done += 1
         yield row, picture
     if bad:
         rest = f"\n... and {len(bad) - _TOLD:,} more." if len(bad) > _TOLD else ""
         raise DataError("\n".join(bad[:_TOLD]) + rest + f" To do without {'them' if bad[1:] else 'it'}: {LEAVE_OUT}.")
-    if found != shape[0]:
-        raise DataError(f"{shape[0] - found:,} pictures were gone before they were read: the data changed. Try again.")
+    if done != shape[0]:
+        raise DataError(f"{shape[0] - done:,} pictures were gone before they were read: the data changed. Try again.")
 
 
 def unreadable(contents: Contents, size: int, channels: int) -> list[tuple[int, str]]:
@@ -186,7 +186,7 @@ def _attempts(contents: Contents, size: int, channels: int) -> Iterator[tuple[in
     with ThreadPoolExecutor(_workers()) as pool, quiet():
         waiting = _readable(contents)
         while batch := list(islice(waiting, _BATCH)):
-            pictures = pool.map(lambda one: _attempt(one[1], one[2], size, channels), batch)
+            pictures = pool.map(lambda entry: _attempt(entry[1], entry[2], size, channels), batch)
             for (row, _, _), picture in zip(batch, pictures, strict=True):
                 yield row, picture
 
@@ -217,7 +217,7 @@ def _alone(path: Path, lock: str) -> Iterator[None]:
     """One process at a time makes ``path``, others wait; what the disk says becomes an error with a way out.
 
     Raises:
-        NotWritable: nobody may write there.
+        NotWritable: the folder is not writable.
         DataError: no room, for example.
     """
     import filelock

@@ -87,13 +87,13 @@ def read(files: Sequence[Path]) -> Images:
         DataError: a damaged or unsafe archive, a missing file, a record cut short, a label out of range.
     """
     (place,) = files
-    found = dict(_contents(place))
-    missing = [name for name in _FILES if name not in found]
+    contents = dict(_contents(place))
+    missing = [name for name in _FILES if name not in contents]
     if missing:
         raise DataError(f"{place} has no {', '.join(f'{_FOLDER}/{name}' for name in missing)}: expected {LAYOUT}.")
-    digests = {name: (hashlib.sha256(found[name]).hexdigest(), theirs) for name, theirs in DIGESTS.items()}
-    train_images, train_labels = _records(place, "train.bin", found.pop("train.bin"))
-    test_images, test_labels = _records(place, "test.bin", found.pop("test.bin"))
+    digests = {name: (hashlib.sha256(contents[name]).hexdigest(), theirs) for name, theirs in DIGESTS.items()}
+    train_images, train_labels = _records(place, "train.bin", contents.pop("train.bin"))
+    test_images, test_labels = _records(place, "test.bin", contents.pop("test.bin"))
     unlike = departures("CIFAR-100", (len(train_labels), len(test_labels)), OFFICIAL, digests)
     return Images(
         name="cifar100",
@@ -101,7 +101,7 @@ def read(files: Sequence[Path]) -> Images:
         train_labels=train_labels,
         test_images=test_images,
         test_labels=test_labels,
-        classes=_names(place, found["fine_label_names.txt"]),
+        classes=_names(place, contents["fine_label_names.txt"]),
         notes=unlike,
         departures=unlike,
     )

@@ -15,7 +15,7 @@ SEED = 2403  # any number would do; fixed, for results are comparable on one spl
 TEST_SHARE = 0.2
 NOTES = (
     "scikit-learn ships no split: ours is stratified by class, 80 % train and 20 % test, with a fixed seed; "
-    "writers are not told apart, so that the same hand occurs on both sides",
+    "writers are not distinguished, so that the same hand occurs on both sides",
 )
 
 

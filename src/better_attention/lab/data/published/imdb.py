@@ -69,7 +69,7 @@ def locate(place: Path) -> tuple[Path, ...] | None:
 
 
 def _no_table(file: Path) -> None:
-    """Send whoever has the reviews as one table to the command that reads tables.
+    """Refer users who have the reviews as one table to the command that reads tables.
 
     Raises:
         DataError: ``file`` is a table.

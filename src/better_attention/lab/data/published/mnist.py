@@ -64,7 +64,7 @@ _DEFLATE = 1032  # the most that deflate can expand: 258 bytes from two bits
 
 
 def locate(place: Path) -> tuple[Path, ...] | None:
-    """The four files below ``place`` (or beside it, if it is one of them), or None if there is none of them.
+    """The four files below ``place`` (or beside it, if it is one of them), or None if none is there.
 
     Raises:
         NotFetched: some of the four are there, but not all.
@@ -72,12 +72,12 @@ def locate(place: Path) -> tuple[Path, ...] | None:
     names = [remote.name.removesuffix(".gz") for remote in REMOTES]
     if place.is_file() and place.name.removesuffix(".gz") in names:
         place = place.parent
-    found = [next((f for f in (place / f"{name}.gz", place / name) if f.is_file()), None) for name in names]
-    files = tuple(file for file in found if file is not None)
+    candidates = [next((f for f in (place / f"{name}.gz", place / name) if f.is_file()), None) for name in names]
+    files = tuple(file for file in candidates if file is not None)
     if not files:
         return None
     if len(files) < len(names):
-        missing = [name for name, file in zip(names, found, strict=True) if file is None]
+        missing = [name for name, file in zip(names, candidates, strict=True) if file is None]
         raise NotFetched(f"{place} lacks {', '.join(missing)} (each with or without .gz): MNIST needs all four files.")
     return files
 

@@ -12,7 +12,7 @@ from better_attention.lab.tasks.recurrence import RecurrenceTask
 
 
 def recurrence(scale: str = "small") -> RecurrenceTask:
-    """The task at a scale; "paper", of which there is none, is harder and has more seeds and updates than "small".
+    """The task at a scale; "paper", though no paper has it, is harder and has more seeds and updates than "small".
 
     An epoch is 50 updates, so that the updates to 99 % are known to within 50; it is always the same 6,400 sequences.
     The learning rate is constant: what a run has learned after n updates does not depend on the limit.
