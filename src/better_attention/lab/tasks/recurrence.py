@@ -38,7 +38,7 @@ ENUMERATED = 16
 
 @dataclass(frozen=True, kw_only=True)
 class RecurrenceTask(Task):
-    """Predict every next symbol of a recurrence, by a :class:`~better_attention.lab.models.causal_decoder.Decoder`.
+    """Predict every next symbol of a recurrence, by a :class:`~better_attention.lab.models.causal_decoder.CausalDecoder`.
 
     A model reads x_0 ... x_{τ+steps-2}, with several rules after a token that tells which one holds, and predicts
     what follows each symbol. Only x_t with t >= τ can be known, so they alone count, in loss and accuracy.
@@ -151,9 +151,9 @@ class RecurrenceTask(Task):
 
     def model(self, variant: Variant, heads: int) -> nn.Module:
         """See :meth:`Task.model`."""
-        from better_attention.lab.models.causal_decoder import Decoder
+        from better_attention.lab.models.causal_decoder import CausalDecoder
 
-        return Decoder(
+        return CausalDecoder(
             vocabulary=self.modulus + (len(self.rules) if len(self.rules) > 1 else 0),
             outputs=self.modulus,
             length=self.length,
