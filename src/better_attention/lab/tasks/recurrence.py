@@ -38,7 +38,7 @@ ENUMERATED = 16
 
 @dataclass(frozen=True, kw_only=True)
 class RecurrenceTask(Task):
-    """Predict every next symbol of a recurrence, by a :class:`~better_attention.lab.models.causal_decoder.CausalDecoder`.
+    """Predict every next symbol of a recurrence, by :class:`~better_attention.lab.models.causal_decoder.CausalDecoder`.
 
     A model reads x_0 ... x_{τ+steps-2}, with several rules after a token that tells which one holds, and predicts
     what follows each symbol. Only x_t with t >= τ can be known, so they alone count, in loss and accuracy.
