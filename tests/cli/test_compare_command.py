@@ -17,6 +17,7 @@ import pytest
 from rich.console import Console
 
 from better_attention.cli import compare, main
+from better_attention.cli.arguments import command_line
 from better_attention.cli.progress import LiveWatcher, PlainWatcher, make_watcher
 from better_attention.lab.tasks.catalogue import TASKS
 from better_attention.lab.tasks.text import OwnTextTask
@@ -141,7 +142,7 @@ def test_it_ends_with_the_table_and_says_where_the_files_are(
         assert str(tmp_path / name) in said
         assert (tmp_path / name).stat().st_size > 100
     (record,) = json.loads((tmp_path / "results.json").read_text())
-    assert record["command"] == compare.command_line()
+    assert record["command"] == command_line()
     assert main.main([*arguments, "--lr", "0.5"]) == 2
     assert "lr: 0.003 there, 0.5 now" in capsys.readouterr().err
 

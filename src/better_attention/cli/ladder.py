@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from better_attention.cli import UserError, console
-from better_attention.cli.arguments import folder, names, numbers, positive, words
-from better_attention.cli.compare import command_line, settings_of
+from better_attention.cli.arguments import command_line, folder, names, numbers, positive, words
 from better_attention.cli.screen import message
+from better_attention.cli.settings import settings_of
+from better_attention.lab.tasks.base import SCALES
 from better_attention.lab.tasks.variant import Variant
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the verb."""
     parser.add_argument(
         "--scale",
-        choices=("smoke", "small", "paper"),
+        choices=SCALES,
         default="small",
         help="the grid: a minute, hours (default; the estimate says how many), days; our own task, in no paper",
     )
@@ -111,14 +112,13 @@ def make_ladder(args: argparse.Namespace) -> Ladder:
     Raises:
         UserError, ValueError: a setting out of range.
     """
+    from better_attention.lab.ladder import grid as grids
     from better_attention.lab.ladder.climb import epoch_updates
-    from better_attention.lab.ladder.grid import SCALES, Ladder, Setting
-    from better_attention.lab.tasks.catalogue import TASKS
-    from better_attention.lab.tasks.recurrence import RecurrenceTask
+    from better_attention.lab.ladder.grid import Ladder, Setting
+    from better_attention.lab.tasks.catalogue.recurrence import recurrence
 
-    grid = SCALES[args.scale]
-    task = TASKS["recurrence"](args.scale)
-    assert isinstance(task, RecurrenceTask)  # noqa: S101 - for the type checker
+    grid = grids.SCALES[args.scale]
+    task = recurrence(args.scale)
     chosen = settings_of(task, args.set)
     taken = [name for name in chosen if name in GRID]
     if taken:
@@ -126,7 +126,7 @@ def make_ladder(args: argparse.Namespace) -> Ladder:
     rungs = args.rungs or grid["rungs"]
     task = replace(task, modulus=min(modulus for modulus, _ in rungs))  # rules that differ there differ everywhere
     # The model is that of "small" at every scale; only the grid grows.
-    task = replace(task, **{"width": TASKS["recurrence"]("small").width, "equal_params": not args.equal_width} | chosen)
+    task = replace(task, **{"width": recurrence("small").width, "equal_params": not args.equal_width} | chosen)
     updates = args.updates or grid["updates"]
     if updates < epoch_updates(task):  # an epoch is what is validated after: it cannot be longer than the run
         task = replace(task, train_samples=updates * task.batch_size)

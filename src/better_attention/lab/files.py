@@ -11,9 +11,11 @@ import re
 import stat
 import tempfile
 import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BufferedReader, FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 LARGEST_TEXT = 2**28
 """Bytes of the largest JSON file that is read."""
@@ -42,25 +44,37 @@ def write_atomic(path: str | Path, content: bytes | str, *, make_folder: bool = 
     data = content.encode("utf-8") if isinstance(content, str) else content
     if make_folder:
         path.parent.mkdir(parents=True, exist_ok=True)
-    temporary: Path | None = None
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name[:64]}.", suffix=".tmp", dir=path.parent)
-        temporary = Path(name)
-        with os.fdopen(handle, "wb") as file:
+        with replacing(path) as file:
             file.write(data)
+    except OSError as error:
+        way_out = "; free some space and run again" if error.errno in _FULL else ""
+        why = f"{error.strerror} (while writing {len(data):,} bytes{way_out})"
+        raise OSError(error.errno, why, str(path)) from error
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A new file beside ``path``, to be filled in the block; at the block's end it takes the name ``path`` in one step.
+
+    If the block raises, the new file is removed, and what stood at ``path`` before is still there.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    handle, name = tempfile.mkstemp(prefix=f".{path.name[:64]}.", suffix=".tmp", dir=path.parent)
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_umask())  # mkstemp makes it readable to nobody else
         temporary.replace(path)
-        _sync_folder(path.parent)
-    except BaseException as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-        if not isinstance(error, OSError):
-            raise
-        way_out = "; free some space and run again" if error.errno in _FULL else ""
-        why = f"{error.strerror} (while writing {len(data):,} bytes{way_out})"
-        raise OSError(error.errno, why, str(path)) from error
+        sync_folder(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def remove_leftovers(folder: Path, names: re.Pattern[str] = WRITTEN) -> None:
@@ -180,8 +194,8 @@ def _umask() -> int:
     return umask
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make the new name durable too, where the system lets a folder be opened."""
+def sync_folder(folder: Path) -> None:
+    """Make a new name in ``folder`` survive a power cut, where the system lets a folder be opened (not on Windows)."""
     if not hasattr(os, "O_DIRECTORY"):
         return
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

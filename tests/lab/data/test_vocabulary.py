@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from better_attention.lab.data import DataError, Texts, Vocabulary, read
-from better_attention.lab.data.vocabulary import tokens
+from better_attention.lab.data.catalogue import read
+from better_attention.lab.data.samples import DataError, Texts
+from better_attention.lab.data.vocabulary import Vocabulary, tokens
 
 TEXTS = ["b a. B", "a c!", "it's <br />It's"]
 
@@ -149,34 +150,19 @@ def test_the_test_split_has_no_say() -> None:
     assert "c" in Vocabulary.build([*train, *test], 10).words
 
 
-def test_json_there_and_back() -> None:
+def test_vocabularies_of_the_same_words_are_equal() -> None:
     vocabulary = Vocabulary.build([*TEXTS, "Ça 你好"], 50)
-    again = Vocabulary.from_json(vocabulary.to_json())
+    again = Vocabulary(vocabulary.words)
     assert again == vocabulary
     assert hash(again) == hash(vocabulary)
     assert again != Vocabulary.build(TEXTS, 50)
     np.testing.assert_array_equal(again.encode(TEXTS, 5), vocabulary.encode(TEXTS, 5))
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "[]",
-        "{}",
-        "null",
-        "[" * 100_000,
-        '{"format": "other", "words": []}',
-        '{"format": "better-attention vocabulary 1", "words": "ab"}',
-        '{"format": "better-attention vocabulary 1", "words": ["a", 3]}',
-        '{"format": "better-attention vocabulary 1", "words": ["a", ""]}',
-        '{"format": "better-attention vocabulary 1", "words": ["a", "b", "a"]}',
-        '{"format": "better-attention vocabulary 1", "words": [["a"]]}',
-    ],
-)
-def test_other_json_is_refused(text: str) -> None:
+@pytest.mark.parametrize("words", [["a", 3], ["a", ""], ["a", "b", "a"], [["a"]]])
+def test_words_that_make_no_vocabulary(words: list[str]) -> None:
     with pytest.raises(DataError, match="vocabulary"):
-        Vocabulary.from_json(text)
+        Vocabulary(words)
 
 
 @pytest.mark.parametrize("size", [2, 0, -1])

@@ -1,4 +1,4 @@
-"""Reading compressed files, tar and zip archives that somebody else made, without trusting them.
+"""Reading compressed files, tar and zip archives of unknown origin, without trusting them.
 
 Everything is read as a stream and nothing is ever extracted: a member's name is only compared with the
 names that are wanted, so that no path of an archive reaches the file system. What is too large, expands
@@ -118,7 +118,7 @@ class _XzStream:
 
 @contextmanager
 def decompressed(path: Path, *, limit: int, plain: bool = False) -> Iterator[Bounded]:
-    """The contents of a ``.gz``, ``.bz2`` or ``.xz`` file as a stream, told apart by content, not by name.
+    """The contents of a ``.gz``, ``.bz2`` or ``.xz`` file as a stream; the content decides which it is, not the name.
 
     Args:
         path: the file.
@@ -205,7 +205,7 @@ def tar_streams(
 
 
 class _Member:
-    """A member's contents, whose damage is told with the archive's name."""
+    """A member's contents; errors name the archive."""
 
     def __init__(self, path: Path, stream: Readable) -> None:
         self._path, self._stream = path, stream
@@ -275,7 +275,7 @@ def zip_streams(
 
 
 class _ZipMember:
-    """A member's contents, which have to be read in pieces, and whose damage is told with the archive's name."""
+    """A member's contents, which have to be read in pieces; errors name the archive."""
 
     def __init__(self, path: Path, stream: Readable) -> None:
         self._path, self._stream = path, stream

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cache
@@ -12,12 +11,12 @@ import jinja2
 
 from better_attention.errors import counted
 from better_attention.lab.analysis.estimates import number
+from better_attention.lab.csv_json import write_csv, write_json
 from better_attention.lab.files import write_atomic
 from better_attention.lab.ladder.findings import at_best, duels, heights, sentence, spots, within
 from better_attention.lab.ladder.grid import GIVE_UP, Ladder, Row, Rung, rung_words
 from better_attention.lab.lock import TURN, locked
 from better_attention.lab.report.page import template
-from better_attention.lab.report.tables import safe, write_lines
 from better_attention.lab.runs.provenance import commit, versions
 from better_attention.lab.tasks.recurrence import formula
 
@@ -45,12 +44,9 @@ class Report:
 def write(ladder: Ladder, rows: Sequence[Row], notes: Mapping[Rung, str], *, complete: bool) -> None:
     """Write the three files below ``ladder.out``, each whole or not at all; first the one by which they are known."""
     report = Report(ladder, rows, notes, complete, commit(), versions())
-    text = json.dumps(as_json(report), indent=2, ensure_ascii=False, allow_nan=False)
-    header = [field.name for field in fields(Row)]
-    lines = ([safe(v) if isinstance(v, str) else v for v in asdict(row).values()] for row in rows)
     with locked(ladder.out, TURN):
-        write_atomic(ladder.out / "ladder.json", text.encode("utf-8", "replace") + b"\n")
-        write_lines(ladder.out / "ladder.csv", header, lines)
+        write_json(ladder.out / "ladder.json", as_json(report))
+        write_csv(ladder.out / "ladder.csv", [field.name for field in fields(Row)], (asdict(r).values() for r in rows))
         write_atomic(ladder.out / "ladder.html", render(report))
 
 

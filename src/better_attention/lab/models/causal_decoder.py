@@ -20,7 +20,7 @@ POSITIONS = ("learned", "rotary", "alibi")
 EMBEDDING_STD = 0.02  # GPT-2's
 
 
-class Block(nn.Module):
+class CausalBlock(nn.Module):
     """Pre-norm transformer block: ``x + attention(norm(x))``, then ``x + MLP(norm(x))``, MLP widths [4D, D]."""
 
     def __init__(self, width: int, attention: MultiheadAttention, dropout: float) -> None:
@@ -41,7 +41,7 @@ class Block(nn.Module):
         return x_BLD + F.dropout(mapped, self.dropout, self.training)
 
 
-class Decoder(nn.Module):
+class CausalDecoder(nn.Module):
     """Causal language model: tokens, positions, pre-norm blocks, a norm, logits of what comes next.
 
     Args:
@@ -59,7 +59,7 @@ class Decoder(nn.Module):
         ValueError: positions of another name; arguments that the attention layers refuse.
 
     >>> import torch
-    >>> model = Decoder(vocabulary=5, length=7, width=8, layers=2, heads=2, mechanism="super", positions="alibi")
+    >>> model = CausalDecoder(vocabulary=5, length=7, width=8, layers=2, heads=2, mechanism="super", positions="alibi")
     >>> model(torch.tensor([[0, 4, 1]])).shape
     torch.Size([1, 3, 5])
     """
@@ -87,7 +87,7 @@ class Decoder(nn.Module):
         self.tokens = nn.Embedding(vocabulary, width)
         self.positions = nn.Embedding(length, width) if positions == "learned" else None
         self.blocks = nn.ModuleList(
-            Block(
+            CausalBlock(
                 width,
                 MultiheadAttention(
                     width,

@@ -15,7 +15,6 @@ from better_attention.lab.files import parse_json, read_regular
 from better_attention.lab.runs import manifest
 from better_attention.lab.tasks.catalogue import TASKS
 
-NUMBERS = range(1, 11)
 EDGE = 4
 """The table of inference times, which no training run has figures for: :mod:`better_attention.bench.edge` has."""
 

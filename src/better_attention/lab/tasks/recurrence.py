@@ -38,7 +38,7 @@ ENUMERATED = 16
 
 @dataclass(frozen=True, kw_only=True)
 class RecurrenceTask(Task):
-    """Predict every next symbol of a recurrence, by a :class:`~better_attention.lab.models.causal_decoder.Decoder`.
+    """Predict every next symbol of a recurrence, by :class:`~better_attention.lab.models.causal_decoder.CausalDecoder`.
 
     A model reads x_0 ... x_{τ+steps-2}, with several rules after a token that tells which one holds, and predicts
     what follows each symbol. Only x_t with t >= τ can be known, so they alone count, in loss and accuracy.
@@ -62,7 +62,8 @@ class RecurrenceTask(Task):
         ValueError, TypeError: a setting out of range.
     """
 
-    follows: ClassVar[Mapping[str, str]] = {**Task.follows, "length": "delay, steps and rules"}
+    derived: ClassVar[Mapping[str, str]] = {"length": "delay, steps and rules"}
+    unnumbered: ClassVar[str] = "computes its data. Name the symbols instead, as in '1 0 1'."
 
     modulus: int
     delay: int
@@ -99,6 +100,18 @@ class RecurrenceTask(Task):
                     "choose a larger modulus."
                 )
             meanings[meaning] = name
+
+    def at_length(self, length: int) -> Self:
+        """With as many steps as make ``length`` tokens."""
+        steps = length - self.delay + 1 - (len(self.rules) > 1)
+        if steps < 1:
+            raise ValueError(f"task {self.name!r} with delay={self.delay} reads more than {length} tokens.")
+        return replace(self, steps=steps)
+
+    @property
+    def reads_files(self) -> bool:
+        """False: the sequences are computed."""
+        return False
 
     def load(self, folder: Path | None = None) -> Splits:
         """Make the data; nothing is read."""
@@ -138,9 +151,9 @@ class RecurrenceTask(Task):
 
     def model(self, variant: Variant, heads: int) -> nn.Module:
         """See :meth:`Task.model`."""
-        from better_attention.lab.models.causal_decoder import Decoder
+        from better_attention.lab.models.causal_decoder import CausalDecoder
 
-        return Decoder(
+        return CausalDecoder(
             vocabulary=self.modulus + (len(self.rules) if len(self.rules) > 1 else 0),
             outputs=self.modulus,
             length=self.length,
@@ -153,6 +166,17 @@ class RecurrenceTask(Task):
             scale=SCALINGS[self.scaling],
             dropout=self.dropout,
         )
+
+    def random_inputs(self, samples: int, generator: torch.Generator) -> Tensor:
+        """See :meth:`Task.random_inputs`; symbols that follow no rule."""
+        symbols = torch.randint(self.modulus, (samples, self.length), generator=generator)
+        if len(self.rules) > 1:
+            symbols[:, 0] = self.modulus
+        return symbols
+
+    def random_targets(self, samples: int, generator: torch.Generator) -> Tensor:
+        """See :meth:`Task.random_targets`."""
+        return torch.randint(self.modulus, (samples, self.steps), generator=generator)
 
     def torch_twin(self) -> Self:
         """Learned positions instead of rotary ones and 1/sqrt(d_k): torch's layer knows no others."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from better_attention.lab.tasks.base import Task
 from better_attention.lab.tasks.splits import Split, Splits
 from better_attention.lab.tasks.variant import Variant
+from better_attention.lab.timing import alternate
 from better_attention.lab.training.evaluation import EVALUATION_BATCH
 from better_attention.layer.multihead import MultiheadAttention
 
@@ -71,24 +72,19 @@ def measure(
     """
     with torch.random.fork_rng(devices=[]):
         model = task.build(variant, heads)
-        ours = _updates(task, model, splits.train, device)
+        updates = {"ours": _updates(task, model, splits.train, device)}
         rival = None if quick else on_torch(task.torch_twin().build("standard", heads))
+        if rival is not None:
+            updates["torch's"] = _updates(task, rival, splits.train, device)
+        for update in updates.values():
+            update()  # untimed: the first update does what happens only once
+        seconds: dict[str, list[float]] = {name: [] for name in updates}
         least, most = (1, 1) if quick else ROUNDS
-        theirs = None if rival is None else _updates(task, rival, splits.train, device)
-        own: list[float] = []
-        other: list[float] = []
-        ours()
-        if theirs is not None:
-            theirs()
-        began = time.perf_counter()
-        while len(own) < least or (len(own) < most and time.perf_counter() - began < BUDGET):
-            own.append(ours())
-            if theirs is not None:
-                other.append(theirs())
-            if stop():
-                break
-        times_as_fast = median(b / a for a, b in zip(own, other, strict=True)) if other else None
-        return Pace(median(own), times_as_fast, *_evaluation(task, model, splits))
+        for _, name in alternate(list(updates), most, least=least, seconds=BUDGET, stop=stop):
+            seconds[name].append(updates[name]())
+        pairs = zip(seconds["ours"], seconds.get("torch's", ()), strict=rival is not None)
+        times_as_fast = None if rival is None else median(theirs / ours for ours, theirs in pairs)
+        return Pace(median(seconds["ours"]), times_as_fast, *_evaluation(task, model, splits))
 
 
 def _updates(task: Task, model: nn.Module, train: Split, device: torch.device) -> Callable[[], float]:

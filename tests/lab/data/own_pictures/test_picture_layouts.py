@@ -19,9 +19,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from better_attention.lab.data import DataError
 from better_attention.lab.data.own_pictures import decode
 from better_attention.lab.data.own_pictures.read import Pictures, find
+from better_attention.lab.data.samples import DataError
 from helpers.layouts import member, tar
 
 COLOURS = {"ants": (200, 30, 40), "bees": (20, 180, 60)}

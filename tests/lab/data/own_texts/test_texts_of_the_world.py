@@ -15,10 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from better_attention.cli import main
-from better_attention.lab.data import DataError, NotFetched, Texts
-from better_attention.lab.data import read as read_set
+from better_attention.lab.data.catalogue import read as read_set
 from better_attention.lab.data.own_texts import read
 from better_attention.lab.data.own_texts.columns import Columns, near_equal, read_table
+from better_attention.lab.data.samples import DataError, NotFetched, Texts
 
 COUNT = 400
 LABELS = ("bad", "good")

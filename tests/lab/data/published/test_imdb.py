@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from better_attention.lab.data import DataError, Texts
 from better_attention.lab.data.published import imdb
+from better_attention.lab.data.samples import DataError, Texts
 from helpers.layouts import IMDB, UNREAD, compress, member, tar, write_imdb, write_imdb_folder
 
 WRITERS = {

@@ -78,8 +78,8 @@ class Columns:
         text, label = self.of(names)
         some = ", ".join(repr(name[:40]) for name in names[:20]) or "none"
         there = f"It has {some}{', ...' if len(names) > 20 else ''}"
-        for kind, found, asked in (("text", text, self.text), ("label", label, self.label)):
-            if found is None:
+        for kind, column, asked in (("text", text, self.text), ("label", label, self.label)):
+            if column is None:
                 wanted = f"column {asked!r}" if asked else f"{kind} column"
                 first = "" if asked else "; the first line must hold the columns' names"
                 fault = NoLabelsError if kind == "label" else DataError
@@ -89,8 +89,8 @@ class Columns:
                     else ""
                 )
                 raise fault(f"{place} has no {wanted}. {there}: name one with `--set {kind}_column=NAME`{first}{both}.")
-            if names.count(found) > 1:
-                raise DataError(f"{place} has {names.count(found)} columns {found!r}. {there}: rename all but one.")
+            if names.count(column) > 1:
+                raise DataError(f"{place} has {names.count(column)} columns {column!r}. {there}: rename all but one.")
         if text == label or text is None or label is None:
             raise DataError(f"{place}: column {text!r} cannot hold the texts and the labels at once. {there}.")
         return text, label
@@ -253,7 +253,7 @@ def _delimiter(header: str, columns: Columns) -> str:
 
     def merit(delimiter: str) -> tuple[int, int]:
         names = next(csv.reader(start, delimiter=delimiter), [])
-        return sum(found is not None for found in columns.of(names)), len(names)
+        return sum(column is not None for column in columns.of(names)), len(names)
 
     return max(DELIMITERS, key=merit)
 
@@ -304,7 +304,7 @@ def near_equal(labels: Iterable[str]) -> list[tuple[str, ...]]:
 
 
 def like_missing(labels: Iterable[str]) -> list[str]:
-    """The labels by which programs write that there is none.
+    """The labels that programs write for a missing label.
 
     >>> like_missing(["good", "nan", "<NA>"])
     ['<NA>', 'nan']

@@ -125,24 +125,24 @@ def locate(place: Path) -> dict[str, list[Path]]:
         raise DataError(f"{place} does not exist: name your texts, {LAYOUT}.")
     files = [file for file in place.iterdir() if format_of(file) and file.is_file()]
     files.sort(key=lambda file: natural(file.name))
-    found: dict[str, list[Path]] = {}
+    files_of: dict[str, list[Path]] = {}
     for file in files:
         name = shard_of(file)[0]
         part = next((part for part, names in PARTS.items() if name in names), None)
         if part:
-            found.setdefault(part, []).append(file)
-    if not found and (place / "data").is_dir():  # as data sets are published
+            files_of.setdefault(part, []).append(file)
+    if not files_of and (place / "data").is_dir():  # as data sets are published
         return locate(place / "data")
-    for part, parts in found.items():
+    for part, parts in files_of.items():
         check_shards(place, part, parts)
-    if "train" in found:
-        return found
-    if len(files) == 1 and not found:
+    if "train" in files_of:
+        return files_of
+    if len(files) == 1 and not files_of:
         return {"train": files}
     others = ", ".join(file.name for file in files[:10])
-    one = f" If one of these files is your data, name it: `--data {shlex.quote(str(files[0]))}`." if files else ""
+    hint = f" If one of these files is your data, name it: `--data {shlex.quote(str(files[0]))}`." if files else ""
     raise DataError(
-        f"{place} has no training file such as train.csv{f', but {others}' if others else ''}. Expected {LAYOUT}.{one}"
+        f"{place} has no training file such as train.csv{f', but {others}' if others else ''}. Expected {LAYOUT}.{hint}"
     )
 
 
@@ -163,10 +163,10 @@ def check_shards(place: Path, part: str, files: Sequence[Path]) -> None:
     Raises:
         DataError: two tables, or not each shard once.
     """
-    found = [shard_of(file) for file in files]
-    if len({(name, count) for name, _, count in found}) > 1 or (found[0][2] == 0 and len(files) > 1):
+    shards = [shard_of(file) for file in files]
+    if len({(name, count) for name, _, count in shards}) > 1 or (shards[0][2] == 0 and len(files) > 1):
         raise DataError(f"{place} has two {part} files, {files[0].name} and {files[1].name}. Remove one.")
-    numbers, count = [number for _, number, _ in found], found[0][2]
+    numbers, count = [number for _, number, _ in shards], shards[0][2]
     if numbers != list(range(max(1, count))):
         raise DataError(
             f"{place}: a {part} table in {count} files needs each of the numbers 0 to {count - 1} once; there are "
@@ -182,7 +182,7 @@ def natural(name: str) -> tuple[Any, ...]:
     """
     if _NUMBER.fullmatch(name):
         return 0, (float(name),), name
-    pieces = re.split("([0-9]{1,18})", name.casefold())  # words and numbers in turn
+    pieces = re.split("([0-9]{1,18})", name.casefold())  # words and numbers alternate
     return 1, tuple(int(piece) if odd % 2 else piece for odd, piece in enumerate(pieces)), name
 
 

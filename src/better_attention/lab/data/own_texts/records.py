@@ -24,7 +24,7 @@ _FIELD = 64 * MIB  # characters of one field; Python's own limit, 131,072, cuts 
 _CHUNK = MIB // 4
 _BATCH = 1024  # rows of a Parquet file that are decoded at once
 _ROW = 64  # bytes that a row takes in memory at least, whatever it holds
-_CONVINCING = 10  # records within quotes for each line that is none: the quotes are then no enclosure
+_CONVINCING = 10  # records within quotes per line that is not a record: such quotes enclose no field
 _ENCLOSED = re.compile(r'"(?:[^"]|"")*+"')
 
 

@@ -19,6 +19,7 @@ from better_attention.lab.data.archives import AGAIN, MIB, tar_members
 from better_attention.lab.data.download import Remote
 from better_attention.lab.data.own_texts.columns import format_of
 from better_attention.lab.data.samples import DataError, Texts, overlap_notes, size_notes
+from better_attention.lab.data.source import Source
 
 # Size and SHA-256: github.com/tensorflow/datasets, tensorflow_datasets/datasets/imdb_reviews/checksums.tsv
 # at commit 90b66237ad09c9e5b9b1bc61b646db7b1fb0713c, which lists the same address with http.
@@ -68,7 +69,7 @@ def locate(place: Path) -> tuple[Path, ...] | None:
 
 
 def _no_table(file: Path) -> None:
-    """Send whoever has the reviews as one table to the command that reads tables.
+    """Refer users who have the reviews as one table to the command that reads tables.
 
     Raises:
         DataError: ``file`` is a table.
@@ -157,3 +158,15 @@ def _decode(place: Path, name: str, data: bytes) -> str:
     if not text or text.isspace():
         raise DataError(f"{place}: {name} is empty. {AGAIN}")
     return text
+
+
+SOURCE = Source(
+    name="imdb",
+    title="50,000 movie reviews, positive or negative",
+    terms="Maas et al. 2011; academic use, with citation",
+    layout=LAYOUT,
+    load=read,
+    locate=locate,
+    remotes=REMOTES,
+    members=members,
+)
