@@ -11,8 +11,7 @@ from torch import Tensor
 from .call.function_arguments import prepare
 from .call.torch_state import fx_call, is_symbolic
 from .impl import IMPLEMENTATIONS
-from .impl.attend import attend
-from .impl.choice import choose, passed_over, summary
+from .impl.dispatch import attend, choose, passed_over, summary
 
 
 @overload
@@ -72,7 +71,7 @@ def attention(
         query: (..., N, L, H), floating point.
         key: (..., N, S, H), dtype and device of the query.
         value: (..., N, S, Hv).
-        score: "softmax" or "expressive".
+        score: "softmax" or "expressive"; any key of :data:`better_attention.scores.SCORES`.
         attn_mask: broadcastable to (..., N, L, S). bool: True = attend (as in
             ``F.scaled_dot_product_attention``, the opposite of ``nn.MultiheadAttention``). float: b, added in
             log-weight space; -inf hides, and for the expressive score so does anything <= ``finfo(dtype).min``.
@@ -187,10 +186,10 @@ def explain(
     >>> print(explain(q, q, q, score="expressive", impl="sdpa"))
     attention(q (1, 1, 512, 8), k (1, 1, 512, 8), v (1, 1, 512, 8), float32 on cpu, score='expressive')
       chosen: none
-      native: impl='sdpa' was asked for
+      native: impl='sdpa' was requested
       sdpa: it computes softmax weights only, not 'expressive'
-      chunked: impl='sdpa' was asked for
-      reference: impl='sdpa' was asked for
+      chunked: impl='sdpa' was requested
+      reference: impl='sdpa' was requested
     """
     call, _ = prepare(query, key, value, score, attn_mask, is_causal, dropout_p, scale, enable_gqa, need_weights, impl)
     chosen = choose(call, impl)

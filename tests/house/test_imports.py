@@ -38,8 +38,10 @@ LAB_ROOMS = (
 """The rooms of the lab in the order in which data walks through them."""
 
 LIBRARY_ROOMS = (
+    {"scores"},
     {"mechanism", "errors", "command"},
     {"call"},
+    {"operators"},
     {"native"},
     {"impl"},
     {"positions", "functional", "causality", "cost"},

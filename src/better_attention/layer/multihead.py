@@ -19,10 +19,10 @@ from better_attention.call.function_arguments import same_dtype
 from better_attention.call.torch_state import are_plain, bare, fx_leaf, is_symbolic, quiet, unpatched
 from better_attention.call.values import autocast_dtype
 from better_attention.errors import finite_number, flag, floating_dtype, one_of, whole_number
-from better_attention.impl.attend import attend
-from better_attention.impl.choice import IMPLS
+from better_attention.impl.dispatch import IMPLS, attend
 from better_attention.mechanism import MECHANISMS, Mechanism
 from better_attention.positions import BASE, angles, even_width, turned
+from better_attention.scores import DEFAULT_SCORE
 
 from . import arguments, fast_path
 from .alignment import Alignment
@@ -271,7 +271,7 @@ class MultiheadAttention(nn.Module):
         return None if self.scaling is None else self.scaling.log_scale
 
     def _packed(self, kind: str) -> Tensor | Unpackable | None:
-        ours = self.mechanism.aligned or self.mechanism.score != "softmax" or self.scale is not None
+        ours = self.mechanism.aligned or self.mechanism.score != DEFAULT_SCORE or self.scale is not None
         torchs = not ours and self.rotary is None
         return packed((self.q_proj, self.k_proj, self.v_proj), kind, self.mechanism.name, torchs)
 
@@ -536,7 +536,7 @@ class MultiheadAttention(nn.Module):
     def _in_one_call(self, x_BLD: Tensor, is_causal: bool) -> Tensor | None:
         """Small self-attention in inference by one compiled call; None where it has to go step by step."""
         # Under the triangle a past row keeps its bits whatever the future holds, NaN too: one way for both.
-        if is_causal or torch.is_grad_enabled() or not quiet() or not fast_path.serves(x_BLD):
+        if is_causal or torch.is_grad_enabled() or not quiet() or not fast_path.serves(x_BLD, self.mechanism.score):
             return None
         projections = (self.q_proj, self.k_proj, self.v_proj, self.out_proj)
         parts = (*projections, self.align)

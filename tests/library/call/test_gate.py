@@ -23,13 +23,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import better_attention as ba
 from better_attention.native.library import missing
+from better_attention.scores import SCORES
 from helpers.layers import padding
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit.:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),  # comparisons of sizes, as in torch's own layer
 ]
-SCORES = ("softmax", "expressive")
 
 
 class Tagged(Tensor):

@@ -178,7 +178,7 @@ def test_explain_tells_what_an_export_would_take() -> None:
 
     torch.export.export(Explaining(), (torch.randn(4, 8, 5, 8),))
     assert seen[-1].chosen == "reference"
-    assert any("impl='native' keeps it" in reason for reason in seen[-1].reasons["native"]) or missing() is not None
+    assert any("impl='native' exports it" in reason for reason in seen[-1].reasons["native"]) or missing() is not None
 
 
 LOAD = """
