@@ -149,7 +149,7 @@ def test_it_ends_with_the_table_and_says_where_the_files_are(
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
     code = "import sys; from better_attention.cli.main import main; sys.argv[0] = 'better-attention'; sys.exit(main())"
-    arguments = ["compare", "--mechanisms", "super", "--scale", "small", "--epochs", "1000", "--patience", "0"]
+    arguments = ["compare", "--mechanisms", "super", "--scale", "smoke", "--epochs", "1000", "--patience", "0"]
     command = [sys.executable, "-c", code, *arguments, "--device", "cpu", "--out", str(tmp_path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(

@@ -5,15 +5,13 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from better_attention.lab.data.catalogue import read
-from better_attention.lab.data.samples import DataError, Texts
+from better_attention.lab.data.samples import DataError
 from better_attention.lab.data.vocabulary import Vocabulary, tokens
 
 TEXTS = ["b a. B", "a c!", "it's <br />It's"]
@@ -65,17 +63,6 @@ def test_words_of_every_script_keep_their_marks_and_joiners(text: str, words: li
 @given(st.text(st.characters(max_codepoint=127)))
 def test_ascii_words_are_those_of_published_vocabularies(text: str) -> None:
     assert tokens(text) == re.findall(r"\w+(?:'\w+)*", text.lower().replace("<br />", " "))
-
-
-@pytest.mark.data
-def test_the_words_of_the_movie_reviews_are_those_of_published_results(real_data: Path) -> None:
-    data = read("imdb", real_data)
-    assert isinstance(data, Texts)
-    foreign = [text for text in data.train_texts if not text.isascii()]
-    assert len(foreign) > 2_000
-    for text in foreign:
-        plain = text.lower().replace("<br />", " ").replace("’", "'")
-        assert tokens(text) == re.findall(r"\w+(?:'\w+)*", plain)
 
 
 def test_words_by_falling_frequency_then_alphabet() -> None:
