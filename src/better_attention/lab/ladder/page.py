@@ -14,10 +14,11 @@ from better_attention.errors import counted
 from better_attention.lab.analysis.estimates import number
 from better_attention.lab.files import write_atomic
 from better_attention.lab.ladder.findings import at_best, duels, heights, sentence, spots, within
-from better_attention.lab.ladder.grid import GIVE_UP, Ladder, Row, Rung, rung_words
+from better_attention.lab.ladder.grid import FILES, GIVE_UP, Ladder, Row, Rung, rung_words
 from better_attention.lab.lock import TURN, locked
 from better_attention.lab.report.page import template
 from better_attention.lab.report.tables import safe, write_lines
+from better_attention.lab.runs import manifest
 from better_attention.lab.runs.provenance import commit, versions
 from better_attention.lab.tasks.recurrence import formula
 
@@ -43,15 +44,20 @@ class Report:
 
 
 def write(ladder: Ladder, rows: Sequence[Row], notes: Mapping[Rung, str], *, complete: bool) -> None:
-    """Write the three files below ``ladder.out``, each whole or not at all; first the one by which they are known."""
+    """Write :data:`FILES` below ``ladder.out``, each whole or not at all, and their digests.
+
+    The one by which they are known comes first.
+    """
     report = Report(ladder, rows, notes, complete, commit(), versions())
     text = json.dumps(as_json(report), indent=2, ensure_ascii=False, allow_nan=False)
     header = [field.name for field in fields(Row)]
     lines = ([safe(v) if isinstance(v, str) else v for v in asdict(row).values()] for row in rows)
     with locked(ladder.out, TURN):
+        manifest.remove(ladder.out, FILES)  # it would be wrong until all of them are written
         write_atomic(ladder.out / "ladder.json", text.encode("utf-8", "replace") + b"\n")
         write_lines(ladder.out / "ladder.csv", header, lines)
         write_atomic(ladder.out / "ladder.html", render(report))
+        manifest.add(ladder.out, FILES)
 
 
 def as_json(report: Report) -> dict[str, object]:
