@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, overload
 
 from torch import Tensor
 
 from .call.function_arguments import prepare
-from .call.torch_state import fx_call, is_symbolic
+from .call.torch_state import fx_call, is_symbolic, refuse_script
 from .impl import IMPLEMENTATIONS
 from .impl.dispatch import attend, choose, passed_over, summary
 
@@ -134,6 +135,10 @@ def attention(
         return output
     assert weights_BNLS is not None  # noqa: S101 - the chosen implementation returns weights, for the type checker
     return output, lead.unfold(weights_BNLS)
+
+
+# torch.jit.script asks for it before it reads the source; calls never look at it.
+attention.__prepare_scriptable__ = partial(refuse_script, "attention")  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True, slots=True)

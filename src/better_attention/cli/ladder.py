@@ -78,9 +78,7 @@ def rungs(text: str) -> tuple[tuple[int, int], ...]:
 
 def run(args: argparse.Namespace) -> int:
     """Climb, and write the page after every rung; 0, 1 where a run diverged, 130 after Ctrl-C."""
-    from better_attention.lab.ladder import page
     from better_attention.lab.ladder.climb import Climb
-    from better_attention.lab.ladder.findings import duels, sentence
     from better_attention.lab.ladder.grid import FILES
     from better_attention.lab.training.launch import is_first
     from better_attention.lab.training.progress import Interrupted
@@ -91,12 +89,16 @@ def run(args: argparse.Namespace) -> int:
     climb = Climb(ladder, make_watcher(screen, ladder, args.scale, args.yes))
     try:
         for rung in climb.run():
+            from better_attention.lab.ladder import page  # seconds, which the estimate need not wait for
+
             if is_first():
                 page.write(ladder, climb.rows, climb.notes, complete=rung == ladder.rungs[-1])
     except Interrupted as stopped:
         told = f"Interrupted. {stopped} The same command continues there:\n  {ladder.command}"
         screen.print(message(told), markup=False, soft_wrap=True)
         return 128 + stopped.signal
+    from better_attention.lab.ladder.findings import duels, sentence
+
     for duel in duels(climb.rows)["overall"]:
         screen.print(sentence(duel), markup=False, soft_wrap=True)
     for name in reversed(FILES):

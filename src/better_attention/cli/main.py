@@ -91,7 +91,12 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line ``arguments`` (None: the process's own); returns the exit status."""
     with screen.guarded(json="--json" in (sys.argv if arguments is None else arguments)):
-        return _run(arguments)
+        try:
+            return _run(arguments)
+        except KeyboardInterrupt:  # again, while what the first one interrupted was being told
+            return 130
+        finally:
+            command.ending()
 
 
 def _run(arguments: Sequence[str] | None) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from accelerate import Accelerator
 from rich.console import Console
@@ -12,10 +12,12 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from better_attention.cli.screen import message
 from better_attention.errors import counted
-from better_attention.lab.comparison.compare import Plan
 from better_attention.lab.tasks.splits import Splits
 from better_attention.lab.training.events import Watcher
 from better_attention.lab.training.progress import DivergedError, Position
+
+if TYPE_CHECKING:
+    from better_attention.lab.comparison.compare import Plan
 
 PLAIN_SECONDS = 30.0  # between two lines about one run
 LONG = 3600.0  # seconds above which the user is told of something shorter

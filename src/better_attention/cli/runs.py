@@ -1,4 +1,4 @@
-"""``better-attention runs``: the runs below a folder, and the state of each."""
+"""``better-attention runs``: the runs below a folder, and the state of each; results that are damaged."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the list; returns 0, or 1 where a run is damaged.
+    """Print the list; returns 0, or 1 where a run is damaged, or results made of runs.
 
     Raises:
         UserError: a folder that does not exist.
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def print_runs(found: list[Found], folders: list[Path]) -> None:
-    """A table, a line a run; then how many there are in each state."""
+    """A table with a line for each run and for damaged results; then how many there are in each state."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
@@ -72,10 +72,10 @@ def print_runs(found: list[Found], folders: list[Path]) -> None:
         cells = {
             "Run": plain(one.path),
             **{key.title(): plain("–" if told[key] is None else told[key], 60) for key in ("task", "scale")},
-            "State": f"{one.state}{': ' if one.detail else ''}{plain(one.detail, 300)}",
+            "State": f"{one.state}{': ' if one.detail else ''}{plain(one.detail, 1_000)}",
             "Test acc. %": f"{accuracy:.2f}" if isinstance(accuracy, int | float) else "–",
-            "Epochs": str(one.epochs),
-            "Time": duration(one.seconds),
+            "Epochs": str(one.epochs) if one.kind == "run" else "–",
+            "Time": duration(one.seconds) if one.kind == "run" else "–",
             "Commit": plain(told["commit"] or "–", 80)[:10],
         }
         lines.append({title: Text(cell) for title, cell in cells.items()})
@@ -104,5 +104,5 @@ def print_runs(found: list[Found], folders: list[Path]) -> None:
     for departure, names in unlike.items():
         more = f" and {len(names) - TOLD:,} more" if len(names) > TOLD else ""
         screen.print(Text(f"≠ {plain(', '.join(names[:TOLD]), 300)}{more}: {plain(departure, 400)}."), soft_wrap=True)
-    counts = Counter(one.state for one in found)
+    counts = Counter(one.state if one.kind == "run" else f"{one.state} results" for one in found)
     screen.print(", ".join(f"{number} {state}" for state, number in counts.items()), markup=False)

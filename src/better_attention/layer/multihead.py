@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from better_attention.call import masks
 from better_attention.call.call import Call, island
 from better_attention.call.function_arguments import same_dtype
-from better_attention.call.torch_state import are_plain, bare, fx_leaf, is_symbolic, quiet, unpatched
+from better_attention.call.torch_state import are_plain, bare, fx_leaf, is_symbolic, quiet, refuse_script, unpatched
 from better_attention.call.values import autocast_dtype
 from better_attention.errors import finite_number, flag, floating_dtype, one_of, whole_number
 from better_attention.impl.dispatch import IMPLS, attend
@@ -29,7 +29,7 @@ from .alignment import Alignment
 from .arguments import called
 from .extra_keys import ExtraPosition, LearnedScale
 from .packed import Unpackable, assign, packed
-from .state_dict import explain_parts, other_size, separate, to_packed, unpack
+from .state_dict import explain_parts, lasting_hooks, other_size, separate, to_packed, unpack
 
 
 class MultiheadAttention(nn.Module):
@@ -405,10 +405,7 @@ class MultiheadAttention(nn.Module):
         Raises:
             TypeError: always.
         """
-        raise TypeError(
-            "better_attention.MultiheadAttention cannot be compiled by torch.jit.script, whose language lacks what its "
-            "code uses. Use torch.export.export, torch.compile, or torch.jit.trace, all of which work with it."
-        )
+        refuse_script("MultiheadAttention")
 
     def _load_from_state_dict(
         self,
@@ -433,7 +430,8 @@ class MultiheadAttention(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # The mechanism as plain data: torch.load(weights_only=True) needs a permission for every class in a pickle.
         row = self.mechanism
-        return {**self.__dict__, "mechanism": ("".join(sorted(row.projections)), row.aligned, row.score)}
+        plain = {"mechanism": ("".join(sorted(row.projections)), row.aligned, row.score)}
+        return {**self.__dict__, "_load_state_dict_post_hooks": lasting_hooks(self), **plain}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         projections, aligned, score = state["mechanism"]

@@ -21,6 +21,7 @@ from better_attention.lab.ladder import page as ladder_page
 from better_attention.lab.ladder.climb import Climb, row_of, update_flops
 from better_attention.lab.ladder.findings import at_best, duels, heights, sentence, spots, within
 from better_attention.lab.ladder.grid import SCALES, Cell, Ladder, Row, Setting, below, best_settings, softmax_twin
+from better_attention.lab.runs.states import inventory
 from better_attention.lab.tasks.catalogue import TASKS
 from better_attention.lab.tasks.recurrence import RecurrenceTask
 from better_attention.lab.tasks.variant import Variant
@@ -518,3 +519,15 @@ def test_csv_and_json_hold_every_row(tmp_path: Path) -> None:
     assert found["grid"]["rungs"] == [[4, 4], [8, 4], [8, 8]]
     assert "our own definition" in found["source"]
     assert (tmp_path / "ladder.html").read_text().startswith("<!DOCTYPE html>")
+
+
+def test_damaged_files_of_a_ladder_are_named(tmp_path: Path) -> None:
+    of, rows = ladder(tmp_path), many(1.0)
+    for _ in range(2):  # after every rung
+        ladder_page.write(of, rows, {}, complete=True)
+        assert inventory([tmp_path]) == []
+    page = tmp_path / "ladder.html"
+    page.write_bytes(page.read_bytes() + b" ")
+    (found,) = inventory([tmp_path])
+    assert found.state == "damaged"
+    assert f"{page} was changed since it was written" in found.detail

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from better_attention.lab.tasks.variant import Variant
 from better_attention.lab.training.events import Watcher
 from better_attention.lab.training.interruption import Stop
 from better_attention.lab.training.loop import Training
-from better_attention.lab.training.processes import make_accelerator, watching_peers
+from better_attention.lab.training.processes import at_most, make_accelerator, watching_peers
 from better_attention.lab.training.progress import DivergedError, Interrupted
 from better_attention.lab.training.step_time import Pace, measure
 
@@ -81,17 +81,6 @@ class Plan:
     def runs(self) -> list[tuple[Variant, int, int]]:
         """Variant, heads and seed of every run, seeds outermost: what is interrupted is balanced."""
         return [(v, h, s) for s in range(self.seeds) for h in self.heads for v in self.variants]
-
-
-@contextmanager
-def at_most(threads: int | None) -> Iterator[None]:
-    """Let torch use at most this many CPU threads while the block runs; None: as before."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(min(before, threads or before))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def compare(plan: Plan, watcher: Watcher) -> tuple[Study, list[str]]:

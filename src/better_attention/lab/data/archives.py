@@ -32,7 +32,7 @@ _CHUNK = MIB // 4
 _RATIO = 100  # text and pictures compress 2 to 10 times; only made-up data reaches a hundred
 _RATIO_FROM = MIB  # below this size the ratio says nothing: a few zeros compress as well
 _XZ_MEMORY = 256 * MIB  # `xz -9` needs 65 MiB; a forged header asks for gigabytes
-_GZIP, _XZ, _BZ2 = b"\x1f\x8b", b"\xfd7zXZ\x00", b"BZh"
+_GZIP, _XZ, _BZ2, _ZIP = b"\x1f\x8b", b"\xfd7zXZ\x00", b"BZh", b"PK\3\4"
 
 _NAME_LIMIT = 4096  # characters of a member's whole name: the longest path that Linux opens
 _DEPTH = 64  # folders above a member
@@ -143,6 +143,8 @@ def decompressed(path: Path, *, limit: int, plain: bool = False) -> Iterator[Bou
                 yield Bounded(path, bzipped, limit, size)
         elif plain:
             yield Bounded(path, file, limit, None)
+        elif head.startswith(_ZIP):
+            raise DataError(f"{path} is a .zip archive, which is not read here. Unpack it, and name the folder.")
         else:
             raise DataError(f"{path} is neither gzip, bzip2 nor xz: it starts with {head[:8]!r}. {AGAIN}")
 

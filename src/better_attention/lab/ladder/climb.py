@@ -15,7 +15,6 @@ from accelerate import Accelerator
 
 from better_attention.cost import cost
 from better_attention.lab.analysis.study import times_as_fast
-from better_attention.lab.comparison.compare import at_most
 from better_attention.lab.ladder.grid import (
     FILES,
     GIVE_UP,
@@ -30,6 +29,7 @@ from better_attention.lab.ladder.grid import (
     softmax_twin,
 )
 from better_attention.lab.lock import locked
+from better_attention.lab.runs import manifest
 from better_attention.lab.runs.folder import list_runs, read_curve
 from better_attention.lab.runs.overwrite_guard import check_output
 from better_attention.lab.tasks.recurrence import RecurrenceTask
@@ -38,7 +38,7 @@ from better_attention.lab.tasks.variant import Variant
 from better_attention.lab.training.events import Watcher
 from better_attention.lab.training.interruption import Stop
 from better_attention.lab.training.loop import Training
-from better_attention.lab.training.processes import make_accelerator, watching_peers
+from better_attention.lab.training.processes import at_most, make_accelerator, watching_peers
 from better_attention.lab.training.progress import DivergedError, Interrupted
 from better_attention.lab.training.step_time import Pace, measure
 
@@ -68,14 +68,13 @@ class Climb:
             PeerLostError: another process of the launch has ended.
         """
         ladder = self.ladder
-        begun = any((ladder.folder(cell) / "config.json").is_file() for cell in ladder.cells)
-        check_output(ladder.out, FILES, is_ladder, known=begun)
+        there = ladder.out.is_dir()
+        begun = there and any((ladder.folder(cell) / "config.json").is_file() for cell in ladder.cells)
+        check_output(ladder.out, (*FILES, manifest.NAME), is_ladder, known=begun)
         if runs := list_runs(ladder.out):
             raise ValueError(f"{ladder.out} holds runs of a comparison ({runs[0]['name']}): choose another --out.")
         accelerator = make_accelerator(ladder.device)
-        for setting, variant in product(ladder.settings, ladder.variants):
-            with torch.device("meta"):  # what cannot be built is refused before hours of training
-                ladder.task_of(ladder.rungs[-1], setting).build(variant, ladder.heads)
+        self.check_models()
         stop = Stop(self.watcher)
         with watching_peers(accelerator.num_processes, ladder.command), at_most(ladder.task.threads):
             self.estimate(accelerator)  # nothing is to be saved yet: a signal ends it at once
@@ -88,6 +87,21 @@ class Climb:
                             self.rows.append(self.train(cell, splits, accelerator, stop))
                     accelerator.free_memory()  # it holds on to every model it has prepared
                     yield rung
+
+    def check_models(self) -> None:
+        """Build models, so that what cannot be built is refused before hours of training.
+
+        Of all that the grid varies, variant and positions alone are refused by a model: one of each is enough. It is
+        as small as the task's width; on the device "meta" the first one would make torch import its compiler.
+
+        Raises:
+            ValueError: heads that do not divide the width, for example.
+        """
+        ladder = self.ladder
+        kinds = {setting.positions: setting for setting in ladder.settings}.values()
+        with torch.random.fork_rng(devices=[]):
+            for setting, variant in product(kinds, ladder.variants):
+                ladder.task_of(ladder.rungs[-1], replace(setting, layers=1)).build(variant, ladder.heads)
 
     def worth_trying(self, rung: Rung, seed: int) -> list[Cell]:
         """The cells of a rung and a seed, without those that are given up or, when screening, were not the best."""
@@ -149,38 +163,53 @@ class Climb:
     def estimate(self, accelerator: Accelerator) -> None:
         """Tell the watcher how long all of it takes at most: every update made, nothing given up or solved.
 
-        Each mechanism is measured at each depth, for the shortest and the longest sequences of the largest N; in
-        between the time is at most linear in the length. How positions are told makes little difference: the rotary
-        ones, which cost most, stand for the others. Of what screening will leave, the slowest setting is counted.
+        Between the shortest and the longest sequences the time is at most linear in the length. How positions are told
+        makes little difference: the rotary ones, which cost most, stand for the others. Of what screening will leave,
+        the slowest setting is counted.
         """
         ladder = self.ladder
-        ended = {cell: (ladder.folder(cell) / "result.json").is_file() for cell in ladder.cells}
+        begun = ladder.out.is_dir()
+        ended = {cell: begun and (ladder.folder(cell) / "result.json").is_file() for cell in ladder.cells}
         chosen = {(c.rung, c.variant, c.seed) for c, done in ended.items() if done and ladder.screen and c.seed > 0}
         waiting = [c for c, done in ended.items() if not done and (c.rung, c.variant, c.seed) not in chosen]
         if not waiting:
             return
-        modulus = max(cell.rung[0] for cell in waiting)
-        ends = sorted({min(cell.rung[1] for cell in waiting), max(cell.rung[1] for cell in waiting)})
-        positions = max((cell.setting.positions for cell in waiting), key=lambda name: name == "rotary")
-        kinds = {(cell.variant, cell.setting.layers) for cell in waiting}
-        seconds: dict[tuple[Variant, int, int], float] = {}
-        for (variant, layers), delay in product(kinds, ends):
-            task = ladder.task_of((modulus, delay), Setting("sqrt", positions, layers))
-            small = replace(task, train_samples=min(task.train_samples or 1, task.batch_size), test_samples=1)
-            splits = small.load().to(accelerator.device)
-            found = measure(task, splits, variant, ladder.heads, accelerator.device, quick=True)
-            train = epoch_updates(task) * task.batch_size
-            held_out = task.test_samples or 0
-            seconds[variant, layers, delay] = found.run_seconds(task, train, held_out, held_out)
+        delays = [cell.rung[1] for cell in waiting]
+        shortest, longest = min(delays), max(delays)
+        ends = [self.run_seconds(waiting, delay, accelerator) for delay in dict.fromkeys((shortest, longest))]
         slowest: dict[object, float] = {}
         for cell in waiting:
-            kind = cell.variant, cell.setting.layers
-            low, high = (seconds[*kind, end] for end in (ends[0], ends[-1]))
-            share = (cell.rung[1] - ends[0]) / max(1, ends[-1] - ends[0])
+            low, high = (seconds[cell.variant, cell.setting.layers] for seconds in (ends[0], ends[-1]))
+            share = (cell.rung[1] - shortest) / max(1, longest - shortest)
             screened = ladder.screen and cell.seed > 0  # one setting will be left
             place = (cell.rung, cell.variant, cell.seed, None if screened else cell.setting)
             slowest[place] = max(slowest.get(place, 0.0), low + share * (high - low))
         self.watcher.estimate(sum(slowest.values()), len(slowest))
+
+    def run_seconds(
+        self, waiting: Sequence[Cell], delay: int, accelerator: Accelerator
+    ) -> dict[tuple[Variant, int], float]:
+        """Seconds of a run with the largest N, by variant and depth.
+
+        Every variant is measured at the greatest depth, the first one at the others as well: what a block adds is much
+        the same for all.
+        """
+        modulus = max(cell.rung[0] for cell in waiting)
+        positions = max((cell.setting.positions for cell in waiting), key=lambda name: name == "rotary")
+        variants = list(dict.fromkeys(cell.variant for cell in waiting))
+        depths = sorted({cell.setting.layers for cell in waiting})
+
+        def seconds(variant: Variant, layers: int) -> float:
+            task = self.ladder.task_of((modulus, delay), Setting("sqrt", positions, layers))
+            small = replace(task, train_samples=min(task.train_samples or 1, task.batch_size), test_samples=1)
+            splits = small.load().to(accelerator.device)
+            found = measure(task, splits, variant, self.ladder.heads, accelerator.device, quick=True)
+            held_out = task.test_samples or 0
+            return found.run_seconds(task, epoch_updates(task) * task.batch_size, held_out, held_out)
+
+        deepest = {variant: seconds(variant, depths[-1]) for variant in variants}
+        first = {depth: seconds(variants[0], depth) for depth in depths[:-1]} | {depths[-1]: deepest[variants[0]]}
+        return {(v, d): deepest[v] * first[d] / first[depths[-1]] for v, d in product(variants, depths)}
 
 
 def epoch_updates(task: RecurrenceTask) -> int:

@@ -14,9 +14,10 @@ from better_attention.lab.analysis.estimates import number
 from better_attention.lab.csv_json import write_csv, write_json
 from better_attention.lab.files import write_atomic
 from better_attention.lab.ladder.findings import at_best, duels, heights, sentence, spots, within
-from better_attention.lab.ladder.grid import GIVE_UP, Ladder, Row, Rung, rung_words
+from better_attention.lab.ladder.grid import FILES, GIVE_UP, Ladder, Row, Rung, rung_words
 from better_attention.lab.lock import TURN, locked
 from better_attention.lab.report.page import template
+from better_attention.lab.runs import manifest
 from better_attention.lab.runs.provenance import commit, versions
 from better_attention.lab.tasks.recurrence import formula
 
@@ -42,12 +43,17 @@ class Report:
 
 
 def write(ladder: Ladder, rows: Sequence[Row], notes: Mapping[Rung, str], *, complete: bool) -> None:
-    """Write the three files below ``ladder.out``, each whole or not at all; first the one by which they are known."""
+    """Write :data:`FILES` below ``ladder.out``, each whole or not at all, and their digests.
+
+    The one by which they are known comes first.
+    """
     report = Report(ladder, rows, notes, complete, commit(), versions())
     with locked(ladder.out, TURN):
+        manifest.remove(ladder.out, FILES)  # it would be wrong until all of them are written
         write_json(ladder.out / "ladder.json", as_json(report))
         write_csv(ladder.out / "ladder.csv", [field.name for field in fields(Row)], (asdict(r).values() for r in rows))
         write_atomic(ladder.out / "ladder.html", render(report))
+        manifest.add(ladder.out, FILES)
 
 
 def as_json(report: Report) -> dict[str, object]:

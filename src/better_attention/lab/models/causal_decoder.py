@@ -11,6 +11,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from better_attention.cost import cost
 from better_attention.errors import one_of
 from better_attention.layer.multihead import MultiheadAttention
 from better_attention.mechanism import Mechanism
@@ -128,3 +129,30 @@ class CausalDecoder(nn.Module):
             x_BLD = block(x_BLD, bias)
         logits: Tensor = self.output(self.norm(x_BLD))
         return logits
+
+
+def decoder_size(
+    *,
+    vocabulary: int,
+    length: int,
+    width: int,
+    layers: int,
+    heads: int,
+    outputs: int | None = None,
+    mechanism: str | Mechanism = "standard",
+    per_head: bool = False,
+    positions: str = "learned",
+    scale: float | str | None = None,
+) -> int:
+    """Number of learned values of a :class:`Decoder`, without building it; ``per_head``: W_A has a kernel a head.
+
+    >>> sizes = {"vocabulary": 5, "length": 7, "width": 8, "layers": 2, "heads": 2, "mechanism": "super"}
+    >>> decoder_size(**sizes) == sum(parameter.numel() for parameter in CausalDecoder(**sizes).parameters())
+    True
+    """
+    D, K = width, vocabulary if outputs is None else outputs
+    kernel = "per_head" if per_head else "shared"
+    attention = cost(D, heads, length, mechanism=mechanism, align_heads=kernel).params + heads * (scale == "learned")
+    norm, mlp = 2 * D, 8 * D * D + 5 * D
+    tables = (vocabulary + length * (positions == "learned")) * D
+    return tables + layers * (attention + mlp + 2 * norm) + norm + (D + 1) * K

@@ -188,6 +188,9 @@ def write_csv(rows: Sequence[Row], path: str | Path, threshold: Threshold | None
     ``_p_wilcoxon``, ``_p_holm`` (the former, or the latter where there is no spread, corrected for the number of
     comparisons), ``_effect`` (d_z, Hedges) and ``_verdict``.
 
+    ``departures`` says what sets the runs of a row apart from the paper's, settings and data; it is empty where nothing
+    does, and where the paper does not have the task.
+
     Numbers stay numbers, in full precision; free text that a spreadsheet could take for a formula is prefixed by an
     apostrophe. A cell without a value is empty.
 
@@ -199,7 +202,7 @@ def write_csv(rows: Sequence[Row], path: str | Path, threshold: Threshold | None
     """
     columns = columns_of(rows)
     table = [_flat(row, columns) | ({"threshold_accuracy": threshold.accuracy} if threshold else {}) for row in rows]
-    header = tuple(table[0]) if table else ("task", "scale", "mechanism", "score", "heads", "seeds")
+    header = tuple(table[0]) if table else ("task", "scale", "mechanism", "score", "heads", "seeds", "departures")
     csv_json.write_csv(path, header, (cells.values() for cells in table))
 
 
@@ -215,7 +218,7 @@ def write_curves(curves: Mapping[str, Sequence[Mapping[str, float]]], path: str 
 
 def _flat(row: Row, columns: Sequence[Column]) -> dict[str, object]:
     cells: dict[str, object] = {key: getattr(row, key) for key in ("task", "scale", "mechanism", "score")}
-    cells |= {"heads": row.heads, "seeds": len(row.seeds)}
+    cells |= {"heads": row.heads, "seeds": len(row.seeds), "departures": "; ".join(row.departures) or None}
     for column in columns:
         key, ours, gain = column.key, row.estimates.get(column.key), row.gains.get(column.key)
         theirs = paper_value(row, column)

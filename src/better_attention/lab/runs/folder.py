@@ -17,6 +17,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -48,6 +49,7 @@ DEPTHS = ("layers", "encoder_layers")
 """Settings that say how many layers a model has."""
 
 
+@cache
 def run_name(variant: Variant, heads: int, seed: int) -> str:
     """The name of a run's folder; a ``+`` in the mechanism's name becomes a dot.
 

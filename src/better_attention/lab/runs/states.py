@@ -1,4 +1,7 @@
-"""What lies below a folder: every run with its state, finished, interrupted, diverged, being written or damaged."""
+"""What lies below a folder: every run with its state, finished, interrupted, diverged, being written or damaged.
+
+Results that a command made of its runs are listed where they are damaged.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from better_attention.lab.lock import holder
+from better_attention.lab.runs import manifest
 from better_attention.lab.runs.checkpoint import last_state, tensor_count
 from better_attention.lab.runs.folder import (
     WEIGHTS,
@@ -23,13 +27,15 @@ from better_attention.lab.runs.folder import (
 
 _NAME = re.compile(r"[A-Za-z0-9._-]+-h[0-9]{1,9}-s[0-9]{1,9}")
 STATES = ("finished", "interrupted", "diverged", "being written", "damaged")
+RESULTS = ("results.json", "ladder.json", "edge.json")
+"""By one of these a folder of results is known, as the commands compare, ladder and edge write it."""
 DEPTH = 4
 """Levels of folders that are searched; a run below a comparison below ``runs/`` needs two."""
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """One run folder.
+    """One run folder, or the damaged results of a command that may have made many.
 
     Args:
         path: the folder.
@@ -40,6 +46,7 @@ class Found:
         environment: command, commit, versions.
         epochs: finished epochs.
         seconds: spent training in them.
+        kind: ``"run"`` or ``"results"``, which are listed only if they are damaged.
     """
 
     path: Path
@@ -50,6 +57,7 @@ class Found:
     environment: Mapping[str, Any] = field(default_factory=dict)
     epochs: int = 0
     seconds: float = 0.0
+    kind: str = "run"
 
     def as_json(self) -> dict[str, Any]:
         """What a listing tells, as plain JSON values."""
@@ -58,6 +66,7 @@ class Found:
         return {
             "path": str(self.path),
             "name": self.path.name,
+            "kind": self.kind,
             "state": self.state,
             "detail": self.detail,
             **{key: self.run.get(key) for key in ("task", "mechanism", "heads", "seed", "device")},
@@ -72,27 +81,33 @@ class Found:
 
 
 def inventory(folders: Sequence[Path]) -> list[Found]:
-    """The runs below ``folders``, by path."""
-    found = [run for folder in folders for run in _runs(folder, DEPTH)]
-    return [look_at(run) for run in dict.fromkeys(found)]
+    """The runs below ``folders``, and results that are damaged, by path."""
+    below = dict.fromkeys(one for folder in folders for one in _folders(folder, DEPTH))
+    found = (look_at(folder) if is_run else _damaged_results(folder) for folder, is_run in below)
+    return [one for one in found if one is not None]
 
 
-def _runs(folder: Path, depth: int) -> Iterator[Path]:
-    """Every folder of a run, also of one that has lost its ``config.json``; a run holds no other, links end there."""
+def _folders(folder: Path, depth: int) -> Iterator[tuple[Path, bool]]:
+    """Every folder that is searched, and whether it is a run's, also one that has lost its ``config.json``.
+
+    A run holds no other; links end there.
+    """
     config = folder / "config.json"
     try:  # what stands in the place of the file, a FIFO for example, is damage; a folder of that name is anybody's
         found = os.path.lexists(config) and not config.is_dir()
     except OSError:  # a link to what may not be read
         found = True
     if found or (_NAME.fullmatch(folder.name) and _has_files_of_a_run(folder)):
-        yield folder
-    elif depth:
+        yield folder, True
+        return
+    yield folder, False
+    if depth:
         try:
             below = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False))
         except OSError:
             return
         for name in below:
-            yield from _runs(folder / name, depth - 1)
+            yield from _folders(folder / name, depth - 1)
 
 
 def _has_files_of_a_run(folder: Path) -> bool:
@@ -133,6 +148,28 @@ def look_at(folder: Path) -> Found:
     if diverged:
         return replace(found, state="diverged", detail=diverged)
     return replace(found, detail=where)
+
+
+def _damaged_results(folder: Path) -> Found | None:
+    """The files of results in ``folder`` that are not as its manifest has them; None if all are, or it has none."""
+    try:
+        names: Sequence[str | None] = sorted(manifest.read(folder) or ())
+    except (OSError, ValueError):
+        names = [None]  # whatever it lists, it cannot be trusted
+    if not any(name in names or os.path.lexists(folder / name) for name in RESULTS):
+        return None
+    faults = [fault for name in names if (fault := _fault(folder, name))]
+    again = "The command that made these files writes them again."
+    return Found(folder, "damaged", " ".join([*faults, again]), kind="results") if faults else None
+
+
+def _fault(folder: Path, name: str | None) -> str:
+    """What is wrong with a file that the manifest of ``folder`` lists, or (None) with that manifest; "" if nothing."""
+    try:
+        manifest.check(folder, None if name is None else [name])
+    except (OSError, ValueError) as error:
+        return f"{str(error).rstrip('.')}."
+    return ""
 
 
 def _where(state: Mapping[str, Any]) -> str:

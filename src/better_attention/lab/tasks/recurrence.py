@@ -19,10 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from better_attention.errors import finite_number, one_of, whole_number
-from better_attention.lab.models.causal_decoder import POSITIONS
+from better_attention.lab.models.causal_decoder import POSITIONS, CausalDecoder, decoder_size
 from better_attention.lab.tasks.base import Shown, Task
 from better_attention.lab.tasks.splits import Split, Splits
 from better_attention.lab.tasks.variant import Variant
+from better_attention.mechanism import Mechanism
 
 RULES: Mapping[str, tuple[int, int]] = MappingProxyType(
     {"plus": (1, 1), "minus": (1, -1), "back": (-1, 1), "negative": (-1, -1)}
@@ -151,21 +152,28 @@ class RecurrenceTask(Task):
 
     def model(self, variant: Variant, heads: int) -> nn.Module:
         """See :meth:`Task.model`."""
-        from better_attention.lab.models.causal_decoder import CausalDecoder
-
         return CausalDecoder(
-            vocabulary=self.modulus + (len(self.rules) if len(self.rules) > 1 else 0),
-            outputs=self.modulus,
-            length=self.length,
-            width=self.width,
-            layers=self.layers,
-            heads=heads,
-            mechanism=variant.mechanism,
-            options=variant.options,
-            positions=self.positions,
-            scale=SCALINGS[self.scaling],
-            dropout=self.dropout,
+            mechanism=variant.mechanism, options=variant.options, dropout=self.dropout, **self._shape(heads)
         )
+
+    def size(self, variant: str | Mechanism | Variant, heads: int) -> int:
+        """See :meth:`Task.size`; computed, since a ladder asks for hundreds of sizes before it begins."""
+        variant = Variant.of(variant)
+        shape = self.sized(variant, heads)._shape(heads)
+        return decoder_size(mechanism=variant.mechanism, per_head=variant.per_head, **shape)
+
+    def _shape(self, heads: int) -> dict[str, Any]:
+        """The arguments that the model and its size have in common."""
+        return {
+            "vocabulary": self.modulus + (len(self.rules) if len(self.rules) > 1 else 0),
+            "outputs": self.modulus,
+            "length": self.length,
+            "width": self.width,
+            "layers": self.layers,
+            "heads": heads,
+            "positions": self.positions,
+            "scale": SCALINGS[self.scaling],
+        }
 
     def random_inputs(self, samples: int, generator: torch.Generator) -> Tensor:
         """See :meth:`Task.random_inputs`; symbols that follow no rule."""

@@ -88,3 +88,14 @@ def _asked_for_more() -> bool:
     """
     names = ("ACCELERATE_MIXED_PRECISION", "MASTER_ADDR", "MASTER_PORT")
     return all(name in os.environ for name in names) and not {"RANK", "LOCAL_RANK", "WORLD_SIZE"} & os.environ.keys()
+
+
+@contextmanager
+def at_most(threads: int | None) -> Iterator[None]:
+    """Let torch use at most this many CPU threads while the block runs; None: as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(before, threads or before))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

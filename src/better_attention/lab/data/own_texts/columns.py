@@ -38,7 +38,10 @@ LABEL_COLUMNS = (
 """What a column may be called, in any case; the first that is there counts."""
 
 FORMATS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet"}
-KINDS = "a .csv, .tsv, .jsonl or .parquet file with a text and a label column (.gz, .bz2 and .xz are read too)"
+KINDS = (
+    "a .csv, .tsv, .jsonl or .parquet file with a text and a label column (.gz, .bz2, .xz and .zip are read too; "
+    "Parquet compresses by itself)"
+)
 
 _DECIMAL = re.compile(r"[+-]?[0-9]{1,15}(?:\.[0-9]{0,15})?")
 _MISSING = frozenset(("nan", "none", "<na>", "null", "n/a", "na", "nat", "#n/a", "nil", "<null>", "undefined"))
@@ -149,7 +152,7 @@ def read_table(path: Path, columns: Columns) -> Table:
     unit = "row" if kind == "parquet" else "line"
     faults = Faults(unit)
     notes: list[str] = []
-    rows = {"csv": _csv_rows, "json": _json_rows, "parquet": _parquet_rows}[kind](path, columns, faults, notes)
+    rows = _ROWS[kind](path, columns, faults, notes)
     names = next(rows, (0, "", ""))[1:]
     table = Table(path, unit, names, [], [], [], notes=notes)
     unlabelled = trimmed = 0
@@ -284,6 +287,18 @@ def _parquet_rows(path: Path, columns: Columns, faults: Faults, notes: list[str]
     yield 0, text, label
     for row, values in parquet_records(path, (text, label)):
         yield row, *values
+
+
+_ROWS = {"csv": _csv_rows, "json": _json_rows, "parquet": _parquet_rows}
+"""Format -> what gives the names of the two columns, then line (or row), text and label of each record."""
+
+
+def has_columns(path: Path, columns: Columns) -> bool:
+    """Whether a table has a text and a label column; one that cannot be read has none."""
+    try:
+        return next(_ROWS[format_of(path) or "csv"](path, columns, Faults(), []), None) is not None
+    except DataError:
+        return False
 
 
 def near_equal(labels: Iterable[str]) -> list[tuple[str, ...]]:

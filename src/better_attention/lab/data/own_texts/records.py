@@ -16,6 +16,7 @@ from typing import Any
 from better_attention.errors import counted
 from better_attention.lab.data.archives import MIB, Readable, decompressed
 from better_attention.lab.data.samples import DataError
+from better_attention.lab.data.zipped_tables import archive_of, opened
 
 DELIMITERS: Mapping[str, str] = {",": "comma", ";": "semicolon", "\t": "tab"}
 
@@ -60,13 +61,18 @@ class Faults:
 
 @contextmanager
 def text_lines(path: Path) -> Iterator[Iterator[str]]:
-    """The lines of a UTF-8 text file, which may be compressed (gzip, bzip2, xz); see :func:`lines`.
+    """The lines of a UTF-8 text file, which may be compressed (gzip, bzip2, xz) or in a .zip; see :func:`lines`.
 
     Raises:
         DataError: no such file, an empty one, or one that holds more than 4 GiB.
     """
-    with decompressed(path, limit=_LIMIT, plain=True) as stream:
-        yield lines(path, stream)
+    archive = archive_of(path)
+    if archive is not None:
+        with opened(archive, path, _LIMIT) as member:
+            yield lines(path, member)
+    else:
+        with decompressed(path, limit=_LIMIT, plain=True) as stream:
+            yield lines(path, stream)
 
 
 def lines(path: Path | str, stream: Readable) -> Iterator[str]:
