@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 
 import torch
@@ -157,10 +157,10 @@ def measure_group(
         try:
             model, quantised = prepare(task, name, heads, precision, probe)
         except Unusable as reason:
-            timings[name] = Timing(task.name, heads, precision, name, reason=str(reason))
+            timings[name] = replace(timing, reason=str(reason))
             continue
         models[name] = model
-        timings[name] = Timing(task.name, heads, precision, name, quantised=quantised)
+        timings[name] = replace(timing, quantised=quantised)
     if not models:
         return list(timings.values())
     measuring = models.get(BASELINE, next(iter(models.values())))
@@ -173,15 +173,13 @@ def measure_group(
     samples = rounds(models, batches, settings.rounds)
     scale = settings.samples / measured
     for name, seconds in samples.items():
-        timing = timings[name]
         ratios = [base / mine for mine, base in zip(seconds, samples.get(BASELINE, []), strict=False)]
-        timings[name] = Timing(
-            *(timing.task, timing.heads, timing.precision, timing.mechanism),
+        timings[name] = replace(
+            timings[name],
             seconds=Spread.of([scale * second for second in seconds]),
             times_as_fast=Spread.of(ratios) if ratios else None,
             rounds=len(seconds),
             measured=measured,
-            quantised=timing.quantised,
         )
     return list(timings.values())
 

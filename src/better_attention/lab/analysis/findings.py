@@ -14,7 +14,7 @@ from better_attention.errors import counted
 from better_attention.lab import published
 from better_attention.lab.analysis.estimates import number
 from better_attention.lab.analysis.paired import NOTHING, UNTESTED, p_text
-from better_attention.lab.analysis.study import Record
+from better_attention.lab.analysis.study import Record, run_of
 from better_attention.lab.analysis.summary import COLUMNS, Column, Row
 
 PAPER = ("standard", "optimised", "efficient", "super")
@@ -199,7 +199,7 @@ def waiting(records: Sequence[Record]) -> tuple[str, bool] | None:
     for run in records:
         share = run.get("waiting_share")
         if isinstance(share, int | float) and not isinstance(share, bool) and math.isfinite(share):
-            found.append((float(share), f"{run.get('mechanism')}-h{run.get('heads')}-s{run.get('seed')}"))
+            found.append((float(share), run_of(run)))
     if not found:
         return None
     worst, run_name = max(found)

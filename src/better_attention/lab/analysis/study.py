@@ -183,3 +183,8 @@ class RunName:
 
     def __str__(self) -> str:
         return self.mechanism if self.heads is None else f"{self.mechanism}-h{self.heads}-s{self.seed}"
+
+
+def run_of(record: Record) -> str:
+    """The name of the run that a record is of, as :class:`RunName` writes it."""
+    return f"{record.get('mechanism')}-h{record.get('heads')}-s{record.get('seed')}"

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 
 from better_attention.errors import counted
 from better_attention.lab.analysis import learning_speed
-from better_attention.lab.analysis.study import AlignmentPicture, AttentionMap, Study
+from better_attention.lab.analysis.study import AlignmentPicture, AttentionMap, Study, run_of
 from better_attention.lab.comparison.notes import guessing, remarks
 from better_attention.lab.comparison.run_pictures import draw_kernels, draw_maps
 from better_attention.lab.lock import TURN, holder, locked, taken
@@ -297,7 +297,7 @@ def make_study(plan: Plan, splits: Splits) -> Study:
     alignments: list[AlignmentPicture] = []
     for entry in finished:
         record = entry["result"]
-        name = f"{record['mechanism']}-h{record['heads']}-s{record['seed']}"
+        name = run_of(record)
         curves[name] = read_curve(entry["path"])
         if (
             record["seed"] == 0
@@ -333,9 +333,7 @@ def make_study(plan: Plan, splits: Splits) -> Study:
         commit=commit(),
         notes=notes,
         threshold=threshold,
-        folders={
-            f"{r['mechanism']}-h{r['heads']}-s{r['seed']}": run["name"] for run in finished if (r := run["result"])
-        },
+        folders={run_of(run["result"]): run["name"] for run in finished},
     )
 
 

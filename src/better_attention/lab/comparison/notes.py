@@ -10,7 +10,7 @@ from better_attention.lab import published
 from better_attention.lab.analysis.departures import not_the_papers
 from better_attention.lab.analysis.estimates import number
 from better_attention.lab.tasks.base import Task
-from better_attention.lab.tasks.splits import Splits
+from better_attention.lab.tasks.splits import Splits, most_frequent
 from better_attention.lab.tasks.variant import Variant
 
 EVEN = 8
@@ -47,8 +47,8 @@ def guessing(splits: Splits) -> tuple[str, ...]:
     targets = splits.test.targets
     if targets.ndim != 1 or "classes" not in splits.assets:
         return ()
-    counts = targets.cpu().bincount()
-    often, share = splits.assets["classes"][int(counts.argmax())], 100 * float(counts.max()) / len(targets)
+    label, share = most_frequent(targets)
+    often = splits.assets["classes"][label]
     notes = [f"guessing {often!r}, the most frequent class, is right for {share:.1f} % of the test samples"]
     if len(targets) < FEW:
         notes.append(f"the test split has {counted(len(targets), 'sample')}: one is {100 / len(targets):.1f} points")

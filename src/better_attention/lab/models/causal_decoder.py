@@ -144,7 +144,7 @@ def decoder_size(
     positions: str = "learned",
     scale: float | str | None = None,
 ) -> int:
-    """Number of learned values of a :class:`Decoder`, without building it; ``per_head``: W_A has a kernel a head.
+    """Number of learned values of a :class:`CausalDecoder`, without building it; ``per_head``: one W_A for each head.
 
     >>> sizes = {"vocabulary": 5, "length": 7, "width": 8, "layers": 2, "heads": 2, "mechanism": "super"}
     >>> decoder_size(**sizes) == sum(parameter.numel() for parameter in CausalDecoder(**sizes).parameters())

@@ -12,7 +12,7 @@ from pathlib import Path
 import jinja2
 
 from better_attention.lab.analysis import advice, findings, learning_speed, summary
-from better_attention.lab.analysis.study import Study
+from better_attention.lab.analysis.study import Study, run_of
 from better_attention.lab.analysis.summary import Column, Row
 from better_attention.lab.files import write_atomic
 from better_attention.lab.report import gallery, heatmaps, map_gallery
@@ -47,6 +47,7 @@ def render(study: Study) -> str:
     rows = summary.summarise(study.records)
     columns = summary.by_importance(summary.columns_of(rows))
     main = [column for column in columns if column.tested]
+    run_columns = _run_columns(columns)
     album = gallery.Album(PICTURE_ROOM)
     compared = [column for column in summary.compared_columns(rows) if column.tested]
     # Small and about everything first: what finds no room is the last of the maps and kernels.
@@ -65,8 +66,8 @@ def render(study: Study) -> str:
         speed=learning_speed.lines(rows, study.records) if study.threshold else [],
         speed_sentences=learning_speed.sentences(rows, study.threshold) if study.threshold else [],
         links=_links(study),
-        run_columns=_run_columns(columns),
-        run_lines=_run_lines(study, _run_columns(columns)),
+        run_columns=run_columns,
+        run_lines=_run_lines(study, run_columns),
         origin=findings.origin(str(study.task.get("name", "")), rows),
         notes=[*study.notes, *findings.gaps(rows)],
         standings=findings.standings(rows),
@@ -137,9 +138,8 @@ def _run_lines(study: Study, columns: Sequence[Column]) -> list[tuple[str, list[
     """Name of each run and its numbers, None where it has none."""
     found = []
     for record in study.records:
-        name = f"{record.get('mechanism')}-h{record.get('heads')}-s{record.get('seed')}"
         values = [(c, v if isinstance(v := record.get(c.key), int | float) else None) for c in columns]
-        found.append((name, values))
+        found.append((run_of(record), values))
     return found
 
 
