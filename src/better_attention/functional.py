@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, overload
 
 from torch import Tensor
 
 from .call.function_arguments import prepare
-from .call.torch_state import fx_call, is_symbolic
+from .call.torch_state import fx_call, is_symbolic, refuse_script
 from .impl import IMPLEMENTATIONS
-from .impl.attend import attend
-from .impl.choice import choose, passed_over, summary
+from .impl.dispatch import attend, choose, passed_over, summary
 
 
 @overload
@@ -72,7 +72,7 @@ def attention(
         query: (..., N, L, H), floating point.
         key: (..., N, S, H), dtype and device of the query.
         value: (..., N, S, Hv).
-        score: "softmax" or "expressive".
+        score: "softmax" or "expressive"; any key of :data:`better_attention.scores.SCORES`.
         attn_mask: broadcastable to (..., N, L, S). bool: True = attend (as in
             ``F.scaled_dot_product_attention``, the opposite of ``nn.MultiheadAttention``). float: b, added in
             log-weight space; -inf hides, and for the expressive score so does anything <= ``finfo(dtype).min``.
@@ -137,6 +137,10 @@ def attention(
     return output, lead.unfold(weights_BNLS)
 
 
+# torch.jit.script asks for it before it reads the source; calls never look at it.
+attention.__prepare_scriptable__ = partial(refuse_script, "attention")  # type: ignore[attr-defined]
+
+
 @dataclass(frozen=True, slots=True)
 class Explanation:
     """Which implementation would compute a call, and why not the others.
@@ -187,10 +191,10 @@ def explain(
     >>> print(explain(q, q, q, score="expressive", impl="sdpa"))
     attention(q (1, 1, 512, 8), k (1, 1, 512, 8), v (1, 1, 512, 8), float32 on cpu, score='expressive')
       chosen: none
-      native: impl='sdpa' was asked for
+      native: impl='sdpa' was requested
       sdpa: it computes softmax weights only, not 'expressive'
-      chunked: impl='sdpa' was asked for
-      reference: impl='sdpa' was asked for
+      chunked: impl='sdpa' was requested
+      reference: impl='sdpa' was requested
     """
     call, _ = prepare(query, key, value, score, attn_mask, is_causal, dropout_p, scale, enable_gqa, need_weights, impl)
     chosen = choose(call, impl)

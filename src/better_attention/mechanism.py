@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import product
 from types import MappingProxyType
 from typing import Any
 
+from better_attention.scores import DEFAULT_SCORE, SCORES
+
 PROJECTIONS = "qkvo"
-SCORES = ("softmax", "expressive")
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +26,9 @@ class Mechanism:
         projections: which of ``"q" "k" "v" "o"`` are learned linear maps. A missing one is the
             identity: head i then reads columns ``i*d_k ... (i+1)*d_k`` of the input itself.
         aligned: whether the values are multiplied from the left by the learned kernel W_A (s x s).
-        score: ``"softmax"``, weights ``exp(z) / sum exp(z)``, or ``"expressive"``, weights
-            ``z^2/(1+z^2) / sum z^2/(1+z^2)``, of ``z = q.k * scale``. A score owns its normaliser.
+        score: a key of :data:`better_attention.scores.SCORES`: ``"softmax"``, weights ``exp(z) / sum exp(z)``, or
+            ``"expressive"``, weights ``z^2/(1+z^2) / sum z^2/(1+z^2)``, of ``z = q.k * scale``. A score includes its
+            normaliser.
 
     Raises:
         ValueError: an unknown projection or score.
@@ -39,7 +42,7 @@ class Mechanism:
 
     projections: frozenset[str]
     aligned: bool = False
-    score: str = "softmax"
+    score: str = DEFAULT_SCORE
 
     def __post_init__(self) -> None:
         if not isinstance(self.projections, Iterable):
@@ -59,7 +62,7 @@ class Mechanism:
             raise TypeError(
                 f"aligned must be True or False, received {self.aligned!r} ({type(self.aligned).__name__})."
             )
-        if self.score not in SCORES:
+        if self.score not in tuple(SCORES):  # a tuple, because a list as a score cannot be looked up in a mapping
             raise ValueError(f"unknown score {self.score!r}: choose one of {list(SCORES)}.")
         object.__setattr__(self, "projections", projections)
 
@@ -69,10 +72,10 @@ class Mechanism:
 
         Args:
             value: a mechanism (returned as it is), or a name: a key of ``MECHANISMS``, ``"optimized"``,
-                or either followed by ``"+expressive"`` and/or ``"+align"``.
+                or either followed by the name of another score, as in ``"+expressive"``, and/or by ``"+align"``.
 
         Raises:
-            ValueError: a name that is none of these.
+            ValueError: an unknown name.
             TypeError: neither a name nor a mechanism.
 
         >>> Mechanism.of("efficient+expressive").score
@@ -85,36 +88,41 @@ class Mechanism:
                 f"mechanism must be a name or a Mechanism, received {value!r} ({type(value).__name__}). "
                 f"Names: {', '.join(MECHANISMS)}."
             )
-        base, *modifiers = value.split("+")
-        if _SPELLINGS.get(base, base) not in MECHANISMS or not set(modifiers) <= set(_MODIFIERS):
+        base, *suffixes = value.split("+")
+        changes = _changes()
+        if _SPELLINGS.get(base, base) not in MECHANISMS or not set(suffixes) <= set(changes):
             raise ValueError(
                 f"unknown mechanism {value!r}. Choose one of {', '.join(MECHANISMS)}, optionally followed by "
-                f"{' or '.join('+' + m for m in _MODIFIERS)}, as in 'efficient+expressive'."
+                f"{' or '.join('+' + suffix for suffix in changes)}, as in 'efficient+expressive'."
             )
         mechanism = MECHANISMS[_SPELLINGS.get(base, base)]
-        for modifier in modifiers:
-            mechanism = replace(mechanism, **_MODIFIERS[modifier])
+        for suffix in suffixes:
+            mechanism = replace(mechanism, **changes[suffix])
         return mechanism
 
     @property
     def name(self) -> str:
         """The shortest name that :meth:`of` turns back into this mechanism, or a description of it."""
-        modified: dict[str, Mapping[str, Any]] = {
-            "": {},
-            **{f"+{m}": change for m, change in _MODIFIERS.items()},
-            "".join(f"+{m}" for m in _MODIFIERS): {k: v for change in _MODIFIERS.values() for k, v in change.items()},
-        }
-        for suffix, change in modified.items():
+        changes = _changes()
+        for aligned, scored in product(("", "align"), ("", *({self.score} & set(changes)))):
+            suffixes = [suffix for suffix in (scored, aligned) if suffix]
+            change = {field: value for suffix in suffixes for field, value in changes[suffix].items()}
             for name, row in MECHANISMS.items():
                 if replace(row, **change) == self:
-                    return name + suffix
+                    return "+".join([name, *suffixes])
         parts = ["".join(p for p in PROJECTIONS if p in self.projections) or "none"]
-        parts += ["align"] * self.aligned + [self.score] * (self.score != "softmax")
+        parts += ["align"] * self.aligned + [self.score] * (self.score != DEFAULT_SCORE)
         return f"custom({'+'.join(parts)})"
 
 
 _SPELLINGS = {"optimized": "optimised"}
-_MODIFIERS: Mapping[str, Mapping[str, Any]] = {"expressive": {"score": "expressive"}, "align": {"aligned": True}}
+
+
+def _changes() -> dict[str, dict[str, Any]]:
+    """What each suffix of a name changes. Built at each call, because scores can be registered."""
+    scores = {score: {"score": score} for score in SCORES if score != DEFAULT_SCORE}
+    return {**scores, "align": {"aligned": True}}
+
 
 MECHANISMS: Mapping[str, Mechanism] = MappingProxyType(
     {

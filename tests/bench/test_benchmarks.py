@@ -21,7 +21,7 @@ from better_attention.bench.registry import PAPER, Contender, Results, Row, Run,
 from better_attention.bench.runner import Result, Settings, Spread
 from better_attention.bench.suites import SUITES, decode, kernel, layer, model
 from better_attention.impl import IMPLEMENTATIONS
-from better_attention.mechanism import SCORES
+from better_attention.scores import SCORES
 
 TINY = Shape(3, 11, 10, 2)
 LIMITS = Limits({"float32": 100.0}, 64, {"sum, float32": 10.0, "dot, float32": 8.0}, 1 << 20)

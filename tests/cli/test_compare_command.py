@@ -16,6 +16,7 @@ import pytest
 from rich.console import Console
 
 from better_attention.cli import compare, main
+from better_attention.cli.arguments import command_line
 from better_attention.cli.progress import LiveProgress, PlainProgress, make_progress
 from better_attention.lab.runs.record import RunRecord
 from better_attention.lab.tasks.catalogue import TASKS
@@ -143,14 +144,14 @@ def test_it_ends_with_the_table_and_says_where_the_files_are(
         assert str(tmp_path / name) in said
         assert (tmp_path / name).stat().st_size > 100
     (record,) = json.loads((tmp_path / "results.json").read_text())
-    assert record["command"] == compare.command_line()
+    assert record["command"] == command_line()
     assert main.main([*arguments, "--lr", "0.5"]) == 2
     assert "lr: 0.003 there, 0.5 now" in capsys.readouterr().err
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
     code = "import sys; from better_attention.cli.main import main; sys.argv[0] = 'better-attention'; sys.exit(main())"
-    arguments = ["compare", "--mechanisms", "super", "--scale", "small", "--epochs", "1000", "--patience", "0"]
+    arguments = ["compare", "--mechanisms", "super", "--scale", "smoke", "--epochs", "1000", "--patience", "0"]
     command = [sys.executable, "-c", code, *arguments, "--device", "cpu", "--out", str(tmp_path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(

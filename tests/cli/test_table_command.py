@@ -294,7 +294,7 @@ def test_runs_that_contradict_each_other_stay_apart(tmp_path: Path, capsys: pyte
 def test_results_of_other_tasks_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(tmp_path / "results.json", [imdb()])
     assert table(5, path) == 0
-    assert "Results of imdb were read: none of them is of table 5." in capsys.readouterr().out
+    assert "Results of imdb were read, but none belongs to table 5." in capsys.readouterr().out
     assert table(8, path) == 0
     assert "none of them" not in capsys.readouterr().out
 

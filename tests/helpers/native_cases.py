@@ -1,6 +1,7 @@
 """Cases for the compiled kernels: what is drawn, what is exact, and how the two are compared.
 
-Letters as in native/api.h: B batch, N query heads, G key heads, L queries, S keys, H width of q and k, W width of v.
+Letters as in native/cpp/api.h: B batch, N query heads, G key heads, L queries, S keys, H width of q and k, W width of
+v.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from better_attention.call.call import Call
 from better_attention.impl import native
+from better_attention.native import structs
 from helpers import oracle
 from helpers.bridge import array, assert_close, assert_within_rounding, rounded_attention
 from helpers.rounding import Error, Rounding, expected_errors
@@ -28,7 +30,7 @@ from helpers.rounding import Error, Rounding, expected_errors
 ISAS = () if native.missing() else native.instruction_sets()
 needs_native = pytest.mark.skipif(native.missing() is not None, reason=f"no compiled kernels: {native.missing()}")
 
-SCORES = ("softmax", "expressive")
+SCORES = tuple(structs.SCORES)
 DTYPES = (torch.float32, torch.bfloat16)
 
 FEW = 8

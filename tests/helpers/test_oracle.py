@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 
+from better_attention.scores import SCORES
 from helpers import TESTS, oracle
 
 EXACT = {"rtol": 0, "atol": 1e-15}
@@ -155,7 +156,7 @@ def causal_example(rng: np.random.Generator, score: str) -> tuple[oracle.Weights
     return w, rng.normal(size=(2, length, embed)), np.tril(np.ones((length, length), bool))
 
 
-@pytest.mark.parametrize("score", ["softmax", "expressive"])
+@pytest.mark.parametrize("score", SCORES)
 def test_agrees_with_the_formula_on_whole_arrays(rng: np.random.Generator, score: str) -> None:
     w, x, keep = causal_example(rng, score)
     output, _ = oracle.multihead(w, x, x, x, causal=True)

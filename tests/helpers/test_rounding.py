@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from better_attention.scores import SCORES
 from helpers.bridge import array, assert_within_rounding, rounded_attention
 from helpers.native_cases import Case, Mask, problem
 from helpers.rounding import Rounding, expected_errors
@@ -30,7 +31,7 @@ class WideOnly(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("score", ["softmax", "expressive"])
+@pytest.mark.parametrize("score", SCORES)
 def test_a_bound_is_not_measured_on_this_machine(score: str, dtype: torch.dtype) -> None:
     case = Case((1, 2, 1, 43, 47, 8, 8), Mask("float32", "1N1S"), causal=True)
     problem.cache_clear()
@@ -56,7 +57,7 @@ def test_sums_are_rounded_as_much_as_they_are(n: int, offset: float, rng: np.ran
     assert 0.4 < found / predicted < 1.5
 
 
-@pytest.mark.parametrize("score", ["softmax", "expressive"])
+@pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize(
     "planted",
     {

@@ -13,11 +13,11 @@ from torch.utils._pytree import tree_leaves
 
 import better_attention as ba
 from better_attention.native.library import missing
+from better_attention.scores import SCORES
 from helpers.layers import refused, tokens
 
 B, N, L, S, H, V = 2, 3, 5, 7, 4, 2  # an own width for the values: nothing says that it is the keys'
 IMPLS = ["auto", "reference", "sdpa", "chunked"]
-SCORES = ["softmax", "expressive"]
 EXPRESSIVE_IMPLS = ["auto", "reference", "chunked"]
 
 MASK_SHAPES = [

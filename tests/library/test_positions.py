@@ -12,6 +12,7 @@ from torch.export import Dim
 
 import better_attention as ba
 from better_attention.positions import alibi_bias, alibi_slopes, angles, rotary
+from better_attention.scores import SCORES
 from helpers import oracle
 from helpers.layers import ALL, CAUSAL, layer, refused, tokens
 
@@ -131,7 +132,7 @@ def test_alibi_falls_with_the_distance_and_an_offset_continues_it() -> None:
     refused(lambda: alibi_bias(0, 2, 2), "num_heads", 0)
 
 
-@pytest.mark.parametrize("score", ["softmax", "expressive"])
+@pytest.mark.parametrize("score", SCORES)
 def test_alibi_multiplies_the_weight_of_either_score_by_its_exponential(score: str) -> None:
     q, k, v = tokens(B, N, L, H), tokens(B, N, L, H), tokens(B, N, L, H)
     _, plain = ba.attention(q, k, v, score=score, is_causal=True, need_weights=True)

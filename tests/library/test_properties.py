@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import better_attention as ba
+from better_attention.scores import SCORES
 from helpers import oracle
 from helpers.bridge import array, assert_close, fill
 
@@ -863,7 +864,7 @@ def test_p24_fully_masked_rows(column: str, rng: np.random.Generator) -> None:
 
 
 @pytest.mark.parametrize("impl", ["auto", "reference", "chunked"])
-@pytest.mark.parametrize("score", ["softmax", "expressive"])
+@pytest.mark.parametrize("score", SCORES)
 def test_p24_in_the_function(score: str, impl: str, rng: np.random.Generator) -> None:
     q, k, v = (torch.from_numpy(rng.normal(size=(2, 3, n, 5))).requires_grad_() for n in (L, S, S))
     visible = torch.from_numpy(rng.random((2, 1, L, S)) < 0.6)

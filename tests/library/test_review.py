@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 import better_attention as ba
+from better_attention.scores import SCORES
 
 IMPLS = ("reference", "chunked")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("score", ["softmax", "expressive"])
+@pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("need_weights", [False, True])
 def test_m6_autocast_does_not_undo_the_float32_inside(

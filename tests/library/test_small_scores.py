@@ -11,6 +11,7 @@ from torch import Tensor
 
 import better_attention as ba
 from better_attention.native.library import missing
+from better_attention.scores import SCORES
 from helpers.bridge import array
 from helpers.layers import layer, tokens
 
@@ -93,7 +94,7 @@ ALONE: dict[str, Callable[[torch.dtype], tuple[int, dict[str, object], slice]]] 
 
 
 @pytest.mark.parametrize("form", ALONE)
-@pytest.mark.parametrize("score", ["expressive", "softmax"])
+@pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize(
     ("dtype", "impl"),
     [

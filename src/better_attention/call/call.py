@@ -5,12 +5,12 @@ Shape suffixes, here and everywhere below: B batch, L queries, S keys, N heads, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from better_attention.scores import DEFAULT_SCORE
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class Call:
         mask_BNLS: broadcastable to (B, N, L, S); bool, True = attend, or a float added in log-weight space.
         padding_B11S: the same for whole keys, (B, 1, 1, S); kept apart so that merging never needs (B, N, L, S).
         causal: query l sees keys s <= l (top-left triangle), besides what the masks allow.
-        score: "softmax" or "expressive".
+        score: a key of :data:`better_attention.scores.SCORES`.
         scale: factor on q.k.
         dropout_p: probability of dropping a weight.
         need_weights: whether the weights themselves are wanted.
@@ -35,7 +35,7 @@ class Call:
     mask_BNLS: Tensor | None = None
     padding_B11S: Tensor | None = None
     causal: bool = False
-    score: str = "softmax"
+    score: str = DEFAULT_SCORE
     scale: float = 1.0
     dropout_p: float = 0.0
     need_weights: bool = False
@@ -71,18 +71,6 @@ class Call:
         return replace(self, k_BNSH=k_BNSH, v_BNSH=v_BNSH)
 
 
-def hidden(mask: Tensor, score: str) -> Tensor:
-    """Where a mask hides a key altogether (bool, True = hidden).
-
-    For softmax a float mask hides where it is -inf; finite biases are just added, as in torch. The expressive
-    score has no exponential to drown a very negative finite bias in, so there everything at or below the
-    dtype's lowest number (the padding value of several libraries) hides too.
-    """
-    if mask.dtype == torch.bool:
-        return ~mask
-    return mask == -torch.inf if score == "softmax" else mask <= torch.finfo(mask.dtype).min
-
-
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """A float mask in ``dtype``: widened as it is, narrowed so that what is finite stays finite.
 
@@ -103,64 +91,6 @@ def island(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
-def unit(x: Tensor, dim: tuple[int, ...]) -> Tensor:
-    """A unit for the numbers along ``dim``: 1, or where all are small a power of two in which they are not.
-
-    The expressive score is a ratio of products of queries and keys that may themselves be too small for the dtype.
-    Products of numbers in units are not, and a power of two changes no digit of them.
-    """
-    if any(x.shape[d] == 0 for d in dim):
-        return torch.ones_like(x.detach().sum(dim, keepdim=True))
-    tiny = torch.finfo(x.dtype).tiny
-    largest = x.detach().abs().amax(dim, keepdim=True)
-    return torch.ones_like(largest).masked_fill(largest < tiny**0.25, tiny**0.5)
-
-
 def triangle(rows: Tensor, length: int) -> Tensor:
     """Bool (len(rows), length), True where key s may be seen by query ``rows[i]``, that is s <= rows[i]."""
     return torch.arange(length, device=rows.device) <= rows[:, None]
-
-
-def flops(q: Sequence[int], k: Sequence[int], v: Sequence[int]) -> int:
-    """Floating-point operations of a forward pass, from the shapes of q, k and v; a multiply-add counts as two.
-
-    As in :func:`better_attention.cost`: the two products, every key of every query, hidden or not. The backward pass
-    has twice as many; scores that an implementation computes again are not counted.
-    """
-    B, N, L, H = q
-    return 2 * B * N * L * k[2] * (H + v[3])
-
-
-NO_DROPOUT = "under torch.func it has no dropout: one seed would be one mask for a whole vmap"
-
-
-def dropout_seed(call: Call) -> Tensor | None:
-    """The number from which follows what a call drops, None without dropout.
-
-    Drawn from the CPU's default generator, which torch.manual_seed and activation checkpointing take care of.
-    """
-    return torch.randint(2**63 - 1, (), device="cpu") if call.dropout_p > 0.0 else None
-
-
-def one_by_one(info: Any, in_dims: Any, args: Any, operator: Any) -> tuple[Any, Any]:
-    """The vmap rule of an operator with dropout: what it drops depends on its batch, so nothing is folded."""
-    slices = [
-        operator(*(x.select(dim, i) if isinstance(dim, int) else x for x, dim in zip(args, in_dims, strict=True)))
-        for i in range(info.batch_size)
-    ]
-    if isinstance(slices[0], Tensor):
-        return torch.stack(slices), 0
-    results = tuple(torch.stack(parts) for parts in zip(*slices, strict=True))
-    return results, (0,) * len(results)
-
-
-def fold_batch(info: Any, in_dims: Any, tensors: Any, batch: int) -> list[Tensor | None]:
-    """For vmap rules: every tensor with a batch of ``size * batch``, what is not vmapped repeated."""
-    folded: list[Tensor | None] = []
-    for x, dim in zip(tensors, in_dims, strict=True):
-        if x is not None:
-            x = x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
-            # A mask that broadcasts over the batch is expanded, a view.
-            x = x.expand(info.batch_size, batch, *x.shape[2:]).flatten(0, 1)
-        folded.append(x)
-    return folded

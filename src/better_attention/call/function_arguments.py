@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from better_attention.errors import describe, finite_number, flag, floating_tensor, one_of
-from better_attention.impl.choice import IMPLS
-from better_attention.mechanism import SCORES
+from better_attention.impl.dispatch import IMPLS
+from better_attention.scores import SCORES
 
 from .call import Call
 from .masks import check_mask, without_repeats

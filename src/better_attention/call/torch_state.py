@@ -11,7 +11,7 @@ Where a version of torch lacks a private name, the careful answer is assumed: ca
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -199,6 +199,21 @@ def _functionalised() -> bool:
 def is_symbolic(x: object) -> bool:
     """Whether ``x`` is a value of ``torch.fx.symbolic_trace``, which runs code with names in place of tensors."""
     return not isinstance(x, Tensor) and isinstance(x, torch.fx.Proxy)
+
+
+def refuse_script(name: str) -> NoReturn:
+    """Answer ``torch.jit.script``, which compiles source code in a subset of Python.
+
+    Args:
+        name: of what it was to compile.
+
+    Raises:
+        TypeError: always.
+    """
+    raise TypeError(
+        f"better_attention.{name} cannot be compiled by torch.jit.script, whose language lacks what its code uses. Use "
+        "torch.export.export, torch.compile, or torch.jit.trace, all of which work with it."
+    )
 
 
 def fx_leaf(module: nn.Module, arguments: Mapping[str, Any]) -> Any:

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from better_attention.cli import UserError, console
-from better_attention.cli.arguments import folder, names, numbers, positive, words
-from better_attention.cli.compare import command_line, settings_of
+from better_attention.cli.arguments import command_line, folder, names, numbers, positive, words
 from better_attention.cli.screen import message
+from better_attention.cli.settings import settings_of
+from better_attention.lab.tasks.base import SCALES
 from better_attention.lab.tasks.variant import Variant
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the verb."""
     parser.add_argument(
         "--scale",
-        choices=("smoke", "small", "paper"),
+        choices=SCALES,
         default="small",
         help="the grid: a minute, hours (default; the estimate says how many), days; our own task, in no paper",
     )
@@ -80,9 +81,7 @@ def rungs(text: str) -> tuple[tuple[int, int], ...]:
 
 def run(args: argparse.Namespace) -> int:
     """Climb, and write the page after every rung; 0, 1 where a run diverged, 130 after Ctrl-C."""
-    from better_attention.lab.ladder import page
     from better_attention.lab.ladder.climb import Climb
-    from better_attention.lab.ladder.findings import duels, sentence
     from better_attention.lab.ladder.grid import FILES
     from better_attention.lab.training.launch import is_first
     from better_attention.lab.training.progress import Interrupted
@@ -93,12 +92,16 @@ def run(args: argparse.Namespace) -> int:
     climb = Climb(ladder, make_progress(screen, ladder, args.scale, args.yes))
     try:
         for rung in climb.run():
+            from better_attention.lab.ladder import page  # seconds, which the estimate need not wait for
+
             if is_first():
                 page.write(ladder, climb.rows, climb.notes, complete=rung == ladder.rungs[-1])
     except Interrupted as stopped:
         text = f"Interrupted. {stopped} The same command continues there:\n  {ladder.command}"
         screen.print(message(text), markup=False, soft_wrap=True)
         return 128 + stopped.signal
+    from better_attention.lab.ladder.findings import duels, sentence
+
     for duel in duels(climb.rows)["overall"]:
         screen.print(sentence(duel), markup=False, soft_wrap=True)
     for name in reversed(FILES):
@@ -114,14 +117,13 @@ def make_ladder(args: argparse.Namespace) -> Ladder:
     Raises:
         UserError, ValueError: a setting out of range.
     """
+    from better_attention.lab.ladder import grid as grids
     from better_attention.lab.ladder.climb import epoch_updates
-    from better_attention.lab.ladder.grid import SCALES, Ladder, Setting
-    from better_attention.lab.tasks.catalogue import TASKS
-    from better_attention.lab.tasks.recurrence import RecurrenceTask
+    from better_attention.lab.ladder.grid import Ladder, Setting
+    from better_attention.lab.tasks.catalogue.recurrence import recurrence
 
-    grid = SCALES[args.scale]
-    task = TASKS["recurrence"](args.scale)
-    assert isinstance(task, RecurrenceTask)  # noqa: S101 - for the type checker
+    grid = grids.SCALES[args.scale]
+    task = recurrence(args.scale)
     chosen = settings_of(task, args.set)
     taken = [name for name in chosen if name in GRID]
     if taken:
@@ -129,7 +131,7 @@ def make_ladder(args: argparse.Namespace) -> Ladder:
     rungs = args.rungs or grid["rungs"]
     task = replace(task, modulus=min(modulus for modulus, _ in rungs))  # rules that differ there differ everywhere
     # The model is that of "small" at every scale; only the grid grows.
-    task = replace(task, **{"width": TASKS["recurrence"]("small").width, "equal_params": not args.equal_width} | chosen)
+    task = replace(task, **{"width": recurrence("small").width, "equal_params": not args.equal_width} | chosen)
     updates = args.updates or grid["updates"]
     if updates < epoch_updates(task):  # validation comes after each epoch, so none may be longer than the run
         task = replace(task, train_samples=updates * task.batch_size)

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from better_attention.mechanism import Mechanism
+from better_attention.scores import DEFAULT_SCORE, SCORES
 
 _HALF = 7  # half the width of a block
 _Q, _K, _V = 8, 26, 44  # columns of the three inputs
 _S = (_Q + _K) // 2  # column of the scores
 _O = (_S + _V) // 2  # column of the output
 
-_SCORE_BLOCKS = {"softmax": "Softmax", "expressive": "Expressive"}
-_SCORE_EQUATIONS = {
-    "softmax": ("S_i = softmax({z})",),
-    "expressive": ("S_i = Z_i² / (1 + Z_i²), each row divided by its sum", "Z_i = {z}"),
-}
 _PAPER = {"standard": (1, 1), "optimised": (2, 8), "efficient": (3, 13), "super": (4, 19)}
 """Name -> number of the paper's definition and of its first equation."""
 
@@ -79,7 +75,7 @@ def draw(mechanism: Mechanism) -> list[str]:
     canvas.bend(row + 3, _V, _O + 4)
     row += 4
     first = row
-    for label in (_SCORE_BLOCKS[mechanism.score], "Scale 1/√dₖ"):
+    for label in (SCORES[mechanism.score].label, "Scale 1/√dₖ"):
         canvas.block(row, _S, label)
         row += 3
     canvas.block(row, _S, "MatMul", inputs=(-4, 4))
@@ -122,7 +118,7 @@ def equations(mechanism: Mechanism) -> list[str]:
     numbered = [
         "O = (H_1 H_2 ⋯ H_h)" + " W^O" * ("o" in maps),
         f"H_i = S_i {names['v']}",
-        *(equation.format(z=z) for equation in _SCORE_EQUATIONS[mechanism.score]),
+        *(equation.format(z=z) for equation in SCORES[mechanism.score].equations),
         *([f"V'_i = {value}"] if value != "V_i" else []),
         *(f"{names[p]} = {p.upper()} W_i^{p.upper()}" for p in "kq" if p in maps),
     ]
@@ -155,6 +151,7 @@ def source(mechanism: Mechanism) -> str:
     """
     if mechanism.name in _PAPER:
         return f"arXiv 2403.01643, definition {_PAPER[mechanism.name][0]}"
-    if mechanism == Mechanism.of("expressive"):
-        return "arXiv 2403.01643, definition 1, with the score of arXiv 2407.18601"
-    return "our combination" + "; the score of arXiv 2407.18601" * (mechanism.score == "expressive")
+    score = "" if mechanism.score == DEFAULT_SCORE else f"the score of {SCORES[mechanism.score].source}"
+    if mechanism == replace(Mechanism.of("standard"), score=mechanism.score):
+        return f"arXiv 2403.01643, definition 1, with {score}"
+    return "; ".join(["our combination", score] if score else ["our combination"])

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import time
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from better_attention.cli.screen import message
 from better_attention.errors import counted
-from better_attention.lab.comparison.plan import Plan
 from better_attention.lab.runs.record import RunRecord
 from better_attention.lab.training.events import Began, DataRead, Ended, Estimated, Event, Failed, Stopping, Updated
 from better_attention.lab.training.progress import Position
+
+if TYPE_CHECKING:
+    from better_attention.lab.comparison.plan import Plan
 
 PLAIN_SECONDS = 30.0
 """Time between two lines about one run."""

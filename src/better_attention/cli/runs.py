@@ -1,4 +1,4 @@
-"""``better-attention runs``: the runs below a folder, and the state of each."""
+"""``better-attention runs``: the runs below a folder, and the state of each; results that are damaged."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the list; returns 0, or 1 where a run is damaged.
+    """Print the list; returns 0, or 1 where a run is damaged, or results made of runs.
 
     Raises:
         UserError: a folder that does not exist.
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def print_runs(runs: list[RunState], folders: list[Path]) -> None:
-    """Print a table with one line per run, then how many there are in each state."""
+    """Print a table with one line for each run and for damaged results, then how many there are in each state."""
     from better_attention.cli.screen import message
 
     screen = console()
@@ -63,7 +63,7 @@ def print_runs(runs: list[RunState], folders: list[Path]) -> None:
         return
     _print_table(screen, [_cells(run) for run in runs])
     _print_departures(screen, runs)
-    counts = Counter(run.state for run in runs)
+    counts = Counter(run.state if run.kind == "run" else f"{run.state} results" for run in runs)
     screen.print(", ".join(f"{number} {state}" for state, number in counts.items()), markup=False)
 
 
@@ -87,10 +87,10 @@ def _cells(run: RunState) -> dict[str, Text]:
     cells = {
         "Run": plain(run.path),
         **{key.title(): plain("–" if values[key] is None else values[key], 60) for key in ("task", "scale")},
-        "State": f"{run.state}{': ' if run.detail else ''}{plain(run.detail, 300)}",
+        "State": f"{run.state}{': ' if run.detail else ''}{plain(run.detail, 1_000)}",
         "Test acc. %": "–" if accuracy is None else f"{accuracy:.2f}",
-        "Epochs": str(run.epochs),
-        "Time": duration(run.seconds),
+        "Epochs": str(run.epochs) if run.kind == "run" else "–",
+        "Time": duration(run.seconds) if run.kind == "run" else "–",
         "Commit": plain(values["commit"] or "–", 80)[:10],
     }
     texts = {title: Text(cell) for title, cell in cells.items()}

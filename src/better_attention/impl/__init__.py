@@ -1,4 +1,4 @@
-"""Who computes: every implementation answers ``unsupported(call)`` and ``compute(call)``; none imports another."""
+"""The implementations: each has ``unsupported(call)`` and ``compute(call)``, and none imports another."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Implementation(NamedTuple):
     """One way of computing a call.
 
     Args:
-        unsupported: why it would not compute a call; empty where it can.
-        compute: head outputs, and weights where they are asked for.
-        portable: whether it is made of torch's own operators alone, so that an exported program runs without us.
+        unsupported: the reasons why it cannot compute a call; empty where it can.
+        compute: returns head outputs, and weights if the call wants them.
+        portable: whether it consists of torch's own operators, so that an exported program runs without this package.
     """
 
     unsupported: Callable[[Call], list[str]]
@@ -35,4 +35,4 @@ IMPLEMENTATIONS: Mapping[str, Implementation] = MappingProxyType(
         "reference": Implementation(reference.unsupported, reference.compute, portable=True),
     }
 )
-"""By name; ``impl="auto"`` asks them in this order, after the small-call rule of :mod:`.choice`."""
+"""By name, in the order in which ``impl="auto"`` considers them; :mod:`.dispatch` says which are slow for a call."""

@@ -1,4 +1,4 @@
-"""PyTorch's own fused softmax attention, asked only what it answers without an L x S tensor of ours."""
+"""PyTorch's own fused softmax attention, for calls that it computes without an L x S tensor of ours."""
 
 from __future__ import annotations
 
@@ -9,22 +9,24 @@ from torch.nn import functional as F
 from better_attention.call.call import Call, additive
 from better_attention.call.torch_state import with_tangents
 
+SCORE = "softmax"
+"""The only score of ``F.scaled_dot_product_attention``."""
 MERGE_LIMIT = 1 << 16
 """Elements up to which padding, mask and triangle are merged into one mask for SDPA, which takes only one."""
 
 
 def unsupported(call: Call) -> list[str]:
-    """Why PyTorch's fused attention should not be asked this call."""
-    reasons = []
-    if call.score != "softmax":
-        reasons.append(f"it computes softmax weights only, not {call.score!r}")
+    """Why PyTorch's fused attention should not compute this call."""
+    reasons, masks = [], call.masks
+    if call.score != SCORE:
+        reasons.append(f"it computes {SCORE} weights only, not {call.score!r}")
     if call.need_weights:
         reasons.append("it does not return weights")
-    if len(call.masks) + call.causal > 1 and _merged_elements(call) > MERGE_LIMIT:
+    if len(masks) + call.causal > 1 and _merged_elements(call) > MERGE_LIMIT:
         reasons.append("mask, padding and triangle together would have to be merged into one (B, N, L, S) mask")
-    if call.q_BNLH.dtype == torch.float16 and any(m.dtype not in (torch.bool, torch.float16) for m in call.masks):
+    if call.q_BNLH.dtype == torch.float16 and any(m.dtype not in (torch.bool, torch.float16) for m in masks):
         reasons.append("it takes masks in float16 only, which has no room for large biases")
-    if any(m.requires_grad for m in call.masks):
+    if masks and any(m.requires_grad for m in masks):
         reasons.append("it does not differentiate with respect to a mask on every device")
     if with_tangents(call.tensors):
         reasons.append("it has no forward-mode derivative")
@@ -59,7 +61,7 @@ def _merged_elements(call: Call) -> int:
 
 
 def _merge(call: Call) -> Tensor | None:
-    """All masks as one, or None where SDPA's own flag says it all."""
+    """All masks as one, or None where SDPA's own flag is enough."""
     parts = call.masks
     if call.causal and parts:
         (_, _, L, _), S = call.q_BNLH.shape, call.k_BNSH.shape[2]

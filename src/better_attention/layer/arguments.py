@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from better_attention.call.call import hidden
 from better_attention.call.masks import NEARLY_HIDDEN, check_mask, without_repeats
 from better_attention.call.torch_state import bare, unpatched
 from better_attention.call.values import autocast_dtype
 from better_attention.errors import FLOATING, describe, floating_tensor
 from better_attention.mechanism import Mechanism
+from better_attention.scores import SCORES
 
 
 def sequences(
@@ -209,11 +209,9 @@ def padded_positions(padding_B11S: Tensor | None, mechanism: Mechanism) -> Tenso
         return ~padding_BS1
     if mechanism.aligned:
         return padding_BS1 <= NEARLY_HIDDEN
-    lowest = hidden(padding_BS1, "expressive")
-    if mechanism.score == "expressive":
-        return lowest
-    # torch adds the dtype's lowest number like any other: it hides, unless a sample has nothing else.
-    return (lowest & ~lowest.all(dim=1, keepdim=True)) | hidden(padding_BS1, "softmax")
+    # A score may add the dtype's lowest number like any other: it hides all the same, unless a sample has nothing else.
+    lowest = padding_BS1 <= torch.finfo(padding_BS1.dtype).min
+    return (lowest & ~lowest.all(dim=1, keepdim=True)) | SCORES[mechanism.score].hides(padding_BS1)
 
 
 def silence(key_BSD: Tensor, value_BSD: Tensor, padded_BS1: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -6,26 +6,23 @@ here are only the sizes and the call.
 
 from __future__ import annotations
 
-import struct
-
 import torch
 from torch import Tensor, nn
 
 from better_attention.call.torch_state import address
+from better_attention.native import structs
 from better_attention.native.library import call as call_library
 from better_attention.native.library import current_instruction_set, missing, rows
 
 WIDTH, LENGTH = 128, 128
 """Largest model width and length at which one call measures faster than separate operators."""
 
-_LAYER = struct.Struct("=4qd4q1q2q8q2q1q1q")  # ba_layer in native/api.h
-_SCORES = {"softmax": 0, "expressive": 1}
 
-
-def serves(x_BLD: Tensor) -> bool:
-    """Whether inputs of this kind and size are better served by one call."""
+def serves(x_BLD: Tensor, score: str) -> bool:
+    """Whether one call can compute inputs of this kind and size, with this score, and is faster."""
     return (
-        x_BLD.shape[1] <= LENGTH
+        score in structs.SCORES
+        and x_BLD.shape[1] <= LENGTH
         and x_BLD.shape[2] <= WIDTH
         and x_BLD.dtype == torch.float32
         and x_BLD.device.type == "cpu"
@@ -65,20 +62,16 @@ def self_attention(
             addresses.append(0 if parameter is None else address(kept[-1]))
     weight, bias = (None, None) if alignment is None else (rows(alignment[0]), alignment[1])
     bias = None if bias is None else bias.contiguous()
-    arguments = _LAYER.pack(
-        current_instruction_set(),
-        torch.get_num_threads(),
-        _SCORES[score],
-        causal,
-        scale,
-        *(B, heads, L, D),
-        address(x_BLD),
-        *x_BLD.stride()[:2],
-        *addresses,
-        0 if weight is None else address(weight),
-        0 if bias is None else address(bias),
-        0 if weight is None else weight.stride(0),
-        out_BLD.data_ptr(),
-    )
-    call_library("ba_layer_forward", arguments)
+    c = structs.Layer()
+    c.isa, c.threads = current_instruction_set(), torch.get_num_threads()
+    c.score, c.causal, c.scale = structs.SCORES[score], causal, scale
+    c.B, c.N, c.L, c.D = B, heads, L, D
+    c.x, (c.x_b, c.x_l, _) = address(x_BLD), x_BLD.stride()
+    c.wq, c.bq, c.wk, c.bk, c.wv, c.bv, c.wo, c.bo = addresses
+    if weight is not None:
+        c.wa, c.wa_i = address(weight), weight.stride(0)
+    if bias is not None:
+        c.ba = address(bias)
+    c.out = out_BLD.data_ptr()
+    call_library("ba_layer_forward", c)
     return out_BLD

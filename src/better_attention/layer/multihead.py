@@ -16,20 +16,20 @@ from torch.nn import functional as F
 from better_attention.call import masks
 from better_attention.call.call import Call, island
 from better_attention.call.function_arguments import same_dtype
-from better_attention.call.torch_state import are_plain, bare, fx_leaf, is_symbolic, quiet, unpatched
+from better_attention.call.torch_state import are_plain, bare, fx_leaf, is_symbolic, quiet, refuse_script, unpatched
 from better_attention.call.values import autocast_dtype
 from better_attention.errors import finite_number, flag, floating_dtype, one_of, whole_number
-from better_attention.impl.attend import attend
-from better_attention.impl.choice import IMPLS
+from better_attention.impl.dispatch import IMPLS, attend
 from better_attention.mechanism import MECHANISMS, Mechanism
 from better_attention.positions import BASE, angles, even_width, turned
+from better_attention.scores import DEFAULT_SCORE
 
 from . import arguments, fast_path
 from .alignment import Alignment
 from .arguments import called
 from .extra_keys import ExtraPosition, LearnedScale
 from .packed import Unpackable, assign, packed
-from .state_dict import explain_parts, other_size, separate, to_packed, unpack
+from .state_dict import explain_parts, lasting_hooks, other_size, separate, to_packed, unpack
 
 
 class MultiheadAttention(nn.Module):
@@ -271,7 +271,7 @@ class MultiheadAttention(nn.Module):
         return None if self.scaling is None else self.scaling.log_scale
 
     def _packed(self, kind: str) -> Tensor | Unpackable | None:
-        ours = self.mechanism.aligned or self.mechanism.score != "softmax" or self.scale is not None
+        ours = self.mechanism.aligned or self.mechanism.score != DEFAULT_SCORE or self.scale is not None
         torchs = not ours and self.rotary is None
         return packed((self.q_proj, self.k_proj, self.v_proj), kind, self.mechanism.name, torchs)
 
@@ -405,10 +405,7 @@ class MultiheadAttention(nn.Module):
         Raises:
             TypeError: always.
         """
-        raise TypeError(
-            "better_attention.MultiheadAttention cannot be compiled by torch.jit.script, whose language lacks what its "
-            "code uses. Use torch.export.export, torch.compile, or torch.jit.trace, all of which work with it."
-        )
+        refuse_script("MultiheadAttention")
 
     def _load_from_state_dict(
         self,
@@ -433,7 +430,8 @@ class MultiheadAttention(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # The mechanism as plain data: torch.load(weights_only=True) needs a permission for every class in a pickle.
         row = self.mechanism
-        return {**self.__dict__, "mechanism": ("".join(sorted(row.projections)), row.aligned, row.score)}
+        plain = {"mechanism": ("".join(sorted(row.projections)), row.aligned, row.score)}
+        return {**self.__dict__, "_load_state_dict_post_hooks": lasting_hooks(self), **plain}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         projections, aligned, score = state["mechanism"]
@@ -536,7 +534,7 @@ class MultiheadAttention(nn.Module):
     def _in_one_call(self, x_BLD: Tensor, is_causal: bool) -> Tensor | None:
         """Small self-attention in inference by one compiled call; None where it has to go step by step."""
         # Under the triangle a past row keeps its bits whatever the future holds, NaN too: one way for both.
-        if is_causal or torch.is_grad_enabled() or not quiet() or not fast_path.serves(x_BLD):
+        if is_causal or torch.is_grad_enabled() or not quiet() or not fast_path.serves(x_BLD, self.mechanism.score):
             return None
         projections = (self.q_proj, self.k_proj, self.v_proj, self.out_proj)
         parts = (*projections, self.align)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -54,7 +57,7 @@ def separate(state_dict: dict[str, Any], prefix: str) -> None:
 
 
 class _Explained(str):
-    """A key that says, in torch's error about unexpected keys, why it is one.
+    """A key that says, in torch's error about missing and unexpected keys, why it is one; elsewhere an ordinary text.
 
     Whether a load is strict is known to the outermost ``load_state_dict`` alone, which formats the keys it was handed.
     """
@@ -62,32 +65,82 @@ class _Explained(str):
     why: str
 
     def __format__(self, spec: str) -> str:
-        return f"{super().__format__(spec)}: {self.why}"
+        plain, caller = super().__format__(spec), sys._getframe(1).f_globals.get("__name__")
+        return f"{plain}: {self.why}" if caller == nn.Module.__module__ else plain
+
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        return str, (str(self),)
 
 
 def explain_parts(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
-    """Let the first key that the layer's mechanism has no place for say so, and what to do.
+    """Let torch's error say so where the weights are another mechanism's, and what to do; once for the layer.
 
     Args:
         module: the layer.
-        state_dict: under our names; that one key is replaced by an equal one.
+        state_dict: under our names; of keys that the mechanism has no place for, the first is replaced by an equal one.
         prefix: of the layer's names.
     """
     mechanism: Mechanism = module.mechanism  # type: ignore[assignment]
     has = mechanism.projections | (frozenset("a") if mechanism.aligned else frozenset())
-    named = {part: [n for n in state_dict if n.startswith(f"{prefix}{name}.")] for part, name in _MODULES.items()}
-    came = frozenset(part for part, names in named.items() if names)
-    if came <= has:
-        return
+    own = {name: name.removeprefix(prefix).split(".")[0] for name in state_dict if name.startswith(prefix)}
+    parts = {name: _PARTS[module] for name, module in own.items() if module in _PARTS}
+    came = frozenset(parts.values())
+    if came - has:
+        key = _Explained(next(name for name, part in parts.items() if part not in has))
+        key.why = _another_mechanism(mechanism, has, came, "leaves the others out")
+        renamed = [(key if name == key else name, value) for name, value in state_dict.items()]
+        state_dict.clear()
+        state_dict.update(renamed)
+    # Beside names that are no layer's of ours, nobody knows what the weights are of.
+    elif came and has - came and all(name in module._modules for name in own.values()):
+        lacking = _listed(has - came)
+        _MissingParts(
+            tuple(f"{prefix}{_MODULES[part]}." for part in has - came),
+            _another_mechanism(mechanism, has, came, f"leaves {lacking} at the values that the layer has now"),
+        ).wait(module)
+
+
+def _another_mechanism(mechanism: Mechanism, has: frozenset[str], came: frozenset[str], loose: str) -> str:
+    """What to do about weights of another mechanism; ``loose``: what a load does that is not strict."""
     theirs = Mechanism(came - {"a"}, aligned="a" in came)
     alike = [n for n, m in MECHANISMS.items() if (m.projections, m.aligned) == (theirs.projections, theirs.aligned)]
-    key = _Explained(next(name for part, names in named.items() if part not in has for name in names))
-    key.why = (
+    return (
         f"mechanism {mechanism.name!r} has {_listed(has)}, these weights have {_listed(came)}: build the layer with "
         f"their mechanism, {' or '.join(map(repr, alike or [theirs.name]))}; or load what fits with strict=False, "
-        "which leaves the others out and makes it another function than the one that was trained"
+        f"which {loose} and makes it another function than the one that was trained"
     )
-    state_dict[key] = state_dict.pop(key)
+
+
+@dataclass(frozen=True, slots=True)
+class _MissingParts:
+    """A hook that lets the first missing key below ``names`` say why it is missing, once.
+
+    torch finds out which keys are missing only after the layer's own turn, when it comes to the modules in it.
+    """
+
+    names: tuple[str, ...]
+    why: str
+
+    def wait(self, module: nn.Module) -> None:
+        """Be called when the modules in ``module`` have been loaded."""
+        module._load_state_dict_post_hooks = OrderedDict(lasting_hooks(module), **{"missing parts": self})
+
+    def __call__(self, module: nn.Module, keys: Any) -> None:
+        module._load_state_dict_post_hooks = lasting_hooks(module)  # a new one: torch goes through the old one
+        for place, name in enumerate(keys.missing_keys):
+            if name.startswith(self.names):
+                key = keys.missing_keys[place] = _Explained(name)
+                key.why = self.why
+                return
+
+
+def lasting_hooks(module: nn.Module) -> OrderedDict[Any, Any]:
+    """The hooks that torch calls after loading, without one of ours that is still waiting.
+
+    It waits for ever where a program loads module by module and calls no hooks.
+    """
+    hooks = module._load_state_dict_post_hooks
+    return OrderedDict((key, hook) for key, hook in hooks.items() if not isinstance(hook, _MissingParts))
 
 
 def other_size(module: nn.Module, state_dict: Mapping[str, Any], prefix: str) -> list[str]:
@@ -103,6 +156,7 @@ def other_size(module: nn.Module, state_dict: Mapping[str, Any], prefix: str) ->
 
 
 _MODULES = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj", "a": "align"}
+_PARTS = {module: part for part, module in _MODULES.items()}
 
 
 def _listed(parts: frozenset[str]) -> str:

@@ -1,7 +1,7 @@
 """The compiled CPU kernels' shared library: finding it, its instruction sets, and calls across its C interface.
 
-The library knows neither torch nor Python; ``api.h`` beside this file is the whole interface. It is looked for and
-loaded at the first use, not at import.
+The library knows neither torch nor Python; ``cpp/api.h`` is the whole interface, :mod:`.structs` its translation. It
+is looked for and loaded at the first use, not at import.
 """
 
 from __future__ import annotations
@@ -16,24 +16,20 @@ from contextlib import contextmanager
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
-import torch
 from torch import Tensor
 
-ABI = 2
-"""Version of ``api.h`` that this file speaks."""
-SETS = {"portable": 1, "neon": 2, "avx2": 3, "avx512": 4}
-"""Instruction sets by their number in ``api.h``, slowest first."""
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.bool: 2}
-"""Element types by their number in ``api.h``."""
-NO_MASK = 3
+from .structs import ABI, BEST_ISA, FUNCTIONS, ISAS, NO_MEMORY, OK
+
 PATTERNS = ("*better_attention*.so", "*better_attention*.dylib", "*better_attention*.dll")
 
 SWITCH = "BETTER_ATTENTION_NATIVE"
 """The environment variable that switches the kernels off, to compare with plain torch or to rule them out."""
+ISA_SWITCH = "BETTER_ATTENTION_ISA"
+"""The environment variable that names the instruction set to use. Results differ between sets in their last bits."""
 
-_BEST = 0
-_forced = _BEST
+_forced = BEST_ISA
 
 
 class _Library:
@@ -48,28 +44,26 @@ class _Library:
 
     def _load(self) -> None:
         if not _switched_on():
-            raise _MissingError(f"they are switched off by BETTER_ATTENTION_NATIVE={os.environ[SWITCH]}")
+            raise _MissingError(f"they are switched off by {SWITCH}={os.environ[SWITCH]}")
         file = _find()
         try:
             library = ctypes.CDLL(str(file))
-            self.isas = int(_function(library, "ba_isas", [])())
-            abi = int(_function(library, "ba_abi", [])())
+            abi = _function(library, "ba_abi")()  # first: a library of another version may lack the others
             if abi != ABI:
                 raise _MissingError(
                     f"{file.name} has interface {abi}, this version of better-attention needs {ABI}; {way_out()}"
                 )
-            calls = ("ba_forward", "ba_backward", "ba_layer_forward", "ba_align_forward", "ba_align_backward")
-            self.calls = {name: _function(library, name, [ctypes.c_char_p]) for name in calls}
-            self.shares_threads = bool(_function(library, "ba_pool", [])())
+            self.calls = {name: _function(library, name) for name in FUNCTIONS}
+            self.isas = self.calls["ba_isas"]()
         except (OSError, AttributeError) as error:
             raise _MissingError(f"{file.name} could not be loaded: {error}; {way_out()}") from None
 
 
 def _switched_on() -> bool:
-    """What ``BETTER_ATTENTION_NATIVE`` says.
+    """What :data:`SWITCH` says.
 
     Raises:
-        ValueError: neither yes nor no: a switch that is misspelt should not be ignored.
+        ValueError: neither yes nor no. A misspelt switch should not be ignored.
     """
     value = os.environ.get(SWITCH, "1")
     if value.lower() in ("1", "on", "true", "yes", ""):
@@ -83,10 +77,12 @@ class _MissingError(Exception):
     """There is no usable library."""
 
 
-def _function(library: ctypes.CDLL, name: str, arguments: list[type]) -> Callable[..., int]:
-    function: Callable[..., int] = getattr(library, name)
-    function.argtypes, function.restype = arguments, ctypes.c_int64  # type: ignore[attr-defined]
-    return function
+def _function(library: ctypes.CDLL, name: str) -> Callable[..., int]:
+    function: Any = getattr(library, name)
+    structure = FUNCTIONS[name]
+    function.argtypes = [] if structure is None else [ctypes.POINTER(structure)]
+    function.restype = ctypes.c_int64
+    return function  # type: ignore[no-any-return]
 
 
 def _find() -> Path:
@@ -140,7 +136,7 @@ def instruction_sets() -> tuple[str, ...]:
     library = _library()
     if library.reason is not None:
         return ()
-    return tuple(name for name, number in reversed(SETS.items()) if library.isas >> number & 1)
+    return tuple(name for name, number in reversed(ISAS.items()) if library.isas >> number & 1)
 
 
 @contextmanager
@@ -165,28 +161,28 @@ def _number(name: str, source: str) -> int:
     here = instruction_sets()
     if name not in here:
         raise ValueError(f"{source} must be one of {', '.join(here) or '(none)'} here, received {name!r}.")
-    return SETS[name]
+    return ISAS[name]
 
 
 @cache
 def _from_environment(name: str) -> int:
-    return _number(name, "the environment variable BETTER_ATTENTION_ISA")
+    return _number(name, f"the environment variable {ISA_SWITCH}")
 
 
 def current_instruction_set() -> int:
     """The number of the instruction set to use: a context's, the environment's, or 0 for the best.
 
     Raises:
-        ValueError: ``BETTER_ATTENTION_ISA`` names none that runs here.
+        ValueError: ``BETTER_ATTENTION_ISA`` names an unknown one, or one that does not run here.
     """
-    if _forced != _BEST:
+    if _forced != BEST_ISA:
         return _forced
-    wanted = os.environ.get("BETTER_ATTENTION_ISA")
-    return _from_environment(wanted) if wanted else _BEST
+    wanted = os.environ.get(ISA_SWITCH)
+    return _from_environment(wanted) if wanted else BEST_ISA
 
 
-def call(function: str, arguments: bytes) -> None:
-    """Call a function of ``api.h`` that takes one structure, given as its bytes. The GIL is released meanwhile.
+def call(function: str, arguments: ctypes.Structure) -> None:
+    """Call a function of ``api.h`` with its structure. The GIL is released meanwhile.
 
     Raises:
         MemoryError: a thread got no scratch memory.
@@ -198,11 +194,11 @@ def call(function: str, arguments: bytes) -> None:
             f"this program calls better-attention's compiled CPU kernels, which are missing here: {library.reason}. "
             "Install them, or export the model with impl='auto', which takes torch's own operators."
         )
-    status = library.calls[function](arguments)
-    if status == 1:
+    status = library.calls[function](arguments)  # ctypes passes its address
+    if status == NO_MEMORY:
         raise MemoryError("the compiled attention kernels got no scratch memory.")
-    if status != 0:
-        raise RuntimeError(f"{function} returned {status}.")  # a bug: the instruction set was checked
+    if status != OK:
+        raise RuntimeError(f"{function} returned {status}.")  # a bug: the instruction set and the score were checked
 
 
 def rows(x: Tensor) -> Tensor:

@@ -140,7 +140,7 @@ def test_what_is_given_twice_is_refused() -> None:
 
 @pytest.mark.parametrize("task", ["digits", "recurrence"])
 def test_data_for_a_task_that_reads_none_is_refused(task: str) -> None:
-    with pytest.raises(UserError, match=f"task '{task}' reads no files"):
+    with pytest.raises(UserError, match=f"task '{task}' uses built-in data"):
         verb.make_plan(parse(task, "--data", "there"))
     assert verb.make_plan(parse("mnist", "--data", "there")).data == Path("there")
 

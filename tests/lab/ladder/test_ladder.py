@@ -30,6 +30,7 @@ from better_attention.lab.ladder.grid import (
     best_settings,
     softmax_twin,
 )
+from better_attention.lab.runs.states import run_states
 from better_attention.lab.tasks.catalogue import TASKS
 from better_attention.lab.tasks.recurrence import RecurrenceTask
 from better_attention.lab.tasks.variant import Variant
@@ -526,3 +527,15 @@ def test_csv_and_json_hold_every_row(tmp_path: Path) -> None:
     assert found["grid"]["rungs"] == [[4, 4], [8, 4], [8, 8]]
     assert "our own definition" in found["source"]
     assert (tmp_path / "ladder.html").read_text().startswith("<!DOCTYPE html>")
+
+
+def test_damaged_files_of_a_ladder_are_named(tmp_path: Path) -> None:
+    of, rows = ladder(tmp_path), many(1.0)
+    for _ in range(2):  # after every rung
+        ladder_page.write(of, rows, {}, complete=True)
+        assert run_states([tmp_path]) == []
+    page = tmp_path / "ladder.html"
+    page.write_bytes(page.read_bytes() + b" ")
+    (found,) = run_states([tmp_path])
+    assert found.state == "damaged"
+    assert f"{page} was changed since it was written" in found.detail

@@ -94,8 +94,9 @@ def curves_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gallery, "over_heads", draw_heads)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def benign() -> Page:
+    """The page of a study without a payload, which no test changes."""
     return Page(render(study()))
 
 

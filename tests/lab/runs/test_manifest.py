@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -117,6 +119,54 @@ def test_each_command_says_that_a_number_was_changed(
     assert main.main(words[verb]) == (1 if verb == "runs" else 2)
     told = capsys.readouterr()
     assert "was changed since it was written" in " ".join((told.out + told.err).split())
+
+
+def listed(capsys: pytest.CaptureFixture[str], folder: Path, status: int) -> list[dict[str, Any]]:
+    assert main.main(["runs", str(folder), "--json"]) == status
+    found: list[dict[str, Any]] = json.loads(capsys.readouterr().out)
+    return [one for one in found if one["kind"] == "results"]
+
+
+@pytest.mark.parametrize("name", [*RESULTS, manifest.NAME])
+@pytest.mark.parametrize("how", ["changed", "gone", "FIFO"])
+def test_runs_names_the_damaged_files_of_a_comparison(
+    name: str, how: str, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert listed(capsys, out, 0) == []
+    path = out / name
+    content = path.read_bytes()
+    path.unlink()
+    if how == "changed":
+        path.write_bytes(content[:40] + bytes([content[40] ^ 1]) + content[41:])
+    elif how == "FIFO":
+        os.mkfifo(path)
+    elif name == manifest.NAME:  # then nothing is known of the files, as of results from before there were manifests
+        assert listed(capsys, out, 0) == []
+        return
+    (one,) = listed(capsys, out, 1)
+    assert (one["path"], one["state"]) == (str(out), "damaged")
+    assert name in one["detail"]
+
+
+def test_runs_names_every_damaged_file_and_still_lists_the_runs(
+    out: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "2000")
+    another_number(out / "results.json")
+    (out / "curves.csv").unlink()
+    assert main.main(["runs", str(out)]) == 1
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"{out / 'results.json'} was changed since it was written" in told
+    assert f"{out / 'curves.csv'} is missing" in told
+    assert "results.csv" not in told
+    assert told.endswith("1 damaged results, 1 finished")
+
+
+def test_a_manifest_of_somebody_else_s_is_no_damage(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = out.parent / "elsewhere"
+    other.mkdir()
+    (other / manifest.NAME).write_text("of another program\n")
+    assert listed(capsys, out.parent, 0) == []
 
 
 @pytest.mark.parametrize(("folder", "names"), [(RUN, FILES), ("", RESULTS)])

@@ -21,11 +21,11 @@ from torch import nn
 from better_attention.cli import main
 from better_attention.lab.comparison.compare import compare
 from better_attention.lab.comparison.plan import Plan
-from better_attention.lab.data import DataError, NotFetched
 from better_attention.lab.data.published import mnist
+from better_attention.lab.data.samples import DataError, NotFetched
 from better_attention.lab.paper import beside
 from better_attention.lab.runs.load import load_run
-from better_attention.lab.tasks import image as image_task
+from better_attention.lab.tasks import picture_notes
 from better_attention.lab.tasks.augmentation import TURN, affine_maps, keras_augmented
 from better_attention.lab.tasks.catalogue import TASKS
 from better_attention.lab.tasks.image import ImageTask
@@ -248,7 +248,7 @@ def test_from_the_command_line(photos: Path, tmp_path: Path, capsys: pytest.Capt
     assert main.main(["predict", run, str(tmp_path / "text.png")]) == 2
     assert "text.png is no JPEG, PNG" in capsys.readouterr().err
     assert main.main(["predict", run, "--index", "99", "--data", str(photos)]) == 2
-    assert "--index 99: the test split has samples 0 to" in capsys.readouterr().err
+    assert "test sample 99: the test split has samples 0 to" in capsys.readouterr().err
 
 
 def test_splits_hold_each_picture_once(photos: Path) -> None:
@@ -287,7 +287,7 @@ def test_pictures_on_both_sides_are_counted(photos: Path, tmp_path: Path, monkey
         "1 of 10 validation pictures are training pictures too, pixel by pixel",
         "3 of 12 test pictures are training pictures too, pixel by pixel",
     ]
-    monkeypatch.setattr(image_task, "COMPARED", 1000)
+    monkeypatch.setattr(picture_notes, "SEARCHED_BYTES", 1000)
     assert not any("pixel by pixel" in note for note in task.load(tmp_path).notes)
 
 
@@ -343,9 +343,9 @@ def test_nearly_black_pictures_are_told(tmp_path: Path, monkeypatch: pytest.Monk
     task = small().fitted(tmp_path)
     assert [note for note in task.load(tmp_path).notes if "nearly black" in note] == [
         "30 of 40 pictures are nearly black, no pixel brighter than 31 of 255: files of 16 bits that use 12 or fewer "
-        "come out so; scale their values up to white before training"
+        "look like this; scale their values up to white before training"
     ]
-    monkeypatch.setattr(image_task, "COMPARED", 1000)
+    monkeypatch.setattr(picture_notes, "SEARCHED_BYTES", 1000)
     assert not any("nearly black" in note for note in task.load(tmp_path).notes)
 
 

@@ -193,6 +193,19 @@ def test_the_length_follows_from_the_rest() -> None:
     assert task().with_settings(json.loads(json.dumps(replace(of, delay=30).settings()))).length == 36
 
 
+@pytest.mark.parametrize("rules", [("plus",), ("plus", "back")])
+@pytest.mark.parametrize("positions", ["learned", "rotary", "alibi"])
+@pytest.mark.parametrize("scaling", ["sqrt", "learned"])
+@pytest.mark.parametrize("name", [*MECHANISMS, "super+per-head", "efficient+expressive"])
+def test_the_computed_size_is_that_of_the_model(
+    name: str, scaling: str, positions: str, rules: tuple[str, ...]
+) -> None:
+    """At the width of the task, and at the one that makes parameters equal."""
+    for equal in (False, True):
+        of = task(width=24, layers=3, equal_params=equal, rules=rules, positions=positions, scaling=scaling)
+        assert of.size(name, 2) == sum(p.numel() for p in of.build(name, 2).parameters())
+
+
 def training(folder: Path, mechanism: str = "standard", **changes: Any) -> Training:
     own = {key: changes.pop(key) for key in ("progress", "stop") if key in changes}
     of = task(**changes)

@@ -194,13 +194,13 @@ def test_going_on_with_other_threads_is_told_and_put_down(tmp_path: Path, thread
     try:
         torch.set_num_threads(threads)
         with pytest.raises(Interrupted):
-            tiny.training(tmp_path, stop=lambda: True).run()
+            tiny.training(tmp_path, epochs=1, stop=lambda: True).run()
         torch.set_num_threads(3 - threads)
         told = "1 thread so far, goes on with 2" if threads == 1 else "2 threads so far, goes on with 1"
         with pytest.warns(
             UserWarning, match=rf"trained with {told}.* last bits .*OMP_NUM_THREADS={threads} to reproduce"
         ):
-            record = tiny.training(tmp_path).run().values
+            record = tiny.training(tmp_path, epochs=1).run().values
     finally:
         torch.set_num_threads(before)
     assert [part["threads"] for part in record["sessions"]] == [threads, 3 - threads]

@@ -23,13 +23,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import better_attention as ba
 from better_attention.native.library import missing
+from better_attention.scores import SCORES
 from helpers.layers import padding
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit.:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),  # comparisons of sizes, as in torch's own layer
 ]
-SCORES = ("softmax", "expressive")
 
 
 class Tagged(Tensor):
@@ -637,10 +637,29 @@ def test_a_layer_alone_cannot_be_its_own_leaf() -> None:
         torch.fx.symbolic_trace(ba.MultiheadAttention(D, 2))
 
 
-def test_script_is_refused_with_a_way_out() -> None:
-    for module in (ba.MultiheadAttention(D, 2), Model(ba.MultiheadAttention(D, 2))):
-        with pytest.raises(TypeError, match=r"(?s)torch.jit.script.*torch.export"):
-            torch.jit.script(module)
+class CallsTheFunction(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return ba.attention(x, x, x)
+
+
+def calls_the_function(x: Tensor) -> Tensor:
+    return ba.attention(x, x, x)
+
+
+@pytest.mark.parametrize(
+    ("scripted", "name"),
+    [
+        (ba.MultiheadAttention(D, 2), "MultiheadAttention"),
+        (Model(ba.MultiheadAttention(D, 2)), "MultiheadAttention"),
+        (ba.attention, "attention"),
+        (calls_the_function, "attention"),
+        (CallsTheFunction(), "attention"),
+    ],
+    ids=["layer", "layer within", "function", "called by a function", "called by a module"],
+)
+def test_script_is_refused_with_a_way_out(scripted: object, name: str) -> None:
+    with pytest.raises(TypeError, match=rf"(?s)better_attention\.{name} .*torch\.jit\.script.*torch\.export"):
+        torch.jit.script(scripted)
 
 
 # --- distributed tensors, and derivatives in one batch ----------------------------------------------------------------

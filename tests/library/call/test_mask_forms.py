@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import better_attention as ba
+from better_attention import scores
 from helpers import oracle
 from helpers.bridge import array
 from helpers.layers import layer, refused, tokens
@@ -33,7 +34,7 @@ def biases(dtype: torch.dtype, kind: str) -> Tensor:
 
 IMPLEMENTATIONS = ["auto", "reference", "chunked", "sdpa", "native"]
 KINDS = ["zeros", "-inf", "finfo.min"]
-SCORES = ["softmax", "expressive"]
+SCORES = tuple(scores.SCORES)
 
 
 def mask_cells() -> list[Any]:

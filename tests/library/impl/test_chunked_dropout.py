@@ -12,10 +12,11 @@ from torch.utils.checkpoint import checkpoint
 
 import better_attention as ba
 from better_attention import functional
-from better_attention.impl import choice, chunked
+from better_attention.impl import chunked, dispatch
+from better_attention.scores import SCORES
 from helpers.layers import tokens
 
-scores = pytest.mark.parametrize("score", ["softmax", "expressive"])
+scores = pytest.mark.parametrize("score", SCORES)
 
 
 @pytest.fixture(autouse=True, params=[1 << 19, 64], ids=["one tile", "many tiles"])
@@ -49,7 +50,7 @@ def test_the_kept_weights_are_scaled_and_the_others_gone(score: str, causal: boo
 @scores
 @pytest.mark.parametrize("causal", [False, True])
 def test_gradients_are_those_of_the_mask_drawn(score: str, causal: bool) -> None:
-    q, k, v = (tokens(2, 2, n, 3, requires_grad=True) for n in (5, 7, 7))
+    q, k, v = (tokens(2, 2, n, 2, requires_grad=True) for n in (5, 7, 7))
     bias = tokens(1, 2, 5, 7, requires_grad=True)
 
     def function(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
@@ -91,7 +92,7 @@ def test_the_seed_decides_and_checkpointing_drops_the_same_again(score: str) -> 
 def test_long_sequences_under_dropout_keep_no_weights(score: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there are no compiled kernels, the tiles serve: PyTorch's CPU attention keeps L x S weights for dropout."""
     without = {name: one for name, one in functional.IMPLEMENTATIONS.items() if name != "native"}
-    for module in (functional, choice):
+    for module in (functional, dispatch):
         monkeypatch.setattr(module, "IMPLEMENTATIONS", without)
     q = torch.empty(1, 2, 1024, 16)
     assert ba.explain(q, q, q, score=score, dropout_p=0.1).chosen == "chunked"
@@ -104,6 +105,19 @@ def test_opcheck(score: str) -> None:
     q, k, v = (tokens(2, 2, n, 4, requires_grad=True) for n in (5, 7, 7))
     arguments = (q, k, v, None, None, torch.tensor(12345), False, score, 0.5, 0.25)
     torch.library.opcheck(torch.ops.better_attention.chunked.default, arguments)
+
+
+@scores
+def test_one_tensor_can_be_key_and_value_of_the_operator(score: str) -> None:
+    """``impl="chunked"`` passes it twice; the operator takes None for v, as that of the kernels, and sums gradients."""
+    q, k = (tokens(2, 2, n, 4, requires_grad=True) for n in (5, 7))
+    operator, settings = torch.ops.better_attention.chunked, (None, None, None, True, score, 0.5, 0.0)
+    once, twice = operator(q, k, None, *settings), operator(q, k, k, *settings)
+    torch.testing.assert_close(once, twice)
+    for ours, expected in zip(
+        torch.autograd.grad(once.sum(), (q, k)), torch.autograd.grad(twice.sum(), (q, k)), strict=True
+    ):
+        torch.testing.assert_close(ours, expected)
 
 
 @scores

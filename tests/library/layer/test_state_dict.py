@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import io
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -318,31 +320,102 @@ def test_names_of_earlier_checkpoints_load(prefix: str) -> None:
     assert torch.equal(target(*x)[0], source(*x)[0])
 
 
+WEIGHTS = {
+    "standard": "W_Q, W_K, W_V, W_O",
+    "expressive": "W_Q, W_K, W_V, W_O",
+    "optimised": "W_Q, W_K, W_O",
+    "efficient": "W_Q, W_O",
+    "super": "W_Q, W_O, W_A",
+    "standard+align": "W_Q, W_K, W_V, W_O, W_A",
+}
+PAIRS = [(a, b) for a in WEIGHTS for b in WEIGHTS if WEIGHTS[a] != WEIGHTS[b]]
+
+
+def shared(name: str) -> ba.MultiheadAttention:
+    """The layer called ``name``, its W_A of one size whatever the mechanism."""
+    return layer(name, E, N, **{"align_heads": "shared"} if "W_A" in WEIGHTS[name] else {})
+
+
+def below(prefix: str, module: nn.Module) -> nn.Module:
+    """The module as a part of a larger one, where its names have that prefix."""
+    return nn.ModuleDict({"block": nn.ModuleDict({"attention": module})}) if prefix else module
+
+
 @pytest.mark.parametrize("prefix", ["", "block.attention."])
-@pytest.mark.parametrize("layout", ["packed", "own"])
 @pytest.mark.parametrize(
-    ("source", "target", "words"),
-    [
-        ("standard", "efficient", ("'efficient' has W_Q, W_O", "W_Q, W_K, W_V, W_O", "'standard'", "strict=False")),
-        ("standard", "super", ("'super' has W_Q, W_O, W_A", "W_Q, W_K, W_V, W_O", "'standard'")),
-        ("optimised", "efficient", ("'efficient' has W_Q, W_O", "W_Q, W_K, W_O", "'optimised'")),
-        ("super", "standard", ("'standard' has W_Q, W_K, W_V, W_O", "W_Q, W_O, W_A", "'super'")),
-        ("standard+align", "standard", ("W_Q, W_K, W_V, W_O, W_A", "'standard+align'")),
-    ],
+    ("layout", "source", "target"),
+    [*(("own", *pair) for pair in PAIRS), *(("packed", *pair) for pair in PAIRS if pair[0] == "standard")],
 )
-def test_weights_of_another_mechanism_are_named(
-    source: str, target: str, words: tuple[str, ...], layout: str, prefix: str
-) -> None:
-    state = stock().state_dict() if layout == "packed" and source == "standard" else layer(source, E, N).state_dict()
-    module: nn.Module = layer(target, E, N)
-    if prefix:
-        module = nn.ModuleDict({"block": nn.ModuleDict({"attention": module})})
-    message = refused(
-        lambda: module.load_state_dict({prefix + n: v for n, v in state.items()}), *words, kind=RuntimeError
-    )
+def test_weights_of_another_mechanism_are_named(source: str, target: str, layout: str, prefix: str) -> None:
+    """Both ways: weights too many, weights missing, or both."""
+    state = stock().state_dict() if layout == "packed" else layer(source, E, N).state_dict()
+    module = below(prefix, layer(target, E, N))
+    state = {prefix + n: v for n, v in state.items()}
+    words = f"{target!r} has {WEIGHTS[target]}, these weights have {WEIGHTS[source]}:", "strict=False"
+    message = refused(lambda: module.load_state_dict(state), *words, kind=RuntimeError)
+    assert repr(source) in message.partition("with their mechanism, ")[2]
     assert message.count("these weights have") == 1
-    loose = module.load_state_dict({prefix + n: v for n, v in state.items()}, strict=False)
-    assert all(key.startswith(prefix) and " " not in str(key) for key in loose.unexpected_keys)
+    assert message.count("_proj.weight") == len(different(source, target) - {"align"})
+
+
+def different(source: str, target: str) -> set[str]:
+    """The modules with weights that one of two mechanisms has and the other has not."""
+    one, other = ({n.rpartition(".")[0] for n in layer(m, E, N).state_dict()} for m in (source, target))
+    return one ^ other
+
+
+@pytest.mark.parametrize("prefix", ["", "block.attention."])
+@pytest.mark.parametrize(("source", "target"), PAIRS)
+def test_a_load_that_is_not_strict_is_torchs(source: str, target: str, prefix: str) -> None:
+    """The keys that it returns are ordinary texts in torch's order, and nothing stays behind in the layer."""
+    state = {prefix + n: v for n, v in shared(source).state_dict().items()}
+    module, bare = below(prefix, shared(target)), below(prefix, nn.ModuleDict(dict(shared(target)._modules)))
+    found, theirs = module.load_state_dict(state, strict=False), bare.load_state_dict(state, strict=False)
+    assert found == theirs
+    for keys in (found.missing_keys, found.unexpected_keys):
+        assert [f"{key}" for key in keys] == keys
+        assert {type(key) for key in pickle.loads(pickle.dumps(keys))} <= {str}  # noqa: S301 - our own
+    assert not any(part._load_state_dict_post_hooks for part in module.modules())
+    assert module.load_state_dict(module.state_dict()) == ([], [])
+
+
+def test_a_layer_in_two_places_explains_itself_in_both() -> None:
+    shared = layer("standard", E, N)
+    module = nn.ModuleDict({"first": shared, "second": shared})
+    state = layer("efficient", E, N).state_dict()
+    both = {f"{place}.{n}": v for place in ("first", "second") for n, v in state.items()}
+    message = refused(lambda: module.load_state_dict(both), '"first.k_proj.weight: mech', kind=RuntimeError)
+    assert '"second.k_proj.weight: mech' in message
+
+
+@pytest.mark.parametrize("names", [("in_proj_weight",), ("q_proj_weight", "k_proj.weight")])
+def test_weights_of_no_mechanism_are_left_to_torch(names: tuple[str, ...]) -> None:
+    """A packed matrix of another height says nothing of the projections, and neither does a name that nobody knows."""
+    state = {"out_proj.weight": torch.zeros(E, E), "out_proj.bias": torch.zeros(E)}
+    state |= {name: torch.zeros(E + 1, E) for name in names}
+    state |= {"q_proj.weight": torch.zeros(E, E)} if "q_proj_weight" in names else {}
+    message = refused(lambda: layer("standard", E, N).load_state_dict(state), "Missing key(s)", kind=RuntimeError)
+    assert "these weights have" not in message
+
+
+def test_hooks_of_the_user_are_kept_and_called() -> None:
+    module, called = layer("standard", E, N), []
+    module.register_load_state_dict_post_hook(lambda _, keys: called.append(len(keys.missing_keys)))
+    state = layer("efficient", E, N).state_dict()
+    for times in (1, 2):
+        module.load_state_dict(state, strict=False)
+        assert called == [4] * times
+    assert len(module._load_state_dict_post_hooks) == 1
+
+
+def test_a_layer_loaded_without_hooks_can_be_copied_and_pickled() -> None:
+    """As sharded training does, which loads module by module."""
+    module, state = layer("standard", E, N), layer("efficient", E, N).state_dict()
+    module._load_from_state_dict(state, "", {}, True, [], [], [])
+    for copied in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):  # noqa: S301 - our own
+        assert not copied._load_state_dict_post_hooks
+    assert module.load_state_dict(module.state_dict()) == ([], [])
+    assert not module._load_state_dict_post_hooks
 
 
 def test_a_kernel_of_another_size_is_named() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 import better_attention as ba
 from better_attention.call.call import Call
 from better_attention.impl import native
-from better_attention.impl.attend import attend
+from better_attention.impl.dispatch import attend
 from helpers import oracle
 from helpers.bridge import CAPS, array, assert_close
 from helpers.native_cases import (

@@ -21,7 +21,7 @@ from torch import Tensor
 import better_attention as ba
 from better_attention.call.call import Call
 from better_attention.impl import native
-from better_attention.impl.attend import attend
+from better_attention.impl.dispatch import attend
 from helpers.bridge import assert_close
 from helpers.native_cases import (
     DTYPES,

@@ -11,6 +11,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
 
 import better_attention as ba
+from better_attention.scores import SCORES
 from helpers.layers import ALL, CAUSAL, MASKS, NAMED, layer, masks_for, padding, tokens, triangle
 
 # torch's own forward-mode formulas are still written with the deprecated torch.jit.script.
@@ -18,7 +19,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated
 
 B, L, S, N, E = 2, 3, 5, 2, 6
 
-SCORES = ("softmax", "expressive")
 NEVER = ("expressive", "sdpa")  # torch's kernel knows softmax only; test_functional.py sees that it is refused
 EVERY_PAIR = [(name, mask) for name in ALL for mask in masks_for(name)]
 UNIT_PAIRS = [(name, "is_causal and padding" if name in CAUSAL else "float (B*N,L,S)") for name in ALL]
@@ -94,7 +94,7 @@ def test_m1_whole_jacobian(name: str) -> None:
 
 
 @pytest.mark.parametrize("need_weights", [False, True])
-@pytest.mark.parametrize("score", ["softmax", "expressive"])
+@pytest.mark.parametrize("score", SCORES)
 def test_m1_a_float_mask_is_differentiable(score: str, need_weights: bool) -> None:
     """Learned position biases (T5, ALiBi slopes) are float masks that require a gradient."""
     q, k, v = (tokens(B, N, length, 3, requires_grad=True) for length in (L, S, S))
@@ -103,7 +103,7 @@ def test_m1_a_float_mask_is_differentiable(score: str, need_weights: bool) -> No
     assert gradcheck(attend, (q, k, v, bias), fast_mode=True)
 
 
-@pytest.mark.parametrize("score", ["softmax", "expressive"])
+@pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("mask", ["none", "bool", "float", "causal"])
 def test_m1_chunked_differentiates_once_and_says_so_when_asked_twice(score: str, mask: str) -> None:
     q, k, v = (tokens(B, N, length, 3, requires_grad=True) for length in (L, S, S))

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import better_attention as ba
+from better_attention.scores import SCORES
 from helpers import TESTS
 from helpers.layers import ALL, CAUSAL, LAYERS, NAMED, fingerprint, layer, padding, tokens
 from helpers.memory import profiled_memory
@@ -49,7 +50,7 @@ def dropped_weights(score: str, p: float, *, size: int = 60) -> tuple[Tensor, Te
 
 
 @pytest.mark.parametrize("p", [0.1, 0.3, 0.8])
-@pytest.mark.parametrize("score", ["softmax", "expressive"])
+@pytest.mark.parametrize("score", SCORES)
 def test_m10_dropout_zeroes_a_share_p_and_scales_the_rest(score: str, p: float) -> None:
     weights, dropped = dropped_weights(score, p)
     n = weights.numel()
@@ -61,7 +62,7 @@ def test_m10_dropout_zeroes_a_share_p_and_scales_the_rest(score: str, p: float) 
     assert shares.std() < 3 * (p * (1 - p) / weights.shape[-1]) ** 0.5
 
 
-@pytest.mark.parametrize("score", ["softmax", "expressive"])
+@pytest.mark.parametrize("score", SCORES)
 def test_m10_the_ends_of_the_range(score: str) -> None:
     weights, dropped = dropped_weights(score, 0.0)
     assert torch.equal(dropped, weights)

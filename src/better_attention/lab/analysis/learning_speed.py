@@ -19,6 +19,7 @@ from better_attention.lab.analysis.paired import Comparison, p_text
 from better_attention.lab.analysis.study import Curve, Record, Threshold
 from better_attention.lab.analysis.summary import EPOCHS_TO_THRESHOLD, Row
 from better_attention.lab.runs.name import RunName
+from better_attention.lab.tasks.splits import most_frequent
 
 SHARE = 0.9
 """How much of the way from guessing to what standard achieves is asked for."""
@@ -64,15 +65,13 @@ def find_threshold(curves: Mapping[str, Curve], guessing: float = 0.0, given: fl
 
 
 def guessing_accuracy(targets: Tensor) -> float:
-    """Accuracy in per cent of always guessing the most frequent class; 0 where a sample has many targets.
+    """Accuracy in per cent of always predicting the most frequent class; 0 where a sample has many targets.
 
     >>> import torch
     >>> guessing_accuracy(torch.tensor([2, 2, 0, 1])), guessing_accuracy(torch.zeros(4, 3, dtype=torch.int64))
     (50.0, 0.0)
     """
-    if targets.ndim != 1:
-        return 0.0
-    return 100 * float(targets.cpu().bincount().max()) / len(targets)
+    return most_frequent(targets)[1] if targets.ndim == 1 else 0.0
 
 
 def timed(records: Sequence[Record], curves: Mapping[str, Curve], threshold: Threshold | None) -> list[Record]:
@@ -165,11 +164,7 @@ def lines(rows: Sequence[Row], records: Sequence[Record]) -> list[Line]:
         own = sorted(runs.get((row.mechanism, row.heads), ()), key=lambda run: int(str(run["seed"])))
         if own:
             by_seed = [
-                (
-                    str(RunName(row.mechanism, row.heads, int(str(run["seed"])))),
-                    e if isinstance(e := run[key], int) else None,
-                )
-                for run in own
+                (str(RunName.of_record(run)), epochs if isinstance(epochs := run[key], int) else None) for run in own
             ]
             estimates = row.estimates
             found.append(

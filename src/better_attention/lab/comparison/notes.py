@@ -7,10 +7,10 @@ from dataclasses import replace
 
 from better_attention.errors import counted
 from better_attention.lab import published
+from better_attention.lab.analysis.departures import not_the_papers
 from better_attention.lab.analysis.estimates import number
-from better_attention.lab.paper.beside import changed_settings, other_samples, told
 from better_attention.lab.tasks.base import Task
-from better_attention.lab.tasks.splits import Splits
+from better_attention.lab.tasks.splits import Splits, most_frequent
 from better_attention.lab.tasks.variant import Variant
 
 EVEN = 8
@@ -29,12 +29,7 @@ def remarks(
         variants, heads: what is compared.
         samples: name of a split -> its number of samples.
     """
-    found = []
-    changed = changed_settings(task.name, task.settings()) if published.rows(task.name) else {}
-    if "train_samples" not in changed and "test_samples" not in changed:
-        changed |= other_samples(task.name, samples)
-    if changed:
-        found.append(f"the setting is not the paper's: {told(task.name, changed)}")
+    found = list(not_the_papers(task.name, task.settings(), samples)) if published.rows(task.name) else []
     if samples and task.batch_size >= samples["train"]:
         every = counted(samples["train"], "sample")
         found.append(f"an epoch is a single update: a batch of {task.batch_size:,} holds all {every}")
@@ -52,8 +47,8 @@ def guessing(splits: Splits) -> tuple[str, ...]:
     targets = splits.test.targets
     if targets.ndim != 1 or "classes" not in splits.assets:
         return ()
-    counts = targets.cpu().bincount()
-    often, share = splits.assets["classes"][int(counts.argmax())], 100 * float(counts.max()) / len(targets)
+    label, share = most_frequent(targets)
+    often = splits.assets["classes"][label]
     notes = [f"guessing {often!r}, the most frequent class, is right for {share:.1f} % of the test samples"]
     if len(targets) < FEW:
         notes.append(f"the test split has {counted(len(targets), 'sample')}: one is {100 / len(targets):.1f} points")

@@ -26,6 +26,7 @@ from better_attention.lab.ladder.grid import (
     softmax_twin,
 )
 from better_attention.lab.lock import locked
+from better_attention.lab.runs import manifest
 from better_attention.lab.runs.job import Job
 from better_attention.lab.runs.overwrite_guard import check_output
 from better_attention.lab.runs.record import RunRecord
@@ -69,14 +70,12 @@ class Climb:
             PeerLostError: another process of the launch has ended.
         """
         ladder = self.ladder
-        begun = any(ladder.folder(cell).has_config for cell in ladder.cells)
-        check_output(ladder.out, FILES, is_ladder, known=begun)
+        begun = ladder.out.is_dir() and any(ladder.folder(cell).has_config for cell in ladder.cells)
+        check_output(ladder.out, (*FILES, manifest.NAME), is_ladder, known=begun)
         if names := list(Snapshot.read(ladder.out).runs):
             raise ValueError(f"{ladder.out} holds runs of a comparison ({names[0]}): choose another --out.")
         accelerator = make_accelerator(ladder.device)
-        for setting, variant in product(ladder.settings, ladder.variants):
-            with torch.device("meta"):  # refuse a model that cannot be built before hours of training
-                ladder.task_of(ladder.rungs[-1], setting).build(variant, ladder.heads)
+        self.check_models()
         stop = Stop(self.notify)
         with watching_peers(accelerator.num_processes, ladder.command), limited_threads(ladder.task.threads):
             self.estimate(accelerator)  # nothing needs to be saved yet: a signal ends it at once
@@ -89,6 +88,21 @@ class Climb:
                             self.rows.append(self.train(cell, splits, accelerator, stop))
                     accelerator.free_memory()  # it keeps every model that it has prepared
                     yield rung
+
+    def check_models(self) -> None:
+        """Build models, so that what cannot be built is refused before hours of training.
+
+        Of all that the grid varies, variant and positions alone are refused by a model: one of each is enough. It is
+        as small as the task's width; on the device "meta" the first one would make torch import its compiler.
+
+        Raises:
+            ValueError: heads that do not divide the width, for example.
+        """
+        ladder = self.ladder
+        kinds = {setting.positions: setting for setting in ladder.settings}.values()
+        with torch.random.fork_rng(devices=[]):
+            for setting, variant in product(kinds, ladder.variants):
+                ladder.task_of(ladder.rungs[-1], replace(setting, layers=1)).build(variant, ladder.heads)
 
     def worth_trying(self, rung: Rung, seed: int) -> list[Cell]:
         """The cells of a rung and a seed, except those that are given up or, when screening, were not the best."""
@@ -147,38 +161,53 @@ class Climb:
     def estimate(self, accelerator: Accelerator) -> None:
         """Report an upper bound of the time: every update is made, nothing is given up, nothing solved early.
 
-        Each mechanism is measured at each depth, for the shortest and the longest sequences of the largest N; in
-        between the time is at most linear in the length. The kind of position encoding makes little difference:
-        rotary positions, which cost most, stand for the others. Screening leaves one setting; the slowest is counted.
+        Between the shortest and the longest sequences the time is at most linear in the length. The kind of position
+        encoding makes little difference: rotary positions, which cost most, stand for the others. Screening leaves one
+        setting; the slowest is counted.
         """
         ladder = self.ladder
-        ended = {cell: ladder.folder(cell).is_finished for cell in ladder.cells}
+        begun = ladder.out.is_dir()
+        ended = {cell: begun and ladder.folder(cell).is_finished for cell in ladder.cells}
         chosen = {(c.rung, c.variant, c.seed) for c, done in ended.items() if done and ladder.screen and c.seed > 0}
         waiting = [c for c, done in ended.items() if not done and (c.rung, c.variant, c.seed) not in chosen]
         if not waiting:
             return
-        modulus = max(cell.rung[0] for cell in waiting)
-        ends = sorted({min(cell.rung[1] for cell in waiting), max(cell.rung[1] for cell in waiting)})
-        positions = max((cell.setting.positions for cell in waiting), key=lambda name: name == "rotary")
-        kinds = {(cell.variant, cell.setting.layers) for cell in waiting}
-        seconds: dict[tuple[Variant, int, int], float] = {}
-        for (variant, layers), delay in product(kinds, ends):
-            task = ladder.task_of((modulus, delay), Setting("sqrt", positions, layers))
-            small = replace(task, train_samples=min(task.train_samples or 1, task.batch_size), test_samples=1)
-            splits = small.load().to(accelerator.device)
-            pace = measure(task, splits, variant, ladder.heads, accelerator.device, quick=True)
-            train = epoch_updates(task) * task.batch_size
-            held_out = task.test_samples or 0
-            seconds[variant, layers, delay] = pace.run_seconds(task, train, held_out, held_out)
+        delays = [cell.rung[1] for cell in waiting]
+        shortest, longest = min(delays), max(delays)
+        ends = [self.run_seconds(waiting, delay, accelerator) for delay in dict.fromkeys((shortest, longest))]
         slowest: dict[object, float] = {}
         for cell in waiting:
-            kind = cell.variant, cell.setting.layers
-            low, high = (seconds[*kind, end] for end in (ends[0], ends[-1]))
-            share = (cell.rung[1] - ends[0]) / max(1, ends[-1] - ends[0])
+            low, high = (seconds[cell.variant, cell.setting.layers] for seconds in (ends[0], ends[-1]))
+            share = (cell.rung[1] - shortest) / max(1, longest - shortest)
             screened = ladder.screen and cell.seed > 0  # one setting will be left
             run = (cell.rung, cell.variant, cell.seed, None if screened else cell.setting)
             slowest[run] = max(slowest.get(run, 0.0), low + share * (high - low))
         self.notify(Estimated(sum(slowest.values()), len(slowest)))
+
+    def run_seconds(
+        self, waiting: Sequence[Cell], delay: int, accelerator: Accelerator
+    ) -> dict[tuple[Variant, int], float]:
+        """Seconds of a run with the largest N, by variant and depth.
+
+        Every variant is measured at the greatest depth, the first one at the others as well: what a block adds is much
+        the same for all.
+        """
+        modulus = max(cell.rung[0] for cell in waiting)
+        positions = max((cell.setting.positions for cell in waiting), key=lambda name: name == "rotary")
+        variants = list(dict.fromkeys(cell.variant for cell in waiting))
+        depths = sorted({cell.setting.layers for cell in waiting})
+
+        def seconds(variant: Variant, layers: int) -> float:
+            task = self.ladder.task_of((modulus, delay), Setting("sqrt", positions, layers))
+            small = replace(task, train_samples=min(task.train_samples or 1, task.batch_size), test_samples=1)
+            splits = small.load().to(accelerator.device)
+            found = measure(task, splits, variant, self.ladder.heads, accelerator.device, quick=True)
+            held_out = task.test_samples or 0
+            return found.run_seconds(task, epoch_updates(task) * task.batch_size, held_out, held_out)
+
+        deepest = {variant: seconds(variant, depths[-1]) for variant in variants}
+        first = {depth: seconds(variants[0], depth) for depth in depths[:-1]} | {depths[-1]: deepest[variants[0]]}
+        return {(v, d): deepest[v] * first[d] / first[depths[-1]] for v, d in product(variants, depths)}
 
 
 def epoch_updates(task: RecurrenceTask) -> int:

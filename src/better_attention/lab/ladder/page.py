@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cache
@@ -12,12 +11,13 @@ import jinja2
 
 from better_attention.errors import counted
 from better_attention.lab.analysis.estimates import number
+from better_attention.lab.csv_json import write_csv, write_json
 from better_attention.lab.files import write_atomic
 from better_attention.lab.ladder.findings import at_best, duels, heights, sentence, spots, within
-from better_attention.lab.ladder.grid import GIVE_UP, Ladder, Rung, RungResult, rung_words
+from better_attention.lab.ladder.grid import FILES, GIVE_UP, Ladder, Rung, RungResult, rung_words
 from better_attention.lab.lock import RESULTS_LOCK_SECONDS, locked
 from better_attention.lab.report.page import template
-from better_attention.lab.report.tables import safe, write_lines
+from better_attention.lab.runs import manifest
 from better_attention.lab.runs.provenance import commit, versions
 from better_attention.lab.tasks.recurrence import formula
 
@@ -43,15 +43,18 @@ class Report:
 
 
 def write(ladder: Ladder, rows: Sequence[RungResult], notes: Mapping[Rung, str], *, complete: bool) -> None:
-    """Write the three files below ``ladder.out``, each whole or not at all; first the one by which they are known."""
+    """Write :data:`FILES` below ``ladder.out``, each whole or not at all, and their digests.
+
+    The one by which they are known comes first.
+    """
     report = Report(ladder, rows, notes, complete, commit(), versions())
-    text = json.dumps(as_json(report), indent=2, ensure_ascii=False, allow_nan=False)
     header = [field.name for field in fields(RungResult)]
-    lines = ([safe(v) if isinstance(v, str) else v for v in asdict(row).values()] for row in rows)
     with locked(ladder.out, RESULTS_LOCK_SECONDS):
-        write_atomic(ladder.out / "ladder.json", text.encode("utf-8", "replace") + b"\n")
-        write_lines(ladder.out / "ladder.csv", header, lines)
+        manifest.remove(ladder.out, FILES)  # it would be wrong until all of them are written
+        write_json(ladder.out / "ladder.json", as_json(report))
+        write_csv(ladder.out / "ladder.csv", header, (asdict(row).values() for row in rows))
         write_atomic(ladder.out / "ladder.html", render(report))
+        manifest.add(ladder.out, FILES)
 
 
 def as_json(report: Report) -> dict[str, object]:

@@ -48,6 +48,7 @@ def render(study: Study) -> str:
     rows = summary.summarise(study.records)
     columns = summary.by_importance(summary.columns_of(rows))
     main = [column for column in columns if column.tested]
+    run_columns = _run_columns(columns)
     album = gallery.Album(PICTURE_ROOM)
     compared = [column for column in summary.compared_columns(rows) if column.tested]
     # Small and about everything first: what finds no room is the last of the maps and kernels.
@@ -66,8 +67,8 @@ def render(study: Study) -> str:
         speed=learning_speed.lines(rows, study.records) if study.threshold else [],
         speed_sentences=learning_speed.sentences(rows, study.threshold) if study.threshold else [],
         links=_links(study),
-        run_columns=_run_columns(columns),
-        run_lines=_run_lines(study, _run_columns(columns)),
+        run_columns=run_columns,
+        run_lines=_run_lines(study, run_columns),
         origin=findings.origin(str(study.task.get("name", "")), rows),
         notes=[*study.notes, *findings.gaps(rows)],
         standings=findings.standings(rows),

@@ -1,4 +1,7 @@
-"""The state of every run below a folder: finished, interrupted, diverged, being written or damaged."""
+"""The state of every run below a folder: finished, interrupted, diverged, being written or damaged.
+
+Results that a command made of its runs are listed where they are damaged.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +12,22 @@ from pathlib import Path
 from typing import Any
 
 from better_attention.lab.lock import holder
+from better_attention.lab.runs import manifest
 from better_attention.lab.runs.checkpoint import last_state
 from better_attention.lab.runs.folder import RunFolder
 from better_attention.lab.runs.name import RunName
 from better_attention.lab.runs.record import RunConfig, RunRecord
 
 STATES = ("finished", "interrupted", "diverged", "being written", "damaged")
+RESULTS = ("results.json", "ladder.json", "edge.json")
+"""By one of these a folder of results is known, as the commands compare, ladder and edge write it."""
 DEPTH = 4
 """Levels of folders that are searched; a run of a comparison below ``runs/`` needs two."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunState:
-    """The state of one run.
+    """The state of one run, or the damaged results of a command that may have made many.
 
     Args:
         path: its folder.
@@ -32,6 +38,7 @@ class RunState:
         record: what came of it; None where it is not finished.
         epochs: finished epochs.
         seconds: time of training in them.
+        kind: ``"run"`` or ``"results"``, which are listed only if they are damaged.
     """
 
     path: Path
@@ -41,6 +48,7 @@ class RunState:
     record: RunRecord | None = None
     epochs: int = 0
     seconds: float = 0.0
+    kind: str = "run"
 
     @property
     def departures(self) -> tuple[str, ...]:
@@ -54,6 +62,7 @@ class RunState:
         return {
             "path": str(self.path),
             "name": self.path.name,
+            "kind": self.kind,
             "state": self.state,
             "detail": self.detail,
             **{key: description.get(key) for key in ("task", "mechanism", "heads", "seed", "device")},
@@ -68,9 +77,10 @@ class RunState:
 
 
 def run_states(folders: Sequence[Path]) -> list[RunState]:
-    """The states of the runs below ``folders``, by path; each run once."""
-    paths = [path for folder in folders for path in _runs(folder, DEPTH)]
-    return [run_state(path) for path in dict.fromkeys(paths)]
+    """The states of the runs below ``folders``, and results that are damaged, by path; each once."""
+    below = dict.fromkeys(one for folder in folders for one in _folders(folder, DEPTH))
+    states = (run_state(path) if is_run else _damaged_results(path) for path, is_run in below)
+    return [state for state in states if state is not None]
 
 
 def run_state(path: Path) -> RunState:
@@ -108,6 +118,28 @@ def _state_of(folder: RunFolder, state: RunState) -> RunState:
     return replace(state, detail=saved)
 
 
+def _damaged_results(path: Path) -> RunState | None:
+    """The files of results in ``path`` that differ from its manifest; None if none does, or there is no manifest."""
+    try:
+        names: Sequence[str | None] = sorted(manifest.read(path) or ())
+    except (OSError, ValueError):
+        names = [None]  # the manifest itself is damaged, so nothing that it lists can be trusted
+    if not any(name in names or os.path.lexists(path / name) for name in RESULTS):
+        return None
+    faults = [fault for name in names if (fault := _fault(path, name))]
+    again = "The command that made these files writes them again."
+    return RunState(path, "damaged", " ".join([*faults, again]), kind="results") if faults else None
+
+
+def _fault(path: Path, name: str | None) -> str:
+    """What is wrong with a file that the manifest of ``path`` lists, or (None) with that manifest; "" if nothing."""
+    try:
+        manifest.check(path, None if name is None else [name])
+    except (OSError, ValueError) as error:
+        return f"{str(error).rstrip('.')}."
+    return ""
+
+
 def _position(state: Mapping[str, Any] | None) -> str:
     """The position of a checkpoint, in words."""
     if not state:
@@ -116,8 +148,8 @@ def _position(state: Mapping[str, Any] | None) -> str:
     return f"after epoch {epoch - 1}" if step == 0 and isinstance(epoch, int) else f"at epoch {epoch}, step {step}"
 
 
-def _runs(path: Path, depth: int) -> Iterator[Path]:
-    """Every folder of a run, also of one that has lost its ``config.json``.
+def _folders(path: Path, depth: int) -> Iterator[tuple[Path, bool]]:
+    """Every folder that is searched, and whether it is a run's, also one that has lost its ``config.json``.
 
     A run holds no other runs, so the search does not go into it. Links are not followed.
     """
@@ -127,11 +159,13 @@ def _runs(path: Path, depth: int) -> Iterator[Path]:
     except OSError:  # a link to something that may not be read
         is_run = True
     if is_run or (RunName.names_a_folder(path.name) and (folder.has_config or folder.orphans)):
-        yield path
-    elif depth:
+        yield path, True
+        return
+    yield path, False
+    if depth:
         try:
             names = sorted(entry.name for entry in os.scandir(path) if entry.is_dir(follow_symlinks=False))
         except OSError:
             return
         for name in names:
-            yield from _runs(path / name, depth - 1)
+            yield from _folders(path / name, depth - 1)

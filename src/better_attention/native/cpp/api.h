@@ -2,7 +2,8 @@
  *
  * Letters as everywhere in better_attention: B batch, N query heads, G key/value heads (N is a multiple of G),
  * L queries, S keys, H width of q and k, W width of v. Strides count elements; the last dimension (H, W) of every
- * tensor is contiguous. Nothing here checks its arguments: impl/native.py does.
+ * tensor is contiguous. Nothing here checks shapes or memory: impl/native.py does. native/structs.py is this file
+ * in Python, and a test compares the two.
  */
 #ifndef BETTER_ATTENTION_API_H
 #define BETTER_ATTENTION_API_H
@@ -22,7 +23,7 @@ extern "C" {
 enum { BA_ABI = 2 };                                                     /* counts incompatible changes of this file */
 enum { BA_F32 = 0, BA_BF16 = 1, BA_BOOL = 2, BA_NONE = 3 };              /* element types; bool: 1 byte, 1 = attend */
 enum { BA_SOFTMAX = 0, BA_EXPRESSIVE = 1 };                              /* scores */
-enum { BA_OK = 0, BA_NO_MEMORY = 1, BA_NO_SUCH_ISA = 2 };                /* what every function returns */
+enum { BA_OK = 0, BA_NO_MEMORY = 1, BA_NO_SUCH_ISA = 2, BA_NO_SUCH_SCORE = 3 }; /* what a kernel returns */
 enum { BA_BEST = 0, BA_PORTABLE = 1, BA_NEON = 2, BA_AVX2 = 3, BA_AVX512 = 4 }; /* instruction sets */
 
 /* One attention call. All fields are 8 bytes wide, so that the layout is the same for every compiler. */
@@ -93,11 +94,18 @@ typedef struct {
 BA_EXPORT int64_t ba_abi(void);       /* BA_ABI of the library */
 BA_EXPORT int64_t ba_isas(void);      /* bit i: instruction set i was built and this machine has it */
 BA_EXPORT int64_t ba_pool(void);      /* 1: the OpenMP threads that torch uses serve us too, 0: our own */
-BA_EXPORT int64_t ba_forward(const ba_call *call);
-BA_EXPORT int64_t ba_backward(const ba_call *call);
-BA_EXPORT int64_t ba_layer_forward(const ba_layer *call);
-BA_EXPORT int64_t ba_align_forward(const ba_align *call);
-BA_EXPORT int64_t ba_align_backward(const ba_align *call);
+
+/* The kernels: row F(name, structure) is exported as ba_NAME(const STRUCTURE *). dispatch.cpp, which includes this too,
+ * passes each call on to the function NAME of its instruction set (kernels.hpp). */
+#define BA_KERNELS(F)            \
+    F(forward, ba_call)          \
+    F(backward, ba_call)         \
+    F(layer_forward, ba_layer)   \
+    F(align_forward, ba_align)   \
+    F(align_backward, ba_align)
+
+#define BA_EXPORT_KERNEL(name, structure) BA_EXPORT int64_t ba_##name(const structure *call);
+BA_KERNELS(BA_EXPORT_KERNEL)
 
 #ifdef __cplusplus
 }

@@ -2,50 +2,38 @@
 
 #include "api.h"
 
-#define BA_DECLARE(name)                         \
-    namespace ba_##name {                        \
-    int64_t forward(const ba_call&);             \
-    int64_t backward(const ba_call&);            \
-    int64_t layer_forward(const ba_layer&);      \
-    int64_t align_forward(const ba_align&);      \
-    int64_t align_backward(const ba_align&);     \
+namespace {
+
+#define BA_MEMBER(name, structure) int64_t (*name)(const structure&);
+
+struct Set {
+    BA_KERNELS(BA_MEMBER)
+};
+
+}  // namespace
+
+#define BA_DECLARE(name, structure) int64_t name(const structure&);
+#define BA_ADDRESS(name, structure) name,
+
+// The kernels of one instruction set, which its isa_*.cpp defines.
+#define BA_SET(isa)                                  \
+    namespace ba_##isa {                             \
+    BA_KERNELS(BA_DECLARE)                           \
+    static const Set SET = {BA_KERNELS(BA_ADDRESS)}; \
     }
 
-BA_DECLARE(portable)
+BA_SET(portable)
 #if defined(BA_HAS_NEON)
-BA_DECLARE(neon)
+BA_SET(neon)
 #endif
 #if defined(BA_HAS_AVX2)
-BA_DECLARE(avx2)
+BA_SET(avx2)
 #endif
 #if defined(BA_HAS_AVX512)
-BA_DECLARE(avx512)
+BA_SET(avx512)
 #endif
 
 namespace {
-
-struct Set {
-    int64_t (*forward)(const ba_call&);
-    int64_t (*backward)(const ba_call&);
-    int64_t (*layer_forward)(const ba_layer&);
-    int64_t (*align_forward)(const ba_align&);
-    int64_t (*align_backward)(const ba_align&);
-};
-
-#define BA_SET(name)                                                                              \
-    {ba_##name::forward, ba_##name::backward, ba_##name::layer_forward, ba_##name::align_forward, \
-     ba_##name::align_backward}
-
-const Set PORTABLE = BA_SET(portable);
-#if defined(BA_HAS_NEON)
-const Set NEON = BA_SET(neon);
-#endif
-#if defined(BA_HAS_AVX2)
-const Set AVX2 = BA_SET(avx2);
-#endif
-#if defined(BA_HAS_AVX512)
-const Set AVX512 = BA_SET(avx512);
-#endif
 
 int64_t find_isas() {
     int64_t found = 1 << BA_PORTABLE;
@@ -73,18 +61,23 @@ const Set* set_of(int64_t isa) {
     if (isa < 0 || isa > BA_AVX512 || !(here >> isa & 1)) return 0;
     switch (isa) {
 #if defined(BA_HAS_AVX512)
-    case BA_AVX512: return &AVX512;
+    case BA_AVX512: return &ba_avx512::SET;
 #endif
 #if defined(BA_HAS_AVX2)
-    case BA_AVX2: return &AVX2;
+    case BA_AVX2: return &ba_avx2::SET;
 #endif
 #if defined(BA_HAS_NEON)
-    case BA_NEON: return &NEON;
+    case BA_NEON: return &ba_neon::SET;
 #endif
-    case BA_PORTABLE: return &PORTABLE;
+    case BA_PORTABLE: return &ba_portable::SET;
     default: return 0;
     }
 }
+
+// Whether the kernels compute a call's score. Another one must not fall to whichever comes last in a chain of tests.
+bool knows_score(const ba_call& c) { return c.score == BA_SOFTMAX || c.score == BA_EXPRESSIVE; }
+bool knows_score(const ba_layer& c) { return c.score == BA_SOFTMAX || c.score == BA_EXPRESSIVE; }
+bool knows_score(const ba_align&) { return true; }  // it has none
 
 }  // namespace
 
@@ -94,29 +87,14 @@ int64_t ba_abi(void) { return BA_ABI; }
 
 int64_t ba_isas(void) { return find_isas(); }
 
-int64_t ba_forward(const ba_call* call) {
-    const Set* set = set_of(call->isa);
-    return set ? set->forward(*call) : int64_t{BA_NO_SUCH_ISA};
-}
+#define BA_PASS_ON(name, structure)                       \
+    int64_t ba_##name(const structure* call) {            \
+        const Set* set = set_of(call->isa);               \
+        if (!set) return BA_NO_SUCH_ISA;                  \
+        if (!knows_score(*call)) return BA_NO_SUCH_SCORE; \
+        return set->name(*call);                          \
+    }
 
-int64_t ba_backward(const ba_call* call) {
-    const Set* set = set_of(call->isa);
-    return set ? set->backward(*call) : int64_t{BA_NO_SUCH_ISA};
-}
-
-int64_t ba_layer_forward(const ba_layer* call) {
-    const Set* set = set_of(call->isa);
-    return set ? set->layer_forward(*call) : int64_t{BA_NO_SUCH_ISA};
-}
-
-int64_t ba_align_forward(const ba_align* call) {
-    const Set* set = set_of(call->isa);
-    return set ? set->align_forward(*call) : int64_t{BA_NO_SUCH_ISA};
-}
-
-int64_t ba_align_backward(const ba_align* call) {
-    const Set* set = set_of(call->isa);
-    return set ? set->align_backward(*call) : int64_t{BA_NO_SUCH_ISA};
-}
+BA_KERNELS(BA_PASS_ON)
 
 }  // extern "C"

@@ -20,11 +20,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from better_attention.lab.data import DataError, NotFetched, Texts
 from better_attention.lab.data.own_texts import read as tables
 from better_attention.lab.data.own_texts.columns import Columns, read_table
 from better_attention.lab.data.own_texts.read import natural, read
 from better_attention.lab.data.own_texts.records import csv_records
+from better_attention.lab.data.samples import DataError, NotFetched, Texts
 from better_attention.lab.data.vocabulary import tokens
 from better_attention.lab.tasks.catalogue import TASKS
 

@@ -16,6 +16,7 @@ from typing import Any
 from better_attention.errors import counted
 from better_attention.lab.data.archives import MIB, Readable, decompressed
 from better_attention.lab.data.samples import DataError
+from better_attention.lab.data.zipped_tables import archive_of, opened
 
 DELIMITERS: Mapping[str, str] = {",": "comma", ";": "semicolon", "\t": "tab"}
 
@@ -24,7 +25,7 @@ _FIELD = 64 * MIB  # characters of one field; Python's own limit, 131,072, cuts 
 _CHUNK = MIB // 4
 _BATCH = 1024  # rows of a Parquet file that are decoded at once
 _ROW = 64  # bytes that a row takes in memory at least, whatever it holds
-_CONVINCING = 10  # records within quotes for each line that is none: the quotes are then no enclosure
+_CONVINCING = 10  # records within quotes per line that is not a record: such quotes enclose no field
 _ENCLOSED = re.compile(r'"(?:[^"]|"")*+"')
 
 
@@ -60,13 +61,18 @@ class Faults:
 
 @contextmanager
 def text_lines(path: Path) -> Iterator[Iterator[str]]:
-    """The lines of a UTF-8 text file, which may be compressed (gzip, bzip2, xz); see :func:`lines`.
+    """The lines of a UTF-8 text file, which may be compressed (gzip, bzip2, xz) or in a .zip; see :func:`lines`.
 
     Raises:
         DataError: no such file, an empty one, or one that holds more than 4 GiB.
     """
-    with decompressed(path, limit=_LIMIT, plain=True) as stream:
-        yield lines(path, stream)
+    archive = archive_of(path)
+    if archive is not None:
+        with opened(archive, path, _LIMIT) as member:
+            yield lines(path, member)
+    else:
+        with decompressed(path, limit=_LIMIT, plain=True) as stream:
+            yield lines(path, stream)
 
 
 def lines(path: Path | str, stream: Readable) -> Iterator[str]:
