@@ -26,7 +26,7 @@ def is_command() -> bool:
 
 
 def quiet() -> None:
-    """End the process without a traceback if Ctrl-C comes; in a program of somebody else's, change nothing."""
+    """End the process without a traceback if Ctrl-C comes; in another program, change nothing."""
     if is_command() and _listens(signal.default_int_handler):
         signal.signal(signal.SIGINT, _end)
 

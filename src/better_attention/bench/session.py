@@ -77,7 +77,7 @@ class Session:
             self._measure_rows(say)
         except KeyboardInterrupt:
             complete = False
-            say("interrupted: what follows is what was done by then. The same command goes on from there.")
+            say("interrupted: the rows measured until then follow. The same command continues from there.")
         if self.results:
             for path in self._write(complete=complete):
                 say(f"wrote {path}")

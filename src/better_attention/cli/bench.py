@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out",
         type=folder,
         metavar="DIR",
-        help="folder for the JSON and CSV files, which hold each row once it is measured: the same command goes on "
+        help="folder for the JSON and CSV files, which hold each row once it is measured: the same command continues "
         "where it stopped; default: runs/bench, or runs/bench-2 and so on where that holds rows of other settings",
     )
     parser.add_argument(

@@ -130,7 +130,7 @@ def _draw(args: argparse.Namespace) -> int:
 
     for name, (size, *_) in SIZES.items():
         if getattr(args, name) != size:
-            raise UserError(f"--figure {args.figure} has sizes of its own: leave {option(name)} away.")
+            raise UserError(f"--figure {args.figure} has its own sizes: omit {option(name)}.")
     if args.out is None:
         raise UserError(f"--figure {args.figure} needs --out FILE, ending in .png, .svg or .pdf.")
     cost_figure(args.figure, args.out, form=args.form)

@@ -50,8 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out",
         type=folder,
         metavar="DIR",
-        help="folder for edge.csv and edge.json, which hold each row once it is timed: the same command goes on where "
-        "it stopped; default: runs/edge, or runs/edge-2 and so on where that holds rows of other settings",
+        help="folder for edge.csv and edge.json, which hold each row once it is timed: the same command continues "
+        "where it stopped; default: runs/edge, or runs/edge-2 and so on where that holds rows of other settings",
     )
     parser.add_argument("--again", action="store_true", help="time the rows again that edge.json holds, replace them")
 
@@ -150,7 +150,7 @@ def measure(args: argparse.Namespace, tasks: list[Task]) -> Report:
             view.write(report(complete=False), out)  # whatever ends the run, even SIGKILL, these rows are kept
     except KeyboardInterrupt:
         complete = False
-        say("interrupted: what follows is what was done by then. The same command goes on from there.")
+        say("interrupted: the rows timed until then follow. The same command continues from there.")
     for path in view.write(report(complete=complete), out):
         say(f"wrote {path}")
     return report(complete=complete)

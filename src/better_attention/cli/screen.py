@@ -2,8 +2,8 @@
 
 Names of files, labels and runs are untrusted text. A character in them that would act on a terminal (escape
 sequences, control characters, marks that turn the direction of writing) is printed as its ``\\uXXXX`` escape, which
-is also what JSON calls it. Nothing in them is taken for markup. Signs that the stream's encoding lacks are spelled in
-ASCII, so that no number loses its minus.
+is also what JSON calls it. Nothing in them is interpreted as markup. Signs that the stream's encoding lacks are
+spelled in ASCII, so that no number loses its minus.
 """
 
 from __future__ import annotations

@@ -481,7 +481,7 @@ class MultiheadAttention(nn.Module):
         for name, value in given.items():
             if value != defaults[name]:
                 raise ValueError(
-                    f"{name}={value!r} speaks of W_A, which mechanism {self.mechanism.name!r} does not have. Leave it "
+                    f"{name}={value!r} concerns W_A, which mechanism {self.mechanism.name!r} does not have. Leave it "
                     "out, or choose 'super' or 'NAME+align'."
                 )
 

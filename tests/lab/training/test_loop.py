@@ -196,7 +196,7 @@ def test_going_on_with_other_threads_is_told_and_put_down(tmp_path: Path, thread
         with pytest.raises(Interrupted):
             tiny.training(tmp_path, epochs=1, stop=lambda: True).run()
         torch.set_num_threads(3 - threads)
-        told = "1 thread so far, goes on with 2" if threads == 1 else "2 threads so far, goes on with 1"
+        told = "1 thread so far, continues with 2" if threads == 1 else "2 threads so far, continues with 1"
         with pytest.warns(
             UserWarning, match=rf"trained with {told}.* last bits .*OMP_NUM_THREADS={threads} to reproduce"
         ):

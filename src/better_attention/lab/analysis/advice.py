@@ -91,7 +91,7 @@ def _params(row: Row | None) -> int | None:
 
 
 def _speed(records: Sequence[Record], row: Row, base: Row | None) -> float | None:
-    """Both were measured in turn with the same model on torch's layer, which cancels."""
+    """Both were measured alternately with the same model on torch's layer, which cancels."""
     if base is None or row is base:
         return None
     ours, theirs = (_speeds(records, name, row.heads) for name in (row.mechanism, BASELINE))
@@ -189,7 +189,7 @@ def about_seeds(family: int) -> str:
     """
     level = f"{LEVEL:g}" if family <= 1 else f"{LEVEL:g}/{family} (the strictest step of Holm’s correction)"
     return (
-        f"About so many seeds would decide: with as many, a paired t-test at the level {level} shows a true difference "
+        f"About that many seeds would decide: with them, a paired t-test at the level {level} shows a true difference "
         f"of the size and the spread seen here with a chance of {100 * POWER:.0f} %. Both come from these few seeds, "
         "so that the number is a guide and no promise."
     )

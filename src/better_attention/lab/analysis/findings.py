@@ -207,7 +207,7 @@ def waiting(records: Sequence[Record]) -> tuple[str, bool] | None:
     text = f"at most {number(100 * worst, 1)} % of a step ({run_name})"
     if worst < WAITING:
         return text, False
-    return f"{text}: {100 * WAITING:.0f} % or more, so that times tell of the data pipeline as well", True
+    return f"{text}: {100 * WAITING:.0f} % or more, so that times include the data pipeline as well", True
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,7 +89,7 @@ class Comparison:
     def verdict(self) -> str:
         """``"higher"`` or ``"lower"`` than the baseline where the corrected p is below 0.05, else that nothing shows.
 
-        It speaks of the number, not of which end is good: a higher loss is a worse one. Where there is no p, a single
+        It describes the number, not which end is good: a higher loss is worse. Where there is no p, a single
         pair for example, nothing was tested.
 
         >>> Comparison(Estimate(0.5, 0.1, 5), 0.001, 0.0625, 4.1, corrected_p=0.008).verdict

@@ -104,7 +104,7 @@ def summarise(records: Iterable[Record], baseline: str = "standard") -> list[Row
     """One row a (task, scale, number of heads, mechanism): means, 95 % intervals, differences, tests and ranks.
 
     Ranks compare rows of equal task, scale and number of heads, as in the paper, and count as equal what is printed
-    equal. Seconds have none: they also depend on the load of the machine; ``times_as_fast`` has, measured in turn
+    equal. Seconds have none: they also depend on the load of the machine; ``times_as_fast`` has, measured alternately
     with torch's layer.
 
     Args:

@@ -136,7 +136,7 @@ def refuse_other_data(stored: Snapshot, data_sha256: str) -> None:
     """Refuse a folder with runs on other data.
 
     Raises:
-        ValueError: there is such a run.
+        ValueError: a stored run was trained on other data.
     """
     for name, run in stored.runs.items():
         check_agreement(f"{stored.out / name}", run.config, {"task": run.config.task, "data_sha256": data_sha256})

@@ -198,7 +198,7 @@ def measure_paces(
 def publish(plan: Plan, splits: Splits, accelerator: Accelerator) -> Study:
     """Gather all finished runs of the folder and write the results; in the first process alone.
 
-    Only one command at a time does so: whoever writes last has seen every run.
+    Only one command at a time does so: the one that writes last has seen every run.
     """
     stored = Snapshot(plan.out, {})
     with exclusive(plan.out, accelerator.is_main_process, RESULTS_LOCK_SECONDS):

@@ -14,7 +14,7 @@ from better_attention.lab.tasks.splits import Splits, most_frequent
 from better_attention.lab.tasks.variant import Variant
 
 EVEN = 8
-"""Processors compute on so many float32 numbers at a time, or on a multiple of it."""
+"""Vector instructions process this number of float32 values at a time, or a multiple of it."""
 FEW = 100
 """With fewer test samples, a single one weighs more than most differences between mechanisms."""
 

@@ -218,7 +218,7 @@ class Tracking:
                 self.names.remove(name)
             self.open.pop(name, None)
             self.say(
-                f"{name} failed ({type(error).__name__}: {error}): nothing more is logged there, training goes on. "
+                f"{name} failed ({type(error).__name__}: {error}): nothing more is logged there, training continues. "
                 "The same command with --track logs what is missing."
             )
 

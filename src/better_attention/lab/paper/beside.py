@@ -175,8 +175,8 @@ class Block:
     def times_as_fast(self, line: Line, *, theirs: bool) -> float | None:
         """How many times as fast as standard attention with as many heads: ours, or the paper's; above 1 is faster.
 
-        Ours is the quotient of both speeds relative to ``nn.MultiheadAttention`` where both were measured, in turn with
-        the same model on torch's layer: seconds of runs that are hours apart also depend on the load of the machine.
+        Ours is the quotient of both speeds relative to ``nn.MultiheadAttention`` where both were measured, alternately
+        with the same model on torch's layer. Seconds of runs that are hours apart also depend on the machine's load.
         """
         standard = [other for other in self.lines if (other.mechanism, other.heads) == ("standard", line.heads)]
         paces = [one.estimate("times_as_fast") for one in (line, *standard)]

@@ -25,8 +25,8 @@ def print_blocks(table: int, found: Sequence[Block], console: Console) -> None:
         Text(
             "Ours: mean ± half width of the 95 % interval over seeds, of one seed its value alone. The paper: means of "
             "five runs (ImageNet: one), no spread given; seconds on an RTX 4090. Times as fast: above 1 is faster, as "
-            "standard attention or as torch.nn.MultiheadAttention; ours from updates timed in turn, where a run has "
-            "them.",
+            "standard attention or as torch.nn.MultiheadAttention; ours from updates timed alternately, where a run "
+            "has them.",
             style="dim",
         )
     )

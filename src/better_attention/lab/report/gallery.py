@@ -71,7 +71,7 @@ class CurveGroup:
 
 
 def curve_groups(curves: Mapping[str, Curve], album: Album) -> list[CurveGroup]:
-    """The learning curves, one group of panels a number of heads, a line a mechanism."""
+    """The learning curves, one group of panels for each number of heads, one line per mechanism."""
     by_heads: dict[int | None, dict[str, list[Curve]]] = {}
     for name, curve in curves.items():
         run = RunName.of(name)

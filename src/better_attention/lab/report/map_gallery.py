@@ -17,7 +17,7 @@ from better_attention.lab.report.gallery import Album
 from better_attention.lab.runs.name import RunName
 
 HEADS_SHOWN = 8
-"""Of a layer with more heads the first so many are drawn, and the page says so."""
+"""Of a layer with more heads only the first ones, this number of them, are drawn, and the page says so."""
 
 
 @dataclass(slots=True)

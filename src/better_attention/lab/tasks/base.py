@@ -62,7 +62,7 @@ class Task(ABC):
     Args:
         name, title, source: key on the command line, one line for people, where the paper has it.
         scale: ``"smoke"`` (seconds), ``"small"`` (minutes) or ``"paper"`` (the paper's setting).
-        dataset: key of :data:`better_attention.lab.data.published.SOURCES`, or a name of the task's own.
+        dataset: key of :data:`better_attention.lab.data.published.SOURCES`, or a name that only the task knows.
         width, length, layers: model width d, sequence length ℓ, attention layers.
         heads, default_heads: head counts of the paper's ablation; the one compared by default.
         seeds: default number of runs of each row.

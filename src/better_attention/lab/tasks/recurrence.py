@@ -1,7 +1,8 @@
 """Delayed recurrences: the next symbol from the one before and the one τ steps back. Our own definition, not a paper's.
 
-arXiv 2407.18601 reports "autoregressive prediction tasks" whose definition is not to be had; these are ours. Under the
-rule (a, b) a sequence goes on as x_t = (a x_{t-1} + b x_{t-τ}) mod N from τ symbols drawn at random, its initial state.
+arXiv 2407.18601 reports "autoregressive prediction tasks" whose definition is not published; these are ours. Under the
+rule (a, b) a sequence continues as x_t = (a x_{t-1} + b x_{t-τ}) mod N from τ symbols drawn at random, the initial
+state.
 """
 
 from __future__ import annotations

@@ -210,7 +210,7 @@ class Training:
             sessions.append(session)
         if processes != session["processes"] and self.main:
             warnings.warn(
-                f"{self.folder.path}: trained by {in_words(processes)} so far, goes on with "
+                f"{self.folder.path}: trained by {in_words(processes)} so far, continues with "
                 f"{session['processes']}. Each process draws its own dropout, and floating-point sums are rounded "
                 "differently, so the result will differ from an uninterrupted run. "
                 f"Start it with `{torchrun(processes)} ...` to reproduce it.",
@@ -218,7 +218,7 @@ class Training:
             )
         if before != threads and self.main and self.accelerator.device.type == "cpu":
             warnings.warn(
-                f"{self.folder.path}: trained with {counted(before, 'thread')} so far, goes on with {threads}. "
+                f"{self.folder.path}: trained with {counted(before, 'thread')} so far, continues with {threads}. "
                 "Floating-point sums depend on the number of threads, so the result will differ in the last bits from "
                 f"an uninterrupted run. Set OMP_NUM_THREADS={before} to reproduce it exactly.",
                 stacklevel=2,

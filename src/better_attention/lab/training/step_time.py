@@ -1,7 +1,7 @@
 """How fast a model trains: the hours that a comparison will take, and the same model on torch's own layer beside it.
 
 Seconds of an epoch depend on what else the machine does that hour; the ratio of two updates that follow each other
-does so far less. Both are measured before training, a few updates each, in turn; then one batch is evaluated.
+does so far less. Both are measured before training, a few updates each, alternately; then one batch is evaluated.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Pace:
     scored: float = 0.0
 
     def run_seconds(self, task: Task, train: int, validation: int, test: int) -> float:
-        """Time of a run that uses all its epochs, for splits of so many samples."""
+        """Time of a run that uses all its epochs, for splits of these numbers of samples."""
         updates = math.ceil(train / task.batch_size) * task.epochs
         evaluated = validation * task.epochs + train + validation + test
         scored = task.scored(train) + task.scored(test)
@@ -63,7 +63,7 @@ def measure(
     stop: Callable[[], bool] = lambda: False,
     quick: bool = False,
 ) -> Pace:
-    """Train throw-away models for a moment, ours and one on torch's layer in turn, and evaluate ours once.
+    """Train throw-away models for a moment, ours and one on torch's layer alternately, and evaluate ours once.
 
     Args:
         task, splits, variant, heads, device: what is trained, on what and where.

@@ -435,7 +435,11 @@ LAST = GOOD.count("\n") + 1
         ("a.jsonl", '{"text": "a", "label": null}', r"a\.jsonl, line 1: no label in column 'label'"),
         ("a.jsonl", '{"text": "a", "label": NaN}', r"a\.jsonl, line 1: no label in column 'label'"),
         ("a.jsonl", '{"text": "a", "label": [1]}', r"is \[1\] \(list\); texts, numbers and truth values are expected"),
-        ("a.jsonl", '{"text": "\\ud83d", "label": 1}', r"line 1: the text holds half a character \('\\ud83d'\)\. Mend"),
+        (
+            "a.jsonl",
+            '{"text": "\\ud83d", "label": 1}',
+            r"line 1: the text holds half a character \('\\ud83d'\)\. Correct",
+        ),
         ("a.parquet", b"PAR1 and nothing else", r"a\.parquet is no Parquet file, or a damaged one"),
         ("a.parquet", as_parquet(ROWS)[:-20], r"a\.parquet is no Parquet file, or a damaged one"),
         ("a.parquet", as_parquet([*ROWS, ("", "bad")]), r"a\.parquet, row 41: the text in column 'text' is empty"),

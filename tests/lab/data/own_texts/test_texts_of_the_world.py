@@ -137,7 +137,9 @@ def test_lines_that_one_field_holds_are_counted(tmp_path: Path) -> None:
 def test_an_odd_line_does_not_let_quotes_swallow_the_others(tmp_path: Path, odd: str, at: int) -> None:
     lines = stray_quotes().split("\n")
     lines[at] = odd
-    with pytest.raises(DataError, match=rf"line {at + 1} has [13] fields?, line 1 has 2 .*Remove the record, or mend"):
+    with pytest.raises(
+        DataError, match=rf"line {at + 1} has [13] fields?, line 1 has 2 .*Remove the record, or correct"
+    ):
         read.read(write(tmp_path / "a.tsv", "\n".join(lines)))
 
 

@@ -1,4 +1,4 @@
-"""Decoded pictures on the disk: a set of pictures is decoded once, and mapped into memory ever after.
+"""Decoded pictures on the disk: a set of pictures is decoded once, and mapped into memory from then on.
 
 ``HOME/pictures/KEY.npy`` holds the pixels of one set at one size, ``KEY.json`` what else took long to find out. Both
 appear whole or not at all, and may be deleted at any time: they are made again.
@@ -36,7 +36,7 @@ _BATCH = 256  # pictures that are in flight at a time
 _TOLD = 10  # bad pictures that one message names
 
 LEAVE_OUT = "`--set damaged=leave-out` leaves out and counts what cannot be read"
-"""The way out that a message about damaged pictures names."""
+"""What a message about damaged pictures advises to do."""
 
 Contents = Iterable[tuple[int, str, bytes | Path]]
 """Row, name and file or file's contents of every picture, in any order."""

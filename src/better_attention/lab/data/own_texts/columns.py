@@ -387,5 +387,5 @@ def _plain(value: object, table: Table, row: int, kind: str) -> str:
             "expected."
         )
     if not whole(value):
-        raise DataError(f"{table.place(row)}: the {kind} holds half a character ({value!a:.40}). Mend or remove it.")
+        raise DataError(f"{table.place(row)}: the {kind} holds half a character ({value!a:.40}). Correct or remove it.")
     return value

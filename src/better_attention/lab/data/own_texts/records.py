@@ -174,7 +174,7 @@ def csv_records(
                 message += (
                     f"Put a field that holds a {DELIMITERS[delimiter]} between quotes."
                     if quoted
-                    else f"Remove the record, or mend its {DELIMITERS[delimiter]}s; quotes are characters in this file."
+                    else f"Remove the record, or correct its {DELIMITERS[delimiter]}s; quotes are characters here."
                 )
                 if faults is None:
                     raise DataError(message)

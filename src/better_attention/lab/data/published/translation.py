@@ -2,8 +2,8 @@
 
 Sources: Anki, tab-separated pairs made from tatoeba.org's, CC BY 2.0, in the copy that TensorFlow's tutorials and
 keras.io's translation example read. P. Koehn, "Europarl: A Parallel Corpus for Statistical Machine Translation", MT
-Summit 2005: two files with a sentence a line, where line n of one translates line n of the other. No digest of either
-archive is published that could be cited, so that both are imported and not fetched.
+Summit 2005: two files with one sentence per line, where line n of one translates line n of the other. No digest of
+either archive is published that could be cited, so that both are imported and not fetched.
 """
 
 from __future__ import annotations

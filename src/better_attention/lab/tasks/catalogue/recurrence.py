@@ -1,7 +1,7 @@
 """Recurrence: x_t = (x_{t-1} + x_{t-τ}) mod N, every next symbol to be predicted; our own task, to test a claim.
 
 arXiv 2407.18601 claims for expressive attention a lead on autoregressive prediction that grows with difficulty; its own
-tasks are not to be had. `better-attention ladder` climbs this one over many N and τ; `--set delay=8` sets them here.
+tasks are not published. `better-attention ladder` climbs this one over many N and τ; `--set delay=8` sets them here.
 """
 
 from __future__ import annotations
