@@ -381,7 +381,7 @@ FORMULAS = (
 
 
 @pytest.mark.parametrize("evil", FORMULAS)
-def test_s10_no_cell_is_a_formula(tmp_path: Path, evil: str) -> None:
+def test_no_cell_is_a_formula(tmp_path: Path, evil: str) -> None:
     path = tmp_path / "results.csv"
     tables.write_csv(summarise([record(evil, task=evil, scale=evil, score=evil)]), path)
     text = path.read_text(encoding="utf-8")
