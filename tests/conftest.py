@@ -1,11 +1,12 @@
-"""Fixtures for every test: randomness from the test's own name, real data, a stand-in of the publishers."""
+"""For every test: randomness from its own name, real data, a stand-in of the publishers, a small heap to collect."""
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,22 @@ if (
     signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 ):  # so are children of a shell that runs the tests in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Collect the tests, and take what that leaves out of the garbage collector's sight.
+
+    Modules and test items stay until the end. A full collection would visit these 700,000 objects in a third of a
+    second, and a benchmark asks for one before each measurement.
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ from .layer.multihead import MultiheadAttention
 from .mechanism import MECHANISMS, Mechanism
 
 if TYPE_CHECKING:
-    from better_attention.lab.runs.folder import load_run as load_run
+    from better_attention.lab.runs.load import load_run as load_run
 
 __version__ = "0.1.0"
 
@@ -39,7 +39,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # load_run needs the extras; importing the package must not.
     if name == "load_run":
-        from better_attention.lab.runs.folder import load_run
+        from better_attention.lab.runs.load import load_run
 
         return load_run
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

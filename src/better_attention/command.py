@@ -1,11 +1,13 @@
-"""Whether this process is the command ``better-attention``, and Ctrl-C while it is still importing torch.
+"""Whether this process is the command ``better-attention``, and Ctrl-C before and after the command's own code.
 
 Both ``python -m better_attention`` and the installed script import the package, and torch with it, before any code of
-the command runs: seconds in which Ctrl-C would end in a traceback from somewhere inside torch.
+the command runs: seconds in which Ctrl-C would end in a traceback from somewhere inside torch. Behind it Python clears
+up what was imported, which takes a second where the machine is busy.
 """
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -24,7 +26,7 @@ def is_command() -> bool:
 
 
 def quiet() -> None:
-    """End the process without a traceback if Ctrl-C comes; in a program of somebody else's, change nothing."""
+    """End the process without a traceback if Ctrl-C comes; in another program, change nothing."""
     if is_command() and _listens(signal.default_int_handler):
         signal.signal(signal.SIGINT, _end)
 
@@ -33,6 +35,13 @@ def loud() -> None:
     """Let Ctrl-C raise KeyboardInterrupt again, now that somebody catches it."""
     if _listens(_end):
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def ending() -> None:
+    """Leave soon, now that all is said and saved: nothing is cleared up, and Ctrl-C ends the process at once."""
+    if is_command() and _listens(signal.default_int_handler):
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        gc.freeze()  # nobody will use the memory of what is collected
 
 
 def _listens(handler: object) -> bool:

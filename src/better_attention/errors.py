@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 LARGEST = 2**31 - 1
-"""The largest size that is taken for one rather than for a slip."""
+"""The largest size that is believed; a larger number is treated as a typing error."""
 
 
 def describe(value: object) -> str:

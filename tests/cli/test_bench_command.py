@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from better_attention.bench import machine, report, runner
+from better_attention.bench import machine, registry, runner
 from better_attention.bench.suites import SUITES
 from better_attention.cli import UserError
 from better_attention.cli import bench as verb
@@ -45,8 +45,12 @@ def document(capsys: pytest.CaptureFixture[str], *words: str) -> Any:
     return json.loads(capsys.readouterr().out)
 
 
-def test_the_suites_are_those_of_the_registry() -> None:
-    assert set(SUITES) == set(verb.SUITES)
+def test_every_suite_can_be_asked_for() -> None:
+    assert {"kernel", "layer", "decode", "align", "model"} <= set(SUITES)
+    assert all(SUITES[name].name == name for name in SUITES)
+    parser = argparse.ArgumentParser()
+    verb.add_arguments(parser)
+    assert [parser.parse_args(["--suite", name]).suite for name in (*SUITES, "all")] == [*SUITES, "all"]
     assert {str(dtype).removeprefix("torch.") for dtype in runner.BOUNDS} == set(verb.DTYPES)
 
 
@@ -276,7 +280,7 @@ def test_rows_of_other_settings_are_not_overwritten(
     if not words:
         real = machine.describe
         monkeypatch.setattr(machine, "describe", lambda command: real(command) | {"commit": "another"})
-    with pytest.raises(UserError, match=f"--out mine holds rows that were measured otherwise .*{told}.*--again"):
+    with pytest.raises(UserError, match=f"--out mine holds rows that were measured differently .*{told}.*--again"):
         run(*base, *words, "--out", "mine")
     assert path.read_bytes() == content
     assert run(*base, *words) == 0
@@ -365,14 +369,18 @@ def test_a_number_that_json_does_not_know(capsys: pytest.CaptureFixture[str], mo
     assert [(row["status"], row["error"]) for row in ours] == [("wrong", None)] * 2
 
 
-def test_a_reason_is_no_formula() -> None:
-    assert report._flat({"reason": "=cmd()", "note": "a\nb", "seconds": None}) == {
-        "reason": "'=cmd()",
-        "note": "a b",
-        "seconds_median": None,
-        "seconds_low": None,
-        "seconds_high": None,
-    }
+@pytest.mark.parametrize("evil", ["=cmd()", "＝cmd()", " =cmd()", "\t=cmd()"])
+def test_the_reason_of_a_failure_is_no_formula(evil: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Alignment, value: torch.Tensor) -> torch.Tensor:
+        raise registry.Unavailable(evil)
+
+    monkeypatch.setattr(Alignment, "forward", fail)
+    assert run(*SHORT, "--out", str(tmp_path)) == 0
+    (table,) = tmp_path.glob("*.csv")
+    with table.open(newline="", encoding="utf-8") as file:
+        reasons = [line["reason"] for line in csv.DictReader(file) if line["status"] == "unavailable"]
+    assert reasons
+    assert {reason[0] for reason in reasons} == {"'"}
 
 
 @pytest.mark.parametrize(

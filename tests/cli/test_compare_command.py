@@ -11,17 +11,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 from rich.console import Console
 
 from better_attention.cli import compare, main
-from better_attention.cli.progress import LiveWatcher, PlainWatcher, make_watcher
+from better_attention.cli.arguments import command_line
+from better_attention.cli.progress import LiveProgress, PlainProgress, make_progress
+from better_attention.lab.runs.record import RunRecord
 from better_attention.lab.tasks.catalogue import TASKS
 from better_attention.lab.tasks.text import OwnTextTask
 from better_attention.lab.training import step_time
+from better_attention.lab.training.events import Began, Ended, Estimated, Failed, Stopping, Updated
 from better_attention.lab.training.progress import DivergedError, Position
+from helpers import studies
 
 
 def parse(*arguments: str) -> argparse.Namespace:
@@ -111,8 +114,8 @@ def test_a_file_for_a_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFi
         (["--set", "heads=2"], "heads of task 'digits' follows from --heads"),
         (["images", "--set", "classes=5"], "classes of task 'images' follows from the data"),
         (["recurrence", "--set", "length=5"], "length of task 'recurrence' follows from delay, steps and rules"),
-        (["--set", "width=100000000", "--device", "cpu"], "width=100000000 is out of range"),
-        (["--set", "width=200000", "--device", "cpu"], "GiB of parameters; to train it takes 3 times that"),
+        (["--set", "width=100000000", "--device", "cpu"], "GiB of parameters; training needs 3 times that"),
+        (["--set", "width=200000", "--device", "cpu"], "GiB of parameters; training needs 3 times that"),
         (["imdb", "--data", "nowhere", "--device", "cpu"], "nowhere does not exist"),
     ],
 )
@@ -141,14 +144,14 @@ def test_it_ends_with_the_table_and_says_where_the_files_are(
         assert str(tmp_path / name) in said
         assert (tmp_path / name).stat().st_size > 100
     (record,) = json.loads((tmp_path / "results.json").read_text())
-    assert record["command"] == compare.command_line()
+    assert record["command"] == command_line()
     assert main.main([*arguments, "--lr", "0.5"]) == 2
     assert "lr: 0.003 there, 0.5 now" in capsys.readouterr().err
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
     code = "import sys; from better_attention.cli.main import main; sys.argv[0] = 'better-attention'; sys.exit(main())"
-    arguments = ["compare", "--mechanisms", "super", "--scale", "small", "--epochs", "1000", "--patience", "0"]
+    arguments = ["compare", "--mechanisms", "super", "--scale", "smoke", "--epochs", "1000", "--patience", "0"]
     command = [sys.executable, "-c", code, *arguments, "--device", "cpu", "--out", str(tmp_path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
@@ -190,41 +193,36 @@ def test_json_stands_alone_on_standard_output(
 def test_above_an_hour_something_shorter_is_named(scale: str, hint: str) -> None:
     screen = io.StringIO()
     plan = compare.make_plan(parse("digits", "--scale", scale))
-    watcher = PlainWatcher(Console(file=screen, width=200, highlight=False), plan)
-    watcher.estimate(3600, 5)
+    progress = PlainProgress(Console(file=screen, width=200, highlight=False), plan)
+    progress(Estimated(3600, 5))
     assert "take" not in screen.getvalue()
-    watcher.estimate(3601, 5)
+    progress(Estimated(3601, 5))
     assert f"{hint}; Ctrl-C stops after a step, and the same command continues there" in screen.getvalue()
 
 
-def watcher_on(terminal: bool) -> tuple[PlainWatcher, io.StringIO]:
+def progress_on(terminal: bool) -> tuple[PlainProgress, io.StringIO]:
     screen = io.StringIO()
     plan = compare.make_plan(parse("digits", "--seeds", "1"))
-    return make_watcher(Console(file=screen, force_terminal=terminal, width=200, highlight=False), plan), screen
+    return make_progress(Console(file=screen, force_terminal=terminal, width=200, highlight=False), plan), screen
 
 
 def test_a_terminal_gets_bars_and_anything_else_plain_lines() -> None:
-    record: dict[str, Any] = {
-        "test_accuracy": 97.531,
-        "test_loss": 0.25,
-        "best_epoch": 3,
-        "epochs": 5,
-        "epoch_seconds": 1.25,
-    }
+    results = {"test_accuracy": 97.531, "test_loss": 0.25, "best_epoch": 3, "epochs": 5, "epoch_seconds": 1.25}
+    record = RunRecord.of(studies.record("super") | results)
     curve = [{"validation_accuracy": 91.5, "validation_loss": 0.5}]
     position = Position(epoch=2, step=7, curve=curve)
-    for terminal, kind in ((True, LiveWatcher), (False, PlainWatcher)):
-        watcher, screen = watcher_on(terminal)
-        assert type(watcher) is kind
-        with watcher:
-            watcher.begin("super-h4-s0", 2, 5)
-            watcher.said_at -= 60
-            watcher.progress(position, 21)
-            if isinstance(watcher, LiveWatcher):
-                watcher.bars.refresh()
-            watcher.end("super-h4-s0", record)
-            watcher.failed("super-h4-s0", DivergedError("loss nan"))
-            watcher.stopping()
+    for terminal, kind in ((True, LiveProgress), (False, PlainProgress)):
+        progress, screen = progress_on(terminal)
+        assert type(progress) is kind
+        with progress:
+            progress(Began("super-h4-s0", 2, 5))
+            progress.said_at -= 60
+            progress(Updated(position, 21))
+            if isinstance(progress, LiveProgress):
+                progress.bars.refresh()
+            progress(Ended("super-h4-s0", record))
+            progress(Failed("super-h4-s0", DivergedError("loss nan")))
+            progress(Stopping())
         said = screen.getvalue()
         assert "[2/5] super-h4-s0  test 97.53 %, loss 0.250; best epoch 3 of 5; 1.25 s/epoch" in said
         assert "epoch 2/30, step 7/21  validation 91.50 %, loss 0.500" in said

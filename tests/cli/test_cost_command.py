@@ -101,10 +101,10 @@ def test_a_figure_replaces_a_figure_and_nothing_else(tmp_path: Path, ending: str
     for _ in range(2):
         assert run(*words) == 0
     path.write_bytes(b"a photo of mine")
-    with pytest.raises(ValueError, match="there is such a file, and this command did not write it"):
+    with pytest.raises(ValueError, match="this file already exists and was not written by"):
         run(*words)
     assert path.read_bytes() == b"a photo of mine"
-    with pytest.raises(ValueError, match="there is no folder"):
+    with pytest.raises(ValueError, match=r"does not exist\. Create it first"):
         run("--figure", "2", "--out", str(tmp_path / "nodir" / path.name))
     assert not (tmp_path / "nodir").exists()
 

@@ -7,7 +7,6 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -15,9 +14,13 @@ from PIL import Image
 
 from better_attention.cli import UserError
 from better_attention.cli import data as verb
-from better_attention.lab.data import SOURCES, DataError, catalogue, read, store
+from better_attention.lab.data import store
+from better_attention.lab.data.catalogue import read
 from better_attention.lab.data.own_pictures import cache as image_cache
 from better_attention.lab.data.own_pictures.read import find
+from better_attention.lab.data.published import SOURCES, mnist
+from better_attention.lab.data.samples import DataError
+from better_attention.lab.files import digest
 from helpers import publisher as site
 from helpers.layouts import write_imdb, write_mnist
 from helpers.publisher import HOST, Publisher
@@ -75,7 +78,7 @@ def test_decoded_pictures_are_listed_with_their_size(
     assert image_cache.held() == (0, 0)
     assert call("clear", "--json") == 0
     assert json.loads(capsys.readouterr().out) == {"folder": told["folder"], "sets": 0, "bytes": 0}
-    with pytest.raises(UserError, match="leave --data away"):
+    with pytest.raises(UserError, match="remove --data"):
         call("--data", str(tmp_path), "clear")
 
 
@@ -83,7 +86,8 @@ def test_options_count_before_and_after_the_action(tmp_path: Path, capsys: pytes
     write_mnist(tmp_path)
     for words in (("--data", tmp_path, "--json", "list"), ("list", "--data", tmp_path, "--json")):
         call(*words)
-        assert json.loads(capsys.readouterr().out)["data_sets"][1]["state"] == "found"
+        states = {row["name"]: row["state"] for row in json.loads(capsys.readouterr().out)["data_sets"]}
+        assert states["mnist"] == "found"
 
 
 def test_a_half_filled_folder_is_listed_as_such(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -105,7 +109,7 @@ def test_import_then_show(cache: Path, tmp_path: Path, capsys: pytest.CaptureFix
         "5 training and 3 test samples",
         "classes: neg, pos",
         "2 texts occur in both splits",
-        store.sha256(archive),
+        digest(archive),
         "not the official file's",
         SOURCES["imdb"].remotes[0].url,
         read("imdb").fingerprint(),
@@ -149,8 +153,7 @@ def small_mnist(publisher: Publisher, tmp_path: Path, monkeypatch: pytest.Monkey
     """MNIST's row with four small files at the loopback server."""
     contents = {file.name: file.read_bytes() for file in write_mnist(tmp_path / "published").iterdir()}
     remotes = tuple(site.remote(contents[remote.name], name=remote.name) for remote in SOURCES["mnist"].remotes)
-    rows = dict(SOURCES) | {"mnist": replace(SOURCES["mnist"], remotes=remotes)}
-    monkeypatch.setattr(catalogue, "SOURCES", MappingProxyType(rows))
+    monkeypatch.setattr(mnist, "SOURCE", replace(mnist.SOURCE, remotes=remotes))
     publisher.answers = [site.serves(contents[remote.name]) for remote in remotes]
     fetch = store.fetch
     monkeypatch.setattr(store, "fetch", lambda *a, **k: fetch(*a, **k, session=publisher.session(), hosts={HOST}))
@@ -193,9 +196,11 @@ def test_fetch_draws_bars_on_a_terminal(
 
 def test_mistakes(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(
-        DataError, match="unknown data set 'minst': choose one of digits, mnist, cifar100, imdb, amazon, translation"
+        DataError, match="unknown data set 'minst': choose one of amazon, cifar100, digits, imdb, mnist, translation"
     ):
         call("show", "minst")
+    with pytest.raises(UserError, match="'images' reads your own files in place: `better-attention compare images"):
+        call("show", "images")
     with pytest.raises(DataError, match="'digits' needs no download"):
         call("fetch", "digits")
     with pytest.raises(DataError, match="does not hold imdb"):

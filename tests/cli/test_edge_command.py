@@ -167,21 +167,6 @@ def test_ratios_are_standards_time_over_its_own(monkeypatch: pytest.MonkeyPatch)
     assert timings[1].seconds == Spread.of([2.0, 5.0, 2.0])
 
 
-@pytest.mark.parametrize("name", [n for n in timing.PAPER_TASKS if n in TASKS])
-def test_inputs_have_the_tasks_shape(name: str) -> None:
-    task = timing.available_tasks()[name]
-    inputs = timing.random_inputs(task, 3)
-    assert len(inputs) == 3
-    assert torch.equal(inputs, timing.random_inputs(task, 3))
-    assert inputs.float().std() > 0
-    if name in ("mnist", "imdb"):
-        model = task.build("efficient", 4).eval()
-        with torch.inference_mode():
-            assert len(model(inputs)) == 3
-    if not inputs.is_floating_point() and inputs.ndim == 2:
-        assert inputs.min() > 0  # no padding
-
-
 def test_heads_that_do_not_divide_are_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--tasks", "imdb", "--heads", "5,4", "--mechanisms", "standard", *FP32[-2:], "--quick") == 0
     assert "Not timed: imdb, h 5: embed_dim must be divisible" in capsys.readouterr().out
@@ -232,7 +217,7 @@ def test_wrong_int8_numbers_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.filterwarnings("ignore")  # of torchao's own
 def test_int8_by_torchao() -> None:
     pytest.importorskip("torchao")
-    probe = timing.random_inputs(tiny.task(width=12), 16)
+    probe = tiny.task(width=12).random_samples(16).inputs
     model, count = timing.prepare(tiny.task(width=12), "super", 3, "int8", probe)
     # a tiny ViT: patches, 2 layers of q, o and the MLP, head
     assert count == 1 + 2 * (2 + 2) + 1
@@ -326,7 +311,7 @@ def test_rows_of_other_settings_are_not_overwritten(capsys: pytest.CaptureFixtur
     assert run(*FP32) == run(*FP32, "--out", "mine") == 0
     content = Path("mine/edge.json").read_bytes()
     assert run(*FP32, "--rounds", "2", "--out", "mine") == 2
-    assert "--out mine holds rows that were measured otherwise (rounds 3, now 2)" in capsys.readouterr().err
+    assert "--out mine holds rows that were measured differently (rounds 3, now 2)" in capsys.readouterr().err
     assert Path("mine/edge.json").read_bytes() == content
     assert run(*FP32, "--rounds", "2") == 0
     assert sorted(str(path) for path in Path("runs").glob("*/edge.json")) == [

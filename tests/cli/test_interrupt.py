@@ -1,7 +1,8 @@
-"""Ctrl-C where nothing is to be saved yet: while torch is imported, and while a comparison measures its pace."""
+"""Ctrl-C where nothing is to be saved: while torch is imported, while a pace is measured, and after the end."""
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import signal
@@ -18,7 +19,6 @@ from better_attention.cli import main
 from better_attention.lab.ladder import climb
 from better_attention.lab.tasks.variant import Variant
 from better_attention.lab.training import step_time
-from better_attention.lab.training.events import Watcher
 from better_attention.lab.training.interruption import Stop
 from helpers import tiny
 
@@ -43,12 +43,45 @@ def test_while_torch_is_imported(how: str, tmp_path: Path) -> None:
     assert (program.returncode, said) == (130, "better-attention: interrupted.\n")
 
 
+CLEARING_UP = """
+import atexit, sys, time
+from better_attention.cli.main import main
+
+def slow():
+    print("clearing up", flush=True)
+    time.sleep(60)
+
+atexit.register(slow)
+sys.exit(main())
+"""
+
+
+def test_while_the_process_clears_up(tmp_path: Path) -> None:
+    """Whoever is told that it is interrupted, and waits for Python's own end, may press the keys again."""
+    script = tmp_path / "better-attention"
+    script.write_text(CLEARING_UP)
+    with subprocess.Popen(
+        [sys.executable, str(script), "cost"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as program:
+        assert program.stdout is not None
+        while program.stdout.readline() not in ("clearing up\n", ""):
+            pass
+        program.send_signal(signal.SIGINT)
+        _, said = program.communicate(timeout=30)
+    assert (program.returncode, said) == (-signal.SIGINT, "")
+
+
 def test_a_program_of_somebody_else_s_keeps_its_handler() -> None:
     assert not command.is_command()
-    before = signal.getsignal(signal.SIGINT)
+    before, frozen = signal.getsignal(signal.SIGINT), gc.get_freeze_count()
     command.quiet()
     command.loud()
+    command.ending()
     assert signal.getsignal(signal.SIGINT) is before
+    assert gc.get_freeze_count() == frozen
 
 
 VERBS = {
@@ -82,7 +115,7 @@ def test_while_the_pace_is_measured(
 
 
 def test_between_the_runs_of_a_ladder_a_measurement_is_cut_short(monkeypatch: pytest.MonkeyPatch) -> None:
-    stop = Stop(Watcher())
+    stop = Stop()
     updates = []
 
     def counted(*arguments: Any) -> Callable[[], float]:
@@ -98,10 +131,10 @@ def test_between_the_runs_of_a_ladder_a_measurement_is_cut_short(monkeypatch: py
     assert len(updates) == 4  # ours and torch's, once to get ready and once for the time
 
 
-def test_an_estimate_takes_two_updates_of_each_model(
+def test_an_estimate_takes_two_updates_of_few_models(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In the grid of the scale "small": 2 mechanisms, 2 depths, the shortest and the longest sequences."""
+    """In the grid of the scale "small": 2 mechanisms, one of them at 2 depths, the shortest and longest sequences."""
     updates = []
 
     def counted(*arguments: Any) -> Callable[[], float]:
@@ -116,7 +149,7 @@ def test_an_estimate_takes_two_updates_of_each_model(
     monkeypatch.setattr(climb.Climb, "train", lambda *_: pytest.fail("it has begun"))
     ladder = ["ladder", "--mechanisms", "standard,efficient", "--scalings", "sqrt", "--out", str(tmp_path / "out")]
     assert main.main(ladder) == 2
-    assert len(updates) == 2 * 2 * 2 * 2
+    assert len(updates) == 2 * (2 + 1) * 2
     said = capsys.readouterr()
     assert re.search(r"at most \d+ (days|h)", said.out)
     assert "add --yes to begin, take --scale smoke" in said.err

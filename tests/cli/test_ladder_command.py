@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -107,7 +109,7 @@ def test_it_ends_with_the_findings_and_says_where_the_files_are(
     assert main.main([*TINY, "--out", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     assert "our own definition" in said
-    assert "of training for 4 runs of 2 updates an epoch and at most 1 epoch; solved" in said
+    assert "of training for 4 runs with 2 updates per epoch and at most 1 epoch; solved" in said
     assert "[1 of at most 4] n4-t4/sqrt-rotary-l1/standard-h2-s0  test " in said
     assert "expressive against standard: " in said
     assert "no difference shown." in said
@@ -141,3 +143,20 @@ def test_stopped_it_says_how_to_go_on(
     monkeypatch.setattr(step_time, "BUDGET", 0.0)
     assert main.main([*TINY, "--out", str(tmp_path)]) == 130
     assert "The same command continues there" in capsys.readouterr().out
+
+
+ESTIMATED = """
+import sys
+from better_attention.cli.main import main
+status = main(["ladder", "--out", sys.argv[1]])
+print(status, *(name for name in ("torch._dynamo", "scipy", "matplotlib", "sklearn") if name in sys.modules))
+"""
+
+
+def test_nothing_slow_is_imported_before_the_estimate(tmp_path: Path) -> None:
+    """Whoever is told that it takes days is told so within seconds; these packages take as long as all the rest."""
+    done = subprocess.run(
+        [sys.executable, "-c", ESTIMATED, str(tmp_path / "out")], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "2", done.stdout
+    assert "that may take more than an hour" in done.stderr

@@ -164,7 +164,8 @@ def test_a_text_without_a_known_word_is_told(reviews: Path, capsys: pytest.Captu
     assert main.main(["predict", str(reviews), "zzz \x1b qqq", "a good film."]) == 0
     said = capsys.readouterr().err
     assert said.count("note:") == 1
-    assert "none of the words of 'zzz" in said
+    assert "note: zzz" in said
+    assert "qqq: none of its words is in the model's vocabulary" in said
     assert "\x1b" not in said
 
 
@@ -173,9 +174,9 @@ def test_what_is_no_picture_file_is_told_apart(
 ) -> None:
     np.save(fine := tmp_path / "fine.npy", picture())
     assert f"{tmp_path} is a folder: name the pictures in it" in refused(capsys, digits, tmp_path)
-    assert "/dev/null is no file that pictures are in" in refused(capsys, digits, "/dev/null")
+    assert "/dev/null is not an image file" in refused(capsys, digits, "/dev/null")
     for name in ("", "-"):
-        assert f"input 2, {name!r}: pictures are named by their files" in refused(capsys, digits, fine, name)
+        assert f"input 2, {name!r}: expected the path of an image file" in refused(capsys, digits, fine, name)
 
 
 def test_inputs_and_options_come_in_any_order(
@@ -218,7 +219,7 @@ def test_a_task_without_a_data_set_reads_what_is_named(tmp_path: Path, capsys: p
     assert main.main(["compare", "recurrence", *SHORT, "--out", str(tmp_path)]) == 0
     run = tmp_path / "super-h2-s0"
     assert len(predict(capsys, run, "1 0 1 3")) == 1
-    assert "'recurrence' makes its data itself. Name the symbols instead" in refused(capsys, run, "--index", 0)
+    assert "'recurrence' computes its data. Name the symbols instead" in refused(capsys, run, "--index", 0)
 
 
 def test_a_hostile_text_cannot_write_to_the_terminal(reviews: Path, capsys: pytest.CaptureFixture[str]) -> None:

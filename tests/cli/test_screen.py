@@ -25,8 +25,8 @@ from rich.text import Text
 import better_attention
 from better_attention.cli import console, main, screen
 from better_attention.cli import list as list_verb
-from better_attention.cli.progress import PlainWatcher, make_watcher
-from better_attention.lab.comparison.compare import Plan
+from better_attention.cli.progress import PlainProgress, make_progress
+from better_attention.lab.comparison.plan import Plan
 from better_attention.lab.tasks.variant import Variant
 from better_attention.lab.training import step_time
 from helpers import tiny
@@ -337,7 +337,7 @@ def test_a_file_holds_no_cursor_movement(
 ) -> None:
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
-    assert type(make_watcher(console(), Plan(tiny.task(), [Variant.of("super")], (3,), 1, tmp_path))) is PlainWatcher
+    assert type(make_progress(console(), Plan(tiny.task(), [Variant.of("super")], (3,), 1, tmp_path))) is PlainProgress
     with Progress(console=console(), refresh_per_second=100) as bars:
         task = bars.add_task("bars", total=3)
         for _ in range(3):

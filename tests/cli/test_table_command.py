@@ -294,7 +294,7 @@ def test_runs_that_contradict_each_other_stay_apart(tmp_path: Path, capsys: pyte
 def test_results_of_other_tasks_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(tmp_path / "results.json", [imdb()])
     assert table(5, path) == 0
-    assert "Results of imdb were read: none of them is of table 5." in capsys.readouterr().out
+    assert "Results of imdb were read, but none belongs to table 5." in capsys.readouterr().out
     assert table(8, path) == 0
     assert "none of them" not in capsys.readouterr().out
 
@@ -307,10 +307,10 @@ def test_a_file_of_somebody_elses_is_not_overwritten(
     (tmp_path / "mine.csv").write_text("text,label\nfine,1\n", encoding="utf-8")
     results = [path] if number == 8 else []
     assert table(number, *results, "--csv", tmp_path / "mine.csv") == 2
-    assert "mine.csv: there is such a file, and this command did not write it" in capsys.readouterr().err
+    assert "mine.csv: this file already exists and was not written by better-attention" in capsys.readouterr().err
     assert (tmp_path / "mine.csv").read_text("utf-8") == "text,label\nfine,1\n"
     assert table(number, *results, "--csv", tmp_path / "nodir" / "t.csv") == 2
-    assert "there is no folder" in capsys.readouterr().err
+    assert "does not exist. Create it first" in capsys.readouterr().err
     assert not (tmp_path / "nodir").exists()
     for _ in range(2):
         assert table(number, *results, "--csv", tmp_path / "ours.csv") == 0
@@ -373,4 +373,4 @@ def test_results_that_are_not_there_are_refused(tmp_path: Path, capsys: pytest.C
     assert table(4, tmp_path / "empty") == 2
     assert "empty holds no edge.json" in capsys.readouterr().err
     assert table(8, "--csv", tmp_path) == 2
-    assert "--csv is a file to be written, but" in capsys.readouterr().err
+    assert "--csv expects a file, but" in capsys.readouterr().err

@@ -10,9 +10,10 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from better_attention.lab.comparison.compare import Plan
+from better_attention.lab.comparison.plan import Plan
 from better_attention.lab.runs import manifest
-from better_attention.lab.runs.folder import FILES
+from better_attention.lab.runs.folder import FILES, RunFolder
+from better_attention.lab.runs.job import Job
 from better_attention.lab.tasks.catalogue import TASKS
 from better_attention.lab.tasks.image import ImageTask
 from better_attention.lab.tasks.splits import Splits
@@ -43,12 +44,9 @@ def training(folder: Path, mechanism: str = "super", seed: int = 0, **changes: A
     """A run of the tiny task; fields of the task and of Training may be changed alike."""
     own = {key: changes.pop(key) for key in ("progress", "stop", "checkpoint_seconds", "splits") if key in changes}
     return Training(
-        task=task(**changes),
+        Job(task(**changes), Variant.of(mechanism), 3, seed),
         splits=own.pop("splits", None) or splits(),
-        variant=Variant.of(mechanism),
-        heads=3,
-        seed=seed,
-        folder=folder,
+        folder=RunFolder(folder),
         accelerator=Accelerator(cpu=True),
         **own,
     )

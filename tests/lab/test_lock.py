@@ -9,25 +9,26 @@ import subprocess
 import sys
 from pathlib import Path
 
+import filelock
 import pytest
 
 from better_attention.lab import lock
-from better_attention.lab.comparison.compare import Plan, compare
+from better_attention.lab.comparison.compare import compare
+from better_attention.lab.comparison.plan import Plan
 from better_attention.lab.files import remove_leftovers
 from better_attention.lab.lock import MARKER, holder, locked
-from better_attention.lab.runs.states import look_at
+from better_attention.lab.runs.states import run_state
 from better_attention.lab.tasks.variant import Variant
-from better_attention.lab.training.events import Watcher
 from helpers import TESTS, tiny
 
 
 def without_locks(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     """Play a file system that answers so where it is asked for a lock."""
 
-    def refuse(handle: int) -> None:
+    def refuse(handle: int, *, blocking: bool) -> bool:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(lock, "_lock", refuse)
+    monkeypatch.setattr(filelock, "lock_descriptor", refuse)
 
 
 @pytest.mark.parametrize("name", ["ENOLCK", "EOPNOTSUPP", "ENOSYS", "ENOTSUP", "EINVAL"])
@@ -55,18 +56,19 @@ def test_a_file_system_without_locks_has_one_writer_too(
 def test_a_comparison_trains_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     without_locks(monkeypatch, errno.ENOLCK)
     plan = Plan(tiny.task(epochs=1), [Variant.of("super")], (3,), 1, tmp_path, device="cpu", command="compare")
-    study, _ = compare(plan, Watcher())
+    study, _ = compare(plan)
     assert study.finished == 1
-    assert look_at(tmp_path / "super-h3-s0").state == "finished"
+    assert run_state(tmp_path / "super-h3-s0").state == "finished"
 
 
 DIES = """
 import errno, os, sys
 from pathlib import Path
+import filelock
 from better_attention.lab import lock
-def refuse(handle):
+def refuse(handle, *, blocking):
     raise OSError(errno.ENOLCK, "No locks available")
-lock._lock = refuse
+filelock.lock_descriptor = refuse
 with lock.locked(Path(sys.argv[1])):
     os._exit(7)
 """
@@ -84,8 +86,6 @@ def test_the_marker_of_a_process_that_died_is_removed(tmp_path: Path, monkeypatc
 
 @pytest.mark.parametrize("name", ["EACCES", "EROFS", "EIO", "ESTALE"])
 def test_another_error_is_told_as_what_it_is(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if name == "EACCES" and sys.platform == "win32":
-        pytest.skip("there it says that the lock is held")
     number = getattr(errno, name)
     without_locks(monkeypatch, number)
     with pytest.raises(OSError, match=re.escape(os.strerror(number))) as caught, locked(tmp_path):
@@ -147,16 +147,16 @@ import os, sys, tempfile
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from helpers import tiny
-from better_attention.lab.comparison.compare import Plan, compare
+from better_attention.lab.comparison.compare import compare
+from better_attention.lab.comparison.plan import Plan
 from better_attention.lab.tasks.variant import Variant
-from better_attention.lab.training.events import Watcher
 real = Path.replace
 def crash(self, target):
     if Path(target).name == sys.argv[3]:
         os._exit(9)
     return real(self, target)
 Path.replace = crash
-compare(Plan(tiny.task(epochs=1), [Variant.of("super")], (3,), 1, Path(sys.argv[2]), device="cpu"), Watcher())
+compare(Plan(tiny.task(epochs=1), [Variant.of("super")], (3,), 1, Path(sys.argv[2]), device="cpu"))
 """
 
 
@@ -169,7 +169,7 @@ def test_a_comparison_that_crashed_is_cleaned_up_by_the_next(name: str, tmp_path
     assert subprocess.run(command, check=False, timeout=300).returncode == 9
     assert list(tmp_path.rglob(f".{name}.*.tmp"))
     plan = Plan(tiny.task(epochs=1), [Variant.of("super")], (3,), 1, tmp_path, device="cpu", command="compare")
-    study, _ = compare(plan, Watcher())
+    study, _ = compare(plan)
     assert study.finished == 1
     assert not list(tmp_path.rglob("*.tmp"))
 

@@ -1,7 +1,7 @@
 """Differential tests: the library against the oracle, against stock PyTorch, and its own paths against each other.
 
-D1 random layers against the NumPy oracle; D2 low precision and larger sizes; D3 standard against
-``torch.nn.MultiheadAttention``; D5 every implementation against the reference; D6 extreme inputs.
+Random layers against the NumPy oracle; low precision and larger sizes; standard against
+``torch.nn.MultiheadAttention``; every implementation against the reference; extreme inputs.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def normal(rng: np.random.Generator, *shape: int, dtype: torch.dtype = DOUBLE) -
     return torch.from_numpy(rng.normal(size=shape)).to(dtype)
 
 
-# ---------------------------------------------------------------------------------------------------------------- D1
+# --- layers against the oracle
 
 ROWS: dict[str, dict[str, Any]] = {
     "standard": {"mechanism": "standard"},
@@ -126,7 +126,7 @@ def draw_layer(
 
 
 def draw_case(rng: np.random.Generator, row: dict[str, Any]) -> Case:
-    """One draw of D1: batch none, 0-3, L and S 0-9, heads 1-4, width 1-8, and every form of mask."""
+    """One random case: batch none, 0-3, L and S 0-9, heads 1-4, width 1-8, and every form of mask."""
     batch = None if rng.random() < 0.15 else int(rng.integers(0, 4))
     L, S = int(rng.integers(0, 10)), int(rng.integers(0, 10))
     module, settings = draw_layer(rng, row, max(L, S))
@@ -211,7 +211,7 @@ EXPECTED = {
 
 @pytest.mark.parametrize("count", DRAWS)
 @pytest.mark.parametrize("row", ROWS)
-def test_d1_random_layers_agree_with_the_oracle(row: str, count: int, seed: int) -> None:
+def test_random_layers_agree_with_the_oracle(row: str, count: int, seed: int) -> None:
     seen: Counter[str] = Counter()
     told = refused = 0
     for index in itertools.count():
@@ -240,7 +240,7 @@ def test_d1_random_layers_agree_with_the_oracle(row: str, count: int, seed: int)
     assert refused < count / 5
 
 
-# ---------------------------------------------------------------------------------------------------------------- D2
+# --- low precision
 
 LOW = (torch.float32, torch.bfloat16, torch.float16)
 #        embed heads  L    S
@@ -313,7 +313,7 @@ def check_low_precision(
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 @pytest.mark.parametrize("row", [row for row in ROWS if row != "any"])
-def test_d2_low_precision(row: str, dtype: torch.dtype, rng: np.random.Generator) -> None:
+def test_low_precision(row: str, dtype: torch.dtype, rng: np.random.Generator) -> None:
     check_low_precision(rng, row, dtype, (65, 5, 37, 41), masked=False)
 
 
@@ -322,13 +322,13 @@ def test_d2_low_precision(row: str, dtype: torch.dtype, rng: np.random.Generator
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 @pytest.mark.parametrize("row", [row for row in ROWS if row != "any"])
-def test_d2_low_precision_at_size(
+def test_low_precision_at_size(
     row: str, dtype: torch.dtype, size: tuple[int, int, int, int], masked: bool, rng: np.random.Generator
 ) -> None:
     check_low_precision(rng, row, dtype, size, masked)
 
 
-# ---------------------------------------------------------------------------------------------------------------- D3
+# --- beside torch.nn.MultiheadAttention
 
 
 def draw_stock(rng: np.random.Generator) -> tuple[nn.MultiheadAttention, dict[str, Any], list[Tensor], dict[str, Any]]:
@@ -396,7 +396,7 @@ def unpacked_gradients(stock: nn.MultiheadAttention) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("count", [100, pytest.param(500, marks=pytest.mark.slow)])
-def test_d3_standard_is_stock_attention(count: int, seed: int) -> None:
+def test_standard_is_stock_attention(count: int, seed: int) -> None:
     for index in range(count):
         rng = np.random.default_rng([seed, index])
         stock, settings, inputs, arguments = draw_stock(rng)
@@ -436,7 +436,7 @@ def test_d3_standard_is_stock_attention(count: int, seed: int) -> None:
             assert_close(named[name], reference, f"gradient of {name}, {note}", vacuous=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------- D5
+# --- implementations against each other
 
 WILLING = {"softmax": {"reference", "sdpa", "chunked"}, "expressive": {"reference", "chunked"}}
 """Who computes a score, whatever the mask, where neither weights nor dropout are asked for."""
@@ -574,14 +574,14 @@ def check_implementations(
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("score", WILLING)
-def test_d5_every_implementation(score: str, mask: str, rng: np.random.Generator) -> None:
+def test_every_implementation(score: str, mask: str, rng: np.random.Generator) -> None:
     for causal, groups, scale in itertools.product((False, True), (1, 3), (None, -0.7)):
         check_implementations(rng, score, mask, causal=causal, groups=groups, scale=scale)
 
 
 @pytest.mark.parametrize("sizes", [(1, 2, 211, 1031), (1, 2, 1031, 211), (3, 1, 1, 2053)], ids=str)
 @pytest.mark.parametrize("score", WILLING)
-def test_d5_across_blocks(score: str, sizes: tuple[int, int, int, int], rng: np.random.Generator) -> None:
+def test_across_blocks(score: str, sizes: tuple[int, int, int, int], rng: np.random.Generator) -> None:
     """Lengths that no block size divides, long enough for several blocks."""
     for mask, causal in itertools.product(("none", "float -inf (B, N, L, S)"), (False, True)):
         if causal and sizes[2] == 1:
@@ -590,13 +590,13 @@ def test_d5_across_blocks(score: str, sizes: tuple[int, int, int, int], rng: np.
 
 
 @pytest.mark.parametrize("score", WILLING)
-def test_d5_gradient_of_a_bias(score: str, rng: np.random.Generator) -> None:
+def test_gradient_of_a_bias(score: str, rng: np.random.Generator) -> None:
     check_implementations(rng, score, "float (1, N, L, S)", learned_bias=True)
     check_implementations(rng, score, "float (L, S)", learned_bias=True, causal=True)
 
 
 @pytest.mark.parametrize("score", WILLING)
-def test_d5_weights_carry_gradients(score: str, rng: np.random.Generator) -> None:
+def test_weights_carry_gradients(score: str, rng: np.random.Generator) -> None:
     """A loss on the weights reaches query and key as in the formula."""
     q, k, v = (normal(rng, 2, 3, n, 5).requires_grad_() for n in (7, 11, 11))
     upstream = normal(rng, 2, 3, 7, 11)
@@ -609,7 +609,7 @@ def test_d5_weights_carry_gradients(score: str, rng: np.random.Generator) -> Non
 
 @pytest.mark.parametrize("leading", [(), (3,), (2, 3)], ids=str)
 @pytest.mark.parametrize("score", WILLING)
-def test_d5_leading_dimensions(score: str, leading: tuple[int, ...], rng: np.random.Generator) -> None:
+def test_leading_dimensions(score: str, leading: tuple[int, ...], rng: np.random.Generator) -> None:
     q, k, v = normal(rng, *leading, 7, 5), normal(rng, *leading, 11, 5), normal(rng, *leading, 11, 13)
     lifted = (array(x).reshape((1,) * (4 - x.ndim) + tuple(x.shape)) for x in (q, k, v))
     exact = oracle.attention(*lifted, score=score)[0].reshape(*leading, 7, 13)
@@ -655,7 +655,9 @@ def check_low_precision_attention(
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("score", WILLING)
-def test_d5_low_precision(score: str, impl: str, dtype: torch.dtype, rng: np.random.Generator) -> None:
+def test_implementations_agree_in_low_precision(
+    score: str, impl: str, dtype: torch.dtype, rng: np.random.Generator
+) -> None:
     if impl not in WILLING[score]:
         with pytest.raises(ValueError, match=impl):
             ba.attention(*(torch.ones(1, 1, 2, 2),) * 3, score=score, impl=impl)
@@ -665,7 +667,7 @@ def test_d5_low_precision(score: str, impl: str, dtype: torch.dtype, rng: np.ran
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row != "any"])
-def test_d5_modules(row: str, rng: np.random.Generator) -> None:
+def test_modules(row: str, rng: np.random.Generator) -> None:
     """The same layer built for each implementation: outputs and every gradient are the reference's."""
     E, N, B, L = 15, 3, 2, 7
     options = dict(ROWS[row])
@@ -696,13 +698,13 @@ def test_d5_modules(row: str, rng: np.random.Generator) -> None:
             assert_close(actual, wanted, f"{row} {impl} result {index}", vacuous=index > 0)
 
 
-def test_d5_an_unknown_implementation_is_refused() -> None:
+def test_an_unknown_implementation_is_refused() -> None:
     x = torch.ones(1, 1, 2, 2)
     with pytest.raises(ValueError, match="fastest"):
         ba.attention(x, x, x, impl="fastest")
 
 
-# ---------------------------------------------------------------------------------------------------------------- D6
+# --- extreme values
 
 ALL_DTYPES = (DOUBLE, *LOW)
 
@@ -792,7 +794,7 @@ class TestD6:
 
 
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
-def test_d6_expressive_bias_of_large_size(dtype: torch.dtype, rng: np.random.Generator) -> None:
+def test_expressive_bias_of_large_size(dtype: torch.dtype, rng: np.random.Generator) -> None:
     """Biases act on the logarithm of the weight: ±300 neither overflows nor empties a row, whatever the block order."""
     q, k, v = (normal(rng, 1, 2, n, 5, dtype=dtype) for n in (3, 11, 11))
     bias = torch.from_numpy(rng.choice([-300.0, 300.0], size=(2, 3, 11))).to(dtype)

@@ -1,4 +1,4 @@
-"""Bad input of every kind: what came, what was expected, the way out (HOUSE.md 7; RELIABILITY.md Z1, Z2).
+"""Bad input of every kind: the message says what came, what was expected and what to do.
 
 A user error is a ValueError or a TypeError on every path; never an AssertionError, an IndexError, or a RuntimeError
 from the depths of torch. Messages are matched loosely: the names and the values must be there.
@@ -39,7 +39,7 @@ def build(**options: object) -> ba.MultiheadAttention:
     return ba.MultiheadAttention(**{"embed_dim": E, "num_heads": N, "batch_first": True, **options})
 
 
-# --- the constructor (Z1) ---------------------------------------------------------------------------------------------
+# --- the constructor -------------------------------------------------------------------------------------------------
 
 CONSTRUCTOR: dict[str, tuple[dict[str, object], tuple[object, ...]]] = {
     "heads do not divide": ({"embed_dim": 10, "num_heads": 3}, ("embed_dim", "10", "num_heads", "3", "divis")),
@@ -109,12 +109,12 @@ CONSTRUCTOR: dict[str, tuple[dict[str, object], tuple[object, ...]]] = {
 
 
 @pytest.mark.parametrize("case", CONSTRUCTOR)
-def test_z1_constructor(case: str) -> None:
+def test_constructor(case: str) -> None:
     options, words = CONSTRUCTOR[case]
     refused(lambda: build(**options), *words)
 
 
-def test_z1_unknown_arguments_are_type_errors() -> None:
+def test_unknown_arguments_are_type_errors() -> None:
     refused(lambda: build(heads=3), "heads", kind=TypeError)
     refused(lambda: ba.MultiheadAttention(E), "num_heads", kind=TypeError)
     refused(
@@ -123,7 +123,7 @@ def test_z1_unknown_arguments_are_type_errors() -> None:
     )
 
 
-def test_z1_good_values_of_unusual_types_work() -> None:
+def test_good_values_of_unusual_types_work() -> None:
     module = build(embed_dim=np.int64(6), num_heads=np.int32(2), mechanism="super", max_len=np.int64(5), dropout=0)
     x = tokens(B, 5, E, dtype=torch.float32)
     assert module(x, x, x)[0].shape == (B, 5, E)
@@ -164,7 +164,7 @@ def any_constructor(options: dict[str, object], mechanism: str) -> None:
 @given(
     options=st.dictionaries(st.sampled_from(ARGUMENTS), JUNK, min_size=1, max_size=2), mechanism=st.sampled_from(NAMED)
 )
-def test_z1_constructor_fuzzed(options: dict[str, object], mechanism: str) -> None:
+def test_constructor_fuzzed(options: dict[str, object], mechanism: str) -> None:
     any_constructor(options, mechanism)
 
 
@@ -173,7 +173,7 @@ def test_z1_constructor_fuzzed(options: dict[str, object], mechanism: str) -> No
 @given(
     options=st.dictionaries(st.sampled_from(ARGUMENTS), JUNK, min_size=1, max_size=4), mechanism=st.sampled_from(NAMED)
 )
-def test_z1_constructor_fuzzed_long(options: dict[str, object], mechanism: str) -> None:
+def test_constructor_fuzzed_long(options: dict[str, object], mechanism: str) -> None:
     any_constructor(options, mechanism)
 
 
@@ -249,14 +249,14 @@ FORWARD: dict[str, tuple[dict[str, object], tuple[object, ...]]] = {
 
 @pytest.mark.parametrize("name", ["standard", "efficient", "super", "expressive"])
 @pytest.mark.parametrize("case", FORWARD)
-def test_z2_forward(case: str, name: str) -> None:
+def test_forward(case: str, name: str) -> None:
     changes, words = FORWARD[case]
     for need_weights in (False, True):
         refused(call(name, need_weights=need_weights, **changes), *words)
 
 
 @pytest.mark.parametrize("name", ["standard", "efficient", "super", "expressive"])
-def test_z2_forward_unbatched(name: str) -> None:
+def test_forward_unbatched(name: str) -> None:
     q, k = torch.zeros(L, E), torch.zeros(S, E)
     bad = {
         "key_padding_mask": torch.zeros(1, S, dtype=torch.bool),
@@ -267,7 +267,7 @@ def test_z2_forward_unbatched(name: str) -> None:
     refused(call(name, query=q, key=k, value=torch.zeros(B, S, E)), "value", "(2, 5, 6)")
 
 
-def test_z2_nested_tensors_are_refused() -> None:
+def test_nested_tensors_are_refused() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch: nested tensors are a prototype
         nested = torch.nested.nested_tensor([torch.zeros(3, E), torch.zeros(2, E)])
@@ -275,7 +275,7 @@ def test_z2_nested_tensors_are_refused() -> None:
 
 
 @pytest.mark.parametrize("name", NAMED)
-def test_z2_an_all_zero_float_mask_is_valid(name: str) -> None:
+def test_an_all_zero_float_mask_is_valid(name: str) -> None:
     module, k = layer(name, E, N, max_len=S), tokens(B, S, E, dtype=torch.float32)
     expected = module(k, k, k)
     torch.testing.assert_close(module(k, k, k, attn_mask=torch.zeros(S, S)), expected)
@@ -283,14 +283,14 @@ def test_z2_an_all_zero_float_mask_is_valid(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMED)
-def test_z2_biases_that_happen_to_include_0_and_1_are_valid(name: str) -> None:
+def test_biases_that_happen_to_include_0_and_1_are_valid(name: str) -> None:
     module, k = layer(name, E, N, max_len=S), tokens(B, S, E, dtype=torch.float32)
     mask = torch.zeros(S, S)
     mask[1, 2], mask[2, 3], mask[0, 1] = 1.0, -torch.inf, 0.5
     assert not torch.allclose(module(k, k, k, attn_mask=mask)[0], module(k, k, k)[0])
 
 
-def test_z2_the_width_of_each_input_is_checked_by_its_own_name() -> None:
+def test_the_width_of_each_input_is_checked_by_its_own_name() -> None:
     module = layer("standard", E, N, kdim=5, vdim=7)
     q, k, v = torch.zeros(B, L, E), torch.zeros(B, S, 5), torch.zeros(B, S, 7)
     module(q, k, v)
@@ -298,7 +298,7 @@ def test_z2_the_width_of_each_input_is_checked_by_its_own_name() -> None:
     refused(lambda: module(q, k, k), "value", "5", "7", "vdim")
 
 
-def test_z2_the_layout_is_suspected_where_the_sizes_suggest_it() -> None:
+def test_the_layout_is_suspected_where_the_sizes_suggest_it() -> None:
     """``batch_first=False`` is torch's default and bites everyone once; the shapes in the message show it."""
     module = layer("standard", E, N, batch_first=False)
     refused(
@@ -438,7 +438,7 @@ def test_the_table_of_mechanisms_cannot_be_changed() -> None:
     refused(lambda: ba.MECHANISMS.__setitem__("mine", ba.MECHANISMS["super"]), kind=(TypeError, AttributeError))
 
 
-# --- the same judgement as torch's class (Z2, differential) -----------------------------------------------------------
+# --- the same judgement as torch's class, differential -----------------------------------------------------------
 
 DTYPES = [torch.float32] * 6 + [torch.float64, torch.float16, torch.int64, torch.bool]
 MASK_DTYPES = [torch.bool] * 4 + [torch.float32] * 3 + [torch.float64, torch.int64, torch.uint8]
@@ -538,7 +538,7 @@ def and_triangle(mask: Tensor | None, causal: Tensor) -> Tensor:
 
 
 def judged_alike(case: dict[str, object]) -> None:
-    """What torch's class accepts, standard accepts with an equal result; what torch rejects, it rejects (Z2).
+    """What torch's class accepts, standard accepts with an equal result; what torch rejects, it rejects.
 
     The documented differences: 0/1 float masks are refused; ``is_causal`` works alone, and adds to a mask where torch
     believes that the mask is the triangle; a float mask may have any float type; fully masked rows give zeros where
@@ -604,14 +604,14 @@ def equal_but_for_masked_rows(found: tuple[Tensor, Tensor | None], expected: tup
 
 @UNIT
 @given(case=call_of_forward())
-def test_z2_standard_judges_as_torch_does(case: dict[str, object]) -> None:
+def test_standard_judges_as_torch_does(case: dict[str, object]) -> None:
     judged_alike(case)
 
 
 @pytest.mark.slow
 @LONG
 @given(case=call_of_forward())
-def test_z2_standard_judges_as_torch_does_long(case: dict[str, object]) -> None:
+def test_standard_judges_as_torch_does_long(case: dict[str, object]) -> None:
     judged_alike(case)
 
 
@@ -632,18 +632,18 @@ def any_mechanism(case: dict[str, object], name: str) -> None:
 
 @UNIT
 @given(case=call_of_forward(), name=st.sampled_from(list(LAYERS)))
-def test_z2_every_mechanism_works_or_says_why_not(case: dict[str, object], name: str) -> None:
+def test_every_mechanism_works_or_says_why_not(case: dict[str, object], name: str) -> None:
     any_mechanism(case, name)
 
 
 @pytest.mark.slow
 @LONG
 @given(case=call_of_forward(), name=st.sampled_from(list(LAYERS)))
-def test_z2_every_mechanism_works_or_says_why_not_long(case: dict[str, object], name: str) -> None:
+def test_every_mechanism_works_or_says_why_not_long(case: dict[str, object], name: str) -> None:
     any_mechanism(case, name)
 
 
-def test_z2_the_fuzzer_finds_both_sides() -> None:
+def test_the_fuzzer_finds_both_sides() -> None:
     """The negative control: enough of what is drawn is accepted, and enough refused, for the comparison."""
     accepted = []
 

@@ -1,8 +1,8 @@
-"""Properties P1-P25: what must hold of every mechanism, and what must not.
+"""Properties: what must hold of every mechanism, and what must not.
 
 ``TABLE`` declares, for each property and mechanism, whether it holds to the last bit, within 1e-12, or not at all. A
 property that does not hold is tested too: its two sides must differ. Each ``measure`` yields pairs that the property
-says are equal. (P18 speaks of caches.)
+says are equal.
 """
 
 from __future__ import annotations
@@ -44,35 +44,37 @@ PLACE = "W_A is indexed by position: a token moved elsewhere is mixed differentl
 LEAK = "a full W_A carries every later value into the earlier ones"
 
 TABLE: dict[str, Row] = {
-    "P1": Row(WITHIN, WITHIN, WITHIN),
-    "P2": Row(WITHIN, WITHIN, WITHIN),
-    "P3": Row(WITHIN, WITHIN, WITHIN),
-    "P3-float32": Row(WITHIN, WITHIN, WITHIN),
-    "P4": Row(WITHIN, NEVER, NEVER, why=PLACE),
-    "P4-kernel-too": Row(None, NEVER, WITHIN, why="P W_A Pᵀ of a triangle is no triangle"),
-    "P5": Row(WITHIN, NEVER, NEVER, why=PLACE),
-    "P6": Row(WITHIN, NEVER, NEVER, why=PLACE),
-    "P7": Row(WITHIN, WITHIN, WITHIN),
-    "P8": Row(WITHIN, WITHIN, WITHIN, NEVER, why="z²/(1+z²) knows where zero is"),
-    "P8-log-weight": Row(WITHIN, WITHIN, WITHIN),
-    "P9": Row(NEVER, NEVER, NEVER, BITWISE, why="exp tells a score from its opposite"),
-    "P10": Row(WITHIN, NEVER, NEVER, why="W_A V is no average of values"),
-    "P11": Row(WITHIN, WITHIN, WITHIN),
-    "P12-float": Row(WITHIN, WITHIN, WITHIN),
-    "P12-3d": Row(WITHIN, WITHIN, WITHIN),
-    "P12-merged": Row(WITHIN, WITHIN, WITHIN),
-    "P12-causal": Row(WITHIN, WITHIN, REFUSED, why=LEAK),
-    "P13": Row(BITWISE, BITWISE, BITWISE),
-    "P14": Row(WITHIN, WITHIN, WITHIN),
-    "P15": Row(WITHIN, NEVER, NEVER, why=PLACE),
-    "P16": Row(BITWISE, BITWISE, REFUSED, why=LEAK),
-    "P17": Row(WITHIN, WITHIN, REFUSED, why=LEAK),
-    "P19": Row(WITHIN, REFUSED, REFUSED, why="W_A has max_len rows"),
-    "P20": Row(BITWISE, BITWISE, BITWISE),
-    "P20-layout": Row(WITHIN, WITHIN, WITHIN),
-    "P21": Row(WITHIN, WITHIN, WITHIN),
+    "weights are a distribution over keys": Row(WITHIN, WITHIN, WITHIN),
+    "queries do not see each other": Row(WITHIN, WITHIN, WITHIN),
+    "batch independence": Row(WITHIN, WITHIN, WITHIN),
+    "batch independence in float32": Row(WITHIN, WITHIN, WITHIN),
+    "permuted tokens permute the output": Row(WITHIN, NEVER, NEVER, why=PLACE),
+    "permuted tokens and kernel": Row(None, NEVER, WITHIN, why="P W_A Pᵀ of a triangle is no triangle"),
+    "order of keys does not matter": Row(WITHIN, NEVER, NEVER, why=PLACE),
+    "keys twice are keys once": Row(WITHIN, NEVER, NEVER, why=PLACE),
+    "linear in the values": Row(WITHIN, WITHIN, WITHIN),
+    "a constant added to all scores of a query": Row(
+        WITHIN, WITHIN, WITHIN, NEVER, why="z²/(1+z²) knows where zero is"
+    ),
+    "a constant added to all biases of a query": Row(WITHIN, WITHIN, WITHIN),
+    "opposite keys are the same keys": Row(NEVER, NEVER, NEVER, BITWISE, why="exp tells a score from its opposite"),
+    "heads stay among the values": Row(WITHIN, NEVER, NEVER, why="W_A V is no average of values"),
+    "zero queries take the mean": Row(WITHIN, WITHIN, WITHIN),
+    "boolean masks are infinite biases": Row(WITHIN, WITHIN, WITHIN),
+    "one mask for all is that mask for each": Row(WITHIN, WITHIN, WITHIN),
+    "two masks are their union": Row(WITHIN, WITHIN, WITHIN),
+    "is causal is the triangle": Row(WITHIN, WITHIN, REFUSED, why=LEAK),
+    "garbage in padding changes nothing": Row(BITWISE, BITWISE, BITWISE),
+    "padding on the right is cropping": Row(WITHIN, WITHIN, WITHIN),
+    "padding on the left is cropping": Row(WITHIN, NEVER, NEVER, why=PLACE),
+    "the future does not reach the past": Row(BITWISE, BITWISE, REFUSED, why=LEAK),
+    "a prefix stands alone": Row(WITHIN, WITHIN, REFUSED, why=LEAK),
+    "longer than max len": Row(WITHIN, REFUSED, REFUSED, why="W_A has max_len rows"),
+    "one sample needs no batch": Row(BITWISE, BITWISE, BITWISE),
+    "the layouts agree": Row(WITHIN, WITHIN, WITHIN),
+    "how it is called does not matter": Row(WITHIN, WITHIN, WITHIN),
 }
-"""P22-P25 speak of several layers or of exact numbers: they are tests of their own, below."""
+"""Properties of several layers, or of exact numbers, are tests below."""
 
 COLUMNS: dict[str, dict[str, Any]] = {
     "standard": {"mechanism": "standard"},
@@ -94,10 +96,10 @@ PATHS: dict[str, dict[str, Any]] = {
     "chunked": {"impl": "chunked", "need_weights": False},
 }
 
-REFUSAL = {"P19": "max_len"}
+REFUSAL = {"longer than max len": "max_len"}
 """A word of the message with which a call is refused; "align_causal" where nothing is said."""
 
-TOLERANCE = {"P3-float32": 5e-7}
+TOLERANCE = {"batch independence in float32": 5e-7}
 """Other bounds than 1e-12 (times the largest reference value, where that exceeds 1)."""
 
 
@@ -168,7 +170,7 @@ def claim(name: str, column: str) -> str | None:
 # -------------------------------------------------------------------------------------------------------- the measures
 
 
-@measure("P1")
+@measure("weights are a distribution over keys")
 def weights_are_a_distribution_over_keys(layers: Layers) -> Iterator[Pair]:
     module, (q, k, v) = layers.make(), layers.cross()
     mask = layers.mask(L, S)
@@ -182,7 +184,7 @@ def weights_are_a_distribution_over_keys(layers: Layers) -> Iterator[Pair]:
     yield "averaged", module(q, k, v, attn_mask=mask)[1], weights.mean(1)
 
 
-@measure("P2")
+@measure("queries do not see each other")
 def queries_do_not_see_each_other(layers: Layers) -> Iterator[Pair]:
     module, (q, k, v) = layers.make(), layers.cross()
     mask = layers.mask(L, S)
@@ -201,17 +203,17 @@ def batches_do_not_see_each_other(layers: Layers, dtype: torch.dtype) -> Iterato
         yield f"{b}", layers.call(module, q[alone], k[alone], v[alone], key_padding_mask=padding[alone]), whole[alone]
 
 
-@measure("P3")
+@measure("batch independence")
 def batch_independence(layers: Layers) -> Iterator[Pair]:
     yield from batches_do_not_see_each_other(layers, DOUBLE)
 
 
-@measure("P3-float32")
+@measure("batch independence in float32")
 def batch_independence_in_float32(layers: Layers) -> Iterator[Pair]:
     yield from batches_do_not_see_each_other(layers, torch.float32)
 
 
-@measure("P4")
+@measure("permuted tokens permute the output")
 def permuted_tokens_permute_the_output(layers: Layers) -> Iterator[Pair]:
     module, x = layers.make(), layers.tokens()
     order = [3, 0, 6, 1, 5, 2, 4]
@@ -219,7 +221,7 @@ def permuted_tokens_permute_the_output(layers: Layers) -> Iterator[Pair]:
     yield "permuted", layers.call(module, y, y, y), layers.call(module, x, x, x)[:, order]
 
 
-@measure("P4-kernel-too")
+@measure("permuted tokens and kernel")
 def permuted_tokens_and_kernel(layers: Layers) -> Iterator[Pair]:
     module, x = layers.make(max_len=L), layers.tokens()
     order = [3, 0, 6, 1, 5, 2, 4]
@@ -231,7 +233,7 @@ def permuted_tokens_and_kernel(layers: Layers) -> Iterator[Pair]:
     yield "permuted", layers.call(module, y, y, y), expected
 
 
-@measure("P5")
+@measure("order of keys does not matter")
 def order_of_keys_does_not_matter(layers: Layers) -> Iterator[Pair]:
     module, (q, k, v) = layers.make(), layers.cross()
     padding = layers.mask(B, S)
@@ -243,7 +245,7 @@ def order_of_keys_does_not_matter(layers: Layers) -> Iterator[Pair]:
     )
 
 
-@measure("P6")
+@measure("keys twice are keys once")
 def keys_twice_are_keys_once(layers: Layers) -> Iterator[Pair]:
     module, (q, k, v) = layers.make(), layers.cross()
     yield (
@@ -253,7 +255,7 @@ def keys_twice_are_keys_once(layers: Layers) -> Iterator[Pair]:
     )
 
 
-@measure("P7")
+@measure("linear in the values")
 def linear_in_the_values(layers: Layers) -> Iterator[Pair]:
     module, (q, k, v) = layers.make(bias=False), layers.cross()
     w, mask = layers.tokens(S), layers.mask(L, S)
@@ -264,14 +266,14 @@ def linear_in_the_values(layers: Layers) -> Iterator[Pair]:
     yield "combination", at(2.5 * v - 0.75 * w), 2.5 * at(v) - 0.75 * at(w)
 
 
-@measure("P8")
+@measure("a constant added to all scores of a query")
 def a_constant_added_to_all_scores_of_a_query(layers: Layers) -> Iterator[Pair]:
     """A constant vector added to every key adds to the scores of a query one number, whatever W_K."""
     module, (q, k, v) = layers.make(), layers.cross()
     yield "shifted", layers.call(module, q, k + layers.normal(E), v), layers.call(module, q, k, v)
 
 
-@measure("P8-log-weight")
+@measure("a constant added to all biases of a query")
 def a_constant_added_to_all_biases_of_a_query(layers: Layers) -> Iterator[Pair]:
     """A mask acts on the logarithm of the weight, for every score, and so cancels in the normaliser."""
     module, (q, k, v) = layers.make(), layers.cross()
@@ -280,7 +282,7 @@ def a_constant_added_to_all_biases_of_a_query(layers: Layers) -> Iterator[Pair]:
     yield "shifted", layers.call(module, q, k, v, attn_mask=shifted), layers.call(module, q, k, v, attn_mask=bias)
 
 
-@measure("P9")
+@measure("opposite keys are the same keys")
 def opposite_keys_are_the_same_keys(layers: Layers) -> Iterator[Pair]:
     module, (q, k, v) = layers.make(bias=False), layers.cross()
     for name, mask in (("bare", None), ("masked", layers.mask(L, S)), ("biased", layers.normal(L, S))):
@@ -301,7 +303,7 @@ def without_output_map(module: ba.MultiheadAttention) -> ba.MultiheadAttention:
     return module
 
 
-@measure("P10")
+@measure("heads stay among the values")
 def heads_stay_among_the_values(layers: Layers) -> Iterator[Pair]:
     """Each feature of a head lies between the least and the greatest of the values the query sees."""
     module, (q, k, v) = without_output_map(layers.make()), layers.cross()
@@ -317,7 +319,7 @@ def heads_stay_among_the_values(layers: Layers) -> Iterator[Pair]:
     yield "in the hull", heads, heads.clamp(least, greatest)
 
 
-@measure("P11")
+@measure("zero queries take the mean")
 def zero_queries_take_the_mean(layers: Layers) -> Iterator[Pair]:
     """Equal scores: the plain mean of the visible (mixed) values. Expressive scores of zero: 0/0, a zero row."""
     module, (q, k, v) = without_output_map(layers.make()), layers.cross()
@@ -350,7 +352,7 @@ def zero_queries_take_the_mean(layers: Layers) -> Iterator[Pair]:
         assert gradient.isfinite().all()
 
 
-@measure("P12-float")
+@measure("boolean masks are infinite biases")
 def boolean_masks_are_infinite_biases(layers: Layers) -> Iterator[Pair]:
     module, (q, k, v) = layers.make(), layers.cross()
     mask, padding = layers.mask(L, S), layers.mask(B, S)
@@ -366,7 +368,7 @@ def boolean_masks_are_infinite_biases(layers: Layers) -> Iterator[Pair]:
     yield "zeros", layers.call(module, q, k, v, attn_mask=visible), layers.call(module, q, k, v)
 
 
-@measure("P12-3d")
+@measure("one mask for all is that mask for each")
 def one_mask_for_all_is_that_mask_for_each(layers: Layers) -> Iterator[Pair]:
     module, (q, k, v) = layers.make(), layers.cross()
     for name, mask in (("bool", layers.mask(L, S)), ("float", layers.normal(L, S))):
@@ -382,7 +384,7 @@ def one_mask_for_all_is_that_mask_for_each(layers: Layers) -> Iterator[Pair]:
     yield "a mask for each", layers.call(module, q, k, v, attn_mask=each), by_sample
 
 
-@measure("P12-merged")
+@measure("two masks are their union")
 def two_masks_are_their_union(layers: Layers) -> Iterator[Pair]:
     module, (q, k, v) = layers.make(), layers.cross()
     mask, padding = layers.mask(L, S), layers.mask(B, S)
@@ -397,7 +399,7 @@ def two_masks_are_their_union(layers: Layers) -> Iterator[Pair]:
     yield "twice", layers.call(module, q, k, v, attn_mask=merged, key_padding_mask=padding), expected
 
 
-@measure("P12-causal")
+@measure("is causal is the triangle")
 def is_causal_is_the_triangle(layers: Layers) -> Iterator[Pair]:
     module = layers.make()
     for name, (q, k, v) in {"self": (layers.tokens(),) * 3, "cross": layers.cross()}.items():
@@ -429,7 +431,7 @@ SIZED = ((DOUBLE, 67), (torch.float32, 67), (torch.bfloat16, L), (torch.float16,
 """Dtypes and lengths for what must hold to the last bit; 67 is longer than a vector register or a small block."""
 
 
-@measure("P13")
+@measure("garbage in padding changes nothing")
 def garbage_in_padding_changes_nothing(layers: Layers) -> Iterator[Pair]:
     for dtype, length in SIZED:
         module = layers.make(dtype=dtype, max_len=67)
@@ -453,7 +455,7 @@ def garbage_in_padding_changes_nothing(layers: Layers) -> Iterator[Pair]:
                     yield f"cross {note}", layers.call(module, y[:, :5], loud, loud_y, **masks), quiet_cross
 
 
-@measure("P14")
+@measure("padding on the right is cropping")
 def padding_on_the_right_is_cropping(layers: Layers) -> Iterator[Pair]:
     module, x = layers.make(), layers.tokens()
     padded = torch.cat([x, layers.tokens(5)], 1)
@@ -462,7 +464,7 @@ def padding_on_the_right_is_cropping(layers: Layers) -> Iterator[Pair]:
     yield "right", layers.call(module, padded, padded, padded, key_padding_mask=padding)[:, :L], expected
 
 
-@measure("P15")
+@measure("padding on the left is cropping")
 def padding_on_the_left_is_cropping(layers: Layers) -> Iterator[Pair]:
     module, x = layers.make(), layers.tokens()
     padded = torch.cat([layers.tokens(5), x], 1)
@@ -471,7 +473,7 @@ def padding_on_the_left_is_cropping(layers: Layers) -> Iterator[Pair]:
     yield "left", layers.call(module, padded, padded, padded, key_padding_mask=padding)[:, 5:], expected
 
 
-@measure("P16")
+@measure("the future does not reach the past")
 def the_future_does_not_reach_the_past(layers: Layers) -> Iterator[Pair]:
     for dtype, length in SIZED:
         module = layers.make(dtype=dtype, max_len=67)
@@ -501,7 +503,7 @@ def the_future_does_not_reach_the_past(layers: Layers) -> Iterator[Pair]:
                     yield f"cross {note}", layers.call(module, y, loud, loud_y, **masks)[:, :now], quiet_cross[:, :now]
 
 
-@measure("P17")
+@measure("a prefix stands alone")
 def a_prefix_stands_alone(layers: Layers) -> Iterator[Pair]:
     module, x = layers.make(), layers.tokens()
     whole = layers.call(module, x, x, x, is_causal=True)
@@ -510,7 +512,7 @@ def a_prefix_stands_alone(layers: Layers) -> Iterator[Pair]:
         yield f"{length}", layers.call(module, y, y, y, is_causal=True), whole[:, :length]
 
 
-@measure("P19")
+@measure("longer than max len")
 def longer_than_max_len(layers: Layers) -> Iterator[Pair]:
     """Only W_A limits the number of keys. The number of queries is never limited."""
     module = layers.make(max_len=S)
@@ -521,7 +523,7 @@ def longer_than_max_len(layers: Layers) -> Iterator[Pair]:
     yield "longer", layers.call(module, q, longer, longer)[:, :3], layers.call(module, q[:, :3], longer, longer)
 
 
-@measure("P20")
+@measure("one sample needs no batch")
 def one_sample_needs_no_batch(layers: Layers) -> Iterator[Pair]:
     module, (q, k, v) = layers.make(), layers.cross()
     mask, padding = layers.mask(L, S), layers.mask(S)
@@ -545,7 +547,7 @@ def one_sample_needs_no_batch(layers: Layers) -> Iterator[Pair]:
         yield f"{name} is not modified", now, was
 
 
-@measure("P20-layout")
+@measure("the layouts agree")
 def the_layouts_agree(layers: Layers) -> Iterator[Pair]:
     module, (q, k, v) = layers.make(), layers.cross()
     mask, padding = layers.mask(B * N, L, S), layers.mask(B, S)
@@ -557,7 +559,7 @@ def the_layouts_agree(layers: Layers) -> Iterator[Pair]:
     yield "transposed", transposed.transpose(0, 1), expected
 
 
-@measure("P21")
+@measure("how it is called does not matter")
 def how_it_is_called_does_not_matter(layers: Layers) -> Iterator[Pair]:
     module, (q, k, v) = layers.make(), layers.cross()
     mask, padding = layers.mask(L, S), layers.mask(B, S)
@@ -598,7 +600,7 @@ CASES = [
 def test_property(name: str, column: str, rng: np.random.Generator) -> None:
     declared = claim(name, column)
     for path in PATHS:
-        if name == "P1" and path == "chunked":
+        if name == "weights are a distribution over keys" and path == "chunked":
             continue  # it never makes the weights
         layers = Layers(column, path, rng)
         if declared == REFUSED:
@@ -624,14 +626,9 @@ def test_property(name: str, column: str, rng: np.random.Generator) -> None:
 
 def test_the_table_is_whole() -> None:
     assert MEASURES.keys() == TABLE.keys()
-    declared = {name.split("-")[0] for name in TABLE}
-    assert declared | {"P18", "P22", "P23", "P24", "P25"} == {f"P{i}" for i in range(1, 26)}
     for name, row in TABLE.items():
         reason_needed = bool({NEVER, REFUSED} & set(row))
         assert bool(row.why) == reason_needed, f"{name}: a reason for, and only for, what does not hold"
-
-
-# --------------------------------------------------------------------------------- causal calls on a full W_A: P12, P16
 
 
 TRIANGLE = torch.ones(L, L, dtype=torch.bool).triu(1)
@@ -648,7 +645,7 @@ CAUSAL_CALLS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("form", CAUSAL_CALLS)
 @pytest.mark.parametrize("column", [c for c in COLUMNS if c.endswith("full")])
-def test_p16_a_full_kernel_refuses_every_causal_call(column: str, form: str, rng: np.random.Generator) -> None:
+def test_a_full_kernel_refuses_every_causal_call(column: str, form: str, rng: np.random.Generator) -> None:
     layers = Layers(column, "auto", rng)
     module, x = layers.make(), layers.tokens()
     for need_weights in (False, True):
@@ -657,7 +654,7 @@ def test_p16_a_full_kernel_refuses_every_causal_call(column: str, form: str, rng
 
 
 @pytest.mark.parametrize("column", [c for c in COLUMNS if c.endswith("full")])
-def test_p16_a_mask_that_shows_a_later_key_is_not_causal(column: str, rng: np.random.Generator) -> None:
+def test_a_mask_that_shows_a_later_key_is_not_causal(column: str, rng: np.random.Generator) -> None:
     layers = Layers(column, "auto", rng)
     module, x = layers.make(), layers.tokens()
     almost = TRIANGLE.clone()
@@ -666,7 +663,7 @@ def test_p16_a_mask_that_shows_a_later_key_is_not_causal(column: str, rng: np.ra
 
 
 @pytest.mark.parametrize("align_heads", ["shared", "per_head"])
-def test_p16_a_causal_kernel_ignores_what_lies_above_its_diagonal(align_heads: str, rng: np.random.Generator) -> None:
+def test_a_causal_kernel_ignores_what_lies_above_its_diagonal(align_heads: str, rng: np.random.Generator) -> None:
     module = Layers("super causal", "auto", rng).make(align_heads=align_heads)
     x = torch.from_numpy(rng.normal(size=(B, L, E)))
     before = module(x, x, x, is_causal=True)[0]
@@ -678,11 +675,8 @@ def test_p16_a_causal_kernel_ignores_what_lies_above_its_diagonal(align_heads: s
     assert not torch.allclose(module(x, x, x, is_causal=True)[0], before)
 
 
-# ----------------------------------------------------------------------------------------------------------- P19, P20
-
-
 @pytest.mark.parametrize("column", [c for c in COLUMNS if c.startswith("super")])
-def test_p19_the_message_names_both_lengths(column: str, rng: np.random.Generator) -> None:
+def test_the_message_names_both_lengths(column: str, rng: np.random.Generator) -> None:
     layers = Layers(column, "auto", rng)
     module, x = layers.make(), layers.tokens(MAX + 6)
     with pytest.raises(ValueError, match=rf"max_len.*\b{MAX}\b.*\b{MAX + 6}\b"):
@@ -690,7 +684,7 @@ def test_p19_the_message_names_both_lengths(column: str, rng: np.random.Generato
 
 
 @pytest.mark.parametrize("batch_first", [False, True])
-def test_p20_the_output_is_contiguous(batch_first: bool, rng: np.random.Generator) -> None:
+def test_the_output_is_contiguous(batch_first: bool, rng: np.random.Generator) -> None:
     """So that ``view`` works on it, as it does on stock's."""
     for column, path in itertools.product(COLUMNS, PATHS):
         layers = Layers(column, path, rng)
@@ -698,11 +692,9 @@ def test_p20_the_output_is_contiguous(batch_first: bool, rng: np.random.Generato
         assert layers.call(module, x, x, x).is_contiguous(), f"{column} {path}"
 
 
-def test_p20_contiguity_is_documented() -> None:
+def test_contiguity_is_documented() -> None:
     assert "contiguous" in f"{ba.MultiheadAttention.__doc__} {ba.MultiheadAttention.forward.__doc__}"
 
-
-# ----------------------------------------------------------------------------------------------------------------- P22
 
 CHAIN = {
     "standard, W_K = W_V = I, is efficient": ("standard", "efficient", ("k_proj", "v_proj")),
@@ -717,7 +709,7 @@ CHAIN = {
 @pytest.mark.parametrize("impl", ["auto", "reference"])
 @pytest.mark.parametrize("heads", [1, 2, 3, 6])
 @pytest.mark.parametrize("link", CHAIN)
-def test_p22_each_mechanism_contains_the_next(link: str, heads: int, impl: str, rng: np.random.Generator) -> None:
+def test_each_mechanism_contains_the_next(link: str, heads: int, impl: str, rng: np.random.Generator) -> None:
     upper, lower, identities = CHAIN[link]
     width, need_weights = 6, impl == "reference"
     small = fill(ba.MultiheadAttention(width, heads, mechanism=lower, batch_first=True, dtype=DOUBLE, impl=impl), rng)
@@ -745,9 +737,6 @@ def test_p22_each_mechanism_contains_the_next(link: str, heads: int, impl: str, 
         assert (moved - expected).abs().max() > 1e-3, f"the identity for {name} is not used"
 
 
-# ----------------------------------------------------------------------------------------------------------------- P23
-
-
 def count(embed_dim: int, heads: int, mechanism: str, max_len: int | None = None, **options: Any) -> int:
     more = {"max_len": max_len} if "super" in mechanism else {}
     module = ba.MultiheadAttention(embed_dim, heads, mechanism=mechanism, device="meta", **more, **options)
@@ -755,7 +744,7 @@ def count(embed_dim: int, heads: int, mechanism: str, max_len: int | None = None
 
 
 @pytest.mark.parametrize("heads", [1, 4])
-def test_p23_parameters_without_biases(heads: int) -> None:
+def test_parameters_without_biases(heads: int) -> None:
     d, length = 52, 17
     assert count(d, heads, "standard", bias=False) == 4 * d**2
     assert count(d, heads, "expressive", bias=False) == 4 * d**2
@@ -778,7 +767,7 @@ def test_p23_parameters_without_biases(heads: int) -> None:
         pytest.param(1024, 4, None, 4_198_400, 3_148_800, 2_099_200, None, id="translation"),
     ],
 )
-def test_p23_parameters_of_every_table_of_the_paper(
+def test_parameters_of_every_table_of_the_paper(
     width: int, heads: int, length: int | None, standard: int, optimised: int, efficient: int, super_: int | None
 ) -> None:
     assert count(width, heads, "standard") == standard
@@ -787,8 +776,6 @@ def test_p23_parameters_of_every_table_of_the_paper(
     if super_ is not None:
         assert count(width, heads, "super", length) == super_
 
-
-# ----------------------------------------------------------------------------------------------------------------- P24
 
 GRID = list(
     itertools.product(
@@ -821,7 +808,7 @@ def empty_rows(where: str, which: str) -> tuple[Tensor | None, Tensor | None, Te
 
 
 @pytest.mark.parametrize("column", COLUMNS)
-def test_p24_fully_masked_rows(column: str, rng: np.random.Generator) -> None:
+def test_fully_masked_rows(column: str, rng: np.random.Generator) -> None:
     """Weights 0, output = output bias, no gradient to the query, finite gradients; the same on every path."""
     layers = Layers(column, "auto", rng)
     modules = {impl: layers.make(impl=impl) for impl in ("auto", "reference")}
@@ -865,7 +852,7 @@ def test_p24_fully_masked_rows(column: str, rng: np.random.Generator) -> None:
 
 @pytest.mark.parametrize("impl", ["auto", "reference", "chunked"])
 @pytest.mark.parametrize("score", SCORES)
-def test_p24_in_the_function(score: str, impl: str, rng: np.random.Generator) -> None:
+def test_in_the_function(score: str, impl: str, rng: np.random.Generator) -> None:
     q, k, v = (torch.from_numpy(rng.normal(size=(2, 3, n, 5))).requires_grad_() for n in (L, S, S))
     visible = torch.from_numpy(rng.random((2, 1, L, S)) < 0.6)
     visible[..., 0] = True
@@ -881,12 +868,9 @@ def test_p24_in_the_function(score: str, impl: str, rng: np.random.Generator) ->
         assert gradients[0][0].any(-1).all()
 
 
-# ----------------------------------------------------------------------------------------------------------------- P25
-
-
 @pytest.mark.parametrize("sizes", [(0, L, S), (B, 0, 0), (B, L, 0), (B, 0, S)], ids=["B=0", "L=S=0", "S=0", "L=0"])
 @pytest.mark.parametrize("column", COLUMNS)
-def test_p25_zero_lengths(column: str, sizes: tuple[int, int, int], rng: np.random.Generator) -> None:
+def test_zero_lengths(column: str, sizes: tuple[int, int, int], rng: np.random.Generator) -> None:
     """Nothing to do is done, forward and backward; no keys means what a fully masked row means."""
     batch, queries, keys = sizes
     for path in PATHS:
@@ -909,7 +893,7 @@ def test_p25_zero_lengths(column: str, sizes: tuple[int, int, int], rng: np.rand
 
 @pytest.mark.parametrize("need_weights", [False, True])
 @pytest.mark.parametrize("sizes", [(0, L, S), (B, 0, 0), (B, L, 0), (B, 0, S)], ids=["B=0", "L=S=0", "S=0", "L=0"])
-def test_p25_zero_lengths_as_stock(sizes: tuple[int, int, int], need_weights: bool, rng: np.random.Generator) -> None:
+def test_zero_lengths_as_stock(sizes: tuple[int, int, int], need_weights: bool, rng: np.random.Generator) -> None:
     batch, queries, keys = sizes
     stock = fill(nn.MultiheadAttention(E, N, batch_first=True, dtype=DOUBLE), rng)
     ours = ba.MultiheadAttention(E, N, batch_first=True, dtype=DOUBLE)

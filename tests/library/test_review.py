@@ -18,7 +18,7 @@ IMPLS = ("reference", "chunked")
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("need_weights", [False, True])
-def test_m6_autocast_does_not_undo_the_float32_inside(
+def test_autocast_does_not_undo_the_float32_inside(
     dtype: torch.dtype, score: str, impl: str, need_weights: bool
 ) -> None:
     if impl == "chunked" and need_weights:
@@ -39,7 +39,7 @@ def test_m6_autocast_does_not_undo_the_float32_inside(
 
 @pytest.mark.parametrize("scale", [0.0, -0.5, -1.5])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_d5_scales_that_are_not_positive(scale: float, dtype: torch.dtype) -> None:
+def test_scales_that_are_not_positive(scale: float, dtype: torch.dtype) -> None:
     q, k, v = (torch.randn(1, 2, 64, 8, dtype=dtype) for _ in range(3))
     expected = ba.attention(q, k, v, is_causal=True, scale=scale, impl="reference")
     for impl in ("auto", "sdpa", "chunked"):
@@ -49,7 +49,7 @@ def test_d5_scales_that_are_not_positive(scale: float, dtype: torch.dtype) -> No
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("mechanism", ["standard", "efficient", "super", "expressive"])
 @pytest.mark.parametrize("swapped", [(0,), (1,), (2,), (1, 2), (0, 1, 2)])
-def test_m8_any_layer_of_a_built_encoder_may_be_swapped(mechanism: str, swapped: tuple[int, ...]) -> None:
+def test_any_layer_of_a_built_encoder_may_be_swapped(mechanism: str, swapped: tuple[int, ...]) -> None:
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32, batch_first=True, dropout=0.0), 3)
     options = {"max_len": 8} if mechanism == "super" else {}
     for i in swapped:
@@ -75,7 +75,7 @@ def test_nested_input_is_refused_where_it_cannot_be_taken() -> None:
 
 @pytest.mark.parametrize("value", [-math.inf, torch.finfo(torch.float32).min, -1e9, -1e4])
 @pytest.mark.parametrize("window", [3, 6])
-def test_p16_a_full_kernel_refuses_causal_windows(value: float, window: int) -> None:
+def test_a_full_kernel_refuses_causal_windows(value: float, window: int) -> None:
     layer = ba.MultiheadAttention(16, 4, mechanism="super", max_len=6, batch_first=True)
     i = torch.arange(6)
     hide = (i > i[:, None]) | (i <= i[:, None] - window)
@@ -99,7 +99,7 @@ def test_a_lowest_float32_bias_means_the_same_on_every_path(dtype: torch.dtype) 
 
 @pytest.mark.parametrize("mechanism", ["standard", "efficient", "expressive", "super"])
 @pytest.mark.parametrize("need_weights", [False, True])
-def test_p13_nan_behind_a_lowest_float_padding(mechanism: str, need_weights: bool) -> None:
+def test_nan_behind_a_lowest_float_padding(mechanism: str, need_weights: bool) -> None:
     options = {"max_len": 40} if mechanism == "super" else {}
     layer = ba.MultiheadAttention(16, 4, batch_first=True, mechanism=mechanism, **options)
     x = torch.randn(2, 40, 16)
@@ -113,7 +113,7 @@ def test_p13_nan_behind_a_lowest_float_padding(mechanism: str, need_weights: boo
 
 
 @pytest.mark.parametrize("value", [-1e9, -1e4])
-def test_p13_what_is_as_good_as_minus_infinity_never_reaches_w_a(value: float) -> None:
+def test_what_is_as_good_as_minus_infinity_never_reaches_w_a(value: float) -> None:
     layer = ba.MultiheadAttention(16, 4, batch_first=True, mechanism="super", max_len=40)
     x = torch.randn(2, 40, 16)
     loud = x.clone()

@@ -1,7 +1,7 @@
-"""Other people's layers and kernels, each as well written as its own documentation says it should be.
+"""Layers and kernels of other libraries, each used as its own documentation recommends.
 
-A layer of theirs is given the weights of one of ours, and its gradients are told under our names, so that the
-correctness gate asks all of them the same.
+Such a layer gets the weights of one of ours, and its gradients are reported under our names, so that the correctness
+gate checks all of them alike.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from better_attention.bench.registry import Results, Run, Shape, Unavailable
 
 INSTALL = 'pip install "better-attention[bench]"'
 GOODBYE = 5.0
-"""Seconds that the process of a worker has to end by itself."""
+"""Seconds after which a worker process that does not end by itself is killed."""
 
 
 Part = tuple[Tensor, slice]
@@ -33,7 +33,7 @@ Part = tuple[Tensor, slice]
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A self-attention layer of anybody.
+    """A self-attention layer of any library.
 
     Args:
         module: with the parameters.
@@ -73,7 +73,7 @@ def torch_layer(shape: Shape, dtype: torch.dtype) -> Layer:
 
 
 class FusedAttention(nn.Module):
-    """What an experienced user writes instead: one product for q, k and v, views, SDPA, one product."""
+    """What experienced users write instead: one product for q, k and v, views, SDPA, one product."""
 
     def __init__(self, width: int, heads: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -124,14 +124,11 @@ def missing(*modules: str) -> str | None:
     return f"{' and '.join(absent)} not installed: {INSTALL}" if absent else None
 
 
-# --- FlexAttention ---------------------------------------------------------------------------------------------
-
-
 def flex_attention(causal_length: int | None) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """Compiled FlexAttention, with a causal block mask of that length; the first call compiles."""
     from torch.nn.attention import flex_attention as flex
 
-    torch.compiler.reset()  # else the shapes of earlier rows count towards the limit of recompilations
+    torch.compiler.reset()  # otherwise the shapes of earlier rows count towards the limit of recompilations
     compiled: Any = torch.compile(flex.flex_attention, dynamic=False)
     if causal_length is None:
         return lambda q, k, v: compiled(q, k, v)
@@ -139,9 +136,6 @@ def flex_attention(causal_length: int | None) -> Callable[[Tensor, Tensor, Tenso
         lambda b, h, q, k: q >= k, None, None, causal_length, causal_length, device="cpu"
     )
     return lambda q, k, v: compiled(q, k, v, block_mask=block_mask)
-
-
-# --- Keras on JAX ----------------------------------------------------------------------------------------------
 
 
 def keras_run(ours: ba.MultiheadAttention, x: Tensor, grad: Tensor | None) -> Run:
@@ -160,7 +154,7 @@ def keras_run(ours: ba.MultiheadAttention, x: Tensor, grad: Tensor | None) -> Ru
         x=x.detach().float().numpy(),
         grad=None if grad is None else grad.float().numpy(),
     )
-    context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads, which are not there
+    context = multiprocessing.get_context("spawn")  # a forked child would have torch's locks, but not its threads
     pipe, theirs = context.Pipe()
     process = context.Process(target=keras_worker.serve, args=(theirs, task), daemon=True)
     process.start()
@@ -180,7 +174,7 @@ def keras_run(ours: ba.MultiheadAttention, x: Tensor, grad: Tensor | None) -> Ru
         return {name: torch.from_numpy(array) for name, array in ask("results").items()}
 
     def close() -> None:
-        pipe.close()  # which the worker takes for goodbye
+        pipe.close()  # tells the worker to end
         process.join(GOODBYE)
         if process.is_alive():
             process.kill()

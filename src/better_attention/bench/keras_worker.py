@@ -1,4 +1,4 @@
-"""A process of its own for Keras on JAX: Keras' backend and JAX's threads are settled once, before the first import."""
+"""A separate process for Keras on JAX: backend and number of threads can be set only before the first import."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Task:
 
 def serve(pipe: Connection, task: Task) -> None:
     """Answer ("sample", calls), ("results", 0), ("memory", 0) and ("note", 0) until the other side hangs up."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles Ctrl-C
     try:
         call, results, note = _set_up(task)
         call()  # compiles

@@ -1,11 +1,10 @@
-"""The machine: what it is, what it can do at best, and how much memory a call takes."""
+"""The machine: its description, the best that it can do, and how much memory a call takes."""
 
 from __future__ import annotations
 
 import ctypes
 import datetime
 import hashlib
-import importlib
 import os
 import platform
 from collections.abc import Callable, Mapping
@@ -23,10 +22,10 @@ from better_attention.lab.runs.provenance import changed
 
 PACKAGES = ("better-attention", "torch", "torchao", "numpy", "x-transformers", "keras", "jax", "jaxlib")
 BEST_OF = 7
-"""Trials of each limit; the best counts, for a limit is what nothing disturbed."""
+"""Trials of each limit; the best one counts, as the least disturbed."""
 
 BUSY = 0.5
-"""Load a core, before anything is measured, from which on the machine counts as busy."""
+"""Load per core, before anything is measured, from which on the machine counts as busy."""
 
 
 def describe(command: str) -> dict[str, Any]:
@@ -52,7 +51,7 @@ def describe(command: str) -> dict[str, Any]:
 
 
 def identity(about: Mapping[str, Any]) -> dict[str, Any]:
-    """What of :func:`describe` must agree for measurements to belong together: not the hour, the load, the command."""
+    """The entries of :func:`describe` that must agree before measurements are merged: not the time, load or command."""
     passing = ("available_memory_bytes", "load_average", "date", "command", "continued")
     return {key: value for key, value in about.items() if key not in passing}
 
@@ -62,8 +61,14 @@ def differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return [f"{key} {before}, now {after}" for key, before, after in changed(stored, now)]
 
 
+def resumed(stored: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """The stored description of the machine, with the date and load of this part of the run added."""
+    part = {key: now[key] for key in ("date", "load_average")}
+    return {**stored, "continued": [*stored.get("continued", []), part]}
+
+
 def busy(about: Mapping[str, Any]) -> str | None:
-    """A warning if other programs were busy on a good part of the cores when ``about`` was taken; None: they were not.
+    """A warning if other programs kept many of the cores busy when ``about`` was taken; None if they did not.
 
     >>> busy({"load_average": 5.37, "cores": 2})
     'the machine is busy: load 5.37 on 2 cores at the start. Times are longer and differ more between rounds.'
@@ -79,7 +84,7 @@ def busy(about: Mapping[str, Any]) -> str | None:
 
 @cache
 def code() -> str:
-    """A digest of the package's files, compiled kernels included: the same commit may have been changed since."""
+    """A digest of the package's files, compiled kernels included: a working tree may differ from its commit."""
     package = Path(better_attention.__file__).resolve().parent
     digest = hashlib.sha256()
     for path in sorted(path for path in package.rglob("*") if path.suffix in (".py", ".so", ".pyd")):
@@ -102,14 +107,10 @@ def cores() -> int:
 
 
 def instruction_set() -> str:
-    """What the compiled kernels would use, or why they are not there."""
-    from better_attention.impl import IMPLEMENTATIONS
+    """The instruction set that the compiled kernels use, or why they cannot be loaded."""
+    from better_attention.impl import native
 
-    if "native" not in IMPLEMENTATIONS:
-        return "no compiled kernels in this version"
-    native = importlib.import_module("better_attention.impl.native")
-    missing: str | None = native.missing()
-    if missing is not None:
+    if (missing := native.missing()) is not None:
         return f"no compiled kernels: {missing}"
     return os.environ.get("BETTER_ATTENTION_ISA") or str(native.instruction_sets()[0])
 
@@ -190,7 +191,7 @@ def _read(dtype: torch.dtype, size: int) -> dict[str, float]:
 
 
 def _best(call: Callable[[], object]) -> float:
-    """Seconds of the fastest call; some operations are so slow in bfloat16 that few trials must do."""
+    """Seconds of the fastest call; operations that are very slow in bfloat16 get fewer trials."""
     call()
     seconds: list[float] = []
     while len(seconds) < BEST_OF and sum(seconds) < 1.0:

@@ -1,7 +1,7 @@
 """What a benchmark is made of: suites of rows, contenders in each row, and the shapes of the papers.
 
-A :class:`Row` says what is computed; a :class:`Contender` is somebody who computes it. The first contender of a row is
-the baseline of every ratio in it.
+A :class:`Row` says what is computed; a :class:`Contender` computes it. The first contender of a row is the baseline of
+every ratio in it.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What one call must do, whoever does it; 0 and None where that is not counted.
+    """What one call must do in any implementation; 0 and None where that is not counted.
 
     Args:
         flops: floating-point operations, a multiply-add as two.
@@ -111,11 +111,11 @@ class Run:
     """A contender set up for a row.
 
     Args:
-        sample: seconds that so many calls in a row take.
+        sample: seconds that the given number of consecutive calls take.
         results: computes once and returns what came out, for the gate.
         memory: bytes by which one call raises the high-water mark of resident memory; None: cannot be measured.
-        note: what a reader should know.
-        close: gives back what garbage collection would not.
+        note: shown beside the results.
+        close: releases what garbage collection would not.
     """
 
     sample: Callable[[int], float]
@@ -127,7 +127,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """Somebody who computes a row, bound to its inputs.
+    """An implementation that computes a row, bound to its inputs.
 
     Args:
         name: unique within the row.
@@ -156,6 +156,8 @@ class Suite:
         contenders: those of a row, the baseline first. Inputs are made when the first contender needs them.
         shapes, quick: the rows' shapes, and those of ``--quick``.
         variants, modes: the other two axes.
+        rates: what tables show beside times: ``"product"``, FLOP/s; ``"whole"``, FLOP/s and how the speed compares with
+            the number of operations; ``"read"``, GB/s.
         skipped: rows of the default shapes that would tell little for their time.
         fits: whether there can be such a row; of those that cannot, none is made for any shape.
     """
@@ -167,6 +169,7 @@ class Suite:
     quick: tuple[Shape, ...]
     variants: tuple[str, ...]
     modes: tuple[str, ...]
+    rates: str = "product"
     skipped: Callable[[Row], bool] = lambda row: False
     fits: Callable[[Row], bool] = lambda row: True
 
@@ -174,8 +177,8 @@ class Suite:
         """All rows, for the default shapes or others."""
         axes = product(shapes or self.shapes, self.variants, self.modes)
         every = (Row(self.name, shape, variant, mode, dtype) for shape, variant, mode in axes)
-        found = [row for row in every if self.fits(row)]
-        return found if shapes else [row for row in found if not self.skipped(row)]
+        possible = [row for row in every if self.fits(row)]
+        return possible if shapes else [row for row in possible if not self.skipped(row)]
 
 
 def here(call: Callable[[], object], results: Callable[[], Results], *, grad: bool, note: str = "") -> Run:

@@ -1,31 +1,21 @@
-"""How a run is told: tables on a screen, one JSON document, or both JSON and CSV in files."""
+"""A run of the benchmarks as data: one JSON document, and CSV and JSON files that can be read back."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import re
-import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from better_attention.bench.machine import Limits, busy
+from better_attention.bench.machine import Limits
 from better_attention.bench.registry import Row, Shape, Work
-from better_attention.bench.runner import BOUNDS, FEWEST_ROUNDS, SLOW, Result, Settings, Spread, noise_line
-from better_attention.bench.targets import TIE, Verdict
-from better_attention.lab.files import parse_json, plain, read_regular, write_atomic
-
-SIGNS = {True: "met", False: "MISSED", None: "open"}
+from better_attention.bench.runner import BOUNDS, Result, Settings, Spread
+from better_attention.bench.targets import Verdict
+from better_attention.lab import csv_json
+from better_attention.lab.files import parse_json, read_regular
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +26,7 @@ class Report:
         machine: as :func:`better_attention.bench.machine.describe` gives it.
         settings: of the runner.
         limits: before and, where the run came to its end, after the rows.
-        results, verdicts: what was found.
+        results, verdicts: of the rows and of the targets.
         rows: how many rows were planned.
         dtype, suite: what was asked for.
         complete: False if it was interrupted.
@@ -85,21 +75,21 @@ def stem(machine: Mapping[str, Any], suite: str, dtype: str) -> str:
 
 def rates(result: Result, limits: Limits) -> dict[str, float | None]:
     """Numbers that follow from a result: rates, their shares of the machine's limits, ratio over FLOP ratio."""
-    found: dict[str, float | None] = dict.fromkeys(
+    numbers: dict[str, float | None] = dict.fromkeys(
         ("gflops", "product_share", "gbytes", "read_share", "flop_ratio", "ratio_over_flop_ratio")
     )
     if result.seconds is None:
-        return found
+        return numbers
     seconds, work = result.seconds.median, result.work
     if work.flops:
         rate = work.flops / seconds / 1e9
-        found |= {"gflops": rate, "product_share": rate / limits.product[_dtype(result)]}
+        numbers |= {"gflops": rate, "product_share": rate / limits.product[_dtype(result)]}
     if work.bytes:
         rate = work.bytes / seconds / 1e9
-        found |= {"gbytes": rate, "read_share": rate / max(limits.read.values())}
+        numbers |= {"gbytes": rate, "read_share": rate / max(limits.read.values())}
     if work.flop_ratio and result.ratio:
-        found |= {"flop_ratio": work.flop_ratio, "ratio_over_flop_ratio": result.ratio.median / work.flop_ratio}
-    return found
+        numbers |= {"flop_ratio": work.flop_ratio, "ratio_over_flop_ratio": result.ratio.median / work.flop_ratio}
+    return numbers
 
 
 def record(result: Result, limits: Limits) -> dict[str, Any]:
@@ -121,19 +111,12 @@ def _dtype(result: Result) -> str:
     return str(result.row.dtype).removeprefix("torch.")
 
 
-# --- files -----------------------------------------------------------------------------------------------------
-
-
 def write(report: Report, folder: Path) -> list[Path]:
     """Write the run as JSON and as CSV, a line for each contender of each row; returns the paths."""
     paths = [folder / f"{report.stem()}.{ending}" for ending in ("json", "csv")]
-    write_atomic(paths[0], as_json(report) + "\n")
-    buffer = io.StringIO(newline="")
+    csv_json.write_json(paths[0], report.document())
     lines = [_flat(record(result, report.best)) for result in report.results]
-    writer = csv.DictWriter(buffer, fieldnames=list(lines[0]) if lines else ["suite"], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    write_atomic(paths[1], buffer.getvalue())
+    csv_json.write_csv(paths[1], list(lines[0]) if lines else ["suite"], (line.values() for line in lines))
     return paths
 
 
@@ -167,17 +150,17 @@ def read(path: Path) -> dict[str, Any] | None:
 
 def stored_results(document: Mapping[str, Any]) -> list[Result]:
     """The results in a document of :func:`read`."""
-    found = []
-    for one in document["rows"]:
-        if one["dtype"] not in {str(dtype).removeprefix("torch.") for dtype in BOUNDS}:
-            raise ValueError(f"unknown dtype {one['dtype']!r}")
-        shape = Shape(*(one[key] for key in Shape._fields))
-        row = Row(one["suite"], shape, one["variant"], one["mode"], getattr(torch, one["dtype"]))
-        spreads: dict[str, Any] = {key: one[key] and Spread(**one[key]) for key in ("seconds", "ratio")}
-        rest = {key: one[key] for key in ("status", "reason", "note", "error", "bound", "rounds", "calls", "memory")}
-        work = Work(one["flops"], one["bytes"], one["flop_ratio"])
-        found.append(Result(row, one["contender"], work, **rest, **spreads))
-    return found
+    results = []
+    for entry in document["rows"]:
+        if entry["dtype"] not in {str(dtype).removeprefix("torch.") for dtype in BOUNDS}:
+            raise ValueError(f"unknown dtype {entry['dtype']!r}")
+        shape = Shape(*(entry[key] for key in Shape._fields))
+        row = Row(entry["suite"], shape, entry["variant"], entry["mode"], getattr(torch, entry["dtype"]))
+        spreads: dict[str, Any] = {key: entry[key] and Spread(**entry[key]) for key in ("seconds", "ratio")}
+        rest = {key: entry[key] for key in ("status", "reason", "note", "error", "bound", "rounds", "calls", "memory")}
+        work = Work(entry["flops"], entry["bytes"], entry["flop_ratio"])
+        results.append(Result(row, entry["contender"], work, **rest, **spreads))
+    return results
 
 
 def stored_limits(document: Mapping[str, Any]) -> list[Limits]:
@@ -187,18 +170,7 @@ def stored_limits(document: Mapping[str, Any]) -> list[Limits]:
 
 def as_json(report: Report) -> str:
     """The run as one JSON document."""
-    return json.dumps(_finite(report.document()), indent=2, ensure_ascii=False, allow_nan=False)
-
-
-def _finite(value: object) -> object:
-    """JSON knows no infinity (the error of a NaN): such a number becomes null."""
-    if isinstance(value, float):
-        return value if abs(value) < float("inf") else None
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value
+    return csv_json.as_json(report.document())
 
 
 def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -206,213 +178,6 @@ def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in values.items():
         if key in ("seconds", "ratio"):
             cells |= {f"{key}_{part}": value and value[part] for part in ("median", "low", "high")}
-        elif isinstance(value, str):
-            text = plain(value)
-            cells[key] = f"'{text}" if text.startswith(("=", "+", "-", "@")) else text  # else a spreadsheet's formula
         else:
             cells[key] = value
     return cells
-
-
-# --- the screen ------------------------------------------------------------------------------------------------
-
-
-def print_report(report: Report, out: Console, *, targets: bool = False) -> None:
-    """Machine, limits, a table for each row, what became of the targets if asked for, and a summary in words."""
-    for line in machine_lines(report):
-        out.print(Text(line), soft_wrap=True)
-    for name, results in groupby(report.results, key=lambda result: result.row.name):
-        _print_row(name, list(results), report, out)
-    _print_method(report, out)
-    if targets:
-        _print_verdicts(report, out)
-    for result in report.results:
-        if result.status in ("wrong", "failed"):
-            line = f"{result.status.upper()}: {result.row.name}: {result.contender}: {plain(result.reason, 400)}"
-            out.print(Text(line, style="bold red"), soft_wrap=True)
-    if not report.complete:
-        out.print(f"Interrupted: {len({r.row for r in report.results})} of {report.rows} rows were measured.")
-    for line in summary(report):
-        out.print(Text(line, style="bold"), soft_wrap=True)
-
-
-def compared(results: Sequence[Result]) -> list[tuple[Result, Spread, str]]:
-    """The results that have a ratio to another contender, with the ratio and that contender's name."""
-    baselines: dict[Row, str] = {}
-    for result in results:
-        baselines.setdefault(result.row, result.contender)
-    return [
-        (result, result.ratio, baselines[result.row])
-        for result in results
-        if result.ratio is not None and result.contender != baselines[result.row]
-    ]
-
-
-def summary(report: Report) -> list[str]:
-    """What the run found in a few lines, and how far noise puts it in doubt.
-
-    A line for each suite, mode and baseline: the geometric mean of the ratios over the plain rows (over all rows of a
-    suite that has no plain ones, or where none was run).
-    """
-    pairs = compared(report.results)
-    if not pairs:
-        return []
-    plain_suites = {(r.row.suite, r.row.mode) for r, _, _ in pairs if r.row.variant == "plain"}
-    groups: dict[tuple[str, str, str], dict[str, list[float]]] = {}
-    for result, ratio, baseline in pairs:
-        row = result.row
-        if row.variant == "plain" or (row.suite, row.mode) not in plain_suites:
-            found = groups.setdefault((row.suite, row.mode, baseline), {})
-            found.setdefault(result.contender, []).append(ratio.median)
-    lines = ["On this machine (geometric means over rows; above 1 is faster):"]
-    for (suite, mode, baseline), speeds in groups.items():
-        numbers = [f"{name} {statistics.geometric_mean(values):.2f}" for name, values in speeds.items()]
-        lines.append(f"  {suite}, {mode}, times as fast as {baseline}: {', '.join(numbers)}")
-    noisy = sum(ratio.noisy for _, ratio, _ in pairs)
-    if noisy:
-        lines.append(noise_line(noisy, len(pairs)))
-    return lines
-
-
-def machine_lines(report: Report) -> list[str]:
-    """The machine and its limits in a few lines."""
-    about = report.machine
-    cache, load = about["last_level_cache_bytes"], about["load_average"]
-    parts = [about["cpu"], f"cores: {about['cores']}", f"threads: {about['threads']}"]
-    parts += [f"last-level cache {cache / 2**20:.0f} MiB"] if cache else []
-    parts += [f"load {load:.2f} at the start"] if load is not None else []
-    lines = [", ".join(parts)]
-    lines.append(", ".join(f"{name} {version}" for name, version in about["versions"].items()))
-    lines.append(f"kernels: {about['instruction_set']}; torch: {about['torch_instruction_set']}")
-    lines.append(f"commit {about['commit']}, {about['date']}, {about['command']}")
-    for when, limits in zip(("before", "after"), report.limits, strict=False):
-        product = ", ".join(f"{rate:,.0f} GFLOP/s in {dtype}" for dtype, rate in limits.product.items())
-        read = ", ".join(f"{rate:.1f} ({name})" for name, rate in limits.read.items())
-        lines.append(
-            f"limits {when}: product of {limits.product_size}² matrices {product}; "
-            f"reading {limits.read_bytes / 2**20:.0f} MiB, GB/s: {read}"
-        )
-    if (warning := busy(about)) is not None:
-        lines.append(f"Note: {warning}")
-    return lines
-
-
-Cell = Callable[[Result, Mapping[str, float | None]], str]
-
-
-def _percent(key: str) -> Cell:
-    return lambda result, rate: "" if (share := rate[key]) is None else f"{100 * share:.0f} %"
-
-
-def _number(key: str, digits: int) -> Cell:
-    return lambda result, rate: "" if (value := rate[key]) is None else f"{value:,.{digits}f}"
-
-
-def _range(spread: Spread | None, factor: float = 1.0, digits: int = 2) -> str:
-    return "" if spread is None else f"{spread.low * factor:.{digits}f}–{spread.high * factor:.{digits}f}"
-
-
-_TIMES: dict[str, Cell] = {
-    "ms": lambda result, rate: "" if result.seconds is None else f"{1e3 * result.seconds.median:.3f}",
-    "10–90 %": lambda result, rate: _range(result.seconds, 1e3, 3),
-    "times as fast": lambda result, rate: "" if result.ratio is None else f"{result.ratio.median:.2f}",
-    "10–90 % ": lambda result, rate: _range(result.ratio),
-}
-_PRODUCT: dict[str, Cell] = {"GFLOP/s": _number("gflops", 1), "of product": _percent("product_share")}
-_WHOLE: dict[str, Cell] = {
-    "times fewer FLOPs": _number("flop_ratio", 2),
-    "speed over FLOPs": _number("ratio_over_flop_ratio", 2),
-    **_PRODUCT,
-}
-_RATES: dict[str, dict[str, Cell]] = {
-    "kernel": _PRODUCT,
-    "align": _PRODUCT,
-    "layer": _WHOLE,
-    "model": _WHOLE,
-    "decode": {"GB/s": _number("gbytes", 1), "of read": _percent("read_share")},
-}
-_REST: dict[str, Cell] = {
-    "extra MiB": lambda result, rate: "not measured" if result.memory is None else f"{result.memory / 2**20:.1f}",
-    "error": lambda result, rate: "" if result.error is None else f"{result.error:.0e}",
-    "rounds × calls": lambda result, rate: f"{result.rounds} × {result.calls}",
-}
-
-
-def _print_row(name: str, results: Sequence[Result], report: Report, out: Console) -> None:
-    limits = report.best
-    columns = _TIMES | _RATES[results[0].row.suite] | _REST
-    unbounded = out.options.update(max_width=10_000)
-    table = _table(name, results, columns, limits)
-    while len(columns) > len(_TIMES) and out.measure(table, options=unbounded).maximum > out.width:
-        columns.popitem()  # a narrow screen: the last columns are in the files alone
-        table = _table(name, results, columns, limits)
-    out.print(table)
-    notes: dict[str, list[str]] = {}
-    for result in results:
-        text = result.note if result.status == "ok" else f"{result.status}: {plain(result.reason, 400)}"
-        if text:
-            notes.setdefault(text, []).append(result.contender)
-    for result, ratio, _ in compared(results):
-        if ratio.noisy:
-            notes.setdefault("noisy, rounds differ more than this contender and the baseline do", []).append(
-                result.contender
-            )
-    most = max((result.rounds for result in results), default=0)
-    for result in results:
-        if 0 < result.rounds < max(most, min(FEWEST_ROUNDS, report.settings.repeats)):
-            text = f"slow, {result.rounds} round{'s' * (result.rounds > 1)} instead of {report.settings.repeats}"
-            notes.setdefault(text, []).append(result.contender)
-    for text, names in notes.items():
-        out.print(Text(f"  {' | '.join(names)}: {text}", style="dim"), soft_wrap=True)
-    out.print()
-
-
-def _table(name: str, results: Sequence[Result], columns: Mapping[str, Cell], limits: Limits) -> Table:
-    table = Table(title=name, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("Contender", no_wrap=True)
-    for column in columns:
-        table.add_column(column.strip(), justify="right", no_wrap=True)
-    for result in results:
-        if result.seconds is not None:
-            rate = rates(result, limits)
-            table.add_row(Text(result.contender), *(cell(result, rate) for cell in columns.values()))
-    return table
-
-
-def _print_method(report: Report, out: Console) -> None:
-    bounds = ", ".join(f"{bound:.0e} in {str(dtype).removeprefix('torch.')}" for dtype, bound in BOUNDS.items())
-    out.print(
-        Text(
-            "ms: median of one call over rounds, every contender once a round in alternation. times as fast: "
-            "speed over that of the row's first line, median of the ratios within a round; above 1 is faster. 10–90 %: "
-            f"percentiles over rounds. Contenders more than {SLOW:g} times slower than the baseline take part in "
-            f"{FEWEST_ROUNDS} rounds only, and none in more than fit into {report.settings.seconds:g} s. times fewer "
-            "FLOPs: operations of the first line over its own; speed over FLOPs: times as fast over times fewer. "
-            "extra MiB: by how much one call raises the high-water mark of resident memory, results "
-            "included. error: largest |x − float64 reference| over the largest number of a tensor, "
-            f"outputs and gradients; allowed {bounds}. Shares are of the better of the limits before and after.",
-            style="dim",
-        )
-    )
-
-
-def _print_verdicts(report: Report, out: Console) -> None:
-    if not report.verdicts:
-        return
-    heading = "Targets" if report.dtype == "float32" else "Targets of float32, as goals"
-    table = Table(title=heading, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
-    for column in ("", "Target", "at least", "found", "where not"):
-        table.add_column(column, justify="right" if column in ("at least", "found") else "left", overflow="fold")
-    for verdict in report.verdicts:
-        found = "–" if verdict.found is None else f"{verdict.found:.2f}"
-        style = "bold red" if verdict.met is False else ""
-        cells = (SIGNS[verdict.met], verdict.name, f"{verdict.least:.2f}", found, plain(verdict.detail, 400))
-        table.add_row(*(Text(cell, style=style) for cell in cells))
-    out.print(table)
-    out.print(
-        Text(
-            f"found: the geometric mean, or the worst row. open: rows are missing. Never slower: at least {1 - TIE:g}, "
-            "as two medians of the same code differ by as much.",
-            style="dim",
-        )
-    )

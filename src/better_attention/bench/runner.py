@@ -1,7 +1,7 @@
-"""One row at a time: who can run, whose numbers are right, and only then how fast.
+"""One row at a time: which contenders can run, whose numbers are right, and only then how fast they are.
 
 All contenders of a row are timed in alternation, baseline, a, b, c, baseline, ..., every second round backwards. A
-ratio is formed within each round, so that what slows the machine for a while slows both sides of it.
+ratio is formed within each round, so that a temporary slowdown of the machine affects both sides of it.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from time import perf_counter
 from types import FrameType, MappingProxyType
 
 import torch
 
 from better_attention.bench.registry import Contender, Results, Row, Run, Unavailable, Work
+from better_attention.lab.timing import alternate
 
 BOUNDS: Mapping[torch.dtype, float] = MappingProxyType({torch.float32: 1e-4, torch.bfloat16: 3e-2})
 """Largest error that passes the gate: |x - float64 reference| over the largest number of that tensor."""
 BATCHED_BELOW = 1e-3
-"""Seconds: shorter calls are timed several at a time ..."""
+"""Seconds: shorter calls are timed several at a time."""
 SAMPLE = 5e-3
-"""... so many that a sample takes about this long."""
-LONG = 0.1
-"""Seconds: a call that takes longer finds nothing of use in the caches, and is not preceded by an untimed one."""
+"""Seconds that such a sample of several calls takes, about."""
+LONG_CALL = 0.1
+"""Seconds: a longer call does not profit from warm caches, and is not preceded by an untimed one."""
 FEWEST_ROUNDS = 3
 SLOW = 8.0
-"""Contenders that need this many times the baseline's time take part in the first few rounds only."""
+"""Contenders that need this many times the baseline's time take part only in the first :data:`FEWEST_ROUNDS`."""
 NOISE = 1.1
 """Rounds that differ by a smaller factor are never called noisy."""
 
@@ -86,7 +86,7 @@ class Spread:
 
 
 def noise_line(noisy: int, compared: int) -> str:
-    """What a reader must know if so many of the comparisons of a run are noisy."""
+    """The warning for a run with ``noisy`` noisy comparisons among ``compared``."""
     return (
         f"Noise: in {noisy} of {compared} comparisons the rounds differ more than the contenders do: those show no "
         "difference. Measure again on an idle machine, with more rounds."
@@ -150,9 +150,6 @@ def measure(row: Row, contenders: Sequence[Contender], settings: Settings) -> li
     return list(results.values())
 
 
-# --- the gate --------------------------------------------------------------------------------------------------
-
-
 def admit(row: Row, contender: Contender, settings: Settings) -> tuple[Result, Run | None]:
     """Set a contender up and compare its numbers with the truth; no run where it may not be timed."""
     result = Result(row, contender.name, contender.work)
@@ -207,7 +204,7 @@ def error(results: Results, truth: Results) -> tuple[float, str]:
 
 @contextmanager
 def limited(seconds: float) -> Iterator[None]:
-    """Raise :class:`Unavailable` in the block after so long.
+    """Raise :class:`Unavailable` in the block once ``seconds`` have passed.
 
     The clock is looked at between two Python instructions. Where there is no alarm (Windows, other threads) there is
     no limit.
@@ -228,47 +225,42 @@ def limited(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-# --- the clock -------------------------------------------------------------------------------------------------
-
-
 def time(runs: Mapping[str, Run], baseline: str, settings: Settings) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """Seconds of one call, a number for each round that a contender takes part in; and the calls of its samples.
+    """Seconds of one call, one number for each round that a contender takes part in; and the calls per sample.
 
     A contender whose single call takes longer than ``settings.seconds`` is not called again: that call is its sample.
     """
     estimates = {name: estimate(run) for name, run in runs.items()}
-    calls = {name: math.ceil(SAMPLE / one) if one < BATCHED_BELOW else 1 for name, one in estimates.items()}
-    fewest = {name: 1 if one > LONG else FEWEST_ROUNDS for name, one in estimates.items()}
+    calls = {name: math.ceil(SAMPLE / seconds) if seconds < BATCHED_BELOW else 1 for name, seconds in estimates.items()}
+    fewest = {name: 1 if seconds > LONG_CALL else FEWEST_ROUNDS for name, seconds in estimates.items()}
     most = {
-        name: min(settings.repeats, max(fewest[name], int(settings.seconds / one))) for name, one in estimates.items()
+        name: min(settings.repeats, max(fewest[name], int(settings.seconds / seconds)))
+        for name, seconds in estimates.items()
     }
-    for name, one in estimates.items():
-        if one > SLOW * estimates.get(baseline, math.inf):
+    for name, seconds in estimates.items():
+        if seconds > SLOW * estimates.get(baseline, math.inf):
             most[name] = min(most[name], FEWEST_ROUNDS)
-    samples = {name: [one] if one > max(settings.seconds, LONG) else [] for name, one in estimates.items()}
-    names = list(runs)
+    samples = {
+        name: [seconds] if seconds > max(settings.seconds, LONG_CALL) else [] for name, seconds in estimates.items()
+    }
     with no_garbage_collection():
-        start = perf_counter()
-        for turn in range(settings.repeats if runs else 0):
-            if turn >= FEWEST_ROUNDS and perf_counter() - start > settings.seconds:
-                break
-            for name in names if turn % 2 == 0 else reversed(names):
-                if len(samples[name]) <= turn < most[name]:
-                    if estimates[name] < LONG:
-                        runs[name].sample(1)  # untimed: caches and threads are then as it leaves them itself
-                    samples[name].append(runs[name].sample(calls[name]) / calls[name])
+        for turn, name in alternate(list(runs), settings.repeats, least=FEWEST_ROUNDS, seconds=settings.seconds):
+            if len(samples[name]) <= turn < most[name]:
+                if estimates[name] < LONG_CALL:
+                    runs[name].sample(1)  # untimed: caches and threads are then as it leaves them itself
+                samples[name].append(runs[name].sample(calls[name]) / calls[name])
     return samples, calls
 
 
 def estimate(run: Run) -> float:
     """About how many seconds a call takes."""
     first = run.sample(1)
-    return first if first > LONG else min(run.sample(1) for _ in range(3))
+    return first if first > LONG_CALL else min(run.sample(1) for _ in range(3))
 
 
 @contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    """Python's collector would stop whoever happens to be running."""
+    """Switch Python's garbage collector off in the block: it would interrupt an arbitrary contender."""
     gc.collect()
     was_on = gc.isenabled()
     gc.disable()
@@ -281,7 +273,7 @@ def no_garbage_collection() -> Iterator[None]:
 
 @contextmanager
 def threads(number: int | None) -> Iterator[None]:
-    """Let torch use so many threads in the block; None: as many as it uses anyway."""
+    """Let torch use ``number`` threads in the block; None: its current number."""
     before = torch.get_num_threads()
     torch.set_num_threads(before if number is None else number)
     try:

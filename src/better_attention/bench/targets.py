@@ -1,4 +1,4 @@
-"""What the compiled kernels are meant to reach, and whether the rows of a run reach it. A miss is told as a miss."""
+"""Speed targets of the compiled kernels, and whether the rows of a run meet them; misses are reported as such."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from better_attention.bench.registry import PAPER, Shape
 from better_attention.bench.runner import Result
 from better_attention.bench.suites import decode, kernel, layer
 
-LONG = 1024
-"""From here on a sequence is long."""
+LONG_SEQUENCE = 1024
+"""Sequences of this many tokens and more count as long."""
 FIRST_FIVE = (PAPER[2], PAPER[3], PAPER[4], *kernel.SUITE.shapes[-2:])
 """The shapes at which a first attempt at such kernels was measured."""
 TIE = 0.02
-"""Two medians of the same code differ by as much: "not slower" cannot be shown more closely."""
+"""Two medians of the same code differ by this much, so that "not slower" cannot be shown more precisely."""
 LINEAR = 0.87
 """Growth of ℓ over growth of memory that still counts as linear: the system counts whole pages."""
 
@@ -50,7 +50,7 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What became of a target.
+    """The verdict on a target.
 
     Args:
         name, least: the target's.
@@ -97,8 +97,8 @@ _ALL, _LAYERS, _CACHES = kernel.SUITE.shapes, layer.SUITE.shapes, decode.SUITE.s
 _BOTH = ("forward", "forward+backward")
 
 TARGETS: tuple[Target, ...] = (
-    _kernel("expressive, ℓ < 1024, each", "forward", "expressive auto", 1.4, _shorter(_ALL, LONG)),
-    _kernel("expressive, ℓ ≥ 1024, each", "forward", "expressive auto", 1.25, _longer(_ALL, LONG)),
+    _kernel("expressive, ℓ < 1024, each", "forward", "expressive auto", 1.4, _shorter(_ALL, LONG_SEQUENCE)),
+    _kernel("expressive, ℓ ≥ 1024, each", "forward", "expressive auto", 1.25, _longer(_ALL, LONG_SEQUENCE)),
     _kernel("expressive, all shapes, each", "forward+backward", "expressive auto", 1.25, _ALL),
     *(
         _kernel(f"expressive, {which}, mean", mode, "expressive auto", least, shapes, mean=True)
@@ -132,19 +132,23 @@ TARGETS: tuple[Target, ...] = (
         for mode in layer.SUITE.modes
     ),
     _kernel(
-        "expressive without a compiler, ℓ ≥ 1024, each", "forward", "expressive chunked", 1 / 1.6, _longer(_ALL, LONG)
+        "expressive without a compiler, ℓ ≥ 1024, each",
+        "forward",
+        "expressive chunked",
+        1 / 1.6,
+        _longer(_ALL, LONG_SEQUENCE),
     ),
 )
 
 
 def verdicts(results: Sequence[Result], limits: Limits) -> list[Verdict]:
-    """What became of every target that speaks of a suite that was run."""
-    found = [verdict(target, results, limits) for target in TARGETS]
-    return [v for v in [*found, _memory(results)] if v is not None]
+    """The verdict on every target about a suite that was run."""
+    all_verdicts = [*(verdict(target, results, limits) for target in TARGETS), _memory(results)]
+    return [verdict for verdict in all_verdicts if verdict is not None]
 
 
 def verdict(target: Target, results: Sequence[Result], limits: Limits) -> Verdict | None:
-    """What became of a target; None where none of its rows was run."""
+    """The verdict on a target; None if none of its rows was run."""
     rows = [result for result in results if _matches(target, result)]
     if not rows:
         return None
@@ -152,14 +156,14 @@ def verdict(target: Target, results: Sequence[Result], limits: Limits) -> Verdic
     untimed = [f"{_where(r)}: {r.reason or 'no baseline'}" for r in rows if _where(r) not in values]
     absent = len(set(target.shapes) - {r.row.shape for r in rows})
     mean = statistics.geometric_mean(values.values()) if values else None
-    found = mean if target.mean else min(values.values(), default=None)
+    measured = mean if target.mean else min(values.values(), default=None)
     least = target.least - TIE * target.ties
     misses = [f"{where}: {value:.2f}" for where, value in values.items() if value < least and not target.mean]
-    missed = found is None or found < least
+    missed = measured is None or measured < least
     # A mean over some of the shapes decides nothing; a contender that could not be timed has missed.
     verdict = False if untimed else None if absent and (target.mean or not missed) else not missed
     details = [*misses, *untimed, *([f"{absent} of {len(target.shapes)} shapes not run"] if absent else [])]
-    return Verdict(target.name, target.least, found, verdict, "; ".join(details))
+    return Verdict(target.name, target.least, measured, verdict, "; ".join(details))
 
 
 def _matches(target: Target, result: Result) -> bool:

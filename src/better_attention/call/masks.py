@@ -111,8 +111,8 @@ def hides_the_future(mask_BNLS: Tensor) -> bool:
 def triangle_conditions(mask_BNLS: Tensor) -> list[Callable[[], Tensor]]:
     """What all has to be true of a mask that lets no query see a later key, each answered by a bool tensor ().
 
-    Most masks fail the first, and then nothing else has to be computed. There is none for sizes where nothing can be
-    said. A small mask can hide its few later keys by chance, so one below 5 x 5 counts only if it is the triangle
+    Most masks fail the first, and then nothing else has to be computed. The list is empty for sizes that allow no
+    statement. A small mask can hide its few later keys by chance, so one below 5 x 5 counts only if it is the triangle
     itself, apart from keys hidden from every query. A mask that shows nothing but the first key is padding.
     """
     L, S = mask_BNLS.shape[-2:]

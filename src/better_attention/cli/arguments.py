@@ -1,11 +1,17 @@
-"""Kinds of arguments that several verbs take."""
+"""What several verbs take: kinds of arguments, the sizes of a layer; and the command line as the user typed it."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
+from better_attention.cli import UserError
 from better_attention.lab.tasks.variant import Variant
+from better_attention.lab.training import launch
+
+SIZES = {"embed_dim": (128, "D", "model width"), "heads": (4, "H", "attention heads"), "length": (64, "L", "tokens")}
+"""Of a layer: name -> default, that of the paper's MNIST model, and what it is."""
 
 
 def names(text: str) -> tuple[str, ...]:
@@ -43,3 +49,33 @@ def whole(text: str, at_least: int = 0) -> int:
     if not text.strip().isdecimal() or int(text) < at_least:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least {at_least}, received {text!r}")
     return int(text)
+
+
+def add_sizes(parser: argparse.ArgumentParser) -> None:
+    """Declare the sizes of a layer; the defaults are those of the paper's MNIST model."""
+    for name, (size, letter, what) in SIZES.items():
+        text = f"{what}; default: {size}"
+        parser.add_argument(option(name), type=positive, default=size, metavar=letter, help=text)
+
+
+def option(name: str) -> str:
+    """How the setting ``name`` is written on the command line."""
+    return f"--{name.replace('_', '-')}"
+
+
+def check_sizes(args: argparse.Namespace) -> None:
+    """Refuse a number of heads that does not divide the width.
+
+    Raises:
+        UserError: it does not.
+    """
+    if args.embed_dim % args.heads:
+        raise UserError(
+            f"--embed-dim must be divisible by --heads, received {args.embed_dim} and {args.heads}: "
+            "each head has D / H columns."
+        )
+
+
+def command_line() -> str:
+    """The command as the user could type it again, with as many processes."""
+    return launch.command_line(sys.argv[1:])

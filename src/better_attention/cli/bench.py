@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import argparse
 import signal
-import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from itertools import chain, count
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from better_attention.bench.suites import SUITES
 from better_attention.cli import UserError, console
-from better_attention.cli.arguments import folder, positive, words
-from better_attention.cli.compare import command_line
+from better_attention.cli.arguments import command_line, folder, positive, words
+from better_attention.cli.measurements import differing, output, say_kept, terminable
+from better_attention.cli.screen import say
 
 if TYPE_CHECKING:
+    from better_attention.bench.registry import Row
     from better_attention.bench.report import Report
     from better_attention.bench.runner import Settings
 
 HELP = "measure speed and memory against PyTorch and others: tables, JSON, targets met and missed"
-SUITES = ("kernel", "layer", "decode", "align", "model")
 DTYPES = ("float32", "bfloat16")
 
 
@@ -32,7 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--suite",
         choices=(*SUITES, "all"),
         default="all",
-        help="the attention function, whole layers, one query over a long cache, W_A, models; default: all of them",
+        help="what is measured: the attention function (kernel), one query over a long cache (decode), W_A (align), "
+        "whole layers or models; default: all",
     )
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of every tensor; default: float32")
     parser.add_argument(
@@ -63,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out",
         type=folder,
         metavar="DIR",
-        help="folder for the JSON and CSV files, which hold each row once it is measured: the same command goes on "
+        help="folder for the JSON and CSV files, which hold each row once it is measured: the same command continues "
         "where it stopped; default: runs/bench, or runs/bench-2 and so on where that holds rows of other settings",
     )
     parser.add_argument(
@@ -73,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def shapes(text: str) -> tuple[tuple[int, ...], ...]:
     """Shapes from a comma-separated list; each once."""
-    found = []
+    shapes = []
     for word in text.split(","):
         sizes = tuple(int(part) if part.isdecimal() else 0 for part in word.strip().split("x"))
         if len(sizes) != 4 or min(sizes) < 1:
@@ -82,8 +79,8 @@ def shapes(text: str) -> tuple[tuple[int, ...], ...]:
             )
         if sizes[2] % sizes[3]:
             raise argparse.ArgumentTypeError(f"the width must be divisible by the heads, received {word!r}")
-        found.append(sizes)
-    return tuple(dict.fromkeys(found))
+        shapes.append(sizes)
+    return tuple(dict.fromkeys(shapes))
 
 
 def seconds(text: str) -> float:
@@ -99,8 +96,9 @@ def seconds(text: str) -> float:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print, write; 0, 1 if a contender failed or its numbers were wrong, 130 (Ctrl-C), 143 (SIGTERM)."""
-    from better_attention.bench import report as bench_report
+    from better_attention.bench.report import as_json
     from better_attention.bench.runner import Settings, threads
+    from better_attention.bench.terminal import print_report
 
     rounds, budget = (5, 2.0) if args.quick else (15, 10.0)
     settings = Settings(
@@ -112,28 +110,53 @@ def run(args: argparse.Namespace) -> int:
     with threads(args.threads), terminable() as received:
         report = measure(args, settings)
     if args.json:
-        print(bench_report.as_json(report))
+        print(as_json(report))
     else:
-        bench_report.print_report(report, console(), targets=args.targets)
+        print_report(report, console(), targets=args.targets)
     if not report.complete:
         return 143 if signal.SIGTERM in received else 130
     return 1 if any(result.status in ("wrong", "failed") for result in report.results) else 0
 
 
 def measure(args: argparse.Namespace, settings: Settings) -> Report:
-    """Limits, every row, limits again; what is done by then, if Ctrl-C ends it. Rows already in the files are kept."""
-    import torch
-
-    from better_attention.bench import machine, runner, targets
-    from better_attention.bench import report as bench_report
-    from better_attention.bench.registry import Shape
-    from better_attention.bench.suites import SUITES
+    """Measure what was asked for, and is not in the files already."""
+    from better_attention.bench import machine, report
+    from better_attention.bench.session import Session
     from better_attention.lab.runs.overwrite_guard import check_writable
 
+    rows = planned_rows(args)
+    about = machine.describe(command_line())
+    name = report.stem(about, args.suite, args.dtype) + ".json"
+
+    def differences(out: Path) -> list[str]:
+        check_writable(out)
+        stored = report.read(out / name)
+        return differing(stored["machine"], stored["settings"], about, report.settings_of(settings)) if stored else []
+
+    out = output(args.out, Path("runs") / "bench", differences, again=args.again)
+    session = Session(rows, settings, about, args.suite, args.dtype, out, args.quick)
+    stored = None if differences(out) else report.read(out / name)
+    if stored:
+        session.resume(stored, again=args.again)
+    if session.results:
+        say_kept(out / name, len(rows) - len(session.todo), len(rows))
+    return session.run(say)
+
+
+def planned_rows(args: argparse.Namespace) -> list[Row]:
+    """The rows that the arguments ask for.
+
+    Raises:
+        UserError: an unknown variant, or no row at all.
+    """
+    import torch
+
+    from better_attention.bench.registry import Shape
+
     dtype: torch.dtype = getattr(torch, args.dtype)
-    suites = SUITES.values() if args.suite == "all" else [SUITES[args.suite]]
-    given = tuple(Shape(*sizes) for sizes in args.shapes or ())
-    rows = [row for suite in suites for row in suite.rows(dtype, given or (suite.quick if args.quick else None))]
+    suites = list(SUITES.values()) if args.suite == "all" else [SUITES[args.suite]]
+    shapes = tuple(Shape(*sizes) for sizes in args.shapes or ())
+    rows = [row for suite in suites for row in suite.rows(dtype, shapes or (suite.quick if args.quick else None))]
     known = tuple(dict.fromkeys(variant for suite in suites for variant in suite.variants))
     for name in args.variants or ():
         if name not in known:
@@ -144,130 +167,4 @@ def measure(args: argparse.Namespace, settings: Settings) -> Report:
             f"--suite {args.suite} has no rows in {args.dtype} of these --shapes and --variants. The models are "
             "measured in float32, those of pictures at lengths that are a square (cifar100: one more)."
         )
-    about = machine.describe(command_line())
-    name = bench_report.stem(about, args.suite, args.dtype) + ".json"
-
-    def differences(out: Path) -> list[str]:
-        check_writable(out)
-        found = bench_report.read(out / name)
-        return (
-            []
-            if found is None
-            else differing(found["machine"], found["settings"], about, bench_report.settings_of(settings))
-        )
-
-    out = output(args.out, Path("runs") / "bench", differences, again=args.again)
-    stored = None if differences(out) else bench_report.read(out / name)
-    kept = bench_report.stored_results(stored) if stored else []
-    if args.again:
-        kept = [result for result in kept if result.row not in rows]
-    measured = {result.row for result in kept}
-    todo = [row for row in rows if row not in measured]
-    sizes = {"size": 1024, "read_bytes": 256 << 20} if args.quick else {}
-    if stored and kept:
-        about, limits = resumed(stored["machine"], about), bench_report.stored_limits(stored)
-        if not todo and len(limits) > 1:
-            about = stored["machine"]
-        say_kept(out / name, len(rows) - len(todo), len(rows))
-    else:
-        say("machine limits: a large matrix product, reading memory")
-        limits = [machine.measure_limits(dtype, **sizes)]
-    results = list(kept)
-
-    def report(results: list[runner.Result], planned: int, *, complete: bool) -> Report:
-        verdicts = targets.verdicts(results, limits[0].better(limits[-1]))
-        return bench_report.Report(
-            about, settings, limits, results, verdicts, planned, args.dtype, args.suite, complete
-        )
-
-    def write(*, complete: bool) -> list[Path]:
-        return bench_report.write(report(results, len({*rows, *measured}), complete=complete), out)
-
-    complete = True
-    try:
-        for number, row in enumerate(rows, start=1):
-            if row in todo:
-                say(f"[{number}/{len(rows)}] {row.name}")
-                results += runner.measure(row, SUITES[row.suite].contenders(row), settings)
-                write(complete=False)  # whatever ends the run, even SIGKILL, the rows measured so far are kept
-        if todo or len(limits) < 2:
-            say("machine limits once more")
-            limits = [limits[0], machine.measure_limits(dtype, **sizes)]
-    except KeyboardInterrupt:
-        complete = False
-        say("interrupted: what follows is what was done by then. The same command goes on from there.")
-    if results:
-        for path in write(complete=complete):
-            say(f"wrote {path}")
-    place = {row: i for i, row in enumerate(rows)}
-    asked = sorted((result for result in results if result.row in place), key=lambda result: place[result.row])
-    return report(asked, len(rows), complete=complete)
-
-
-def differing(
-    machine: Mapping[str, Any], settings: Mapping[str, Any], machine_now: Mapping[str, Any], now: Mapping[str, Any]
-) -> list[str]:
-    """In what stored rows were measured otherwise than now: machine, versions, commit, settings."""
-    from better_attention.bench.machine import differences, identity
-
-    return differences({**identity(machine), **settings}, {**identity(machine_now), **now})
-
-
-def output(given: Path | None, default: Path, differences: Callable[[Path], list[str]], *, again: bool) -> Path:
-    """The folder to write into: never one with rows of other settings, unless ``again`` asks for it.
-
-    Args:
-        given: the argument ``--out``.
-        default: used without it, with -2, -3, ... appended where it holds rows of other settings.
-        differences: in what the rows in a folder were measured otherwise; empty: in nothing, or there are none.
-
-    Raises:
-        UserError: ``given`` holds rows of other settings.
-    """
-    if given is None:
-        folders = chain([default], (default.with_name(f"{default.name}-{number}") for number in count(2)))
-        return next(folder for folder in folders if not differences(folder))
-    if not again and (found := differences(given)):
-        raise UserError(
-            f"--out {given} holds rows that were measured otherwise ({'; '.join(found)}). "
-            "Choose another folder, or replace them with --again."
-        )
-    return given
-
-
-def resumed(stored: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
-    """The stored description of the machine, with the date and load of this part of the run added."""
-    part = {key: now[key] for key in ("date", "load_average")}
-    return {**stored, "continued": [*stored.get("continued", []), part]}
-
-
-def say_kept(path: Path, kept: int, planned: int) -> None:
-    """Say on stderr how many of the planned rows are in the file already."""
-    if kept == planned:
-        say(f"{path} is complete: none of its {planned} rows is measured again. To do so: --again, or another --out")
-    elif kept:
-        say(f"{path} holds {kept} of {planned} rows of the same settings: they are kept and not measured again")
-
-
-@contextmanager
-def terminable() -> Iterator[list[int]]:
-    """Treat SIGTERM in the block like Ctrl-C; yields the list of the signals received so far."""
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():  # signals reach the main thread alone
-        yield received
-        return
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield received
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def say(line: str) -> None:
-    """Progress, on stderr."""
-    print(line, file=sys.stderr, flush=True)
+    return rows

@@ -3,33 +3,30 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
-from collections.abc import Sequence
-from dataclasses import fields, replace
-from difflib import get_close_matches
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from better_attention.cli import UserError, console
-from better_attention.cli.arguments import folder, names, numbers, positive, whole, words
+from better_attention.cli.arguments import command_line, folder, names, numbers, positive, whole, words
 from better_attention.cli.screen import message
+from better_attention.cli.settings import settings_of
+from better_attention.lab.tasks.base import SCALES
+from better_attention.lab.tasks.catalogue import TASKS
 from better_attention.lab.tasks.variant import Variant
 from better_attention.mechanism import MECHANISMS
 
 if TYPE_CHECKING:
-    from better_attention.lab.comparison.compare import Plan
-    from better_attention.lab.tasks.base import Task
+    from better_attention.lab.comparison.plan import Plan
 
-TASK_LIST = (
-    "mnist, cifar100, imagenet, imdb, amazon, translation, recurrence; images or text: your own, named by --data"
-)
 HELP = "train the mechanisms side by side on real data: table, results.csv, results.json, report.html"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the verb."""
-    parser.add_argument("task", nargs="?", default="digits", metavar="TASK", help=f"digits (default), {TASK_LIST}")
+    parser.add_argument(
+        "task", nargs="?", default="digits", metavar="TASK", help=f"one of {', '.join(TASKS)}; default: digits"
+    )
     parser.add_argument(
         "--mechanisms",
         type=names,
@@ -44,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--scale",
-        choices=("smoke", "small", "paper"),
+        choices=SCALES,
         default="small",
         help="seconds, minutes (default), the paper's setting",
     )
@@ -70,7 +67,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default: a GPU if there is one"
     )
     parser.add_argument(
-        "--data", type=Path, metavar="DIR", help="folder (or file) with the data; default: where `data fetch` puts it"
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="folder or file with the data, or with pictures or texts of your own; default: where `data fetch` puts it",
     )
     parser.add_argument("--out", type=folder, metavar="DIR", help="folder for the runs; default: runs/TASK-SCALE")
     parser.add_argument(
@@ -81,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "what standard achieves",
     )
     parser.add_argument(
-        "--json", action="store_true", help="print results.json at the end; what is under way goes to standard error"
+        "--json", action="store_true", help="print results.json at the end; progress goes to standard error"
     )
     parser.add_argument(
         "--track",
@@ -95,29 +95,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compare, and print the table."""
-    from better_attention.cli.progress import make_watcher
+    from better_attention.cli.progress import make_progress
     from better_attention.lab.comparison.compare import compare
-    from better_attention.lab.comparison.trackers import TrackingWatcher
+    from better_attention.lab.comparison.trackers import Tracking
     from better_attention.lab.report import tables
-    from better_attention.lab.training.events import Watchers
+    from better_attention.lab.training.events import to_all
+    from better_attention.lab.training.launch import is_first
     from better_attention.lab.training.progress import Interrupted
 
     plan = make_plan(args)
-    screen = console(stderr=args.json)  # what a program reads stands alone on standard output
-    watcher = make_watcher(screen, plan)
-    tracking = TrackingWatcher(plan, args.track, watcher.say)
+    screen = console(stderr=args.json)  # standard output is for the JSON alone
     try:
-        with watcher, tracking:
-            study, failed = compare(plan, Watchers(watcher, tracking) if args.track else watcher)
+        with make_progress(screen, plan) as progress, Tracking(plan, args.track, progress.say, first=is_first()) as log:
+            study, failed = compare(plan, to_all(progress, log))
     except Interrupted as stopped:
-        told = f"Interrupted. {stopped} The same command continues there:\n  {plan.command}"
-        screen.print(message(told), markup=False, soft_wrap=True)
+        text = f"Interrupted. {stopped} The same command continues there:\n  {plan.command}"
+        screen.print(message(text), markup=False, soft_wrap=True)
         return 128 + stopped.signal
     if study.finished:
         tables.print_table(tables.summarise(study.records), screen, study.threshold)
         for name in ("report.html", "results.csv", "results.json", "curves.csv"):
             screen.print(message(f"{plan.out / name}"), markup=False, soft_wrap=True)
-    if args.json:
+    if args.json and is_first():
         print((plan.out / "results.json").read_text("utf-8") if study.finished else "[]")
     return 1 if failed else 0
 
@@ -128,8 +127,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
     Raises:
         UserError, ValueError: an unknown task, or a setting out of range.
     """
-    from better_attention.lab.comparison.compare import Plan
-    from better_attention.lab.tasks.catalogue import TASKS
+    from better_attention.lab.comparison.plan import Plan
 
     if args.task not in TASKS:
         raise UserError(f"unknown task {args.task!r}: choose one of {', '.join(TASKS)}.")
@@ -139,8 +137,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
     named = settings_of(task, args.set)
     for name in sorted(named.keys() & settings.keys()):
         raise UserError(f"{name} is given twice: by --set and by --{name.replace('_', '-')}.")
-    if args.data is not None and not reads_files(task):
-        raise UserError(f"--data: task {task.name!r} reads no files, its data comes with it. Leave --data away.")
+    if args.data is not None and not task.reads_files:
+        raise UserError(f"--data: task {task.name!r} uses built-in data; remove --data.")
     task = replace(task, **(named | settings), equal_params=args.equal_params)
     return Plan(
         task=task,
@@ -153,86 +151,3 @@ def make_plan(args: argparse.Namespace) -> Plan:
         command=command_line(),
         threshold=args.threshold,
     )
-
-
-def reads_files(task: Task) -> bool:
-    """Whether a task reads a data set that lies somewhere, and does not make its own or carry it along."""
-    from better_attention.lab.data.catalogue import SOURCES
-    from better_attention.lab.tasks.recurrence import RecurrenceTask
-
-    source = SOURCES.get(task.dataset)
-    return not isinstance(task, RecurrenceTask) and not (source is not None and source.embedded)
-
-
-def settings_of(task: Task, texts: Sequence[str]) -> dict[str, Any]:
-    """The settings that several ``NAME=VALUE`` describe, see :func:`setting`.
-
-    Raises:
-        UserError: one is given twice, too.
-    """
-    found: dict[str, Any] = {}
-    for text in texts:
-        name, value = setting(task, text)
-        if name in found:
-            raise UserError(f"--set {text!r}: {name} is given twice.")
-        found[name] = value
-    return found
-
-
-OWN_OPTIONS = ("name", "title", "source", "scale", "dataset", "equal_params")
-
-
-def setting(task: Task, text: str) -> tuple[str, Any]:
-    """Name and value of ``NAME=VALUE``, the value as JSON or, failing that or where any text will do, as it stands.
-
-    Raises:
-        UserError: no such setting, or a value of another kind than the task's own.
-    """
-    name, sign, value = text.partition("=")
-    kinds = {field.name: str(field.type) for field in fields(task) if field.name not in OWN_OPTIONS}
-    if not sign or name not in kinds:
-        free = sorted(kinds.keys() - task.follows.keys())
-        near = ["--equal-params"] if name == "equal_params" else get_close_matches(name, free, n=1, cutoff=0.75)
-        unknown = f"there is no setting {name!r}{f' (did you mean {near[0]}?)' if near else ''}; " if sign else ""
-        raise UserError(f"--set {text!r}: {unknown}expected NAME=VALUE with one of the names {', '.join(free)}.")
-    if name in task.follows:
-        raise UserError(f"--set {text!r}: {name} of task {task.name!r} follows from {task.follows[name]}.")
-    parsed = _json_or_text(value)
-    own = getattr(task, name)
-    if own == "" and not isinstance(parsed, str):  # free text: a column may be called 2024, or true
-        parsed = value
-    kind = (int,) if own is None else (int, float) if isinstance(own, float) else (type(own),)
-    if "None" in kinds[name]:
-        kind = (*kind, type(None))
-    if isinstance(own, tuple):  # a JSON list, or words with commas between
-        words = tuple(parsed if isinstance(parsed, list) else map(_json_or_text, value.split(",")))
-        parsed = words if all(isinstance(word, type(own[0])) for word in words) else value
-    if not isinstance(parsed, kind) or (isinstance(parsed, bool) and not isinstance(own, bool)):
-        wanted = " or ".join(KINDS[one] for one in kind if one is not int or float not in kind)
-        raise UserError(f"--set {text!r}: {name} is {own!r} by default; expected {wanted}, received {value!r}.")
-    return name, parsed
-
-
-KINDS: dict[type, str] = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "a text",
-    tuple: "values of that kind with commas between",
-    type(None): "null",
-}
-"""How the kinds of settings are called, as they are written in ``NAME=VALUE``."""
-
-
-def _json_or_text(value: str) -> Any:
-    try:
-        return json.loads(value)
-    except ValueError:
-        return value
-
-
-def command_line() -> str:
-    """The command as the user could type it again, with as many processes."""
-    from better_attention.lab.training import launch
-
-    return launch.command_line(sys.argv[1:])

@@ -7,13 +7,11 @@ import json
 from pathlib import Path
 
 from better_attention.cli import UserError, console
-from better_attention.cli.arguments import names, positive
+from better_attention.cli.arguments import SIZES, add_sizes, check_sizes, names, option, positive
 from better_attention.lab.tasks.variant import Variant
 from better_attention.mechanism import MECHANISMS
 
 HELP = "what the mechanisms cost: a table, or the paper's figures 2 to 4"
-SIZES = {"embed_dim": (128, "D", "model width"), "heads": (4, "H", "attention heads"), "length": (64, "L", "tokens")}
-"""Of a layer: name -> default, that of the paper's MNIST model, and what it is."""
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 Entry = dict[str, str | int | float]
@@ -39,30 +37,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     figure.add_argument(
         "--form", choices=("paper", "exact"), default="paper", help="eq. 24 (default), or the exact count"
     )
-
-
-def add_sizes(parser: argparse.ArgumentParser) -> None:
-    """Declare the sizes of a layer; the defaults are those of the paper's MNIST model."""
-    for name, (size, letter, what) in SIZES.items():
-        told = f"{what}; default: {size}"
-        parser.add_argument(_option(name), type=positive, default=size, metavar=letter, help=told)
-
-
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
-def check_sizes(args: argparse.Namespace) -> None:
-    """Refuse a number of heads that does not divide the width.
-
-    Raises:
-        UserError: it does not.
-    """
-    if args.embed_dim % args.heads:
-        raise UserError(
-            f"--embed-dim must be divisible by --heads, received {args.embed_dim} and {args.heads}: "
-            "each head has D / H columns."
-        )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -156,7 +130,7 @@ def _draw(args: argparse.Namespace) -> int:
 
     for name, (size, *_) in SIZES.items():
         if getattr(args, name) != size:
-            raise UserError(f"--figure {args.figure} has sizes of its own: leave {_option(name)} away.")
+            raise UserError(f"--figure {args.figure} has its own sizes: omit {option(name)}.")
     if args.out is None:
         raise UserError(f"--figure {args.figure} needs --out FILE, ending in .png, .svg or .pdf.")
     cost_figure(args.figure, args.out, form=args.form)

@@ -1,4 +1,4 @@
-"""``better-attention data``: what data is here, and how to get what is not."""
+"""``better-attention data``: which data sets are here, and how to get the others."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from better_attention.cli import UserError, console
 from better_attention.cli.screen import message
+from better_attention.lab.data.published import SOURCES
 from better_attention.text import plural
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from better_attention.lab.data.catalogue import Source
     from better_attention.lab.data.download import Remote
+    from better_attention.lab.data.source import Source
 
 HELP = "show, fetch or import the data sets; clear decoded pictures"
 
@@ -31,15 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_common(parser)
     actions = parser.add_subparsers(dest="action", metavar="ACTION", title="actions (default: list)")
     _add_common(actions.add_parser("list", help="every data set, and whether it is here"))
-    show = actions.add_parser(
-        "show", help="one data set: origin, terms, files, sizes; what is here is read and checked"
-    )
+    show = actions.add_parser("show", help="one data set: origin, terms, files, sizes; its files are read and checked")
     fetch = actions.add_parser("fetch", help="download the official files, with their SHA-256 checked")
     adopt = actions.add_parser("import", help="copy the official files from a folder of yours, after checking them")
     clear = actions.add_parser("clear", help="remove decoded pictures from the user's cache; they are made again")
     clear.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print JSON")
     for action in (show, fetch, adopt):
-        action.add_argument("name", metavar="NAME", help="digits, mnist, cifar100, imdb, amazon or translation")
+        action.add_argument("name", metavar="NAME", help=", ".join(SOURCES))
         _add_common(action)
     adopt.add_argument("origin", metavar="FROM", type=Path, help="the folder or file that holds the data")
 
@@ -51,42 +50,50 @@ def run(args: argparse.Namespace) -> int:
         DataError: unknown data set, failed download, unusable files (a ValueError: the command line prints it).
     """
     from better_attention.lab.data import catalogue, store
+    from better_attention.lab.data.home import NoHome, home
     from better_attention.lab.data.own_pictures import cache
+    from better_attention.lab.tasks.catalogue import TASKS
 
     folder: Path | None = getattr(args, "data", None)
     as_json: bool = getattr(args, "json", False)
     if args.action == "clear":
         if folder is not None:
-            raise UserError("data clear empties the user's cache of decoded pictures: leave --data away.")
+            raise UserError(
+                "data clear empties the cache of decoded pictures, which --data does not move: remove --data."
+            )
         sets, size = cache.clear()
         if as_json:
             print(json.dumps({"folder": str(cache.folder()), "sets": sets, "bytes": size}, indent=2))
         else:
-            told = f"removed {_decoded(sets, size)} from {cache.folder()}"
-            console().print(message(told), soft_wrap=True)
+            text = f"removed {_decoded(sets, size)} from {cache.folder()}"
+            console().print(message(text), soft_wrap=True)
         return 0
     if args.action in (None, "list", "show") and folder is not None and not folder.exists():
         raise UserError(f"--data {folder} does not exist: `data fetch` and `data import` can make it.")
     if args.action in (None, "list"):
-        rows = [_state(row, folder) for row in catalogue.SOURCES.values()]
+        rows = [_state(row, folder) for row in SOURCES.values()]
         sets, size = cache.held()
-        place: str | None
+        where: str | None
         pictures: str | None
         try:
-            place, pictures = str(folder or store.home()), str(cache.folder())
-        except store.NoHome as missing:
-            place, pictures = None if folder is None else str(folder), None
+            where, pictures = str(folder or home()), str(cache.folder())
+        except NoHome as missing:
+            where, pictures = None if folder is None else str(folder), None
             if not as_json:
                 print(f"note: {missing}", file=sys.stderr)
         decoded: Record = {"folder": pictures, "sets": sets, "bytes": size}
         if as_json:
-            print(json.dumps({"folder": place, "data_sets": rows, "decoded_pictures": decoded}, indent=2))
+            print(json.dumps({"folder": where, "data_sets": rows, "decoded_pictures": decoded}, indent=2))
         else:
             _print_list(
-                console(), place, rows, decoded, "" if folder is None else " " + shlex.join(["--data", str(folder)])
+                console(), where, rows, decoded, "" if folder is None else " " + shlex.join(["--data", str(folder)])
             )
         return 0
 
+    if args.name not in SOURCES and args.name in TASKS and TASKS[args.name]("paper").own_data:
+        raise UserError(
+            f"task {args.name!r} reads your own files in place: `better-attention compare {args.name} --data PATH`."
+        )
     row = catalogue.source(args.name)
     if args.action == "fetch":
         with _progress(quiet=as_json) as progress:
@@ -114,8 +121,9 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 
 def _state(row: Source, folder: Path | None) -> Record:
-    """What can be said of a data set without reading it."""
-    from better_attention.lab.data import DataError, catalogue, store
+    """What is known about a data set without reading it."""
+    from better_attention.lab.data import catalogue, store
+    from better_attention.lab.data.samples import DataError
 
     record: Record = {"name": row.name, "title": row.title, "state": "embedded", "where": None}
     record["fetchable"] = bool(row.remotes)
@@ -134,8 +142,11 @@ def _state(row: Source, folder: Path | None) -> Record:
 
 
 def _details(row: Source, folder: Path | None) -> Record:
-    """Everything: origin and terms, and of what is here, the contents after reading all of it."""
-    from better_attention.lab.data import Images, NotFetched, Pairs, catalogue, read, store
+    """Origin, terms and official files; of a data set that is here also its contents, which are read completely."""
+    from better_attention.lab.data import catalogue
+    from better_attention.lab.data.catalogue import read
+    from better_attention.lab.data.samples import Images, NotFetched, Pairs
+    from better_attention.lab.files import digest
 
     record = _state(row, folder) | {
         "terms": row.terms,
@@ -148,7 +159,7 @@ def _details(row: Source, folder: Path | None) -> Record:
         return record | {"problem": str(missing)}
     digests = {remote.sha256 for remote in row.remotes}
     files = [file for file in catalogue.find(row, folder) or () if file.is_file()]
-    hashes = {file.name: store.sha256(file) for file in files}
+    hashes = {file.name: digest(file) for file in files}
     contents: Record = {
         "files": [{"name": name, "sha256": hash_, "official": hash_ in digests} for name, hash_ in hashes.items()],
         "notes": list(data.notes),
@@ -180,7 +191,7 @@ def _decoded(sets: int, size: int) -> str:
     return f"{plural(sets, 'set')} of decoded pictures, {size / 2**20:,.0f} MiB,"
 
 
-def _print_list(out: Console, place: str | None, rows: list[Record], decoded: Record, option: str) -> None:
+def _print_list(out: Console, where: str | None, rows: list[Record], decoded: Record, option: str) -> None:
     from rich.table import Table
     from rich.text import Text
 
@@ -190,8 +201,8 @@ def _print_list(out: Console, place: str | None, rows: list[Record], decoded: Re
     for row in rows:
         table.add_row(row["name"], Text(row["title"]), _STATES[row["state"]])
     out.print(table)
-    if place is not None:
-        out.print(Text(f"\n{message(f'Looked in {place}.')}"))
+    if where is not None:
+        out.print(Text(f"\n{message(f'Looked in {where}.')}"))
     for row in rows:
         if "problem" in row:
             out.print(Text(message(f"{row['name']}: {row['problem']}")))
@@ -201,8 +212,8 @@ def _print_list(out: Console, place: str | None, rows: list[Record], decoded: Re
             bring = f"better-attention data import {name} FROM{option}"
             out.print(Text(message(fetch if row["fetchable"] else bring)), soft_wrap=True)
     if decoded["sets"]:
-        told = f"{_decoded(decoded['sets'], decoded['bytes'])} in {decoded['folder']}"
-        out.print(Text(f"\n{message(told)}; `better-attention data clear` removes them."), soft_wrap=True)
+        text = f"{_decoded(decoded['sets'], decoded['bytes'])} in {decoded['folder']}"
+        out.print(Text(f"\n{message(text)}; `better-attention data clear` removes them."), soft_wrap=True)
 
 
 def _print_record(out: Console, record: Record) -> None:
@@ -232,7 +243,7 @@ def _print_record(out: Console, record: Record) -> None:
 
 @contextmanager
 def _progress(*, quiet: bool) -> Iterator[Callable[[Remote, int], None] | None]:
-    """How a download shows itself, on stderr: bars on a terminal, a line a file elsewhere, nothing if ``quiet``."""
+    """How a download shows itself, on stderr: bars on a terminal, one line per file elsewhere, nothing if ``quiet``."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     err = console(stderr=True)

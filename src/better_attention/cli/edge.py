@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from better_attention.cli import UserError, console
-from better_attention.cli.arguments import folder, names, numbers, positive, words
-from better_attention.cli.bench import differing, output, resumed, say, say_kept, terminable
-from better_attention.cli.compare import command_line
+from better_attention.cli.arguments import command_line, folder, names, numbers, positive, words
+from better_attention.cli.measurements import differing, output, say_kept, terminable
+from better_attention.cli.screen import say
 from better_attention.mechanism import MECHANISMS
 
 if TYPE_CHECKING:
@@ -50,19 +50,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out",
         type=folder,
         metavar="DIR",
-        help="folder for edge.csv and edge.json, which hold each row once it is timed: the same command goes on where "
-        "it stopped; default: runs/edge, or runs/edge-2 and so on where that holds rows of other settings",
+        help="folder for edge.csv and edge.json, which hold each row once it is timed: the same command continues "
+        "where it stopped; default: runs/edge, or runs/edge-2 and so on where that holds rows of other settings",
     )
     parser.add_argument("--again", action="store_true", help="time the rows again that edge.json holds, replace them")
 
 
 def precisions(text: str) -> tuple[str, ...]:
     """Precisions from a comma-separated list; each once."""
-    found = words(text)
-    wrong = [word for word in found if word not in PRECISIONS]
+    names = words(text)
+    wrong = [word for word in names if word not in PRECISIONS]
     if wrong:
         raise argparse.ArgumentTypeError(f"expected float32, int8 or both, received {wrong[0]!r}")
-    return found
+    return names
 
 
 def run(args: argparse.Namespace) -> int:
@@ -136,7 +136,7 @@ def measure(args: argparse.Namespace, tasks: list[Task]) -> Report:
     kept = [timing for found in timings.values() for timing in found]
     done = rows & {(*timing.group, timing.mechanism) for timing in kept}
     if before and kept:
-        about = dict(before.machine) if done == rows else resumed(before.machine, about)
+        about = dict(before.machine) if done == rows else machine.resumed(before.machine, about)
         say_kept(out / "edge.json", len(done), len(rows))
 
     def report(*, complete: bool) -> Report:
@@ -150,7 +150,7 @@ def measure(args: argparse.Namespace, tasks: list[Task]) -> Report:
             view.write(report(complete=False), out)  # whatever ends the run, even SIGKILL, these rows are kept
     except KeyboardInterrupt:
         complete = False
-        say("interrupted: what follows is what was done by then. The same command goes on from there.")
+        say("interrupted: the rows timed until then follow. The same command continues from there.")
     for path in view.write(report(complete=complete), out):
         say(f"wrote {path}")
     return report(complete=complete)

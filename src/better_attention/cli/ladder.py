@@ -6,19 +6,20 @@ import argparse
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from better_attention.cli import UserError, console
-from better_attention.cli.arguments import folder, names, numbers, positive, words
-from better_attention.cli.compare import command_line, settings_of
+from better_attention.cli.arguments import command_line, folder, names, numbers, positive, words
 from better_attention.cli.screen import message
+from better_attention.cli.settings import settings_of
+from better_attention.lab.tasks.base import SCALES
 from better_attention.lab.tasks.variant import Variant
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from better_attention.lab.ladder.grid import Ladder
-    from better_attention.lab.training.events import Watcher
+    from better_attention.lab.training.events import Notify
 
 HELP = "how hard a recurrence each score still predicts: heat maps over N and τ, updates to 99 %, paired tests"
 MECHANISMS = ("standard", "expressive", "efficient", "efficient+expressive")
@@ -30,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the verb."""
     parser.add_argument(
         "--scale",
-        choices=("smoke", "small", "paper"),
+        choices=SCALES,
         default="small",
         help="the grid: a minute, hours (default; the estimate says how many), days; our own task, in no paper",
     )
@@ -44,7 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--heads", type=positive, metavar="N", help="default: the task's")
     parser.add_argument("--seeds", type=positive, metavar="N", help="seeds 0 ... N-1")
     parser.add_argument(
-        "--updates", type=positive, metavar="N", help="most of a run, in whole epochs of 50 (of N, where N is less)"
+        "--updates",
+        type=positive,
+        metavar="N",
+        help="maximum per run, in whole epochs of 50 updates (of N, if N is less)",
     )
     parser.add_argument(
         "--screen",
@@ -61,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--device", choices=("auto", "cpu", "cuda", "mps"), default="cpu", help="default: cpu; the models are small"
     )
     parser.add_argument(
-        "--json", action="store_true", help="print ladder.json at the end; what is under way goes to standard error"
+        "--json", action="store_true", help="print ladder.json at the end; progress goes to standard error"
     )
     parser.add_argument("--yes", action="store_true", help="begin even if the estimate is above an hour")
     parser.add_argument("--out", type=folder, metavar="DIR", help="folder for the runs; default: runs/ladder-SCALE")
@@ -77,25 +81,27 @@ def rungs(text: str) -> tuple[tuple[int, int], ...]:
 
 def run(args: argparse.Namespace) -> int:
     """Climb, and write the page after every rung; 0, 1 where a run diverged, 130 after Ctrl-C."""
-    from better_attention.lab.ladder import page
     from better_attention.lab.ladder.climb import Climb
-    from better_attention.lab.ladder.findings import duels, sentence
     from better_attention.lab.ladder.grid import FILES
     from better_attention.lab.training.launch import is_first
     from better_attention.lab.training.progress import Interrupted
 
     ladder = make_ladder(args)
-    screen = console(stderr=args.json)  # what a program reads stands alone on standard output
+    screen = console(stderr=args.json)  # standard output is for the JSON alone
     screen.print("a ladder of recurrences, our own definition: neither paper has it", markup=False, soft_wrap=True)
-    climb = Climb(ladder, make_watcher(screen, ladder, args.scale, args.yes))
+    climb = Climb(ladder, make_progress(screen, ladder, args.scale, args.yes))
     try:
         for rung in climb.run():
+            from better_attention.lab.ladder import page  # seconds, which the estimate need not wait for
+
             if is_first():
                 page.write(ladder, climb.rows, climb.notes, complete=rung == ladder.rungs[-1])
     except Interrupted as stopped:
-        told = f"Interrupted. {stopped} The same command continues there:\n  {ladder.command}"
-        screen.print(message(told), markup=False, soft_wrap=True)
+        text = f"Interrupted. {stopped} The same command continues there:\n  {ladder.command}"
+        screen.print(message(text), markup=False, soft_wrap=True)
         return 128 + stopped.signal
+    from better_attention.lab.ladder.findings import duels, sentence
+
     for duel in duels(climb.rows)["overall"]:
         screen.print(sentence(duel), markup=False, soft_wrap=True)
     for name in reversed(FILES):
@@ -111,14 +117,13 @@ def make_ladder(args: argparse.Namespace) -> Ladder:
     Raises:
         UserError, ValueError: a setting out of range.
     """
+    from better_attention.lab.ladder import grid as grids
     from better_attention.lab.ladder.climb import epoch_updates
-    from better_attention.lab.ladder.grid import SCALES, Ladder, Setting
-    from better_attention.lab.tasks.catalogue import TASKS
-    from better_attention.lab.tasks.recurrence import RecurrenceTask
+    from better_attention.lab.ladder.grid import Ladder, Setting
+    from better_attention.lab.tasks.catalogue.recurrence import recurrence
 
-    grid = SCALES[args.scale]
-    task = TASKS["recurrence"](args.scale)
-    assert isinstance(task, RecurrenceTask)  # noqa: S101 - for the type checker
+    grid = grids.SCALES[args.scale]
+    task = recurrence(args.scale)
     chosen = settings_of(task, args.set)
     taken = [name for name in chosen if name in GRID]
     if taken:
@@ -126,9 +131,9 @@ def make_ladder(args: argparse.Namespace) -> Ladder:
     rungs = args.rungs or grid["rungs"]
     task = replace(task, modulus=min(modulus for modulus, _ in rungs))  # rules that differ there differ everywhere
     # The model is that of "small" at every scale; only the grid grows.
-    task = replace(task, **{"width": TASKS["recurrence"]("small").width, "equal_params": not args.equal_width} | chosen)
+    task = replace(task, **{"width": recurrence("small").width, "equal_params": not args.equal_width} | chosen)
     updates = args.updates or grid["updates"]
-    if updates < epoch_updates(task):  # an epoch is what is validated after: it cannot be longer than the run
+    if updates < epoch_updates(task):  # validation comes after each epoch, so none may be longer than the run
         task = replace(task, train_samples=updates * task.batch_size)
     task = replace(task, epochs=updates // epoch_updates(task))
     columns = [getattr(args, name) or grid[name] for name in ("scalings", "positions", "layers")]
@@ -149,35 +154,41 @@ def make_ladder(args: argparse.Namespace) -> Ladder:
     return ladder
 
 
-def make_watcher(screen: Console, ladder: Ladder, scale: str, yes: bool) -> Watcher:
-    """Prints a line for each run, and one every half minute of a long one.
+def make_progress(screen: Console, ladder: Ladder, scale: str, yes: bool) -> Notify:
+    """Prints one line per run, and one every half minute of a long one.
 
-    Its ``estimate`` raises UserError where all of it takes more than an hour and the user has not said ``yes``.
+    When it is called with an estimate of more than an hour and the user has not said ``yes``, it raises UserError.
     """
-    from better_attention.cli.progress import LONG, LineWatcher, duration
+    from better_attention.cli.progress import LONG_RUN_SECONDS, ProgressLines, duration
     from better_attention.lab.ladder.climb import epoch_updates
+    from better_attention.lab.training.events import Began, Ended, Estimated, Event
     from better_attention.text import plural
 
-    class LadderWatcher(LineWatcher):
-        def estimate(self, seconds: float, runs: int) -> None:
+    class LadderProgress(ProgressLines):
+        def __call__(self, event: Event) -> None:
+            super().__call__(event)
+            match event:
+                case Estimated(seconds=seconds, runs=runs):
+                    self.show_estimate(seconds, runs)
+                case Began(name=name, number=number, runs=runs):
+                    self.title = f"[{number} of at most {runs}] {name}"
+                case Ended(record=record):
+                    updates = record.epochs * epoch_updates(ladder.task)
+                    self.say(f"{self.title}  test {record.test_accuracy:.2f} % after {updates:,} updates")
+                case _:
+                    pass
+
+        def show_estimate(self, seconds: float, runs: int) -> None:
             self.say(
-                f"at most {duration(seconds)} of training for {plural(runs, 'run')} of {epoch_updates(ladder.task)} "
-                f"updates an epoch and at most {plural(self.epochs, 'epoch')}; solved runs end sooner, hopeless ones "
-                "are not begun"
+                f"at most {duration(seconds)} of training for {plural(runs, 'run')} with "
+                f"{epoch_updates(ladder.task)} updates per epoch and at most {plural(self.epochs, 'epoch')}; solved "
+                "runs end sooner, hopeless ones are not begun"
             )
-            if seconds > LONG and not yes:
+            if seconds > LONG_RUN_SECONDS and not yes:
                 smaller = "" if scale == "smoke" else ", take --scale smoke, which needs minutes,"
                 raise UserError(
                     f"that may take more than an hour: add --yes to begin{smaller} or choose fewer --rungs, "
                     "--mechanisms, --scalings, --positions, --layers or --seeds. Nothing was begun."
                 )
 
-        def begin(self, name: str, number: int, runs: int) -> None:
-            super().begin(name, number, runs)
-            self.title = f"[{number} of at most {runs}] {name}"
-
-        def end(self, name: str, record: dict[str, Any]) -> None:
-            updates = record["epochs"] * epoch_updates(ladder.task)
-            self.say(f"{self.title}  test {record['test_accuracy']:.2f} % after {updates:,} updates")
-
-    return LadderWatcher(screen, ladder.task.epochs)
+    return LadderProgress(screen, ladder.task.epochs)

@@ -1,7 +1,7 @@
 """``better-attention VERB ...``: finds the verb, runs it, and turns errors into messages and exit statuses.
 
-Exit status: 0 done; 1 a run failed, or the machine did (a full disk, say); 2 something in the command that the
-user can put right; 130 Ctrl-C, 143 SIGTERM.
+Exit status: 0 done; 1 a run failed, or the machine did (a full disk, for example); 2 an error that the user can correct
+in the command; 130 Ctrl-C, 143 SIGTERM.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ EXTRAS = frozenset(
 
 
 class Parser(argparse.ArgumentParser):
-    """Takes options before, between and behind what else is named, and says of an unknown one which was meant."""
+    """Accepts options before, between and after the arguments, and suggests the nearest name for an unknown one."""
 
     inside = False
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        self.color = False  # Python 3.14 would write escape sequences of its own
+        self.color = False  # Python 3.14 would write its own escape sequences
 
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong before how it is called, and end with exit status 2; of several processes, one says it."""
+        """Print what is wrong, then the usage, and end with exit status 2; of several processes, one prints."""
         if not first_to_say(message):
             self.exit(2)
         usage = f"usage: {self.prog} [options]; `{self.prog} --help` lists them."
@@ -60,13 +60,13 @@ class Parser(argparse.ArgumentParser):
             return super().parse_known_args(args, namespace)
         self.inside = True  # parse_known_intermixed_args calls this method again
         try:
-            found, unknown = self.parse_known_intermixed_args(args, namespace)
+            known, unknown = self.parse_known_intermixed_args(args, namespace)
         finally:
             self.inside = False
         if unknown:
             near = get_close_matches(unknown[0].partition("=")[0], self._option_string_actions, n=1, cutoff=0.75)
             self.error(f"unrecognized arguments: {' '.join(unknown)}{f' (did you mean {near[0]}?)' if near else ''}")
-        return found, unknown
+        return known, unknown
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -91,7 +91,12 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line ``arguments`` (None: the process's own); returns the exit status."""
     with screen.guarded(json="--json" in (sys.argv if arguments is None else arguments)):
-        return _run(arguments)
+        try:
+            return _run(arguments)
+        except KeyboardInterrupt:  # again, while what the first one interrupted was being told
+            return 130
+        finally:
+            command.ending()
 
 
 def _run(arguments: Sequence[str] | None) -> int:
@@ -105,7 +110,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         options = parser.parse_args(arguments)
         traceback = options.traceback
         status: int = options.run(options)
-        sys.stdout.flush()  # a reader that has gone (`| head`) is noticed here, not at exit
+        sys.stdout.flush()  # a reader that has ended (`| head`) is noticed here, not at exit
         return status
     except KeyboardInterrupt:
         return _say("interrupted.", 130)

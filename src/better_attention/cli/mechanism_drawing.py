@@ -38,7 +38,7 @@ class _Canvas:
             self.write(row + 2, column + offset, "▲")
 
     def bend(self, row: int, below: int, above: int) -> None:
-        """A line that comes up at ``below`` and goes on at ``above``."""
+        """A line that enters at ``below`` and leaves at ``above``."""
         low, high = sorted((below, above))
         for column in range(low + 1, high):
             self.write(row, column, "─")

@@ -1,28 +1,33 @@
-"""What the screen shows while a comparison is under way: live bars on a terminal, plain lines anywhere else."""
+"""The progress of a comparison on the screen: live bars on a terminal, plain lines anywhere else."""
 
 from __future__ import annotations
 
 import time
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Self
 
-from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from better_attention.cli.screen import message
-from better_attention.lab.comparison.compare import Plan
-from better_attention.lab.tasks.splits import Splits
-from better_attention.lab.training.events import Watcher
-from better_attention.lab.training.progress import DivergedError, Position
+from better_attention.lab.runs.record import RunRecord
+from better_attention.lab.training.events import Began, DataRead, Ended, Estimated, Event, Failed, Stopping, Updated
+from better_attention.lab.training.progress import Position
 from better_attention.text import plural
 
-PLAIN_SECONDS = 30.0  # between two lines about one run
-LONG = 3600.0  # seconds above which the user is told of something shorter
+if TYPE_CHECKING:
+    from better_attention.lab.comparison.plan import Plan
+
+PLAIN_SECONDS = 30.0
+"""Time between two lines about one run."""
+LONG_RUN_SECONDS = 3600.0
+"""Above this estimate, something shorter is suggested."""
 
 
-class LineWatcher(Watcher):
-    """A line when something happens to a run, and one every half minute of a long one.
+class ProgressLines:
+    """Prints a line when something happens to a run, and one every half minute of a long one.
+
+    It is to be called with every event.
 
     Args:
         console: where the lines go.
@@ -33,31 +38,33 @@ class LineWatcher(Watcher):
         self.console, self.epochs = console, epochs
         self.title, self.said_at = "", 0.0
 
+    def __call__(self, event: Event) -> None:
+        """Show an event."""
+        match event:
+            case Began(name=name, number=number, runs=runs):
+                self.title, self.said_at = f"[{number}/{runs}] {name}", time.monotonic()
+            case Updated(position=position, steps=steps):
+                self.show_position(position, steps)
+            case Failed(error=error):
+                self.say(f"{self.title}  FAILED  {error}")
+            case Stopping():
+                self.say("stopping after this step; press Ctrl-C again to stop immediately")
+            case _:
+                pass
+
     def say(self, line: str) -> None:
         """Print one line; a line end in a name does not begin another."""
         self.console.print(message(line), markup=False, soft_wrap=True)
 
-    def begin(self, name: str, number: int, runs: int) -> None:
-        """See :class:`Watcher`."""
-        self.title, self.said_at = f"[{number}/{runs}] {name}", time.monotonic()
-
-    def progress(self, position: Position, steps: int) -> None:
-        """See :class:`Watcher`."""
+    def show_position(self, position: Position, steps: int) -> None:
+        """Print where the run in progress stands, unless that was done a moment ago."""
         if time.monotonic() - self.said_at >= PLAIN_SECONDS:
             self.said_at = time.monotonic()
             self.say(f"{self.title}  {where(position, self.epochs, steps)}")
 
-    def failed(self, name: str, error: DivergedError) -> None:
-        """See :class:`Watcher`."""
-        self.say(f"{self.title}  FAILED  {error}")
 
-    def stopping(self) -> None:
-        """See :class:`Watcher`."""
-        self.say("stopping after this step; once more stops at once")
-
-
-class PlainWatcher(LineWatcher):
-    """What a comparison says of its data, its time and each finished run."""
+class PlainProgress(ProgressLines):
+    """Also prints the data, the estimated time and each result of a comparison."""
 
     def __init__(self, console: Console, plan: Plan) -> None:
         super().__init__(console, plan.task.epochs)
@@ -69,35 +76,42 @@ class PlainWatcher(LineWatcher):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Nothing to put away."""
+        """There is nothing to close."""
 
-    def data(self, splits: Splits, accelerator: Accelerator) -> None:
-        """Say what is compared, on what."""
-        task, sizes = self.plan.task, splits.sizes.values()
-        self.say(f"{task.title}, scale {task.scale}: {plural(len(self.plan.runs()), 'run')} below {self.plan.out}")
-        self.say(
-            "{:,} training, {:,} validation and {:,} test samples; ".format(*sizes) + f"device {accelerator.device}"
-        )
-        for note in splits.notes:
+    def __call__(self, event: Event) -> None:
+        """Show an event."""
+        match event:
+            case DataRead():
+                self.show_data(event)
+            case Estimated(seconds=seconds, runs=runs):
+                self.show_estimate(seconds, runs)
+            case Ended(record=record):
+                self.say(f"{self.title}  {outcome(record)}")
+            case _:
+                super().__call__(event)
+
+    def show_data(self, event: DataRead) -> None:
+        """Print what is compared, and on what."""
+        task, sizes = self.plan.task, event.splits.sizes.values()
+        self.say(f"{task.title}, scale {task.scale}: {plural(len(self.plan.jobs()), 'run')} below {self.plan.out}")
+        samples = "{:,} training, {:,} validation and {:,} test samples".format(*sizes)
+        self.say(f"{samples}; device {event.device}")
+        for note in event.splits.notes:
             self.say(f"note: {note}")
 
-    def estimate(self, seconds: float, runs: int) -> None:
-        """See :class:`Watcher`."""
+    def show_estimate(self, seconds: float, runs: int) -> None:
+        """Print how long the comparison takes, and what would take less."""
         sooner = f"; patience {self.plan.task.patience} may end a run sooner" if self.plan.task.patience else ""
         most = f"at most {plural(self.epochs, 'epoch')}"
         self.say(f"about {duration(seconds)} for {plural(runs, 'run')} of {most}{sooner}")
-        if seconds > LONG:
+        if seconds > LONG_RUN_SECONDS:
             smaller = {"paper": "--scale small or smoke takes", "small": "--scale smoke takes"}
             less = smaller.get(self.plan.task.scale, "fewer --epochs, --seeds or --mechanisms take")
             self.say(f"{less} less; Ctrl-C stops after a step, and the same command continues there")
 
-    def end(self, name: str, record: dict[str, Any]) -> None:
-        """See :class:`Watcher`."""
-        self.say(f"{self.title}  {outcome(record)}")
 
-
-class LiveWatcher(PlainWatcher):
-    """A bar for the whole comparison, one for the run under way, and above them a line a finished run."""
+class LiveProgress(PlainProgress):
+    """A bar for the whole comparison, one for the run in progress, and above them one line per finished run."""
 
     def __init__(self, console: Console, plan: Plan) -> None:
         super().__init__(console, plan)
@@ -108,7 +122,7 @@ class LiveWatcher(PlainWatcher):
             TimeRemainingColumn(),
         )
         self.bars = Progress(*columns, console=console, refresh_per_second=4)
-        self.all: TaskID = self.bars.add_task("all runs", total=len(plan.runs()))
+        self.all: TaskID = self.bars.add_task("all runs", total=len(plan.jobs()))
         self.one: TaskID = self.bars.add_task("reading the data", total=None)
 
     def __enter__(self) -> Self:
@@ -118,18 +132,24 @@ class LiveWatcher(PlainWatcher):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Take the bars off the screen."""
+        """Remove the bars from the screen."""
         for bar in (self.all, self.one):
             self.bars.update(bar, visible=False)
         self.bars.stop()
 
-    def begin(self, name: str, number: int, runs: int) -> None:
-        """See :class:`Watcher`."""
-        super().begin(name, number, runs)
-        self.bars.reset(self.one, description=self.title, total=None)
+    def __call__(self, event: Event) -> None:
+        """Show an event."""
+        super().__call__(event)
+        match event:
+            case Began():
+                self.bars.reset(self.one, description=self.title, total=None)
+            case Ended() | Failed():
+                self.bars.advance(self.all)
+            case _:
+                pass
 
-    def progress(self, position: Position, steps: int) -> None:
-        """See :class:`Watcher`."""
+    def show_position(self, position: Position, steps: int) -> None:
+        """Move the bar of the run in progress."""
         self.bars.update(
             self.one,
             description=f"{self.title}  {where(position, self.epochs, steps)}",
@@ -137,20 +157,10 @@ class LiveWatcher(PlainWatcher):
             completed=(position.epoch - 1) * steps + position.step,
         )
 
-    def end(self, name: str, record: dict[str, Any]) -> None:
-        """See :class:`Watcher`."""
-        super().end(name, record)
-        self.bars.advance(self.all)
 
-    def failed(self, name: str, error: DivergedError) -> None:
-        """See :class:`Watcher`."""
-        super().failed(name, error)
-        self.bars.advance(self.all)
-
-
-def make_watcher(console: Console, plan: Plan) -> PlainWatcher:
-    """The watcher that suits the console."""
-    return LiveWatcher(console, plan) if console.is_interactive else PlainWatcher(console, plan)
+def make_progress(console: Console, plan: Plan) -> PlainProgress:
+    """The display that suits the console."""
+    return LiveProgress(console, plan) if console.is_interactive else PlainProgress(console, plan)
 
 
 def duration(seconds: float) -> str:
@@ -174,9 +184,9 @@ def where(position: Position, epochs: int, steps: int) -> str:
     return f"epoch {position.epoch}/{epochs}, step {position.step}/{steps}{validated}"
 
 
-def outcome(record: dict[str, Any]) -> str:
+def outcome(record: RunRecord) -> str:
     """The result of a run in one line."""
-    bleu = "" if record.get("test_bleu") is None else f"BLEU {record['test_bleu']:.1f}, "
-    scores = f"test {bleu}{record['test_accuracy']:.2f} %, loss {record['test_loss']:.3f}"
-    best = f"best epoch {record['best_epoch']} of {record['epochs']}"
-    return f"{scores}; {best}; {record['epoch_seconds']:.2f} s/epoch"
+    bleu = "" if record.test_bleu is None else f"BLEU {record.test_bleu:.1f}, "
+    scores = f"test {bleu}{record.test_accuracy:.2f} %, loss {record.test_loss:.3f}"
+    best = f"best epoch {record.best_epoch} of {record.epochs}"
+    return f"{scores}; {best}; {record.epoch_seconds:.2f} s/epoch"

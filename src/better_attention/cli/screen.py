@@ -1,9 +1,9 @@
 """What reaches the terminal: everything that the command prints passes through here.
 
-Names of files, labels and runs are other people's text. A character in them that would act on a terminal (escape
+Names of files, labels and runs are untrusted text. A character in them that would act on a terminal (escape
 sequences, control characters, marks that turn the direction of writing) is printed as its ``\\uXXXX`` escape, which
-is also what JSON calls it. Nothing in them is taken for markup. Signs that the stream's encoding lacks are spelled in
-ASCII, so that no number loses its minus.
+is also what JSON calls it. Nothing in them is interpreted as markup. Signs that the stream's encoding lacks are
+spelled in ASCII, so that no number loses its minus.
 """
 
 from __future__ import annotations
@@ -65,6 +65,11 @@ def message(text: str) -> str:
     return "\n".join([first, *(line if line.startswith(" ") else f"  {line}" for line in more)])
 
 
+def say(line: str) -> None:
+    """Print a line about the progress of the command on standard error."""
+    print(line, file=sys.stderr, flush=True)
+
+
 class Guarded:
     """A text stream that writes through :func:`harmless` and :func:`spelled`; anything else is the stream's own.
 
@@ -103,7 +108,7 @@ def guarded(*, json: bool) -> Iterator[None]:
 
 
 def unguarded(stream: TextIO) -> TextIO:
-    """The stream itself, for whoever has made the text harmless before and adds colours."""
+    """The stream itself, for callers whose text is harmless already and contains colours."""
     return stream.inner if isinstance(stream, Guarded) else stream
 
 
@@ -132,24 +137,24 @@ def make_console(*, stderr: bool) -> Console:
         def safe_text(self, text: str) -> str:
             return spelled(harmless(text), self.encoding)
 
-        def safe(self, found: Any) -> Any:
-            match found:
+        def safe(self, renderable: Any) -> Any:
+            match renderable:
                 case str():
-                    return self.safe_text(found)
-                case Text() if self.safe_text(found.plain) != found.plain:
-                    pieces = found.divide(range(1, len(found)))
+                    return self.safe_text(renderable)
+                case Text() if self.safe_text(renderable.plain) != renderable.plain:
+                    pieces = renderable.divide(range(1, len(renderable)))
                     for piece in pieces:
                         piece.plain = self.safe_text(piece.plain)
-                    whole = found.blank_copy()
+                    whole = renderable.blank_copy()
                     for piece in pieces:
                         whole.append_text(piece)
                     return whole
                 case Table():
-                    found.title, found.caption = self.safe(found.title), self.safe(found.caption)
-                    for column in found.columns:
+                    renderable.title, renderable.caption = self.safe(renderable.title), self.safe(renderable.caption)
+                    for column in renderable.columns:
                         column.header, column.footer = self.safe(column.header), self.safe(column.footer)
                         column._cells = list(map(self.safe, column._cells))
-            return found
+            return renderable
 
     stream = unguarded(sys.stderr if stderr else sys.stdout)
     terminal = stream.isatty()

@@ -10,7 +10,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from better_attention.cli import UserError, console
-from better_attention.cli.cost import add_sizes, check_sizes
+from better_attention.cli.arguments import add_sizes, check_sizes
 from better_attention.lab.tasks.variant import Variant
 from better_attention.mechanism import MECHANISMS, PROJECTIONS
 

@@ -47,18 +47,18 @@ def run(args: argparse.Namespace) -> int:
     if args.number == beside.EDGE:
         return edge_table(args)
     files = beside.find_results(args.results)
-    found = beside.blocks(args.number, files)
+    blocks = beside.blocks(args.number, files)
     if args.csv is not None:
-        view.write_csv(found, args.csv)
+        view.write_csv(blocks, args.csv)
     if args.json:
-        print(json.dumps(view.as_json(args.number, found), indent=2, ensure_ascii=False))
+        print(json.dumps(view.as_json(args.number, blocks), indent=2, ensure_ascii=False))
     else:
         screen = console()
-        view.print_blocks(args.number, found, screen)
-        if not any(block.ours for block in found):
+        view.print_blocks(args.number, blocks, screen)
+        if not any(block.ours for block in blocks):
             tasks = sorted({str(record["task"]) for file in files for record in beside.read_results(file)})
-            told = f"Results of {', '.join(tasks)} were read: none of them is of table {args.number}."
-            screen.print(message(told) if tasks else "No results.json was found.", markup=False, soft_wrap=True)
+            text = f"Results of {', '.join(tasks)} were read, but none belongs to table {args.number}."
+            screen.print(message(text) if tasks else "No results.json was found.", markup=False, soft_wrap=True)
     return 0
 
 
@@ -77,8 +77,8 @@ def edge_table(args: argparse.Namespace) -> int:
     if args.csv is not None:
         view.write_csv([report for _, report in reports], args.csv)
     if args.json:
-        told = [{"file": str(file), "rows": view.beside_paper(report)} for file, report in reports]
-        blocks = told or [{"file": "", "rows": view.beside_paper(None)}]
+        entries = [{"file": str(file), "rows": view.beside_paper(report)} for file, report in reports]
+        blocks = entries or [{"file": "", "rows": view.beside_paper(None)}]
         print(json.dumps({"table": 4, "title": view.TITLE, "blocks": blocks}, indent=2, ensure_ascii=False))
         return 0
     screen = console()

@@ -1,4 +1,4 @@
-"""Writing files whole or not at all, reading files that may be damaged, and making text of unknown origin printable."""
+"""Files that are written whole or not at all, files that may be damaged, and text of unknown origin made printable."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ import re
 import stat
 import tempfile
 import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BufferedReader, FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 LARGEST_TEXT = 2**28
 """Bytes of the largest JSON file that is read."""
@@ -25,68 +27,94 @@ WRITTEN = re.compile(
 """Names of the files of a run, a comparison and a ladder."""
 
 
-def write_atomic(path: str | Path, content: bytes | str, *, make_folder: bool = True) -> None:
-    """Write ``content`` (text as UTF-8) to ``path`` so that a reader sees the old file or the new one, never a part.
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A new file to write, which takes the name ``path`` in one step if the block ends without an error.
 
-    The bytes go to a new file in the same folder, reach the disk, and take the name ``path`` in one step. A crash may
-    leave the new file behind; :func:`remove_leftovers` recognises it.
+    A reader sees the old file or the new one, never a part. The bytes go to a file in the same folder and reach the
+    disk before the name does. A crash may leave that file behind; :func:`remove_leftovers` recognises it.
 
     Args:
+        path: the file; its folder exists.
+
+    Raises:
+        OSError: it cannot be written. The previous file at ``path`` is still there.
+    """
+    handle, name = tempfile.mkstemp(prefix=f".{path.name[:64]}.", suffix=".tmp", dir=path.parent)
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "w+b") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())  # mkstemp makes it readable to nobody else
+        temporary.replace(path)
+        sync_folder(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_atomic(path: str | Path, content: bytes | str, *, make_folder: bool = True) -> None:
+    """Write ``content`` (text as UTF-8) to ``path`` as :func:`replacing` does.
+
+    Args:
+        path: the file.
+        content: all of it.
         make_folder: create the folder of ``path`` if it does not exist; otherwise that is an error.
 
     Raises:
-        OSError: it cannot be written, the disk is full for example; names the path and the bytes needed. What stood at
-            ``path`` before is still there.
+        OSError: it cannot be written, the disk is full for example; names the path and the bytes needed. The previous
+            file at ``path`` is still there.
     """
     path = Path(path)
     data = content.encode("utf-8") if isinstance(content, str) else content
     if make_folder:
         path.parent.mkdir(parents=True, exist_ok=True)
-    temporary: Path | None = None
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name[:64]}.", suffix=".tmp", dir=path.parent)
-        temporary = Path(name)
-        with os.fdopen(handle, "wb") as file:
+        with replacing(path) as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())  # mkstemp makes it readable to nobody else
-        temporary.replace(path)
-        _sync_folder(path.parent)
-    except BaseException as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-        if not isinstance(error, OSError):
-            raise
+    except OSError as error:
         way_out = "; free some space and run again" if error.errno in _FULL else ""
         why = f"{error.strerror} (while writing {len(data):,} bytes{way_out})"
         raise OSError(error.errno, why, str(path)) from error
 
 
 def remove_leftovers(folder: Path, names: re.Pattern[str] = WRITTEN) -> None:
-    """Remove what a crash left of :func:`write_atomic`: ``.NAME.XXXXXXXX.tmp``, no other file.
+    """Remove the files ``.NAME.XXXXXXXX.tmp`` that a crash within :func:`replacing` left behind.
 
     Call it only while no other process can be writing one of these files, that is, while holding the folder's lock.
 
     Args:
-        folder: where they lie; files below it are left alone.
-        names: of the files that are written there.
+        folder: where they lie; subfolders are not searched.
+        names: pattern of the names of the files that are written there.
     """
     with os.scandir(folder) as entries:
-        left = [entry for entry in entries if (found := _TEMPORARY.fullmatch(entry.name)) and names.fullmatch(found[1])]
+        left = [entry for entry in entries if (m := _TEMPORARY.fullmatch(entry.name)) and names.fullmatch(m[1])]
     for entry in left:
         if entry.is_file(follow_symlinks=False):
             Path(entry.path).unlink(missing_ok=True)
 
 
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable, where the system lets a folder be opened."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def open_regular(path: Path) -> BufferedReader:
-    """Open a regular file for reading; what would block or never end is refused instead.
+    """Open a regular file for reading; refuse everything that would block or never end.
 
     Raises:
         ValueError: a FIFO, a device, a socket or a directory.
         OSError: it does not exist or cannot be read.
     """
-    if not stat.S_ISREG(mode := path.stat().st_mode):  # before it is opened: opening some devices has an effect
+    if not stat.S_ISREG(mode := path.stat().st_mode):  # before opening it, because opening some devices has an effect
         raise ValueError(f"{path} is {_kind(mode)}, not a regular file.")
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     if not stat.S_ISREG(mode := os.fstat(handle).st_mode):  # replaced in between
@@ -109,6 +137,14 @@ def read_regular(path: Path, limit: int = LARGEST_TEXT) -> bytes:
     return content
 
 
+def same_file(file: BinaryIO, path: Path) -> bool:
+    """Whether the open ``file`` is the one that has the name ``path`` now: not deleted, moved or replaced since."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except OSError:
+        return False
+
+
 def digest(path: Path) -> str:
     """SHA-256 of a regular file, in hexadecimal.
 
@@ -120,7 +156,7 @@ def digest(path: Path) -> str:
 
 
 def parse_json(content: bytes | str) -> Any:
-    """The value of a JSON document, as strict as JSON is: every number is finite and every integer fits 64 bits.
+    """The value of a JSON document, parsed strictly: every number is finite and every integer fits 64 bits.
 
     Raises:
         ValueError: not JSON, a number out of range, or nested too deeply.
@@ -132,10 +168,10 @@ def parse_json(content: bytes | str) -> Any:
 
 
 def plain(text: object, limit: int = 2000) -> str:
-    """``text`` on its way to a screen, a table or a page: no control character, no odd direction mark, not too long.
+    """``text`` in a form that is safe to show on a screen, in a table or on a page.
 
-    Tabs and line ends become spaces; escape sequences lose their escape character, lone surrogates and characters that
-    turn the direction of writing are dropped.
+    Tabs and line ends become spaces. Control characters (also the one that begins an escape sequence), unpaired
+    surrogates and characters that change the direction of writing are dropped. Long text is cut.
 
     >>> plain("a\\x1b[31mb\\nc"), plain("x" * 5000, limit=3)
     ('a[31mb c', 'xxx… (5,000 characters)')
@@ -178,14 +214,3 @@ def _umask() -> int:
     umask = os.umask(0)  # there is no way to read it but to set it
     os.umask(umask)
     return umask
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the new name durable too, where the system lets a folder be opened."""
-    if not hasattr(os, "O_DIRECTORY"):
-        return
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -28,7 +28,7 @@ class Definition(ABC, Generic[A]):
         device_type: the only device that computes it; None: any.
         batched: whether dimension 0 of every tensor is a batch, which is how vmap calls the operator once. Where A
             has a ``seed`` and it is given, vmap calls it slice by slice: what is dropped depends on the batch.
-        refuses_second: the message for whoever differentiates the derivative.
+        refuses_second: the message of the error that differentiating the derivative raises.
         refuses_batched_dropout: the message for ``torch.autograd.grad(is_grads_batched=True)`` where there is a
             ``seed``; None where that works.
     """

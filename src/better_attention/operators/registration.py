@@ -168,7 +168,7 @@ def _function(definition: Definition[A], layout: Layout, packet: Any, save: Any,
 
 
 def _backward_function(definition: Definition[A], layout: Layout, packet: Any, in_eager_mode: Any) -> Any:
-    """The derivative as an ``autograd.Function``, with an answer to whoever wants to differentiate it again."""
+    """The derivative as an ``autograd.Function``, which refuses with a message to be differentiated again."""
 
     def forward(*flat: Any) -> Any:
         return in_eager_mode(*flat) if ordinary(*flat[: 1 + layout.tensors + layout.saved_results]) else packet(*flat)

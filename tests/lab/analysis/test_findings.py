@@ -181,7 +181,7 @@ def test_a_task_of_our_own_says_so() -> None:
     ("shares", "text", "flagged"),
     [
         ((0.001, 0.0123), "at most 1.2 % of a step (standard-h4-s1)", False),
-        ((0.05, 0.0), "at most 5.0 % of a step (standard-h4-s0): 5 % or more, so that times tell of the data pipeline "
+        ((0.05, 0.0), "at most 5.0 % of a step (standard-h4-s0): 5 % or more, so that times include the data pipeline "
          "as well", True),
     ],
 )  # fmt: skip

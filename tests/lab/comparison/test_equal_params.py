@@ -17,25 +17,27 @@ from torch import nn
 from better_attention import MultiheadAttention
 from better_attention.cli import UserError, main
 from better_attention.cli import compare as verb
-from better_attention.lab.comparison.compare import Plan, compare, make_study
+from better_attention.lab.comparison.compare import compare
+from better_attention.lab.comparison.gather import gather
+from better_attention.lab.comparison.plan import Plan
+from better_attention.lab.runs.snapshot import Snapshot
 from better_attention.lab.tasks.base import Task, equal_width
 from better_attention.lab.tasks.catalogue import TASKS
 from better_attention.lab.tasks.image import ImageTask
 from better_attention.lab.tasks.recurrence import RecurrenceTask
 from better_attention.lab.tasks.variant import Variant
-from better_attention.lab.training.events import Watcher
+from better_attention.lab.training.step_time import Pace
 from helpers import tiny
 
 
 @pytest.fixture(autouse=True)
 def no_pace(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules[compare.__module__], "measure_paces", lambda *arguments: {})
+    monkeypatch.setattr(sys.modules[compare.__module__], "measure", lambda *arguments: Pace(0.1, None))
 
 
 @pytest.fixture
 def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules[compare.__module__], "write_results", lambda *arguments: None)
-    monkeypatch.setattr(sys.modules[compare.__module__], "draw_maps", lambda *arguments: [])
+    monkeypatch.setattr(sys.modules[compare.__module__], "write", lambda *arguments: None)
 
 
 # --- the width of equal parameters ------------------------------------------------------------------------------------
@@ -95,7 +97,7 @@ def test_a_model_is_built_at_the_width_of_equal_parameters() -> None:
 def test_a_comparison_at_equal_parameters(tmp_path: Path, no_report: None) -> None:
     task = tiny.task(epochs=1, equal_params=True, width=24)
     variants = [Variant.of(name) for name in ("standard", "efficient")]
-    study, failed = compare(Plan(task, variants, (3,), 1, tmp_path, device="cpu"), Watcher())
+    study, failed = compare(Plan(task, variants, (3,), 1, tmp_path, device="cpu"))
     assert failed == []
     counts = {str(record["mechanism"]): int(str(record["total_params"])) for record in study.records}
     width = equal_width(task, Variant.of("efficient"), 3)
@@ -138,7 +140,7 @@ def test_what_is_given_twice_is_refused() -> None:
 
 @pytest.mark.parametrize("task", ["digits", "recurrence"])
 def test_data_for_a_task_that_reads_none_is_refused(task: str) -> None:
-    with pytest.raises(UserError, match=f"task '{task}' reads no files"):
+    with pytest.raises(UserError, match=f"task '{task}' uses built-in data"):
         verb.make_plan(parse(task, "--data", "there"))
     assert verb.make_plan(parse("mnist", "--data", "there")).data == Path("there")
 
@@ -216,14 +218,14 @@ def unfitted() -> Unfitted:
 def test_a_task_is_fitted_before_anything_is_built(tmp_path: Path, no_report: None) -> None:
     (tmp_path / "classes.txt").write_text(" ".join("abcdefghij"))
     plan = Plan(unfitted(), [Variant.of("super")], (3,), 1, tmp_path / "out", data=tmp_path, device="cpu")
-    study, _ = compare(plan, Watcher())
+    study, _ = compare(plan)
     config = json.loads((tmp_path / "out" / "super-h3-s0" / "config.json").read_text())
     assert config["run"]["settings"]["classes"] == 10  # what rebuilds the model
     settings = study.task["settings"]
     assert isinstance(settings, dict)
     assert settings["classes"] == 10
     with pytest.raises(ValueError, match="this task needs --data"):
-        compare(replace(plan, data=None, out=tmp_path / "other"), Watcher())
+        compare(replace(plan, data=None, out=tmp_path / "other"))
     assert not (tmp_path / "other").exists()
 
 
@@ -236,11 +238,11 @@ def test_known_data_sets_are_fitted_already() -> None:
 def test_published_runs_without_weights_still_give_a_report(tmp_path: Path) -> None:
     variants = [Variant.of("standard"), Variant.of("super")]
     plan = Plan(tiny.task(epochs=1), variants, (3,), 1, tmp_path, device="cpu")
-    whole, _ = compare(plan, Watcher())
+    whole, _ = compare(plan)
     assert {m.run for m in whole.maps} == {"standard-h3-s0", "super-h3-s0"}
     (tmp_path / "super-h3-s0" / "model.safetensors").unlink()
     (tmp_path / "report.html").unlink()
-    study, _ = compare(plan, Watcher())
+    study, _ = compare(plan)
     assert {m.run for m in study.maps} == {"standard-h3-s0"}
     assert study.alignments == []
     assert {record["mechanism"] for record in study.records} == {"standard", "super"}
@@ -248,4 +250,4 @@ def test_published_runs_without_weights_still_give_a_report(tmp_path: Path) -> N
     page = (tmp_path / "report.html").read_text("utf-8")
     assert "super" in page
     (tmp_path / "standard-h3-s0" / "model.safetensors").unlink()
-    assert make_study(plan, tiny.splits()).maps == []
+    assert gather(plan, Snapshot.read(tmp_path), tiny.splits()).maps == []

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from better_attention.lab.comparison.compare import Plan, compare
+from better_attention.lab.comparison.compare import compare
 from better_attention.lab.comparison.notes import guessing, remarks
+from better_attention.lab.comparison.plan import Plan
 from better_attention.lab.tasks.catalogue import TASKS
 from better_attention.lab.tasks.splits import Split, Splits
 from better_attention.lab.tasks.variant import Variant
-from better_attention.lab.training.events import Watcher
 from helpers import tiny
 
 STANDARD = [Variant.of("standard")]
@@ -100,7 +100,7 @@ def test_what_is_no_class_a_sample_has_no_such_zero() -> None:
 
 def test_they_reach_the_study(tmp_path: Path) -> None:
     task = tiny.task(epochs=1, equal_params=True)
-    study, _ = compare(Plan(task, STANDARD, [3], 1, tmp_path, device="cpu"), Watcher())
+    study, _ = compare(Plan(task, STANDARD, [3], 1, tmp_path, device="cpu"))
     assert any(note.startswith("equal parameters with 3 heads: standard ") for note in study.notes)
 
 

@@ -16,13 +16,15 @@ import pytest
 
 from better_attention.cli import main
 from better_attention.lab.comparison import trackers
-from better_attention.lab.comparison.compare import Plan, compare
-from better_attention.lab.comparison.trackers import TrackingWatcher, check
+from better_attention.lab.comparison.compare import compare
+from better_attention.lab.comparison.plan import Plan
+from better_attention.lab.comparison.trackers import Tracking, check
 from better_attention.lab.files import write_atomic
-from better_attention.lab.runs.folder import read_curve
+from better_attention.lab.runs.folder import RunFolder
 from better_attention.lab.tasks.variant import Variant
-from better_attention.lab.training.events import Watcher, Watchers
-from better_attention.lab.training.progress import Interrupted, Position
+from better_attention.lab.training.events import Began, Event, Notify, Stopping, Updated, to_all
+from better_attention.lab.training.progress import Interrupted
+from better_attention.lab.training.step_time import Pace
 from helpers import tiny
 
 
@@ -36,8 +38,8 @@ def training_alone(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     """Neither pace nor report: trackers have no part in them. The test of the whole command has both."""
     if "capsys" not in request.fixturenames:
         module = sys.modules[compare.__module__]
-        monkeypatch.setattr(module, "measure_paces", lambda *arguments: {})
-        monkeypatch.setattr(module, "make_study", lambda *arguments: SimpleNamespace(records=[], finished=0))
+        monkeypatch.setattr(module, "measure", lambda *arguments: Pace(0.1, None))
+        monkeypatch.setattr(module, "publish", lambda *arguments: SimpleNamespace(records=[], finished=0))
 
 
 class Notebook:
@@ -79,22 +81,22 @@ def notebook(monkeypatch: pytest.MonkeyPatch) -> type[Notebook]:
     return kind
 
 
-def tracked(wish: Plan, *more: Watcher, names: Sequence[str] = ("wandb",)) -> list[str]:
+def tracked(wish: Plan, *more: Notify, names: Sequence[str] = ("wandb",)) -> list[str]:
     """Compare with trackers; what they said."""
     said: list[str] = []
-    with TrackingWatcher(wish, names, said.append) as watcher:
-        compare(wish, Watchers(*more, watcher))
+    with Tracking(wish, names, said.append) as tracking:
+        compare(wish, to_all(*more, tracking))
     return said
 
 
-class StopAfter(Watcher):
+class StopAfter:
     """Interrupts a comparison after some updates, as a signal does."""
 
     def __init__(self, updates: int, error: type[BaseException] = KeyboardInterrupt) -> None:
         self.left, self.error = updates, error
 
-    def progress(self, position: Position, steps: int) -> None:
-        self.left -= 1
+    def __call__(self, event: Event) -> None:
+        self.left -= isinstance(event, Updated)
         if self.left == 0:
             raise self.error
 
@@ -103,7 +105,7 @@ def test_every_epoch_and_the_final_figures(tmp_path: Path, notebook: type[Notebo
     assert tracked(plan(tmp_path, mechanisms=("super", "efficient"))) == []
     assert set(notebook.pages) == {"super-h3-s0", "efficient-h3-s0"}
     for run, page in notebook.pages.items():
-        curve = read_curve(tmp_path / run)
+        curve = RunFolder(tmp_path / run).curve()
         assert [step for step, _ in page] == [1, 2, 3, 3]
         for (_, told), line in zip(page, curve, strict=False):
             for key in ("train_loss", "train_accuracy", "validation_loss", "validation_accuracy"):
@@ -124,7 +126,7 @@ def test_every_epoch_and_the_final_figures(tmp_path: Path, notebook: type[Notebo
 def test_epochs_are_told_while_the_run_goes_on(tmp_path: Path, notebook: type[Notebook]) -> None:
     with pytest.raises(KeyboardInterrupt):
         tracked(plan(tmp_path), StopAfter(14))  # 6 updates an epoch
-    # The watcher before it in the row ends the 14th update: the second epoch was told at the 13th.
+    # The listener before it raises at the 14th update: the second epoch was logged at the 13th.
     assert [step for step, _ in notebook.pages["super-h3-s0"]] == [1, 2]
 
 
@@ -139,7 +141,7 @@ def test_a_resumed_run_has_no_epoch_twice(tmp_path: Path, notebook: type[Noteboo
     page = notebook.pages["super-h3-s0"]
     assert [step for step, _ in page] == [1, 2, 3, 3]
     assert [told["validation/loss"] for _, told in page[:3]] == [
-        line["validation_loss"] for line in read_curve(tmp_path / "super-h3-s0")
+        line["validation_loss"] for line in RunFolder(tmp_path / "super-h3-s0").curve()
     ]
     assert len(notebook.settings["super-h3-s0"]) == 1
 
@@ -158,7 +160,7 @@ def test_a_run_that_was_deleted_and_trained_anew_has_a_log_of_its_own(tmp_path: 
 
 
 def test_a_finished_comparison_is_told_afterwards(tmp_path: Path, notebook: type[Notebook]) -> None:
-    compare(plan(tmp_path), Watcher())
+    compare(plan(tmp_path))
     assert not (tmp_path / "trackers").exists()
     tracked(plan(tmp_path))
     assert [step for step, _ in notebook.pages["super-h3-s0"]] == [1, 2, 3, 3]
@@ -202,38 +204,20 @@ def test_a_failing_tracker_takes_no_other_along(
 
 
 def test_only_the_first_process_tells(tmp_path: Path, notebook: type[Notebook]) -> None:
-    class Second(TrackingWatcher):
-        def data(self, splits: Any, accelerator: Any) -> None:
-            self.main = False
-
     wish = plan(tmp_path)
-    with Second(wish, ["wandb"], print) as watcher:
-        compare(wish, watcher)
+    with Tracking(wish, ["wandb"], print, first=False) as tracking:
+        compare(wish, tracking)
     assert notebook.pages == {}
     assert not (tmp_path / "trackers").exists()
 
 
-def test_watchers_are_told_alike_and_in_order() -> None:
-    told: list[str] = []
-
-    class Note(Watcher):
-        def __init__(self, name: str) -> None:
-            self.name = name
-
-        def __getattribute__(self, attribute: str) -> Any:
-            if attribute in vars(Watcher):
-                return lambda *arguments: told.append(f"{self.name} {attribute} {len(arguments)}")
-            return object.__getattribute__(self, attribute)
-
-    calls = [name for name in vars(Watcher) if not name.startswith("_")]
-    assert set(calls) <= set(vars(Watchers)), "a new event must be handed on too"
-    both = Watchers(Note("a"), Note("b"))
-    for name in calls:
-        count = vars(Watcher)[name].__code__.co_argcount - 1
-        getattr(both, name)(*range(count))
-    assert told == [
-        f"{who} {name} {vars(Watcher)[name].__code__.co_argcount - 1}" for name in calls for who in ("a", "b")
-    ]
+def test_every_listener_gets_every_event_in_order() -> None:
+    heard: list[tuple[str, Event]] = []
+    events: list[Event] = [Began("super-h3-s0", 1, 2), Stopping()]
+    notify = to_all(lambda event: heard.append(("a", event)), lambda event: heard.append(("b", event)))
+    for event in events:
+        notify(event)
+    assert heard == [(name, event) for event in events for name in "ab"]
 
 
 # --- what is asked for ------------------------------------------------------------------------------------------------
@@ -305,16 +289,16 @@ def test_tensorboard_reads_the_curves_back(tmp_path: Path) -> None:
     said: list[str] = []
     for stop in (8, None):
         wish = plan(tmp_path)
-        with TrackingWatcher(wish, ["tensorboard"], said.append) as watcher:
+        with Tracking(wish, ["tensorboard"], said.append) as tracking:
             if stop:
                 with pytest.raises(Interrupted):
-                    compare(wish, Watchers(StopAfter(stop, Interrupted), watcher))
+                    compare(wish, to_all(StopAfter(stop, Interrupted), tracking))
             else:
-                compare(wish, watcher)
+                compare(wish, tracking)
     assert said == []
     events = EventAccumulator(str(tmp_path / "trackers" / "tensorboard" / "super-h3-s0"))
     events.Reload()
-    curve = read_curve(tmp_path / "super-h3-s0")
+    curve = RunFolder(tmp_path / "super-h3-s0").curve()
     for key in ("train_loss", "train_accuracy", "validation_loss", "validation_accuracy"):
         scalars = events.Scalars(key.replace("_", "/"))
         assert [scalar.step for scalar in scalars] == [1, 2, 3]

@@ -9,12 +9,14 @@ import ssl
 import subprocess
 import time
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 import requests
 
-from better_attention.lab.data import DataError, download
+from better_attention.lab.data import download
 from better_attention.lab.data.download import Remote
+from better_attention.lab.data.samples import DataError
 from helpers import publisher as site
 from helpers.publisher import CONTENT, HOST, Publisher
 
@@ -156,6 +158,15 @@ def test_a_forbidden_address_is_not_even_asked(publisher: Publisher, tmp_path: P
     with pytest.raises(DataError, match="refused to fetch"):
         fetch(publisher, tmp_path, remote)
     assert publisher.requests == []
+
+
+def test_without_other_hosts_the_publishers_own_alone_is_asked(publisher: Publisher, tmp_path: Path) -> None:
+    publisher.answers = [site.redirects("https://mirror.example/a")]
+    with publisher.session() as session, pytest.raises(DataError, match="refused to fetch from 'https://mirror"):
+        download.download(REMOTE, tmp_path, session=session)
+    publisher.answers = [site.redirects("/b"), site.serves(CONTENT)]
+    with publisher.session() as session:
+        assert download.download(REMOTE, tmp_path, session=session).read_bytes() == CONTENT
 
 
 def test_redirects_without_end(publisher: Publisher, tmp_path: Path) -> None:
@@ -313,9 +324,9 @@ def test_real_tls(
 
 
 def test_every_official_address_is_allowed_and_has_a_whole_digest() -> None:
-    from better_attention.lab.data import SOURCES
+    from better_attention.lab.data.published import SOURCES
 
     for remote in (remote for source in SOURCES.values() for remote in source.remotes):
-        download.check_address(remote.url, download.HOSTS)
+        assert urlsplit(remote.url).scheme == "https"
         assert len(bytes.fromhex(remote.sha256)) == 32
         assert remote.size > 0

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from better_attention.lab.data import DataError, Images, Texts
-from better_attention.lab.data.samples import size_notes
+from better_attention.lab.data.samples import DataError, Images, Texts, size_notes
 
 IMAGES = Images(
     name="marks",

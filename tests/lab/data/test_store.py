@@ -11,8 +11,12 @@ from pathlib import Path
 import filelock
 import pytest
 
-from better_attention.lab.data import SOURCES, DataError, NotFetched, read, store
-from better_attention.lab.data.catalogue import Source
+from better_attention.lab.data import store
+from better_attention.lab.data.catalogue import read
+from better_attention.lab.data.home import home
+from better_attention.lab.data.published import SOURCES
+from better_attention.lab.data.samples import DataError, NotFetched
+from better_attention.lab.data.source import Source
 from helpers import publisher as site
 from helpers.layouts import IMDB, mnist_arrays, write_imdb, write_imdb_folder, write_mnist
 from helpers.publisher import HOST, Publisher
@@ -38,11 +42,11 @@ def serve(publisher: Publisher, source: Source, contents: dict[str, bytes]) -> N
 
 def test_where_home_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert store.home() == tmp_path / "cache" / "better-attention" / "data"
+    assert home() == tmp_path / "cache" / "better-attention" / "data"
     monkeypatch.setenv("HOME", str(tmp_path / "me"))
     for value in ("", "relative/cache"):
         monkeypatch.setenv("XDG_CACHE_HOME", value)
-        assert store.home() == tmp_path / "me" / ".cache" / "better-attention" / "data"
+        assert home() == tmp_path / "me" / ".cache" / "better-attention" / "data"
 
 
 def test_fetch_brings_all_files_and_they_can_be_read(publisher: Publisher, cache: Path, tmp_path: Path) -> None:
@@ -198,11 +202,12 @@ def test_a_copy_that_fails_half_way_leaves_the_old_data(
 
 def test_what_a_killed_import_left_is_cleared(cache: Path, tmp_path: Path) -> None:
     (cache / "imdb").mkdir(parents=True)
-    (cache / "imdb" / ".aclImdb_v1.tar.gz.tmp").write_bytes(b"half a f")
+    (cache / "imdb" / ".aclImdb_v1.tar.gz.a1b2c3d4.tmp").write_bytes(b"half a f")
     assert SOURCES["imdb"].locate is not None
     assert SOURCES["imdb"].locate(cache / "imdb") is None
     store.import_from(IMDB_SOURCE, write_imdb(tmp_path / "a.tar.gz"))
     assert visible(cache / "imdb") == {"aclImdb_v1.tar.gz", "origin.json"}
+    assert not list((cache / "imdb").glob(".*.tmp"))
 
 
 def test_one_at_a_time(cache: Path, tmp_path: Path) -> None:

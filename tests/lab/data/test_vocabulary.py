@@ -5,15 +5,14 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from better_attention.lab.data import DataError, Texts, Vocabulary, read
-from better_attention.lab.data.vocabulary import tokens
+from better_attention.lab.data.samples import DataError
+from better_attention.lab.data.vocabulary import Vocabulary, tokens
 
 TEXTS = ["b a. B", "a c!", "it's <br />It's"]
 
@@ -64,17 +63,6 @@ def test_words_of_every_script_keep_their_marks_and_joiners(text: str, words: li
 @given(st.text(st.characters(max_codepoint=127)))
 def test_ascii_words_are_those_of_published_vocabularies(text: str) -> None:
     assert tokens(text) == re.findall(r"\w+(?:'\w+)*", text.lower().replace("<br />", " "))
-
-
-@pytest.mark.data
-def test_the_words_of_the_movie_reviews_are_those_of_published_results(real_data: Path) -> None:
-    data = read("imdb", real_data)
-    assert isinstance(data, Texts)
-    foreign = [text for text in data.train_texts if not text.isascii()]
-    assert len(foreign) > 2_000
-    for text in foreign:
-        plain = text.lower().replace("<br />", " ").replace("’", "'")
-        assert tokens(text) == re.findall(r"\w+(?:'\w+)*", plain)
 
 
 def test_words_by_falling_frequency_then_alphabet() -> None:
@@ -149,34 +137,19 @@ def test_the_test_split_has_no_say() -> None:
     assert "c" in Vocabulary.build([*train, *test], 10).words
 
 
-def test_json_there_and_back() -> None:
+def test_vocabularies_of_the_same_words_are_equal() -> None:
     vocabulary = Vocabulary.build([*TEXTS, "Ça 你好"], 50)
-    again = Vocabulary.from_json(vocabulary.to_json())
+    again = Vocabulary(vocabulary.words)
     assert again == vocabulary
     assert hash(again) == hash(vocabulary)
     assert again != Vocabulary.build(TEXTS, 50)
     np.testing.assert_array_equal(again.encode(TEXTS, 5), vocabulary.encode(TEXTS, 5))
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "[]",
-        "{}",
-        "null",
-        "[" * 100_000,
-        '{"format": "other", "words": []}',
-        '{"format": "better-attention vocabulary 1", "words": "ab"}',
-        '{"format": "better-attention vocabulary 1", "words": ["a", 3]}',
-        '{"format": "better-attention vocabulary 1", "words": ["a", ""]}',
-        '{"format": "better-attention vocabulary 1", "words": ["a", "b", "a"]}',
-        '{"format": "better-attention vocabulary 1", "words": [["a"]]}',
-    ],
-)
-def test_other_json_is_refused(text: str) -> None:
+@pytest.mark.parametrize("words", [["a", 3], ["a", ""], ["a", "b", "a"], [["a"]]])
+def test_words_that_make_no_vocabulary(words: list[str]) -> None:
     with pytest.raises(DataError, match="vocabulary"):
-        Vocabulary.from_json(text)
+        Vocabulary(words)
 
 
 @pytest.mark.parametrize("size", [2, 0, -1])

@@ -20,13 +20,23 @@ from better_attention.lab.ladder import climb as climb_module
 from better_attention.lab.ladder import page as ladder_page
 from better_attention.lab.ladder.climb import Climb, row_of, update_flops
 from better_attention.lab.ladder.findings import at_best, duels, heights, sentence, spots, within
-from better_attention.lab.ladder.grid import SCALES, Cell, Ladder, Row, Setting, below, best_settings, softmax_twin
+from better_attention.lab.ladder.grid import (
+    SCALES,
+    Cell,
+    Ladder,
+    RungResult,
+    Setting,
+    below,
+    best_settings,
+    softmax_twin,
+)
+from better_attention.lab.runs.states import run_states
 from better_attention.lab.tasks.catalogue import TASKS
 from better_attention.lab.tasks.recurrence import RecurrenceTask
 from better_attention.lab.tasks.variant import Variant
 from better_attention.lab.training import step_time
-from better_attention.lab.training.events import Watcher
-from better_attention.lab.training.progress import Interrupted, Position
+from better_attention.lab.training.events import Ended, Estimated, Event, Updated, ignore
+from better_attention.lab.training.progress import Interrupted
 
 SQRT, RAW = Setting("sqrt", "rotary", 1), Setting("raw", "alibi", 2)
 PAIR = ("standard", "expressive")
@@ -66,13 +76,13 @@ def ladder(out: Path, **changes: Any) -> Ladder:
     return Ladder(**(given | changes))
 
 
-def row(mechanism: str = "standard", rung: tuple[int, int] = (4, 4), seed: int = 0, **changes: Any) -> Row:
+def row(mechanism: str = "standard", rung: tuple[int, int] = (4, 4), seed: int = 0, **changes: Any) -> RungResult:
     given: dict[str, Any] = {
         "setting": SQRT, "test": 100.0, "validation": 99.5, "to_target": 200, "updates": 200, "flops": 1000
     }  # fmt: skip
     given |= changes
     setting = given["setting"]
-    return Row(
+    return RungResult(
         mechanism=mechanism,
         score=Variant.of(mechanism).mechanism.score,
         modulus=rung[0],
@@ -95,7 +105,7 @@ def row(mechanism: str = "standard", rung: tuple[int, int] = (4, 4), seed: int =
     )
 
 
-def failed(*args: Any, **changes: Any) -> Row:
+def failed(*args: Any, **changes: Any) -> RungResult:
     return row(*args, **({"test": 40.0, "validation": 40.0, "to_target": None, "updates": 1000} | changes))
 
 
@@ -134,27 +144,26 @@ def test_the_twin_differs_in_the_score_alone() -> None:
 # --- climbing ---------------------------------------------------------------------------------------------------------
 
 
-class Notes(Watcher):
-    """Writes down what it hears; asks to stop once the wanted number of updates is made."""
+class Notes:
+    """Writes down the events; asks to stop once the wanted number of updates is made."""
 
     def __init__(self) -> None:
         self.ended: list[str] = []
         self.estimates: list[tuple[float, int]] = []
         self.updates = 0
 
-    def estimate(self, seconds: float, runs: int) -> None:
-        self.estimates.append((seconds, runs))
-
-    def progress(self, position: Position, steps: int) -> None:
-        self.updates += 1
-
-    def end(self, name: str, record: dict[str, Any]) -> None:
-        self.ended.append(name)
+    def notify(self, event: Event) -> None:
+        if isinstance(event, Estimated):
+            self.estimates.append((event.seconds, event.runs))
+        elif isinstance(event, Updated):
+            self.updates += 1
+        elif isinstance(event, Ended):
+            self.ended.append(event.name)
 
 
 def climbed(of: Ladder) -> tuple[Climb, Notes]:
     notes = Notes()
-    climb = Climb(of, notes)
+    climb = Climb(of, notes.notify)
     assert list(climb.run()) == list(of.rungs)
     return climb, notes
 
@@ -163,7 +172,7 @@ def bits(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("model.safetensors"))}
 
 
-def untimed(rows: Sequence[Row]) -> list[Row]:
+def untimed(rows: Sequence[RungResult]) -> list[RungResult]:
     assert all(one.times_as_fast and one.times_as_fast > 0 for one in rows)
     return [replace(one, seconds=None, times_as_fast=None) for one in rows]
 
@@ -217,7 +226,7 @@ def test_the_estimate_bounds_every_mechanism_in_any_order(
     for names in (list(seconds), list(reversed(seconds))):
         variants = [Variant.of(name) for name in names]
         of = ladder(tmp_path, rungs=((4, 4), (8, 6)), seeds=2, screen=screen, variants=variants, task=base(epochs=2))
-        climb = Climb(of, notes := Notes())
+        climb = Climb(of, (notes := Notes()).notify)
         climb.estimate(Accelerator(cpu=True))
         told += notes.estimates
     updates = 3 * 2
@@ -248,7 +257,7 @@ def test_a_ladder_that_was_killed_goes_on_bit_by_bit(tmp_path: Path, monkeypatch
     straight, heard = climbed(ladder(tmp_path / "straight", **grid))
     of = ladder(tmp_path / "again", **grid)
     for updates in (4, 11):  # of 24: in the first run's second epoch, in the second run's last
-        climb = Climb(of, notes := Killer(updates))
+        climb = Climb(of, (notes := Killer(updates)).notify)
         monkeypatch.setattr(climb_module, "Stop", lambda _, notes=notes: notes)
         with pytest.raises(Interrupted):
             list(climb.run())
@@ -279,7 +288,7 @@ def test_a_finished_ladder_is_not_measured_again_and_listens_to_ctrl_c(
     climbed(of)
     monkeypatch.setattr(climb_module, "Stop", lambda _: Killer(0))
     with pytest.raises(Interrupted, match="Every run so far is saved"):
-        list(Climb(of, Notes()).run())
+        list(Climb(of, Notes().notify).run())
 
 
 def test_another_setting_is_refused(tmp_path: Path) -> None:
@@ -290,7 +299,7 @@ def test_another_setting_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_failed_below_is_given_up_for_both_scores_of_that_setting_alone(tmp_path: Path) -> None:
-    climb = Climb(ladder(tmp_path, rungs=((4, 4), (2, 9), (8, 4), (8, 8))), Watcher())
+    climb = Climb(ladder(tmp_path, rungs=((4, 4), (2, 9), (8, 4), (8, 8))), ignore)
     climb.rows = [failed(name, rung) for name in PAIR for rung in ((4, 4), (8, 4))]
     climb.rows += [
         failed("efficient", (4, 4)),
@@ -306,7 +315,7 @@ def test_what_failed_below_is_given_up_for_both_scores_of_that_setting_alone(tmp
 
 
 def test_screening_runs_the_other_seeds_where_validation_was_best(tmp_path: Path) -> None:
-    climb = Climb(ladder(tmp_path, screen=True), Watcher())
+    climb = Climb(ladder(tmp_path, screen=True), ignore)
     climb.rows = [
         failed("standard", (4, 4), validation=60.0, test=10.0),
         failed("standard", (4, 4), setting=RAW, validation=50.0, test=90.0),  # the test split has no say
@@ -329,7 +338,7 @@ def test_the_operations_of_an_update() -> None:
 
 def test_a_run_that_diverged_is_a_row_without_numbers(tmp_path: Path) -> None:
     of = ladder(tmp_path)
-    found = row_of(of, of.cells[0], {}, [])
+    found = row_of(of, of.cells[0], None, [])
     assert (found.test_accuracy, found.updates, found.updates_to_target) == (None, None, None)
     page = ladder_page.render(report(of, [found]))
     assert "failed" in page
@@ -368,7 +377,7 @@ def test_heights_at_equal_updates_and_at_equal_compute() -> None:
     assert equal["efficient"] == found["efficient"].__class__((8, 8), 2, 3)
 
 
-def many(gain: float, noise: Sequence[float] = (0.0, 0.4, -0.3)) -> list[Row]:
+def many(gain: float, noise: Sequence[float] = (0.0, 0.4, -0.3)) -> list[RungResult]:
     """Three rungs and three seeds, expressive ``gain`` points above softmax but for noise, and twice as slow."""
     rows = []
     for place, rung in enumerate(((4, 4), (8, 4), (8, 8))):
@@ -445,7 +454,7 @@ class Page(HTMLParser):
         self.text += f"{data} "
 
 
-def report(of: Ladder, rows: Sequence[Row], text: str = "plain words") -> ladder_page.Report:
+def report(of: Ladder, rows: Sequence[RungResult], text: str = "plain words") -> ladder_page.Report:
     """A report with ``text`` in every field of free text."""
     of = replace(of, command=text, device=text, task=replace(of.task, title=text, source=text))
     return ladder_page.Report(of, rows, {(4, 4): text}, True, text, {text: text})
@@ -497,7 +506,7 @@ def test_an_unfinished_ladder_is_a_page_and_says_so(tmp_path: Path) -> None:
 def test_csv_and_json_hold_every_row(tmp_path: Path) -> None:
     of, rows = (
         ladder(tmp_path),
-        [*many(1.0), failed("efficient+expressive"), row_of(ladder(tmp_path), ladder(tmp_path).cells[0], {}, [])],
+        [*many(1.0), failed("efficient+expressive"), row_of(ladder(tmp_path), ladder(tmp_path).cells[0], None, [])],
     )
     ladder_page.write(of, rows, {}, complete=True)
     with (tmp_path / "ladder.csv").open(newline="", encoding="utf-8") as file:
@@ -518,3 +527,15 @@ def test_csv_and_json_hold_every_row(tmp_path: Path) -> None:
     assert found["grid"]["rungs"] == [[4, 4], [8, 4], [8, 8]]
     assert "our own definition" in found["source"]
     assert (tmp_path / "ladder.html").read_text().startswith("<!DOCTYPE html>")
+
+
+def test_damaged_files_of_a_ladder_are_named(tmp_path: Path) -> None:
+    of, rows = ladder(tmp_path), many(1.0)
+    for _ in range(2):  # after every rung
+        ladder_page.write(of, rows, {}, complete=True)
+        assert run_states([tmp_path]) == []
+    page = tmp_path / "ladder.html"
+    page.write_bytes(page.read_bytes() + b" ")
+    (found,) = run_states([tmp_path])
+    assert found.state == "damaged"
+    assert f"{page} was changed since it was written" in found.detail

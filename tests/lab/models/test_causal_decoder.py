@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from better_attention import MECHANISMS, MultiheadAttention, assert_causal
-from better_attention.lab.models.causal_decoder import POSITIONS, Decoder
+from better_attention.lab.models.causal_decoder import POSITIONS, CausalDecoder
 
 VOCABULARY, LENGTH, WIDTH, HEADS = 7, 11, 12, 3
 
 
-def build(mechanism: str = "standard", **changes: object) -> Decoder:
+def build(mechanism: str = "standard", **changes: object) -> CausalDecoder:
     sizes: dict[str, object] = {"vocabulary": VOCABULARY, "length": LENGTH, "width": WIDTH, "layers": 2, "heads": HEADS}
-    model = Decoder(mechanism=mechanism, **(sizes | changes)).double().eval()
+    model = CausalDecoder(mechanism=mechanism, **(sizes | changes)).double().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))

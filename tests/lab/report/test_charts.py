@@ -141,7 +141,7 @@ def test_weights_are_those_of_the_library(score: str, length: float) -> None:
     np.testing.assert_allclose(ours / ours.sum(), found, rtol=1e-9, atol=1e-12)
 
 
-def test_e6_suppressed_where_orthogonal_enhanced_where_parallel_and_antiparallel() -> None:
+def test_suppressed_where_orthogonal_enhanced_where_parallel_and_antiparallel() -> None:
     angles = np.array([0.0, 90.0, -90.0, 180.0])
     for length in LENGTHS:
         parallel, up, down, antiparallel = weight("expressive", angles, length)

@@ -10,10 +10,10 @@ from matplotlib import colormaps
 from numpy.typing import NDArray
 from PIL import Image
 
-from better_attention.lab.analysis.study import RunName
 from better_attention.lab.analysis.summary import summarise
 from better_attention.lab.report import gallery, heatmaps
 from better_attention.lab.report.gallery import Album
+from better_attention.lab.runs.name import RunName
 from helpers.studies import curve, record
 
 

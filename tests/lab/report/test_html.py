@@ -1,4 +1,4 @@
-"""The report: what it shows, and that nothing that is written into a study becomes more than text (S9)."""
+"""The report: what it shows, and that nothing that is written into a study becomes more than text."""
 
 from __future__ import annotations
 
@@ -94,12 +94,13 @@ def curves_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gallery, "over_heads", draw_heads)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def benign() -> Page:
+    """The page of a study without a payload, which no test changes."""
     return Page(render(study()))
 
 
-# ---------------------------------------------------------------------------------------------------- S9: payloads
+# ---------------------------------------------------------------------------------------------------- payloads
 
 PAYLOADS = (
     "<script>alert(1)</script>",
@@ -150,7 +151,7 @@ PAYLOADS = (
 
 
 @pytest.mark.parametrize("payload", PAYLOADS)
-def test_s9_a_payload_in_every_field_is_text(benign: Page, payload: str) -> None:
+def test_a_payload_in_every_field_is_text(benign: Page, payload: str) -> None:
     page = Page(render(study(payload, mechanism=payload)))
     assert page.tags == benign.tags
     assert Counter((t, n) for t, n, _ in page.attributes) == Counter((t, n) for t, n, _ in benign.attributes)
@@ -158,7 +159,7 @@ def test_s9_a_payload_in_every_field_is_text(benign: Page, payload: str) -> None
     assert " ".join(plain(payload).split()) in page.text
 
 
-def test_s9_a_payload_as_mechanism_is_text_wherever_it_stands(benign: Page) -> None:
+def test_a_payload_as_mechanism_is_text_wherever_it_stands(benign: Page) -> None:
     name = "super<b>&\"'+per-head"
     page = Page(render(study(mechanism=name)))
     assert page.tags == benign.tags
@@ -172,7 +173,7 @@ def test_s9_a_payload_as_mechanism_is_text_wherever_it_stands(benign: Page) -> N
 
 
 @pytest.mark.parametrize("payload", PAYLOADS)
-def test_s9_not_even_a_verdict_is_trusted(benign: Page, payload: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_not_even_a_verdict_is_trusted(benign: Page, payload: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Comparison, "verdict", property(lambda self: payload))
     template = report._template()
     column = next(c for c in COLUMNS if c.key == "test_accuracy")
@@ -203,7 +204,7 @@ def assert_harmless(page: Page) -> None:
             assert re.fullmatch(rf"{place}*({colours})?|--share:[01]\.\d\d", value), value
 
 
-def test_s9_the_check_itself_sees_what_is_wrong() -> None:
+def test_the_check_itself_sees_what_is_wrong() -> None:
     for wrong in (
         "<script>alert(1)</script>",
         "<p onclick=x>",
@@ -218,14 +219,14 @@ def test_s9_the_check_itself_sees_what_is_wrong() -> None:
             assert_harmless(Page(wrong.replace("<p ", "<img ")))
 
 
-def test_s9_the_policy_comes_first_and_forbids_everything_but_our_pictures(benign: Page) -> None:
+def test_the_policy_comes_first_and_forbids_everything_but_our_pictures(benign: Page) -> None:
     html = render(study())
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     assert benign.values("meta", "content")[0] == policy
     assert html.index("Content-Security-Policy") < html.index("<title>")
 
 
-def test_s9_no_address_outside_the_page() -> None:
+def test_no_address_outside_the_page() -> None:
     html = re.sub(r"data:image/[a-z+]+;base64,[A-Za-z0-9+/=]+", "", render(study()))
     assert "://" not in html.replace('<a href="https://arxiv.org/abs/', "")  # followed by a reader, never loaded
     assert "@import" not in html
@@ -233,7 +234,7 @@ def test_s9_no_address_outside_the_page() -> None:
 
 
 @pytest.mark.parametrize("field", ["title", "command", "note", "mechanism", "label", "token"])
-def test_s9_a_megabyte_is_cut(field: str) -> None:
+def test_a_megabyte_is_cut(field: str) -> None:
     long = "<" + "x" * 999_999
     one = study(mechanism=long if field == "mechanism" else "super")
     changes: dict[str, object] = {
@@ -608,7 +609,7 @@ def test_a_browser_draws_the_forest_where_the_numbers_are(browser: Browser, tmp_
 @pytest.mark.parametrize(
     "payload", ["<script>document.title='owned'</script>", "<img src=x onerror=document.title='owned'>"]
 )
-def test_s9_a_browser_runs_nothing(browser: Browser, tmp_path: Path, payload: str) -> None:
+def test_a_browser_runs_nothing(browser: Browser, tmp_path: Path, payload: str) -> None:
     write_report(study(payload, mechanism=payload), tmp_path / "report.html")
     browser.open(tmp_path / "report.html", 800)
     assert "owned" not in browser.ask("document.title").split("'")[0]

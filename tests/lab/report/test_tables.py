@@ -22,6 +22,7 @@ from better_attention.lab.analysis.summary import (
     summarise,
 )
 from better_attention.lab.report import tables
+from better_attention.lab.tasks.catalogue import TASKS
 from helpers.studies import MECHANISMS, record
 
 # ---------------------------------------------------------------------------------------------------- summarise
@@ -342,7 +343,35 @@ def test_csv_holds_the_speed_of_learning(tmp_path: Path) -> None:
 
 def test_csv_of_nothing_is_a_header(tmp_path: Path) -> None:
     tables.write_csv([], tmp_path / "results.csv")
-    assert (tmp_path / "results.csv").read_text() == "task,scale,mechanism,score,heads,seeds\n"
+    assert (tmp_path / "results.csv").read_text() == "task,scale,mechanism,score,heads,seeds,departures\n"
+
+
+def test_csv_says_what_sets_a_row_apart_from_the_papers(tmp_path: Path) -> None:
+    """Settings, numbers of samples and data, a cell a row: all that the report says of it."""
+    theirs = TASKS["mnist"]("paper").settings()
+    papers = {"train": 59_000, "validation": 1_000, "test": 10_000}
+    fewer = {"train": 5_900, "validation": 100, "test": 1_000}
+    other = "other data under the same names"
+    runs = [record("standard", s, task="mnist", settings=theirs, samples=papers) for s in (0, 1)]
+    runs += [record("super", 0, task="mnist", settings=theirs | {"epochs": 1, "lr": 0.5}, samples=papers)]
+    runs += [record("efficient", s, task="mnist", settings=theirs, samples=fewer, departures=[other]) for s in (0, 1)]
+    runs += [record("optimised", task="mnist")]  # of an older version, without its settings
+    tables.write_csv(summarise(runs), tmp_path / "results.csv")
+    with (tmp_path / "results.csv").open(newline="", encoding="utf-8") as file:
+        found = {row["mechanism"]: row["departures"] for row in csv.DictReader(file)}
+    assert found == {
+        "standard": "",
+        "optimised": "",
+        "efficient": f"the setting is not the paper's: 7,000 samples instead of 70,000; {other}",
+        "super": "the setting is not the paper's: epochs=1, lr=0.5",
+    }
+
+
+def test_a_departure_is_no_formula(tmp_path: Path) -> None:
+    tables.write_csv(summarise([record(departures=["=1+1\n"])]), tmp_path / "results.csv")
+    with (tmp_path / "results.csv").open(newline="", encoding="utf-8") as file:
+        (row,) = csv.DictReader(file)
+    assert row["departures"].strip() == "'=1+1"
 
 
 FORMULAS = (
@@ -352,7 +381,7 @@ FORMULAS = (
 
 
 @pytest.mark.parametrize("evil", FORMULAS)
-def test_s10_no_cell_is_a_formula(tmp_path: Path, evil: str) -> None:
+def test_no_cell_is_a_formula(tmp_path: Path, evil: str) -> None:
     path = tmp_path / "results.csv"
     tables.write_csv(summarise([record(evil, task=evil, scale=evil, score=evil)]), path)
     text = path.read_text(encoding="utf-8")

@@ -14,12 +14,14 @@ from typing import Any
 import pytest
 
 from better_attention.cli import main
-from better_attention.lab.comparison.compare import Plan, compare
+from better_attention.lab.comparison.compare import compare
+from better_attention.lab.comparison.plan import Plan
 from better_attention.lab.runs import checkpoint
-from better_attention.lab.runs.folder import FILES, list_runs, load_run
-from better_attention.lab.runs.states import look_at
+from better_attention.lab.runs.folder import FILES
+from better_attention.lab.runs.load import load_run
+from better_attention.lab.runs.snapshot import Snapshot
+from better_attention.lab.runs.states import run_state
 from better_attention.lab.tasks.variant import Variant
-from better_attention.lab.training.events import Watcher
 from better_attention.lab.training.progress import Interrupted, Position
 from helpers import tiny
 
@@ -106,7 +108,7 @@ def test_no_file_in_place_of_a_file(
             load_run(folder)
         if name in ("config.json", "result.json"):
             with pytest.raises((OSError, ValueError)):
-                list_runs(out)
+                Snapshot.read(out)
     else:
         assert found[OTHER][0] == "interrupted"
         with pytest.warns() if name.startswith("checkpoint") else _nothing():
@@ -114,7 +116,7 @@ def test_no_file_in_place_of_a_file(
     assert found[OTHER if folder.name == RUN else RUN][0] != "damaged"
     if name == "config.json":
         with pytest.raises((OSError, ValueError), match=r"config\.json"):
-            compare(plan(out), Watcher())
+            compare(plan(out))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no FIFO there")
@@ -199,7 +201,7 @@ def test_a_value_that_is_no_number_of_ours(name: str, key: str, out: Path, capsy
             assert main.main(["predict", str(run), "--index", "0"]) == 2, value
         if name == "config.json" and value != "1e308":
             with pytest.raises((OSError, ValueError)):
-                compare(plan(comparison), Watcher())
+                compare(plan(comparison))
 
 
 @pytest.mark.parametrize("layers", [20_000, 2**20, 900])
@@ -253,8 +255,8 @@ def test_a_run_that_lost_its_folder_says_so(moment: str, how: str, tmp_path: Pat
     assert folder.exists() == (how == "replaced")
     assert not folder.exists() or [path.name for path in folder.iterdir()] == ["config.json"]
     again = tiny.training(folder, epochs=1)
-    assert again.run()["epochs"] == 1
-    assert look_at(folder).state == "finished"
+    assert again.run().values["epochs"] == 1
+    assert run_state(folder).state == "finished"
 
 
 def test_a_folder_lost_at_the_last_moment_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,10 +268,10 @@ def test_a_folder_lost_at_the_last_moment_is_not_made_again(tmp_path: Path, monk
 
     monkeypatch.setattr(checkpoint, "save", lost)
     with pytest.raises(OSError, match=RUN):
-        compare(plan(tmp_path), Watcher())
+        compare(plan(tmp_path))
     assert not (tmp_path / RUN).exists()
     monkeypatch.undo()
-    study, _ = compare(plan(tmp_path), Watcher())
+    study, _ = compare(plan(tmp_path))
     assert study.finished == 1
 
 

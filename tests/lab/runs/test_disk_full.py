@@ -20,12 +20,13 @@ from typing import Any
 import pytest
 
 from better_attention.cli import main
-from better_attention.lab.comparison.compare import Plan, compare
+from better_attention.lab.comparison.compare import compare
+from better_attention.lab.comparison.plan import Plan
 from better_attention.lab.files import write_atomic
 from better_attention.lab.lock import locked
 from better_attention.lab.runs import checkpoint
 from better_attention.lab.tasks.variant import Variant
-from better_attention.lab.training.events import Watcher
+from better_attention.lab.training.step_time import Pace
 from helpers import TESTS, tiny
 
 FILES = (
@@ -160,7 +161,7 @@ def test_a_lock_without_its_signature_holds(tmp_path: Path, monkeypatch: pytest.
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("trained")
-    compare(plan(out), Watcher())
+    compare(plan(out))
     return out
 
 
@@ -174,11 +175,11 @@ def test_results_are_written_by_the_same_command_again(name: str, trained: Path,
     shutil.copytree(trained, out)
     old = (out / name).read_bytes()
     with disk_full_at(name, "write"), pytest.raises(OSError, match="No space left on device") as caught:
-        compare(plan(out), Watcher())
+        compare(plan(out))
     assert Path(caught.value.filename).name == name
     assert (out / name).read_bytes() == old
     (out / name).unlink()
-    compare(plan(out), Watcher())
+    compare(plan(out))
     assert (out / name).stat().st_size > 100
 
 
@@ -187,8 +188,8 @@ def test_the_command_says_it_in_one_sentence(
 ) -> None:
     words = ["compare", "--scale", "smoke", "--seeds", "1", "--mechanisms", "super", "--device", "cpu"]
     module = sys.modules[compare.__module__]
-    monkeypatch.setattr(module, "measure_paces", lambda *arguments: {})
-    monkeypatch.setattr(module, "make_study", lambda *arguments: SimpleNamespace(records=[], finished=0))
+    monkeypatch.setattr(module, "measure", lambda *arguments: Pace(0.1, None))
+    monkeypatch.setattr(module, "publish", lambda *arguments: SimpleNamespace(records=[], finished=0))
     with disk_full_at("result.json", "write"):
         assert main.main([*words, "--epochs", "1", "--out", str(tmp_path)]) == 1
     said = capsys.readouterr().err

@@ -15,9 +15,11 @@ import torch
 import better_attention
 from better_attention import MECHANISMS
 from better_attention.lab.lock import locked
-from better_attention.lab.runs import folder as runs
 from better_attention.lab.runs import provenance
-from better_attention.lab.runs.folder import list_runs, load_run, run_name
+from better_attention.lab.runs.job import Job
+from better_attention.lab.runs.load import load_run
+from better_attention.lab.runs.record import differences
+from better_attention.lab.runs.snapshot import Snapshot
 from better_attention.lab.tasks.variant import Variant
 from better_attention.mechanism import Mechanism
 from helpers import tiny
@@ -46,7 +48,7 @@ def edit(path: Path, **changes: Any) -> None:
 @pytest.mark.parametrize("name", [*MECHANISMS, *(f"{m}+expressive" for m in MECHANISMS), "standard+align"])
 def test_names_are_safe_and_tell_mechanisms_apart(name: str) -> None:
     mechanism = Variant.of(name)
-    folder = run_name(mechanism, 4, 12)
+    folder = Job(tiny.task(), mechanism, 4, 12).folder_name
     assert folder.isascii()
     assert not set(folder) - set("abcdefghijklmnopqrstuvwxyz0123456789.-")
     assert Variant.of(folder.removesuffix("-h4-s12").replace(".", "+")) == mechanism
@@ -54,7 +56,7 @@ def test_names_are_safe_and_tell_mechanisms_apart(name: str) -> None:
 
 def test_a_mechanism_without_a_name_has_no_run() -> None:
     with pytest.raises(ValueError, match="unknown mechanism 'custom"):
-        run_name(Variant(Mechanism(frozenset("ko"))), 4, 0)
+        _ = Job(tiny.task(), Variant(Mechanism(frozenset("ko"))), 4, 0).folder_name
 
 
 def test_a_finished_run_comes_back(finished: Path) -> None:
@@ -117,7 +119,7 @@ def test_weights_of_another_mechanism_are_refused(run: Path) -> None:
         ({"heads": True}, "heads must be a whole number"),
         ({"mechanism": "hyper"}, "unknown mechanism 'hyper'"),
         ({"settings": {}}, "scale"),
-        ({"settings": tiny.task().settings() | {"width": 2**40}}, "width=1099511627776 is out of range"),
+        ({"settings": tiny.task().settings() | {"width": 2**40}}, "width must be <= 2,147,483,647"),
         ({"settings": tiny.task().settings() | {"width": -6}}, "width must be >= 1"),
         ({"settings": tiny.task().settings() | {"depth": 6}}, "unknown .'depth'."),
     ],
@@ -130,7 +132,7 @@ def test_an_edited_configuration_is_refused(run: Path, change: dict[str, Any], m
 
 def test_a_number_of_samples_may_be_as_large_as_the_data(tmp_path: Path) -> None:
     many = {"train_samples": 2**30, "test_samples": 2**21, "data_seed": 2**31 - 1, "validation_share": 0.9}
-    record = tiny.training(tmp_path / "super-h3-s0", epochs=1, **many).run()
+    record = tiny.training(tmp_path / "super-h3-s0", epochs=1, **many).run().values
     found = load_run(tmp_path / "super-h3-s0")
     assert (found.task.train_samples, found.task.data_seed) == (2**30, 2**31 - 1)
     assert found.result == record
@@ -147,18 +149,18 @@ def test_runs_are_listed_with_what_is_known_of_them(run: Path) -> None:
     tiny_config = run.parent / "efficient-h3-s0"
     tiny_config.mkdir()
     shutil.copy(run / "config.json", tiny_config)
-    found = list_runs(run.parent)
-    assert [(entry["name"], entry["result"] is None) for entry in found] == [
-        ("efficient-h3-s0", True),
-        ("super-h3-s0", False),
-    ]
+    stored = Snapshot.read(run.parent)
+    assert {name: run.record is None for name, run in stored.runs.items()} == {
+        "efficient-h3-s0": True,
+        "super-h3-s0": False,
+    }
 
 
 def test_differences_name_each_value_of_both_sides() -> None:
     there = {"seed": 0, "settings": {"lr": 0.1, "epochs": 3}, "old": 1}
     now = {"seed": 0, "settings": {"lr": 0.2, "epochs": 3}}
-    assert runs.differences(there, now) == ["old: 1 there, None now", "lr: 0.1 there, 0.2 now"]
-    assert runs.differences(now, now) == []
+    assert differences(there, now) == ["old: 1 there, None now", "lr: 0.1 there, 0.2 now"]
+    assert differences(now, now) == []
 
 
 def test_a_folder_has_one_writer(tmp_path: Path) -> None:
@@ -188,20 +190,15 @@ def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
         pass
 
 
-def test_the_commit_is_that_of_this_checkout_or_unknown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    found = provenance.commit()
-    assert found == "unknown" or len(found.removesuffix("+changes")) == 40
-    # Installed below another project's repository: that one's commit would be a lie.
+def test_the_commit_is_that_of_this_checkout_or_unknown(tmp_path: Path) -> None:
+    here = provenance.commit()
+    assert here == "unknown" or len(here.removesuffix("+changes")) == 40
+    # Installed below another project's repository, whose commit would be misleading.
     (tmp_path / ".git").mkdir()
-    monkeypatch.setattr(better_attention, "__file__", str(tmp_path / "venv" / "better_attention" / "__init__.py"))
-    provenance.commit.cache_clear()
-    assert provenance.commit() == "unknown"
-    provenance.commit.cache_clear()
+    assert provenance.commit(tmp_path / "venv" / "better_attention") == "unknown"
 
 
-def test_results_that_were_rewritten_are_no_change_of_the_source(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_results_that_were_rewritten_are_no_change_of_the_source(tmp_path: Path) -> None:
     """Results are kept in the same checkout as the program: the first of two commands must not taint the second."""
     source = tmp_path / "src" / "better_attention" / "__init__.py"
     kept = tmp_path / "results" / "table.csv"
@@ -211,17 +208,14 @@ def test_results_that_were_rewritten_are_no_change_of_the_source(
     who = ["-c", "user.name=a", "-c", "user.email=a@b"]
     for words in (["init", "-q"], ["add", "-A"], [*who, "commit", "-q", "-m", "first"]):
         subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
-    monkeypatch.setattr(better_attention, "__file__", str(source))
 
-    def found() -> str:
+    def commit() -> str:
         provenance.commit.cache_clear()
-        return provenance.commit()
+        return provenance.commit(source.parent)
 
-    clean = found()
+    clean = commit()
     assert len(clean) == 40
     kept.write_text("2")
-    assert found() == clean
+    assert commit() == clean
     source.write_text("2")
-    assert found() == f"{clean}+changes"
-    monkeypatch.undo()
-    provenance.commit.cache_clear()
+    assert commit() == f"{clean}+changes"

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from better_attention.cli import main
-from better_attention.lab.comparison.compare import Plan, compare
+from better_attention.lab.comparison.compare import compare
+from better_attention.lab.comparison.plan import Plan
 from better_attention.lab.paper.beside import read_results
 from better_attention.lab.runs import manifest
-from better_attention.lab.runs.folder import FILES, list_runs, load_run
-from better_attention.lab.runs.states import look_at
+from better_attention.lab.runs.folder import FILES
+from better_attention.lab.runs.load import load_run
+from better_attention.lab.runs.snapshot import Snapshot
+from better_attention.lab.runs.states import run_state
 from better_attention.lab.tasks.variant import Variant
-from better_attention.lab.training.events import Watcher
 from helpers import CHECKOUT, tiny
 
 RUN = "super-h3-s0"
@@ -31,7 +35,7 @@ def plan(out: Path) -> Plan:
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("compared")
-    compare(plan(out), Watcher())
+    compare(plan(out))
     return out
 
 
@@ -58,19 +62,19 @@ def test_every_flipped_bit_of_a_run_is_noticed(name: str, out: Path, seed: int) 
     whole = path.read_bytes()
     for number, content in enumerate(flips(whole, 120, seed)):
         path.write_bytes(content)
-        assert look_at(out / RUN).state == "damaged"
+        assert run_state(out / RUN).state == "damaged"
         if number % 6 == 0:
             with pytest.raises((ValueError, FileNotFoundError)):
                 load_run(out / RUN)
         if name in ("config.json", "result.json", manifest.NAME):
             try:
-                found = list_runs(out)
+                found = Snapshot.read(out).runs
             except ValueError:
                 continue
             # What the manifest says of other files is looked at when they are; a config may become somebody else's.
             assert name == manifest.NAME or found == []
     path.write_bytes(whole)
-    assert look_at(out / RUN).state == "finished"
+    assert run_state(out / RUN).state == "finished"
     load_run(out / RUN)
 
 
@@ -78,7 +82,7 @@ def test_every_flipped_bit_of_a_run_is_noticed(name: str, out: Path, seed: int) 
 def test_a_space_more_is_a_change(name: str, out: Path) -> None:
     path = out / RUN / name
     path.write_bytes(path.read_bytes().replace(b": ", b":  ", 1))
-    found = look_at(out / RUN)
+    found = run_state(out / RUN)
     assert (found.state, f"{name} was changed since it was written" in found.detail) == ("damaged", True)
 
 
@@ -108,13 +112,61 @@ def test_each_command_says_that_a_number_was_changed(
     another_number(out / "results.json" if verb == "table" else out / RUN / "result.json")
     if verb == "compare":
         with pytest.raises(ValueError, match=r"result\.json was changed since it was written"):
-            compare(plan(out), Watcher())
+            compare(plan(out))
         return
     words = {"runs": ["runs", str(out)], "table": ["table", "1", str(out)]}
     words["predict"] = ["predict", str(out / RUN), "--index", "0"]
     assert main.main(words[verb]) == (1 if verb == "runs" else 2)
     told = capsys.readouterr()
     assert "was changed since it was written" in " ".join((told.out + told.err).split())
+
+
+def listed(capsys: pytest.CaptureFixture[str], folder: Path, status: int) -> list[dict[str, Any]]:
+    assert main.main(["runs", str(folder), "--json"]) == status
+    found: list[dict[str, Any]] = json.loads(capsys.readouterr().out)
+    return [one for one in found if one["kind"] == "results"]
+
+
+@pytest.mark.parametrize("name", [*RESULTS, manifest.NAME])
+@pytest.mark.parametrize("how", ["changed", "gone", "FIFO"])
+def test_runs_names_the_damaged_files_of_a_comparison(
+    name: str, how: str, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert listed(capsys, out, 0) == []
+    path = out / name
+    content = path.read_bytes()
+    path.unlink()
+    if how == "changed":
+        path.write_bytes(content[:40] + bytes([content[40] ^ 1]) + content[41:])
+    elif how == "FIFO":
+        os.mkfifo(path)
+    elif name == manifest.NAME:  # then nothing is known of the files, as of results from before there were manifests
+        assert listed(capsys, out, 0) == []
+        return
+    (one,) = listed(capsys, out, 1)
+    assert (one["path"], one["state"]) == (str(out), "damaged")
+    assert name in one["detail"]
+
+
+def test_runs_names_every_damaged_file_and_still_lists_the_runs(
+    out: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "2000")
+    another_number(out / "results.json")
+    (out / "curves.csv").unlink()
+    assert main.main(["runs", str(out)]) == 1
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"{out / 'results.json'} was changed since it was written" in told
+    assert f"{out / 'curves.csv'} is missing" in told
+    assert "results.csv" not in told
+    assert told.endswith("1 damaged results, 1 finished")
+
+
+def test_a_manifest_of_somebody_else_s_is_no_damage(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = out.parent / "elsewhere"
+    other.mkdir()
+    (other / manifest.NAME).write_text("of another program\n")
+    assert listed(capsys, out.parent, 0) == []
 
 
 @pytest.mark.parametrize(("folder", "names"), [(RUN, FILES), ("", RESULTS)])
@@ -133,22 +185,22 @@ def as_before_manifests(folder: Path) -> None:
 
 def test_a_run_without_a_manifest_is_read_and_told(out: Path) -> None:
     as_before_manifests(out / RUN)
-    found = look_at(out / RUN)
+    found = run_state(out / RUN)
     assert (found.state, found.detail) == ("finished", "no manifest: a change of its numbers would not be noticed")
     assert load_run(out / RUN).result["mechanism"] == "super"
     (out / manifest.NAME).unlink()
     assert len(read_results(out / "results.json")) == 1
-    compare(plan(out), Watcher())
+    compare(plan(out))
     weights = out / RUN / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-3] ^= 1
     weights.write_bytes(content)
-    assert "was changed since it was written" in look_at(out / RUN).detail  # its record has the digest of the weights
+    assert "was changed since it was written" in run_state(out / RUN).detail  # its record has the digest of the weights
 
 
 def test_a_manifest_that_is_gone_is_missed(out: Path) -> None:
     (out / RUN / manifest.NAME).unlink()
-    assert "manifest.sha256 is missing" in look_at(out / RUN).detail
+    assert "manifest.sha256 is missing" in run_state(out / RUN).detail
     with pytest.raises(ValueError, match=r"manifest\.sha256 is missing"):
         load_run(out / RUN)
 
@@ -156,7 +208,7 @@ def test_a_manifest_that_is_gone_is_missed(out: Path) -> None:
 @pytest.mark.parametrize("name", [n for n in FILES if n != "model.safetensors"])
 def test_a_file_that_is_gone_is_missed(name: str, out: Path) -> None:
     (out / RUN / name).unlink()
-    found = look_at(out / RUN)
+    found = run_state(out / RUN)
     if name == "result.json":
         assert found.state == "interrupted"
     else:

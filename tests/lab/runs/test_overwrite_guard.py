@@ -11,9 +11,9 @@ import pytest
 from better_attention.bench.edge.view import is_report
 from better_attention.lab.comparison.compare import compare
 from better_attention.lab.ladder.grid import is_ladder
-from better_attention.lab.runs.folder import load_run
+from better_attention.lab.runs.load import load_run
 from better_attention.lab.runs.overwrite_guard import check_output
-from better_attention.lab.training.events import Watcher
+from better_attention.lab.training.events import Began, Event
 from helpers import tiny
 
 FILES = ("found.json", "found.html")
@@ -27,7 +27,7 @@ def check(folder: Path) -> None:
 @pytest.mark.parametrize("content", ["", "{}", "[1]", "[" * 100_000, '{"theirs": 1}'])
 def test_files_of_others_are_not_overwritten(name: str, content: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match=f"holds {name}, but no found.json of better-attention's"):
+    with pytest.raises(ValueError, match=f"holds {name}, but no found.json of better-attention: refusing"):
         check(tmp_path)
 
 
@@ -72,8 +72,8 @@ def test_looking_whether_a_folder_can_be_written_leaves_no_trace(tmp_path: Path)
 
 def test_a_comparison_leaves_the_users_report_alone(tmp_path: Path) -> None:
     (tmp_path / "report.html").write_text("<p>mine</p>")
-    with pytest.raises(ValueError, match=r"holds report.html, but no results.json of better-attention's"):
-        compare(tiny.plan(tmp_path), Watcher())
+    with pytest.raises(ValueError, match=r"holds report.html, but no results.json of better-attention: refusing"):
+        compare(tiny.plan(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
     assert (tmp_path / "report.html").read_text() == "<p>mine</p>"
 
@@ -81,8 +81,8 @@ def test_a_comparison_leaves_the_users_report_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["5", "null", "[]", "[1]", '["the mechanism"]', '{"mechanism": 1}', "[[]]"])
 def test_a_file_that_only_looks_like_results_is_anothers(content: str, tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text(content)
-    with pytest.raises(ValueError, match=r"no results\.json of better-attention's"):
-        compare(tiny.plan(tmp_path), Watcher())
+    with pytest.raises(ValueError, match=r"no results\.json of better-attention: refusing"):
+        compare(tiny.plan(tmp_path))
     for ours in (is_ladder, is_report):
         assert not ours(json.loads(content))
 
@@ -91,7 +91,7 @@ def test_folders_of_other_programs_beside_the_runs_are_passed_over(tmp_path: Pat
     for name, content in (("a", '{"name": "x"}'), ("b", '{"run": "npm start"}'), ("c", "not even JSON")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(content)
-    study, failed = compare(tiny.plan(tmp_path, ["efficient"]), Watcher())
+    study, failed = compare(tiny.plan(tmp_path, ["efficient"]))
     assert (len(study.records), failed) == (1, [])
     assert (tmp_path / "c" / "config.json").read_text() == "not even JSON"
 
@@ -99,7 +99,7 @@ def test_folders_of_other_programs_beside_the_runs_are_passed_over(tmp_path: Pat
 def test_a_ladders_folder_is_no_comparisons(tmp_path: Path) -> None:
     (tmp_path / "ladder.json").write_text('{"grid": {}}')
     with pytest.raises(ValueError, match="holds a ladder: choose another --out"):
-        compare(tiny.plan(tmp_path), Watcher())
+        compare(tiny.plan(tmp_path))
 
 
 # --- finished runs that were damaged ----------------------------------------------------------------------------------
@@ -108,7 +108,7 @@ def test_a_ladders_folder_is_no_comparisons(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("compared")
-    compare(tiny.plan(folder, ["standard"]), Watcher())
+    compare(tiny.plan(folder, ["standard"]))
     return folder
 
 
@@ -133,14 +133,14 @@ def test_a_damaged_run_is_named_before_anything_is_trained(damage: str, compared
         (run / "result.json").write_text("{")
     begun: list[str] = []
 
-    class Diary(Watcher):
-        def begin(self, name: str, number: int, runs: int) -> None:
-            begun.append(name)
+    def listen(event: Event) -> None:
+        if isinstance(event, Began):
+            begun.append(event.name)
 
     with pytest.raises(
         ValueError, match=r"standard-h3-s0.* Delete that folder and run again|damaged .*Delete the folder"
     ):
-        compare(tiny.plan(folder, ["standard", "efficient"]), Diary())
+        compare(tiny.plan(folder, ["standard", "efficient"]), listen)
     assert begun == []
 
 
@@ -153,13 +153,13 @@ def test_a_model_that_is_built_otherwise_now_is_named_before_anything_is_trained
     result.write_text(json.dumps(record | {"total_params": record["total_params"] + 1}))
     tiny.sign(result.parent)
     with pytest.raises(ValueError, match=r"is a model of .* parameters; this version .* Delete that folder"):
-        compare(tiny.plan(folder, ["standard", "efficient"]), Watcher())
+        compare(tiny.plan(folder, ["standard", "efficient"]))
 
 
 def test_a_damaged_run_of_another_comparison_below_is_no_hindrance(compared: Path, tmp_path: Path) -> None:
     inner = Path(shutil.copytree(compared, tmp_path / "outer" / "inner"))
     (inner / "standard-h3-s0" / "metrics.jsonl").unlink()
-    study, _ = compare(tiny.plan(tmp_path / "outer", ["efficient"]), Watcher())
+    study, _ = compare(tiny.plan(tmp_path / "outer", ["efficient"]))
     assert len(study.records) == 1
 
 
@@ -170,7 +170,7 @@ def test_how_a_task_is_called_decides_nothing(compared: Path, tmp_path: Path) ->
     assert title in config.read_text()
     config.write_text(config.read_text().replace(title, "another title"))
     tiny.sign(config.parent)
-    study, _ = compare(tiny.plan(folder, ["standard"]), Watcher())
+    study, _ = compare(tiny.plan(folder, ["standard"]))
     assert len(study.records) == 1
 
 
@@ -205,4 +205,4 @@ def test_another_tasks_folder_is_refused_in_one_line(compared: Path, tmp_path: P
     config.write_text(config.read_text().replace('"task": "digits"', '"task": "mnist"'))
     tiny.sign(config.parent)
     with pytest.raises(ValueError, match=r"is a run of task 'mnist': choose another folder with --out\.$"):
-        compare(tiny.plan(folder), Watcher())
+        compare(tiny.plan(folder))

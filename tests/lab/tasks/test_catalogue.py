@@ -16,10 +16,11 @@ import torch.nn.functional as F
 
 from better_attention import MECHANISMS
 from better_attention.lab.tasks import splits
-from better_attention.lab.tasks.base import SCALES, cut
+from better_attention.lab.tasks.base import SCALES
 from better_attention.lab.tasks.catalogue import TASKS
 from better_attention.lab.tasks.image import ImageTask
-from better_attention.lab.tasks.splits import Split
+from better_attention.lab.tasks.splits import Split, Splits
+from better_attention.lab.tasks.subsets import cut
 from better_attention.lab.tasks.text import TextTask
 from helpers import tiny
 
@@ -36,6 +37,77 @@ def test_every_task_and_scale_is_whole(name: str, scale: str) -> None:
         for mechanism in MECHANISMS:
             task.build(mechanism, task.default_heads)
     assert TASKS[name]("smoke").with_settings(json.loads(json.dumps(task.settings()))) == task
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_random_samples_can_be_trained_on(name: str) -> None:
+    task = replace(TASKS[name]("smoke"), width=24)
+    samples = task.random_samples(3)
+    again = task.random_samples(3)
+    assert len(samples) == 3
+    assert torch.equal(samples.inputs, again.inputs)
+    assert torch.equal(samples.targets, again.targets)
+    assert samples.inputs.float().std() > 0
+    losses = task.losses(task.build("efficient", 2)(samples.inputs), samples.targets)
+    losses.sum().backward()
+    assert losses.shape == (3,)
+    assert losses.isfinite().all()
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_task_at_another_length_reads_that_many_tokens(name: str) -> None:
+    task = TASKS[name]("smoke")
+    length = 25 + getattr(task, "class_token", 0)
+    longer = task.at_length(length)
+    assert longer.length == length
+    samples = longer.random_samples(2)
+    logits = longer.build("super", task.default_heads)(samples.inputs)
+    assert longer.losses(logits, samples.targets).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "length", "message"),
+    [
+        ("mnist", 26, "square pictures, which cannot have 26 patches"),
+        ("cifar100", 25, "square pictures, which cannot have 25 patches"),
+        ("cifar100", 1, "square pictures"),
+        ("recurrence", 3, "delay=4 reads more than 3 tokens"),
+    ],
+)
+def test_lengths_that_no_model_of_a_task_can_have(name: str, length: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TASKS[name]("smoke").at_length(length)
+
+
+def test_which_tasks_read_files() -> None:
+    built_in = {name for name in TASKS if not TASKS[name]("smoke").reads_files}
+    assert built_in == {"digits", "recurrence"}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_derived_settings_are_settings(name: str) -> None:
+    task = TASKS[name]("small")
+    assert set(task.derived) <= set(task.settings())
+    assert not any("--" in reason for reason in task.derived.values()), "a task knows no options of the command line"
+
+
+def test_numbered_samples_are_the_data_sets_own() -> None:
+    task = TASKS["digits"]("smoke")
+    splits = task.load()
+    first, last = task.numbered_samples([0, 358], splits)
+    assert (first.title, last.title) == ("test sample 0", "test sample 358")
+    assert torch.equal(task.encode(first.value, splits.assets)[0], splits.test.inputs[0])
+    assert last.truth == splits.assets["classes"][splits.test.targets[358]]
+    for row in (-1, 359):
+        with pytest.raises(ValueError, match=f"test sample {row}: the test split has samples 0 to 358"):
+            task.numbered_samples([0, row], splits)
+
+
+@pytest.mark.parametrize("name", [name for name in TASKS if TASKS[name]("smoke").unnumbered])
+def test_samples_without_numbers_say_what_to_do(name: str) -> None:
+    task = TASKS[name]("smoke")
+    with pytest.raises(ValueError, match=f"task '{name}' .* Name the (symbols|sentences) instead"):
+        task.numbered_samples([0], Splits(*[task.random_samples(3)] * 3, assets={}))
 
 
 def test_the_papers_settings() -> None:

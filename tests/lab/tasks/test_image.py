@@ -19,19 +19,19 @@ from sklearn.metrics import top_k_accuracy_score
 from torch import nn
 
 from better_attention.cli import main
-from better_attention.lab.comparison.compare import Plan, compare
-from better_attention.lab.data import DataError, NotFetched
+from better_attention.lab.comparison.compare import compare
+from better_attention.lab.comparison.plan import Plan
 from better_attention.lab.data.published import mnist
+from better_attention.lab.data.samples import DataError, NotFetched
 from better_attention.lab.paper import beside
-from better_attention.lab.runs.folder import load_run
-from better_attention.lab.tasks import image as image_task
+from better_attention.lab.runs.load import load_run
+from better_attention.lab.tasks import picture_notes
 from better_attention.lab.tasks.augmentation import TURN, affine_maps, keras_augmented
 from better_attention.lab.tasks.catalogue import TASKS
 from better_attention.lab.tasks.image import ImageTask
 from better_attention.lab.tasks.picture_folder import FolderTask
 from better_attention.lab.tasks.splits import Split
 from better_attention.lab.tasks.variant import Variant
-from better_attention.lab.training.events import Watcher
 from better_attention.lab.training.progress import Interrupted
 from helpers import studies, tiny
 from helpers.layouts import mnist_arrays, write_mnist
@@ -97,12 +97,12 @@ def test_only_training_is_augmented_and_only_where_it_is_asked_for() -> None:
 
 
 def test_an_interrupted_run_with_augmentation_ends_with_the_same_bits(tmp_path: Path) -> None:
-    whole = tiny.training(tmp_path / "whole", augmentation="keras").run()
+    whole = tiny.training(tmp_path / "whole", augmentation="keras").run().values
     asked = iter([False] * 8 + [True])
     with pytest.raises(Interrupted):
         tiny.training(tmp_path / "cut", augmentation="keras", stop=lambda: next(asked)).run()
-    assert tiny.training(tmp_path / "cut", augmentation="keras").run()["test_loss"] == whole["test_loss"]
-    assert tiny.training(tmp_path / "plain").run()["test_loss"] != whole["test_loss"]
+    assert tiny.training(tmp_path / "cut", augmentation="keras").run().values["test_loss"] == whole["test_loss"]
+    assert tiny.training(tmp_path / "plain").run().values["test_loss"] != whole["test_loss"]
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "cut")]
     assert weights[0] == weights[1]
 
@@ -122,7 +122,7 @@ def test_top_5_is_sklearns() -> None:
 
 
 def test_top_5_is_in_the_record(tmp_path: Path) -> None:
-    record = tiny.training(tmp_path, top5=True, class_token=True).run()
+    record = tiny.training(tmp_path, top5=True, class_token=True).run().values
     assert record["test_accuracy"] < record["test_top5"] <= 100
     assert record["train_top5"] > record["train_accuracy"]
 
@@ -212,7 +212,7 @@ def small(**changes: Any) -> FolderTask:
 def test_compare_images_from_the_folder_to_the_prediction(photos: Path, tmp_path: Path) -> None:
     variants = [Variant.of("standard"), Variant.of("super")]
     plan = Plan(task=small(), variants=variants, heads=(2,), seeds=1, out=tmp_path, data=photos, device="cpu")
-    study, failed = compare(plan, Watcher())
+    study, failed = compare(plan)
     assert failed == []
     for record in study.records:
         assert record["test_accuracy"] > 90  # the colours tell everything
@@ -248,7 +248,7 @@ def test_from_the_command_line(photos: Path, tmp_path: Path, capsys: pytest.Capt
     assert main.main(["predict", run, str(tmp_path / "text.png")]) == 2
     assert "text.png is no JPEG, PNG" in capsys.readouterr().err
     assert main.main(["predict", run, "--index", "99", "--data", str(photos)]) == 2
-    assert "--index 99: the test split has samples 0 to" in capsys.readouterr().err
+    assert "test sample 99: the test split has samples 0 to" in capsys.readouterr().err
 
 
 def test_splits_hold_each_picture_once(photos: Path) -> None:
@@ -287,7 +287,7 @@ def test_pictures_on_both_sides_are_counted(photos: Path, tmp_path: Path, monkey
         "1 of 10 validation pictures are training pictures too, pixel by pixel",
         "3 of 12 test pictures are training pictures too, pixel by pixel",
     ]
-    monkeypatch.setattr(image_task, "COMPARED", 1000)
+    monkeypatch.setattr(picture_notes, "SEARCHED_BYTES", 1000)
     assert not any("pixel by pixel" in note for note in task.load(tmp_path).notes)
 
 
@@ -343,9 +343,9 @@ def test_nearly_black_pictures_are_told(tmp_path: Path, monkeypatch: pytest.Monk
     task = small().fitted(tmp_path)
     assert [note for note in task.load(tmp_path).notes if "nearly black" in note] == [
         "30 of 40 pictures are nearly black, no pixel brighter than 31 of 255: files of 16 bits that use 12 or fewer "
-        "come out so; scale their values up to white before training"
+        "look like this; scale their values up to white before training"
     ]
-    monkeypatch.setattr(image_task, "COMPARED", 1000)
+    monkeypatch.setattr(picture_notes, "SEARCHED_BYTES", 1000)
     assert not any("nearly black" in note for note in task.load(tmp_path).notes)
 
 

@@ -14,7 +14,9 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from better_attention import MECHANISMS, assert_causal
-from better_attention.lab.runs.folder import load_run
+from better_attention.lab.runs.folder import RunFolder
+from better_attention.lab.runs.job import Job
+from better_attention.lab.runs.load import load_run
 from better_attention.lab.tasks.catalogue import TASKS
 from better_attention.lab.tasks.recurrence import RULES, RecurrenceTask, continued, split_states
 from better_attention.lab.tasks.splits import Split
@@ -191,10 +193,23 @@ def test_the_length_follows_from_the_rest() -> None:
     assert task().with_settings(json.loads(json.dumps(replace(of, delay=30).settings()))).length == 36
 
 
+@pytest.mark.parametrize("rules", [("plus",), ("plus", "back")])
+@pytest.mark.parametrize("positions", ["learned", "rotary", "alibi"])
+@pytest.mark.parametrize("scaling", ["sqrt", "learned"])
+@pytest.mark.parametrize("name", [*MECHANISMS, "super+per-head", "efficient+expressive"])
+def test_the_computed_size_is_that_of_the_model(
+    name: str, scaling: str, positions: str, rules: tuple[str, ...]
+) -> None:
+    """At the width of the task, and at the one that makes parameters equal."""
+    for equal in (False, True):
+        of = task(width=24, layers=3, equal_params=equal, rules=rules, positions=positions, scaling=scaling)
+        assert of.size(name, 2) == sum(p.numel() for p in of.build(name, 2).parameters())
+
+
 def training(folder: Path, mechanism: str = "standard", **changes: Any) -> Training:
     own = {key: changes.pop(key) for key in ("progress", "stop") if key in changes}
     of = task(**changes)
-    return Training(of, of.load(), Variant.of(mechanism), 2, 0, folder, Accelerator(cpu=True), **own)
+    return Training(Job(of, Variant.of(mechanism), 2, 0), of.load(), RunFolder(folder), Accelerator(cpu=True), **own)
 
 
 EASY: dict[str, Any] = {
@@ -221,14 +236,14 @@ def test_softmax_learns_a_small_rung_and_stops_when_it_has(solved: Path) -> None
 
 
 def test_without_a_target_it_goes_on(tmp_path: Path) -> None:
-    assert training(tmp_path / "on", epochs=2, target_accuracy=None).run()["epochs"] == 2
-    assert training(tmp_path / "off", epochs=2, target_accuracy=0.0).run()["epochs"] == 1
+    assert training(tmp_path / "on", epochs=2, target_accuracy=None).run().values["epochs"] == 2
+    assert training(tmp_path / "off", epochs=2, target_accuracy=0.0).run().values["epochs"] == 1
 
 
 def test_a_run_that_was_stopped_ends_with_the_same_bits(tmp_path: Path) -> None:
     changes: dict[str, Any] = {"rules": ("plus", "minus"), "scaling": "learned", "positions": "rotary", "dropout": 0.1}
     straight = training(tmp_path / "straight", "efficient+expressive", **changes)
-    record = straight.run()
+    record = straight.run().values
     seen: list[Position] = []
 
     def stop() -> bool:
@@ -239,7 +254,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(tmp_path: Path) -> None:
             tmp_path / "again", "efficient+expressive", stop=stop, progress=lambda p, _: seen.append(p), **changes
         )
         try:
-            resumed = again.run()
+            resumed = again.run().values
         except Interrupted:
             seen.append(again.position)
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("straight", "again")]

@@ -14,10 +14,11 @@ import torch
 
 from better_attention import MultiheadAttention
 from better_attention.cli import main
-from better_attention.lab.data import Texts
-from better_attention.lab.runs.folder import load_run
-from better_attention.lab.tasks.base import Task, subsets
+from better_attention.lab.data.samples import Texts
+from better_attention.lab.runs.load import load_run
+from better_attention.lab.tasks.base import Task
 from better_attention.lab.tasks.catalogue import TASKS
+from better_attention.lab.tasks.subsets import subsets
 from better_attention.lab.tasks.text import OwnTextTask, TextTask
 
 

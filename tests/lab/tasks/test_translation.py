@@ -19,7 +19,9 @@ from accelerate import Accelerator
 
 from better_attention.lab.comparison.run_pictures import draw_maps
 from better_attention.lab.runs import checkpoint
-from better_attention.lab.runs.folder import load_run
+from better_attention.lab.runs.folder import RunFolder
+from better_attention.lab.runs.job import Job
+from better_attention.lab.runs.load import load_run
 from better_attention.lab.tasks.catalogue import TASKS
 from better_attention.lab.tasks.optimisers import RMSprop
 from better_attention.lab.tasks.splits import Split, Splits
@@ -71,12 +73,9 @@ def splits(folder: Path) -> Splits:
 def training(folder: Path, splits: Splits, mechanism: str = "super", **changes: Any) -> Training:
     own = {key: changes.pop(key) for key in ("stop", "checkpoint_seconds") if key in changes}
     return Training(
-        task=task(**changes),
+        Job(task(**changes), Variant.of(mechanism), 2, 0),
         splits=splits,
-        variant=Variant.of(mechanism),
-        heads=2,
-        seed=0,
-        folder=folder,
+        folder=RunFolder(folder),
         accelerator=Accelerator(cpu=True),
         **own,
     )

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from better_attention import MECHANISMS, MultiheadAttention
-from better_attention.lab.runs.folder import load_run, run_name
+from better_attention.lab.runs.job import Job
+from better_attention.lab.runs.load import load_run
 from better_attention.lab.tasks.variant import Variant
 from better_attention.layer.alignment import Alignment
 from better_attention.mechanism import Mechanism
@@ -48,10 +49,11 @@ def test_a_mechanism_is_a_variant() -> None:
 
 
 def test_every_variant_has_a_folder_of_its_own() -> None:
-    folders = [run_name(Variant.of(name), 4, 0) for name in (*MECHANISMS, *names())]
+    folders = [Job(tiny.task(), Variant.of(name), 4, 0).folder_name for name in (*MECHANISMS, *names())]
     distinct = {Variant.of(name) for name in (*MECHANISMS, *names())}
     assert len(set(folders)) == len(distinct)
-    assert run_name(Variant.of("super+per-head+identity"), 4, 12) == "super.per-head.identity-h4-s12"
+    everything = Variant.of("super+per-head+identity")
+    assert Job(tiny.task(), everything, 4, 12).folder_name == "super.per-head.identity-h4-s12"
     for folder in folders:
         assert folder.isascii()
         assert len(folder) <= 64
@@ -125,7 +127,7 @@ def test_super_from_the_identity_starts_as_efficient() -> None:
 
 def test_a_run_of_a_variant_comes_back(tmp_path: Path) -> None:
     folder = tmp_path / "super.per-head.identity-h3-s0"
-    record = tiny.training(folder, "super+per-head+identity", epochs=1).run()
+    record = tiny.training(folder, "super+per-head+identity", epochs=1).run().values
     assert record["mechanism"] == "super+per-head+identity"
     assert record["attention_params"] == 2 * (6 * 6 + 6) + 3 * (16 * 16 + 16)
     model = load_run(folder).model

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from better_attention import MECHANISMS
 from better_attention.lab.runs import checkpoint
-from better_attention.lab.runs.states import look_at
+from better_attention.lab.runs.states import run_state
 from better_attention.lab.tasks.splits import Split
 from better_attention.lab.tasks.variant import Variant
 from better_attention.lab.training import evaluation, loop
@@ -82,7 +82,7 @@ def test_the_order_is_a_function_of_seed_and_epoch() -> None:
 
 @pytest.mark.parametrize("mechanism", MECHANISMS)
 def test_every_mechanism_learns(mechanism: str, tmp_path: Path) -> None:
-    record = tiny.training(tmp_path, mechanism, epochs=12, width=12, dropout=0.0, head_dropout=0.0).run()
+    record = tiny.training(tmp_path, mechanism, epochs=12, width=12, dropout=0.0, head_dropout=0.0).run().values
     lines = curve(tmp_path)
     assert lines[-1]["train_loss"] < 0.7 * lines[0]["train_loss"]
     assert record["train_accuracy"] > 50
@@ -114,7 +114,7 @@ def test_the_best_weights_are_kept_and_not_the_last(tmp_path: Path, monkeypatch:
         after[position.epoch] = run.model.state_dict()["head.weight"].clone()
 
     run.progress = note
-    assert run.run()["best_epoch"] == 2
+    assert run.run().values["best_epoch"] == 2
     stored = safetensors.torch.load_file(tmp_path / "model.safetensors")["head.weight"]
     assert torch.equal(stored, after[2])
     assert not torch.equal(stored, after[4])
@@ -138,7 +138,7 @@ def test_the_test_split_is_touched_once_and_last(tmp_path: Path, monkeypatch: py
 def test_evaluation_counts_every_sample_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three processes are played one after the other; their sums must be those of one process alone."""
     run = tiny.training(Path("unused"))
-    model = initial_model(run.task, run.variant, 3, 0)
+    model = initial_model(run.task, run.job.variant, 3, 0)
     monkeypatch.setattr(evaluation, "EVALUATION_BATCH", 5)
     alone = evaluate(run.accelerator, model, run.task, run.splits.test)
 
@@ -162,7 +162,7 @@ def test_evaluation_counts_every_sample_once(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_patience_stops_a_run_that_no_longer_improves(tmp_path: Path) -> None:
-    record = tiny.training(tmp_path, epochs=50, patience=2, lr=1e-30, weight_decay=0.0).run()
+    record = tiny.training(tmp_path, epochs=50, patience=2, lr=1e-30, weight_decay=0.0).run().values
     assert (record["epochs"], record["best_epoch"]) == (3, 1)
     assert not Position(epoch=4, best_epoch=1).finished(tiny.task(epochs=50, patience=0))
 
@@ -194,13 +194,13 @@ def test_going_on_with_other_threads_is_told_and_put_down(tmp_path: Path, thread
     try:
         torch.set_num_threads(threads)
         with pytest.raises(Interrupted):
-            tiny.training(tmp_path, stop=lambda: True).run()
+            tiny.training(tmp_path, epochs=1, stop=lambda: True).run()
         torch.set_num_threads(3 - threads)
-        told = "1 thread so far, goes on with 2" if threads == 1 else "2 threads so far, goes on with 1"
+        told = "1 thread so far, continues with 2" if threads == 1 else "2 threads so far, continues with 1"
         with pytest.warns(
-            UserWarning, match=rf"trained with {told}.* last bits .*OMP_NUM_THREADS={threads} goes on as"
+            UserWarning, match=rf"trained with {told}.* last bits .*OMP_NUM_THREADS={threads} to reproduce"
         ):
-            record = tiny.training(tmp_path).run()
+            record = tiny.training(tmp_path, epochs=1).run().values
     finally:
         torch.set_num_threads(before)
     assert [part["threads"] for part in record["sessions"]] == [threads, 3 - threads]
@@ -278,7 +278,7 @@ def test_a_finished_run_is_kept_as_it_is(straight: Path) -> None:
     def never(position: Position, steps: int) -> None:
         raise AssertionError("a finished run was trained again")
 
-    record = tiny.training(straight, progress=never).run()
+    record = tiny.training(straight, progress=never).run().values
     assert record == json.loads((straight / "result.json").read_text())
     assert weights(straight) == before
 
@@ -314,7 +314,7 @@ def test_what_is_not_finite_stops_the_run_before_the_update(
     assert all(torch.equal(tensor, good[name]) for name, tensor in run.model.state_dict().items())
     assert not (tmp_path / "result.json").exists()
     assert "epoch 2, step 4 of 6" in json.loads((tmp_path / "diverged.json").read_text())["reason"]
-    found = look_at(tmp_path)
+    found = run_state(tmp_path)
     assert found.state == "diverged"
     assert "epoch 2, step 4 of 6" in found.detail
     monkeypatch.undo()
@@ -327,9 +327,9 @@ def test_what_is_not_finite_stops_the_run_before_the_update(
     again.stop = lambda: len(seen) > 0
     with pytest.raises(Interrupted):  # what made it diverge is gone
         again.run()
-    assert look_at(tmp_path).state == "interrupted"
+    assert run_state(tmp_path).state == "interrupted"
     tiny.training(tmp_path).run()
-    assert look_at(tmp_path).state == "finished"
+    assert run_state(tmp_path).state == "finished"
     assert not (tmp_path / "diverged.json").exists()
 
 
@@ -359,7 +359,7 @@ tiny.training(Path(sys.argv[2]), dropout=0.0, head_dropout=0.0, batch_size=7).ru
 @pytest.mark.slow
 def test_two_processes_train_the_same_model(tmp_path: Path) -> None:
     """Batches of 7 are shared 4 : 3, the last one of 6 as 3 : 3; the gradient must be that of the whole batch."""
-    alone = tiny.training(tmp_path / "alone", dropout=0.0, head_dropout=0.0, batch_size=7).run()
+    alone = tiny.training(tmp_path / "alone", dropout=0.0, head_dropout=0.0, batch_size=7).run().values
     (tmp_path / "script.py").write_text(PARALLEL)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*launch, str(tmp_path / "script.py"), str(TESTS), str(tmp_path / "both")]

@@ -82,7 +82,7 @@ def test_processes_work_together_whatever_the_device(
     [
         ("mps", 0, True, "2 processes were launched, but on device mps they do not work together"),
         ("auto", 1, False, "2 processes were launched on this machine, which has 1 CUDA device; each needs its own"),
-        ("cuda", 0, False, "there is no such device here"),
+        ("cuda", 0, False, "no such device on this machine"),
     ],
 )
 def test_processes_that_cannot_are_told_so(
@@ -131,9 +131,9 @@ def test_going_on_with_other_processes_is_told_and_put_down(
     run.main = True
     run.position = SimpleNamespace(sessions=[{"commit": "a", "threads": torch.get_num_threads(), "processes": before}])
     run.accelerator = SimpleNamespace(num_processes=3 - before, device=torch.device("cpu"))
-    told = "1 process so far, goes on with 2" if before == 1 else "2 processes so far, goes on with 1"
+    told = "1 process so far, continues with 2" if before == 1 else "2 processes so far, continues with 1"
     command = "better-attention" if before == 1 else "torchrun --nproc_per_node 2 -m better_attention"
-    with pytest.warns(UserWarning, match=rf"trained by {told}\. .*dropout.*`{command} \.\.\.` goes on as it began"):
+    with pytest.warns(UserWarning, match=rf"trained by {told}\. .*dropout.*`{command} \.\.\.` to reproduce it"):
         run.begin_session()
     assert [part["processes"] for part in run.position.sessions] == [before, 3 - before]
 
@@ -234,4 +234,4 @@ def test_torchrun_without_a_device_and_then_one_process(tmp_path: Path) -> None:
     wait_for_checkpoint(signature.parent, {last})
     alone.send_signal(signal.SIGINT)
     out, err = alone.communicate(timeout=200)
-    assert "trained by 2 processes so far, goes on with 1" in err
+    assert "trained by 2 processes so far, continues with 1" in err

@@ -13,14 +13,15 @@ from torch import nn
 
 from better_attention import MultiheadAttention
 from better_attention.lab.comparison import compare as module
-from better_attention.lab.comparison.compare import Plan, compare
+from better_attention.lab.comparison.compare import compare
+from better_attention.lab.comparison.plan import Plan
 from better_attention.lab.models.text_classifier import TextClassifier
 from better_attention.lab.models.vision_transformer import VisionTransformer
 from better_attention.lab.tasks.catalogue import TASKS
 from better_attention.lab.tasks.recurrence import RecurrenceTask
 from better_attention.lab.tasks.variant import Variant
 from better_attention.lab.training import step_time
-from better_attention.lab.training.events import Watcher
+from better_attention.lab.training.events import Estimated, Event
 from better_attention.lab.training.randomness import initial_model
 from better_attention.lab.training.step_time import Pace, measure, on_torch
 from helpers import tiny
@@ -193,24 +194,23 @@ def test_the_watcher_hears_the_sum_over_what_is_left(tmp_path: Path, monkeypatch
         asked.append(variant.name)
         return speeds[variant.name]
 
-    class Ear(Watcher):
-        def estimate(self, seconds: float, runs: int) -> None:
-            heard.append((seconds, runs))
+    def listen(event: Event) -> None:
+        if isinstance(event, Estimated):
+            heard.append((event.seconds, event.runs))
 
     monkeypatch.setattr(module, "measure", fake)
-    monkeypatch.setattr(module, "write_results", lambda *arguments: None)
-    monkeypatch.setattr(module, "draw_maps", lambda *arguments: [])
+    monkeypatch.setattr(module, "write", lambda *arguments: None)
     variants = [Variant.of(name) for name in speeds]
     plan = Plan(tiny.task(epochs=2), variants, (3,), 2, tmp_path, device="cpu")
-    compare(plan, Ear())
+    compare(plan, listen)
     assert heard == [(pytest.approx(18.0), 4)]
     assert asked == ["standard", "super"]  # once for all seeds
     (tmp_path / "super-h3-s1" / "result.json").unlink()
-    study, _ = compare(plan, Ear())
+    study, _ = compare(plan, listen)
     assert heard[1:] == [(pytest.approx(3.0), 1)]
     assert asked[2:] == ["super"]
     assert {r["mechanism"]: r["times_as_fast"] for r in study.records} == {"standard": 1.1, "super": 0.9}
     for record in study.records:
         assert 0 <= record["waiting_share"] < 1  # type: ignore[operator]
-    compare(plan, Ear())
+    compare(plan, listen)
     assert len(heard) == 2  # nothing is left: nothing is said

@@ -50,7 +50,7 @@ def test_the_kept_weights_are_scaled_and_the_others_gone(score: str, causal: boo
 @scores
 @pytest.mark.parametrize("causal", [False, True])
 def test_gradients_are_those_of_the_mask_drawn(score: str, causal: bool) -> None:
-    q, k, v = (tokens(2, 2, n, 3, requires_grad=True) for n in (5, 7, 7))
+    q, k, v = (tokens(2, 2, n, 2, requires_grad=True) for n in (5, 7, 7))
     bias = tokens(1, 2, 5, 7, requires_grad=True)
 
     def function(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:

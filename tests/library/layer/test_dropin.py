@@ -1,4 +1,4 @@
-"""Inside torch's own transformers, where a drop-in is easily bypassed without a word (RELIABILITY.md M8, finding 1).
+"""Inside torch's own transformers, where a drop-in is easily bypassed without a word.
 
 In eval mode without gradients ``nn.TransformerEncoderLayer`` reads the weights off ``self_attn`` and runs standard
 attention itself, never calling ``forward``. So these tests count calls. They count in a subclass, not in a hook: a hook
@@ -111,7 +111,7 @@ def by_hand(host: nn.TransformerEncoderLayer, x: Tensor, attention: nn.Module, a
 @pytest.mark.parametrize(
     ("name", "mask"), [(n, m) for n in HOSTS for m in ENCODER_MASKS if n in CAUSAL or "causal" not in m]
 )
-def test_m8_encoder_layer_calls_the_mechanism_in_every_mode(
+def test_encoder_layer_calls_the_mechanism_in_every_mode(
     name: str, mask: str, norm_first: bool, calls: Callable[[], int]
 ) -> None:
     host, x, arguments = encoder_layer(name, norm_first=norm_first), tokens(B, S, E), ENCODER_MASKS[mask]()
@@ -126,7 +126,7 @@ def test_m8_encoder_layer_calls_the_mechanism_in_every_mode(
 
 @pytest.mark.parametrize("mode", ["train", "eval, no_grad"])
 @pytest.mark.parametrize("name", HOSTS)
-def test_m8_padding_and_masks_keep_their_meaning(name: str, mode: str) -> None:
+def test_padding_and_masks_keep_their_meaning(name: str, mode: str) -> None:
     """What is hidden does not matter, bit by bit, NaN included; what is shown does."""
     host, x = encoder_layer(name), tokens(B, S, E)
     hidden = padding(B, S)
@@ -143,7 +143,7 @@ def test_m8_padding_and_masks_keep_their_meaning(name: str, mode: str) -> None:
 
 @pytest.mark.parametrize("replaced", ["before the encoder is built", "after"])
 @pytest.mark.parametrize("name", HOSTS)
-def test_m8_encoder_with_nested_tensors_enabled(name: str, replaced: str, calls: Callable[[], int]) -> None:
+def test_encoder_with_nested_tensors_enabled(name: str, replaced: str, calls: Callable[[], int]) -> None:
     x, hidden = tokens(B, S, E), padding(B, S)
     if replaced == "after":
         stock = nn.TransformerEncoderLayer(E, N, 11, dropout=0.0, batch_first=True).double()
@@ -164,7 +164,7 @@ def test_m8_encoder_with_nested_tensors_enabled(name: str, replaced: str, calls:
 
 
 @pytest.mark.parametrize("name", [name for name in HOSTS if name in CAUSAL])
-def test_m8_encoder_detects_and_passes_on_a_causal_mask(name: str, calls: Callable[[], int]) -> None:
+def test_encoder_detects_and_passes_on_a_causal_mask(name: str, calls: Callable[[], int]) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="enable_nested_tensor is True, but")
         encoder = nn.TransformerEncoder(encoder_layer(name), 2)
@@ -182,7 +182,7 @@ def test_m8_encoder_detects_and_passes_on_a_causal_mask(name: str, calls: Callab
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("norm_first", [False, True])
 @pytest.mark.parametrize("mask", ENCODER_MASKS)
-def test_m8_standard_equals_the_stock_encoder(mask: str, norm_first: bool, batch_first: bool) -> None:
+def test_standard_equals_the_stock_encoder(mask: str, norm_first: bool, batch_first: bool) -> None:
     stock = nn.TransformerEncoderLayer(E, N, 11, 0.0, batch_first=batch_first, norm_first=norm_first).double()
     with torch.no_grad():
         for parameter in stock.parameters():
@@ -199,7 +199,7 @@ def test_m8_standard_equals_the_stock_encoder(mask: str, norm_first: bool, batch
             torch.testing.assert_close(output, run(stock, mode, x, **arguments))
 
 
-def test_m8_the_count_notices_a_bypass() -> None:
+def test_the_count_notices_a_bypass() -> None:
     """The negative control: a subclass of torch's own class, asked the same way, is not called."""
 
     class Deaf(nn.MultiheadAttention):
@@ -226,7 +226,7 @@ def decoder_layer(name: str, *, norm_first: bool = False) -> nn.TransformerDecod
 
 @pytest.mark.parametrize("norm_first", [False, True])
 @pytest.mark.parametrize("name", HOSTS)
-def test_m8_decoder_layer(name: str, norm_first: bool, calls: Callable[[], int]) -> None:
+def test_decoder_layer(name: str, norm_first: bool, calls: Callable[[], int]) -> None:
     host, target, memory = decoder_layer(name, norm_first=norm_first), tokens(B, S, E), tokens(B, T, E)
     arguments: dict[str, object] = {
         "tgt_key_padding_mask": padding(B, S, 1),
@@ -251,7 +251,7 @@ def test_m8_decoder_layer(name: str, norm_first: bool, calls: Callable[[], int])
 
 
 @pytest.mark.parametrize("name", HOSTS)
-def test_m8_decoder_stack(name: str, calls: Callable[[], int]) -> None:
+def test_decoder_stack(name: str, calls: Callable[[], int]) -> None:
     decoder = nn.TransformerDecoder(decoder_layer(name), 3, norm=nn.LayerNorm(E).double())
     target, memory = tokens(B, S, E), tokens(B, T, E)
     arguments = {"tgt_mask": triangle(S)} if name in CAUSAL else {}
@@ -265,7 +265,7 @@ def test_m8_decoder_stack(name: str, calls: Callable[[], int]) -> None:
 
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("name", HOSTS)
-def test_m8_whole_transformer(name: str, batch_first: bool, calls: Callable[[], int]) -> None:
+def test_whole_transformer(name: str, batch_first: bool, calls: Callable[[], int]) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="enable_nested_tensor is True, but")  # torch, of batch_first=False
         model = nn.Transformer(E, N, 2, 2, 11, dropout=0.0, batch_first=batch_first).double()
@@ -285,7 +285,7 @@ def test_m8_whole_transformer(name: str, batch_first: bool, calls: Callable[[], 
         torch.testing.assert_close(output, outputs[0])
 
 
-def test_m8_standard_equals_the_stock_transformer() -> None:
+def test_standard_equals_the_stock_transformer() -> None:
     stock = nn.Transformer(E, N, 2, 2, 11, dropout=0.0, batch_first=True).double()
     ours = copy.deepcopy(stock)
     for host in (*ours.encoder.layers, *ours.decoder.layers):
@@ -307,7 +307,7 @@ def test_m8_standard_equals_the_stock_transformer() -> None:
 
 
 @pytest.mark.parametrize("name", HOSTS)
-def test_m8_clones_are_whole_and_independent(name: str) -> None:
+def test_clones_are_whole_and_independent(name: str) -> None:
     host = encoder_layer(name)
     clones = _get_clones(host, 3)
     x = tokens(B, S, E)
@@ -319,7 +319,7 @@ def test_m8_clones_are_whole_and_independent(name: str) -> None:
     assert not pointers[0] & pointers[1]
 
 
-def test_m8_signatures_are_those_of_torch() -> None:
+def test_signatures_are_those_of_torch() -> None:
     stock, ours = (inspect.signature(c.__init__).parameters for c in (nn.MultiheadAttention, ba.MultiheadAttention))
     for theirs, mine in zip(stock.values(), list(ours.values())[: len(stock)], strict=True):
         assert (mine.name, mine.default, mine.kind) == (theirs.name, theirs.default, theirs.kind)
@@ -340,7 +340,7 @@ def test_m8_signatures_are_those_of_torch() -> None:
     assert described[0] == described[1]
 
 
-def test_m8_signature_of_attention() -> None:
+def test_signature_of_attention() -> None:
     parameters = inspect.signature(ba.attention).parameters
     assert list(parameters)[:3] == ["query", "key", "value"]
     assert {p.name: p.default for p in list(parameters.values())[3:]} == {
@@ -356,7 +356,7 @@ def test_m8_signature_of_attention() -> None:
     assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for p in list(parameters.values())[3:])
 
 
-def test_m8_positional_arguments_mean_what_they_mean_in_torch() -> None:
+def test_positional_arguments_mean_what_they_mean_in_torch() -> None:
     stock = nn.MultiheadAttention(E, N, 0.0, True, True, True, 5, 7, True)
     ours = ba.MultiheadAttention(E, N, 0.0, True, True, True, 5, 7, True)
     ours.load_state_dict(stock.state_dict())
@@ -368,7 +368,7 @@ def test_m8_positional_arguments_mean_what_they_mean_in_torch() -> None:
 
 
 @pytest.mark.parametrize("name", NAMED)
-def test_m8_attributes_that_hosts_read(name: str) -> None:
+def test_attributes_that_hosts_read(name: str) -> None:
     module = layer(name, E, N, dropout=0.25, batch_first=True)
     stock = nn.MultiheadAttention(E, N, dropout=0.25, batch_first=True)
     for attribute in ("embed_dim", "num_heads", "head_dim", "kdim", "vdim", "dropout", "batch_first", "add_zero_attn"):
@@ -389,7 +389,7 @@ def test_m8_attributes_that_hosts_read(name: str) -> None:
         {"dtype": torch.float64},
     ],
 )
-def test_m8_same_seed_same_initial_weights_as_torch(options: dict[str, object]) -> None:
+def test_same_seed_same_initial_weights_as_torch(options: dict[str, object]) -> None:
     """Also the second layer's: as many random numbers are drawn, so a whole model starts from the same weights."""
     states = []
     for kind in (nn.MultiheadAttention, ba.MultiheadAttention):

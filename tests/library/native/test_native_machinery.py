@@ -410,7 +410,7 @@ def check_compiled_function(score: str, backend: str, dynamic: bool | None) -> N
     "dynamic", [pytest.param(None, marks=pytest.mark.slow), True], ids=["when it changes", "from the start"]
 )
 @pytest.mark.parametrize("score", ["expressive", pytest.param("softmax", marks=pytest.mark.slow)])
-def test_m3_one_graph_for_every_length(score: str, dynamic: bool | None) -> None:
+def test_one_graph_for_every_length(score: str, dynamic: bool | None) -> None:
     check_compiled_function(score, "aot_eager", dynamic)
 
 
@@ -419,7 +419,7 @@ def test_m3_one_graph_for_every_length(score: str, dynamic: bool | None) -> None
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inductor's own
 @scores
-def test_m3_inductor(score: str) -> None:
+def test_inductor(score: str) -> None:
     check_compiled_function(score, "inductor", dynamic=None)
 
 
@@ -436,7 +436,7 @@ def step(module: nn.Module, call: nn.Module, x: Tensor, arguments: dict[str, obj
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("name", ALL)
-def test_m3_layers(name: str) -> None:
+def test_layers(name: str) -> None:
     module = layer(name, 16, 2, max_len=13, impl="native")
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=counter)
@@ -462,7 +462,7 @@ class SelfAttention(nn.Module):
 
 @needs_native
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n == "expressive" else pytest.mark.slow) for n in NAMED])
-def test_m4_exported_with_free_batch_and_length(name: str) -> None:
+def test_exported_with_free_batch_and_length(name: str) -> None:
     model = SelfAttention(layer(name, 16, 2, max_len=13, impl="native")).eval()
     batch, length = Dim("batch", min=1, max=64), Dim("length", min=2, max=13)
     shapes = {"x": {0: batch, 1: length}, "hidden": {0: batch, 1: length}}
@@ -481,7 +481,7 @@ def test_m4_exported_with_free_batch_and_length(name: str) -> None:
 @needs_native
 @scores
 @pytest.mark.parametrize("shared", [False, True], ids=["k and v", "one tensor"])
-def test_m6_autocast_is_bfloat16_given_by_hand(shared: bool, score: str) -> None:
+def test_autocast_is_bfloat16_given_by_hand(shared: bool, score: str) -> None:
     q, k, v = qkv(requires_grad=True)
     v = k if shared else v
     with torch.autocast("cpu", dtype=torch.bfloat16), Operators() as watch:
@@ -768,7 +768,7 @@ def test_the_efficient_layer_hands_over_one_tensor(name: str, tensors: int) -> N
 
 @needs_native
 @pytest.mark.parametrize("name", ALL)
-def test_m5_copies_and_pickles(name: str) -> None:
+def test_copies_and_pickles(name: str) -> None:
     module = layer(name, 16, 2, max_len=13, impl="native").eval()
     x = tokens(2, 11, 16, dtype=torch.float32)
     expected = module(x, x, x, need_weights=False)[0]

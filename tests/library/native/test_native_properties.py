@@ -420,7 +420,7 @@ EVERY = [list(c) for c in itertools.product(SCORES, FLAGS, FLAGS, FLAGS, ("float
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks the kernel for the peak of memory")
 @pytest.mark.slow
-def test_m12_memory_grows_with_the_length_not_its_square() -> None:
+def test_memory_grows_with_the_length_not_its_square() -> None:
     """The peak of the process, since no profiler of torch's sees what the kernels allocate: far below one L x S."""
     done = subprocess.run(
         [sys.executable, "-c", MEMORY, json.dumps(EVERY)], capture_output=True, text=True, timeout=600, check=False

@@ -1,4 +1,4 @@
-"""Every derivative torch can take, torch.func, and inputs in every memory layout (RELIABILITY.md M1, M2, M9)."""
+"""Every derivative torch can take, torch.func, and inputs in every memory layout."""
 
 from __future__ import annotations
 
@@ -59,21 +59,21 @@ def check_second_order(name: str, mask: str, need_weights: bool, impl: str) -> N
     assert gradgradcheck(function, point, fast_mode=True, check_fwd_over_rev=True, check_rev_over_rev=True)
 
 
-# --- M1: gradcheck, gradgradcheck, forward mode, batched gradients ----------------------------------------------------
+# --- gradcheck, gradgradcheck, forward mode, batched gradients ----------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "mask"), UNIT_PAIRS)
-def test_m1_first_derivatives_of_inputs_and_parameters(name: str, mask: str) -> None:
+def test_first_derivatives_of_inputs_and_parameters(name: str, mask: str) -> None:
     check_first_order(name, mask, need_weights=False, impl="auto")
 
 
 @pytest.mark.parametrize("name", NAMED)
-def test_m1_first_derivatives_of_output_and_weights_together(name: str) -> None:
+def test_first_derivatives_of_output_and_weights_together(name: str) -> None:
     check_first_order(name, "mask and padding", need_weights=True, impl="reference")
 
 
 @pytest.mark.parametrize(("name", "need_weights"), [*((name, False) for name in NAMED), ("expressive", True)])
-def test_m1_second_derivatives(name: str, need_weights: bool) -> None:
+def test_second_derivatives(name: str, need_weights: bool) -> None:
     check_second_order(name, "mask and padding", need_weights, impl="auto")
 
 
@@ -81,21 +81,21 @@ def test_m1_second_derivatives(name: str, need_weights: bool) -> None:
 @pytest.mark.parametrize("impl", ["auto", "reference"])
 @pytest.mark.parametrize("need_weights", [False, True])
 @pytest.mark.parametrize(("name", "mask"), EVERY_PAIR)
-def test_m1_every_mask_every_layer(name: str, mask: str, need_weights: bool, impl: str) -> None:
+def test_every_mask_every_layer(name: str, mask: str, need_weights: bool, impl: str) -> None:
     check_first_order(name, mask, need_weights, impl)
     check_second_order(name, mask, need_weights, impl)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
-def test_m1_whole_jacobian(name: str) -> None:
+def test_whole_jacobian(name: str) -> None:
     """The fast mode compares one random projection of the Jacobian; this compares every entry."""
     check_first_order(name, "padding bool", need_weights=True, impl="auto", fast=False)
 
 
 @pytest.mark.parametrize("need_weights", [False, True])
 @pytest.mark.parametrize("score", SCORES)
-def test_m1_a_float_mask_is_differentiable(score: str, need_weights: bool) -> None:
+def test_a_float_mask_is_differentiable(score: str, need_weights: bool) -> None:
     """Learned position biases (T5, ALiBi slopes) are float masks that require a gradient."""
     q, k, v = (tokens(B, N, length, 3, requires_grad=True) for length in (L, S, S))
     bias = tokens(1, N, L, S, requires_grad=True)
@@ -105,7 +105,7 @@ def test_m1_a_float_mask_is_differentiable(score: str, need_weights: bool) -> No
 
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("mask", ["none", "bool", "float", "causal"])
-def test_m1_chunked_differentiates_once_and_says_so_when_asked_twice(score: str, mask: str) -> None:
+def test_chunked_differentiates_once_and_says_so_when_asked_twice(score: str, mask: str) -> None:
     q, k, v = (tokens(B, N, length, 3, requires_grad=True) for length in (L, S, S))
     masks = {"none": None, "causal": None, "bool": torch.rand(B, 1, L, S) > 0.3, "float": tokens(N, L, S)}
 
@@ -122,7 +122,7 @@ def test_m1_chunked_differentiates_once_and_says_so_when_asked_twice(score: str,
         assert "reference" in str(error)  # noqa: PT017
 
 
-def test_m1_gradients_with_dropout_are_those_of_the_mask_drawn() -> None:
+def test_gradients_with_dropout_are_those_of_the_mask_drawn() -> None:
     module = layer("expressive", E, N, dropout=0.4).double().train()
 
     def function(x: Tensor) -> Tensor:
@@ -132,12 +132,12 @@ def test_m1_gradients_with_dropout_are_those_of_the_mask_drawn() -> None:
     assert gradcheck(function, tokens(B, S, E, requires_grad=True))
 
 
-# --- M2: torch.func ---------------------------------------------------------------------------------------------------
+# --- torch.func ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("need_weights", [False, True])
 @pytest.mark.parametrize("name", ALL)
-def test_m2_vmap_over_samples_is_the_batch(name: str, need_weights: bool) -> None:
+def test_vmap_over_samples_is_the_batch(name: str, need_weights: bool) -> None:
     module = layer(name, E, N).double()
     q, k, v = tokens(B, L, E), tokens(B, S, E), tokens(B, S, E)
     bias, padded = tokens(L, S), padding(B, S)
@@ -152,7 +152,7 @@ def test_m2_vmap_over_samples_is_the_batch(name: str, need_weights: bool) -> Non
 
 
 @pytest.mark.parametrize("name", [n for n in ALL if n != "no projections"])
-def test_m2_gradients_of_each_sample(name: str) -> None:
+def test_gradients_of_each_sample(name: str) -> None:
     module = layer(name, E, N).double()
     parameters = {n: p.detach() for n, p in module.named_parameters()}
     x, target = tokens(B, S, E), tokens(B, S, E)
@@ -169,7 +169,7 @@ def test_m2_gradients_of_each_sample(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["standard", "super", "expressive"])
-def test_m2_an_ensemble_is_its_members(name: str) -> None:
+def test_an_ensemble_is_its_members(name: str) -> None:
     members = [layer(name, E, N).double() for _ in range(3)]
     x = tokens(B, S, E)
     parameters, buffers = stack_module_state(members)
@@ -183,7 +183,7 @@ def test_m2_an_ensemble_is_its_members(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMED)
-def test_m2_forward_and_reverse_mode_agree(name: str) -> None:
+def test_forward_and_reverse_mode_agree(name: str) -> None:
     module = layer(name, 2, 1, max_len=3).double()
     x, tangent = tokens(3, 2), tokens(3, 2)
     function = lambda x: module(x, x, x, need_weights=False)[0]  # noqa: E731
@@ -197,7 +197,7 @@ def test_m2_forward_and_reverse_mode_agree(name: str) -> None:
     torch.testing.assert_close(curvature, curvature.T)
 
 
-# --- M9: memory layouts -----------------------------------------------------------------------------------------------
+# --- memory layouts -----------------------------------------------------------------------------------------------
 
 
 def layouts(x: Tensor) -> dict[str, Tensor]:
@@ -219,7 +219,7 @@ def output_and_gradients(module: nn.Module, inputs: list[Tensor], **arguments: o
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_m9_memory_layout_does_not_matter(name: str) -> None:
+def test_memory_layout_does_not_matter(name: str) -> None:
     module = layer(name, E, N).double()
     inputs = [tokens(B, L, E), tokens(B, S, E), tokens(B, S, E)]
     mask = padding(B, S)
@@ -234,7 +234,7 @@ def test_m9_memory_layout_does_not_matter(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_m9_expanded_inputs_and_masks(name: str) -> None:
+def test_expanded_inputs_and_masks(name: str) -> None:
     """Stride 0: one sample, one token or one mask row, shown many times."""
     module = layer(name, E, N).double()
     sample, token, row = tokens(1, S, E), tokens(B, 1, E), tokens(1, S)
@@ -248,7 +248,7 @@ def test_m9_expanded_inputs_and_masks(name: str) -> None:
 @pytest.mark.parametrize(
     ("score", "impl"), [(s, i) for s in SCORES for i in ("reference", "chunked", "sdpa") if (s, i) != NEVER]
 )
-def test_m9_memory_layout_does_not_matter_to_any_implementation(score: str, impl: str) -> None:
+def test_memory_layout_does_not_matter_to_any_implementation(score: str, impl: str) -> None:
     inputs = [tokens(B, N, length, 3) for length in (L, S, S)]
     mask = tokens(B, 1, L, S)
     expected = ba.attention(*inputs, score=score, attn_mask=mask, impl=impl)
@@ -259,7 +259,7 @@ def test_m9_memory_layout_does_not_matter_to_any_implementation(score: str, impl
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_m9_one_tensor_as_query_key_and_value(name: str) -> None:
+def test_one_tensor_as_query_key_and_value(name: str) -> None:
     """The gradient of the shared tensor is the sum of the three; the output is that of three copies."""
     module = layer(name, E, N).double()
     x = tokens(B, S, E, requires_grad=True)
@@ -273,7 +273,7 @@ def test_m9_one_tensor_as_query_key_and_value(name: str) -> None:
 
 @pytest.mark.parametrize("impl", ["auto", "reference", "chunked"])
 @pytest.mark.parametrize("name", ["standard", "super", "expressive", "efficient+expressive learned scale"])
-def test_m9_any_subset_may_require_a_gradient(name: str, impl: str) -> None:
+def test_any_subset_may_require_a_gradient(name: str, impl: str) -> None:
     module = layer(name, E, N, impl=impl).double()
     inputs = [tokens(B, L, E), tokens(B, S, E), tokens(B, S, E)]
     everything = output_and_gradients(module, [x.clone().requires_grad_() for x in inputs])
@@ -291,7 +291,7 @@ def test_m9_any_subset_may_require_a_gradient(name: str, impl: str) -> None:
 
 
 @pytest.mark.parametrize("name", CAUSAL)
-def test_m9_the_triangle_may_be_a_view(name: str) -> None:
+def test_the_triangle_may_be_a_view(name: str) -> None:
     module = layer(name, E, N).double()
     x = tokens(B, S, E)
     window = triangle(2 * S).t().contiguous().t()[:S, :S]

@@ -1,4 +1,4 @@
-"""torch.compile without graph breaks or needless recompiles, and torch.export (RELIABILITY.md M3, M4)."""
+"""torch.compile without graph breaks or needless recompiles, and torch.export."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def check_compiled(
     assert 1 <= counter.frame_count <= 2, f"{counter.frame_count} compilations for lengths {lengths}"
 
 
-# --- M3: torch.compile ------------------------------------------------------------------------------------------------
+# --- torch.compile ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("name", "mask"),
     [("super causal", "is_causal and padding"), ("expressive", "padding bool")],
 )
-def test_m3_one_graph_for_every_length(name: str, mask: str) -> None:
+def test_one_graph_for_every_length(name: str, mask: str) -> None:
     check_compiled(name, mask, need_weights=False, backend="aot_eager")
 
 
@@ -70,7 +70,7 @@ EVERY_MASK = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "mask", "need_weights"), [*EVERY_LAYER, *EVERY_MASK])
-def test_m3_one_graph_for_every_layer_and_every_mask(name: str, mask: str, need_weights: bool) -> None:
+def test_one_graph_for_every_layer_and_every_mask(name: str, mask: str, need_weights: bool) -> None:
     check_compiled(name, mask, need_weights, backend="aot_eager")
 
 
@@ -78,13 +78,13 @@ def test_m3_one_graph_for_every_layer_and_every_mask(name: str, mask: str, need_
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inductor's own
 @pytest.mark.parametrize("mask", ["none", "mask and padding"])
 @pytest.mark.parametrize("name", NAMED)
-def test_m3_inductor(name: str, mask: str) -> None:
+def test_inductor(name: str, mask: str) -> None:
     check_compiled(name, mask, need_weights=False, backend="inductor")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMED)
-def test_m3_cross_attention_with_both_lengths_free(name: str) -> None:
+def test_cross_attention_with_both_lengths_free(name: str) -> None:
     module = layer(name, E, N, max_len=MAX_LEN).double()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=counter)
@@ -96,7 +96,7 @@ def test_m3_cross_attention_with_both_lengths_free(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CAUSAL)
-def test_m3_inside_a_compiled_encoder_layer(name: str) -> None:
+def test_inside_a_compiled_encoder_layer(name: str) -> None:
     host = nn.TransformerEncoderLayer(E, N, 7, dropout=0.0, batch_first=True).double()
     host.self_attn = layer(name, E, N, max_len=MAX_LEN).double()
     compiled = torch.compile(host, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -110,7 +110,7 @@ def test_m3_inside_a_compiled_encoder_layer(name: str) -> None:
                 )
 
 
-def test_m3_too_long_an_input_is_refused_when_compiled_too() -> None:
+def test_too_long_an_input_is_refused_when_compiled_too() -> None:
     module = layer("super", E, N, max_len=5).double()
     compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
     x = tokens(B, 5, E)
@@ -120,7 +120,7 @@ def test_m3_too_long_an_input_is_refused_when_compiled_too() -> None:
         compiled(longer, longer, longer)
 
 
-# --- M4: torch.export -------------------------------------------------------------------------------------------------
+# --- torch.export -------------------------------------------------------------------------------------------------
 
 
 class SelfAttention(nn.Module):
@@ -156,7 +156,7 @@ def check_exported(name: str, *, strict: bool = False, **arguments: object) -> N
 
 
 @pytest.mark.parametrize("name", ["super", "expressive"])
-def test_m4_dynamic_batch_and_length_up_to_max_len(name: str) -> None:
+def test_dynamic_batch_and_length_up_to_max_len(name: str) -> None:
     check_exported(name, need_weights=False)
 
 
@@ -164,19 +164,19 @@ def test_m4_dynamic_batch_and_length_up_to_max_len(name: str) -> None:
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("need_weights", [False, True])
 @pytest.mark.parametrize("name", ALL)
-def test_m4_every_layer(name: str, need_weights: bool, strict: bool) -> None:
+def test_every_layer(name: str, need_weights: bool, strict: bool) -> None:
     check_exported(name, need_weights=need_weights, strict=strict)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CAUSAL)
-def test_m4_causal(name: str) -> None:
+def test_causal(name: str) -> None:
     check_exported(name, need_weights=False, is_causal=True)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
-def test_m4_lengths_without_a_declared_maximum(name: str) -> None:
+def test_lengths_without_a_declared_maximum(name: str) -> None:
     """``Dim.DYNAMIC`` leaves the range to the program: max_len must not be taken for a constant."""
     model = SelfAttention(layer(name, E, N, max_len=MAX_LEN), need_weights=False).double().eval()
     free = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
@@ -189,7 +189,7 @@ def test_m4_lengths_without_a_declared_maximum(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMED)
-def test_m4_cross_attention(name: str) -> None:
+def test_cross_attention(name: str) -> None:
     module = layer(name, E, N, max_len=MAX_LEN).double().eval()
     batch, L, S = Dim("batch", max=64), Dim("queries", max=64), Dim("keys", max=MAX_LEN)
     shapes = {"query": {0: batch, 1: L}, "key": {0: batch, 1: S}, "value": {0: batch, 1: S}, "need_weights": None}

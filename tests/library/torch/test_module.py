@@ -1,4 +1,4 @@
-"""A good citizen among modules: copying, saving, dtypes, autocast, hooks, parametrisations (RELIABILITY.md M5-M7)."""
+"""A good citizen among modules: copying, saving, dtypes, autocast, hooks, parametrisations."""
 
 from __future__ import annotations
 
@@ -45,17 +45,17 @@ def outputs(module: nn.Module, *, need_weights: bool = True, dtype: torch.dtype 
     return module(x, x.flip(1), x * 2, key_padding_mask=padding(B, S), need_weights=need_weights)[0]
 
 
-# --- M5: copies, checkpoints, dtypes ----------------------------------------------------------------------------------
+# --- copies, checkpoints, dtypes ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", FROZEN_NAMES)
-def test_m5_names_and_shapes_of_the_parameters_are_frozen(name: str) -> None:
+def test_names_and_shapes_of_the_parameters_are_frozen(name: str) -> None:
     module = layer(name, E, N, max_len=MAX_LEN)
     assert {n: tuple(p.shape) for n, p in module.named_parameters()} == FROZEN_NAMES[name]
     assert set(module.state_dict()) == set(FROZEN_NAMES[name])
 
 
-def test_m5_names_of_the_optional_parameters_are_frozen() -> None:
+def test_names_of_the_optional_parameters_are_frozen() -> None:
     module = ba.MultiheadAttention(E, N, bias=False, add_bias_kv=True, kdim=5, vdim=7)
     assert {n: tuple(p.shape) for n, p in module.named_parameters()} == {
         "q_proj.weight": (E, E),
@@ -70,7 +70,7 @@ def test_m5_names_of_the_optional_parameters_are_frozen() -> None:
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_m5_projections_are_plain_modules(name: str) -> None:
+def test_projections_are_plain_modules(name: str) -> None:
     """``nn.Linear`` itself, so that LoRA, quantisation and pruning find it; ``nn.Identity`` where dropped."""
     module = layer(name)
     kept = module.mechanism.projections
@@ -80,7 +80,7 @@ def test_m5_projections_are_plain_modules(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_m5_deepcopy_is_independent(name: str) -> None:
+def test_deepcopy_is_independent(name: str) -> None:
     module = layer(name)
     before = outputs(module)
     twin = copy.deepcopy(module)
@@ -94,7 +94,7 @@ def test_m5_deepcopy_is_independent(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_m5_pickle(name: str) -> None:
+def test_pickle(name: str) -> None:
     module = layer(name, dropout=0.25).eval()
     twin = pickle.loads(pickle.dumps(module))  # noqa: S301 - our own bytes; torch users pickle whole modules
     assert torch.equal(outputs(twin), outputs(module))
@@ -104,7 +104,7 @@ def test_m5_pickle(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_m5_state_dict_through_torch_save(name: str) -> None:
+def test_state_dict_through_torch_save(name: str) -> None:
     source, target = layer(name), layer(name)
     buffer = io.BytesIO()
     torch.save(source.state_dict(), buffer)
@@ -114,7 +114,7 @@ def test_m5_state_dict_through_torch_save(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [n for n in ALL if n != "no projections"])
-def test_m5_missing_and_extra_keys_are_named(name: str) -> None:
+def test_missing_and_extra_keys_are_named(name: str) -> None:
     module = layer(name)
     for missing in module.state_dict():
         state = module.state_dict()
@@ -130,7 +130,7 @@ def test_m5_missing_and_extra_keys_are_named(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_m5_assign_takes_the_tensors_themselves(name: str) -> None:
+def test_assign_takes_the_tensors_themselves(name: str) -> None:
     module = layer(name)
     state = {k: v.double() for k, v in layer(name).state_dict().items()}
     module.load_state_dict(state, assign=True)
@@ -143,7 +143,7 @@ def test_m5_assign_takes_the_tensors_themselves(name: str) -> None:
 
 @pytest.mark.parametrize("how", ["context", "argument"])
 @pytest.mark.parametrize("name", ALL)
-def test_m5_built_on_meta_then_loaded(name: str, how: str) -> None:
+def test_built_on_meta_then_loaded(name: str, how: str) -> None:
     source = layer(name)
     if how == "context":
         with torch.device("meta"):
@@ -160,7 +160,7 @@ def test_m5_built_on_meta_then_loaded(name: str, how: str) -> None:
 
 @pytest.mark.parametrize("need_weights", [False, True])
 @pytest.mark.parametrize("name", ALL)
-def test_m5_shapes_on_meta(name: str, need_weights: bool) -> None:
+def test_shapes_on_meta(name: str, need_weights: bool) -> None:
     """Models are sized before they are built: a call on the meta device has shapes and no numbers."""
     module, x = layer(name, device="meta"), torch.empty(B, S, E, device="meta")
     mask = torch.zeros(B, S, dtype=torch.bool, device="meta")
@@ -173,7 +173,7 @@ def test_m5_shapes_on_meta(name: str, need_weights: bool) -> None:
 
 @pytest.mark.parametrize("need_weights", [False, True])
 @pytest.mark.parametrize("name", ALL)
-def test_m5_dtypes(name: str, need_weights: bool) -> None:
+def test_dtypes(name: str, need_weights: bool) -> None:
     module = layer(name)
     exact = outputs(copy.deepcopy(module).double(), need_weights=need_weights, dtype=torch.float64)
     for dtype, tolerance in [(torch.float32, 1e-5), (torch.float16, 2e-2), (torch.bfloat16, 2e-1)]:
@@ -185,19 +185,19 @@ def test_m5_dtypes(name: str, need_weights: bool) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("name", ALL)
-def test_m5_dtype_argument(name: str, dtype: torch.dtype) -> None:
+def test_dtype_argument(name: str, dtype: torch.dtype) -> None:
     module = layer(name, dtype=dtype, add_bias_kv=name == "standard")
     assert all(p.dtype == dtype for p in module.parameters())
     assert outputs(module, dtype=dtype).dtype == dtype
 
 
-# --- M6: autocast and mixed dtypes ------------------------------------------------------------------------------------
+# --- autocast and mixed dtypes ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("need_weights", [False, True])
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("name", [n for n in ALL if n != "no projections"])
-def test_m6_autocast_gives_the_dtypes_of_stock(name: str, training: bool, need_weights: bool) -> None:
+def test_autocast_gives_the_dtypes_of_stock(name: str, training: bool, need_weights: bool) -> None:
     module, stock = layer(name).train(training), nn.MultiheadAttention(E, N, batch_first=True).train(training)
     exact, _ = module(*(x := [tokens(B, S, E, dtype=torch.float32, requires_grad=True) for _ in range(3)]))
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -214,7 +214,7 @@ def test_m6_autocast_gives_the_dtypes_of_stock(name: str, training: bool, need_w
 
 @pytest.mark.parametrize("mask", ["attn_mask", "key_padding_mask", "is_causal"])
 @pytest.mark.parametrize("name", ["standard", "super causal", "expressive", "efficient+expressive learned scale"])
-def test_m6_masks_keep_their_meaning_under_autocast(name: str, mask: str) -> None:
+def test_masks_keep_their_meaning_under_autocast(name: str, mask: str) -> None:
     module = layer(name)
     x = tokens(B, S, E, dtype=torch.float32)
     arguments = {
@@ -233,7 +233,7 @@ def test_m6_masks_keep_their_meaning_under_autocast(name: str, mask: str) -> Non
 @pytest.mark.parametrize("mask_dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["standard", "expressive"])
-def test_m6_a_mask_of_another_float_type_is_read_rightly_or_refused(
+def test_a_mask_of_another_float_type_is_read_rightly_or_refused(
     name: str, dtype: torch.dtype, mask_dtype: torch.dtype
 ) -> None:
     module = layer(name).to(dtype)
@@ -250,7 +250,7 @@ def test_m6_a_mask_of_another_float_type_is_read_rightly_or_refused(
         torch.testing.assert_close(found, expected)
 
 
-# --- M7: hooks, parametrisations, replaced sub-modules, distributed wrappers ------------------------------------------
+# --- hooks, parametrisations, replaced sub-modules, distributed wrappers ------------------------------------------
 
 
 def submodules(module: ba.MultiheadAttention) -> list[str]:
@@ -259,7 +259,7 @@ def submodules(module: ba.MultiheadAttention) -> list[str]:
 
 @pytest.mark.parametrize("mode", ["train", "eval", "no_grad", "inference_mode"])
 @pytest.mark.parametrize("name", ALL)
-def test_m7_every_submodule_is_called_once(name: str, mode: str) -> None:
+def test_every_submodule_is_called_once(name: str, mode: str) -> None:
     """torch's own class never calls its ``out_proj``, so hooks, pruning and LoRA miss it."""
     module = layer(name).train(mode == "train")
     calls: dict[str, int] = dict.fromkeys(submodules(module), 0)
@@ -276,7 +276,7 @@ def test_m7_every_submodule_is_called_once(name: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_m7_hooks_may_replace_outputs_and_see_gradients(name: str) -> None:
+def test_hooks_may_replace_outputs_and_see_gradients(name: str) -> None:
     module = layer(name)
     seen: list[str] = []
     for attribute in PROJECTIONS:
@@ -297,7 +297,7 @@ class Doubled(nn.Module):
 
 
 @pytest.mark.parametrize("name", [n for n in ALL if n != "no projections"])
-def test_m7_parametrisations_act(name: str) -> None:
+def test_parametrisations_act(name: str) -> None:
     for attribute in submodules(layer(name)):
         module = layer(name)
         child = getattr(module, attribute)
@@ -316,7 +316,7 @@ def test_m7_parametrisations_act(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["standard", "super", "expressive"])
-def test_m7_weight_norm_and_pruning(name: str) -> None:
+def test_weight_norm_and_pruning(name: str) -> None:
     module = layer(name)
     before = outputs(module).detach()
     parametrizations.weight_norm(module.q_proj)
@@ -341,7 +341,7 @@ class LowRank(nn.Module):
 
 
 @pytest.mark.parametrize("name", [n for n in ALL if n != "no projections"])
-def test_m7_low_rank_adapters_take_the_place_of_the_projections(name: str) -> None:
+def test_low_rank_adapters_take_the_place_of_the_projections(name: str) -> None:
     module = layer(name).requires_grad_(False)
     before = outputs(module)
     for attribute in PROJECTIONS:
@@ -356,7 +356,7 @@ def test_m7_low_rank_adapters_take_the_place_of_the_projections(name: str) -> No
 
 @pytest.mark.parametrize("need_weights", [False, True])
 @pytest.mark.parametrize("name", [n for n in ALL if n != "no projections"])
-def test_m7_no_parameter_is_unused(name: str, need_weights: bool) -> None:
+def test_no_parameter_is_unused(name: str, need_weights: bool) -> None:
     """DistributedDataParallel stops at the first parameter without a gradient."""
     module = layer(name, max_len=S, add_bias_kv=name == "standard")
     x = tokens(B, S, E, dtype=torch.float32)
@@ -377,7 +377,7 @@ def one_process_group() -> object:
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_process_group")
 @pytest.mark.parametrize("name", [n for n in ALL if n != "no projections"])
-def test_m7_distributed_data_parallel(name: str) -> None:
+def test_distributed_data_parallel(name: str) -> None:
     module = layer(name)
     wrapped = nn.parallel.DistributedDataParallel(copy.deepcopy(module), find_unused_parameters=False)
     x = tokens(B, S, E, dtype=torch.float32)
@@ -393,7 +393,7 @@ def test_m7_distributed_data_parallel(name: str) -> None:
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor")  # so does nn.Linear itself
 @pytest.mark.usefixtures("one_process_group")
 @pytest.mark.parametrize("name", NAMED)
-def test_m7_fully_sharded_from_meta(name: str) -> None:
+def test_fully_sharded_from_meta(name: str) -> None:
     from torch.distributed.fsdp import fully_shard
 
     source = layer(name)

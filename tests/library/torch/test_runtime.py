@@ -1,4 +1,4 @@
-"""Dropout, determinism, memory, threads and the import itself (RELIABILITY.md M10-M14)."""
+"""Dropout, determinism, memory, threads and the import itself."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def python(*arguments: str, **environment: str) -> str:
     return done.stdout
 
 
-# --- M10: dropout -----------------------------------------------------------------------------------------------------
+# --- dropout -----------------------------------------------------------------------------------------------------
 
 
 def dropped_weights(score: str, p: float, *, size: int = 60) -> tuple[Tensor, Tensor]:
@@ -51,7 +51,7 @@ def dropped_weights(score: str, p: float, *, size: int = 60) -> tuple[Tensor, Te
 
 @pytest.mark.parametrize("p", [0.1, 0.3, 0.8])
 @pytest.mark.parametrize("score", SCORES)
-def test_m10_dropout_zeroes_a_share_p_and_scales_the_rest(score: str, p: float) -> None:
+def test_dropout_zeroes_a_share_p_and_scales_the_rest(score: str, p: float) -> None:
     weights, dropped = dropped_weights(score, p)
     n = weights.numel()
     zeros = (dropped == 0).sum().item()
@@ -63,7 +63,7 @@ def test_m10_dropout_zeroes_a_share_p_and_scales_the_rest(score: str, p: float) 
 
 
 @pytest.mark.parametrize("score", SCORES)
-def test_m10_the_ends_of_the_range(score: str) -> None:
+def test_the_ends_of_the_range(score: str) -> None:
     weights, dropped = dropped_weights(score, 0.0)
     assert torch.equal(dropped, weights)
     _, dropped = dropped_weights(score, 1.0)
@@ -72,7 +72,7 @@ def test_m10_the_ends_of_the_range(score: str) -> None:
 
 @pytest.mark.parametrize("need_weights", [False, True])
 @pytest.mark.parametrize("name", ALL)
-def test_m10_the_seed_decides_and_eval_switches_it_off(name: str, need_weights: bool) -> None:
+def test_the_seed_decides_and_eval_switches_it_off(name: str, need_weights: bool) -> None:
     module, plain = layer(name, dropout=0.5, max_len=11), layer(name, max_len=11)
     plain.load_state_dict(module.state_dict())
     x = tokens(3, 11, 6, dtype=torch.float32)
@@ -94,7 +94,7 @@ def test_m10_the_seed_decides_and_eval_switches_it_off(name: str, need_weights: 
 
 
 @pytest.mark.parametrize("name", ["standard", "super", "expressive"])
-def test_m10_everything_dropped_leaves_the_output_bias(name: str) -> None:
+def test_everything_dropped_leaves_the_output_bias(name: str) -> None:
     module = layer(name, dropout=1.0).train()
     x = tokens(3, 7, 6, dtype=torch.float32, requires_grad=True)
     output, _ = module(x, x, x, need_weights=False)
@@ -103,7 +103,7 @@ def test_m10_everything_dropped_leaves_the_output_bias(name: str) -> None:
     assert x.grad.isfinite().all()
 
 
-# --- M11: determinism -------------------------------------------------------------------------------------------------
+# --- determinism -------------------------------------------------------------------------------------------------
 
 
 def forward_and_backward(module: nn.Module, x: Tensor, **arguments: object) -> list[Tensor]:
@@ -115,7 +115,7 @@ def forward_and_backward(module: nn.Module, x: Tensor, **arguments: object) -> l
 
 
 @pytest.mark.parametrize("name", NAMED)
-def test_m11_250_repeats_are_equal_bit_by_bit(name: str) -> None:
+def test_250_repeats_are_equal_bit_by_bit(name: str) -> None:
     module = layer(name, 8, 2, max_len=17)
     x, mask = tokens(2, 17, 8, dtype=torch.float32), padding(2, 17)
     first = forward_and_backward(module, x, key_padding_mask=mask)
@@ -126,7 +126,7 @@ def test_m11_250_repeats_are_equal_bit_by_bit(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMED)
-def test_m11_repeats_are_equal_where_work_is_split(name: str) -> None:
+def test_repeats_are_equal_where_work_is_split(name: str) -> None:
     """Long enough for several chunks, and for several threads."""
     threads = torch.get_num_threads()
     module = layer(name, 16, 2, max_len=1_531, spread=0.1)
@@ -145,7 +145,7 @@ def test_m11_repeats_are_equal_where_work_is_split(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_m11_deterministic_algorithms_suffice(name: str) -> None:
+def test_deterministic_algorithms_suffice(name: str) -> None:
     module = layer(name, dropout=0.2)
     x = tokens(2, 7, 6, dtype=torch.float32)
     torch.use_deterministic_algorithms(True)
@@ -156,7 +156,7 @@ def test_m11_deterministic_algorithms_suffice(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMED)
-def test_m11_one_and_two_threads_agree(name: str) -> None:
+def test_one_and_two_threads_agree(name: str) -> None:
     threads = torch.get_num_threads()
     module = layer(name, 8, 2, max_len=211)
     x = tokens(2, 211, 8, dtype=torch.float32)
@@ -196,11 +196,11 @@ print(json.dumps({{"fingerprint": layers.fingerprint(), "chosen": ba.explain(x, 
     return json.loads(python("-c", program, PYTHONHASHSEED="1"))
 
 
-def test_m11_two_processes_give_the_same_bytes(bare_process: dict[str, str]) -> None:
+def test_two_processes_give_the_same_bytes(bare_process: dict[str, str]) -> None:
     assert fingerprint() == bare_process["fingerprint"]
 
 
-# --- M12: memory by shape, and at run time ----------------------------------------------------------------------------
+# --- memory by shape, and at run time ----------------------------------------------------------------------------
 
 
 class LargestTensor(TorchDispatchMode):
@@ -265,14 +265,14 @@ WITHOUT_KERNEL = [name for name in ALL if not ba.Mechanism.of(LAYERS[name]["mech
         for mask in LONG_MASKS
     ],
 )
-def test_m12_nothing_of_the_size_of_the_score_matrix(name: str, mask: str, training: bool) -> None:
+def test_nothing_of_the_size_of_the_score_matrix(name: str, mask: str, training: bool) -> None:
     watch = watched(name, mask, training=training)
     assert 0 < watch.largest < LONG * LONG, f"{watch.by} made {watch.largest:,} elements"
 
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("name", ["super", "super causal", "super per head", "super+expressive"])
-def test_m12_super_makes_nothing_of_that_size_but_its_own_kernel(name: str, training: bool) -> None:
+def test_super_makes_nothing_of_that_size_but_its_own_kernel(name: str, training: bool) -> None:
     """W_A's lower triangle and its gradient are ℓ × ℓ (h of them if per head): no more of them for a larger batch."""
     kernels = 2 if LAYERS[name].get("align_heads") == "per_head" else 1
     for mask in ("none", "padding", *(["causal and padding"] if name in CAUSAL else [])):
@@ -286,7 +286,7 @@ def test_m12_super_makes_nothing_of_that_size_but_its_own_kernel(name: str, trai
 
 
 @pytest.mark.parametrize("name", ["standard", "expressive"])
-def test_m12_the_watch_sees_a_score_matrix_where_there_is_one(name: str) -> None:
+def test_the_watch_sees_a_score_matrix_where_there_is_one(name: str) -> None:
     watch = watched(name, "none", training=False, need_weights=True)
     assert watch.largest >= 2 * LONG * LONG
     assert watch.count(LONG * LONG) >= 1
@@ -309,7 +309,7 @@ def peak_of_chunked(score: str, mask: str, L: int) -> int:
         *(pytest.param("expressive", mask, marks=pytest.mark.slow) for mask in ("none", "padding", "causal")),
     ],
 )
-def test_m12_memory_of_chunked_grows_with_the_length_not_its_square(score: str, mask: str) -> None:
+def test_memory_of_chunked_grows_with_the_length_not_its_square(score: str, mask: str) -> None:
     peaks = {L: peak_of_chunked(score, mask, L) for L in (1_024, 2_048, 4_096)}
     assert peaks[1_024] > 4 * 1_024 * 8  # the profiler sees at least the output
     assert peaks[4_096] < 4 * 4_096 * 4_096, "as much as one score matrix in float32"
@@ -319,7 +319,7 @@ def test_m12_memory_of_chunked_grows_with_the_length_not_its_square(score: str, 
 @pytest.mark.slow
 @pytest.mark.parametrize("mask", ["none", "padding", "causal", "causal and padding"])
 @pytest.mark.parametrize("name", ["standard", "efficient", "expressive", "efficient+expressive learned scale"])
-def test_m12_memory_of_a_layer_at_run_time(name: str, mask: str) -> None:
+def test_memory_of_a_layer_at_run_time(name: str, mask: str) -> None:
     """What ``impl="auto"`` chooses, really run: kernels allocate inside, where no dispatch mode can look."""
     peaks = []
     for L in (2_048, 4_096):
@@ -333,11 +333,11 @@ def test_m12_memory_of_a_layer_at_run_time(name: str, mask: str) -> None:
     assert peaks[1] <= 2.5 * peaks[0], peaks
 
 
-# --- M13: threads -----------------------------------------------------------------------------------------------------
+# --- threads -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_m13_eight_threads_share_a_module(name: str) -> None:
+def test_eight_threads_share_a_module(name: str) -> None:
     module = layer(name).eval()
     work = [(tokens(2, 2 + i % 6, 6, dtype=torch.float32), bool(i % 3), bool(i % 2)) for i in range(32)]
 
@@ -355,7 +355,7 @@ def test_m13_eight_threads_share_a_module(name: str) -> None:
                 assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-# --- M14: the import --------------------------------------------------------------------------------------------------
+# --- the import --------------------------------------------------------------------------------------------------
 
 IMPORT = """
 import json, random, sys, threading, time, warnings
@@ -410,26 +410,26 @@ def imported() -> dict[str, object]:
     return json.loads(python("-c", IMPORT))
 
 
-def test_m14_the_import_changes_nothing_and_writes_nothing(imported: dict[str, object]) -> None:
+def test_the_import_changes_nothing_and_writes_nothing(imported: dict[str, object]) -> None:
     assert imported["changed"] == []
     assert imported["acts"] == []
 
 
-def test_m14_the_import_brings_no_extra(imported: dict[str, object]) -> None:
+def test_the_import_brings_no_extra(imported: dict[str, object]) -> None:
     assert "better_attention" in imported["new"]
     assert [name for name in imported["new"] if name in EXTRAS] == []
 
 
-def test_m14_the_import_is_quick(imported: dict[str, object]) -> None:
+def test_the_import_is_quick(imported: dict[str, object]) -> None:
     assert imported["seconds"] < 0.5, "processor seconds beyond torch's own import"
 
 
-def test_m14_torch_alone_is_enough(bare_process: dict[str, str]) -> None:
+def test_torch_alone_is_enough(bare_process: dict[str, str]) -> None:
     """Every extra was made impossible to import; every layer trained."""
     assert bare_process["chosen"]
 
 
-def test_m14_the_public_names_are_the_documented_ones() -> None:
+def test_the_public_names_are_the_documented_ones() -> None:
     promised = "MECHANISMS Mechanism MultiheadAttention attention explain cost assert_causal"
     assert set(promised.split()) <= set(ba.__all__)
     assert callable(ba.load_run)
@@ -438,6 +438,6 @@ def test_m14_the_public_names_are_the_documented_ones() -> None:
     assert (source.parent / "py.typed").exists()
 
 
-def test_m14_an_unknown_name_is_an_attribute_error() -> None:
+def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="load_runs"):
         ba.load_runs  # noqa: B018 - the access is the test

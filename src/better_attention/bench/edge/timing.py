@@ -1,8 +1,8 @@
 """Table 4 of arXiv 2403.01643 on this CPU: how long the models of its experiments take for 5,000 samples.
 
-Speed alone is asked, which trained weights do not change: the models keep their initial ones and read random inputs of
-the task's shape. The mechanisms take turns, every second round backwards, and a ratio is formed within each round, so
-that what slows the machine for a while slows both sides of it.
+Only speed is measured, which does not depend on training: the models keep their initial weights and read random inputs
+of the task's shape. The mechanisms alternate, and a ratio is formed within each round, so that a temporary slowdown of
+the machine affects both sides of it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 
 import torch
@@ -20,9 +20,8 @@ from better_attention.bench.runner import Spread, no_garbage_collection
 from better_attention.lab import published
 from better_attention.lab.tasks.base import Task
 from better_attention.lab.tasks.catalogue import TASKS
-from better_attention.lab.tasks.image import ImageTask
-from better_attention.lab.tasks.text import TextTask
 from better_attention.lab.tasks.variant import Variant
+from better_attention.lab.timing import alternate
 
 PAPER_TASKS = tuple(name for name in published.edge_inference()[0] if name not in ("mechanism", "heads"))
 """The columns of table 4."""
@@ -79,31 +78,13 @@ class Timing:
 
     @property
     def group(self) -> tuple[str, int, str]:
-        """Task, heads and precision: what is timed in turn."""
+        """Task, heads and precision: what is timed in alternation."""
         return self.task, self.heads, self.precision
 
 
 def available_tasks() -> dict[str, Task]:
-    """The tasks of table 4 that there are, at the paper's scale."""
-    return {name: TASKS[name]("paper") for name in PAPER_TASKS if name in TASKS}
-
-
-def random_inputs(task: Task, samples: int) -> Tensor:
-    """Inputs (N, ...) of the task's shape and dtype; texts are full, without padding.
-
-    Raises:
-        ValueError: a task that is neither of images nor of texts.
-
-    >>> random_inputs(TASKS["imdb"]("paper"), 7).shape
-    torch.Size([7, 32])
-    """
-    generator = torch.Generator().manual_seed(0)
-    if isinstance(task, ImageTask):
-        shape = (samples, task.image_size, task.image_size, *([task.channels] if task.channels > 1 else []))
-        return torch.randint(0, task.peak + 1, shape, dtype=torch.uint8, generator=generator)
-    if isinstance(task, TextTask):
-        return torch.randint(1, task.vocabulary, (samples, task.length), generator=generator)
-    raise ValueError(f"task {task.name!r} classifies neither images nor texts: choose {', '.join(available_tasks())}.")
+    """The tasks of table 4, at the paper's scale."""
+    return {name: TASKS[name]("paper") for name in PAPER_TASKS}
 
 
 def measure(
@@ -134,9 +115,9 @@ def measure(
     if open_:
         seconds = expected(open_, len(mechanisms), settings)
         say(f"about {seconds / 60:.1f} minutes in all for {len(open_) * len(mechanisms)} rows at the present load")
-    for place, (task, h, precision) in enumerate(groups, start=1):
+    for number, (task, h, precision) in enumerate(groups, start=1):
         if (task, h, precision) in open_:
-            say(f"[{place}/{len(groups)}] {task.name}, h {h}, {precision}")
+            say(f"[{number}/{len(groups)}] {task.name}, h {h}, {precision}")
             names = tuple(dict.fromkeys((*there[task.name, h, precision], *mechanisms)))
             yield measure_group(task, names, h, precision, settings, say)
 
@@ -145,17 +126,17 @@ def expected(groups: Sequence[tuple[Task, int, str]], mechanisms: int, settings:
     """About how many seconds the groups take: standard attention of each task is timed for a batch, in float32."""
     total = 0.0
     for task in dict.fromkeys(task for task, _, _ in groups):
-        probe = random_inputs(task, settings.batch_size)
-        fitting = [(h, precision) for one, h, precision in groups if one is task and task.width % h == 0]
+        probe = task.random_samples(settings.batch_size).inputs
+        fitting = [(h, precision) for candidate, h, precision in groups if candidate is task and task.width % h == 0]
         if not fitting:
             continue
         began = perf_counter()
         model, _ = prepare(task, BASELINE, fitting[0][0], "float32", probe)
         built = perf_counter() - began
-        one = min(_pass(model, [probe]) for _ in range(2))
-        batches = math.ceil(how_many(settings, one) / settings.batch_size)
-        passes = one * (batches + 1) * settings.rounds  # each pass follows an untimed batch
-        total += len(fitting) * (mechanisms * (built + passes) + 2 * one)
+        batch_seconds = min(_pass(model, [probe]) for _ in range(2))
+        batches = math.ceil(how_many(settings, batch_seconds) / settings.batch_size)
+        passes = batch_seconds * (batches + 1) * settings.rounds  # each pass follows an untimed batch
+        total += len(fitting) * (mechanisms * (built + passes) + 2 * batch_seconds)
     return total
 
 
@@ -167,40 +148,38 @@ def measure_group(
     settings: Settings,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[Timing]:
-    """Time the mechanisms in turn in one model."""
+    """Time the mechanisms in one model, in alternation."""
     models: dict[str, nn.Module] = {}
     timings: dict[str, Timing] = {}
-    probe = random_inputs(task, settings.batch_size)
+    probe = task.random_samples(settings.batch_size).inputs
     for name in mechanisms:
         timing = Timing(task.name, heads, precision, name)
         try:
             model, quantised = prepare(task, name, heads, precision, probe)
         except Unusable as reason:
-            timings[name] = Timing(task.name, heads, precision, name, reason=str(reason))
+            timings[name] = replace(timing, reason=str(reason))
             continue
         models[name] = model
-        timings[name] = Timing(task.name, heads, precision, name, quantised=quantised)
+        timings[name] = replace(timing, quantised=quantised)
     if not models:
         return list(timings.values())
     measuring = models.get(BASELINE, next(iter(models.values())))
-    one = min(_pass(measuring, [probe]) for _ in range(2))
-    measured = how_many(settings, one)
-    duration = one * measured / settings.batch_size * len(models) * settings.rounds
+    batch_seconds = min(_pass(measuring, [probe]) for _ in range(2))
+    measured = how_many(settings, batch_seconds)
+    duration = batch_seconds * measured / settings.batch_size * len(models) * settings.rounds
     if duration > 10:
         say(f"    about {duration / 60:.1f} minutes")
-    batches = random_inputs(task, measured).split(settings.batch_size)
+    batches = task.random_samples(measured).inputs.split(settings.batch_size)
     samples = rounds(models, batches, settings.rounds)
     scale = settings.samples / measured
     for name, seconds in samples.items():
-        timing = timings[name]
-        ratios = [base / own for own, base in zip(seconds, samples.get(BASELINE, []), strict=False)]
-        timings[name] = Timing(
-            *(timing.task, timing.heads, timing.precision, timing.mechanism),
+        ratios = [base / mine for mine, base in zip(seconds, samples.get(BASELINE, []), strict=False)]
+        timings[name] = replace(
+            timings[name],
             seconds=Spread.of([scale * second for second in seconds]),
             times_as_fast=Spread.of(ratios) if ratios else None,
             rounds=len(seconds),
             measured=measured,
-            quantised=timing.quantised,
         )
     return list(timings.values())
 
@@ -258,7 +237,7 @@ def quantise(model: nn.Module) -> int:
 
 
 def how_many(settings: Settings, batch_seconds: float) -> int:
-    """Samples of one pass, where a batch of standard attention (of the first model without it) takes so long.
+    """Samples of one pass, given the time of a batch of standard attention, or of the first model without it.
 
     >>> how_many(Settings(), 1.0), how_many(Settings(measured=64), 1.0), how_many(Settings(quick=True), 0.25)
     (5000, 64, 128)
@@ -270,15 +249,13 @@ def how_many(settings: Settings, batch_seconds: float) -> int:
 
 
 def rounds(models: Mapping[str, nn.Module], batches: Sequence[Tensor], number: int) -> dict[str, list[float]]:
-    """Seconds of each pass over all ``batches``, a number a round for each model."""
-    names = list(models)
-    found: dict[str, list[float]] = {name: [] for name in names}
+    """Seconds of each pass over all ``batches``: for each model, one number per round."""
+    seconds: dict[str, list[float]] = {name: [] for name in models}
     with no_garbage_collection():
-        for turn in range(number):
-            for name in names if turn % 2 == 0 else reversed(names):
-                _pass(models[name], batches[:1])  # untimed: caches and threads are then as it leaves them itself
-                found[name].append(_pass(models[name], batches))
-    return found
+        for _, name in alternate(list(models), number):
+            _pass(models[name], batches[:1])  # untimed: caches and threads are then as it leaves them itself
+            seconds[name].append(_pass(models[name], batches))
+    return seconds
 
 
 def _pass(model: nn.Module, batches: Sequence[Tensor]) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,10 +14,10 @@ from rich.text import Text
 from better_attention.bench.edge.timing import BASELINE, PAPER_TASKS, Settings, Timing
 from better_attention.bench.machine import busy
 from better_attention.bench.runner import Spread, noise_line
-from better_attention.lab import published
+from better_attention.lab import csv_json, published
 from better_attention.lab.analysis.estimates import number
-from better_attention.lab.files import parse_json, read_regular, write_atomic
-from better_attention.lab.report.tables import Strip, print_fitting, safe, write_lines
+from better_attention.lab.files import parse_json, read_regular
+from better_attention.lab.report.tables import Strip, print_fitting
 from better_attention.lab.runs import manifest
 
 TITLE = "inference on an edge device: seconds for 5,000 samples"
@@ -50,14 +49,14 @@ def published_seconds(task: str, mechanism: str, heads: int) -> tuple[float | No
     (5.27, 1.0)
     """
     rows = {(row["mechanism"], row["heads"]): row.get(task) for row in published.edge_inference()}
-    own, standard = rows.get((mechanism, heads)), rows.get((BASELINE, heads))
-    if not isinstance(own, int | float) or not isinstance(standard, int | float):
+    seconds, standard = rows.get((mechanism, heads)), rows.get((BASELINE, heads))
+    if not isinstance(seconds, int | float) or not isinstance(standard, int | float):
         return None, None
-    return own, standard / own
+    return seconds, standard / seconds
 
 
 def beside_paper(report: Report | None) -> list[dict[str, Any]]:
-    """A flat mapping a timing, ours and the paper's; then the paper's rows that were not run (``rounds`` 0)."""
+    """One flat mapping per timing, ours and the paper's; then the paper's rows that were not run (``rounds`` 0)."""
     rows = [_flat(timing, report.settings.samples) for timing in report.timings] if report else []
     # The paper's models compute in float32.
     done = {
@@ -93,9 +92,6 @@ def _flat(timing: Timing, samples: int) -> dict[str, Any]:
 
 def _spread(spread: Spread | None) -> dict[str, float | None]:
     return asdict(spread) if spread else dict.fromkeys(("median", "low", "high"))
-
-
-# --- on the screen ---------------------------------------------------------------------------------------------
 
 
 def print_report(report: Report, console: Console) -> None:
@@ -135,7 +131,7 @@ def print_report(report: Report, console: Console) -> None:
 
 
 def summary(report: Report) -> list[str]:
-    """What the run found, a line for each precision and mechanism, and how far noise puts it in doubt."""
+    """The findings, one line for each precision and mechanism, and how much noise limits them."""
     pairs = [(t, t.times_as_fast) for t in report.timings if t.times_as_fast and t.mechanism != BASELINE]
     if not pairs:
         return []
@@ -154,12 +150,12 @@ def summary(report: Report) -> list[str]:
 def _named(missing: Sequence[Mapping[str, Any]]) -> str:
     """``mnist (h 8), imagenet, imdb (h 1: super)``: whole data sets and numbers of heads by their name alone."""
     mechanisms = {row["mechanism"] for row in published.edge_inference()}
-    found: dict[str, dict[int, set[str]]] = {}
+    missing_heads: dict[str, dict[int, set[str]]] = {}
     for row in missing:
-        found.setdefault(row["task"], {}).setdefault(row["heads"], set()).add(row["mechanism"])
+        missing_heads.setdefault(row["task"], {}).setdefault(row["heads"], set()).add(row["mechanism"])
     most = {row["heads"] for row in published.edge_inference()}
     texts = []
-    for task, heads in found.items():
+    for task, heads in missing_heads.items():
         parts = [
             f"h {h}" if names == mechanisms else f"h {h}: {', '.join(sorted(names))}"
             for h, names in sorted(heads.items())
@@ -170,7 +166,7 @@ def _named(missing: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _print_precision(precision: str, timings: Sequence[Timing], settings: Settings, console: Console) -> None:
-    found = {(t.task, t.mechanism, t.heads): t for t in timings}
+    timing_of = {(t.task, t.mechanism, t.heads): t for t in timings}
     mechanisms, heads = (dict.fromkeys(getattr(t, name) for t in timings) for name in ("mechanism", "heads"))
     rows = [(mechanism, h) for h in heads for mechanism in mechanisms]
     title = precision
@@ -178,8 +174,8 @@ def _print_precision(precision: str, timings: Sequence[Timing], settings: Settin
         done = {t.task: t.quantised for t in timings if t.quantised}
         title += " (torchao, dynamic: linear maps " + ", ".join(f"{task} {n}" for task, n in done.items())
         title += "; attention itself and W_A in float32)"
-    groups = [_strips(found, task, rows) for task in dict.fromkeys(t.task for t in timings)]
-    ends = [place % len(mechanisms) == len(mechanisms) - 1 for place in range(len(rows))]
+    groups = [_strips(timing_of, task, rows) for task in dict.fromkeys(t.task for t in timings)]
+    ends = [index % len(mechanisms) == len(mechanisms) - 1 for index in range(len(rows))]
     start: list[Strip] = [("Mechanism", [m for m, _ in rows]), ("Heads", [h for _, h in rows])]
     print_fitting(title, start, groups, ends, console)
     for task in dict.fromkeys(t.task for t in timings):
@@ -191,8 +187,10 @@ def _print_precision(precision: str, timings: Sequence[Timing], settings: Settin
         console.print(Text(f"Not timed: {reason}"))
 
 
-def _strips(found: Mapping[tuple[str, str, int], Timing], task: str, rows: Sequence[tuple[str, int]]) -> list[Strip]:
-    timings = [found.get((task, *row)) for row in rows]
+def _strips(
+    timing_of: Mapping[tuple[str, str, int], Timing], task: str, rows: Sequence[tuple[str, int]]
+) -> list[Strip]:
+    timings = [timing_of.get((task, *row)) for row in rows]
     theirs = [published_seconds(task, *row) for row in rows]
     return [
         (f"{task}, s", [_cell(t, t.seconds if t else None) for t in timings]),
@@ -217,7 +215,7 @@ def _speed(timing: Timing | None) -> str:
 
 
 def print_paper(console: Console) -> None:
-    """Table 4 alone, where nothing of ours is there."""
+    """Table 4 alone, where there are no timings of ours."""
     rows = [(str(row["mechanism"]), int(str(row["heads"]))) for row in published.edge_inference()]
     console.print(Text(f"Table 4 of arXiv 2403.01643v2: {TITLE}", style="bold"))
     start: list[Strip] = [("Mechanism", [m for m, _ in rows]), ("Heads", [h for _, h in rows])]
@@ -236,12 +234,9 @@ def print_paper(console: Console) -> None:
     console.print("Not run: no edge.json was found. To run: better-attention edge")
 
 
-# --- files -----------------------------------------------------------------------------------------------------
-
-
-def is_report(found: object) -> bool:
+def is_report(value: object) -> bool:
     """Whether the value in a JSON file is an ``edge.json``."""
-    return isinstance(found, Mapping) and "timings" in found
+    return isinstance(value, Mapping) and "timings" in value
 
 
 def write(report: Report, folder: Path) -> list[Path]:
@@ -255,18 +250,16 @@ def write(report: Report, folder: Path) -> list[Path]:
     }
     paths = [folder / name for name in FILES]
     manifest.remove(folder, FILES)  # it would be wrong until both are written
-    write_atomic(paths[0], json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    csv_json.write_json(paths[0], document)
     write_csv([report], paths[1])
     manifest.add(folder, FILES)
     return paths
 
 
 def write_csv(reports: Sequence[Report], path: Path) -> None:
-    """Ours beside the paper's, a line a timing."""
+    """Ours beside the paper's, one line per timing."""
     rows = [row for report in reports for row in beside_paper(report)] or beside_paper(None)
-    header = list(rows[0])
-    text = ("task", "mechanism", "precision", "reason")
-    write_lines(path, header, ([safe(row[k]) if k in text else row[k] for k in header] for row in rows))
+    csv_json.write_csv(path, list(rows[0]), (row.values() for row in rows))
 
 
 def read(path: Path) -> Report:

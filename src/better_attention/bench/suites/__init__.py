@@ -1,13 +1,13 @@
-"""The registry itself: every suite by name."""
+"""The suites of the benchmarks, one file each; a file ``NAME.py`` defines its ``SUITE``."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
+from typing import TYPE_CHECKING
 
-from better_attention.bench.registry import Suite
-from better_attention.bench.suites import align, decode, kernel, layer, model
+from better_attention.lab.catalogue import Catalogue
 
-SUITES: Mapping[str, Suite] = MappingProxyType(
-    {suite.name: suite for suite in (kernel.SUITE, layer.SUITE, decode.SUITE, align.SUITE, model.SUITE)}
-)
+if TYPE_CHECKING:
+    from better_attention.bench.registry import Suite
+
+SUITES: Catalogue[Suite] = Catalogue(__name__, __path__, "SUITE")
+"""Every suite, by name."""

@@ -64,8 +64,8 @@ def _make_ours(row: Row, inputs: Callable[[], Inputs]) -> Run:
     # Meta, as its own numbers would be thrown away; the parameters are the tensors that the baseline uses too.
     module = Alignment(row.shape.length, row.shape.heads, causal=row.variant == "causal", device="meta")
     module.weight, module.bias = (nn.Parameter(x.detach(), row.backward) for x in (given.weight, given.bias))
-    own = Inputs(module.weight, module.bias, given.value, given.grad)
-    return _run(row, own, lambda: module(given.value))
+    ours = Inputs(module.weight, module.bias, given.value, given.grad)
+    return _run(row, ours, lambda: module(given.value))
 
 
 def _run(row: Row, given: Inputs, output: Callable[[], Tensor]) -> Run:

@@ -30,10 +30,9 @@ from better_attention.bench.registry import (
     normal,
 )
 from better_attention.impl import IMPLEMENTATIONS
-from better_attention.impl.dispatch import IMPLS
 
-IMPL_NAMES = tuple(dict.fromkeys(("auto", "native", *IMPLEMENTATIONS)))
-"""Every implementation there is or could be: a missing one is listed with the reason."""
+IMPL_NAMES = ("auto", *IMPLEMENTATIONS)
+"""What ``impl`` may be; an implementation that cannot compute a row is listed with its reason."""
 SLICED = 1 << 25
 """Weights (B N L S) from which on the gate looks at the first and last sequence and head only."""
 DROPOUT = 0.1
@@ -87,7 +86,7 @@ def contenders(row: Row) -> list[Contender]:
     inputs = cache(partial(Inputs.of, row))
     truth = cache(partial(_truth, row, inputs))
     work = Work(flops=flops(row))
-    found = [
+    row_contenders = [
         Contender("SDPA", lambda: _run(row, inputs(), _sdpa(row, inputs())), partial(truth, "softmax", False), work),
         Contender(
             "FlexAttention softmax",
@@ -105,8 +104,8 @@ def contenders(row: Row) -> list[Contender]:
             name = f"{score} {impl}" + ", k is v" * shared
             make = partial(_make_ours, row, inputs, score, impl, shared)
             why_not = partial(_no_ours, row, inputs, score, impl, shared)
-            found.append(Contender(name, make, partial(truth, score, shared), work, why_not))
-    return found
+            row_contenders.append(Contender(name, make, partial(truth, score, shared), work, why_not))
+    return row_contenders
 
 
 def heads(x_BLD: Tensor, row: Row) -> Tensor:
@@ -166,9 +165,6 @@ def _truth(row: Row, inputs: Callable[[], Inputs], score: str, shared: bool) -> 
     return {name: torch.stack([part[name] for part in parts]).transpose(1, 2) for name in parts[0]}
 
 
-# --- who computes ----------------------------------------------------------------------------------------------
-
-
 def _sdpa(row: Row, inputs: Inputs) -> Callable[[float], Tensor]:
     def output(dropout_p: float) -> Tensor:
         q, k, v = _tensors(row, inputs, shared=False)
@@ -221,8 +217,6 @@ def _make_ours(row: Row, inputs: Callable[[], Inputs], score: str, impl: str, sh
 
 
 def _no_ours(row: Row, inputs: Callable[[], Inputs], score: str, impl: str, shared: bool) -> str | None:
-    if impl not in IMPLS:
-        return "this version has no compiled kernels"
     if impl == "reference" and (reason := too_large(row.shape, row.dtype, backward=row.backward)):
         return reason
     given = inputs()
@@ -232,7 +226,7 @@ def _no_ours(row: Row, inputs: Callable[[], Inputs], score: str, impl: str, shar
 
 
 def too_large(shape: Shape, dtype: torch.dtype, *, backward: bool) -> str | None:
-    """Why the formula with its ℓ × s weights should not be tried: about four such tensors live at once, or ten."""
+    """Why the reference should not be run, or None: it keeps about four tensors of ℓ × s weights at once, or ten."""
     weights = shape.batch * shape.heads * shape.length**2 * max(4, dtype.itemsize)
     needed, free = weights * (10 if backward else 4), machine.available_memory()
     if free is None or needed < free // 2:

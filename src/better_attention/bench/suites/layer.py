@@ -41,17 +41,19 @@ def contenders(row: Row) -> list[Contender]:
     """torch's layer, three more of other people's, and our mechanisms."""
     inputs = cache(partial(Inputs.of, row))
     truth = cache(partial(_truth, row, inputs))
-    found = []
+    row_contenders = []
     for name, make, bias, modules in THEIRS:
         set_up = partial(_make, row, inputs, partial(_loaded, row, make, bias))
         missing = partial(others.missing, *modules)
-        found.append(Contender(name, set_up, partial(truth, "standard", bias), work(row, "standard"), missing))
+        row_contenders.append(Contender(name, set_up, partial(truth, "standard", bias), work(row, "standard"), missing))
     set_up, missing = partial(_make_keras, row, inputs), partial(others.missing, "keras", "jax")
-    found.append(Contender("Keras on JAX", set_up, partial(truth, "standard", True), work(row, "standard"), missing))
+    row_contenders.append(
+        Contender("Keras on JAX", set_up, partial(truth, "standard", True), work(row, "standard"), missing)
+    )
     for mechanism in OURS:
         set_up = partial(_make, row, inputs, partial(_own, row, mechanism))
-        found.append(Contender(mechanism, set_up, partial(truth, mechanism, True), work(row, mechanism)))
-    return found
+        row_contenders.append(Contender(mechanism, set_up, partial(truth, mechanism, True), work(row, mechanism)))
+    return row_contenders
 
 
 def work(row: Row, mechanism: str) -> Work:
@@ -74,7 +76,7 @@ def _ours(row: Row, mechanism: str, *, bias: bool) -> ba.MultiheadAttention:
         )
         with torch.no_grad():
             for name, parameter in layer.named_parameters():
-                if name.endswith("bias"):  # they start at zero, which would hide that one is ignored
+                if name.endswith("bias"):  # biases start at zero, which would hide that one is ignored
                     parameter.normal_(std=0.1)
     return layer.to(row.dtype)
 
@@ -141,4 +143,5 @@ SUITE = Suite(
     quick=(PAPER[2],),
     variants=("plain",),
     modes=("inference", "training"),
+    rates="whole",
 )

@@ -10,8 +10,9 @@ from statistics import geometric_mean
 from better_attention.lab.analysis.estimates import Estimate, number
 from better_attention.lab.analysis.paired import LEVEL, NOTHING, UNTESTED, Comparison, p_text
 from better_attention.lab.analysis.power import MOST, POWER, pairs_needed, spread
-from better_attention.lab.analysis.study import Record, times_as_fast
+from better_attention.lab.analysis.study import Record
 from better_attention.lab.analysis.summary import Column, Row
+from better_attention.lab.runs.record import times_as_fast
 from better_attention.text import plural
 
 BASELINE = "standard"
@@ -90,7 +91,7 @@ def _params(row: Row | None) -> int | None:
 
 
 def _speed(records: Sequence[Record], row: Row, base: Row | None) -> float | None:
-    """Both were measured in turn with the same model on torch's layer, which cancels."""
+    """Both were measured alternately with the same model on torch's layer, which cancels."""
     if base is None or row is base:
         return None
     ours, theirs = (_speeds(records, name, row.heads) for name in (row.mechanism, BASELINE))
@@ -188,7 +189,7 @@ def about_seeds(family: int) -> str:
     """
     level = f"{LEVEL:g}" if family <= 1 else f"{LEVEL:g}/{family} (the strictest step of Holm’s correction)"
     return (
-        f"About so many seeds would decide: with as many, a paired t-test at the level {level} shows a true difference "
+        f"About that many seeds would decide: with them, a paired t-test at the level {level} shows a true difference "
         f"of the size and the spread seen here with a chance of {100 * POWER:.0f} %. Both come from these few seeds, "
         "so that the number is a guide and no promise."
     )

@@ -11,7 +11,7 @@ from scipy import stats
 
 CONFIDENCE = 0.95
 DIVERGED = "diverged"
-"""What stands for a number that is none: NaN or infinity, of a run whose training ran away."""
+"""What is shown in place of NaN and infinity, which a run that diverged reports."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +97,10 @@ def number(value: float, digits: int, *, sign: bool = False) -> str:
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """Mean and 95 % Student-t interval of ``values``, one value a seed.
+    """Mean and 95 % Student-t interval of ``values``, one value per seed.
 
-    The half width is t(0.975, n-1) · s / √n with the sample deviation s. It speaks of the seeds alone: initial weights
-    and data order, not of another draw of the data.
+    The half width is t(0.975, n-1) · s / √n with the sample deviation s. It describes the variation over
+    seeds alone: initial weights and data order, not another draw of the data.
 
     Raises:
         ValueError: no value at all.

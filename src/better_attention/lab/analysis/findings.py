@@ -15,6 +15,7 @@ from better_attention.lab.analysis.estimates import number
 from better_attention.lab.analysis.paired import NOTHING, UNTESTED, p_text
 from better_attention.lab.analysis.study import Record
 from better_attention.lab.analysis.summary import COLUMNS, Column, Row
+from better_attention.lab.runs.name import RunName
 from better_attention.text import plural
 
 PAPER = ("standard", "optimised", "efficient", "super")
@@ -199,14 +200,14 @@ def waiting(records: Sequence[Record]) -> tuple[str, bool] | None:
     for run in records:
         share = run.get("waiting_share")
         if isinstance(share, int | float) and not isinstance(share, bool) and math.isfinite(share):
-            found.append((float(share), f"{run.get('mechanism')}-h{run.get('heads')}-s{run.get('seed')}"))
+            found.append((float(share), str(RunName.of_record(run))))
     if not found:
         return None
     worst, run_name = max(found)
     text = f"at most {number(100 * worst, 1)} % of a step ({run_name})"
     if worst < WAITING:
         return text, False
-    return f"{text}: {100 * WAITING:.0f} % or more, so that times tell of the data pipeline as well", True
+    return f"{text}: {100 * WAITING:.0f} % or more, so that times include the data pipeline as well", True
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,8 +16,10 @@ from torch import Tensor
 from better_attention.errors import check_float
 from better_attention.lab.analysis.estimates import Estimate, number
 from better_attention.lab.analysis.paired import Comparison, p_text
-from better_attention.lab.analysis.study import Curve, Record, RunName, Threshold
+from better_attention.lab.analysis.study import Curve, Record, Threshold
 from better_attention.lab.analysis.summary import EPOCHS_TO_THRESHOLD, Row
+from better_attention.lab.runs.name import RunName
+from better_attention.lab.tasks.splits import most_frequent
 from better_attention.text import plural
 
 SHARE = 0.9
@@ -64,15 +66,13 @@ def find_threshold(curves: Mapping[str, Curve], guessing: float = 0.0, given: fl
 
 
 def guessing_accuracy(targets: Tensor) -> float:
-    """Accuracy in per cent of always guessing the most frequent class; 0 where a sample has many targets.
+    """Accuracy in per cent of always predicting the most frequent class; 0 where a sample has many targets.
 
     >>> import torch
     >>> guessing_accuracy(torch.tensor([2, 2, 0, 1])), guessing_accuracy(torch.zeros(4, 3, dtype=torch.int64))
     (50.0, 0.0)
     """
-    if targets.ndim != 1:
-        return 0.0
-    return 100 * float(targets.cpu().bincount().max()) / len(targets)
+    return most_frequent(targets)[1] if targets.ndim == 1 else 0.0
 
 
 def timed(records: Sequence[Record], curves: Mapping[str, Curve], threshold: Threshold | None) -> list[Record]:
@@ -84,7 +84,7 @@ def timed(records: Sequence[Record], curves: Mapping[str, Curve], threshold: Thr
         return list(records)
     found: list[Record] = []
     for record in records:
-        curve = curves.get(f"{record.get('mechanism')}-h{record.get('heads')}-s{record.get('seed')}")
+        curve = curves.get(str(RunName.of_record(record)))
         if curve is None or not _accuracies(curve):
             found.append(record)
             continue
@@ -165,11 +165,7 @@ def lines(rows: Sequence[Row], records: Sequence[Record]) -> list[Line]:
         own = sorted(runs.get((row.mechanism, row.heads), ()), key=lambda run: int(str(run["seed"])))
         if own:
             by_seed = [
-                (
-                    str(RunName(row.mechanism, row.heads, int(str(run["seed"])))),
-                    e if isinstance(e := run[key], int) else None,
-                )
-                for run in own
+                (str(RunName.of_record(run)), epochs if isinstance(epochs := run[key], int) else None) for run in own
             ]
             estimates = row.estimates
             found.append(

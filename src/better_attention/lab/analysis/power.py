@@ -14,7 +14,7 @@ POWER = 0.8
 """The chance at which a true difference is to be shown."""
 
 MOST = 1000
-"""Numbers of pairs beyond this are not told apart: nobody trains so many."""
+"""Numbers of pairs beyond this are not distinguished: nobody trains that many runs."""
 
 
 POINTS = 4000

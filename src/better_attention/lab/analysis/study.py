@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,20 +13,6 @@ Record = Mapping[str, object]
 
 A run that diverged has the reason as ``diverged`` and no metrics.
 """
-
-
-def times_as_fast(record: Mapping[str, Any]) -> Any:
-    """A record's speed relative to the same model on ``torch.nn.MultiheadAttention``, above 1 is faster; None: unknown.
-
-    Records of earlier versions have the ratio of the times instead, as ``epoch_ratio``: its inverse is returned.
-
-    >>> times_as_fast({"times_as_fast": 2.0}), times_as_fast({"epoch_ratio": 0.5}), times_as_fast({})
-    (2.0, 2.0, None)
-    """
-    if "times_as_fast" in record:
-        return record["times_as_fast"]
-    time = record.get("epoch_ratio")
-    return 1 / time if isinstance(time, int | float) and not isinstance(time, bool) and time else time
 
 
 Curve = Sequence[Mapping[str, float]]
@@ -159,27 +143,3 @@ class Study:
     def finished(self) -> int:
         """How many of the runs came to their end; the others diverged."""
         return sum("diverged" not in record for record in self.records)
-
-
-@dataclass(frozen=True, slots=True)
-class RunName:
-    """The name of a run, ``MECHANISM-hHEADS-sSEED``, taken apart.
-
-    >>> RunName.of("super+expressive-h4-s0")
-    RunName(mechanism='super+expressive', heads=4, seed=0)
-    >>> str(_)
-    'super+expressive-h4-s0'
-    """
-
-    mechanism: str
-    heads: int | None
-    seed: int | None
-
-    @classmethod
-    def of(cls, name: str) -> RunName:
-        """Read ``name``; one of another form counts as the mechanism, heads and seed unknown."""
-        found = re.fullmatch(r"(.+)-h(\d{1,9})-s(\d{1,9})", name, flags=re.DOTALL)
-        return cls(found[1], int(found[2]), int(found[3])) if found else cls(name, None, None)
-
-    def __str__(self) -> str:
-        return self.mechanism if self.heads is None else f"{self.mechanism}-h{self.heads}-s{self.seed}"

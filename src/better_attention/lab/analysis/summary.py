@@ -7,9 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from better_attention.lab import published
+from better_attention.lab.analysis.departures import departures_of
 from better_attention.lab.analysis.estimates import Estimate, estimate, ranks, ratio
 from better_attention.lab.analysis.paired import Comparison, compare_paired, corrected, paired_difference
-from better_attention.lab.analysis.study import Record, times_as_fast
+from better_attention.lab.analysis.study import Record
+from better_attention.lab.runs.record import times_as_fast
 from better_attention.mechanism import MECHANISMS
 
 
@@ -81,6 +83,7 @@ class Row:
             that metric in the task: every other mechanism at every number of heads. Epochs to a threshold are compared
             where every run of both reached it: the mean over the others would be one over the fast ones. Empty for
             standard itself.
+        departures: sentences on what sets these runs apart from the paper's, each once.
     """
 
     task: str
@@ -94,13 +97,14 @@ class Row:
     gains: Mapping[str, Estimate]
     published: published.Row | None = None
     tests: Mapping[str, Comparison] = field(default_factory=dict)
+    departures: tuple[str, ...] = ()
 
 
 def summarise(records: Iterable[Record], baseline: str = "standard") -> list[Row]:
     """One row a (task, scale, number of heads, mechanism): means, 95 % intervals, differences, tests and ranks.
 
     Ranks compare rows of equal task, scale and number of heads, as in the paper, and count as equal what is printed
-    equal. Seconds have none: they also depend on the load of the machine; ``times_as_fast`` has, measured in turn
+    equal. Seconds have none: they also depend on the load of the machine; ``times_as_fast`` has, measured alternately
     with torch's layer.
 
     Args:
@@ -144,6 +148,7 @@ def summarise(records: Iterable[Record], baseline: str = "standard") -> list[Row
                     gains={} if name == baseline else _gains(by_key, values.get(baseline, {})),
                     published=printed.get((name, heads)),
                     tests={} if name == baseline else _tests(by_key, values.get(baseline, {})),
+                    departures=tuple(dict.fromkeys(one for run in mechanisms[name] for one in departures_of(run))),
                 )
             )
     return _corrected(rows)

@@ -3,384 +3,214 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import torch
 from accelerate import Accelerator
 
-from better_attention.lab.analysis import learning_speed
-from better_attention.lab.analysis.study import AlignmentPicture, AttentionMap, Study
-from better_attention.lab.comparison.notes import guessing, remarks
-from better_attention.lab.comparison.run_pictures import draw_kernels, draw_maps
-from better_attention.lab.lock import TURN, holder, locked, taken
-from better_attention.lab.report import html, tables
-from better_attention.lab.runs import manifest
-from better_attention.lab.runs.folder import (
+from better_attention.lab.analysis.study import Study
+from better_attention.lab.comparison.checks import (
     check_agreement,
-    check_sizes,
-    describe_run,
-    divergence,
-    list_runs,
-    load_run,
-    open_run,
-    read_curve,
-    run_name,
+    check_results_are_not_data,
+    refuse,
+    refuse_other_data,
 )
+from better_attention.lab.comparison.gather import RESULTS, gather, is_results, write
+from better_attention.lab.comparison.notes import guessing, remarks
+from better_attention.lab.comparison.plan import Plan
+from better_attention.lab.lock import RESULTS_LOCK_SECONDS, locked
+from better_attention.lab.runs import checkpoint, manifest
+from better_attention.lab.runs.folder import RunFolder
+from better_attention.lab.runs.job import Job
 from better_attention.lab.runs.overwrite_guard import check_output
-from better_attention.lab.runs.provenance import commit
-from better_attention.lab.runs.states import left_behind, look_at
-from better_attention.lab.tasks.base import Task
+from better_attention.lab.runs.record import RunRecord
+from better_attention.lab.runs.snapshot import Snapshot
 from better_attention.lab.tasks.splits import Splits
 from better_attention.lab.tasks.variant import Variant
-from better_attention.lab.training.events import Watcher
+from better_attention.lab.training.evaluation import total
+from better_attention.lab.training.events import Began, DataRead, Ended, Estimated, Failed, Notify, Updated, ignore
 from better_attention.lab.training.interruption import Stop
+from better_attention.lab.training.launch import is_first
 from better_attention.lab.training.loop import Training
-from better_attention.lab.training.processes import make_accelerator, watching_peers
+from better_attention.lab.training.processes import limited_threads, make_accelerator, watching_peers
 from better_attention.lab.training.progress import DivergedError, Interrupted
 from better_attention.lab.training.step_time import Pace, measure
-from better_attention.text import plural
 
-RESULTS = ("results.json", "results.csv", "curves.csv", "report.html")
-OPTIMISED = 3  # copies of the parameters in training, at least: weights, gradients and a moment
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is compared.
-
-    Args:
-        task: the task, its settings resolved.
-        variants, heads, seeds: a run is trained for each combination; ``seeds`` counts from 0.
-        out: folder of the comparison, a folder a run below it.
-        data: the user's data folder; None: the library's own.
-        device: ``"auto"`` (a GPU if there is one), ``"cpu"``, ``"cuda"`` or ``"mps"``.
-        command: the command line, for the record.
-        threshold: validation accuracy in per cent, the epochs to which are counted; None: by the rule of
-            :func:`better_attention.lab.analysis.learning_speed.find_threshold`.
-    """
-
-    task: Task
-    variants: Sequence[Variant]
-    heads: Sequence[int]
-    seeds: int
-    out: Path
-    data: Path | None = None
-    device: str = "auto"
-    command: str = ""
-    threshold: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.threshold is not None:
-            learning_speed.check_threshold(self.threshold)
-
-    def runs(self) -> list[tuple[Variant, int, int]]:
-        """Variant, heads and seed of every run, seeds outermost: what is interrupted is balanced."""
-        return [(v, h, s) for s in range(self.seeds) for h in self.heads for v in self.variants]
+Paces = Mapping[tuple[Variant, int], Pace]
+"""The speed of each model, by variant and number of heads."""
 
 
-@contextmanager
-def at_most(threads: int | None) -> Iterator[None]:
-    """Let torch use at most this many CPU threads while the block runs; None: as before."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(min(before, threads or before))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def compare(plan: Plan, watcher: Watcher) -> tuple[Study, list[str]]:
+def compare(plan: Plan, notify: Notify = ignore) -> tuple[Study, list[str]]:
     """Train what is not yet trained, then write ``results.csv``, ``results.json`` and ``report.html``.
 
     All runs share the data, the order of the samples (by seed), and the initial weights that mechanisms
     have in common. Finished runs are kept, an interrupted one continues; the results cover every finished
     run in ``plan.out``. A run that fails is left out, the others go on.
 
+    Args:
+        plan: what is compared.
+        notify: called with every event.
+
     Returns:
-        The study that was written, and the names of the runs that failed.
+        The study that was written, and the names of the runs that failed. Of several processes only the first gathers
+        the study; the others return one without runs.
 
     Raises:
         ValueError: settings that do not fit, data that is missing, a folder that holds another comparison.
         Interrupted: a signal arrived; everything is saved.
         PeerLostError: another process of the launch has ended.
     """
-    check_output(plan.out, (*RESULTS, manifest.NAME), is_results, known=bool(list_runs(plan.out)))
-    if (plan.out / "ladder.json").is_file():
-        raise ValueError(f"{plan.out} holds a ladder: choose another --out.")
+    stored = Snapshot.read(plan.out, verify=True, writers=is_first())
+    check_folder(plan, stored)
     accelerator = make_accelerator(plan.device)
     with watching_peers(accelerator.num_processes, plan.command):
-        return train_all(plan, accelerator, watcher)
-
-
-def train_all(plan: Plan, accelerator: Accelerator, watcher: Watcher) -> tuple[Study, list[str]]:
-    """What :func:`compare` does once the processes of the launch have met."""
-    check_apart(plan)
-    plan = replace(plan, task=plan.task.fitted(plan.data))
-    check_sizes(plan.task.settings())
-    check_models(plan, accelerator)
-    same = describe_run(plan.task, plan.variants[0], plan.heads[0], 0, "", accelerator.device.type)
-    check_agreement(plan.out, {key: value for key, value in same.items() if key != "data_sha256"})
-    check_finished(plan)
-    if accelerator.is_main_process:  # it may hold a run already when the others come here
-        check_free(plan)
-    splits = plan.task.load(plan.data)
-    notes = (*splits.notes, *guessing(splits), *remarks(plan.task, plan.variants, plan.heads, splits.sizes))
-    splits = replace(splits, notes=notes).to(accelerator.device)
-    watcher.data(splits, accelerator)
-    check_agreement(plan.out, same | {"data_sha256": splits.digest})
-    failed: list[str] = []
-    stop = Stop(watcher)
-    with at_most(plan.task.threads):  # nothing is to be saved yet: a signal ends it at once
-        paces = measure_paces(plan, splits, accelerator, watcher)
-    with at_most(plan.task.threads), stop.listening():
-        for number, (variant, heads, seed) in enumerate(plan.runs(), start=1):
-            name = run_name(variant, heads, seed)
-            with locked(plan.out / name) if accelerator.is_main_process else nullcontext():
-                if accelerator.is_main_process:
-                    device = accelerator.device.type
-                    claim(plan, name, describe_run(plan.task, variant, heads, seed, splits.digest, device))
-                watcher.begin(name, number, len(plan.runs()))
-                training = Training(
-                    *(plan.task, splits, variant, heads, seed, plan.out / name, accelerator),
-                    command=plan.command,
-                    pace=paces.get((variant, heads)),
-                    progress=watcher.progress,
-                    stop=stop,
-                )
-                try:
-                    watcher.end(name, training.run())
-                except DivergedError as error:
-                    failed.append(name)
-                    watcher.failed(name, error)
-                except Interrupted as error:
-                    error.signal = stop.signal or error.signal
-                    raise
-                finally:
-                    accelerator.free_memory()  # it holds on to every model it has prepared
-    # One at a time, so that what is written last has seen every run: another command may work in this folder, too.
-    with locked(plan.out, TURN) if accelerator.is_main_process else nullcontext():
-        study = make_study(plan, splits)
-        if accelerator.is_main_process and study.finished:
-            write_results(study, plan.out)
-    accelerator.wait_for_everyone()
+        plan = plan.fitted()
+        refuse(plan, stored, accelerator.device.type)
+        splits = load(plan, accelerator)
+        refuse_other_data(stored, splits.digest)
+        notify(DataRead(splits, accelerator.device))
+        failed = train(plan, stored, splits, accelerator, notify)
+        study = publish(plan, splits, accelerator)
     return study, failed
 
 
-def is_results(found: object) -> bool:
-    """Whether the value in a JSON file is a ``results.json``."""
-    return (
-        isinstance(found, list) and bool(found) and all(isinstance(run, dict) and "mechanism" in run for run in found)
-    )
-
-
-def check_apart(plan: Plan) -> None:
-    """Refuse results within a folder that is read as a whole: the next call would take them for data.
+def check_folder(plan: Plan, stored: Snapshot) -> None:
+    """Refuse an output folder that cannot be written or that belongs to something else.
 
     Raises:
-        ValueError: they would be.
+        ValueError: says what it holds.
     """
-    if plan.data is None or not plan.task.own_data or not plan.data.is_dir():
-        return
-    if plan.out.resolve().is_relative_to(plan.data.resolve()):
-        raise ValueError(
-            f"--out {plan.out} lies in --data {plan.data}, and what is written there would be read as data. Choose "
-            "another --out."
-        )
+    check_output(plan.out, (*RESULTS, manifest.NAME), is_results, known=bool(stored.runs))
+    if (plan.out / "ladder.json").is_file():
+        raise ValueError(f"{plan.out} holds a ladder: choose another --out.")
+    check_results_are_not_data(plan, stored, plan.device)
 
 
-def claim(plan: Plan, name: str, run: Mapping[str, Any]) -> None:
-    """Make the folder ``name`` of ``run``, a :func:`describe_run`, if the others in ``plan.out`` still agree with it.
-
-    Another command may have begun there since :func:`check_agreement` looked: whoever comes first sets the settings.
+def load(plan: Plan, accelerator: Accelerator) -> Splits:
+    """The data, on the device, with the notes on the setting.
 
     Raises:
-        ValueError: one has, with others.
+        ValueError: the data set is missing or damaged; the message says how to get it.
     """
-    with locked(plan.out, TURN):
-        check_agreement(plan.out, run)
-        open_run(plan.out / name, run, plan.command)
+    splits = plan.task.load(plan.data)
+    notes = (*splits.notes, *guessing(splits), *remarks(plan.task, plan.variants, plan.heads, splits.sizes))
+    return replace(splits, notes=notes).to(accelerator.device)
 
 
-def check_finished(plan: Plan) -> None:
-    """Refuse a folder with a finished run that cannot be used: no report could be made of it after all the training.
-
-    The runs are of the plan's task and settings: :func:`check_agreement` has seen to that.
+def train(plan: Plan, stored: Snapshot, splits: Splits, accelerator: Accelerator, notify: Notify) -> list[str]:
+    """Train the runs that are not finished, one after the other; the names of those that diverged.
 
     Raises:
-        ValueError: names the run, and what is wrong with it: damaged, or a model that is built otherwise now.
+        ValueError: another command works in the folder, with other settings or on the same run.
+        Interrupted: a signal arrived; everything is saved.
     """
-    again = "Delete that folder and run again, it is trained anew."
-    for planned in plan.runs():
-        folder = plan.out / run_name(*planned)
-        if files := left_behind(folder):
-            raise ValueError(
-                f"{folder} holds {', '.join(files)}, but no config.json: a run that is damaged, or files of somebody "
-                "else's. Move them away, or choose another --out."
+    jobs, failed = plan.jobs(), []
+    missing = missing_everywhere(jobs, stored, accelerator)
+    with limited_threads(plan.task.threads):  # nothing needs to be saved yet: a signal ends it at once
+        paces = measure_paces(plan, missing, splits, accelerator, notify)
+    stop = Stop(notify)
+    with limited_threads(plan.task.threads), stop.listening():
+        for number, job in enumerate(jobs, start=1):
+            began = Began(job.folder_name, number, len(jobs))
+            if job not in missing:
+                report_finished(began, stored, notify, tidy=accelerator.is_main_process)
+                continue
+            training = Training(
+                *(job, splits, RunFolder(plan.out / job.folder_name), accelerator),
+                command=plan.command,
+                pace=paces[job.variant, job.heads],
+                progress=lambda position, steps: notify(Updated(position, steps)),
+                stop=stop,
             )
-    for run in list_runs(plan.out):
-        if run["result"] is None:
-            continue
-        found = look_at(run["path"])
-        if found.state == "damaged":
-            raise ValueError(f"{run['path']}: {found.detail.rstrip('.')}. {again}")
-        size = plan.task.size(found.run["mechanism"], found.run["heads"])
-        if size != run["result"].get("total_params", size):
-            raise ValueError(
-                f"{run['path']} is a model of {run['result']['total_params']:,} parameters; this version of "
-                f"better-attention builds it with {size:,}. {again}"
-            )
+            try:
+                notify(Ended(began.name, train_one(training, stored, began, notify)))
+            except DivergedError as error:
+                failed.append(began.name)
+                notify(Failed(began.name, error))
+            except Interrupted as error:
+                error.signal = stop.signal or error.signal
+                raise
+            finally:
+                accelerator.free_memory()  # it keeps every model that it has prepared
+    return failed
 
 
-def check_free(plan: Plan) -> None:
-    """Refuse runs that another process writes at this moment, before data is read and paces are measured.
+def train_one(training: Training, stored: Snapshot, began: Began, notify: Notify) -> RunRecord:
+    """Claim the folder of a run and train it; its record.
 
-    Raises:
-        ValueError: names the run and the process.
-    """
-    for planned in plan.runs():
-        folder = plan.out / run_name(*planned)
-        if writer := holder(folder):
-            raise ValueError(taken(folder, writer))
-
-
-def check_models(plan: Plan, accelerator: Accelerator) -> None:
-    """Build every model once without memory, so that what cannot be built is refused before hours of training.
+    The settings of whichever command creates a run first are those of the folder: they are compared, and the run's
+    configuration written, while no other command can do the same.
 
     Raises:
-        ValueError: heads that do not divide the width, for example, or more parameters than the memory can train.
+        ValueError: another process writes this run, or has begun runs with other settings.
     """
-    memory = physical_memory() if accelerator.device.type == "cpu" else math.inf
-    for variant in plan.variants:
-        for heads in plan.heads:
-            run_name(variant, heads, 0)
-            width = plan.task.sized(variant, heads).width
-            if width % heads:
-                raise ValueError(f"--heads {heads} does not divide the width of task {plan.task.name!r}, {width}.")
-            with torch.device("meta"):
-                size = sum(parameter.nbytes for parameter in plan.task.build(variant, heads).parameters())
-            if OPTIMISED * size > memory:
-                raise ValueError(
-                    f"{variant.name} with {plural(heads, 'head')} has {size / 2**30:,.0f} GiB of parameters; to train "
-                    f"it takes {OPTIMISED} times that, and this machine has {memory / 2**30:,.0f} GiB of memory."
-                )
+    first = training.main
+    with exclusive(training.folder.path, first):
+        with exclusive(stored.out, first, RESULTS_LOCK_SECONDS):
+            if first and (newcomer := stored.newcomer()):
+                description = training.job.describe(training.splits.digest, training.accelerator.device.type)
+                check_agreement(f"{newcomer.path}", newcomer.config(), description)
+            record = training.open()
+        notify(began)
+        return record or training.finish()
 
 
-def physical_memory() -> float:
-    """Bytes of this machine's memory; infinite where it does not say."""
-    try:
-        pages = os.sysconf("SC_PHYS_PAGES")
-        return float(pages * os.sysconf("SC_PAGE_SIZE")) if pages > 0 else math.inf
-    except (AttributeError, OSError, ValueError):
-        return math.inf
+def report_finished(began: Began, stored: Snapshot, notify: Notify, *, tidy: bool) -> None:
+    """Report a run that an earlier command finished.
+
+    Args:
+        began: the run.
+        stored: the runs.
+        notify: called with the events.
+        tidy: remove the checkpoints that a crash right after the last step left behind.
+    """
+    folder = stored.out / began.name
+    if tidy and any(folder.glob("checkpoint-*")):
+        with locked(folder):
+            checkpoint.clear(folder)
+    notify(began)
+    if record := stored.finished.get(began.name):
+        notify(Ended(began.name, record))
+
+
+def missing_everywhere(jobs: Sequence[Job], stored: Snapshot, accelerator: Accelerator) -> list[Job]:
+    """The jobs that are not finished, as the first process sees it: all processes must train the same ones."""
+    missing = stored.missing(jobs)
+    flags = total(accelerator, *(float(accelerator.is_main_process and job in missing) for job in jobs))
+    return [job for job, flag in zip(jobs, flags, strict=True) if flag]
 
 
 def measure_paces(
-    plan: Plan, splits: Splits, accelerator: Accelerator, watcher: Watcher
-) -> dict[tuple[Variant, int], Pace]:
-    """The speed of every model that is still to be trained; the watcher hears how long all of it will take."""
-    waiting = [run for run in plan.runs() if not (plan.out / run_name(*run) / "result.json").is_file()]
-    paces: dict[tuple[Variant, int], Pace] = {}
-    for variant, heads, _ in waiting:
-        if (variant, heads) not in paces:
-            paces[variant, heads] = measure(plan.task, splits, variant, heads, accelerator.device)
-    if waiting:
+    plan: Plan, missing: Sequence[Job], splits: Splits, accelerator: Accelerator, notify: Notify
+) -> Paces:
+    """The speed of every model that is still to be trained; reports how long all of it will take."""
+    models = dict.fromkeys((job.variant, job.heads) for job in missing)
+    paces = {model: measure(plan.task, splits, *model, accelerator.device) for model in models}
+    if missing:
         shares = [math.ceil(size / accelerator.num_processes) for size in splits.sizes.values()]
-        seconds = sum(paces[v, h].run_seconds(plan.task, *shares) for v, h, _ in waiting)
-        watcher.estimate(seconds, len(waiting))
+        seconds = sum(paces[job.variant, job.heads].run_seconds(plan.task, *shares) for job in missing)
+        notify(Estimated(seconds, len(missing)))
     return paces
 
 
-def make_study(plan: Plan, splits: Splits) -> Study:
-    """What the finished runs in ``plan.out`` amount to, and which diverged."""
-    runs = list_runs(plan.out)
-    finished = sorted(
-        (run for run in runs if run["result"]),
-        key=lambda run: (run["result"]["seed"], run["result"]["heads"], _rank(plan, run["result"]["mechanism"])),
-    )
-    lost = [record for run in runs if run["result"] is None and (record := diverged_record(run, splits)) is not None]
-    curves = {}
-    maps: list[AttentionMap] = []
-    alignments: list[AlignmentPicture] = []
-    for entry in finished:
-        record = entry["result"]
-        name = f"{record['mechanism']}-h{record['heads']}-s{record['seed']}"
-        curves[name] = read_curve(entry["path"])
-        if (
-            record["seed"] == 0
-            and record["heads"] == plan.heads[-1]
-            and (entry["path"] / "model.safetensors").is_file()
-        ):
-            run = load_run(entry["path"])
-            maps += draw_maps(name, run.model, run.task, splits)
-            alignments += draw_kernels(name, run)
-    guessing = learning_speed.guessing_accuracy(splits.validation.targets)
-    threshold = learning_speed.find_threshold(curves, guessing, plan.threshold)
-    notes = [
-        *splits.notes,
-        *(
-            f"{run['name']} has lost its weights (model.safetensors): no maps of it are shown"
-            for run in finished
-            if not (run["path"] / "model.safetensors").is_file()
-        ),
-        *(f"a run diverged, and nothing is claimed of its mechanism: {record['diverged']}" for record in lost),
-    ]
-    return Study(
-        task={
-            "name": plan.task.name,
-            "title": plan.task.title,
-            "source": plan.task.source,
-            "settings": plan.task.settings(),
-        },
-        records=learning_speed.timed([*(run["result"] for run in finished), *lost], curves, threshold),
-        curves=curves,
-        maps=maps,
-        alignments=alignments,
-        command=plan.command,
-        commit=commit(),
-        notes=notes,
-        threshold=threshold,
-        folders={
-            f"{r['mechanism']}-h{r['heads']}-s{r['seed']}": run["name"] for run in finished if (r := run["result"])
-        },
-    )
+def publish(plan: Plan, splits: Splits, accelerator: Accelerator) -> Study:
+    """Gather all finished runs of the folder and write the results; in the first process alone.
 
-
-def diverged_record(run: Mapping[str, Any], splits: Splits) -> dict[str, Any] | None:
-    """What ``results.json`` says of a run that was given up, from an entry of :func:`list_runs`; None if it was not.
-
-    It has no numbers, but it counts: the runs that got through say nothing of the mechanism as a whole.
+    Only one command at a time does so: the one that writes last has seen every run.
     """
-    reason = divergence(run["path"])
-    if not reason:
-        return None
-    what, where = run["config"]["run"], run["config"].get("environment", {})
-    return {
-        "task": what["task"],
-        "scale": what["settings"]["scale"],
-        "mechanism": what["mechanism"],
-        "score": Variant.of(what["mechanism"]).mechanism.score,
-        **{key: what[key] for key in ("heads", "seed", "settings", "device")},
-        **{key: where.get(key) for key in ("threads", "commit", "command", "versions")},
-        "samples": splits.sizes,
-        "diverged": reason,
-    }
+    stored = Snapshot(plan.out, {})
+    with exclusive(plan.out, accelerator.is_main_process, RESULTS_LOCK_SECONDS):
+        if accelerator.is_main_process:
+            stored = Snapshot.read(plan.out)
+        study = gather(plan, stored, splits)
+        if study.finished:
+            write(study, plan.out)
+    accelerator.wait_for_everyone()
+    return study
 
 
-def _rank(plan: Plan, mechanism: str) -> tuple[int, str]:
-    names = [variant.name for variant in plan.variants]
-    return (names.index(mechanism) if mechanism in names else len(names), mechanism)
-
-
-def write_results(study: Study, out: Path) -> None:
-    """``results.csv``, ``results.json``, ``curves.csv`` and ``report.html`` in ``out``, and their digests."""
-    manifest.remove(out, RESULTS)  # it would be wrong until all of them are written
-    tables.write_csv(tables.summarise(study.records), out / "results.csv", study.threshold)
-    tables.write_json(study.records, out / "results.json")
-    tables.write_curves(study.curves, out / "curves.csv")
-    html.write_report(study, out / "report.html")
-    manifest.add(out, RESULTS)
+def exclusive(folder: Path, first: bool, patience: float = 0.5) -> AbstractContextManager[None]:
+    """The lock of a folder, which the first process holds for all processes of a launch."""
+    return locked(folder, patience) if first else nullcontext()

@@ -1,4 +1,4 @@
-"""What a comparison has to say of its own setting, on the screen and in its report."""
+"""Notes on the setting of a comparison, for the screen and the report."""
 
 from __future__ import annotations
 
@@ -6,35 +6,30 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from better_attention.lab import published
+from better_attention.lab.analysis.departures import not_the_papers
 from better_attention.lab.analysis.estimates import number
-from better_attention.lab.paper.beside import changed_settings, other_samples, told
 from better_attention.lab.tasks.base import Task
-from better_attention.lab.tasks.splits import Splits
+from better_attention.lab.tasks.splits import Splits, most_frequent
 from better_attention.lab.tasks.variant import Variant
 from better_attention.text import plural
 
 EVEN = 8
-"""Processors compute on so many float32 numbers at a time, or on a multiple of it."""
+"""Vector instructions process this number of float32 values at a time, or a multiple of it."""
 FEW = 100
-"""Of fewer test samples than these, one weighs more than most differences between mechanisms."""
+"""With fewer test samples, a single one weighs more than most differences between mechanisms."""
 
 
 def remarks(
     task: Task, variants: Sequence[Variant], heads: Sequence[int], samples: Mapping[str, int] | None = None
 ) -> tuple[str, ...]:
-    """Sentences on what differs from the paper's setting, and on how equal the models are that are to be equal.
+    """Sentences on what differs from the paper's setting, and on how equal models of equal parameters are.
 
     Args:
         task: the task, its settings resolved.
         variants, heads: what is compared.
-        samples: name of a split -> how many it has.
+        samples: name of a split -> its number of samples.
     """
-    found = []
-    changed = changed_settings(task.name, task.settings()) if published.rows(task.name) else {}
-    if "train_samples" not in changed and "test_samples" not in changed:
-        changed |= other_samples(task.name, samples)
-    if changed:
-        found.append(f"the setting is not the paper's: {told(task.name, changed)}")
+    found = list(not_the_papers(task.name, task.settings(), samples)) if published.rows(task.name) else []
     if samples and task.batch_size >= samples["train"]:
         every = plural(samples["train"], "sample")
         found.append(f"an epoch is a single update: a batch of {task.batch_size:,} holds all {every}")
@@ -45,15 +40,15 @@ def remarks(
 
 
 def guessing(splits: Splits) -> tuple[str, ...]:
-    """The zero of an accuracy: what always guessing the most frequent class achieves on the test samples that are used.
+    """Baseline accuracy of always predicting the most frequent class, on the test samples that are used.
 
-    Empty where a sample has many targets. A handful of test samples is told of, too.
+    Empty where a sample has many targets. Very few test samples are mentioned, too.
     """
     targets = splits.test.targets
     if targets.ndim != 1 or "classes" not in splits.assets:
         return ()
-    counts = targets.cpu().bincount()
-    often, share = splits.assets["classes"][int(counts.argmax())], 100 * float(counts.max()) / len(targets)
+    label, share = most_frequent(targets)
+    often = splits.assets["classes"][label]
     notes = [f"guessing {often!r}, the most frequent class, is right for {share:.1f} % of the test samples"]
     if len(targets) < FEW:
         notes.append(f"the test split has {plural(len(targets), 'sample')}: one is {100 / len(targets):.1f} points")

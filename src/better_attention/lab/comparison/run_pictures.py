@@ -1,4 +1,4 @@
-"""What a finished run shows of its inside: attention maps beside its predictions, and W_A beside where it started."""
+"""The inside of a finished run: attention maps beside its predictions, and W_A beside its initial values."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from torch import nn
 
 from better_attention.inspect import alignment_kernels, attention_maps
 from better_attention.lab.analysis.study import AlignmentPicture, AttentionMap
-from better_attention.lab.runs.folder import Run
+from better_attention.lab.runs.job import Job
 from better_attention.lab.tasks.base import Task
 from better_attention.lab.tasks.splits import Splits
-from better_attention.lab.tasks.variant import Variant
 from better_attention.lab.training.randomness import initial_model
 
 EXAMPLES = 2
@@ -18,13 +17,19 @@ EXAMPLES = 2
 
 
 def draw_maps(name: str, model: nn.Module, task: Task, splits: Splits) -> list[AttentionMap]:
-    """The attention maps of every layer on a few test samples, and what the model says of each."""
+    """The attention maps of every layer on a few test samples, and what the model predicts for each.
+
+    Args:
+        name: of the run.
+        model: on the CPU.
+        task, splits: the task and its data.
+    """
     maps = []
     for row, label in task.examples(splits, EXAMPLES):
         inputs = splits.test.inputs[row].cpu()
         shown = task.show(inputs, splits.assets)
         with torch.inference_mode():
-            (found,) = task.predictions(model.eval(), inputs[None], splits.assets)
+            (prediction,) = task.predictions(model.eval(), inputs[None], splits.assets)
         maps += [
             AttentionMap(
                 name,
@@ -34,19 +39,23 @@ def draw_maps(name: str, model: nn.Module, task: Task, splits: Splits) -> list[A
                 tokens=task.key_tokens(layer, shown),
                 picture=shown.picture,
                 queries=task.query_tokens(layer, shown),
-                predicted=f"{found.label} ({100 * found.probability:.0f} %)",
+                predicted=f"{prediction.label} ({100 * prediction.probability:.0f} %)",
             )
             for layer, weights in attention_maps(model, inputs[None]).items()
         ]
     return maps
 
 
-def draw_kernels(name: str, run: Run) -> list[AlignmentPicture]:
-    """W_A of every layer of a finished run, and where it started."""
-    trained = alignment_kernels(run.model)
+def draw_kernels(name: str, model: nn.Module, job: Job) -> list[AlignmentPicture]:
+    """W_A of every layer of a trained model, and its initial values.
+
+    Args:
+        name: of the run.
+        model: on the CPU.
+        job: what it was trained for.
+    """
+    trained = alignment_kernels(model)
     if not trained:
         return []
-    what = run.config["run"]
-    fresh = initial_model(run.task, Variant.of(what["mechanism"]), what["heads"], what["seed"])
-    initial = dict(alignment_kernels(fresh))
+    initial = dict(alignment_kernels(initial_model(job.task, job.variant, job.heads, job.seed)))
     return [AlignmentPicture(name, layer, w.numpy(), initial[layer].numpy()) for layer, w in trained]

@@ -1,9 +1,9 @@
-"""Learning curves in TensorBoard or Weights & Biases, beside our own files: optional, and never in training's way.
+"""Learning curves in TensorBoard or Weights & Biases, in addition to our own files.
 
-A run of a comparison is a run there, below ``OUT/trackers/``. What was logged is remembered beside it, epoch by epoch,
-so that a run that was interrupted goes on where its log ended and no epoch is there twice. A run that was deleted and
-is trained anew is another one: its log begins anew, as ``RUN-2``. Whatever goes wrong in a tracker ends that tracker
-and nothing else.
+Tracking is optional and cannot disturb training: an error in a tracker ends that tracker and nothing else. Each run of
+a comparison is a run there, below ``OUT/trackers/``. How much was logged is recorded beside it, epoch by epoch, so that
+the log of an interrupted run continues where it ended and no epoch appears twice. A run that was deleted and is trained
+anew is another run: its log begins anew, as ``RUN-2``.
 """
 
 from __future__ import annotations
@@ -17,22 +17,21 @@ from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any, Protocol, Self
 
-from accelerate import Accelerator
 from accelerate.tracking import TensorBoardTracker, WandBTracker
 
-from better_attention.lab.comparison.compare import Plan
+from better_attention.lab.comparison.plan import Plan
 from better_attention.lab.files import remove_leftovers
-from better_attention.lab.runs.folder import read_curve, read_json, write_json
-from better_attention.lab.tasks.splits import Splits
-from better_attention.lab.training.events import Watcher
-from better_attention.lab.training.progress import DivergedError, Position
+from better_attention.lab.runs.folder import RunFolder
+from better_attention.lab.runs.json_file import read_json, write_json
+from better_attention.lab.runs.record import RunRecord
+from better_attention.lab.training.events import Began, Ended, Event, Failed, Updated
 
 CURVE = ("train_loss", "train_accuracy", "validation_loss", "validation_accuracy")
 FINAL = tuple(f"{split}_{key}" for split in ("validation", "test") for key in ("accuracy", "loss", "top5", "bleu"))
 
 
 class Tracker(Protocol):
-    """What is used of :class:`accelerate.tracking.GeneralTracker`."""
+    """The part of :class:`accelerate.tracking.GeneralTracker` that is used."""
 
     def start(self) -> None:
         """Begin, or continue, the run."""
@@ -67,7 +66,7 @@ def wandb(folder: Path, plan: Plan, run: str) -> Tracker:
         resume="allow",
         dir=str(folder),
         mode=os.environ.get("WANDB_MODE", "offline"),
-        settings={"console": "off"},  # the screen is ours
+        settings={"console": "off"},  # it would capture our own output
     )
     return tracker
 
@@ -75,11 +74,11 @@ def wandb(folder: Path, plan: Plan, run: str) -> Tracker:
 TRACKERS: Mapping[str, Callable[[Path, Plan, str], Tracker]] = MappingProxyType(
     {"tensorboard": tensorboard, "wandb": wandb}
 )
-"""Name on the command line, which is that of the package too -> a function that makes the tracker of a run."""
+"""Name on the command line, which is also that of the package -> a function that makes the tracker of a run."""
 
 
 def check(names: Sequence[str]) -> None:
-    """Refuse trackers that are not there, before anything is trained.
+    """Refuse trackers that are not available, before anything is trained.
 
     Raises:
         ValueError: an unknown name, or a package that is not installed.
@@ -88,32 +87,33 @@ def check(names: Sequence[str]) -> None:
         if name not in TRACKERS:
             raise ValueError(f"unknown tracker {name!r}: choose among {', '.join(TRACKERS)}.")
         package = find_spec(name)
-        if package is None or package.origin is None:  # a folder of that name, which wandb likes to leave, is none
+        if package is None or package.origin is None:  # a mere folder of that name, which wandb leaves behind
             raise ValueError(f"--track {name} needs the package {name!r}, which is not installed: pip install {name}")
 
 
-class TrackingWatcher(Watcher):
-    """Hands the finished epochs and the results of each run to trackers.
+class Tracking:
+    """Logs the finished epochs and the results of each run; to be called with every event.
 
     Args:
         plan: the comparison.
         names: keys of :data:`TRACKERS`.
-        say: told in one line when a tracker fails.
+        say: called with one line when a tracker fails.
+        first: whether this is the first process of the launch, which alone logs.
 
     Raises:
         ValueError: see :func:`check`.
     """
 
-    def __init__(self, plan: Plan, names: Sequence[str], say: Callable[[str], None]) -> None:
+    def __init__(self, plan: Plan, names: Sequence[str], say: Callable[[str], None], *, first: bool = True) -> None:
         check(names)
-        self.plan, self.names, self.say = plan, list(dict.fromkeys(names)), say
+        self.plan, self.names, self.say = plan, list(dict.fromkeys(names)) if first else [], say
         self.folder = plan.out / "trackers"
-        self.main, self.run = True, ""
+        self.run = ""
         self.open: dict[str, Tracker] = {}
-        self.identity = ""  # of the run: of what its configuration says
+        self.identity = ""  # digest of the run's configuration
         self.logged: dict[str, int] = {}
         self.attempts: dict[str, int] = {}
-        self.least = 0  # epochs that every tracker has: what `progress` looks at
+        self.least = 0  # epochs that every tracker has: what each update is compared with
 
     def __enter__(self) -> Self:
         return self
@@ -124,35 +124,35 @@ class TrackingWatcher(Watcher):
         """Close what an interruption left open."""
         self._close()
 
-    def data(self, splits: Splits, accelerator: Accelerator) -> None:
-        """See :class:`Watcher`."""
-        self.main = accelerator.is_main_process
+    def __call__(self, event: Event) -> None:
+        """Log what an event adds."""
+        match event:
+            case _ if not self.names:
+                return
+            case Began(name=name):
+                self._begin(name)
+            case Updated(position=position):  # the end of an epoch shows at the next update
+                if len(position.curve) > self.least:
+                    self._log_curve(position.curve)
+            case Ended(name=name, record=record):
+                self._end(name, record)
+            case Failed():
+                self._close()
 
-    def begin(self, name: str, number: int, runs: int) -> None:
-        """See :class:`Watcher`; the run has its configuration. The tracker starts with the first thing to log."""
+    def _begin(self, name: str) -> None:
+        """Look up what was logged of a run; its tracker starts with the first values to log."""
         self._close()
         self.run, self.logged = name, {}
-        if self.main:
-            self.identity = sha256((self.plan.out / name / "config.json").read_bytes()).hexdigest()
-            for tracker in list(self.names):
-                self._guarded(tracker, self._remember, tracker)
+        self.identity = sha256((self.plan.out / name / "config.json").read_bytes()).hexdigest()
+        for tracker in list(self.names):
+            self._guarded(tracker, self._remember, tracker)
         self.least = min(self.logged.values(), default=0)
 
-    def progress(self, position: Position, steps: int) -> None:
-        """See :class:`Watcher`; an epoch's end shows at the next update."""
-        if self.main and len(position.curve) > self.least:
-            self._log_curve(position.curve)
-
-    def end(self, name: str, record: dict[str, Any]) -> None:
-        """See :class:`Watcher`."""
-        if self.main and self.names:
-            self._log_curve(read_curve(self.plan.out / name))
-            for tracker in list(self.names):
-                self._guarded(tracker, self._log_final, tracker, record)
-        self._close()
-
-    def failed(self, name: str, error: DivergedError) -> None:
-        """See :class:`Watcher`."""
+    def _end(self, name: str, record: RunRecord) -> None:
+        """Log what is missing of a finished run."""
+        self._log_curve(RunFolder(self.plan.out / name).curve())
+        for tracker in list(self.names):
+            self._guarded(tracker, self._log_final, tracker, record)
         self._close()
 
     def _log_curve(self, curve: Sequence[Mapping[str, float]]) -> None:
@@ -166,15 +166,15 @@ class TrackingWatcher(Watcher):
             self._tracker(name).log({**values, "epoch/seconds": line["seconds"]}, step=int(line["epoch"]))
             self._note(name, int(line["epoch"]))
 
-    def _log_final(self, name: str, record: Mapping[str, Any]) -> None:
+    def _log_final(self, name: str, record: RunRecord) -> None:
         if read_json(self._memory(name)).get("final"):
             return
-        values = {f"final/{key}": record[key] for key in FINAL if record.get(key) is not None}
+        values = {f"final/{key}": record.values[key] for key in FINAL if record.values.get(key) is not None}
         self._tracker(name).log(values, step=self.logged[name])
         self._note(name, self.logged[name], final=True)
 
     def _tracker(self, name: str) -> Tracker:
-        """The tracker of this run; started, and told the settings, when it is first asked for."""
+        """The tracker of this run; started, and given the settings, when it is first needed."""
         if name not in self.open:
             attempt = self.attempts[name]
             tracker = TRACKERS[name](self.folder, self.plan, self.run if attempt == 1 else f"{self.run}-{attempt}")
@@ -210,7 +210,7 @@ class TrackingWatcher(Watcher):
             self._guarded(name, self.open.pop(name).finish)
 
     def _guarded(self, name: str, call: Callable[..., None], *arguments: Any) -> None:
-        """Call; on any error this tracker is given up for the rest of the comparison, and training goes on."""
+        """Call; on any error this tracker is given up for the rest of the comparison, and training continues."""
         try:
             call(*arguments)
         except Exception as error:
@@ -218,11 +218,11 @@ class TrackingWatcher(Watcher):
                 self.names.remove(name)
             self.open.pop(name, None)
             self.say(
-                f"{name} failed ({type(error).__name__}: {error}): nothing more is logged there, training goes on. "
+                f"{name} failed ({type(error).__name__}: {error}): nothing more is logged there, training continues. "
                 "The same command with --track logs what is missing."
             )
 
 
 def _scalar(value: object) -> bool | int | float | str:
-    """A setting as trackers take it."""
+    """A setting in a form that trackers accept."""
     return value if isinstance(value, bool | int | float | str) else str(value)

@@ -1,4 +1,4 @@
-"""Reading compressed files, tar and zip archives that somebody else made, without trusting them.
+"""Reading compressed files, tar and zip archives of unknown origin, without trusting them.
 
 Everything is read as a stream and nothing is ever extracted: a member's name is only compared with the
 names that are wanted, so that no path of an archive reaches the file system. What is too large, expands
@@ -32,7 +32,7 @@ _CHUNK = MIB // 4
 _RATIO = 100  # text and pictures compress 2 to 10 times; only made-up data reaches a hundred
 _RATIO_FROM = MIB  # below this size the ratio says nothing: a few zeros compress as well
 _XZ_MEMORY = 256 * MIB  # `xz -9` needs 65 MiB; a forged header asks for gigabytes
-_GZIP, _XZ, _BZ2 = b"\x1f\x8b", b"\xfd7zXZ\x00", b"BZh"
+_GZIP, _XZ, _BZ2, _ZIP = b"\x1f\x8b", b"\xfd7zXZ\x00", b"BZh", b"PK\3\4"
 
 _NAME_LIMIT = 4096  # characters of a member's whole name: the longest path that Linux opens
 _DEPTH = 64  # folders above a member
@@ -118,7 +118,7 @@ class _XzStream:
 
 @contextmanager
 def decompressed(path: Path, *, limit: int, plain: bool = False) -> Iterator[Bounded]:
-    """The contents of a ``.gz``, ``.bz2`` or ``.xz`` file as a stream, told apart by content, not by name.
+    """The contents of a ``.gz``, ``.bz2`` or ``.xz`` file as a stream; the content decides which it is, not the name.
 
     Args:
         path: the file.
@@ -143,6 +143,8 @@ def decompressed(path: Path, *, limit: int, plain: bool = False) -> Iterator[Bou
                 yield Bounded(path, bzipped, limit, size)
         elif plain:
             yield Bounded(path, file, limit, None)
+        elif head.startswith(_ZIP):
+            raise DataError(f"{path} is a .zip archive, which is not read here. Unpack it, and name the folder.")
         else:
             raise DataError(f"{path} is neither gzip, bzip2 nor xz: it starts with {head[:8]!r}. {AGAIN}")
 
@@ -205,7 +207,7 @@ def tar_streams(
 
 
 class _Member:
-    """A member's contents, whose damage is told with the archive's name."""
+    """A member's contents; errors name the archive."""
 
     def __init__(self, path: Path, stream: Readable) -> None:
         self._path, self._stream = path, stream
@@ -275,7 +277,7 @@ def zip_streams(
 
 
 class _ZipMember:
-    """A member's contents, which have to be read in pieces, and whose damage is told with the archive's name."""
+    """A member's contents, which have to be read in pieces; errors name the archive."""
 
     def __init__(self, path: Path, stream: Readable) -> None:
         self._path, self._stream = path, stream

@@ -2,7 +2,7 @@
 
 pooch decides whether a download is needed, compares the SHA-256 and puts the file in place by renaming it;
 this module is the transport that pooch calls. pooch does not resume, and its own transport follows
-redirects wherever they lead.
+redirects to any host.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 from urllib.parse import urljoin, urlsplit
 
+from better_attention.lab.files import sync_folder
+
 from .samples import DataError
 
 if TYPE_CHECKING:
     import requests
-
-HOSTS = frozenset({"storage.googleapis.com", "ai.stanford.edu", "www.cs.toronto.edu"})
-"""The publishers' hosts. A redirect to any other is refused, whatever it offers."""
 
 Progress = Callable[[int], None]
 """Called with the bytes of the file that are there so far."""
@@ -33,7 +32,7 @@ _REDIRECTS = 5
 _ATTEMPTS = 3  # of one call, each going on where the last one broke off
 _TIMEOUT = (10.0, 30.0)  # seconds to connect; seconds without a byte
 _SLOWEST = 1024  # bytes a second, over ...
-_PATIENCE = 60.0  # ... at least so many seconds: a drip never runs into the time-out
+_PATIENCE = 60.0  # ... at least this many seconds: a very slow server never runs into the time-out
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +61,7 @@ def download(
     folder: Path,
     *,
     session: requests.Session | None = None,
-    hosts: Collection[str] = HOSTS,
+    hosts: Collection[str] | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Bring ``remote`` into ``folder``, unless it is there already with the right digest.
@@ -74,8 +73,9 @@ def download(
         remote: what to fetch.
         folder: where it shall lie; created if missing.
         session: the connection to use; a new one if None.
-        hosts: the hosts (with port, if not 443) that may be asked, also by redirects.
-        progress: told about every piece that arrives.
+        hosts: the hosts (with port, if not 443) that may be asked, also by redirects; None: the publisher's own, in
+            ``remote.url``, so that a redirect elsewhere is refused, whatever it offers.
+        progress: called for every piece that arrives.
 
     Returns:
         The file.
@@ -87,6 +87,7 @@ def download(
     import requests
 
     url, part = remote.url, folder / f"{remote.name}.part"
+    hosts = {urlsplit(url).netloc} if hosts is None else hosts
     with session or requests.Session() as connection, _quiet(pooch.get_logger()), _disk_errors(folder, remote.size):
         transport = _Transport(remote, part, connection, hosts, progress)
         for _ in range(2):  # a part may stem from another version of the file: then once more, from the start
@@ -199,8 +200,8 @@ class _Transport:
         goes_on = status == 206
         expected = remote.size - have if goes_on else remote.size
         length = response.headers.get("Content-Length", str(expected))
-        place = response.headers.get("Content-Range", "")
-        if length != str(expected) or (goes_on and not place.startswith(f"bytes {have}-")):
+        content_range = response.headers.get("Content-Range", "")
+        if length != str(expected) or (goes_on and not content_range.startswith(f"bytes {have}-")):
             kind = response.headers.get("Content-Type", "unknown")
             raise DataError(
                 f"{remote.url}: the server offers {length} bytes (type {kind}), the published file needs {expected:,}: "
@@ -269,14 +270,3 @@ def _disk_errors(folder: Path, size: int) -> Iterator[None]:
             f"cannot write to {folder}: {error.strerror or error}. It needs {size:,} free bytes and the right to "
             "write; `--data DIR` takes another folder."
         ) from None
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename within ``folder`` survive a power cut; a no-op where folders cannot be opened (Windows)."""
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -37,8 +37,8 @@ class Images:
         classes: the name of each label.
         peak: the pixel value that means white.
         notes: what a report should say about the data.
-        departures: those of the notes that say why this is not the published set of that name; they stand wherever a
-            result is shown.
+        departures: those of the notes that say why this is not the published set of that name; they are shown with
+            every result.
 
     Raises:
         DataError: the parts do not fit together, or there is only one class to learn.
@@ -124,7 +124,7 @@ class Texts:
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
-    """Sentences and their translations, in one list that nobody has split yet.
+    """Sentences and their translations, in one list that is not split yet.
 
     Args:
         name: the data set's name.
@@ -152,13 +152,13 @@ class Pairs:
 
 
 def overlap_notes(train: Iterable[str], test: Iterable[str]) -> tuple[str, ...]:
-    """A note if a text is in both splits: what a model has trained on says little of what it can do."""
+    """A note if a text is in both splits: the accuracy on training texts says little about others."""
     shared = len(set(train) & set(test))
     return (f"{plural(shared, 'text')} {'occurs' if shared == 1 else 'occur'} in both splits",) if shared else ()
 
 
 def size_notes(train: int, test: int, official: tuple[int, int]) -> tuple[str, ...]:
-    """A note if the splits are not of the ``official`` sizes: a shortened copy must not pass for the real thing."""
+    """A note if the splits are not of the ``official`` sizes: a shortened copy must be recognisable."""
     if (train, test) == official:
         return ()
     return (
@@ -178,7 +178,7 @@ def departures(
     """
     if sized := size_notes(*sizes, official):
         return sized
-    wrong = [f"{name} has SHA-256 {found[:12]}..." for name, (found, theirs) in digests.items() if found != theirs]
+    wrong = [f"{name} has SHA-256 {digest[:12]}..." for name, (digest, theirs) in digests.items() if digest != theirs]
     if not wrong:
         return ()
     return (

@@ -6,55 +6,27 @@ and which SHA-256 was seen. Everything that enters is written under another name
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from better_attention.lab.files import digest, remove_leftovers, replacing
+
 from .archives import pack
-from .download import HOSTS, Remote, download, sync_folder
-from .samples import DataError, NotFetched
+from .download import Remote, download
+from .home import home
+from .samples import DataError
+from .source import Source
 
 if TYPE_CHECKING:
     import requests
 
-    from .catalogue import Source
-
 ORIGIN = "origin.json"
-
-
-class NoHome(NotFetched):
-    """The user has no home directory that may be read, so that there is no data home either."""
-
-
-def home() -> Path:
-    """``$XDG_CACHE_HOME/better-attention/data``, or the same below ``~/.cache``.
-
-    Raises:
-        NoHome: neither is known, or it may not be read, as for a user whom the system of a container does not know.
-    """
-    cache = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG specification tells to ignore a relative path.
-    if Path(cache).is_absolute():
-        base = Path(cache)
-    else:
-        try:
-            base = Path.home() / ".cache"
-            with suppress(FileNotFoundError, NotADirectoryError):
-                (base / "better-attention").stat()
-        except (RuntimeError, PermissionError) as error:
-            unknown = "HOME is not set, and the system knows no home directory of this user"
-            why = f"{base} may not be read by this user" if isinstance(error, PermissionError) else unknown
-            raise NoHome(
-                f"there is no folder for data sets and decoded pictures: {why}. Set HOME or XDG_CACHE_HOME to a folder "
-                "that may be written, or name the folder of a data set with --data DIR."
-            ) from None
-    return base / "better-attention" / "data"
+_ANY_NAME = re.compile(".*", re.DOTALL)  # every file in the folder of a data set is ours
 
 
 def fetch(
@@ -62,7 +34,7 @@ def fetch(
     folder: Path | None = None,
     *,
     session: requests.Session | None = None,
-    hosts: Collection[str] = HOSTS,
+    hosts: Collection[str] | None = None,
     progress: Callable[[Remote, int], None] | None = None,
 ) -> Path:
     """Download the official files of ``source`` into ``folder/NAME``; files already there and right are kept.
@@ -71,7 +43,7 @@ def fetch(
         source: what to fetch.
         folder: the data home to fill; None: the library's own.
         session: the connection to use, for tests and unusual networks.
-        hosts: the hosts that may be asked.
+        hosts: the hosts that may be asked, also by redirects; None: of each file, the host in its address.
         progress: called with a file and how much of it is there.
 
     Returns:
@@ -116,17 +88,17 @@ def import_from(source: Source, place: Path, folder: Path | None = None) -> Path
         raise DataError(f"{source.name!r} needs no import: {source.layout}.")
     if not place.exists():
         raise DataError(f"{place} does not exist: name the folder or file that holds {source.name} ({source.layout}).")
-    found = source.locate(place) or source.locate(place / source.name)
-    if found is None:
+    sources = source.locate(place) or source.locate(place / source.name)
+    if sources is None:
         raise DataError(f"{place} does not hold {source.name}: expected {source.layout}.")
-    source.load(found)
+    source.load(sources)
 
     target = (folder or home()) / source.name
-    if any(file.parent.resolve() == target.resolve() for file in found):
+    if any(file.parent.resolve() == target.resolve() for file in sources):
         raise DataError(f"{place} is where {source.name} already lies; there is nothing to import.")
     with _exclusive(target):
         files = {}
-        for file in found:
+        for file in sources:
             name = _stored_name(source, file)
             files[name] = _write(target / name, _packer(source, file) if file.is_dir() else _copier(file))
         _record(target, "imported", files)
@@ -145,16 +117,10 @@ def origin(target: Path) -> Mapping[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     plain = isinstance(files, dict) and all(
-        isinstance(name, str) and Path(name).name == name and re.fullmatch("[0-9a-f]{64}", str(digest))
-        for name, digest in files.items()
+        isinstance(name, str) and Path(name).name == name and re.fullmatch("[0-9a-f]{64}", str(value))
+        for name, value in files.items()
     )
     return record if plain and record.get("how") in ("fetched", "imported") else None
-
-
-def sha256(path: Path) -> str:
-    """The file's SHA-256, 64 hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _stored_name(source: Source, file: Path) -> str:
@@ -186,23 +152,14 @@ def _packer(source: Source, folder: Path) -> Callable[[BinaryIO], object]:
 
 def _write(path: Path, fill: Callable[[BinaryIO], object]) -> str:
     """Write a file that is either whole or not there; returns its SHA-256. The caller holds the folder's lock."""
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.unlink(missing_ok=True)  # what a killed import left
-        with temporary.open("xb") as file:
+        with replacing(path) as file:
             fill(file)
-            file.flush()
-            os.fsync(file.fileno())
-        digest = sha256(temporary)
-        temporary.replace(path)
-        sync_folder(path.parent)
+        return digest(path)
     except OSError as error:
         raise DataError(
             f"cannot write {path}: {error.strerror or error}. Make room or take another folder with `--data DIR`."
         ) from None
-    finally:
-        temporary.unlink(missing_ok=True)
-    return digest
 
 
 def _record(target: Path, how: str, files: Mapping[str, str]) -> None:
@@ -229,6 +186,7 @@ def _exclusive(target: Path) -> Iterator[None]:
     except OSError as error:
         raise DataError(f"cannot write to {target}: {error.strerror or error}. Try `--data DIR`.") from None
     try:
+        remove_leftovers(target, _ANY_NAME)  # of an import that was killed
         yield
     finally:
         lock.release()

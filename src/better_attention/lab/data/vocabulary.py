@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import unicodedata
 from collections import Counter
@@ -22,7 +21,6 @@ _INVISIBLE = re.compile(
     "[\u00ad\u061c\u180b-\u180f\u200e\u200f\u202a-\u202e\u2060-\u2069\ufe00-\ufe0f\ufeff\U000e0100-\U000e01ef]"
 )
 """Soft hyphens, directions, variation selectors: they change how a word is set, not which word it is."""
-_FORMAT = "better-attention vocabulary 1"
 
 
 def tokens(text: str) -> list[str]:
@@ -60,7 +58,7 @@ class Vocabulary:
         words: the words, most frequent first; word ``i`` gets the number ``i + 2``.
 
     Raises:
-        DataError: a word occurs twice, or is none.
+        DataError: a word occurs twice, or is empty.
     """
 
     def __init__(self, words: Sequence[str]) -> None:
@@ -70,7 +68,7 @@ class Vocabulary:
         self._numbers = {word: number for number, word in enumerate(self._words, start=_RESERVED)}
         if len(self._numbers) != len(self._words):
             twice = next(word for word, count in Counter(self._words).items() if count > 1)
-            raise DataError(f"the word {twice!r} occurs twice in the vocabulary; each word needs a number of its own.")
+            raise DataError(f"the word {twice!r} occurs twice in the vocabulary; each word needs its own number.")
 
     @classmethod
     def build(cls, texts: Iterable[str], size: int) -> Vocabulary:
@@ -98,7 +96,7 @@ class Vocabulary:
 
         Args:
             texts: ``N`` texts.
-            length: words a row.
+            length: words per row.
 
         Returns:
             int64 ``(N, length)``. (Keras' ``pad_sequences`` does the same by default; arXiv 2403.01643 used it.)
@@ -131,25 +129,6 @@ class Vocabulary:
     def __hash__(self) -> int:
         return hash(self._words)
 
-    def to_json(self) -> str:
-        """The vocabulary as JSON text, for the folder of a run."""
-        return json.dumps({"format": _FORMAT, "words": self._words}, ensure_ascii=False)
-
-    @classmethod
-    def from_json(cls, text: str) -> Vocabulary:
-        """The inverse of :meth:`to_json`.
-
-        Raises:
-            DataError: not such a text.
-        """
-        try:
-            record = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"this is no vocabulary: not JSON ({error}).") from None
-        if not isinstance(record, dict) or record.get("format") != _FORMAT or not isinstance(record.get("words"), list):
-            raise DataError(f'this is no vocabulary: expected {{"format": "{_FORMAT}", "words": [...]}}.')
-        return cls(record["words"])
-
 
 def _last_tokens(text: str, count: int) -> list[str]:
     """The same as ``tokens(text)[-count:]``, without reading a long text to its beginning.
@@ -160,8 +139,8 @@ def _last_tokens(text: str, count: int) -> list[str]:
     reach = 8 * count
     while reach < len(text):
         cut = text.find(" ", len(text) - reach)
-        found = tokens(text[cut:]) if cut >= 0 else []
-        if len(found) >= count:
-            return found[-count:]
+        last = tokens(text[cut:]) if cut >= 0 else []
+        if len(last) >= count:
+            return last[-count:]
         reach *= 2
     return tokens(text)[-count:]

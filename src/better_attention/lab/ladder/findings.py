@@ -9,7 +9,7 @@ from statistics import fmean, median
 
 from better_attention.lab.analysis.estimates import number
 from better_attention.lab.analysis.paired import NOTHING, UNTESTED, Comparison, compare_paired, corrected
-from better_attention.lab.ladder.grid import Row, Rung, Setting, best_settings, rung_words
+from better_attention.lab.ladder.grid import Rung, RungResult, Setting, best_settings, rung_words
 from better_attention.text import plural
 
 
@@ -36,9 +36,9 @@ class Spot:
         return 2 * self.solved > self.runs
 
 
-def spots(rows: Iterable[Row]) -> dict[tuple[str, Rung], Spot]:
+def spots(rows: Iterable[RungResult]) -> dict[tuple[str, Rung], Spot]:
     """One spot a mechanism and rung; the rows of each are to be of one setting."""
-    groups: dict[tuple[str, Rung], list[Row]] = {}
+    groups: dict[tuple[str, Rung], list[RungResult]] = {}
     for row in rows:
         groups.setdefault((row.mechanism, row.rung), []).append(row)
     found = {}
@@ -50,13 +50,13 @@ def spots(rows: Iterable[Row]) -> dict[tuple[str, Rung], Spot]:
     return found
 
 
-def at_best(rows: Sequence[Row]) -> list[Row]:
+def at_best(rows: Sequence[RungResult]) -> list[RungResult]:
     """The rows of the setting that validation prefers, for each mechanism and rung."""
     best = best_settings(rows)
     return [row for row in rows if best[row.mechanism, row.rung] == row.setting]
 
 
-def within(rows: Sequence[Row], budget: int) -> list[Row]:
+def within(rows: Sequence[RungResult], budget: int) -> list[RungResult]:
     """The rows as if each rung and setting had a budget of operations: ``budget`` updates of its cheapest model.
 
     The learning rate is constant and the order of the samples does not depend on the limit: to stop a run earlier is
@@ -67,7 +67,7 @@ def within(rows: Sequence[Row], budget: int) -> list[Row]:
         place = row.rung, row.setting
         cheapest[place] = min(row.update_flops, cheapest.get(place, row.update_flops))
 
-    def cut(row: Row) -> Row:
+    def cut(row: RungResult) -> RungResult:
         spent = (row.updates_to_target or 0) * row.update_flops
         return row if spent <= budget * cheapest[row.rung, row.setting] else replace(row, updates_to_target=None)
 
@@ -83,7 +83,7 @@ class Height:
     tried: int
 
 
-def heights(rows: Sequence[Row], rungs: Sequence[Rung]) -> dict[str, Height]:
+def heights(rows: Sequence[RungResult], rungs: Sequence[Rung]) -> dict[str, Height]:
     """The height of every mechanism, at the setting that validation prefers on each rung."""
     found = spots(at_best(rows))
     names = dict.fromkeys(row.mechanism for row in rows)
@@ -136,7 +136,7 @@ def _power(exponent: float) -> str:
     return number(2.0**exponent, 2) if exponent < 20 else "> 1,000,000"
 
 
-def duels(rows: Sequence[Row]) -> dict[str, list[Duel]]:
+def duels(rows: Sequence[RungResult]) -> dict[str, list[Duel]]:
     """Every comparison of the two scores: ``"overall"``, ``"rungs"`` (both at the best settings) and ``"settings"``.
 
     A pair is two runs of one rung and one seed; they share data, order and, where they can, initial weights. The p of
@@ -160,7 +160,7 @@ def duels(rows: Sequence[Row]) -> dict[str, list[Duel]]:
     return {name: _corrected([duel for duel in found if duel.accuracy]) for name, found in lists.items()}
 
 
-def _duel(rows: Sequence[Row], softmax: str, expressive: str, where: str) -> Duel:
+def _duel(rows: Sequence[RungResult], softmax: str, expressive: str, where: str) -> Duel:
     accuracy = _compared(rows, softmax, expressive, lambda row: row.test_accuracy)
     updates = _compared(
         rows, softmax, expressive, lambda row: math.log2(row.updates_to_target) if row.updates_to_target else None
@@ -172,7 +172,7 @@ def _duel(rows: Sequence[Row], softmax: str, expressive: str, where: str) -> Due
 
 
 def _compared(
-    rows: Sequence[Row], softmax: str, expressive: str, value: Callable[[Row], float | None]
+    rows: Sequence[RungResult], softmax: str, expressive: str, value: Callable[[RungResult], float | None]
 ) -> Comparison | None:
     """Expressive minus softmax over the pairs in which both have a value."""
     pairs = {pair: number for number, pair in enumerate(dict.fromkeys((row.rung, row.seed) for row in rows))}

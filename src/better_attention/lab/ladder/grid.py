@@ -1,8 +1,8 @@
 """The recurrence ladder: how far up, over N and τ, each mechanism and score predicts; our own measure, not a paper's.
 
 A ladder is a grid that is fixed beforehand: rungs (N, τ) x settings (scaling of q.k, positions, depth) x variants x
-seeds. Each cell is a run of the task ``recurrence`` in a folder of its own, OUT/n4-t8/sqrt-rotary-l1/standard-h2-s0,
-so that a ladder that was killed goes on where it was.
+seeds. Each cell is a run of the task ``recurrence`` in its own folder, OUT/n4-t8/sqrt-rotary-l1/standard-h2-s0,
+so that a ladder that was killed continues where it was.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from better_attention.lab.runs.folder import run_name
+from better_attention.lab.runs.folder import RunFolder
+from better_attention.lab.runs.job import Job
 from better_attention.lab.tasks.recurrence import RecurrenceTask
 from better_attention.lab.tasks.variant import Variant
 from better_attention.text import plural
@@ -34,12 +35,12 @@ def rung_words(rung: Rung) -> str:
 
 
 GIVE_UP = 2
-"""Failed rungs, none harder than this one in N or in τ, after which a setting does not try it."""
+"""A setting does not try a rung after it failed on this many others that are no harder in N and in τ."""
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One column of the grid: how q.k is scaled, how positions are told, how many layers there are."""
+    """One column of the grid: the scaling of q.k, the kind of positions, the number of layers."""
 
     scaling: str
     positions: str
@@ -72,19 +73,19 @@ class Cell:
 
 @dataclass(frozen=True)
 class Ladder:
-    """What is climbed.
+    """The cells of a ladder and how they are trained.
 
     Args:
         task: the task ``recurrence`` with everything that the grid does not set.
         rungs: (N, τ), rising in difficulty; no rung comes before one that is easier in both.
-        settings: every one is tried on every rung, unless it has been given up.
+        settings: each is tried on every rung, unless it has been given up.
         variants, heads, seeds: as in a comparison; ``seeds`` counts from 0.
         out: folder of the ladder.
         screen: seed 0 alone tries every setting; the other seeds run where it was best on validation, per variant.
         device, command: as in a comparison.
 
     Raises:
-        ValueError: a rung behind a harder one.
+        ValueError: a rung comes after a harder one.
     """
 
     task: RecurrenceTask
@@ -99,8 +100,8 @@ class Ladder:
     command: str = ""
 
     def __post_init__(self) -> None:
-        for place, rung in enumerate(self.rungs):
-            for later in self.rungs[place:]:
+        for index, rung in enumerate(self.rungs):
+            for later in self.rungs[index:]:
                 if later != rung and below(later, rung):
                     raise ValueError(f"rungs rise in difficulty: {later} is easier than {rung}, which comes before it.")
         if len(set(self.rungs)) < len(self.rungs):
@@ -117,10 +118,14 @@ class Ladder:
             layers=setting.layers,
         )
 
-    def folder(self, cell: Cell) -> Path:
-        """Where a cell's run lies."""
-        N, delay = cell.rung
-        return self.out / f"n{N}-t{delay}" / str(cell.setting) / run_name(cell.variant, self.heads, cell.seed)
+    def job(self, cell: Cell) -> Job:
+        """The run of a cell."""
+        return Job(self.task_of(cell.rung, cell.setting), cell.variant, self.heads, cell.seed)
+
+    def folder(self, cell: Cell) -> RunFolder:
+        """The folder of a cell's run."""
+        modulus, delay = cell.rung
+        return RunFolder(self.out / f"n{modulus}-t{delay}" / str(cell.setting) / self.job(cell).folder_name)
 
     @property
     def cells(self) -> list[Cell]:
@@ -144,16 +149,16 @@ def softmax_twin(variant: Variant) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """What came of a cell. Accuracies in per cent of the symbols that can be predicted; None where a run diverged.
+class RungResult:
+    """The result of a cell. Accuracies in per cent of the symbols that can be predicted; None where a run diverged.
 
     Args:
         mechanism, score: name of the variant, and its score.
         modulus, delay, scaling, positions, layers, heads, seed: the cell.
         width: model width; not the task's where parameters are made equal.
         train_accuracy, validation_accuracy, test_accuracy, test_loss: of the weights with the best validation loss.
-        updates: how many were made.
-        updates_to_target: after how many the validation accuracy first reached the target; None: never.
+        updates: number of updates.
+        updates_to_target: number of updates until the validation accuracy first reached the target; None: never.
         update_flops: of the matrix products of one update, forward and backward.
         params: learned values of the model.
         seconds: of training.
@@ -200,16 +205,16 @@ class Row:
         return softmax_twin(Variant.of(self.mechanism))
 
 
-def best_settings(rows: Iterable[Row]) -> dict[tuple[str, Rung], Setting]:
+def best_settings(rows: Iterable[RungResult]) -> dict[tuple[str, Rung], Setting]:
     """The setting of each mechanism and rung with the highest mean validation accuracy, then the fewest updates.
 
     Settings are compared over the seeds that all of them have: when screening, the first alone.
     """
-    groups: dict[tuple[str, Rung], dict[Setting, dict[int, Row]]] = {}
+    groups: dict[tuple[str, Rung], dict[Setting, dict[int, RungResult]]] = {}
     for row in rows:
         groups.setdefault((row.mechanism, row.rung), {}).setdefault(row.setting, {})[row.seed] = row
 
-    def rank(of: Sequence[Row]) -> tuple[float, float]:
+    def rank(of: Sequence[RungResult]) -> tuple[float, float]:
         # A run that has reached the target has solved the rung, at whatever fraction of a per cent it then stopped.
         accuracies = [100.0 if row.updates_to_target else row.validation_accuracy or 0.0 for row in of]
         return -sum(accuracies), sum(row.updates or math.inf for row in of)
@@ -225,9 +230,9 @@ FILES = ("ladder.json", "ladder.csv", "ladder.html")
 """What a ladder writes below its folder."""
 
 
-def is_ladder(found: object) -> bool:
-    """Whether the value in a JSON file is a ``ladder.json``."""
-    return isinstance(found, Mapping) and "grid" in found
+def is_ladder(value: object) -> bool:
+    """Whether the value in a JSON file is that of a ``ladder.json``."""
+    return isinstance(value, Mapping) and "grid" in value
 
 
 LEAST_STATES = 256

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cache
@@ -11,12 +10,13 @@ from statistics import geometric_mean
 import jinja2
 
 from better_attention.lab.analysis.estimates import number
+from better_attention.lab.csv_json import write_csv, write_json
 from better_attention.lab.files import write_atomic
 from better_attention.lab.ladder.findings import at_best, duels, heights, sentence, spots, within
-from better_attention.lab.ladder.grid import GIVE_UP, Ladder, Row, Rung, rung_words
-from better_attention.lab.lock import TURN, locked
+from better_attention.lab.ladder.grid import FILES, GIVE_UP, Ladder, Rung, RungResult, rung_words
+from better_attention.lab.lock import RESULTS_LOCK_SECONDS, locked
 from better_attention.lab.report.page import template
-from better_attention.lab.report.tables import safe, write_lines
+from better_attention.lab.runs import manifest
 from better_attention.lab.runs.provenance import commit, versions
 from better_attention.lab.tasks.recurrence import formula
 from better_attention.text import plural
@@ -35,23 +35,26 @@ class Report:
     """
 
     ladder: Ladder
-    rows: Sequence[Row]
+    rows: Sequence[RungResult]
     notes: Mapping[Rung, str]
     complete: bool
     commit: str
     versions: Mapping[str, str]
 
 
-def write(ladder: Ladder, rows: Sequence[Row], notes: Mapping[Rung, str], *, complete: bool) -> None:
-    """Write the three files below ``ladder.out``, each whole or not at all; first the one by which they are known."""
+def write(ladder: Ladder, rows: Sequence[RungResult], notes: Mapping[Rung, str], *, complete: bool) -> None:
+    """Write :data:`FILES` below ``ladder.out``, each whole or not at all, and their digests.
+
+    The one by which they are known comes first.
+    """
     report = Report(ladder, rows, notes, complete, commit(), versions())
-    text = json.dumps(as_json(report), indent=2, ensure_ascii=False, allow_nan=False)
-    header = [field.name for field in fields(Row)]
-    lines = ([safe(v) if isinstance(v, str) else v for v in asdict(row).values()] for row in rows)
-    with locked(ladder.out, TURN):
-        write_atomic(ladder.out / "ladder.json", text.encode("utf-8", "replace") + b"\n")
-        write_lines(ladder.out / "ladder.csv", header, lines)
+    header = [field.name for field in fields(RungResult)]
+    with locked(ladder.out, RESULTS_LOCK_SECONDS):
+        manifest.remove(ladder.out, FILES)  # it would be wrong until all of them are written
+        write_json(ladder.out / "ladder.json", as_json(report))
+        write_csv(ladder.out / "ladder.csv", header, (asdict(row).values() for row in rows))
         write_atomic(ladder.out / "ladder.html", render(report))
+        manifest.add(ladder.out, FILES)
 
 
 def as_json(report: Report) -> dict[str, object]:
@@ -107,7 +110,7 @@ def render(report: Report) -> str:
     )
 
 
-def size_of(name: str, rows: Sequence[Row]) -> str:
+def size_of(name: str, rows: Sequence[RungResult]) -> str:
     """The widths and parameters of a mechanism's models, from the smallest to the largest: ``28 … 32; 9,770``."""
     own = [row for row in rows if row.mechanism == name]
     sizes = ({row.width for row in own}, {row.params for row in own if row.params})
@@ -115,7 +118,7 @@ def size_of(name: str, rows: Sequence[Row]) -> str:
     return "; ".join(spans) or "–"
 
 
-def pace_of(name: str, rows: Sequence[Row]) -> str:
+def pace_of(name: str, rows: Sequence[RungResult]) -> str:
     """A mechanism's updates beside torch's layer: the geometric mean over its models, and from the least to the most.
 
     Each model was measured once, so that equal values are one measurement.

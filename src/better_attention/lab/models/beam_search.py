@@ -80,7 +80,7 @@ def beam_search(
     length_BW = torch.zeros_like(total_BW)
     ended_BW = torch.zeros_like(total_BW, dtype=torch.bool)
     over_V = total_BW.new_full((V,), -math.inf)
-    over_V[PADDING] = 0.0  # what has ended goes on with padding, for nothing
+    over_V[PADDING] = 0.0  # a sentence that has ended continues with padding, at no cost
     for _ in range(_longest(model, max_len)):
         next_BWV = _next(model, written_BWT.flatten(0, 1), memory_BSD, padding_BS).view(B, W, V)
         total_BWV = total_BW[..., None] + torch.where(ended_BW[..., None], over_V, next_BWV)
@@ -107,7 +107,7 @@ def _longest(model: Translator, max_len: int | None) -> int:
 
 
 def _next(model: Translator, written_BT: Tensor, memory_BSD: Tensor, padding_BS: Tensor) -> Tensor:
-    """Log probabilities (B, V) of the next token; no sentence goes on with padding or with another start."""
+    """Log probabilities (B, V) of the next token; no sentence continues with padding or with another start."""
     logits_BV: Tensor = model.output(model.decode(written_BT, memory_BSD, padding_BS)[:, -1])
     never = torch.tensor([PADDING, START], device=logits_BV.device)
     return logits_BV.index_fill(1, never, -math.inf).log_softmax(dim=1)

@@ -11,6 +11,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from better_attention.cost import cost
 from better_attention.errors import check_choice
 from better_attention.layer.multihead import MultiheadAttention
 from better_attention.mechanism import Mechanism
@@ -20,7 +21,7 @@ POSITIONS = ("learned", "rotary", "alibi")
 EMBEDDING_STD = 0.02  # GPT-2's
 
 
-class Block(nn.Module):
+class CausalBlock(nn.Module):
     """Pre-norm transformer block: ``x + attention(norm(x))``, then ``x + MLP(norm(x))``, MLP widths [4D, D]."""
 
     def __init__(self, width: int, attention: MultiheadAttention, dropout: float) -> None:
@@ -41,7 +42,7 @@ class Block(nn.Module):
         return x_BLD + F.dropout(mapped, self.dropout, self.training)
 
 
-class Decoder(nn.Module):
+class CausalDecoder(nn.Module):
     """Causal language model: tokens, positions, pre-norm blocks, a norm, logits of what comes next.
 
     Args:
@@ -59,7 +60,7 @@ class Decoder(nn.Module):
         ValueError: positions of another name; arguments that the attention layers refuse.
 
     >>> import torch
-    >>> model = Decoder(vocabulary=5, length=7, width=8, layers=2, heads=2, mechanism="super", positions="alibi")
+    >>> model = CausalDecoder(vocabulary=5, length=7, width=8, layers=2, heads=2, mechanism="super", positions="alibi")
     >>> model(torch.tensor([[0, 4, 1]])).shape
     torch.Size([1, 3, 5])
     """
@@ -87,7 +88,7 @@ class Decoder(nn.Module):
         self.tokens = nn.Embedding(vocabulary, width)
         self.positions = nn.Embedding(length, width) if positions == "learned" else None
         self.blocks = nn.ModuleList(
-            Block(
+            CausalBlock(
                 width,
                 MultiheadAttention(
                     width,
@@ -128,3 +129,30 @@ class Decoder(nn.Module):
             x_BLD = block(x_BLD, bias)
         logits: Tensor = self.output(self.norm(x_BLD))
         return logits
+
+
+def decoder_size(
+    *,
+    vocabulary: int,
+    length: int,
+    width: int,
+    layers: int,
+    heads: int,
+    outputs: int | None = None,
+    mechanism: str | Mechanism = "standard",
+    per_head: bool = False,
+    positions: str = "learned",
+    scale: float | str | None = None,
+) -> int:
+    """Number of learned values of a :class:`CausalDecoder`, without building it; ``per_head``: one W_A for each head.
+
+    >>> sizes = {"vocabulary": 5, "length": 7, "width": 8, "layers": 2, "heads": 2, "mechanism": "super"}
+    >>> decoder_size(**sizes) == sum(parameter.numel() for parameter in CausalDecoder(**sizes).parameters())
+    True
+    """
+    D, K = width, vocabulary if outputs is None else outputs
+    kernel = "per_head" if per_head else "shared"
+    attention = cost(D, heads, length, mechanism=mechanism, align_heads=kernel).params + heads * (scale == "learned")
+    norm, mlp = 2 * D, 8 * D * D + 5 * D
+    tables = (vocabulary + length * (positions == "learned")) * D
+    return tables + layers * (attention + mlp + 2 * norm) + norm + (D + 1) * K

@@ -19,7 +19,7 @@ PADDING = 0  # the token that fills short texts
 NORM_EPS = 1e-6  # Keras' text example; torch's default is 1e-5
 
 
-class Block(nn.Module):
+class TextBlock(nn.Module):
     """Post-norm transformer block: ``norm(x + attention(x))``, then ``norm(x + MLP(x))``."""
 
     def __init__(
@@ -102,7 +102,7 @@ class TextClassifier(nn.Module):
         self.tokens = nn.Embedding(vocabulary, width)
         self.positions = nn.Embedding(length, width)
         self.blocks = nn.ModuleList(
-            Block(width, heads, length, mechanism, options or {}, hidden, dropout) for _ in range(layers)
+            TextBlock(width, heads, length, mechanism, options or {}, hidden, dropout) for _ in range(layers)
         )
         self.hidden = nn.Linear(width, head)
         self.output = nn.Linear(head, outputs)

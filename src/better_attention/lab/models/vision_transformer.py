@@ -20,7 +20,7 @@ from better_attention.mechanism import Mechanism
 NORM_EPS = 1e-6  # Keras' ViT example; torch's default is 1e-5
 
 
-class Block(nn.Module):
+class VisionBlock(nn.Module):
     """Pre-norm transformer block: ``x + attention(norm(x))``, then ``x + MLP(norm(x))``, MLP widths [``mlp``, D]."""
 
     def __init__(
@@ -125,7 +125,8 @@ class VisionTransformer(nn.Module):
         self.class_token = nn.Embedding(1, width) if class_token else None
         self.positions = nn.Embedding(length, width)
         self.blocks = nn.ModuleList(
-            Block(width, heads, length, mechanism, options or {}, dropout, mlp or 2 * width) for _ in range(layers)
+            VisionBlock(width, heads, length, mechanism, options or {}, dropout, mlp or 2 * width)
+            for _ in range(layers)
         )
         self.norm = nn.LayerNorm(width, eps=NORM_EPS) if final_norm else nn.Identity()
         self.head_hidden = nn.Linear(width, head_hidden) if head_hidden else None

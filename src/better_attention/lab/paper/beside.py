@@ -8,21 +8,15 @@ from pathlib import Path
 from types import MappingProxyType
 
 from better_attention.lab import published
+from better_attention.lab.analysis.departures import changed_settings, other_samples, told
 from better_attention.lab.analysis.estimates import Estimate
 from better_attention.lab.analysis.study import Record
 from better_attention.lab.analysis.summary import COLUMNS, Column, Row, summarise
 from better_attention.lab.files import parse_json, read_regular
 from better_attention.lab.runs import manifest
-from better_attention.lab.tasks.catalogue import TASKS
 
-NUMBERS = range(1, 11)
 EDGE = 4
 """The table of inference times, which no training run has figures for: :mod:`better_attention.bench.edge` has."""
-
-_NO_OUTCOME = frozenset(
-    {"name", "title", "source", "scale", "heads", "default_heads", "seeds", "threads", "equal_params"}
-)
-"""Settings that decide nothing in a run of given heads and seed; equal_params chooses the table."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,8 +175,8 @@ class Block:
     def times_as_fast(self, line: Line, *, theirs: bool) -> float | None:
         """How many times as fast as standard attention with as many heads: ours, or the paper's; above 1 is faster.
 
-        Ours is the quotient of both speeds relative to ``nn.MultiheadAttention`` where both were measured, in turn with
-        the same model on torch's layer: seconds of runs that are hours apart also depend on the load of the machine.
+        Ours is the quotient of both speeds relative to ``nn.MultiheadAttention`` where both were measured, alternately
+        with the same model on torch's layer. Seconds of runs that are hours apart also depend on the machine's load.
         """
         standard = [other for other in self.lines if (other.mechanism, other.heads) == ("standard", line.heads)]
         paces = [one.estimate("times_as_fast") for one in (line, *standard)]
@@ -298,37 +292,9 @@ def _together(part: Part, records: Sequence[tuple[Path, Record]]) -> list[Ours]:
     return sorted(found, key=lambda ours: not ours.paper_scale)
 
 
-def other_samples(task: str, samples: object) -> dict[str, object]:
-    """``{"samples": ...}`` where the splits together have another number of samples than the paper's data.
-
-    Args:
-        task: name of the task.
-        samples: name of a split -> how many it has; anything else is unknown.
-    """
-    theirs = published.SAMPLES.get(task)
-    counts = list(samples.values()) if isinstance(samples, Mapping) else []
-    if theirs is None or not counts or not all(isinstance(count, int) for count in counts) or sum(counts) == theirs:
-        return {}
-    return {"samples": sum(counts)}
-
-
-def told(task: str, changed: Mapping[str, object]) -> str:
-    """Changed settings in words: ``epochs=1, 28,891 samples instead of 3,650,000``."""
-    return ", ".join(
-        f"{value:,} samples instead of {published.SAMPLES[task]:,}" if key == "samples" else f"{key}={value}"
-        for key, value in changed.items()
-    )
-
-
 def _contradicts(records: Sequence[Record], record: Record) -> bool:
     own = ("mechanism", "heads", "seed")
     return any(other != record and all(other[key] == record[key] for key in own) for other in records)
-
-
-def changed_settings(task: str, settings: Mapping[str, object]) -> dict[str, object]:
-    """The settings that differ from those of the paper's scale."""
-    theirs: Mapping[str, object] = TASKS[task]("paper").settings() if task in TASKS else {}
-    return {key: value for key, value in settings.items() if key not in _NO_OUTCOME and theirs.get(key, value) != value}
 
 
 def _lines(part: Part, ours: Ours | None) -> list[Line]:

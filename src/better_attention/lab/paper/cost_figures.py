@@ -50,7 +50,7 @@ def flops(form: str, mechanism: str, embed_dim: int, heads: int, length: int) ->
 def cost_ratio(heads: int, form: str = "paper") -> NDArray[np.float64]:
     """Figure 3's panel for ``heads``: FLOPs of standard over those of efficient attention, (ℓ, d_m) over powers of two.
 
-    NaN where a real layer of that width cannot have so many heads.
+    NaN where a real layer of that width cannot have that many heads.
     """
     return np.array(
         [[flops(form, "standard", d, heads, n) / flops(form, "efficient", d, heads, n) for d in POWERS] for n in POWERS]
@@ -81,7 +81,7 @@ def cost_figure(number: int, path: str | Path, form: str = "paper") -> None:
         form: ``"paper"``: eq. 24; ``"exact"``: the exact count.
 
     Raises:
-        ValueError: another number, form or kind of file, or a file of somebody else's.
+        ValueError: another number, form or kind of file, or a file that another program wrote.
     """
     check_choice(form, "form", FORMS)
     draw = {2: _against_width, 3: _heat_maps, 4: _surfaces}.get(number)

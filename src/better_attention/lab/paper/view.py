@@ -10,11 +10,12 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from better_attention.lab import csv_json
 from better_attention.lab.analysis.estimates import Estimate, number
 from better_attention.lab.analysis.summary import Column
 from better_attention.lab.files import plain
 from better_attention.lab.paper.beside import TABLES, Block, Line
-from better_attention.lab.report.tables import Strip, print_fitting, safe, write_lines
+from better_attention.lab.report.tables import Strip, print_fitting
 
 
 def print_blocks(table: int, found: Sequence[Block], console: Console) -> None:
@@ -24,8 +25,8 @@ def print_blocks(table: int, found: Sequence[Block], console: Console) -> None:
         Text(
             "Ours: mean ± half width of the 95 % interval over seeds, of one seed its value alone. The paper: means of "
             "five runs (ImageNet: one), no spread given; seconds on an RTX 4090. Times as fast: above 1 is faster, as "
-            "standard attention or as torch.nn.MultiheadAttention; ours from updates timed in turn, where a run has "
-            "them.",
+            "standard attention or as torch.nn.MultiheadAttention; ours from updates timed alternately, where a run "
+            "has them.",
             style="dim",
         )
     )
@@ -132,15 +133,14 @@ def write_csv(found: Sequence[Block], path: str | Path) -> None:
             "source": block.part.published()[0]["source"],
             "scale": block.ours and block.ours.scale,
             "paper_scale": block.ours and block.ours.paper_scale,
-            **({"departures": safe("; ".join(block.ours.departures))} if block.ours and block.ours.departures else {}),
+            **({"departures": "; ".join(block.ours.departures)} if block.ours and block.ours.departures else {}),
             **cells,
-            "mechanism": safe(line.mechanism),
         }
         for block in found
-        for line, cells in _flat(block)
+        for _, cells in _flat(block)
     ]
     header = list(dict.fromkeys(key for cells in lines for key in cells))
-    write_lines(path, header, ([cells.get(key) for key in header] for cells in lines))
+    csv_json.write_csv(path, header, ([cells.get(key) for key in header] for cells in lines))
 
 
 def _flat(block: Block) -> Iterator[tuple[Line, dict[str, object]]]:

@@ -87,7 +87,7 @@ def rows(task: str) -> list[Row]:
 
 
 def edge_inference() -> list[Row]:
-    """Table 4: seconds that 5,000 samples take on an Apple M2, a row a mechanism and number of heads.
+    """Table 4: seconds that 5,000 samples take on an Apple M2, one row per mechanism and number of heads.
 
     >>> [row["mnist"] for row in edge_inference() if row["heads"] == 8]
     [6.89, 6.37, 6.1, 6.65]

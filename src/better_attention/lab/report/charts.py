@@ -23,7 +23,7 @@ Series = tuple[Sequence[float], Sequence[float]]
 
 
 def learning_curves(runs: Mapping[str, Sequence[Series]], *, dark: bool, falling: bool = True) -> bytes:
-    """One panel of a report as SVG: a line a mechanism, the mean over its seeds, in a band from least to greatest.
+    """One panel of a report as SVG: one line per mechanism, the mean over its seeds, in a band from least to greatest.
 
     The mean stops at the last epoch that every seed reached; from there each seed has its own thin line, since a mean
     over ever fewer seeds jumps. A single epoch is a dot a mechanism, side by side, with a line from least to greatest.
@@ -89,7 +89,7 @@ Points = Mapping[int, Estimate]
 
 
 def over_heads(runs: Mapping[str, Points], *, dark: bool) -> bytes:
-    """Means with their 95 % intervals over the number of heads as SVG, a line a mechanism.
+    """Means with their 95 % intervals over the number of heads as SVG, one line per mechanism.
 
     The numbers of heads stand at equal distances; mechanisms are moved aside a little, so that no interval hides
     another's.

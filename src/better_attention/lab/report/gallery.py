@@ -10,7 +10,7 @@ import numpy as np
 from markupsafe import Markup
 
 from better_attention.lab.analysis.estimates import Estimate, number
-from better_attention.lab.analysis.study import Curve, RunName
+from better_attention.lab.analysis.study import Curve
 from better_attention.lab.analysis.summary import Row, columns_of
 from better_attention.lab.report import heatmaps
 from better_attention.lab.report.charts import (
@@ -22,6 +22,7 @@ from better_attention.lab.report.charts import (
     weight,
     weights_over_angle,
 )
+from better_attention.lab.runs.name import RunName
 from better_attention.mechanism import MECHANISMS
 
 PANELS = (
@@ -70,7 +71,7 @@ class CurveGroup:
 
 
 def curve_groups(curves: Mapping[str, Curve], album: Album) -> list[CurveGroup]:
-    """The learning curves, one group of panels a number of heads, a line a mechanism."""
+    """The learning curves, one group of panels for each number of heads, one line per mechanism."""
     by_heads: dict[int | None, dict[str, list[Curve]]] = {}
     for name, curve in curves.items():
         run = RunName.of(name)

@@ -20,6 +20,7 @@ from better_attention.lab.report.forest import forest
 from better_attention.lab.report.page import template
 from better_attention.lab.report.scatter import scatter
 from better_attention.lab.report.style import MARKER_PATHS, look
+from better_attention.lab.runs.name import RunName
 
 PICTURE_ROOM = 2_400_000
 """Characters of pictures on a page, so that it stays below 3 MB and opens at once on a phone."""
@@ -47,6 +48,7 @@ def render(study: Study) -> str:
     rows = summary.summarise(study.records)
     columns = summary.by_importance(summary.columns_of(rows))
     main = [column for column in columns if column.tested]
+    run_columns = _run_columns(columns)
     album = gallery.Album(PICTURE_ROOM)
     compared = [column for column in summary.compared_columns(rows) if column.tested]
     # Small and about everything first: what finds no room is the last of the maps and kernels.
@@ -65,8 +67,8 @@ def render(study: Study) -> str:
         speed=learning_speed.lines(rows, study.records) if study.threshold else [],
         speed_sentences=learning_speed.sentences(rows, study.threshold) if study.threshold else [],
         links=_links(study),
-        run_columns=_run_columns(columns),
-        run_lines=_run_lines(study, _run_columns(columns)),
+        run_columns=run_columns,
+        run_lines=_run_lines(study, run_columns),
         origin=findings.origin(str(study.task.get("name", "")), rows),
         notes=[*study.notes, *findings.gaps(rows)],
         standings=findings.standings(rows),
@@ -120,7 +122,7 @@ def _advice(study: Study, rows: Sequence[Row], columns: Sequence[Column]) -> dic
 
 
 _FOLDER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
-"""Folders of runs as ``run_name`` of :mod:`better_attention.lab.runs.folder` names them: never another place."""
+"""Names of run folders that are linked: a path with a separator would lead to another place."""
 
 
 def _links(study: Study) -> dict[str, str]:
@@ -137,7 +139,7 @@ def _run_lines(study: Study, columns: Sequence[Column]) -> list[tuple[str, list[
     """Name of each run and its numbers, None where it has none."""
     found = []
     for record in study.records:
-        name = f"{record.get('mechanism')}-h{record.get('heads')}-s{record.get('seed')}"
+        name = str(RunName.of_record(record))
         values = [(c, v if isinstance(v := record.get(c.key), int | float) else None) for c in columns]
         found.append((name, values))
     return found

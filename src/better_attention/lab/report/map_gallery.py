@@ -10,13 +10,14 @@ import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
 
-from better_attention.lab.analysis.study import AlignmentPicture, AttentionMap, RunName
+from better_attention.lab.analysis.study import AlignmentPicture, AttentionMap
 from better_attention.lab.report import heatmaps
 from better_attention.lab.report.gallery import Album
+from better_attention.lab.runs.name import RunName
 from better_attention.text import plural
 
 HEADS_SHOWN = 8
-"""Of a layer with more heads the first so many are drawn, and the page says so."""
+"""Of a layer with more heads only the first ones, this number of them, are drawn, and the page says so."""
 
 
 @dataclass(slots=True)

@@ -51,7 +51,7 @@ def saved(figure: Figure, kind: str, *, transparent: bool = False, signed: bool 
 
 
 def blank(width: float, height: float) -> Figure:
-    """An empty figure of so many inches."""
+    """An empty figure of this size in inches."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)  # a canvas of its own: pyplot and its global state stay out of it
     return figure

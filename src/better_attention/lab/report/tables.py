@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from better_attention.lab import csv_json
 from better_attention.lab.analysis.estimates import number
 from better_attention.lab.analysis.findings import gaps
 from better_attention.lab.analysis.learning_speed import told
@@ -31,7 +28,7 @@ from better_attention.lab.analysis.summary import (
     paper_value,
     summarise,
 )
-from better_attention.lab.files import plain, write_atomic
+from better_attention.lab.files import plain
 
 __all__ = ["Row", "print_table", "summarise", "write_csv", "write_json"]
 
@@ -191,6 +188,9 @@ def write_csv(rows: Sequence[Row], path: str | Path, threshold: Threshold | None
     ``_p_wilcoxon``, ``_p_holm`` (the former, or the latter where there is no spread, corrected for the number of
     comparisons), ``_effect`` (d_z, Hedges) and ``_verdict``.
 
+    ``departures`` says what sets the runs of a row apart from the paper's, settings and data; it is empty where nothing
+    does, and where the paper does not have the task.
+
     Numbers stay numbers, in full precision; free text that a spreadsheet could take for a formula is prefixed by an
     apostrophe. A cell without a value is empty.
 
@@ -202,8 +202,8 @@ def write_csv(rows: Sequence[Row], path: str | Path, threshold: Threshold | None
     """
     columns = columns_of(rows)
     table = [_flat(row, columns) | ({"threshold_accuracy": threshold.accuracy} if threshold else {}) for row in rows]
-    header = tuple(table[0]) if table else ("task", "scale", "mechanism", "score", "heads", "seeds")
-    write_lines(path, header, (cells.values() for cells in table))
+    header = tuple(table[0]) if table else ("task", "scale", "mechanism", "score", "heads", "seeds", "departures")
+    csv_json.write_csv(path, header, (cells.values() for cells in table))
 
 
 def write_curves(curves: Mapping[str, Sequence[Mapping[str, float]]], path: str | Path) -> None:
@@ -212,23 +212,13 @@ def write_curves(curves: Mapping[str, Sequence[Mapping[str, float]]], path: str 
     Training values are running averages over the epoch, dropout on; ``results.csv`` has those of the finished model.
     """
     header = list(dict.fromkeys(key for curve in curves.values() for epoch in curve for key in epoch))
-    lines = ([safe(run), *(epoch.get(key) for key in header)] for run, curve in curves.items() for epoch in curve)
-    write_lines(path, ("run", *header), lines)
-
-
-def write_lines(path: str | Path, header: Iterable[str], lines: Iterable[Iterable[object]]) -> None:
-    """Write a CSV file, atomically; a cell that is None is empty."""
-    buffer = io.StringIO(newline="")
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(header)
-    for cells in lines:
-        writer.writerow("" if cell is None else cell for cell in cells)
-    write_atomic(path, buffer.getvalue())
+    lines = ([run, *(epoch.get(key) for key in header)] for run, curve in curves.items() for epoch in curve)
+    csv_json.write_csv(path, ("run", *header), lines)
 
 
 def _flat(row: Row, columns: Sequence[Column]) -> dict[str, object]:
-    cells: dict[str, object] = {key: safe(getattr(row, key)) for key in ("task", "scale", "mechanism", "score")}
-    cells |= {"heads": row.heads, "seeds": len(row.seeds)}
+    cells: dict[str, object] = {key: getattr(row, key) for key in ("task", "scale", "mechanism", "score")}
+    cells |= {"heads": row.heads, "seeds": len(row.seeds), "departures": "; ".join(row.departures) or None}
     for column in columns:
         key, ours, gain = column.key, row.estimates.get(column.key), row.gains.get(column.key)
         theirs = paper_value(row, column)
@@ -262,31 +252,6 @@ def _tested(row: Row, key: str) -> dict[str, object]:
     }
 
 
-def safe(text: str) -> str:
-    """Free text as a CSV cell: on one line, and never a formula (OWASP, "CSV injection")."""
-    line = plain(text)
-    # Judged with leading blanks away (some programs trim) and before tabs became blanks; wide forms count too.
-    formula = line.lstrip().startswith(("=", "+", "-", "@", "＝", "＋", "－", "＠")) or text.startswith(
-        ("\t", "\r", "\n")
-    )
-    return f"'{line}" if formula else line
-
-
 def write_json(records: Sequence[Record], path: str | Path) -> None:
-    """Write the records as a JSON array, one object a run, atomically.
-
-    JSON has no NaN and no infinity: such numbers, of a run that diverged, are written as null.
-    """
-    text = json.dumps([_finite(dict(record)) for record in records], indent=2, ensure_ascii=False, allow_nan=False)
-    # A lone surrogate in a path or message is no UTF-8: it is written as "?".
-    write_atomic(path, text.encode("utf-8", "replace") + b"\n")
-
-
-def _finite(value: object) -> object:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value
+    """Write the records as a JSON array of one object per run, atomically; numbers that are not finite become null."""
+    csv_json.write_json(path, [dict(record) for record in records])

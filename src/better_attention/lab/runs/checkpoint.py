@@ -1,7 +1,7 @@
 """Checkpoints: the whole state of a training run, on disk whole or not at all, in safetensors and JSON.
 
 A checkpoint is a pair, ``checkpoint-000007.safetensors`` and ``checkpoint-000007.json``. The JSON is
-written last and carries the SHA-256 of both, so a pair that a crash, a full disk or a flipped bit spoilt is
+written last and carries the SHA-256 of both, so a pair that was damaged by a crash, a full disk or a flipped bit is
 recognised, and the previous pair, which is kept until then, takes its place. Nothing is ever unpickled.
 """
 
@@ -38,14 +38,14 @@ def save(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) 
     stem = f"checkpoint-{number:06d}"
     content = tensor_bytes(tensors)
     manifest = {"tensors": sha256(content).hexdigest(), "state": state}
-    # An earlier one without its JSON was never whole: it is not the one to fall back on.
+    # A pair without its JSON was never complete, so it is not the one to fall back on.
     previous = max((n for n in numbers if (folder / f"checkpoint-{n:06d}.json").exists()), default=None)
     try:
         write_atomic(folder / f"{stem}.safetensors", content, make_folder=False)
         text = json.dumps({"digest": _digest(manifest), **manifest}, allow_nan=False)
         write_atomic(folder / f"{stem}.json", text, make_folder=False)
     except OSError:
-        _remove(folder, number)  # half a pair would only take room
+        _remove(folder, number)  # half a pair is of no use and takes space
         raise
     for other in numbers - {previous}:
         _remove(folder, other)
@@ -54,7 +54,7 @@ def save(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) 
 def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     """The newest whole checkpoint in ``folder`` (tensors on the CPU, state); None if there is none.
 
-    Warns of each damaged one that it passes over.
+    Warns about each damaged one that it skips.
     """
     for number in sorted(_numbers(folder), reverse=True):
         stem = folder / f"checkpoint-{number:06d}"
@@ -65,8 +65,8 @@ def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
                 raise ValueError(f"{stem.name}.json was altered: its digest is {_digest(manifest)}, not {digest}")
             with open_regular(stem.with_suffix(".safetensors")) as file:
                 content = file.read()
-            if (found := sha256(content).hexdigest()) != manifest["tensors"]:
-                raise ValueError(f"{stem.name}.safetensors has SHA-256 {found}, not {manifest['tensors']}")
+            if (digest := sha256(content).hexdigest()) != manifest["tensors"]:
+                raise ValueError(f"{stem.name}.safetensors has SHA-256 {digest}, not {manifest['tensors']}")
             return safetensors.torch.load(content), manifest["state"]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             warnings.warn(f"{folder}: passing over a damaged checkpoint ({error}).", stacklevel=2)
@@ -76,7 +76,7 @@ def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
 def last_state(folder: Path) -> dict[str, Any] | None:
     """The state of the newest checkpoint in ``folder`` whose tensors are there, None if there is none.
 
-    Of the tensors only the head is read, for a listing; :func:`load` checks every byte.
+    For a listing: of the tensors only the header is read. :func:`load` checks every byte.
     """
     for number in sorted(_numbers(folder), reverse=True):
         stem = folder / f"checkpoint-{number:06d}"
@@ -109,23 +109,23 @@ def check_digest(path: Path, digest: object) -> None:
 
     Args:
         path: the file.
-        digest: their SHA-256 as it was written down; None: by a version that did not.
+        digest: their SHA-256 as the run recorded it; None for runs of a version that did not record it.
 
     Raises:
-        ValueError: they are others.
+        ValueError: the file was changed.
     """
     if digest is None:
         return
-    found = digest_of(path)
-    if found != digest:
+    actual = digest_of(path)
+    if actual != digest:
         raise ValueError(
-            f"{path} was changed since it was written: its SHA-256 is {found}, not {digest}. Delete the run and train "
+            f"{path} was changed since it was written: its SHA-256 is {actual}, not {digest}. Delete the run and train "
             "it again."
         )
 
 
 def tensor_count(path: Path) -> int:
-    """Number of tensors in a safetensors file, of which only the head is read.
+    """Number of tensors in a safetensors file, of which only the header is read.
 
     Raises:
         ValueError: the file is damaged.
@@ -141,24 +141,24 @@ def tensor_count(path: Path) -> int:
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Put the weights in the safetensors file ``path`` in place of ``model``'s, which may be on the meta device.
+    """Replace the weights of ``model``, which may be on the meta device, by those in the safetensors file ``path``.
 
     Raises:
-        ValueError: the file is damaged, or its names, shapes or dtypes are not the model's; found before any
-            tensor is read.
+        ValueError: the file is damaged, or its names, shapes or dtypes are not the model's. Names and shapes
+            are compared before any tensor is read.
     """
     expected = {name: (tuple(t.shape), t.dtype) for name, t in model.state_dict().items()}
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
             wrong = [
-                f"{name}: {found.get(name, 'missing')} in the file, {expected.get(name, ('unknown',))[0]} in the model"
-                for name in sorted(found.keys() | expected.keys())
-                if found.get(name) != expected.get(name, ("unknown",))[0]
+                f"{name}: {stored.get(name, 'missing')} in the file, {expected.get(name, ('unknown',))[0]} in the model"
+                for name in sorted(stored.keys() | expected.keys())
+                if stored.get(name) != expected.get(name, ("unknown",))[0]
             ]
             if wrong:
                 raise ValueError(f"{path} does not hold the weights of this model:\n  " + "\n  ".join(wrong[:10]))
-            tensors = {name: file.get_tensor(name) for name in found}
+            tensors = {name: file.get_tensor(name) for name in stored}
     except safetensors.SafetensorError as error:
         raise ValueError(
             f"{path} is not a whole safetensors file ({error}). Delete the run and train it again."
@@ -189,13 +189,13 @@ def _digest(manifest: Mapping[str, Any]) -> str:
 
 
 def _numbers(folder: Path) -> set[int]:
-    found = (
+    matches = (
         re.fullmatch(r"checkpoint-(\d{6})\.(?:json|safetensors)", path.name) for path in folder.glob("checkpoint-*")
     )
-    return {int(match[1]) for match in found if match}
+    return {int(match[1]) for match in matches if match}
 
 
 def _remove(folder: Path, number: int) -> None:
-    """Remove one pair, the JSON first, so that no pair is ever half there and taken for whole."""
+    """Remove one pair, the JSON first: tensors without their JSON are never mistaken for a complete pair."""
     for suffix in (".json", ".safetensors"):
         (folder / f"checkpoint-{number:06d}{suffix}").unlink(missing_ok=True)

@@ -1,7 +1,7 @@
 """``manifest.sha256``: the SHA-256 of every file of a finished run, or of the results of a comparison.
 
 It has the form that ``sha256sum`` writes, so that ``sha256sum -c manifest.sha256`` checks the files without this
-program. Only one spelling of it is accepted: a flipped bit in the manifest itself is noticed as well.
+program. Only one spelling is accepted, so that a flipped bit in the manifest itself is noticed, too.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def write(folder: Path, digests: Mapping[str, str], *, make_folder: bool = True)
 
 
 def add(folder: Path, names: Collection[str]) -> None:
-    """Put files of ``folder``, as they are now, into its manifest, which may list others too.
+    """Add files of ``folder``, as they are now, to its manifest, which may list other files too.
 
     Raises:
         OSError: a file cannot be read, or the manifest not be written.
@@ -40,7 +40,7 @@ def add(folder: Path, names: Collection[str]) -> None:
 
 
 def remove(folder: Path, names: Collection[str]) -> None:
-    """Take files, which are to be written anew, out of the manifest of ``folder``.
+    """Remove files that are about to be rewritten from the manifest of ``folder``.
 
     Raises:
         OSError: the manifest cannot be written.
@@ -63,16 +63,16 @@ def check_listed(path: Path) -> None:
 
 
 def _others(folder: Path, names: Collection[str]) -> dict[str, str]:
-    """What the manifest says of other files; nothing if it is damaged."""
+    """The entries of other files in the manifest; none if it is damaged."""
     try:
         listed = read(folder) or {}
     except ValueError:
         return {}
-    return {name: found for name, found in listed.items() if name not in names}
+    return {name: digest for name, digest in listed.items() if name not in names}
 
 
 def read(folder: Path) -> dict[str, str] | None:
-    """Name of a file -> its SHA-256, as the manifest of ``folder`` has them; None without a manifest.
+    """Name of a file -> its SHA-256, from the manifest of ``folder``; None without a manifest.
 
     Raises:
         ValueError: the manifest is damaged.
@@ -83,22 +83,22 @@ def read(folder: Path) -> dict[str, str] | None:
         content = read_regular(path, 2**20)
     except FileNotFoundError:
         return None
-    found = [_LINE.fullmatch(line) for line in content.decode("ascii", "replace").split("\n")[:-1]]
-    names = [match[2] for match in found if match]
-    if not content.endswith(b"\n") or len(names) < len(found) or names != sorted(set(names)):
+    lines = [_LINE.fullmatch(line) for line in content.decode("ascii", "replace").split("\n")[:-1]]
+    names = [match[2] for match in lines if match]
+    if not content.endswith(b"\n") or len(names) < len(lines) or names != sorted(set(names)):
         raise ValueError(f"{path} was changed since it was written: it is not a list of SHA-256 digests and names.")
-    return {match[2]: match[1] for match in found if match}
+    return {match[2]: match[1] for match in lines if match}
 
 
 def check(folder: Path, names: Collection[str] | None = None, *, may_lack: Collection[str] = ()) -> bool:
     """Make sure that files of ``folder`` are as they were written.
 
     Args:
-        names: of the files to look at; None: every file in the manifest.
+        names: the files to check; None: every file in the manifest.
         may_lack: files that may have been removed.
 
     Returns:
-        Whether there is a manifest; without one nothing is checked.
+        Whether there is a manifest. Without one, nothing is checked.
 
     Raises:
         ValueError: names the first file that was changed, is missing or is not in the manifest.

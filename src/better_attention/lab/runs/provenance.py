@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 
-import better_attention
-
+PACKAGE = Path(__file__).resolve().parents[2]
+"""The folder of this package."""
 SOURCE = ("src", "pyproject.toml", "constraints.txt")
-"""What a run depends on, of a checkout."""
+"""The files of a checkout that decide what a run computes."""
 
 
 def environment(command: str) -> dict[str, Any]:
-    """Where a run happens: recorded, not compared."""
+    """Where a run happens. It is recorded, but not compared when a run is continued."""
     return {
         "command": command,
         "commit": commit(),
@@ -30,22 +30,22 @@ def environment(command: str) -> dict[str, Any]:
 
 
 @cache
-def commit() -> str:
-    """The commit of the source that runs, ``+changes`` where it differs from that, or ``"unknown"``.
+def commit(package: Path = PACKAGE) -> str:
+    """The commit of the source in use, with ``+changes`` if it was modified since; ``"unknown"`` outside a checkout.
 
-    What else lies in the checkout, results that a command has just rewritten for example, does not count.
+    Other files of the checkout do not count, for example results that a command has just rewritten.
 
-    Only a checkout of better-attention itself is asked: an installed package may lie inside another
-    project's repository, whose commit would say nothing.
+    Args:
+        package: folder of the package. Only ``CHECKOUT/src/better_attention`` is recognised: an installed package may
+            lie inside the repository of another project, whose commit would be misleading.
     """
-    package = Path(better_attention.__file__).resolve().parent
     checkout = package.parent.parent
     if package != checkout / "src" / "better_attention" or not (checkout / ".git").exists():
         return "unknown"
     try:
         head = _git(checkout, "rev-parse", "HEAD")
-        changed = _git(checkout, "status", "--porcelain", "--untracked-files=no", "--", *SOURCE)
-        return head + ("+changes" if changed else "")
+        changed_files = _git(checkout, "status", "--porcelain", "--untracked-files=no", "--", *SOURCE)
+        return head + ("+changes" if changed_files else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
 
@@ -58,17 +58,17 @@ def _git(checkout: Path, *arguments: str) -> str:
 @cache
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that numbers may depend on."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for package in ("better-attention", "torch", "accelerate", "numpy", "safetensors"):
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "not installed as a package"
-    return found
+            installed[package] = "not installed as a package"
+    return installed
 
 
 def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """Key, old and new value of each entry in which two descriptions differ; those within mappings one by one."""
+    """Key, old and new value of each entry in which two descriptions differ; nested mappings entry by entry."""
     for key in sorted(before.keys() | now.keys()):
         old, new = before.get(key), now.get(key)
         if isinstance(old, Mapping) and isinstance(new, Mapping):

@@ -1,7 +1,7 @@
-"""What an experiment is, as data: a data set, a model, and the settings of its training.
+"""An experiment as data: a data set, a model, and the settings of its training.
 
-A task is a frozen dataclass that a function of ``tasks/`` returns for a scale; every variant is a
-``dataclasses.replace`` of it.
+A task is a frozen dataclass that a function of ``tasks/catalogue/`` returns for a scale; every variant of it is made by
+``dataclasses.replace``.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from better_attention.errors import check_choice, check_float, check_int
+from better_attention.lab.tasks.inputs import NamedInput, StandardInput, read_texts
 from better_attention.lab.tasks.optimisers import RMSprop
 from better_attention.lab.tasks.splits import Split, Splits
 from better_attention.lab.tasks.variant import Variant
@@ -33,7 +34,7 @@ OPTIMISERS = ("adam", "adamw", "rmsprop")
 
 @dataclass(frozen=True)
 class Shown:
-    """One input for people to look at: the tokens of a text, or a uint8 picture (H, W) or (H, W, 3)."""
+    """One input in readable form: the tokens of a text, or a uint8 picture (H, W) or (H, W, 3)."""
 
     tokens: tuple[str, ...] | None = None
     picture: NDArray[np.uint8] | None = None
@@ -41,7 +42,7 @@ class Shown:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model says of one input.
+    """The prediction of a model for one input.
 
     Args:
         label: the likeliest class, or the text that was generated.
@@ -61,33 +62,32 @@ class Task(ABC):
     Args:
         name, title, source: key on the command line, one line for people, where the paper has it.
         scale: ``"smoke"`` (seconds), ``"small"`` (minutes) or ``"paper"`` (the paper's setting).
-        dataset: key of :data:`better_attention.lab.data.SOURCES`.
+        dataset: key of :data:`better_attention.lab.data.published.SOURCES`, or a name that only the task knows.
         width, length, layers: model width d, sequence length ℓ, attention layers.
         heads, default_heads: head counts of the paper's ablation; the one compared by default.
-        seeds: runs of each row unless told otherwise.
+        seeds: default number of runs of each row.
         epochs: most epochs of a run.
         patience: epochs without a better validation loss after which a run stops; 0: never.
         batch_size: samples of one update, over all processes together.
-        optimiser, lr, weight_decay: ``"adam"``, ``"adamw"`` or ``"rmsprop"`` (Keras') and its numbers.
+        optimiser, lr, weight_decay: ``"adam"``, ``"adamw"`` or ``"rmsprop"`` (as in Keras), and its parameters.
         dropout: rate inside the blocks.
         validation_share: share of the training split that is held out as validation.
         train_samples, test_samples: random subsets for the smaller scales; None: everything.
         data_seed: seed of the validation cut and of the subsets, the same for every run.
         equal_params: give every mechanism the width at which its model comes nearest to the parameters of the standard
             model at ``width``, as table 7 of arXiv 2403.01643 does by hand.
-        threads: most CPU threads of a run; None: as many as torch takes. Models this small lose more by handing work
-            to a second thread than it gains, and lose badly where another program wants that core.
+        threads: most CPU threads of a run; None: torch's default. Very small models lose more by handing work to a
+            second thread than they gain, especially where another program needs that core.
     """
 
-    follows: ClassVar[Mapping[str, str]] = {
-        "heads": "--heads",
-        "default_heads": "--heads",
-        "seeds": "--seeds",
-    }
-    """Settings that something else decides -> what; to set them would do nothing."""
+    derived: ClassVar[Mapping[str, str]] = {}
+    """Settings that follow from others or from the data -> from which; to set them would do nothing."""
 
     own_data: ClassVar[bool] = False
     """Whether the data is the user's own, and every folder of it is read."""
+
+    unnumbered: ClassVar[str] = ""
+    """Why test samples cannot be named by number, and what to do instead; empty: see :meth:`numbered_samples`."""
 
     name: str
     title: str
@@ -129,6 +129,14 @@ class Task(ABC):
         for name in ("dropout", "validation_share"):
             share(getattr(self, name), name)
 
+    def at_length(self, length: int) -> Self:
+        """This task with inputs of ``length`` tokens, for measurements at other sizes.
+
+        Raises:
+            ValueError: its model cannot read inputs of that length.
+        """
+        return replace(self, length=length)
+
     def fitted(self, folder: Path | None = None) -> Self:
         """This task with what only the user's data can tell (classes, sizes) filled in; known data sets know it all.
 
@@ -136,6 +144,13 @@ class Task(ABC):
             ValueError: the data set is missing or damaged; the message says how to get it.
         """
         return self
+
+    @property
+    def reads_files(self) -> bool:
+        """Whether the data lies in files: it is neither made by the task nor carried by an installed package."""
+        from better_attention.lab.data.published import SOURCES
+
+        return self.dataset not in SOURCES or not SOURCES[self.dataset].embedded
 
     @abstractmethod
     def load(self, folder: Path | None = None) -> Splits:
@@ -160,7 +175,7 @@ class Task(ABC):
             return count(self.build(variant, heads))
 
     def torch_twin(self) -> Self:
-        """This task with a standard model that ``torch.nn.MultiheadAttention`` can compute, for the pace beside it."""
+        """This task with a standard model that ``torch.nn.MultiheadAttention`` can compute, to compare their speed."""
         return self
 
     def width_step(self, heads: int) -> int:
@@ -170,6 +185,70 @@ class Task(ABC):
     def sized(self, variant: Variant, heads: int) -> Self:
         """This task at the width of ``variant``: its own, or the one of about equal parameters in total."""
         return replace(self, width=equal_width(self, variant, heads)) if self.equal_params else self
+
+    def random_samples(self, samples: int) -> Split:
+        """Random inputs and targets of this task's shapes and types, always the same: for measurements of speed.
+
+        >>> from better_attention.lab.tasks.catalogue import TASKS
+        >>> TASKS["imdb"]("paper").random_samples(7).inputs.shape
+        torch.Size([7, 32])
+        """
+        first, second = (torch.Generator().manual_seed(seed) for seed in (0, 1))
+        return Split(self.random_inputs(samples, first), self.random_targets(samples, second))
+
+    @abstractmethod
+    def random_inputs(self, samples: int, generator: torch.Generator) -> Tensor:
+        """Encoded inputs (N, ...) drawn at random, without padding."""
+
+    @abstractmethod
+    def random_targets(self, samples: int, generator: torch.Generator) -> Tensor:
+        """Targets (N,) or (N, T) drawn at random."""
+
+    def read_inputs(
+        self, names: Sequence[str], standard_input: StandardInput, *, resize: bool = False
+    ) -> list[NamedInput]:
+        """New inputs for :meth:`encode`, by what a user calls them; here texts, see :func:`.inputs.read_texts`.
+
+        Args:
+            names: of the inputs.
+            standard_input: what ``-`` stands for.
+            resize: scale pictures to the size of the data set's.
+
+        Raises:
+            ValueError, FileNotFoundError: something that is not there or cannot be an input; the message names it.
+        """
+        return read_texts(names, standard_input)
+
+    def unlike(self, value: Any, assets: Mapping[str, Any]) -> list[str]:
+        """How an input differs from all that the model was trained on, as sentences that follow its name and a colon.
+
+        What a model predicts for such an input is worth little. Empty where nothing is known to differ.
+        """
+        return []
+
+    def numbered_samples(self, rows: Sequence[int], splits: Splits, folder: Path | None = None) -> list[NamedInput]:
+        """Samples of the test split by their numbers in the data set's own order, for :meth:`encode`.
+
+        Args:
+            rows: the numbers, from 0.
+            splits: what :meth:`load` gives.
+            folder: where it reads the data.
+
+        Raises:
+            ValueError: no such sample, or :attr:`unnumbered`.
+        """
+        if self.unnumbered:
+            raise ValueError(f"task {self.name!r} {self.unnumbered}")
+        inputs, targets = self.test_inputs(splits, folder)
+        classes = splits.assets["classes"]
+        for row in rows:
+            if not 0 <= row < len(inputs):
+                raise ValueError(f"test sample {row}: the test split has samples 0 to {len(inputs) - 1}.")
+        return [NamedInput(f"test sample {row}", inputs[row], classes[targets[row]]) for row in rows]
+
+    def test_inputs(self, splits: Splits, folder: Path | None = None) -> tuple[Sequence[Any], Sequence[int]]:
+        """Input and class of every test sample, before encoding and before any subset is taken."""
+        return list(splits.test.inputs.numpy()), splits.test.targets.tolist()
 
     @abstractmethod
     def encode(self, inputs: Any, assets: Mapping[str, Any]) -> Tensor:
@@ -185,7 +264,7 @@ class Task(ABC):
 
     @abstractmethod
     def show(self, inputs: Tensor, assets: Mapping[str, Any]) -> Shown:
-        """One encoded input, without the batch dimension, for people to look at."""
+        """One encoded input, without the batch dimension, in readable form."""
 
     def key_tokens(self, layer: str, shown: Shown) -> tuple[str, ...] | None:
         """The tokens of ``shown`` that are the keys of an attention layer, by its name in the model; None: no text."""
@@ -215,13 +294,13 @@ class Task(ABC):
         return False
 
     def examples(self, splits: Splits, number: int) -> list[tuple[int, str]]:
-        """Test samples for people to look at, each of another class: row and description."""
+        """Test samples for a report, each of another class: row and description."""
         targets = splits.test.targets.tolist()
         rows = [targets.index(target) for target in dict.fromkeys(targets)][:number]
         return [(row, f"test sample {row}, class {splits.assets['classes'][targets[row]]}") for row in rows]
 
     def predictions(self, model: nn.Module, inputs: Tensor, assets: Mapping[str, Any]) -> list[Prediction]:
-        """What ``model``, in eval mode, says of encoded inputs (B, ...): the likeliest class of each."""
+        """The likeliest class of each encoded input (B, ...) by ``model``, which is in eval mode."""
         classes = assets["classes"]
         return [
             Prediction(classes[best := row.index(max(row))], row[best], dict(zip(classes, row, strict=True)))
@@ -263,21 +342,21 @@ class Task(ABC):
         Raises:
             ValueError: an unknown or a missing field, or a value out of range.
         """
-        own = {f.name for f in fields(self)}
-        if own != set(settings):
+        known = {f.name for f in fields(self)}
+        if known != set(settings):
             raise ValueError(
-                f"settings of task {self.name!r}: unknown {sorted(set(settings) - own)}, "
-                f"missing {sorted(own - set(settings))}; written by another version of better-attention."
+                f"settings of task {self.name!r}: unknown {sorted(set(settings) - known)}, "
+                f"missing {sorted(known - set(settings))}; written by another version of better-attention."
             )
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
         return replace(self, **values)
 
 
 def share(value: object, name: str) -> float:
-    """``value`` as a number from 0 to below 1, or an error naming the setting: of all that is left out nothing is left.
+    """``value`` as a number from 0 to below 1, or an error naming the setting; a share of 1 would leave nothing.
 
     Raises:
-        TypeError, ValueError: it is none.
+        TypeError, ValueError: it is not such a number.
     """
     number = check_float(value, name, low=0.0, high=1.0)
     if number == 1:
@@ -305,66 +384,3 @@ def equal_width(task: Task, variant: Variant, heads: int) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if size(middle * step, variant) <= aim else (low, middle)
     return min((low * step, high * step, task.width), key=lambda width: abs(size(width, variant) - aim))
-
-
-def check_classes(task: Task, classes: int, there: Sequence[str]) -> None:
-    """Refuse data of another number of classes than the model is built for.
-
-    Raises:
-        ValueError: it is another.
-    """
-    if len(there) != classes:
-        raise ValueError(
-            f"task {task.name!r} is set to classes={classes}, but data set {task.dataset!r} has {len(there)}: "
-            f"leave `classes` as it is, or take classes={len(there)}."
-        )
-
-
-def cut(task: Task, train: int, test: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Row numbers of the training, validation and test samples.
-
-    Validation is cut from the official training split; smaller scales then take subsets of each part.
-    All three are random, in an order that depends on ``task.data_seed`` alone.
-
-    Raises:
-        ValueError: a part would be empty.
-    """
-    generator = torch.Generator().manual_seed(task.data_seed)
-    rows = torch.randperm(train, generator=generator)
-    tests = torch.randperm(test, generator=generator)[: task.test_samples].sort().values
-    size = train if task.train_samples is None else min(task.train_samples, train)
-    held_out = round(size * task.validation_share)
-    parts = rows[held_out:size], rows[:held_out], tests
-    for name, part in zip(("training", "validation", "test"), parts, strict=True):
-        if len(part) == 0:
-            raise ValueError(
-                f"task {task.name!r} leaves no {name} samples of {train} training and {test} test samples "
-                f"(validation_share={task.validation_share}, train_samples={task.train_samples}, "
-                f"test_samples={task.test_samples})."
-            )
-    return parts
-
-
-def subsets(task: Task, train: int, validation: int, test: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Row numbers of the training, validation and test samples where all three are given: all, or random subsets.
-
-    ``task.train_samples`` counts training and validation together, as it does where validation is cut from training.
-
-    Raises:
-        ValueError: a part would be empty.
-    """
-    limits: tuple[int | None, int | None] = (None, None)
-    if task.train_samples is not None:
-        held_out = min(validation, round(task.train_samples * task.validation_share))
-        limits = task.train_samples - held_out, held_out
-        if min(limits) < 1:
-            raise ValueError(
-                f"task {task.name!r} leaves no training or no validation samples (train_samples={task.train_samples}, "
-                f"validation_share={task.validation_share})."
-            )
-    generator = torch.Generator().manual_seed(task.data_seed)
-
-    def some(size: int, limit: int | None) -> Tensor:
-        return torch.randperm(size, generator=generator)[:limit].sort().values
-
-    return some(train, limits[0]), some(validation, limits[1]), some(test, task.test_samples)

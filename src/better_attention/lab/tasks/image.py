@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -14,25 +14,20 @@ from torch import Tensor, nn
 
 from better_attention.errors import check_choice, check_int
 from better_attention.lab.tasks.augmentation import AUGMENTATIONS, keras_augmented
-from better_attention.lab.tasks.base import Shown, Task, check_classes, cut, share
+from better_attention.lab.tasks.base import Shown, Task, share
+from better_attention.lab.tasks.inputs import NamedInput, StandardInput, picture_file, read_array, read_picture_of
+from better_attention.lab.tasks.picture_notes import overlap_notes, training_ground, unlike_training
 from better_attention.lab.tasks.splits import Split, Splits
+from better_attention.lab.tasks.subsets import check_classes, cut
 from better_attention.lab.tasks.variant import Variant
 
 if TYPE_CHECKING:
     import numpy as np
+    from numpy.typing import NDArray
+
+    from better_attention.lab.data.samples import Images
 
 SCORING_BATCH = 512
-HELD_OUT = ("validation", "test")
-COMPARED = 2 * 2**30
-"""Bytes up to which all pictures are looked through for the notes on them; above, reading them takes long."""
-BLANK = 8
-"""The largest difference between two pixels of a picture that is called blank, of 255."""
-GROUND = 0.9
-"""The share of the training pictures whose edges must be dark, or light, for a picture that differs to be told."""
-LOOKED_AT = 1000
-"""Training pictures whose edges are looked at."""
-DARK = 31
-"""The brightest pixel of a picture that is called nearly black, of 255; 16-bit files with 12 bits in them reach 15."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +46,7 @@ class ImageTask(Task):
         top5: measure the share of images whose class is among the five likeliest, where there are more than five.
     """
 
-    follows: ClassVar[Mapping[str, str]] = {**Task.follows, "length": "image_size, patch and class_token"}
+    derived: ClassVar[Mapping[str, str]] = {"length": "image_size, patch and class_token"}
 
     raw_size: int
     image_size: int
@@ -83,13 +78,26 @@ class ImageTask(Task):
             raise ValueError(f"patch must be <= image_size={self.image_size}, received {self.patch}.")
         object.__setattr__(self, "length", (self.image_size // self.patch) ** 2 + self.class_token)
 
-    def load(self, folder: Path | None = None) -> Splits:
-        """See :meth:`Task.load`."""
-        from better_attention.lab.data import Images, read
+    def at_length(self, length: int) -> Self:
+        """With square pictures of ``length`` patches, the class token included."""
+        side = math.isqrt(max(0, length - self.class_token))
+        if side < 1 or side**2 + self.class_token != length:
+            raise ValueError(f"task {self.name!r} reads square pictures, which cannot have {length} patches.")
+        return replace(self, image_size=side * self.patch, raw_size=side * self.patch)
+
+    def _images(self, folder: Path | None) -> Images:
+        """The data set as it is read, before anything is left out."""
+        from better_attention.lab.data.catalogue import read
+        from better_attention.lab.data.samples import Images
 
         images = read(self.dataset, folder)
         if not isinstance(images, Images):
             raise TypeError(f"task {self.name!r} needs images; data set {self.dataset!r} holds none.")
+        return images
+
+    def load(self, folder: Path | None = None) -> Splits:
+        """See :meth:`Task.load`."""
+        images = self._images(folder)
         check_classes(self, self.classes, images.classes)
         stored = {
             "raw_size": images.train_images.shape[1],
@@ -157,6 +165,42 @@ class ImageTask(Task):
             hits += int((likeliest == y[:, None]).sum())
         return {"top5": 100 * hits / len(split)}
 
+    def random_inputs(self, samples: int, generator: torch.Generator) -> Tensor:
+        """See :meth:`Task.random_inputs`; noise over the whole range of pixels."""
+        shape = (samples, self.image_size, self.image_size, *([self.channels] if self.channels > 1 else []))
+        return torch.randint(0, self.peak + 1, shape, dtype=torch.uint8, generator=generator)
+
+    def random_targets(self, samples: int, generator: torch.Generator) -> Tensor:
+        """See :meth:`Task.random_targets`."""
+        return torch.randint(self.classes, (samples,), generator=generator)
+
+    def read_inputs(
+        self, names: Sequence[str], standard_input: StandardInput, *, resize: bool = False
+    ) -> list[NamedInput]:
+        """The pictures in image files, and in ``.npy`` files as they are; see :meth:`Task.read_inputs`."""
+        inputs: list[NamedInput] = []
+        for number, name in enumerate(names, start=1):
+            path = picture_file(name, number)
+            if path.suffix == ".npy":
+                inputs += read_array(path, self.channels)
+            else:
+                inputs.append(NamedInput(str(path), self.read_picture(path, resize=resize)))
+        return inputs
+
+    def read_picture(self, path: Path, *, resize: bool = False) -> NDArray[np.uint8]:
+        """A picture file as :meth:`encode` reads it; of another size only with ``resize``.
+
+        Raises:
+            ValueError: a damaged file or another kind of file, or a picture of another size without ``resize``.
+        """
+        pixels = read_picture_of(path, self.raw_size, self.channels, task=self.name, resize=resize)
+        return (pixels * (self.peak / 255)).round().astype("uint8")
+
+    def test_inputs(self, splits: Splits, folder: Path | None = None) -> tuple[Sequence[Any], Sequence[int]]:
+        """See :meth:`Task.test_inputs`; of the whole data set, without padding."""
+        images = self._images(folder)
+        return list(images.test_images), images.test_labels.tolist()
+
     def encode(self, inputs: Any, assets: Mapping[str, Any]) -> Tensor:
         """Images (N, H, W[, 3]) or one image (H, W[, 3]), pixels 0 ... ``peak``, of the data set's size."""
         import numpy as np
@@ -184,29 +228,12 @@ class ImageTask(Task):
     def stored(self, splits: Splits) -> Mapping[str, Any]:
         """See :meth:`Task.stored`; ``"ground"`` says whether the training pictures are dark or light at their edges."""
         before = (self.image_size - self.raw_size) // 2
-        own = slice(before, before + self.raw_size)  # without the padding
-        every = max(1, len(splits.train) // LOOKED_AT)
-        return {**splits.assets, "ground": ground(splits.train.inputs[::every, own, own].cpu().numpy(), self.peak)}
+        inner = slice(before, before + self.raw_size)  # without the padding
+        return {**splits.assets, "ground": training_ground(splits.train.inputs[:, inner, inner], self.peak)}
 
-    def unlike(self, picture: np.ndarray[Any, Any], assets: Mapping[str, Any]) -> list[str]:
-        """In what a picture differs from those that the model was trained on, as sentences for the user.
-
-        Args:
-            picture: (H, W) or (H, W, 3), pixels 0 ... ``peak``; of any other shape nothing is said.
-            assets: of the run.
-        """
-        if picture.ndim not in (2, 3) or picture.shape[2:] not in ((), (3,)) or 0 in picture.shape:
-            return []
-        spread = float((picture.max(axis=(0, 1)) - picture.min(axis=(0, 1))).max())
-        if spread * 255 <= BLANK * self.peak:
-            return [f"blank, every pixel has nearly the same value. {BLANK_HINT}"]
-        theirs, own = assets.get("ground"), ground(picture[None], self.peak)
-        if theirs not in GROUNDS or own == theirs:
-            return []
-        return [
-            f"{own} at its edges, where the training pictures are {theirs}: the model has learned nothing about such "
-            "pictures, however sure it is. Invert the picture if it shows the same kind of thing"
-        ]
+    def unlike(self, value: Any, assets: Mapping[str, Any]) -> list[str]:
+        """See :meth:`Task.unlike`; blank pictures, and those on another ground, light or dark, than in training."""
+        return unlike_training(value, self.peak, str(assets.get("ground")))
 
     def show(self, inputs: Tensor, assets: Mapping[str, Any]) -> Shown:
         """The image that the model reads, its padding included."""
@@ -217,83 +244,3 @@ class ImageTask(Task):
         after = self.image_size - self.raw_size - before
         skip = [0, 0] if images.ndim == 4 else []
         return F.pad(torch.from_numpy(images), [*skip, before, after, before, after])
-
-
-GROUNDS = ("dark", "light")
-BLANK_HINT = (
-    "White shapes on a transparent ground come out so, because transparent parts are read as white, as they are shown; "
-    "save them on a dark ground"
-)
-
-
-def ground(pictures: np.ndarray[Any, Any], peak: int) -> str:
-    """Whether pictures are ``"dark"`` or ``"light"`` at their edges, by the median of the outermost pixels of each.
-
-    Args:
-        pictures: (N, H, W) or (N, H, W, 3), pixels 0 ... ``peak``.
-        peak: the value that means white.
-
-    Returns:
-        What is true of at least :data:`GROUND` of them; ``"mixed"`` if neither is.
-    """
-    import numpy as np
-
-    edges = np.concatenate((pictures[:, 0], pictures[:, -1], pictures[:, 1:-1, 0], pictures[:, 1:-1, -1]), axis=1)
-    light = float((np.median(edges.reshape(len(pictures), -1), axis=1) > peak / 2).mean())
-    return "light" if light >= GROUND else "dark" if light <= 1 - GROUND else "mixed"
-
-
-def blank_notes(splits: Splits) -> tuple[str, ...]:
-    """A note on pictures that are one colour all over, within :data:`BLANK`; nearly black ones have their own note."""
-    if not _looked_through(splits):
-        return ()
-    parts = [split.inputs.flatten(1, 2) for split in (splits.train, splits.validation, splits.test) if len(split)]
-    blank = 0
-    for part in parts:
-        low, high = part.amin(dim=1).reshape(len(part), -1), part.amax(dim=1).reshape(len(part), -1)
-        blank += int((((high - low).amax(dim=1) <= BLANK) & (high.amax(dim=1) > DARK)).sum())
-    if not blank:
-        return ()
-    return (
-        f"{blank:,} of {sum(map(len, parts)):,} pictures are blank, one colour all over: there is nothing to learn "
-        f"from them. {BLANK_HINT}",
-    )
-
-
-def dark_notes(splits: Splits) -> tuple[str, ...]:
-    """A note on pictures without a pixel brighter than :data:`DARK`: a model sees next to nothing of them."""
-    if not _looked_through(splits):
-        return ()
-    parts = [split.inputs for split in (splits.train, splits.validation, splits.test) if len(split)]
-    dark = sum(int((part.flatten(1).amax(dim=1) <= DARK).sum()) for part in parts)
-    if not dark:
-        return ()
-    return (
-        f"{dark:,} of {sum(map(len, parts)):,} pictures are nearly black, no pixel brighter than {DARK} of 255: files "
-        "of 16 bits that use 12 or fewer come out so; scale their values up to white before training",
-    )
-
-
-def overlap_notes(splits: Splits) -> tuple[str, ...]:
-    """A note for each held-out split with pictures that are trained on too, equal in every pixel that the model reads.
-
-    What a model has trained on says little of what it can do. Splits above :data:`COMPARED` bytes are not searched.
-    """
-    if not _looked_through(splits):
-        return ()
-    known = set(_digests(splits.train.inputs))
-    shared = {name: sum(digest in known for digest in _digests(getattr(splits, name).inputs)) for name in HELD_OUT}
-    return tuple(
-        f"{count:,} of {len(getattr(splits, name)):,} {name} pictures are training pictures too, pixel by pixel"
-        for name, count in shared.items()
-        if count
-    )
-
-
-def _looked_through(splits: Splits) -> bool:
-    """Whether the pictures are few enough for the notes that need all of them."""
-    return sum(split.inputs.nbytes for split in (splits.train, splits.validation, splits.test)) <= COMPARED
-
-
-def _digests(pictures: Tensor) -> Iterator[bytes]:
-    return (blake2b(picture.data, digest_size=16).digest() for picture in pictures.contiguous().numpy())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from better_attention.errors import check_choice
-from better_attention.lab.tasks.base import cut, subsets
-from better_attention.lab.tasks.image import ImageTask, blank_notes, dark_notes, overlap_notes
+from better_attention.lab.tasks.image import ImageTask
+from better_attention.lab.tasks.picture_notes import blank_notes, dark_notes, overlap_notes
 from better_attention.lab.tasks.splits import Split, Splits
+from better_attention.lab.tasks.subsets import cut, subsets
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,8 +37,8 @@ class FolderTask(ImageTask):
         official: pictures to train and to test with in the published data set; a note says where others were read.
     """
 
-    follows: ClassVar[Mapping[str, str]] = {
-        **ImageTask.follows,
+    derived: ClassVar[Mapping[str, str]] = {
+        **ImageTask.derived,
         "classes": "the data",
         "raw_size": "image_size",
         "peak": "the files: 255",
@@ -87,8 +88,8 @@ class FolderTask(ImageTask):
             *without,
             f"the shorter side of every picture was scaled to {self.image_size} pixels, and the middle square taken",
         ]
-        found = (len(pictures.parts["train"]), len(pictures.parts["test"]))
-        unlike = () if self.official is None else size_notes(*found, self.official)
+        sizes_there = (len(pictures.parts["train"]), len(pictures.parts["test"]))
+        unlike = () if self.official is None else size_notes(*sizes_there, self.official)
         notes += unlike
         splits = Splits(train, validation, test, assets={"classes": list(pictures.classes)}, departures=unlike)
         return replace(splits, notes=(*notes, *overlap_notes(splits), *dark_notes(splits), *blank_notes(splits)))
@@ -99,9 +100,17 @@ class FolderTask(ImageTask):
 
         if isinstance(inputs, str | Path) or (isinstance(inputs, np.ndarray) and _is_one(inputs)):
             inputs = [inputs]
-        pictures = [self.picture(one) for one in inputs]
+        pictures = [self.picture(source) for source in inputs]
         shape = (self.image_size, self.image_size, *([self.channels] if self.channels > 1 else []))
         return super().encode(np.stack(pictures) if pictures else np.empty((0, *shape), np.uint8), assets)
+
+    def read_picture(self, path: Path, *, resize: bool = False) -> NDArray[np.uint8]:
+        """See :meth:`ImageTask.read_picture`; pictures of every size are read, as in training."""
+        return self.picture(path)
+
+    def test_inputs(self, splits: Splits, folder: Path | None = None) -> tuple[Sequence[Any], Sequence[int]]:
+        """See :meth:`Task.test_inputs`; the decoded pictures that the task tests with."""
+        return list(splits.test.inputs.numpy()), splits.test.targets.tolist()
 
     def picture(self, source: str | Path | NDArray[np.uint8]) -> NDArray[np.uint8]:
         """One picture, from a file or from pixels, as the model reads it.
@@ -126,9 +135,9 @@ class FolderTask(ImageTask):
         return fit(Image.fromarray(array), self.image_size, self.channels)
 
     def _pictures(self, folder: Path | None) -> Pictures:
-        from better_attention.lab.data import NotFetched
+        from better_attention.lab.data.home import home
         from better_attention.lab.data.own_pictures.read import LAYOUT, find
-        from better_attention.lab.data.store import home
+        from better_attention.lab.data.samples import NotFetched
 
         base = home() if folder is None else folder
         below = base / self.dataset

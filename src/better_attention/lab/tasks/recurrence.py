@@ -1,7 +1,8 @@
 """Delayed recurrences: the next symbol from the one before and the one τ steps back. Our own definition, not a paper's.
 
-arXiv 2407.18601 reports "autoregressive prediction tasks" whose definition is not to be had; these are ours. Under the
-rule (a, b) a sequence goes on as x_t = (a x_{t-1} + b x_{t-τ}) mod N from τ symbols drawn at random, its initial state.
+arXiv 2407.18601 reports "autoregressive prediction tasks" whose definition is not published; these are ours. Under the
+rule (a, b) a sequence continues as x_t = (a x_{t-1} + b x_{t-τ}) mod N from τ symbols drawn at random, the initial
+state.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from better_attention.errors import check_choice, check_float, check_int
-from better_attention.lab.models.causal_decoder import POSITIONS
+from better_attention.lab.models.causal_decoder import POSITIONS, CausalDecoder, decoder_size
 from better_attention.lab.tasks.base import Shown, Task
 from better_attention.lab.tasks.splits import Split, Splits
 from better_attention.lab.tasks.variant import Variant
+from better_attention.mechanism import Mechanism
 
 RULES: Mapping[str, tuple[int, int]] = MappingProxyType(
     {"plus": (1, 1), "minus": (1, -1), "back": (-1, 1), "negative": (-1, -1)}
@@ -38,7 +40,7 @@ ENUMERATED = 16
 
 @dataclass(frozen=True, kw_only=True)
 class RecurrenceTask(Task):
-    """Predict every next symbol of a recurrence, by a :class:`~better_attention.lab.models.causal_decoder.Decoder`.
+    """Predict every next symbol of a recurrence, by :class:`~better_attention.lab.models.causal_decoder.CausalDecoder`.
 
     A model reads x_0 ... x_{τ+steps-2}, with several rules after a token that tells which one holds, and predicts
     what follows each symbol. Only x_t with t >= τ can be known, so they alone count, in loss and accuracy.
@@ -62,7 +64,8 @@ class RecurrenceTask(Task):
         ValueError, TypeError: a setting out of range.
     """
 
-    follows: ClassVar[Mapping[str, str]] = {**Task.follows, "length": "delay, steps and rules"}
+    derived: ClassVar[Mapping[str, str]] = {"length": "delay, steps and rules"}
+    unnumbered: ClassVar[str] = "computes its data. Name the symbols instead, as in '1 0 1'."
 
     modulus: int
     delay: int
@@ -99,6 +102,18 @@ class RecurrenceTask(Task):
                     "choose a larger modulus."
                 )
             meanings[meaning] = name
+
+    def at_length(self, length: int) -> Self:
+        """With as many steps as make ``length`` tokens."""
+        steps = length - self.delay + 1 - (len(self.rules) > 1)
+        if steps < 1:
+            raise ValueError(f"task {self.name!r} with delay={self.delay} reads more than {length} tokens.")
+        return replace(self, steps=steps)
+
+    @property
+    def reads_files(self) -> bool:
+        """False: the sequences are computed."""
+        return False
 
     def load(self, folder: Path | None = None) -> Splits:
         """Make the data; nothing is read."""
@@ -138,21 +153,39 @@ class RecurrenceTask(Task):
 
     def model(self, variant: Variant, heads: int) -> nn.Module:
         """See :meth:`Task.model`."""
-        from better_attention.lab.models.causal_decoder import Decoder
-
-        return Decoder(
-            vocabulary=self.modulus + (len(self.rules) if len(self.rules) > 1 else 0),
-            outputs=self.modulus,
-            length=self.length,
-            width=self.width,
-            layers=self.layers,
-            heads=heads,
-            mechanism=variant.mechanism,
-            options=variant.options,
-            positions=self.positions,
-            scale=SCALINGS[self.scaling],
-            dropout=self.dropout,
+        return CausalDecoder(
+            mechanism=variant.mechanism, options=variant.options, dropout=self.dropout, **self._shape(heads)
         )
+
+    def size(self, variant: str | Mechanism | Variant, heads: int) -> int:
+        """See :meth:`Task.size`; computed, since a ladder asks for hundreds of sizes before it begins."""
+        variant = Variant.of(variant)
+        shape = self.sized(variant, heads)._shape(heads)
+        return decoder_size(mechanism=variant.mechanism, per_head=variant.per_head, **shape)
+
+    def _shape(self, heads: int) -> dict[str, Any]:
+        """The arguments that the model and its size have in common."""
+        return {
+            "vocabulary": self.modulus + (len(self.rules) if len(self.rules) > 1 else 0),
+            "outputs": self.modulus,
+            "length": self.length,
+            "width": self.width,
+            "layers": self.layers,
+            "heads": heads,
+            "positions": self.positions,
+            "scale": SCALINGS[self.scaling],
+        }
+
+    def random_inputs(self, samples: int, generator: torch.Generator) -> Tensor:
+        """See :meth:`Task.random_inputs`; symbols that follow no rule."""
+        symbols = torch.randint(self.modulus, (samples, self.length), generator=generator)
+        if len(self.rules) > 1:
+            symbols[:, 0] = self.modulus
+        return symbols
+
+    def random_targets(self, samples: int, generator: torch.Generator) -> Tensor:
+        """See :meth:`Task.random_targets`."""
+        return torch.randint(self.modulus, (samples, self.steps), generator=generator)
 
     def torch_twin(self) -> Self:
         """Learned positions instead of rotary ones and 1/sqrt(d_k): torch's layer knows no others."""

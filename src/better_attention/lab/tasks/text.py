@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from better_attention.errors import check_int
-from better_attention.lab.tasks.base import Shown, Task, check_classes, cut, subsets
+from better_attention.lab.tasks.base import Shown, Task
 from better_attention.lab.tasks.splits import Split, Splits
+from better_attention.lab.tasks.subsets import check_classes, cut, subsets
 from better_attention.lab.tasks.variant import Variant
 
 if TYPE_CHECKING:
-    from better_attention.lab.data import Texts
+    from better_attention.lab.data.samples import Texts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +45,7 @@ class TextTask(Task):
 
     def load(self, folder: Path | None = None) -> Splits:
         """See :meth:`Task.load`."""
-        from better_attention.lab.data import Vocabulary
+        from better_attention.lab.data.vocabulary import Vocabulary
 
         texts = self.texts(folder)
         check_classes(self, self.classes, texts.classes)
@@ -70,7 +71,8 @@ class TextTask(Task):
 
     def texts(self, folder: Path | None = None) -> Texts:
         """The data set as it is read, before anything is left out."""
-        from better_attention.lab.data import Texts, read
+        from better_attention.lab.data.catalogue import read
+        from better_attention.lab.data.samples import Texts
 
         texts = read(self.dataset, folder)
         if not isinstance(texts, Texts):
@@ -95,9 +97,29 @@ class TextTask(Task):
             dropout=self.dropout,
         )
 
+    def random_inputs(self, samples: int, generator: torch.Generator) -> Tensor:
+        """See :meth:`Task.random_inputs`."""
+        return torch.randint(1, self.vocabulary, (samples, self.length), generator=generator)
+
+    def random_targets(self, samples: int, generator: torch.Generator) -> Tensor:
+        """See :meth:`Task.random_targets`."""
+        return torch.randint(self.classes, (samples,), generator=generator)
+
+    def test_inputs(self, splits: Splits, folder: Path | None = None) -> tuple[Sequence[Any], Sequence[int]]:
+        """See :meth:`Task.test_inputs`; of the whole data set."""
+        texts = self.texts(folder)
+        return texts.test_texts, texts.test_labels.tolist()
+
+    def unlike(self, value: Any, assets: Mapping[str, Any]) -> list[str]:
+        """See :meth:`Task.unlike`; texts without a single known word."""
+        from better_attention.lab.data.vocabulary import UNKNOWN
+
+        known = int(self.encode(value, assets).max()) > UNKNOWN
+        return [] if known else ["none of its words is in the model's vocabulary"]
+
     def encode(self, inputs: Any, assets: Mapping[str, Any]) -> Tensor:
         """One text, or a sequence of them, as tokens (N, ℓ)."""
-        from better_attention.lab.data import Vocabulary
+        from better_attention.lab.data.vocabulary import Vocabulary
 
         texts = [inputs] if isinstance(inputs, str) else list(inputs)
         wrong = [text for text in texts if not isinstance(text, str)]
@@ -119,7 +141,7 @@ class OwnTextTask(TextTask):
         text_column, label_column: the columns of the file; "": one of the usual names, such as ``text`` and ``label``.
     """
 
-    follows: ClassVar[Mapping[str, str]] = {**TextTask.follows, "classes": "the data"}
+    derived: ClassVar[Mapping[str, str]] = {"classes": "the data"}
     own_data: ClassVar[bool] = True
 
     text_column: str = ""
@@ -127,7 +149,7 @@ class OwnTextTask(TextTask):
 
     def fitted(self, folder: Path | None = None) -> Self:
         """With the number of classes, no more words than there are, and a last layer no narrower than the outputs."""
-        from better_attention.lab.data import Vocabulary
+        from better_attention.lab.data.vocabulary import Vocabulary
 
         texts = self.texts(folder)
         words = Vocabulary.build(chosen(self, texts)["train"].texts, self.vocabulary)
@@ -136,8 +158,8 @@ class OwnTextTask(TextTask):
 
     def texts(self, folder: Path | None = None) -> Texts:
         """See :meth:`TextTask.texts`; ``folder`` may be a file."""
-        from better_attention.lab.data import NotFetched
         from better_attention.lab.data.own_texts import read as texts
+        from better_attention.lab.data.samples import NotFetched
 
         if folder is None:
             raise NotFetched(f"task {self.name!r} reads texts of your own: name them with `--data`, {texts.LAYOUT}.")
@@ -156,7 +178,7 @@ def chosen(task: TextTask, texts: Texts) -> dict[str, Part]:
     """The texts of ``"train"``, ``"validation"`` and ``"test"`` that the task uses.
 
     A validation split of the data set's own is kept; without one it is cut from the training split by
-    :func:`~better_attention.lab.tasks.base.cut`.
+    :func:`~better_attention.lab.tasks.subsets.cut`.
 
     Raises:
         ValueError: a part would be empty.

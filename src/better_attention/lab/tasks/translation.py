@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from better_attention.lab.tasks.splits import Split, Splits
 from better_attention.lab.tasks.variant import Variant
 from better_attention.text import plural
 
-PADDING, END = 0, 3  # as in models.translation, which is imported where it is used
+PADDING, START, END = 0, 2, 3  # as in models.translation, which is imported where it is used
 NO_WORD = "\N{REPLACEMENT CHARACTER}"  # no translation holds it
 DECODING_BATCH = 128
 
@@ -47,6 +47,8 @@ class TranslationTask(Task):
         bleu_samples: most pairs of a split that are translated for its BLEU: the first ones, in their random order.
     """
 
+    unnumbered: ClassVar[str] = "has no published test split. Name the sentences instead."
+
     encoder_layers: int
     vocabulary: int
     hidden: int
@@ -67,10 +69,12 @@ class TranslationTask(Task):
 
     def load(self, folder: Path | None = None) -> Splits:
         """See :meth:`Task.load`."""
-        from better_attention.lab.data import Pairs, Vocabulary, read
+        from better_attention.lab.data.catalogue import read
         from better_attention.lab.data.published.translation import END as END_WORD
         from better_attention.lab.data.published.translation import START as START_WORD
         from better_attention.lab.data.published.translation import normalise
+        from better_attention.lab.data.samples import Pairs
+        from better_attention.lab.data.vocabulary import Vocabulary
 
         data = read(self.dataset, folder)
         if not isinstance(data, Pairs):
@@ -137,6 +141,16 @@ class TranslationTask(Task):
             output_dropout=self.output_dropout,
         )
 
+    def random_inputs(self, samples: int, generator: torch.Generator) -> Tensor:
+        """See :meth:`Task.random_inputs`; sources and translations of full length, ``[start]`` between them."""
+        sources = torch.randint(1, self.vocabulary, (samples, self.length), generator=generator)
+        words = torch.randint(END + 1, self.vocabulary, (samples, self.length - 1), generator=generator)
+        return torch.cat([sources, torch.full((samples, 1), START), words], dim=1)
+
+    def random_targets(self, samples: int, generator: torch.Generator) -> Tensor:
+        """See :meth:`Task.random_targets`."""
+        return torch.randint(END, self.vocabulary, (samples, self.length), generator=generator)
+
     def losses(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy of each sample, (B,), the mean over its tokens, from logits (B, T, V) and targets (B, T)."""
         each = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=PADDING, reduction="none")
@@ -149,9 +163,11 @@ class TranslationTask(Task):
     def scores(self, model: nn.Module, split: Split, assets: Mapping[str, Any]) -> dict[str, float]:
         """BLEU of the translations against the pairs' own, one reference each."""
         inputs, targets = split.batch(slice(self.bleu_samples))
-        found = [p.label for batch in inputs.split(DECODING_BATCH) for p in self.predictions(model, batch, assets)]
+        translations = [
+            p.label for batch in inputs.split(DECODING_BATCH) for p in self.predictions(model, batch, assets)
+        ]
         # Which unknown word a reference has does not matter, as long as no translation can match it.
-        return {"bleu": bleu(found, sentences(targets, assets["target"], unknown=NO_WORD))[0]}
+        return {"bleu": bleu(translations, sentences(targets, assets["target"], unknown=NO_WORD))[0]}
 
     def scored(self, samples: int) -> int:
         """See :meth:`Task.scored`."""
@@ -189,14 +205,14 @@ class TranslationTask(Task):
         words = (["", "?", *assets["source"]], ["", "?", *assets["target"]])
         tokens = inputs.tolist()
         halves = tokens[: self.length], tokens[self.length :]
-        return Shown(tokens=tuple(own[n] for own, half in zip(words, halves, strict=True) for n in half))
+        return Shown(tokens=tuple(vocabulary[n] for vocabulary, half in zip(words, halves, strict=True) for n in half))
 
     def key_tokens(self, layer: str, shown: Shown) -> tuple[str, ...] | None:
         """The decoder's own attention reads the translation, every other layer the source."""
         if shown.tokens is None:
             return None
-        own = layer.startswith("decoder.") and "cross" not in layer
-        return shown.tokens[self.length :] if own else shown.tokens[: self.length]
+        reads_target = layer.startswith("decoder.") and "cross" not in layer
+        return shown.tokens[self.length :] if reads_target else shown.tokens[: self.length]
 
     def query_tokens(self, layer: str, shown: Shown) -> tuple[str, ...] | None:
         """Every layer of the decoder is asked by the translation, every other layer by the source."""
@@ -212,10 +228,10 @@ class TranslationTask(Task):
         order = torch.where(whole, lengths, lengths - self.length).argsort(descending=True, stable=True)[: 20 * number]
         read = sentences(sources[order], splits.assets["source"])
         meant = sentences(targets[order], splits.assets["target"])
-        found: dict[str, tuple[int, str]] = {}
+        pairs: dict[str, tuple[int, str]] = {}
         for row, source, target in zip(order.tolist(), read, meant, strict=True):
-            found.setdefault(source, (row, f"test pair {row}: {source} → {target}"))
-        return list(found.values())[:number]
+            pairs.setdefault(source, (row, f"test pair {row}: {source} → {target}"))
+        return list(pairs.values())[:number]
 
 
 def cut_pairs(task: TranslationTask, sources: Sequence[str]) -> tuple[list[int], list[int], list[int]]:

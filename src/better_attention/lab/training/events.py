@@ -1,77 +1,85 @@
-"""Whoever looks on while a comparison is under way: the screen, a tracker, a test."""
+"""What happens during training, as values: each event is handed to one function, which shows, logs or ignores it."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
 
-from accelerate import Accelerator
+import torch
 
+from better_attention.lab.runs.record import RunRecord
 from better_attention.lab.tasks.splits import Splits
 from better_attention.lab.training.progress import DivergedError, Position
 
 
-class Watcher:
-    """What a comparison tells while it is under way; this one listens to nothing."""
+@dataclass(frozen=True, slots=True)
+class DataRead:
+    """The data have been read and lie on ``device``."""
 
-    def data(self, splits: Splits, accelerator: Accelerator) -> None:
-        """The data have been read."""
-
-    def estimate(self, seconds: float, runs: int) -> None:
-        """The ``runs`` that are not finished take at most this long, every epoch used."""
-
-    def begin(self, name: str, number: int, runs: int) -> None:
-        """Run ``number`` of ``runs``, from 1, begins or continues."""
-
-    def progress(self, position: Position, steps: int) -> None:
-        """An update was made; an epoch has ``steps`` of them."""
-
-    def end(self, name: str, record: dict[str, Any]) -> None:
-        """A run is finished, or had been before."""
-
-    def failed(self, name: str, error: DivergedError) -> None:
-        """A run cannot go on."""
-
-    def stopping(self) -> None:
-        """The user asked to stop: the run ends its step and is saved."""
+    splits: Splits
+    device: torch.device
 
 
-class Watchers(Watcher):
-    """Tells several watchers the same, in their order."""
+@dataclass(frozen=True, slots=True)
+class Estimated:
+    """The ``runs`` that are not finished take at most ``seconds``, if each uses all its epochs."""
 
-    def __init__(self, *watchers: Watcher) -> None:
-        self.watchers = watchers
+    seconds: float
+    runs: int
 
-    def data(self, splits: Splits, accelerator: Accelerator) -> None:
-        """See :class:`Watcher`."""
-        for watcher in self.watchers:
-            watcher.data(splits, accelerator)
 
-    def estimate(self, seconds: float, runs: int) -> None:
-        """See :class:`Watcher`."""
-        for watcher in self.watchers:
-            watcher.estimate(seconds, runs)
+@dataclass(frozen=True, slots=True)
+class Began:
+    """The run ``name``, ``number`` of ``runs`` (from 1), begins or continues; its configuration is on the disk."""
 
-    def begin(self, name: str, number: int, runs: int) -> None:
-        """See :class:`Watcher`."""
-        for watcher in self.watchers:
-            watcher.begin(name, number, runs)
+    name: str
+    number: int
+    runs: int
 
-    def progress(self, position: Position, steps: int) -> None:
-        """See :class:`Watcher`."""
-        for watcher in self.watchers:
-            watcher.progress(position, steps)
 
-    def end(self, name: str, record: dict[str, Any]) -> None:
-        """See :class:`Watcher`."""
-        for watcher in self.watchers:
-            watcher.end(name, record)
+@dataclass(frozen=True, slots=True)
+class Updated:
+    """The run in progress has made an update; an epoch has ``steps`` of them."""
 
-    def failed(self, name: str, error: DivergedError) -> None:
-        """See :class:`Watcher`."""
-        for watcher in self.watchers:
-            watcher.failed(name, error)
+    position: Position
+    steps: int
 
-    def stopping(self) -> None:
-        """See :class:`Watcher`."""
-        for watcher in self.watchers:
-            watcher.stopping()
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The run ``name`` is finished, now or since an earlier command."""
+
+    name: str
+    record: RunRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The run ``name`` cannot go on."""
+
+    name: str
+    error: DivergedError
+
+
+@dataclass(frozen=True, slots=True)
+class Stopping:
+    """The user asked to stop: the run in progress finishes its update and is saved."""
+
+
+Event = DataRead | Estimated | Began | Updated | Ended | Failed | Stopping
+Notify = Callable[[Event], None]
+"""A function that is called with every event, in the process in which it happens."""
+
+
+def ignore(event: Event) -> None:
+    """Do nothing with an event."""
+
+
+def to_all(*listeners: Notify) -> Notify:
+    """A function that hands each event to all ``listeners``, in their order."""
+
+    def notify(event: Event) -> None:
+        for listener in listeners:
+            listener(event)
+
+    return notify

@@ -1,4 +1,7 @@
-"""Ctrl-C as a wish: training ends its step and saves."""
+"""Graceful interruption.
+
+The first Ctrl-C or SIGTERM lets the current update finish and saves a checkpoint; the second ends the process at once.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +13,20 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
-from better_attention.lab.training.events import Watcher
+from better_attention.lab.training.events import Notify, Stopping, ignore
 
 
 @dataclass
 class Stop:
-    """Turns the first Ctrl-C or SIGTERM into a wish that training asks for; the second acts at once."""
+    """A request to stop, which training polls after every update: true once a signal has arrived.
 
-    watcher: Watcher
+    Args:
+        notify: receives :class:`Stopping` when the signal arrives.
+        signal: number of the signal; None before.
+        previous: the signal handlers to go back to.
+    """
+
+    notify: Notify = ignore
     signal: int | None = None
     previous: dict[int, Any] = field(default_factory=dict)
 
@@ -25,10 +34,10 @@ class Stop:
         """Whether a signal has arrived."""
         return self.signal is not None
 
-    def _wish(self, number: int, frame: FrameType | None) -> None:
+    def _request(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
         self._restore()
-        self.watcher.stopping()
+        self.notify(Stopping())
 
     def _restore(self) -> None:
         for number, handler in self.previous.items():
@@ -36,11 +45,11 @@ class Stop:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Listen while the block runs; signals reach the main thread alone, so elsewhere nothing is changed."""
+        """Listen while the block runs. Outside the main thread, which alone receives signals, nothing changes."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        self.previous = {number: signal.signal(number, self._wish) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.previous = {number: signal.signal(number, self._request) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
         finally:

@@ -1,4 +1,4 @@
-"""Several processes of one launch, told from what ``torchrun`` or ``accelerate launch`` put into the environment."""
+"""Several processes of one launch, recognised by the environment that ``torchrun`` or ``accelerate launch`` set."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE
 
 
 class PeerLostError(RuntimeError):
-    """Another process of the launch has ended, so that this one cannot go on."""
+    """Another process of the launch has ended, so this one cannot continue."""
 
 
 def launched(environment: Mapping[str, str] = os.environ) -> int:
@@ -33,7 +33,7 @@ def command_line(arguments: Sequence[str], environment: Mapping[str, str] = os.e
 
 
 def torchrun(processes: int, environment: Mapping[str, str] = os.environ) -> str:
-    """How the command begins that runs in so many processes.
+    """The beginning of the command line that starts this many processes.
 
     >>> torchrun(1, {}), torchrun(2, {})
     ('better-attention', 'torchrun --nproc_per_node 2 -m better_attention')
@@ -72,5 +72,5 @@ def is_first(environment: Mapping[str, str] = os.environ) -> bool:
 
 
 def count_in(text: str | None) -> int:
-    """The number in an environment variable; 1 where there is none."""
+    """The number in an environment variable; 1 where it holds no positive number."""
     return int(text) if text and text.isascii() and text.isdigit() and int(text) > 0 else 1

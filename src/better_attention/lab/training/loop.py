@@ -2,7 +2,7 @@
 
 Everything random is a pure function of the position: the order of the samples of (seed, epoch), the dropout
 of (seed, epoch, step). A run that was killed at any moment therefore continues in the middle of its epoch
-and, on a CPU with as many threads, ends with the same bits. It runs on Hugging Face accelerate: on a CPU, a
+and, on a CPU with the same number of threads, ends with the same bits. It runs on Hugging Face accelerate: on a CPU, a
 GPU, or several processes, where each takes its share of every batch and the gradient is that of the whole
 batch.
 """
@@ -11,37 +11,27 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from hashlib import sha256
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from better_attention.lab.files import digest, open_regular, write_atomic
+from better_attention.lab.files import digest, open_regular, same_file, write_atomic
 from better_attention.lab.runs import checkpoint, manifest
-from better_attention.lab.runs.folder import (
-    FILES,
-    WEIGHTS,
-    check_files,
-    describe_run,
-    json_text,
-    open_run,
-    read_json,
-    read_result,
-    write_json,
-)
+from better_attention.lab.runs.folder import FILES, WEIGHTS, RunFolder
+from better_attention.lab.runs.job import Job
+from better_attention.lab.runs.json_file import json_text, read_json, write_json
 from better_attention.lab.runs.provenance import commit, environment
-from better_attention.lab.tasks.base import Task, count
+from better_attention.lab.runs.record import RunRecord
+from better_attention.lab.tasks.base import count
 from better_attention.lab.tasks.splits import Splits
-from better_attention.lab.tasks.variant import Variant
 from better_attention.lab.training.evaluation import evaluate, total
 from better_attention.lab.training.launch import in_words, torchrun
 from better_attention.lab.training.progress import DivergedError, Interrupted, Position
@@ -50,31 +40,29 @@ from better_attention.lab.training.step_time import Pace
 from better_attention.layer.multihead import MultiheadAttention
 from better_attention.text import plural
 
-CHECKPOINT_SECONDS = 20.0  # at most this much work is lost
+CHECKPOINT_SECONDS = 20.0
+"""A crash loses at most the work of this many seconds."""
 
 
 @dataclass
 class Training:
-    """One run on its way; :meth:`run` is the story, the other methods are its chapters in order.
+    """One run in progress. :meth:`run` is the whole story; the methods below it are its steps, in order.
 
     Args:
-        task, variant, heads, seed: what is trained.
+        job: what is trained.
         splits: the data, on the accelerator's device.
-        folder: the run's own.
+        folder: the run's folder.
         accelerator: where it runs.
         command: the command line, for the record.
         progress: called after every update with the position and the number of updates of an epoch.
-        stop: asked after every update; true saves the run and raises :class:`Interrupted`.
-        checkpoint_seconds: time between checkpoints; at an epoch's end a tenth of it suffices.
-        pace: what was measured of the model's speed before training, for the record.
+        stop: called after every update; true saves the run and raises :class:`Interrupted`.
+        checkpoint_seconds: time between checkpoints; at the end of an epoch a tenth of it suffices.
+        pace: the speed of the model as measured before training, for the record.
     """
 
-    task: Task
+    job: Job
     splits: Splits
-    variant: Variant
-    heads: int
-    seed: int
-    folder: Path
+    folder: RunFolder
     accelerator: Accelerator
     command: str = ""
     progress: Callable[[Position, int], None] = lambda position, steps: None
@@ -82,34 +70,55 @@ class Training:
     checkpoint_seconds: float = CHECKPOINT_SECONDS
     pace: Pace | None = None
 
-    def run(self) -> dict[str, Any]:
+    def __post_init__(self) -> None:
+        self.task, self.main = self.job.task, self.accelerator.is_main_process
+
+    def run(self) -> RunRecord:
         """Train, or continue where the run was interrupted, then test; a finished run is returned as it is.
 
-        The test split is touched once, after the weights of the epoch with the best validation loss are back.
+        The test split is used once, after the weights of the epoch with the best validation loss are restored.
 
         Returns:
             The record of the run, as it stands in ``result.json``.
 
         Raises:
             DivergedError: a loss or gradient is not finite; raised before the update that it would spoil, and written
-                down in ``diverged.json``.
+                to ``diverged.json``.
             Interrupted: ``stop`` said so.
             ValueError: the folder holds another run, or a finished one that was changed since it was written.
             OSError: the disk is full, for example; the last checkpoint is whole. Or the folder was deleted or replaced.
         """
-        found = self.open()
-        if found is not None:
+        return self.open() or self.finish()
+
+    def open(self) -> RunRecord | None:
+        """Create the run's folder, or make sure that it is this run's; the record if the run is finished.
+
+        Raises:
+            ValueError: another run lies there, or this one was changed since it was written.
+        """
+        if self.main:
+            device = self.accelerator.device.type
+            self.folder.begin(self.job.describe(self.splits.digest, device), self.command)
+            if not self.folder.is_finished:
+                self.write_assets()
+        self.accelerator.wait_for_everyone()
+        record = self.folder.record()
+        if record is not None:
+            self.folder.check_files(record)
             if self.main:
-                checkpoint.clear(self.folder)  # a crash may have come right after the result
-            return found
-        with open_regular(self.folder / "config.json") as config:
+                checkpoint.clear(self.folder.path)  # a crash may have come right after the result
+        return record
+
+    def finish(self) -> RunRecord:
+        """Train what is left, then test. The folder was opened before, see :meth:`open`."""
+        with open_regular(self.folder.path / "config.json") as config:
             return self.train(config)
 
-    def train(self, config: BinaryIO) -> dict[str, Any]:
+    def train(self, config: BinaryIO) -> RunRecord:
         """Train what is left, then test.
 
         Args:
-            config: the run's ``config.json``, open: while it is, no other file can be mistaken for it.
+            config: the run's ``config.json``, open: as long as it is, no other file can be mistaken for it.
         """
         self.config = config
         self.restore()
@@ -124,47 +133,29 @@ class Training:
             raise
         self.model.load_state_dict(self.best)
         weights = checkpoint.tensor_bytes(self.best)
-        record = self.record() | {"model_sha256": sha256(weights).hexdigest(), "manifest": manifest.NAME}
+        record = self.measure() | {"model_sha256": sha256(weights).hexdigest(), "manifest": manifest.NAME}
         if self.main:
             self.write_curve()
             self.write(WEIGHTS, weights)
             text = json_text(record)
-            digests = {name: digest(self.folder / name) for name in FILES if name != "result.json"}
+            digests = {name: digest(self.folder.path / name) for name in FILES if name != "result.json"}
             digests["result.json"] = sha256(text.encode("utf-8")).hexdigest()
-            manifest.write(self.folder, digests, make_folder=False)
+            manifest.write(self.folder.path, digests, make_folder=False)
             self.write("result.json", text)  # last: with it the run is finished
-            checkpoint.clear(self.folder)
+            checkpoint.clear(self.folder.path)
         self.accelerator.wait_for_everyone()
-        return record
-
-    def open(self) -> dict[str, Any] | None:
-        """Make the run's folder, or make sure that it is this run's; the record if the run is finished.
-
-        Raises:
-            ValueError: another run lies there, or this one was changed since it was written.
-        """
-        device = self.accelerator.device.type
-        run = describe_run(self.task, self.variant, self.heads, self.seed, self.splits.digest, device)
-        self.main = self.accelerator.is_main_process
-        if self.main:
-            open_run(self.folder, run, self.command)
-            if not os.path.lexists(self.folder / "result.json"):
-                self.write_assets()
-        self.accelerator.wait_for_everyone()
-        found = read_result(self.folder)
-        if found is not None:
-            check_files(self.folder, found)
-        return found
+        return RunRecord.of(record)
 
     def write_assets(self) -> None:
-        """``assets.json``, unless it is there already as the data give it."""
+        """``assets.json``, unless it is there already with the content that the data give it."""
+        path = self.folder.path / "assets.json"
         try:
-            known = read_json(self.folder / "assets.json")
+            known = read_json(path)
         except (OSError, ValueError):
             known = None
         assets = self.task.stored(self.splits)
         if known is None or json_text(known) != json_text(assets):
-            write_json(self.folder / "assets.json", assets)
+            write_json(path, assets)
 
     def write(self, name: str, content: bytes | str) -> None:
         """Write a file of the run.
@@ -173,7 +164,7 @@ class Training:
             OSError: it cannot be written, or the folder is no longer that of this run.
         """
         self.check_folder()
-        write_atomic(self.folder / name, content, make_folder=False)
+        write_atomic(self.folder.path / name, content, make_folder=False)
 
     def check_folder(self) -> None:
         """Refuse to go on where the folder was deleted, moved or replaced since this process opened it.
@@ -181,27 +172,23 @@ class Training:
         Raises:
             OSError: it was.
         """
-        try:
-            same = os.path.samestat(os.fstat(self.config.fileno()), (self.folder / "config.json").stat())
-        except OSError:
-            same = False
-        if not same:
+        if not same_file(self.config, self.folder.path / "config.json"):
             raise OSError(
-                f"{self.folder} was deleted, moved or replaced while it was being trained: nothing more is saved "
+                f"{self.folder.path} was deleted, moved or replaced while it was being trained: nothing more is saved "
                 "there. Run the same command again; without its folder, the run starts anew."
             )
 
     def restore(self) -> None:
         """Build model and optimiser, at the last checkpoint if there is one."""
-        self.model = initial_model(self.task, self.variant, self.heads, self.seed)
+        self.model = initial_model(self.task, self.job.variant, self.job.heads, self.job.seed)
         self.parallel, self.optimiser = self.accelerator.prepare(self.model, self.task.make_optimiser(self.model))
         self.position = Position()
         self.best: dict[str, Tensor] = {}
         self.saved_at = time.monotonic()
         with warnings.catch_warnings():
-            if not self.main:  # the first process tells of a damaged one
+            if not self.main:  # the first process warns of a damaged one
                 warnings.simplefilter("ignore")
-            saved = checkpoint.load(self.folder)
+            saved = checkpoint.load(self.folder.path)
         if saved is None:
             self.begin_session()
             return
@@ -215,7 +202,7 @@ class Training:
         checkpoint.load_optimiser(self.optimiser, _below("optimiser", tensors))
 
     def begin_session(self) -> None:
-        """Note where the run goes on from here, and warn where that will show in the last bits."""
+        """Record where the run continues, and warn if that changes the last bits of its result."""
         sessions, threads = self.position.sessions, torch.get_num_threads()
         session = {"commit": commit(), "threads": threads, "processes": self.accelerator.num_processes}
         before, processes = (sessions[-1][key] if sessions else session[key] for key in ("threads", "processes"))
@@ -223,21 +210,22 @@ class Training:
             sessions.append(session)
         if processes != session["processes"] and self.main:
             warnings.warn(
-                f"{self.folder}: trained by {in_words(processes)} so far, goes on with "
-                f"{session['processes']}. Each process draws its own dropout, and sums are rounded otherwise: the "
-                f"result will differ from that of a run in one go. `{torchrun(processes)} ...` goes on as it began.",
+                f"{self.folder.path}: trained by {in_words(processes)} so far, continues with "
+                f"{session['processes']}. Each process draws its own dropout, and floating-point sums are rounded "
+                "differently, so the result will differ from an uninterrupted run. "
+                f"Start it with `{torchrun(processes)} ...` to reproduce it.",
                 stacklevel=2,
             )
         if before != threads and self.main and self.accelerator.device.type == "cpu":
             warnings.warn(
-                f"{self.folder}: trained with {plural(before, 'thread')} so far, goes on with {threads}. Sums are "
-                "then rounded otherwise: the result will differ in its last bits from that of a run in one go. "
-                f"OMP_NUM_THREADS={before} goes on as it began.",
+                f"{self.folder.path}: trained with {plural(before, 'thread')} so far, continues with {threads}. "
+                "Floating-point sums depend on the number of threads, so the result will differ in the last bits from "
+                f"an uninterrupted run. Set OMP_NUM_THREADS={before} to reproduce it exactly.",
                 stacklevel=2,
             )
 
     def warm_up(self) -> None:
-        """One forward and backward pass without an update: what happens only once is in no epoch's seconds."""
+        """One forward and backward pass without an update, so that no epoch's seconds include one-time costs."""
         batch = slice(self.task.batch_size)
         self.parallel.train()
         inputs, targets = self.splits.train.batch(batch)
@@ -250,13 +238,13 @@ class Training:
         task, position, train = self.task, self.position, self.splits.train
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         steps = math.ceil(len(train) / task.batch_size)
-        order = epoch_order(len(train), self.seed, position.epoch).to(train.inputs.device)
+        order = epoch_order(len(train), self.job.seed, position.epoch).to(train.inputs.device)
         self.parallel.train()
         while position.step < steps:
             began = time.perf_counter()
             batch = order[position.step * task.batch_size : (position.step + 1) * task.batch_size]
             mine = batch[rank::processes]
-            reseed(self.accelerator.device, derive("dropout", self.seed, position.epoch, position.step, rank))
+            reseed(self.accelerator.device, derive("dropout", self.job.seed, position.epoch, position.step, rank))
             inputs, targets = train.batch(mine)
             inputs = task.augment(inputs)
             ready = time.perf_counter()
@@ -271,7 +259,7 @@ class Training:
             failed, due, stopped = self.any_process(not all(map(math.isfinite, numbers)), due, self.stop())
             if failed:
                 raise DivergedError(
-                    f"{self.folder.name}: epoch {position.epoch}, step {position.step + 1} of {steps}: loss "
+                    f"{self.folder.path.name}: epoch {position.epoch}, step {position.step + 1} of {steps}: loss "
                     f"{numbers[0] / max(1, len(mine))}, gradient norm {numbers[1]}. The run was stopped before the "
                     f"update; its last checkpoint is kept. Try a lower --lr (it was {task.lr})."
                 )
@@ -286,7 +274,9 @@ class Training:
             if stopped or (due and position.step < steps):
                 self.save()
             if stopped:
-                raise Interrupted(f"{self.folder.name}: saved in epoch {position.epoch} after step {position.step}.")
+                raise Interrupted(
+                    f"{self.folder.path.name}: saved in epoch {position.epoch} after step {position.step}."
+                )
 
     def validate(self) -> None:
         """Close the epoch: its line of the curve, its weights if they are the best so far, a checkpoint."""
@@ -294,7 +284,9 @@ class Training:
         loss, correct = self.total(position.loss, position.correct)
         validation = evaluate(self.accelerator, self.model, self.task, self.splits.validation)
         if not math.isfinite(validation["loss"]):
-            raise DivergedError(f"{self.folder.name}: epoch {position.epoch}: validation loss {validation['loss']}.")
+            raise DivergedError(
+                f"{self.folder.path.name}: epoch {position.epoch}: validation loss {validation['loss']}."
+            )
         position.curve.append(
             {
                 "epoch": position.epoch,
@@ -327,8 +319,8 @@ class Training:
             if not self.best:
                 del state["best_loss"]  # infinite, which JSON does not know
             self.check_folder()
-            checkpoint.save(self.folder, tensors, state)
-            (self.folder / "diverged.json").unlink(missing_ok=True)  # it has got further than that now
+            checkpoint.save(self.folder.path, tensors, state)
+            (self.folder.path / "diverged.json").unlink(missing_ok=True)  # training is past that point now
             self.write_curve()
         self.saved_at = time.monotonic()
 
@@ -336,10 +328,10 @@ class Training:
         """``metrics.jsonl``: the finished epochs."""
         self.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.position.curve))
 
-    def record(self) -> dict[str, Any]:
-        """Evaluate the restored weights on every split; what ``results.json`` says of this run."""
+    def measure(self) -> dict[str, Any]:
+        """Evaluate the restored weights on every split: the plain values of ``result.json``."""
         parts = {name: getattr(self.splits, name) for name in ("train", "validation", "test")}
-        found = {name: evaluate(self.accelerator, self.model, self.task, split) for name, split in parts.items()}
+        metrics = {name: evaluate(self.accelerator, self.model, self.task, split) for name, split in parts.items()}
         self.model.eval()
         with torch.inference_mode():
             more = {name: self.task.scores(self.model, parts[name], self.splits.assets) for name in ("train", "test")}
@@ -349,12 +341,12 @@ class Training:
         return {
             "task": self.task.name,
             "scale": self.task.scale,
-            "mechanism": self.variant.name,
-            "score": self.variant.mechanism.score,
-            "heads": self.heads,
-            "seed": self.seed,
+            "mechanism": self.job.variant.name,
+            "score": self.job.variant.mechanism.score,
+            "heads": self.job.heads,
+            "seed": self.job.seed,
             "settings": self.task.settings(),
-            **{f"{name}_{key}": value for name, values in found.items() for key, value in values.items()},
+            **{f"{name}_{key}": value for name, values in metrics.items() for key, value in values.items()},
             **{f"{name}_{key}": more[name].get(key) for name in more for key in ("top5", "bleu")},
             "attention_params": count(attention),
             "total_params": count(self.model),
@@ -368,7 +360,7 @@ class Training:
             "device": self.accelerator.device.type,
             "processes": self.accelerator.num_processes,
             **{key: where[key] for key in ("threads", "commit", "command", "versions")},
-            # What is said above is of the last part, where a run was interrupted and went on elsewhere.
+            # The entries above describe the last session only; list all sessions of a run that was interrupted.
             **({"sessions": self.position.sessions} if len(self.position.sessions) > 1 else {}),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         }

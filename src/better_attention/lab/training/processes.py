@@ -1,4 +1,4 @@
-"""Accelerators for one process or several of one launch, and what is said where one of them has ended."""
+"""Accelerators for one process or several of one launch, and the error where one of them has ended."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def make_accelerator(device: str) -> Accelerator:
     Where several processes were launched, they are one training: each takes its share of every batch.
 
     Raises:
-        ValueError: there is no such device here, not one for each process, or the processes cannot work together on it.
+        ValueError: the device does not exist, there is not one for each process, or the processes cannot share it.
         PeerLostError: another process has ended before all had met.
     """
     processes = launched()
@@ -41,7 +41,7 @@ def make_accelerator(device: str) -> Accelerator:
         accelerator = Accelerator(cpu=cpu, mixed_precision="no", gradient_accumulation_steps=1)
     if device not in ("auto", accelerator.device.type):
         raise ValueError(
-            f"--device {device}: there is no such device here, or this torch ({torch.__version__}) cannot use it. "
+            f"--device {device}: no such device on this machine, or torch {torch.__version__} cannot use it. "
             f"--device {accelerator.device.type} works, --device auto chooses it."
         )
     if accelerator.num_processes != processes and several:
@@ -60,14 +60,14 @@ def make_accelerator(device: str) -> Accelerator:
 
 @contextmanager
 def watching_peers(processes: int, command: str = "") -> Iterator[None]:
-    """Say what happened where another process has ended and this one cannot reach it any more.
+    """Turn the errors that torch raises when another process of the launch has ended into one that says so.
 
     Args:
         processes: number of processes of the launch.
-        command: the one that continues.
+        command: the command line that continues.
 
     Raises:
-        PeerLostError: in place of the error that torch raises then.
+        PeerLostError: another process has ended.
     """
     try:
         yield
@@ -75,16 +75,27 @@ def watching_peers(processes: int, command: str = "") -> Iterator[None]:
         if processes == 1 or not (isinstance(error, torch.distributed.DistError) or _LOST.search(str(error))):
             raise
         raise PeerLostError(
-            "another process of this launch has ended, so this one cannot go on; the message of that process says why "
-            "(none: it was killed, by a lack of memory for example). What was saved is kept, and the same command "
-            f"continues there{':' if command else '.'}\n  {command}".rstrip()
+            "another process of this launch has ended, so this one cannot continue; the message of that process says "
+            "why (if there is none, it was killed, for example for lack of memory). What was saved is kept, and the "
+            f"same command continues there{':' if command else '.'}\n  {command}".rstrip()
         ) from error
 
 
-def _asked_for_more() -> bool:
-    """Whether ``accelerate launch`` started this process in the way in which it starts one of several, but alone.
+@contextmanager
+def limited_threads(threads: int | None) -> Iterator[None]:
+    """Let torch use at most ``threads`` CPU threads while the block runs; None changes nothing."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(before, threads or before))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
-    It then names a meeting place, but gives the process no rank.
+
+def _asked_for_more() -> bool:
+    """Whether ``accelerate launch`` was asked for several processes and started this one alone.
+
+    It then sets an address to meet at, but gives the process no rank.
     """
     names = ("ACCELERATE_MIXED_PRECISION", "MASTER_ADDR", "MASTER_PORT")
     return all(name in os.environ for name in names) and not {"RANK", "LOCAL_RANK", "WORLD_SIZE"} & os.environ.keys()

@@ -1,4 +1,4 @@
-"""Where a run stands, and the two ways in which it can end early."""
+"""The position of a run, and the two ways in which it can end early."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ class Interrupted(Exception):  # noqa: N818 - no error: the user asked for it
 
 @dataclass
 class Position:
-    """Where a run stands. Plain values; together with the tensors of a checkpoint, all there is to know."""
+    """The position of a run, as plain values: with the tensors of a checkpoint, its complete state."""
 
-    epoch: int = 1  # the epoch under way, from 1
+    epoch: int = 1  # the epoch in progress, from 1
     step: int = 0  # updates done in it
     loss: float = 0.0  # summed over the samples of the epoch so far
     correct: float = 0.0
     seconds: float = 0.0  # spent training in this epoch; evaluation, saving and display excluded
-    waiting: float = 0.0  # of these, the ones in which the batch was made ready
+    waiting: float = 0.0  # of these, the seconds spent preparing batches
     best_epoch: int = 0
     best_loss: float = math.inf
     curve: list[dict[str, float]] = field(default_factory=list)  # finished epochs
     sessions: list[dict[str, Any]] = field(default_factory=list)  # commit, threads, processes of each part of the run
 
     def finished(self, task: Task) -> bool:
-        """Whether epochs are used up, validation has not improved for ``task.patience`` of them, or all is solved."""
+        """Whether all epochs are used, ``task.patience`` of them brought no improvement, or the task is solved."""
         if self.curve and task.solved(self.curve[-1]):
             return True
         waited = self.epoch - 1 - self.best_epoch

@@ -1,4 +1,4 @@
-"""Everything random of a run, each a pure function of its seed and its position."""
+"""Everything random in a run, each a pure function of the seed and the position."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def initial_model(task: Task, variant: Variant, heads: int, seed: int) -> nn.Mod
         standard = task.build("standard", heads).state_dict()
         torch.manual_seed(derive("own", seed))
         model = task.build(variant, heads)
-    own = model.state_dict()
-    shared = {name: t for name, t in standard.items() if name in own and own[name].shape == t.shape}
-    model.load_state_dict(own | shared)
+    initial = model.state_dict()
+    shared = {name: t for name, t in standard.items() if name in initial and initial[name].shape == t.shape}
+    model.load_state_dict(initial | shared)
     return model
 
 
@@ -34,9 +34,9 @@ def epoch_order(samples: int, seed: int, epoch: int) -> Tensor:
 
 
 def reseed(device: torch.device, seed: int) -> None:
-    """Start the generators that dropout on ``device`` draws from: ours takes its seed from the CPU's.
+    """Seed the generators that dropout on ``device`` draws from; our kernels derive their seed from the CPU's.
 
-    Not ``torch.manual_seed``: that tells every kind of device, at milliseconds a call where there is none.
+    ``torch.manual_seed`` would seed every kind of device, which takes milliseconds even where there is none.
     """
     torch.default_generator.manual_seed(seed)
     if device.type != "cpu":

@@ -1,7 +1,7 @@
 """How fast a model trains: the hours that a comparison will take, and the same model on torch's own layer beside it.
 
 Seconds of an epoch depend on what else the machine does that hour; the ratio of two updates that follow each other
-does so far less. Both are measured before training, a few updates each, in turn; then one batch is evaluated.
+does so far less. Both are measured before training, a few updates each, alternately; then one batch is evaluated.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from better_attention.lab.tasks.base import Task
 from better_attention.lab.tasks.splits import Split, Splits
 from better_attention.lab.tasks.variant import Variant
+from better_attention.lab.timing import alternate
 from better_attention.lab.training.evaluation import EVALUATION_BATCH
 from better_attention.layer.multihead import MultiheadAttention
 
@@ -45,7 +46,7 @@ class Pace:
     scored: float = 0.0
 
     def run_seconds(self, task: Task, train: int, validation: int, test: int) -> float:
-        """Time of a run that uses all its epochs, for splits of so many samples."""
+        """Time of a run that uses all its epochs, for splits of these numbers of samples."""
         updates = math.ceil(train / task.batch_size) * task.epochs
         evaluated = validation * task.epochs + train + validation + test
         scored = task.scored(train) + task.scored(test)
@@ -62,39 +63,38 @@ def measure(
     stop: Callable[[], bool] = lambda: False,
     quick: bool = False,
 ) -> Pace:
-    """Train throw-away models for a moment, ours and one on torch's layer in turn, and evaluate ours once.
+    """Train throw-away models for a moment, ours and one on torch's layer alternately, and evaluate ours once.
 
     Args:
         task, splits, variant, heads, device: what is trained, on what and where.
         stop: asked after every round; once it says yes, what was measured by then is enough.
-        quick: one update of our model alone, for an estimate of many models; torch's layer is then not timed.
+        quick: for an estimate of many models: one update of ours alone, after one of a single sample, without the
+            optimiser's step, which takes a fiftieth of it and makes torch import its compiler (seconds).
     """
     with torch.random.fork_rng(devices=[]):
         model = task.build(variant, heads)
-        ours = _updates(task, model, splits.train, device)
+        updates = {"ours": _updates(task, model, splits.train, device, not quick)}
         rival = None if quick else on_torch(task.torch_twin().build("standard", heads))
+        if rival is not None:
+            updates["torch's"] = _updates(task, rival, splits.train, device, True)
+        # An update that is not timed first: it does what happens only once. Of one sample where an estimate is awaited.
+        probe = Split(*splits.train.batch(slice(1)))
+        first = {"ours": _updates(task, model, probe, device, False)} if quick else updates
+        for update in first.values():
+            update()
+        seconds: dict[str, list[float]] = {name: [] for name in updates}
         least, most = (1, 1) if quick else ROUNDS
-        theirs = None if rival is None else _updates(task, rival, splits.train, device)
-        own: list[float] = []
-        other: list[float] = []
-        ours()
-        if theirs is not None:
-            theirs()
-        began = time.perf_counter()
-        while len(own) < least or (len(own) < most and time.perf_counter() - began < BUDGET):
-            own.append(ours())
-            if theirs is not None:
-                other.append(theirs())
-            if stop():
-                break
-        times_as_fast = median(b / a for a, b in zip(own, other, strict=True)) if other else None
-        return Pace(median(own), times_as_fast, *_evaluation(task, model, splits))
+        for _, name in alternate(list(updates), most, least=least, seconds=BUDGET, stop=stop):
+            seconds[name].append(updates[name]())
+        pairs = zip(seconds["ours"], seconds.get("torch's", ()), strict=rival is not None)
+        times_as_fast = None if rival is None else median(theirs / ours for ours, theirs in pairs)
+        return Pace(median(seconds["ours"]), times_as_fast, *_evaluation(task, model, splits))
 
 
-def _updates(task: Task, model: nn.Module, train: Split, device: torch.device) -> Callable[[], float]:
-    """A function that does one update of ``model`` and returns its seconds."""
+def _updates(task: Task, model: nn.Module, train: Split, device: torch.device, learn: bool) -> Callable[[], float]:
+    """A function that does one update of ``model`` and returns its seconds; ``learn``: its weights change by it."""
     model.to(device).train()
-    optimiser = task.make_optimiser(model)
+    optimiser = task.make_optimiser(model) if learn else None
     batch = slice(min(task.batch_size, len(train)))
 
     def update() -> float:
@@ -102,8 +102,9 @@ def _updates(task: Task, model: nn.Module, train: Split, device: torch.device) -
         inputs, targets = train.batch(batch)
         loss = task.losses(model(task.augment(inputs)), targets).mean()
         loss.backward()
-        optimiser.step()
-        optimiser.zero_grad()
+        if optimiser is not None:
+            optimiser.step()
+        model.zero_grad()
         loss.item()
         if device.type == "cuda":
             torch.cuda.synchronize(device)

@@ -19,9 +19,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from better_attention.lab.data import DataError
 from better_attention.lab.data.own_pictures import decode
 from better_attention.lab.data.own_pictures.read import Pictures, find
+from better_attention.lab.data.samples import DataError
 from helpers.layouts import member, tar
 
 COLOURS = {"ants": (200, 30, 40), "bees": (20, 180, 60)}
@@ -192,6 +192,31 @@ def test_folders_of_classes_win_over_a_table(tmp_path: Path) -> None:
     found = find(write(tmp_path, {**files, "labels.csv": text}))
     assert seen(found) == {"ants": 4, "bees": 4}
     assert "not read as labels: labels.csv" in found.notes
+
+
+ABOUT = {
+    "other things": "page,title\n1,Home\n2,About\n",
+    "the pictures": "file,width,photographer\n" + "".join(f"ants/{n}.png,5,Bo\nbees/{n}.png,5,Al\n" for n in range(4)),
+    "the pictures, with a label": "file,label\n" + "".join(f"ants/{n}.png,x\nbees/{n}.png,y\n" for n in range(4)),
+    "nothing": "",
+    "no table": '\x00\x01 not, a table\n"',
+}
+
+
+@pytest.mark.parametrize("about", ABOUT)
+@pytest.mark.parametrize("where", ["", "ants/", "train/"])
+@pytest.mark.parametrize("kind", ["folder", ".zip"])
+def test_an_index_beside_folders_of_classes_changes_nothing(tmp_path: Path, about: str, where: str, kind: str) -> None:
+    below = "train/" if where == "train/" else ""
+    files = {f"{below}{name}/{n}.png": png(colour) for name, colour in COLOURS.items() for n in range(4)}
+    alone, beside = files, {**files, f"{where}index.csv": ABOUT[about]}
+    one, other = (
+        find(write(tmp_path / str(n), found) if kind == "folder" else packed(tmp_path / f"{n}{kind}", found))
+        for n, found in enumerate((alone, beside))
+    )
+    assert seen(other) == seen(one) == {"ants": 4, "bees": 4}
+    assert other.names == one.names
+    assert {part: rows.tolist() for part, rows in other.parts.items()} == {p: r.tolist() for p, r in one.parts.items()}
 
 
 # --- Parquet ----------------------------------------------------------------------------------------------------------

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from better_attention.lab.data import DataError
 from better_attention.lab.data.own_pictures import cache, decode, tree
 from better_attention.lab.data.own_pictures.read import Pictures, find
+from better_attention.lab.data.samples import DataError
 from helpers.layouts import compress, member, tar
 
 COLOURS = {"ants": (200, 30, 40), "bees": (20, 180, 60), "cats": (10, 50, 220)}

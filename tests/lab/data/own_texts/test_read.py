@@ -20,11 +20,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from better_attention.lab.data import DataError, NotFetched, Texts
 from better_attention.lab.data.own_texts import read as tables
 from better_attention.lab.data.own_texts.columns import Columns, read_table
 from better_attention.lab.data.own_texts.read import natural, read
 from better_attention.lab.data.own_texts.records import csv_records
+from better_attention.lab.data.samples import DataError, NotFetched, Texts
 from better_attention.lab.data.vocabulary import tokens
 from better_attention.lab.tasks.catalogue import TASKS
 
@@ -435,7 +435,11 @@ LAST = GOOD.count("\n") + 1
         ("a.jsonl", '{"text": "a", "label": null}', r"a\.jsonl, line 1: no label in column 'label'"),
         ("a.jsonl", '{"text": "a", "label": NaN}', r"a\.jsonl, line 1: no label in column 'label'"),
         ("a.jsonl", '{"text": "a", "label": [1]}', r"is \[1\] \(list\); texts, numbers and truth values are expected"),
-        ("a.jsonl", '{"text": "\\ud83d", "label": 1}', r"line 1: the text holds half a character \('\\ud83d'\)\. Mend"),
+        (
+            "a.jsonl",
+            '{"text": "\\ud83d", "label": 1}',
+            r"line 1: the text holds half a character \('\\ud83d'\)\. Correct",
+        ),
         ("a.parquet", b"PAR1 and nothing else", r"a\.parquet is no Parquet file, or a damaged one"),
         ("a.parquet", as_parquet(ROWS)[:-20], r"a\.parquet is no Parquet file, or a damaged one"),
         ("a.parquet", as_parquet([*ROWS, ("", "bad")]), r"a\.parquet, row 41: the text in column 'text' is empty"),

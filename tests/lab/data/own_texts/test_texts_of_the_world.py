@@ -6,7 +6,8 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable, Sequence
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from better_attention.cli import main
-from better_attention.lab.data import DataError, NotFetched, Texts
-from better_attention.lab.data import read as read_set
+from better_attention.lab.data.catalogue import read as read_set
 from better_attention.lab.data.own_texts import read
 from better_attention.lab.data.own_texts.columns import Columns, near_equal, read_table
+from better_attention.lab.data.samples import DataError, NotFetched, Texts
 
 COUNT = 400
 LABELS = ("bad", "good")
@@ -136,7 +137,9 @@ def test_lines_that_one_field_holds_are_counted(tmp_path: Path) -> None:
 def test_an_odd_line_does_not_let_quotes_swallow_the_others(tmp_path: Path, odd: str, at: int) -> None:
     lines = stray_quotes().split("\n")
     lines[at] = odd
-    with pytest.raises(DataError, match=rf"line {at + 1} has [13] fields?, line 1 has 2 .*Remove the record, or mend"):
+    with pytest.raises(
+        DataError, match=rf"line {at + 1} has [13] fields?, line 1 has 2 .*Remove the record, or correct"
+    ):
         read.read(write(tmp_path / "a.tsv", "\n".join(lines)))
 
 
@@ -236,10 +239,168 @@ def test_a_folder_of_txt_files_for_each_class(tmp_path: Path, parts: bool, below
     labels = [data.classes[label] for label in data.train_labels]
     for text, label in zip(data.train_texts, labels, strict=True):
         assert label == LABELS[int(re.findall("[0-9]+", text)[0]) % 2]
-    assert f"texts from the .txt files of {place}, classes from its folders" in data.notes
+    assert f"texts from the files of {place}, classes from its folders" in data.notes
     assert any(
-        "not read, since no .txt in the folder of a class: 2 (README.md, good/notes.docx)" in n for n in data.notes
+        "not read, since no text in the folder of a class: 2 (README.md, good/notes.docx)" in n for n in data.notes
     )
+
+
+def write_newsgroups(place: Path, count: int, first: int = 0) -> Path:
+    """Articles as the 20 newsgroups have them: a folder for each group, a number for each file."""
+    for i, (text, label) in enumerate(numbered(count)):
+        write(place / f"alt.{label}" / str(51_000 + first + i), f"From: me\n\n{text}")
+    return place
+
+
+@pytest.mark.parametrize("layout", ["20_newsgroups", "unpacked", "bydate"])
+def test_newsgroups_are_read_as_they_are_published(tmp_path: Path, layout: str) -> None:
+    """One folder of groups, that folder within another, or a folder for each part with the part at its name's end."""
+    place = tmp_path / "20_newsgroups"
+    if layout == "bydate":
+        write_newsgroups(tmp_path / "20news-bydate-train", 60)
+        write_newsgroups(tmp_path / "20news-bydate-test", 20)
+    else:
+        write_newsgroups(place, 60)
+    data = read.read(place if layout == "20_newsgroups" else tmp_path)
+    assert rows_of(data) == 60 + 20 * (layout == "bydate")
+    assert (data.classes, len(data.test_texts)) == (("alt.bad", "alt.good"), 20 if layout == "bydate" else 6)
+    for text, label in zip(data.train_texts, data.train_labels, strict=True):
+        assert data.classes[label].removeprefix("alt.") == LABELS[int(re.findall("[0-9]+", text)[0]) % 2]
+
+
+def test_articles_older_than_utf_8_are_read_and_counted(tmp_path: Path) -> None:
+    place = write_newsgroups(tmp_path / "news", 60)
+    for number, letter in ((51_002, "é"), (51_004, "ß")):
+        write(place / "alt.bad" / str(number), f"café {letter} {number}".encode("latin-1"))
+    data = read.read(place)
+    assert {f"café é {51_002}", f"café ß {51_004}"} <= every_text(data)
+    assert any("2 of 60 files not UTF-8 and read as Latin-1, the first alt.bad/51002" in note for note in data.notes)
+    write(place / "alt.bad" / "51006", b"\x7fELF\x00\x00")
+    with pytest.raises(DataError, match=r"alt\.bad/51006 is no text: it holds a byte 0"):
+        read.read(place)
+
+
+def test_where_there_are_txt_files_those_without_an_ending_are_none(tmp_path: Path) -> None:
+    write(write_folders(tmp_path, 60) / "good" / "Makefile", "all:")
+    data = read.read(tmp_path)
+    assert rows_of(data) == 60
+    assert any("good/Makefile" in note for note in data.notes)
+
+
+def test_a_part_at_the_end_of_a_name_is_one_only_beside_a_training_folder(tmp_path: Path) -> None:
+    for name in ("litmus-test", "steam-train"):
+        for i in range(20):
+            write(tmp_path / name / f"{i}.txt", f"{name} {i}")
+    assert read.read(tmp_path).classes == ("litmus-test", "steam-train")
+
+
+@pytest.mark.parametrize("about", ["page,title\n1,Home\n", "", "x\x00y,\n", "text\nno label\n"])
+def test_class_folders_beside_an_unrelated_table_are_read(tmp_path: Path, about: str) -> None:
+    write(write_folders(tmp_path, 60) / "index.csv", about)
+    data = read.read(tmp_path)
+    assert (rows_of(data), data.classes) == (60, LABELS)
+    assert any("index.csv" in note for note in data.notes)
+
+
+@pytest.mark.parametrize("name", ["reviews.csv", "train.csv"])
+def test_a_table_of_texts_beside_folders_is_read(tmp_path: Path, name: str) -> None:
+    for folder in ("docs", "licences"):
+        write(tmp_path / folder / "README.txt", "about them")
+    write(tmp_path / name, comma([("text", "label"), *numbered()]))
+    assert rows_of(read.read(tmp_path)) == COUNT
+
+
+# --- tables in a .zip -------------------------------------------------------------------------------------------------
+
+
+def zipped(path: Path, files: Mapping[str, str | bytes]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return path
+
+
+REVIEWS = comma([("review", "sentiment"), *((f"film {i}", ("positive", "negative")[i % 2]) for i in range(60))])
+
+
+@pytest.mark.parametrize("where", ["archive", "folder"])
+@pytest.mark.parametrize("inner", ["IMDB Dataset.csv", "archive/IMDB Dataset.csv"])
+def test_a_table_in_an_archive_is_read_as_the_table_itself(tmp_path: Path, inner: str, where: str) -> None:
+    alone = read.read(write(tmp_path / "alone" / "IMDB Dataset.csv", REVIEWS))
+    archive = zipped(tmp_path / "in" / "archive.zip", {inner: REVIEWS, "__MACOSX/._IMDB Dataset.csv": "x"})
+    found = read.read(archive if where == "archive" else archive.parent)
+    assert found.fingerprint() == alone.fingerprint()
+    assert found.notes == alone.notes
+
+
+def test_the_parts_in_an_archive(tmp_path: Path) -> None:
+    rows = comma([("text", "label"), *numbered()])
+    held_out = json.dumps({"text": "one more", "label": "good"})
+    archive = zipped(tmp_path / "archive.zip", {"Train.csv": rows, "test.jsonl": held_out, "notes.csv": "a,b\n"})
+    data = read.read(archive)
+    assert data.test_texts == ["one more"]
+    assert any("not read: notes.csv beside Train.csv, test.jsonl" in note for note in data.notes)
+    unlabelled = zipped(tmp_path / "b.zip", {"train.csv": rows, "test.csv": "text\nx\n"})
+    assert any("test.csv is left out: it has no labels" in note for note in read.read(unlabelled).notes)
+
+
+def test_what_is_wrong_in_an_archive_is_named_with_its_line(tmp_path: Path) -> None:
+    archive = zipped(tmp_path / "a.zip", {"a.csv": REVIEWS.replace("film 7,", ",")})
+    with pytest.raises(DataError, match=r"a\.zip/a\.csv, line 9: the text in column 'review' is empty"):
+        read.read(archive)
+
+
+def test_an_unpacked_table_comes_before_the_archive_that_it_is_of(tmp_path: Path) -> None:
+    zipped(tmp_path / "archive.zip", {"a.csv": "damaged"})
+    write(tmp_path / "a.csv", REVIEWS)
+    assert rows_of(read.read(tmp_path)) == 60
+
+
+@pytest.mark.parametrize("inner", ["a.parquet", "a.csv.gz", "pos/1.txt"])
+def test_an_archive_without_a_table_that_can_be_read(tmp_path: Path, inner: str) -> None:
+    archive = zipped(tmp_path / "archive.zip", {inner: b"x"})
+    with pytest.raises(DataError, match=r"archive\.zip has no training file.*unpack it, and name the folder"):
+        read.read(archive)
+
+
+def test_an_archive_that_expands_to_much_is_refused(tmp_path: Path) -> None:
+    archive = zipped(tmp_path / "archive.zip", {"a.csv": REVIEWS + "x" * 50_000_000})
+    with pytest.raises(DataError, match="expands to more than 100 times"):
+        read.read(archive)
+
+
+@pytest.mark.parametrize("command", ["compare", "import"])
+@pytest.mark.parametrize("whole_folder", [False, True])
+def test_the_movie_reviews_in_an_archive_are_sent_to_the_command_that_reads_them(
+    tmp_path: Path, whole_folder: bool, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As Kaggle hands them out: nothing in the archive's name tells what it holds."""
+    archive = zipped(tmp_path / "in" / "archive.zip", {"IMDB Dataset.csv": REVIEWS})
+    place = str(archive.parent if whole_folder else archive)
+    words = {"compare": ["compare", "imdb", "--data", place, "--device", "cpu", "--out", str(tmp_path / "out")]}
+    words["import"] = ["data", "import", "imdb", place, "--data", str(tmp_path / "home")]
+    assert main.main(words[command]) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert "holds the table IMDB Dataset.csv" in told
+    assert f"`better-attention compare text --data {archive}`" in told
+    assert rows_of(read.read(archive)) == 60
+
+
+@pytest.mark.parametrize("name", ["imdb", "cifar100"])
+def test_an_archive_of_another_kind_is_to_be_unpacked(tmp_path: Path, name: str) -> None:
+    archive = zipped(tmp_path / "archive.zip", {"aclImdb/train/pos/0_9.txt": "good", "train": "x"})
+    with pytest.raises(DataError, match=r"archive\.zip is a \.zip archive, which is not read here\. Unpack it"):
+        read_set(name, archive)
+
+
+def test_a_damaged_archive_beside_the_reviews_is_nobodys_business(tmp_path: Path) -> None:
+    write(tmp_path / "archive.zip", b"PK\x03\x04 and no more")
+    with pytest.raises(NotFetched):
+        read_set("imdb", tmp_path)
+
+
+# --- other layouts of folders -----------------------------------------------------------------------------------------
 
 
 def test_all_faulty_files_of_a_folder_at_once(tmp_path: Path) -> None:

@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 
-from better_attention.lab.data import SOURCES, DataError, Texts, read, store
-from better_attention.lab.data.published import amazon
+from better_attention.lab.data import store
+from better_attention.lab.data.catalogue import read
+from better_attention.lab.data.published import SOURCES, amazon
+from better_attention.lab.data.samples import DataError, Texts
 from better_attention.lab.data.vocabulary import tokens
 from helpers.layouts import compress, member, tar
 

@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from better_attention.lab.data import SOURCES, DataError, Images, NotFetched, read, store
-from better_attention.lab.data.published import cifar100
+from better_attention.lab.data import store
+from better_attention.lab.data.catalogue import read
+from better_attention.lab.data.published import SOURCES, cifar100
+from better_attention.lab.data.samples import DataError, Images, NotFetched
 from helpers.layouts import compress, member, tar
 
 NAMES = "\n".join(f"thing_{number}" for number in range(100))

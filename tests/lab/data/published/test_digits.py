@@ -7,8 +7,9 @@ import random
 import numpy as np
 from sklearn.datasets import load_digits
 
-from better_attention.lab.data import Images, read
+from better_attention.lab.data.catalogue import read
 from better_attention.lab.data.published import digits
+from better_attention.lab.data.samples import Images
 
 
 def test_the_splits_are_scikit_learns_digits_each_exactly_once() -> None:

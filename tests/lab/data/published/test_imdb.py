@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import tarfile
 from pathlib import Path
 
 import pytest
 
-from better_attention.lab.data import DataError, Texts
 from better_attention.lab.data.published import imdb
+from better_attention.lab.data.samples import DataError, Texts
+from better_attention.lab.data.vocabulary import tokens
 from helpers.layouts import IMDB, UNREAD, compress, member, tar, write_imdb, write_imdb_folder
 
 WRITERS = {
@@ -131,11 +133,25 @@ def test_an_archive_of_something_else(tmp_path: Path) -> None:
         read(write_imdb(tmp_path / "photos.tar.gz", {"photos/a.txt": "x"}))
 
 
+@pytest.fixture(scope="module")
+def reviews(real_data: Path) -> Texts:
+    """All 50,000 reviews, which take seconds to read."""
+    return read(real_data / "imdb")
+
+
 @pytest.mark.data
-def test_the_real_thing(real_data: Path) -> None:
+def test_the_real_thing(reviews: Texts) -> None:
     """Sizes and overlap as the data's README says; half of each split is positive."""
-    data = read(real_data / "imdb")
-    assert len(data.train_texts) == len(data.test_texts) == 25_000
-    assert data.train_labels.sum() == data.test_labels.sum() == 12_500
-    assert data.notes == ("123 texts occur in both splits",)
-    assert any("<br />" in text for text in data.train_texts)
+    assert len(reviews.train_texts) == len(reviews.test_texts) == 25_000
+    assert reviews.train_labels.sum() == reviews.test_labels.sum() == 12_500
+    assert reviews.notes == ("123 texts occur in both splits",)
+    assert any("<br />" in text for text in reviews.train_texts)
+
+
+@pytest.mark.data
+def test_their_words_are_those_of_published_results(reviews: Texts) -> None:
+    foreign = [text for text in reviews.train_texts if not text.isascii()]
+    assert len(foreign) > 2_000
+    for text in foreign:
+        plain = text.lower().replace("<br />", " ").replace("’", "'")
+        assert tokens(text) == re.findall(r"\w+(?:'\w+)*", plain)

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from better_attention.lab.data import DataError, Images, NotFetched
 from better_attention.lab.data.published import mnist
+from better_attention.lab.data.samples import DataError, Images, NotFetched
 from helpers.layouts import idx, mnist_arrays, write_mnist
 
 NAMES = tuple(mnist_arrays())

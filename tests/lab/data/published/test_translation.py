@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 
-from better_attention.lab.data import SOURCES, DataError, NotFetched, Pairs, read, store
-from better_attention.lab.data.published import translation
+from better_attention.lab.data import store
+from better_attention.lab.data.catalogue import read
+from better_attention.lab.data.published import SOURCES, translation
 from better_attention.lab.data.published.translation import encode, normalise
+from better_attention.lab.data.samples import DataError, NotFetched, Pairs
 from helpers.layouts import compress, member, tar
 
 ANKI = "Go.\tVe.\nGo.\tVete.\nHow are you?\t¿Cómo estás?\tCC-BY 2.0 (France) Attribution: tatoeba.org #1\n"

@@ -1,4 +1,4 @@
-"""Decoded pictures on the disk: a set of pictures is decoded once, and mapped into memory ever after.
+"""Decoded pictures on the disk: a set of pictures is decoded once, and mapped into memory from then on.
 
 ``HOME/pictures/KEY.npy`` holds the pixels of one set at one size, ``KEY.json`` what else took long to find out. Both
 appear whole or not at all, and may be deleted at any time: they are made again.
@@ -9,18 +9,20 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
+from better_attention.lab.data.home import NoHome, home
 from better_attention.lab.data.samples import DataError, UInt8
-from better_attention.lab.data.store import NoHome, home
+from better_attention.lab.files import remove_leftovers, replacing
 
 from .decode import quiet, read_picture
 
@@ -34,7 +36,7 @@ _BATCH = 256  # pictures that are in flight at a time
 _TOLD = 10  # bad pictures that one message names
 
 LEAVE_OUT = "`--set damaged=leave-out` leaves out and counts what cannot be read"
-"""The way out that a message about damaged pictures names."""
+"""What a message about damaged pictures advises to do."""
 
 Contents = Iterable[tuple[int, str, bytes | Path]]
 """Row, name and file or file's contents of every picture, in any order."""
@@ -64,10 +66,10 @@ def held() -> tuple[int, int]:
 
 def clear() -> tuple[int, int]:
     """Remove every decoded set; returns how many there were, and their bytes."""
-    found = held()
+    removed = held()
     for path in (*folder().glob("*.npy"), *folder().glob("*.json")):
         path.unlink(missing_ok=True)
-    return found
+    return removed
 
 
 def decoded(key: str, rows: int, contents: Callable[[], Contents], size: int, channels: int) -> UInt8:
@@ -119,13 +121,13 @@ def remembered(key: str, find: Callable[[], Any]) -> Any:
         return find()
     except (OSError, ValueError, RecursionError):
         value = find()
-    with suppress(NotWritable), _alone(path, ".json.lock"), _replacing(path) as file:
+    with suppress(NotWritable), _alone(path, ".json.lock"), replacing(path) as file:
         file.write(json.dumps(value).encode())
     return value
 
 
 def _mapped(path: Path, shape: tuple[int, ...]) -> UInt8 | None:
-    """The cached array, copied where it is written to; None if there is none of this shape."""
+    """The cached array, copied where it is written to; None if it is missing or has another shape."""
     try:
         array = np.lib.format.open_memmap(path, mode="c")
     except (OSError, ValueError):
@@ -142,7 +144,7 @@ def _write(path: Path, shape: tuple[int, ...], contents: Contents) -> None:
             f"the decoded pictures take {each * shape[0]:,} bytes; {path.parent} has {free:,} free. Make room, take a "
             "smaller picture size, or let XDG_CACHE_HOME name another disk."
         )
-    with _replacing(path) as file:
+    with replacing(path) as file:
         header = {"descr": "|u1", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
         start = file.tell()
@@ -159,18 +161,18 @@ def _pictures(shape: tuple[int, ...], contents: Contents) -> Iterator[tuple[int,
     """
     size, channels = shape[1], 3 if len(shape) == 4 else 1
     bad: list[str] = []
-    found = 0
+    done = 0
     for row, picture in _attempts(contents, size, channels):
         if isinstance(picture, DataError):
             bad.append(str(picture))
             continue
-        found += 1
+        done += 1
         yield row, picture
     if bad:
         rest = f"\n... and {len(bad) - _TOLD:,} more." if len(bad) > _TOLD else ""
         raise DataError("\n".join(bad[:_TOLD]) + rest + f" To do without {'them' if bad[1:] else 'it'}: {LEAVE_OUT}.")
-    if found != shape[0]:
-        raise DataError(f"{shape[0] - found:,} pictures were gone before they were read: the data changed. Try again.")
+    if done != shape[0]:
+        raise DataError(f"{shape[0] - done:,} pictures were gone before they were read: the data changed. Try again.")
 
 
 def unreadable(contents: Contents, size: int, channels: int) -> list[tuple[int, str]]:
@@ -184,7 +186,7 @@ def _attempts(contents: Contents, size: int, channels: int) -> Iterator[tuple[in
     with ThreadPoolExecutor(_workers()) as pool, quiet():
         waiting = _readable(contents)
         while batch := list(islice(waiting, _BATCH)):
-            pictures = pool.map(lambda one: _attempt(one[1], one[2], size, channels), batch)
+            pictures = pool.map(lambda entry: _attempt(entry[1], entry[2], size, channels), batch)
             for (row, _, _), picture in zip(batch, pictures, strict=True):
                 yield row, picture
 
@@ -211,25 +213,11 @@ def _workers() -> int:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, which becomes ``path`` if the block ends well. The caller holds the lock."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
 def _alone(path: Path, lock: str) -> Iterator[None]:
     """One process at a time makes ``path``, others wait; what the disk says becomes an error with a way out.
 
     Raises:
-        NotWritable: nobody may write there.
+        NotWritable: the folder is not writable.
         DataError: no room, for example.
     """
     import filelock
@@ -237,6 +225,7 @@ def _alone(path: Path, lock: str) -> Iterator[None]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(path.with_name(lock)):
+            remove_leftovers(path.parent, re.compile(re.escape(path.name)))  # of a process that was killed
             yield
     except OSError as error:
         kind = NotWritable if error.errno in _REFUSED else DataError

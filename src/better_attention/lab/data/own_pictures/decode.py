@@ -89,7 +89,7 @@ def read_picture(name: str, source: bytes | Path, size: int, channels: int) -> U
 
 
 def sides(name: str, source: bytes | Path) -> tuple[int, int]:
-    """Width and height of a picture file as it is stored, told from its head.
+    """Width and height of a picture file as it is stored, read from its header.
 
     Raises:
         DataError: no such picture.
@@ -99,7 +99,7 @@ def sides(name: str, source: bytes | Path) -> tuple[int, int]:
 
 
 def is_grey(name: str, source: bytes | Path) -> bool:
-    """Whether a picture file stores grey values; told from its head, and a palette counts as colour.
+    """Whether a picture file stores grey values, by its header; a palette counts as colour.
 
     Raises:
         DataError: no such picture.
@@ -113,7 +113,7 @@ def fit(image: Image.Image, size: int, channels: int, orientation: int = 1) -> U
 
     Args:
         image: of any size and mode.
-        size: side of the result; the shorter side of the picture becomes so long.
+        size: side of the result; the shorter side of the picture is scaled to it.
         channels: 1 (grey) or 3.
         orientation: EXIF's number, 1 to 8; 1: upright.
 

@@ -99,13 +99,13 @@ def _rows(text: str) -> list[list[str]]:
 
 def _spellings(pictures: Sequence[str]) -> dict[str, str]:
     """How a table may name a picture -> the picture; what could mean two of them means none."""
-    found: dict[str, str | None] = {}
+    names: dict[str, str | None] = {}
     for name in pictures:
         path = PurePosixPath(name)
         below = {name, path.name, *("/".join(path.parts[start:]) for start in range(1, len(path.parts)))}
         for spelling in below | {one.removesuffix(path.suffix) for one in below} | {f"./{one}" for one in below}:
-            found[spelling] = name if spelling not in found else None
-    return {spelling: name for spelling, name in found.items() if name is not None}
+            names[spelling] = name if spelling not in names else None
+    return {spelling: name for spelling, name in names.items() if name is not None}
 
 
 def _label_column(table: str, header: Sequence[str] | None, at: int, width: int) -> int:

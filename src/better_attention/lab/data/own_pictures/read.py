@@ -95,16 +95,16 @@ class Pictures:
 
     def pixels(self, rows: Int64, size: int, channels: int) -> UInt8:
         """The pictures of some rows, in their order; :func:`.cache.decoded` holds them."""
-        wanted = {self.names[row]: place for place, row in enumerate(rows.tolist())}
+        wanted = {self.names[row]: index for index, row in enumerate(rows.tolist())}
         key = _key(f"{size} {channels}", self.tree.stamp, rows)
         return decoded(key, len(rows), lambda: self.tree.contents(wanted), size, channels)
 
     def damaged(self, rows: Int64, size: int, channels: int) -> dict[int, str]:
         """Place in ``rows`` -> what is wrong, of the pictures that cannot be decoded; all are, to find out."""
-        wanted = {self.names[row]: place for place, row in enumerate(rows.tolist())}
+        wanted = {self.names[row]: index for index, row in enumerate(rows.tolist())}
         key = _key(f"damaged {size} {channels}", self.tree.stamp, rows)
-        found = remembered(key, lambda: unreadable(self.tree.contents(wanted), size, channels))
-        return {int(place): str(what) for place, what in found}
+        problems = remembered(key, lambda: unreadable(self.tree.contents(wanted), size, channels))
+        return {int(index): str(what) for index, what in problems}
 
 
 def find(place: Path) -> Pictures:
@@ -138,27 +138,31 @@ def find(place: Path) -> Pictures:
     names: list[str] = []
     labels: list[int] = []
     parts: dict[str, Int64] = {}
-    for split, own in members.items():
+    for split, pictures_of in members.items():
         first = len(names)
         for label, folder in enumerate(folders):
-            names += own.get(folder, [])
-            labels += [label] * len(own.get(folder, []))
+            names += pictures_of.get(folder, [])
+            labels += [label] * len(pictures_of.get(folder, []))
         parts[split] = np.arange(first, len(names), dtype=np.int64)
-    found = Pictures(tree, names, np.array(labels, dtype=np.int64), folders, _called(tree, folders), parts, ())
-    found = replace(
-        found,
+    pictures = Pictures(tree, names, np.array(labels, dtype=np.int64), folders, _called(tree, folders), parts, ())
+    pictures = replace(
+        pictures,
         notes=(
             *(table.note for table in tables.values()),
-            *doubtful(folders, {folder: len(own) for folder, own in members["train"].items()}, "picture"),
-            *_ignored(found, splits, {table.table for table in tables.values()}),
+            *doubtful(
+                folders, {folder: len(pictures_of) for folder, pictures_of in members["train"].items()}, "picture"
+            ),
+            *_ignored(pictures, splits, {table.table for table in tables.values()}),
         ),
     )
     if parts.keys() == {"train"}:
-        found = _with_held_out(found, splits["train"])
+        pictures = _with_held_out(pictures, splits["train"])
     elif "test" not in parts:
         note = f"{splits['validation']}/ is the test split here; validation is cut from {splits['train']}/"
-        found = replace(found, parts={"train": parts["train"], "test": parts["validation"]}, notes=(*found.notes, note))
-    return found
+        pictures = replace(
+            pictures, parts={"train": parts["train"], "test": parts["validation"]}, notes=(*pictures.notes, note)
+        )
+    return pictures
 
 
 def _splits(tree: PictureTree) -> dict[str, str]:
@@ -171,12 +175,12 @@ def _splits(tree: PictureTree) -> dict[str, str]:
     below = [name for name in names if name.startswith("train/")]
     if not below or (any(name.count("/") == 1 for name in below) and _table(tree, "train") is None):
         return {"train": ""}
-    found: dict[str, str] = {}
+    folder_of: dict[str, str] = {}
     for top in sorted({name.partition("/")[0] for name in names} & SPLITS.keys()):
-        if SPLITS[top] in found:
-            raise DataError(f"{found[SPLITS[top]]}/ and {top}/ are both the {SPLITS[top]} split: keep one.")
-        found[SPLITS[top]] = top
-    return found
+        if SPLITS[top] in folder_of:
+            raise DataError(f"{folder_of[SPLITS[top]]}/ and {top}/ are both the {SPLITS[top]} split: keep one.")
+        folder_of[SPLITS[top]] = top
+    return folder_of
 
 
 def _table(tree: PictureTree, top: str) -> Labels | None:
@@ -185,14 +189,14 @@ def _table(tree: PictureTree, top: str) -> Labels | None:
     It lies beside them, or beside the folder under a name that tells which it is for, or is the only one.
     """
     base = f"{top}/" if top else ""
-    own = [name for name in tree.names if name.startswith(base)]
-    if not own or any(folder not in _GENERIC for name in own if (folder := _class_of(name, top)) is not None):
+    names = [name for name in tree.names if name.startswith(base)]
+    if not names or any(folder not in _GENERIC for name in names if (folder := _class_of(name, top)) is not None):
         return None
     inside = [name for name in tree.texts if name.startswith(base) and "/" not in name[len(base) :]]
     beside = [name for name in tree.texts if "/" not in name and top and top in re.split(r"[._-]", name.lower())]
     shared = [name for name in tree.texts if re.match(r"(?:labels?|annotations?|metadata)\.", name, re.IGNORECASE)]
     for table in dict.fromkeys((*sorted(inside), *sorted(beside), *sorted(shared))):
-        labels = read_labels(str(tree.place / table), tree.texts[table], own)
+        labels = read_labels(str(tree.place / table), tree.texts[table], names)
         if labels is not None:
             return replace(labels, table=table)
     return None
@@ -200,10 +204,10 @@ def _table(tree: PictureTree, top: str) -> Labels | None:
 
 def _grouped(classes: Mapping[str, str]) -> dict[str, list[str]]:
     """Class -> names of its pictures, sorted."""
-    found: defaultdict[str, list[str]] = defaultdict(list)
+    pictures_of: defaultdict[str, list[str]] = defaultdict(list)
     for name in sorted(classes):
-        found[classes[name]].append(name)
-    return dict(found)
+        pictures_of[classes[name]].append(name)
+    return dict(pictures_of)
 
 
 def _class_of(name: str, top: str) -> str | None:
@@ -213,12 +217,12 @@ def _class_of(name: str, top: str) -> str | None:
 
 
 def _classes(names: Sequence[str], top: str) -> dict[str, list[str]]:
-    found: defaultdict[str, list[str]] = defaultdict(list)
+    pictures_of: defaultdict[str, list[str]] = defaultdict(list)
     for name in names:
         folder = _class_of(name, top)
         if folder is not None:
-            found[folder].append(name)
-    return dict(found)
+            pictures_of[folder].append(name)
+    return dict(pictures_of)
 
 
 def _check(
@@ -236,7 +240,7 @@ def _check(
         packed = archives(tree.place) if not tree.names else []
         hint = f" To read {packed[0].name}, name it: {packed[0]}." if packed else ""
         raise DataError(f"{where} holds {loose}; expected {LAYOUT}.{hint}")
-    alike = {folder: found[1].lower() for folder in members["train"] if (found := _SPLIT_LIKE.fullmatch(folder))}
+    alike = {folder: match[1].lower() for folder in members["train"] if (match := _SPLIT_LIKE.fullmatch(folder))}
     if not top and len(set(alike.values())) > 1:
         raise DataError(
             f"{where} holds the folders {', '.join(sorted(alike))}, which look like splits and would be classes; "
@@ -266,15 +270,17 @@ def _check(
     for split, classes in members.items():
         unknown = sorted(classes.keys() - members["train"].keys())
         if unknown:
-            place = f"{tables[split].table}: {unknown[0]}" if split in tables else f"{splits[split]}/{unknown[0]}"
+            class_folder = (
+                f"{tables[split].table}: {unknown[0]}" if split in tables else f"{splits[split]}/{unknown[0]}"
+            )
             raise DataError(
-                f"{tree.place / place} is a class that {top}/ does not have "
+                f"{tree.place / class_folder} is a class that {top}/ does not have "
                 f"({len(unknown):,} such): a model cannot know it. Expected {LAYOUT}."
             )
 
 
 def _copy_inside(classes: Mapping[str, Sequence[str]], top: str) -> tuple[str, list[str]] | None:
-    """A class's folder that holds other classes over again, somewhere below it, and which; None if there is none.
+    """A class's folder that contains other classes again, somewhere below it, and which; None if no folder does.
 
     Two of them, or nothing but one, are no chance. Where every class holds folders called like the others, as tables of
     confusion do, none is a copy.
@@ -285,36 +291,36 @@ def _copy_inside(classes: Mapping[str, Sequence[str]], top: str) -> tuple[str, l
         paths = (name.removeprefix(f"{top}/" if top else "").split("/")[1:-1] for name in names)
         below[folder] = [{known[part.casefold()] for part in path if part.casefold() in known} for path in paths]
     again = {folder: sorted(set().union(*inside)) for folder, inside in below.items()}
-    for folder, found in again.items():
-        others = [other for other in found if other != folder]
-        whole = len(found) > 1 or (others and all(others[0] in inside for inside in below[folder]))
+    for folder, repeated in again.items():
+        others = [other for other in repeated if other != folder]
+        whole = len(repeated) > 1 or (others and all(others[0] in inside for inside in below[folder]))
         if others and whole and not any(set(again[other]) - {other} for other in others):
-            return folder, found
+            return folder, repeated
     return None
 
 
-def _with_held_out(found: Pictures, top: str) -> Pictures:
+def _with_held_out(pictures: Pictures, top: str) -> Pictures:
     """The same pictures with a test split: those whose name hashes below a tenth, and the lowest of each class."""
-    own_names = [name.removeprefix(f"{top}/" if top else "") for name in found.names]
+    own_names = [name.removeprefix(f"{top}/" if top else "") for name in pictures.names]
     hashes = np.array([_unit(name) for name in own_names])
-    members = [np.flatnonzero(found.labels == label) for label in range(len(found.folders))]
-    lonely = [found.names[own[0]] for own in members if len(own) == 1]
+    members = [np.flatnonzero(pictures.labels == label) for label in range(len(pictures.folders))]
+    lonely = [pictures.names[rows[0]] for rows in members if len(rows) == 1]
     if lonely:
         more = f" So are {', '.join(lonely[1:11])}{', ...' if len(lonely) > 11 else ''}." if lonely[1:] else ""
         raise DataError(
-            f"{found.tree.place / lonely[0]} is the only picture of its class: one to learn from and one to test with "
+            f"{pictures.tree.place / lonely[0]} is the only picture of its class: one to train on and one to test on "
             f"are needed. Add pictures, or remove the class.{more}"
         )
     held = hashes < HELD_OUT
-    for own in members:
-        held[own[hashes[own].argmin()]] = True
-        held[own[hashes[own].argmax()]] = False
+    for rows in members:
+        held[rows[hashes[rows].argmin()]] = True
+        held[rows[hashes[rows].argmax()]] = False
     note = (
         "the data has no split of its own: about a tenth of each class, chosen by a hash of the files' names, is the "
         "test split; pictures that are nearly alike may lie on both sides"
     )
     parts = {"train": np.flatnonzero(~held), "test": np.flatnonzero(held)}
-    return replace(found, parts=parts, notes=(*found.notes, note))
+    return replace(pictures, parts=parts, notes=(*pictures.notes, note))
 
 
 def _unit(name: str) -> float:
@@ -323,19 +329,21 @@ def _unit(name: str) -> float:
     return int.from_bytes(digest[:6], "big") / 2**48
 
 
-def _ignored(found: Pictures, splits: Mapping[str, str], used: Collection[str]) -> tuple[str, ...]:
+def _ignored(pictures: Pictures, splits: Mapping[str, str], used: Collection[str]) -> tuple[str, ...]:
     """Notes on pictures, and on tables that may label them, that are not read."""
-    tops = [top for split, top in splits.items() if split not in found.parts]
+    tops = [top for split, top in splits.items() if split not in pictures.parts]
     flat = [f"{top}/ holds no folder per class and is not read" for top in tops]
     if tops:
         flat.append(f"no table names the pictures of {'/, '.join(tops)}/, as val_annotations.txt or labels.csv might")
-    tables = sorted(name for name in found.tree.texts if TABLE.fullmatch(name.rpartition("/")[2]) and name not in used)
+    tables = sorted(
+        name for name in pictures.tree.texts if TABLE.fullmatch(name.rpartition("/")[2]) and name not in used
+    )
     if tables:
         flat.append(f"not read as labels: {', '.join(tables[:10])}{', ...' if len(tables) > 10 else ''}")
-    loose = len(found.tree.names) - len(found.names)
+    loose = len(pictures.tree.names) - len(pictures.names)
     if loose:
         flat.append(f"{plural(loose, 'picture')} in no class's folder, not read")
-    if unread := found.tree.unread:
+    if unread := pictures.tree.unread:
         kinds = ", ".join(f"{number:,} {kind}" for kind, number in sorted(unread.items()))
         flat.append(
             f"{plural(sum(unread.values()), 'picture')} of kinds that are not read left out ({kinds}): convert them"
@@ -344,7 +352,7 @@ def _ignored(found: Pictures, splits: Mapping[str, str], used: Collection[str]) 
 
 
 def _called(tree: PictureTree, folders: Sequence[str]) -> tuple[str, ...]:
-    """What people call the classes; the folder's name where nobody says, or where two classes are called alike."""
+    """Readable names of the classes; the folder's name where no file gives one, or gives it to two classes."""
     said: dict[str, str] = {}
     wanted = set(folders)
     for line in tree.called():

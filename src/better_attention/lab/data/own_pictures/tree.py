@@ -124,9 +124,9 @@ def _parquet_files(place: Path) -> list[Path]:
         if not folder.is_dir():
             return []
         files = [file for file in sorted(folder.iterdir()) if not file.name.startswith(".")]
-        found = [file for file in files if file.suffix.lower() == ".parquet" and file.is_file()]
-        if found and not any(file.is_dir() and file.name != "data" for file in files):
-            return found
+        parquet = [file for file in files if file.suffix.lower() == ".parquet" and file.is_file()]
+        if parquet and not any(file.is_dir() and file.name != "data" for file in files):
+            return parquet
     return []
 
 
@@ -145,7 +145,7 @@ def _of_parquet(place: Path, files: Sequence[Path]) -> PictureTree:
         stamps.append(f"{file.resolve()} {about.st_size} {about.st_mtime_ns} {about.st_ctime_ns}")
         tables[file.stem] = parquet = read_parquet(file)
         base = f"{top}/" if several else ""
-        names += [f"{base}{own}/{file.stem}-{row:08}" for row, own in enumerate(parquet.classes)]
+        names += [f"{base}{class_name}/{file.stem}-{row:08}" for row, class_name in enumerate(parquet.classes)]
     return PictureTree(place, sorted(names), frozenset(), "\n".join(stamps), {}, tables=tables)
 
 
@@ -167,17 +167,17 @@ def archives(place: Path) -> list[Path]:
 
 def _archives(place: Path) -> dict[Path, str]:
     """The archives in a folder that hold a split each -> the split's folder."""
-    found = [(file, match) for file in archives(place) if (match := _ARCHIVE.fullmatch(file.name)) and match[2]]
-    sets = {match[1] for _, match in found}
+    named = [(file, match) for file in archives(place) if (match := _ARCHIVE.fullmatch(file.name)) and match[2]]
+    sets = {match[1] for _, match in named}
     if len(sets) > 1:
         raise DataError(f"{place} holds archives of several data sets ({', '.join(sorted(sets))}). Keep one.")
-    splits = [SPLITS[match[2]] for _, match in found]
-    if found and ("train" not in splits or len(set(splits)) < len(splits)):
+    splits = [SPLITS[match[2]] for _, match in named]
+    if named and ("train" not in splits or len(set(splits)) < len(splits)):
         raise DataError(
-            f"{place} holds {', '.join(file.name for file, _ in found)}: one archive NAME-train.tar.* is needed, "
+            f"{place} holds {', '.join(file.name for file, _ in named)}: one archive NAME-train.tar.* is needed, "
             "and at most one a split beside it."
         )
-    return {file: match[2] for file, match in found}
+    return {file: match[2] for file, match in named}
 
 
 def _of_archives(place: Path, archives: Mapping[Path, str]) -> PictureTree:
@@ -207,7 +207,7 @@ def _of_archives(place: Path, archives: Mapping[Path, str]) -> PictureTree:
 
 
 def _shared_root(members: Sequence[str], split: str) -> str:
-    """The folders above the classes that all members share: ``photos/``, ``train/``; "" if there are none."""
+    """The folders above the classes that all members share: ``photos/``, ``train/``; "" if they share none."""
     root = ""
     while members:
         first = members[0][len(root) :].partition("/")[0]
@@ -254,8 +254,8 @@ def _listed(archive: Path) -> dict[str, object]:
 
 def _is_table(name: str) -> bool:
     """Whether a file may name or label classes."""
-    own = name.rpartition("/")[2]
-    return own in _NAME_FILES or TABLE.fullmatch(own) is not None
+    file_name = name.rpartition("/")[2]
+    return file_name in _NAME_FILES or TABLE.fullmatch(file_name) is not None
 
 
 def _text(stream: Readable) -> str | None:
@@ -283,8 +283,8 @@ def _of_folder(place: Path) -> PictureTree:
     while waiting:
         prefix, folder, above = waiting.pop()
         about = folder.stat()
-        own = (about.st_dev, about.st_ino)
-        if own in above:
+        identity = (about.st_dev, about.st_ino)
+        if identity in above:
             continue
         with os.scandir(folder) as entries:
             for entry in sorted(entries, key=lambda entry: entry.name):
@@ -292,7 +292,7 @@ def _of_folder(place: Path) -> PictureTree:
                 if entry.name.startswith(".") or entry.name == "__MACOSX":
                     continue
                 if entry.is_dir():
-                    waiting.append((f"{name}/", Path(entry.path), above | {own}))
+                    waiting.append((f"{name}/", Path(entry.path), above | {identity}))
                     if name.count("/") < 2:
                         folders.add(name)
                 elif entry.name.lower().endswith(UNREAD):

@@ -38,7 +38,10 @@ LABEL_COLUMNS = (
 """What a column may be called, in any case; the first that is there counts."""
 
 FORMATS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet"}
-KINDS = "a .csv, .tsv, .jsonl or .parquet file with a text and a label column (.gz, .bz2 and .xz are read too)"
+KINDS = (
+    "a .csv, .tsv, .jsonl or .parquet file with a text and a label column (.gz, .bz2, .xz and .zip are read too; "
+    "Parquet compresses by itself)"
+)
 
 _DECIMAL = re.compile(r"[+-]?[0-9]{1,15}(?:\.[0-9]{0,15})?")
 _MISSING = frozenset(("nan", "none", "<na>", "null", "n/a", "na", "nat", "#n/a", "nil", "<null>", "undefined"))
@@ -78,8 +81,8 @@ class Columns:
         text, label = self.of(names)
         some = ", ".join(repr(name[:40]) for name in names[:20]) or "none"
         there = f"It has {some}{', ...' if len(names) > 20 else ''}"
-        for kind, found, asked in (("text", text, self.text), ("label", label, self.label)):
-            if found is None:
+        for kind, column, asked in (("text", text, self.text), ("label", label, self.label)):
+            if column is None:
                 wanted = f"column {asked!r}" if asked else f"{kind} column"
                 first = "" if asked else "; the first line must hold the columns' names"
                 fault = NoLabelsError if kind == "label" else DataError
@@ -89,8 +92,8 @@ class Columns:
                     else ""
                 )
                 raise fault(f"{place} has no {wanted}. {there}: name one with `--set {kind}_column=NAME`{first}{both}.")
-            if names.count(found) > 1:
-                raise DataError(f"{place} has {names.count(found)} columns {found!r}. {there}: rename all but one.")
+            if names.count(column) > 1:
+                raise DataError(f"{place} has {names.count(column)} columns {column!r}. {there}: rename all but one.")
         if text == label or text is None or label is None:
             raise DataError(f"{place}: column {text!r} cannot hold the texts and the labels at once. {there}.")
         return text, label
@@ -149,7 +152,7 @@ def read_table(path: Path, columns: Columns) -> Table:
     unit = "row" if kind == "parquet" else "line"
     faults = Faults(unit)
     notes: list[str] = []
-    rows = {"csv": _csv_rows, "json": _json_rows, "parquet": _parquet_rows}[kind](path, columns, faults, notes)
+    rows = _ROWS[kind](path, columns, faults, notes)
     names = next(rows, (0, "", ""))[1:]
     table = Table(path, unit, names, [], [], [], notes=notes)
     unlabelled = trimmed = 0
@@ -251,7 +254,7 @@ def _delimiter(header: str, columns: Columns) -> str:
 
     def merit(delimiter: str) -> tuple[int, int]:
         names = next(csv.reader(start, delimiter=delimiter), [])
-        return sum(found is not None for found in columns.of(names)), len(names)
+        return sum(column is not None for column in columns.of(names)), len(names)
 
     return max(DELIMITERS, key=merit)
 
@@ -284,6 +287,18 @@ def _parquet_rows(path: Path, columns: Columns, faults: Faults, notes: list[str]
         yield row, *values
 
 
+_ROWS = {"csv": _csv_rows, "json": _json_rows, "parquet": _parquet_rows}
+"""Format -> what gives the names of the two columns, then line (or row), text and label of each record."""
+
+
+def has_columns(path: Path, columns: Columns) -> bool:
+    """Whether a table has a text and a label column; one that cannot be read has none."""
+    try:
+        return next(_ROWS[format_of(path) or "csv"](path, columns, Faults(), []), None) is not None
+    except DataError:
+        return False
+
+
 def near_equal(labels: Iterable[str]) -> list[tuple[str, ...]]:
     """Groups of labels that a reader would take for the same: other case, spaces, invisible signs, or number format.
 
@@ -302,7 +317,7 @@ def near_equal(labels: Iterable[str]) -> list[tuple[str, ...]]:
 
 
 def like_missing(labels: Iterable[str]) -> list[str]:
-    """The labels by which programs write that there is none.
+    """The labels that programs write for a missing label.
 
     >>> like_missing(["good", "nan", "<NA>"])
     ['<NA>', 'nan']
@@ -370,5 +385,5 @@ def _plain(value: object, table: Table, row: int, kind: str) -> str:
             "expected."
         )
     if not whole(value):
-        raise DataError(f"{table.place(row)}: the {kind} holds half a character ({value!a:.40}). Mend or remove it.")
+        raise DataError(f"{table.place(row)}: the {kind} holds half a character ({value!a:.40}). Correct or remove it.")
     return value

@@ -16,9 +16,10 @@ import numpy as np
 
 from better_attention.lab.data.samples import DataError, Int64, Texts
 from better_attention.lab.data.vocabulary import tokens
+from better_attention.lab.data.zipped_tables import READ, is_zip, zipped_tables
 from better_attention.text import plural
 
-from .columns import KINDS, Columns, NoLabelsError, Table, doubtful, format_of, near_equal, read_shards
+from .columns import KINDS, Columns, NoLabelsError, Table, doubtful, format_of, has_columns, near_equal, read_shards
 from .folders import FILE, PARTS, class_folders
 from .records import Faults
 from .split import HELD_OUT, partition, repeats, text_key
@@ -26,8 +27,8 @@ from .split import HELD_OUT, partition, repeats, text_key
 FEWEST = 10  # different texts of a class: fewer leave nothing to validate and test with
 SAMPLED = 1_000  # texts whose words are measured
 LAYOUT = (
-    f"{KINDS}, a folder with train, validation and test files of these kinds, or one with a folder of .txt files for "
-    "each class"
+    f"{KINDS}, a folder with train, validation and test files of these kinds, or one with a folder for each class of "
+    "texts, .txt files or files without an ending"
 )
 SHARD = re.compile(r"(.+)-([0-9]+)-of-([0-9]+)(?:-[0-9a-f]{16})?")
 """The name of one of several files that are one table together, as in train-00000-of-00002.parquet."""
@@ -86,9 +87,7 @@ def read(place: Path, text_column: str = "", label_column: str = "") -> Texts:
 
 def _tables(place: Path, columns: Columns) -> tuple[dict[str, Table], tuple[str, ...]]:
     """The table of each part of ``place``, and notes on the files that are not read."""
-    tabular = place.is_dir() and any(format_of(file) for file in place.iterdir())
-    folders = {} if tabular else class_folders(place)
-    if folders:
+    if place.is_dir() and not _has_tables(place, columns) and (folders := class_folders(place)):
         return folders, ()
     parts = locate(place)
     tables: dict[str, Table] = {}
@@ -101,10 +100,9 @@ def _tables(place: Path, columns: Columns) -> tuple[dict[str, Table], tuple[str,
                 raise
             named = ", ".join(path.name for path in paths[:10])
             notes.append(f"{named} is left out: it has no labels, without which nothing can be measured")
-    if place.is_dir():
-        used = {path for paths in parts.values() for path in paths}
-        folder = next(iter(used)).parent
-        others = sorted((file.name for file in folder.iterdir() if format_of(file) and file not in used), key=natural)
+    used = {path for paths in parts.values() for path in paths}
+    if place not in used:
+        others = [file.name for file in table_files(next(iter(used)).parent) if file not in used]
         if others:
             notes.append(
                 f"not read: {', '.join(others[:10])}{', ...' if len(others) > 10 else ''} beside "
@@ -113,37 +111,69 @@ def _tables(place: Path, columns: Columns) -> tuple[dict[str, Table], tuple[str,
     return tables, tuple(notes)
 
 
-def locate(place: Path) -> dict[str, list[Path]]:
-    """The file of each part in ``place``, or its shards; one file alone is the training part.
+def _has_tables(place: Path, columns: Columns) -> bool:
+    """Whether the tables in a folder are its texts, and not about folders of classes beside them."""
+    files = table_files(place)
+    parts = _by_part(files)
+    return "train" in parts or (len(files) == 1 and not parts and has_columns(files[0], columns))
 
-    Raises:
-        DataError: nothing there that can be read, two files for one part, or a shard is missing.
-    """
-    if place.is_file():
-        return {"train": [place]}
-    if not place.is_dir():
-        raise DataError(f"{place} does not exist: name your texts, {LAYOUT}.")
-    files = [file for file in place.iterdir() if format_of(file) and file.is_file()]
-    files.sort(key=lambda file: natural(file.name))
+
+def table_files(place: Path) -> list[Path]:
+    """The tables in a folder, or in a .zip archive that is named or is all there is in its folder; sorted naturally."""
+    if is_zip(place):
+        found = zipped_tables(place)
+    elif place.is_dir():
+        found = [file for file in place.iterdir() if format_of(file) and file.is_file()]
+        archives = [] if found else [file for file in place.iterdir() if is_zip(file)]
+        found = found or (zipped_tables(archives[0]) if len(archives) == 1 else [])
+    else:
+        return []
+    return sorted(found, key=lambda file: natural(file.name))
+
+
+def _by_part(files: Sequence[Path]) -> dict[str, list[Path]]:
+    """Part -> the files that are called like it."""
     found: dict[str, list[Path]] = {}
     for file in files:
         name = shard_of(file)[0]
         part = next((part for part, names in PARTS.items() if name in names), None)
         if part:
             found.setdefault(part, []).append(file)
-    if not found and (place / "data").is_dir():  # as data sets are published
+    return found
+
+
+def locate(place: Path) -> dict[str, list[Path]]:
+    """The file of each part in ``place``, or its shards; one file alone is the training part.
+
+    Raises:
+        DataError: nothing there that can be read, two files for one part, or a shard is missing.
+    """
+    if place.is_file() and not is_zip(place):
+        return {"train": [place]}
+    if not place.exists():
+        raise DataError(f"{place} does not exist: name your texts, {LAYOUT}.")
+    files = table_files(place)
+    files_of = _by_part(files)
+    if not files_of and (place / "data").is_dir():  # as data sets are published
         return locate(place / "data")
-    for part, parts in found.items():
+    for part, parts in files_of.items():
         check_shards(place, part, parts)
-    if "train" in found:
-        return found
-    if len(files) == 1 and not found:
+    if "train" in files_of:
+        return files_of
+    if len(files) == 1 and not files_of:
         return {"train": files}
+    raise DataError(_nothing_to_train_with(place, files))
+
+
+def _nothing_to_train_with(place: Path, files: Sequence[Path]) -> str:
+    """What to do about a folder or an archive with these tables, none of which is the training part."""
     others = ", ".join(file.name for file in files[:10])
-    one = f" If one of these files is your data, name it: `--data {shlex.quote(str(files[0]))}`." if files else ""
-    raise DataError(
-        f"{place} has no training file such as train.csv{f', but {others}' if others else ''}. Expected {LAYOUT}.{one}"
-    )
+    told = f"{place} has no training file such as train.csv{f', but {others}' if others else ''}. Expected {LAYOUT}."
+    if is_zip(place):
+        return f"{told} Tables in an archive end in {', '.join(READ)}; of anything else unpack it, and name the folder."
+    if files:
+        return f"{told} If one of these files is your data, name it: `--data {shlex.quote(str(files[0]))}`."
+    return told
 
 
 def shard_of(file: Path) -> tuple[str, int, int]:
@@ -163,10 +193,10 @@ def check_shards(place: Path, part: str, files: Sequence[Path]) -> None:
     Raises:
         DataError: two tables, or not each shard once.
     """
-    found = [shard_of(file) for file in files]
-    if len({(name, count) for name, _, count in found}) > 1 or (found[0][2] == 0 and len(files) > 1):
+    shards = [shard_of(file) for file in files]
+    if len({(name, count) for name, _, count in shards}) > 1 or (shards[0][2] == 0 and len(files) > 1):
         raise DataError(f"{place} has two {part} files, {files[0].name} and {files[1].name}. Remove one.")
-    numbers, count = [number for _, number, _ in found], found[0][2]
+    numbers, count = [number for _, number, _ in shards], shards[0][2]
     if numbers != list(range(max(1, count))):
         raise DataError(
             f"{place}: a {part} table in {count} files needs each of the numbers 0 to {count - 1} once; there are "
@@ -182,7 +212,7 @@ def natural(name: str) -> tuple[Any, ...]:
     """
     if _NUMBER.fullmatch(name):
         return 0, (float(name),), name
-    pieces = re.split("([0-9]{1,18})", name.casefold())  # words and numbers in turn
+    pieces = re.split("([0-9]{1,18})", name.casefold())  # words and numbers alternate
     return 1, tuple(int(piece) if odd % 2 else piece for odd, piece in enumerate(pieces)), name
 
 
@@ -242,7 +272,7 @@ def numbered(table: Table, classes: Sequence[str]) -> Int64:
 def _origin(train: Table, missing: Sequence[str]) -> tuple[str, ...]:
     text, label = train.columns
     if train.unit == FILE:
-        name, origin = train.path.name, f"texts from the .txt files of {train.path}, classes from its folders"
+        name, origin = train.path.name, f"texts from the files of {train.path}, classes from its folders"
     else:
         name = train.path.name + (f" and {len(train.shards)} more" if train.shards else "")
         origin = f"texts from column {text!r}, classes from column {label!r} of {name}"

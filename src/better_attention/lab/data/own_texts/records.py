@@ -15,6 +15,7 @@ from typing import Any
 
 from better_attention.lab.data.archives import MIB, Readable, decompressed
 from better_attention.lab.data.samples import DataError
+from better_attention.lab.data.zipped_tables import archive_of, opened
 from better_attention.text import plural
 
 DELIMITERS: Mapping[str, str] = {",": "comma", ";": "semicolon", "\t": "tab"}
@@ -24,7 +25,7 @@ _FIELD = 64 * MIB  # characters of one field; Python's own limit, 131,072, cuts 
 _CHUNK = MIB // 4
 _BATCH = 1024  # rows of a Parquet file that are decoded at once
 _ROW = 64  # bytes that a row takes in memory at least, whatever it holds
-_CONVINCING = 10  # records within quotes for each line that is none: the quotes are then no enclosure
+_CONVINCING = 10  # records within quotes per line that is not a record: such quotes enclose no field
 _ENCLOSED = re.compile(r'"(?:[^"]|"")*+"')
 
 
@@ -60,13 +61,18 @@ class Faults:
 
 @contextmanager
 def text_lines(path: Path) -> Iterator[Iterator[str]]:
-    """The lines of a UTF-8 text file, which may be compressed (gzip, bzip2, xz); see :func:`lines`.
+    """The lines of a UTF-8 text file, which may be compressed (gzip, bzip2, xz) or in a .zip; see :func:`lines`.
 
     Raises:
         DataError: no such file, an empty one, or one that holds more than 4 GiB.
     """
-    with decompressed(path, limit=_LIMIT, plain=True) as stream:
-        yield lines(path, stream)
+    archive = archive_of(path)
+    if archive is not None:
+        with opened(archive, path, _LIMIT) as member:
+            yield lines(path, member)
+    else:
+        with decompressed(path, limit=_LIMIT, plain=True) as stream:
+            yield lines(path, stream)
 
 
 def lines(path: Path | str, stream: Readable) -> Iterator[str]:
@@ -168,7 +174,7 @@ def csv_records(
                 message += (
                     f"Put a field that holds a {DELIMITERS[delimiter]} between quotes."
                     if quoted
-                    else f"Remove the record, or mend its {DELIMITERS[delimiter]}s; quotes are characters in this file."
+                    else f"Remove the record, or correct its {DELIMITERS[delimiter]}s; quotes are characters here."
                 )
                 if faults is None:
                     raise DataError(message)
@@ -304,7 +310,7 @@ def parquet_records(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, t
 
 
 def _expanded(column: Any) -> int:
-    """Bytes of a column's values, each counted as often as it occurs."""
+    """Bytes of a column's values, each plural as often as it occurs."""
     import pyarrow as pa
     import pyarrow.compute as pc
 

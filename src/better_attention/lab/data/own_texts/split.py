@@ -54,11 +54,11 @@ def partition(keys: Sequence[bytes], strata: Sequence[Any], held_out: Sequence[s
 
 def repeats(keys: Sequence[bytes], labels: Sequence[Any]) -> tuple[str, ...]:
     """Notes on texts that occur more than once, and on those that do so with different labels."""
-    found: dict[bytes, set[Any]] = defaultdict(set)
+    labels_of: dict[bytes, set[Any]] = defaultdict(set)
     for key, label in zip(keys, labels, strict=True):
-        found[key].add(label)
-    again = len(keys) - len(found)
-    torn = sum(len(some) > 1 for some in found.values())
+        labels_of[key].add(label)
+    again = len(keys) - len(labels_of)
+    torn = sum(len(some) > 1 for some in labels_of.values())
     notes = []
     if again:
         notes.append(f"{again:,} of {len(keys):,} texts repeat another one word for word")

@@ -1,4 +1,4 @@
-"""Amazon reviews with one to five stars: the five-class set of 3,650,000, or a small mixture in its stead.
+"""Amazon reviews with one to five stars: the five-class set of 3,650,000, or a small mixture instead.
 
 Source: X. Zhang, J. Zhao, Y. LeCun, "Character-level Convolutional Networks for Text Classification", NIPS 2015,
 made from J. McAuley, J. Leskovec, "Hidden factors and hidden topics", RecSys 2013. Their "Amazon Review Full Score
@@ -6,8 +6,8 @@ Dataset" (version 3) has ``train.csv`` and ``test.csv`` with 600,000 and 130,000
 ``"class","title","text"``, quotes doubled, line ends written as ``\\n``.
 
 arXiv 2403.01643 cites J. Ni, J. Li, J. McAuley, EMNLP 2019, whose set has 233 million reviews and no split of its own,
-but speaks of 3,650,000 reviews in five classes, which is the size of this one, and reports test accuracies about 53 %,
-which balanced classes alone make worth reporting: in a raw sample more than half of the reviews have five stars.
+but mentions 3,650,000 reviews in five classes, the size of this set, and reports test accuracies of about 53 %. These
+are meaningful for balanced classes only: in a raw sample more than half of the reviews have five stars.
 
 The mixture is one file of JSON lines with ``stars``, ``title``, ``text`` and ``source``; it has no official split.
 """
@@ -26,6 +26,7 @@ from better_attention.lab.data.archives import MIB, decompressed, tar_streams
 from better_attention.lab.data.own_texts.records import Faults, csv_records, json_records, lines, text_lines, whole
 from better_attention.lab.data.own_texts.split import partition, repeats, text_key
 from better_attention.lab.data.samples import DataError, Int64, Texts, overlap_notes, size_notes
+from better_attention.lab.data.source import Source
 
 # Its publisher's page gives no digest; torchtext knows an MD5, which is no proof. So it can be imported only.
 OFFICIAL = (3_000_000, 650_000)
@@ -75,10 +76,10 @@ def read(files: Sequence[Path]) -> Texts:
 
 def read_official(files: Sequence[Path]) -> Texts:
     """Zhang et al.'s set, split as they split it, from the archive or its two files."""
-    found: dict[str, tuple[list[str], Int64]] = {}
+    splits: dict[str, tuple[list[str], Int64]] = {}
     for part, place, source in _official_lines(files):
         texts: list[str] = []
-        stars = bytearray()  # a byte a review: three million of them
+        stars = bytearray()  # one byte per review: there are three million
         faults = Faults()
         for line, fields in csv_records(place, source, faults=faults):
             try:
@@ -89,10 +90,10 @@ def read_official(files: Sequence[Path]) -> Texts:
                 continue
             stars.append(int(fields[0]))
         faults.check()
-        found[part] = texts, np.frombuffer(stars, dtype=np.uint8).astype(np.int64) - 1
-    if found.keys() != {"train", "test"}:
-        raise DataError(f"{files[0]} holds no {' and no '.join({'train', 'test'} - found.keys())}.csv: {LAYOUT}.")
-    (train, train_labels), (test, test_labels) = found["train"], found["test"]
+        splits[part] = texts, np.frombuffer(stars, dtype=np.uint8).astype(np.int64) - 1
+    if splits.keys() != {"train", "test"}:
+        raise DataError(f"{files[0]} holds no {' and no '.join({'train', 'test'} - splits.keys())}.csv: {LAYOUT}.")
+    (train, train_labels), (test, test_labels) = splits["train"], splits["test"]
     if set(np.unique(np.concatenate([train_labels, test_labels])).tolist()) == {0, 1}:
         raise DataError(
             f"{files[0]}: every review is of class 1 or 2. This is Zhang et al.'s set of two classes (Amazon Review "
@@ -199,9 +200,19 @@ def _joined(title: str, text: str, place: str) -> str:
 
 
 def _source_note(strata: Sequence[tuple[str, int]]) -> str:
-    """How far a text's collection tells its stars."""
+    """How well the collection that a text comes from predicts its stars."""
     sizes = Counter(origin for origin, _ in strata)
     best = Counter(origin for origin, stars in strata if stars == 5)
     shares = sorted(100 * best[origin] / size for origin, size in sizes.items())
     low, high = shares[0], shares[-1]
     return f"the collection partly predicts the stars: five stars make {low:.0f} % of one and {high:.0f} % of another"
+
+
+SOURCE = Source(
+    name="amazon",
+    title="product reviews, one to five stars (officially 3,650,000)",
+    terms="Zhang, Zhao, LeCun 2015, from McAuley, Leskovec 2013; research use, with citation",
+    layout=LAYOUT,
+    load=read,
+    locate=locate,
+)

@@ -19,6 +19,7 @@ import numpy as np
 from better_attention.lab.data.archives import AGAIN, MIB, tar_members
 from better_attention.lab.data.download import Remote
 from better_attention.lab.data.samples import DataError, Images, Int64, NotFetched, UInt8, departures
+from better_attention.lab.data.source import Source
 
 # Address, size and SHA-256: github.com/tensorflow/datasets, tensorflow_datasets/url_checksums/cifar100.txt
 # at commit 333639b37af6c6fedf3610a4a2d42f1c6ef6f7d5.
@@ -86,13 +87,13 @@ def read(files: Sequence[Path]) -> Images:
         DataError: a damaged or unsafe archive, a missing file, a record cut short, a label out of range.
     """
     (place,) = files
-    found = dict(_contents(place))
-    missing = [name for name in _FILES if name not in found]
+    contents = dict(_contents(place))
+    missing = [name for name in _FILES if name not in contents]
     if missing:
         raise DataError(f"{place} has no {', '.join(f'{_FOLDER}/{name}' for name in missing)}: expected {LAYOUT}.")
-    digests = {name: (hashlib.sha256(found[name]).hexdigest(), theirs) for name, theirs in DIGESTS.items()}
-    train_images, train_labels = _records(place, "train.bin", found.pop("train.bin"))
-    test_images, test_labels = _records(place, "test.bin", found.pop("test.bin"))
+    digests = {name: (hashlib.sha256(contents[name]).hexdigest(), theirs) for name, theirs in DIGESTS.items()}
+    train_images, train_labels = _records(place, "train.bin", contents.pop("train.bin"))
+    test_images, test_labels = _records(place, "test.bin", contents.pop("test.bin"))
     unlike = departures("CIFAR-100", (len(train_labels), len(test_labels)), OFFICIAL, digests)
     return Images(
         name="cifar100",
@@ -100,7 +101,7 @@ def read(files: Sequence[Path]) -> Images:
         train_labels=train_labels,
         test_images=test_images,
         test_labels=test_labels,
-        classes=_names(place, found["fine_label_names.txt"]),
+        classes=_names(place, contents["fine_label_names.txt"]),
         notes=unlike,
         departures=unlike,
     )
@@ -164,3 +165,15 @@ def _names(place: Path, data: bytes) -> tuple[str, ...]:
             f"{AGAIN}"
         )
     return names
+
+
+SOURCE = Source(
+    name="cifar100",
+    title="60,000 photographs of 100 kinds of things, 32×32",
+    terms="Krizhevsky 2009; no licence stated, with citation",
+    layout=LAYOUT,
+    load=read,
+    locate=locate,
+    remotes=REMOTES,
+    members=members,
+)

@@ -9,12 +9,13 @@ from __future__ import annotations
 import numpy as np
 
 from better_attention.lab.data.samples import Images, Int64
+from better_attention.lab.data.source import Source
 
 SEED = 2403  # any number would do; fixed, for results are comparable on one split alone
 TEST_SHARE = 0.2
 NOTES = (
     "scikit-learn ships no split: ours is stratified by class, 80 % train and 20 % test, with a fixed seed; "
-    "writers are not told apart, so that the same hand occurs on both sides",
+    "writers are not distinguished, so that the same hand occurs on both sides",
 )
 
 
@@ -61,3 +62,12 @@ def held_out(labels: Int64) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
         members = np.flatnonzero(labels == label)
         mask[random.permutation(members)[: round(TEST_SHARE * len(members))]] = True
     return mask
+
+
+SOURCE = Source(
+    name="digits",
+    title="1,797 handwritten digits, 8×8, carried by scikit-learn",
+    terms="Alpaydin, Kaynak 1998, UCI Machine Learning Repository",
+    layout="none: scikit-learn carries it",
+    load=lambda _: read(),
+)

@@ -19,6 +19,8 @@ from better_attention.lab.data.archives import AGAIN, MIB, tar_members
 from better_attention.lab.data.download import Remote
 from better_attention.lab.data.own_texts.columns import format_of
 from better_attention.lab.data.samples import DataError, Texts, overlap_notes, size_notes
+from better_attention.lab.data.source import Source
+from better_attention.lab.data.zipped_tables import is_zip, zipped_tables
 
 # Size and SHA-256: github.com/tensorflow/datasets, tensorflow_datasets/datasets/imdb_reviews/checksums.tsv
 # at commit 90b66237ad09c9e5b9b1bc61b646db7b1fb0713c, which lists the same address with http.
@@ -62,21 +64,31 @@ def locate(place: Path) -> tuple[Path, ...] | None:
         if (folder / "train" / "pos").is_dir():
             return (folder,)
     for file in sorted(place.glob("*")):
-        if "imdb" in file.name.casefold() and file.is_file():
+        if file.is_file() and any("imdb" in name.casefold() for name in (file.name, *_tables_in(file))):
             _no_table(file)
     return None
 
 
+def _tables_in(file: Path) -> list[str]:
+    """The names of the tables in a .zip archive, as Kaggle hands them out; of another file, or a damaged one, none."""
+    try:
+        return [table.name for table in zipped_tables(file)] if is_zip(file) else []
+    except DataError:
+        return []
+
+
 def _no_table(file: Path) -> None:
-    """Send whoever has the reviews as one table to the command that reads tables.
+    """Refer users who have the reviews as one table to the command that reads tables.
 
     Raises:
-        DataError: ``file`` is a table.
+        DataError: ``file`` is a table, or an archive of one.
     """
-    if format_of(file):
+    tables = _tables_in(file)
+    if format_of(file) or tables:
+        what = f"holds the table {tables[0]}" if tables else "is a table"
         raise DataError(
-            f"{file} is a table, not the reviews as they were published ({LAYOUT}), whose split into training and test "
-            f"it does not keep. Read it as texts of your own: `better-attention compare text --data "
+            f"{file} {what}, not the reviews as they were published ({LAYOUT}), whose split into training and test it "
+            f"does not keep. Read it as texts of your own: `better-attention compare text --data "
             f"{shlex.quote(str(file))}`."
         )
 
@@ -157,3 +169,15 @@ def _decode(place: Path, name: str, data: bytes) -> str:
     if not text or text.isspace():
         raise DataError(f"{place}: {name} is empty. {AGAIN}")
     return text
+
+
+SOURCE = Source(
+    name="imdb",
+    title="50,000 movie reviews, positive or negative",
+    terms="Maas et al. 2011; academic use, with citation",
+    layout=LAYOUT,
+    load=read,
+    locate=locate,
+    remotes=REMOTES,
+    members=members,
+)

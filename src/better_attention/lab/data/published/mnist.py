@@ -18,6 +18,7 @@ import numpy as np
 from better_attention.lab.data.archives import AGAIN, MIB, decompressed
 from better_attention.lab.data.download import Remote
 from better_attention.lab.data.samples import DataError, Images, Int64, NotFetched, UInt8, departures
+from better_attention.lab.data.source import Source
 
 _ADDRESS = "https://storage.googleapis.com/cvdf-datasets/mnist/"
 # Addresses, sizes and SHA-256: github.com/tensorflow/datasets, tensorflow_datasets/url_checksums/mnist.txt
@@ -63,7 +64,7 @@ _DEFLATE = 1032  # the most that deflate can expand: 258 bytes from two bits
 
 
 def locate(place: Path) -> tuple[Path, ...] | None:
-    """The four files below ``place`` (or beside it, if it is one of them), or None if there is none of them.
+    """The four files below ``place`` (or beside it, if it is one of them), or None if none is there.
 
     Raises:
         NotFetched: some of the four are there, but not all.
@@ -71,12 +72,12 @@ def locate(place: Path) -> tuple[Path, ...] | None:
     names = [remote.name.removesuffix(".gz") for remote in REMOTES]
     if place.is_file() and place.name.removesuffix(".gz") in names:
         place = place.parent
-    found = [next((f for f in (place / f"{name}.gz", place / name) if f.is_file()), None) for name in names]
-    files = tuple(file for file in found if file is not None)
+    candidates = [next((f for f in (place / f"{name}.gz", place / name) if f.is_file()), None) for name in names]
+    files = tuple(file for file in candidates if file is not None)
     if not files:
         return None
     if len(files) < len(names):
-        missing = [name for name, file in zip(names, found, strict=True) if file is None]
+        missing = [name for name, file in zip(names, candidates, strict=True) if file is None]
         raise NotFetched(f"{place} lacks {', '.join(missing)} (each with or without .gz): MNIST needs all four files.")
     return files
 
@@ -172,3 +173,14 @@ def _split(image_file: Path, label_file: Path) -> tuple[UInt8, Int64]:
     if labels.min() == labels.max():
         raise DataError(f"{label_file}: every label is {labels[0]}; there is nothing to learn. {AGAIN}")
     return images, labels.astype(np.int64)
+
+
+SOURCE = Source(
+    name="mnist",
+    title="70,000 handwritten digits, 28×28",
+    terms="LeCun, Cortes, Burges; CC BY-SA 3.0",
+    layout=LAYOUT,
+    load=read,
+    locate=locate,
+    remotes=REMOTES,
+)

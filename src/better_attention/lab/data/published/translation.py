@@ -2,8 +2,8 @@
 
 Sources: Anki, tab-separated pairs made from tatoeba.org's, CC BY 2.0, in the copy that TensorFlow's tutorials and
 keras.io's translation example read. P. Koehn, "Europarl: A Parallel Corpus for Statistical Machine Translation", MT
-Summit 2005: two files with a sentence a line, where line n of one translates line n of the other. No digest of either
-archive is published that could be cited, so that both are imported and not fetched.
+Summit 2005: two files with one sentence per line, where line n of one translates line n of the other. No digest of
+either archive is published that could be cited, so that both are imported and not fetched.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 from better_attention.errors import check_int
 from better_attention.lab.data.archives import AGAIN, MIB, tar_members, zip_members
 from better_attention.lab.data.samples import DataError, Int64, Pairs
+from better_attention.lab.data.source import Source
 from better_attention.lab.data.vocabulary import UNKNOWN
 
 OFFICIAL = {"Anki": 118_964, "Europarl": 1_965_734}
@@ -84,7 +85,7 @@ def locate(place: Path) -> tuple[Path, ...] | None:
     if place.is_file():
         return (place,)
     anki = [file for folder in (place, place / "spa_eng") for name in _ANKI_FILES if (file := folder / name).is_file()]
-    europarl = next((found for folder in (place, place / "europarl") if (found := _locate_europarl(folder))), ())
+    europarl = next((files for folder in (place, place / "europarl") if (files := _locate_europarl(folder))), ())
     return (*anki[:1], *europarl) or None
 
 
@@ -102,11 +103,11 @@ def read(files: Sequence[Path]) -> Pairs:
     europarl = [file for file in files if file not in anki]
     pairs: Sentences = []
     notes: tuple[str, ...] = ()
-    for name, found, reader in (("Anki", anki, _read_anki), ("Europarl", europarl, _read_europarl)):
-        if not found:
+    for name, files_there, reader in (("Anki", anki, _read_anki), ("Europarl", europarl, _read_europarl)):
+        if not files_there:
             notes += (f"without {name}, which was not there: arXiv 2403.01643 takes Anki and Europarl together",)
             continue
-        part, empty = reader(found)
+        part, empty = reader(files_there)
         pairs += part
         if len(part) + empty != OFFICIAL[name]:
             notes += (f"{len(part) + empty:,} pairs of {name}, where the official set has {OFFICIAL[name]:,}",)
@@ -133,14 +134,14 @@ def _locate_europarl(folder: Path) -> tuple[Path, ...]:
 def _read_anki(files: Sequence[Path]) -> tuple[Sentences, int]:
     (path,) = files
     if path.suffix == ".zip":
-        found = [
+        members = [
             (f"{path}: {match[0]}", data) for match, data in zip_members(path, _ANKI_MEMBER, member_limit=_FILE_LIMIT)
         ]
-        if len(found) != 1:
-            raise DataError(f"{path} holds {len(found)} files spa.txt, and one is expected. {AGAIN}")
+        if len(members) != 1:
+            raise DataError(f"{path} holds {len(members)} files spa.txt, and one is expected. {AGAIN}")
     else:
-        found = [(str(path), _contents(path))]
-    ((where, data),) = found
+        members = [(str(path), _contents(path))]
+    ((where, data),) = members
     pairs = []
     for number, line in _lines(where, data):
         columns = [column.strip() for column in line.split("\t")]
@@ -192,3 +193,13 @@ def _lines(where: str, data: bytes) -> Iterator[tuple[int, str]]:
             f"{where}, line {number}: not UTF-8 text (byte {data[error.start]:#04x}). Convert the file to UTF-8."
         ) from None
     yield from enumerate(text.removesuffix("\n").split("\n"), start=1)
+
+
+SOURCE = Source(
+    name="translation",
+    title="English sentences and their Spanish translations: Anki and Europarl",
+    terms="Tatoeba (tatoeba.org), CC BY 2.0 FR; Koehn 2005 (Europarl v7), no known restriction",
+    layout=LAYOUT,
+    load=read,
+    locate=locate,
+)

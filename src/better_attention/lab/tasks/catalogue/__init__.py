@@ -1,34 +1,14 @@
-"""The tasks, one file each."""
+"""The tasks, one file each: a file ``NAME.py`` defines a function ``NAME`` from a scale to the task at that scale."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from better_attention.lab.tasks.base import Task
-from better_attention.lab.tasks.catalogue.amazon import amazon
-from better_attention.lab.tasks.catalogue.cifar100 import cifar100
-from better_attention.lab.tasks.catalogue.digits import digits
-from better_attention.lab.tasks.catalogue.imagenet import imagenet
-from better_attention.lab.tasks.catalogue.images import images
-from better_attention.lab.tasks.catalogue.imdb import imdb
-from better_attention.lab.tasks.catalogue.mnist import mnist
-from better_attention.lab.tasks.catalogue.recurrence import recurrence
-from better_attention.lab.tasks.catalogue.text import text
-from better_attention.lab.tasks.catalogue.translation import translation
+from better_attention.lab.catalogue import Catalogue
 
-TASKS: Mapping[str, Callable[[str], Task]] = MappingProxyType(
-    {
-        "digits": digits,
-        "mnist": mnist,
-        "cifar100": cifar100,
-        "imagenet": imagenet,
-        "images": images,
-        "imdb": imdb,
-        "amazon": amazon,
-        "text": text,
-        "recurrence": recurrence,
-        "translation": translation,
-    }
-)
+if TYPE_CHECKING:
+    from better_attention.lab.tasks.base import Task
+
+TASKS: Catalogue[Callable[[str], Task]] = Catalogue(__name__, __path__)
 """Name -> function from a scale ("smoke", "small", "paper") to the task at that scale."""

@@ -12,7 +12,7 @@ from better_attention.lab.tasks.image import ImageTask
 
 
 def digits(scale: str = "small") -> Task:
-    """The task at a scale; "paper", of which there is none, has more seeds than "small"."""
+    """The task at a scale; "paper", though no paper has it, has more seeds than "small"."""
     small = ImageTask(
         name="digits",
         title="handwritten digits, 8x8 pixels (scikit-learn)",

@@ -21,10 +21,10 @@ class ImageNet(FolderTask):
 
     def fitted(self, folder: Path | None = None) -> Self:
         """See :meth:`FolderTask.fitted`; the title tells what there is."""
-        found = super().fitted(folder)
-        size = f"{found.image_size}x{found.image_size} pixels"
-        whole = "ImageNet" if found.classes == 1000 else "in ImageNet's layout"
-        return replace(found, title=f"photographs of {found.classes:,} kinds of things, {size} ({whole})")
+        task = super().fitted(folder)
+        size = f"{task.image_size}x{task.image_size} pixels"
+        whole = "ImageNet" if task.classes == 1000 else "in ImageNet's layout"
+        return replace(task, title=f"photographs of {task.classes:,} kinds of things, {size} ({whole})")
 
     def sized(self, variant: Variant, heads: int) -> Self:
         """See :meth:`Task.sized`; at the paper's width and layers, its table 7, and not the nearest width."""

@@ -9,7 +9,7 @@ from better_attention.lab.tasks.picture_folder import FolderTask
 
 
 def images(scale: str = "small") -> Task:
-    """The task at a scale; "paper", of which there is none, has larger pictures, a larger model and more seeds.
+    """The task at a scale; "paper", though no paper has it, has larger pictures, a larger model and more seeds.
 
     Number of classes, and whether the pictures are grey, follow from the data.
     """

@@ -1,19 +1,18 @@
 """Recurrence: x_t = (x_{t-1} + x_{t-τ}) mod N, every next symbol to be predicted; our own task, to test a claim.
 
 arXiv 2407.18601 claims for expressive attention a lead on autoregressive prediction that grows with difficulty; its own
-tasks are not to be had. `better-attention ladder` climbs this one over many N and τ; `--set delay=8` sets them here.
+tasks are not published. `better-attention ladder` climbs this one over many N and τ; `--set delay=8` sets them here.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from better_attention.lab.tasks.base import Task
 from better_attention.lab.tasks.recurrence import RecurrenceTask
 
 
-def recurrence(scale: str = "small") -> Task:
-    """The task at a scale; "paper", of which there is none, is harder and has more seeds and updates than "small".
+def recurrence(scale: str = "small") -> RecurrenceTask:
+    """The task at a scale; "paper", though no paper has it, is harder and has more seeds and updates than "small".
 
     An epoch is 50 updates, so that the updates to 99 % are known to within 50; it is always the same 6,400 sequences.
     The learning rate is constant: what a run has learned after n updates does not depend on the limit.
@@ -43,7 +42,7 @@ def recurrence(scale: str = "small") -> Task:
         test_samples=512,
         threads=1,
     )
-    variants: dict[str, Task] = {
+    variants = {
         "smoke": replace(small, scale="smoke", seeds=1, epochs=6),
         "small": small,
         "paper": replace(small, scale="paper", seeds=5, modulus=16, delay=8, epochs=200, layers=2),

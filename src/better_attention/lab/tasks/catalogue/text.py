@@ -9,7 +9,7 @@ from better_attention.lab.tasks.text import OwnTextTask
 
 
 def text(scale: str = "small") -> Task:
-    """The task at a scale; "paper", of which there is none, has more seeds and epochs than "small".
+    """The task at a scale; "paper", though no paper has it, has more seeds and epochs than "small".
 
     The model is the one of the paper's Amazon experiment, but for a last layer of 20 units as in keras.io's example: 6
     are few for many classes. Classes and vocabulary are what the texts hold, the vocabulary up to the limit given here;
