@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from .errors import check_bool, check_choice, check_int
+from .layer.part import Sizes
+from .layer.parts import parts_of
 from .mechanism import Mechanism
 
 
@@ -80,15 +82,15 @@ def cost(
             f"dtype must be a torch.dtype such as torch.float32, received {dtype!r} ({type(dtype).__name__})."
         )
 
-    maps = len(row.projections)
-    kernels = (h if align_heads == "per_head" else 1) if row.aligned else 0
-    params = maps * (d * d + bias * d) + kernels * (n * n + bias * n)
-    forward = 2 * maps * n * d * d + 4 * n * n * d + (2 * n * n * d if row.aligned else 0)
-    one_tensor = not row.aligned and not {"k", "v"} & row.projections
+    sizes, parts = Sizes(d, h, n, bias, align_heads), parts_of(row)
+    params = sum(part.params(sizes) for part in parts)
+    scores_and_mix = 4 * n * n * d
+    forward = scores_and_mix + sum(part.flops(sizes) for part in parts)
+    one_tensor = not any(part.stream in ("k", "v") for part in parts)
     return Cost(
         mechanism=row.name,
         params=params,
-        flops_paper=B * ((3 * (maps + row.aligned) + 3) * n * d + 15 * h * n * n),
+        flops_paper=B * ((3 * len(parts) + 3) * n * d + 15 * h * n * n),
         flops=B * forward * (3 if backward else 1),
         weight_bytes=params * dtype.itemsize,
         cache_bytes_per_token=(1 if one_tensor else 2) * d * dtype.itemsize,

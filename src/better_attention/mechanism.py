@@ -13,6 +13,7 @@ from itertools import product
 from types import MappingProxyType
 from typing import Any
 
+from better_attention.errors import check_bool, check_choice
 from better_attention.scores import DEFAULT_SCORE, SCORES
 
 PROJECTIONS = "qkvo"
@@ -58,12 +59,8 @@ class Mechanism:
                 f"unknown projections {sorted(map(repr, unknown))}: "
                 f'each must be one of {list(PROJECTIONS)}, as in frozenset("qo").'
             )
-        if not isinstance(self.aligned, bool):
-            raise TypeError(
-                f"aligned must be True or False, received {self.aligned!r} ({type(self.aligned).__name__})."
-            )
-        if self.score not in tuple(SCORES):  # a tuple, because a list as a score cannot be looked up in a mapping
-            raise ValueError(f"unknown score {self.score!r}: choose one of {list(SCORES)}.")
+        check_bool(self.aligned, "aligned")
+        check_choice(self.score, "score", SCORES)
         object.__setattr__(self, "projections", projections)
 
     @classmethod
@@ -99,6 +96,18 @@ class Mechanism:
         for suffix in suffixes:
             mechanism = replace(mechanism, **changes[suffix])
         return mechanism
+
+    def layer_options(self, length: int, *, causal: bool = False) -> dict[str, Any]:
+        """What a layer of this mechanism has to know of its sequences: keyword arguments of ``MultiheadAttention``.
+
+        Args:
+            length: longest sequence, in tokens.
+            causal: whether a causal mask will be used.
+
+        >>> Mechanism.of("super").layer_options(128, causal=True), Mechanism.of("efficient").layer_options(128)
+        ({'max_len': 128, 'align_causal': True}, {})
+        """
+        return {"max_len": length, "align_causal": causal} if self.aligned else {}
 
     @property
     def name(self) -> str:

@@ -39,15 +39,16 @@ LAB_ROOMS = (
 """The rooms of the lab in the order in which data walks through them."""
 
 LIBRARY_ROOMS = (
+    {"errors", "text", "command"},
     {"scores"},
-    {"mechanism", "errors", "text", "command"},
+    {"mechanism"},
     {"call"},
     {"operators"},
     {"native"},
     {"impl"},
-    {"positions", "functional", "causality", "cost"},
+    {"positions", "functional", "causality"},
     {"layer"},
-    {"inspect"},
+    {"cost", "inspect"},
 )
 """From the values that describe a call to the layer that people build models with."""
 

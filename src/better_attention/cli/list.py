@@ -7,7 +7,8 @@ import json
 from typing import Any
 
 from better_attention.cli import console
-from better_attention.mechanism import MECHANISMS, PROJECTIONS
+from better_attention.layer.parts import PARTS
+from better_attention.mechanism import MECHANISMS, PROJECTIONS, Mechanism
 
 HELP = "list the mechanisms and the tasks"
 
@@ -30,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def mechanisms() -> list[Entry]:
-    """A mapping a named mechanism: which maps are learned, whether W_A is there, which score."""
+    """One mapping per named mechanism: which maps are learned, whether W_A is there, which score."""
     return [
         {
             "name": name,
@@ -43,7 +44,7 @@ def mechanisms() -> list[Entry]:
 
 
 def tasks() -> list[Entry]:
-    """A mapping a task: its title, its source in the paper, its data set."""
+    """One mapping per task: its title, its source in the paper, its data set."""
     from better_attention.lab.tasks.catalogue import TASKS
 
     found: list[Entry] = []
@@ -59,12 +60,13 @@ def _print(found: dict[str, list[Entry]]) -> None:
 
     table = Table(title="Mechanisms", title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("Name", no_wrap=True)
-    for title in ("W_Q", "W_K", "W_V", "W_O", "W_A"):
-        table.add_column(title, justify="center", no_wrap=True)
+    for part in PARTS:
+        table.add_column(part.symbol, justify="center", no_wrap=True)
     table.add_column("Score", no_wrap=True)
     for row in found["mechanisms"]:
-        marks = [("✓" if p in row["learned"] else "slice") for p in PROJECTIONS]
-        table.add_row(str(row["name"]), *marks, "✓" if row["aligned"] else "", str(row["score"]))
+        mechanism = Mechanism.of(row["name"])
+        marks = ["✓" if part.is_in(mechanism) else part.absent for part in PARTS]
+        table.add_row(str(row["name"]), *marks, str(row["score"]))
     out = console()
     out.print(table)
     out.print(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from better_attention.layer.part import Part
+from better_attention.layer.parts import PARTS, parts_of
 from better_attention.mechanism import Mechanism
 from better_attention.scores import DEFAULT_SCORE, SCORES
 
@@ -66,7 +68,7 @@ def draw(mechanism: Mechanism) -> list[str]:
     canvas.write(row, _O, "output")
     canvas.write(row + 1, _O, "▲")
     row += 2
-    for label in ["Linear  W_O"] * ("o" in mechanism.projections) + ["Concat"]:
+    for label in [*(part.label for part in parts_of(mechanism) if part.stream == "o"), "Concat"]:
         canvas.block(row, _O, label)
         row += 3
     canvas.write(row - 2, _O + _HALF + 6, "h heads")
@@ -83,15 +85,18 @@ def draw(mechanism: Mechanism) -> list[str]:
     canvas.bend(row + 3, _K, _S + 4)
     for line in range(first, row + 4):
         canvas.write(line, _V, "│")
-    if mechanism.aligned:
-        canvas.block(row, _V, "Linear* W_A")
     row += 4
-    for column, name in ((_Q, "q"), (_K, "k"), (_V, "v")):
-        learned = name in mechanism.projections
-        canvas.block(row, column, f"Linear  W_{name.upper()}" if learned else "Slice", learned=learned)
+    for column, stream in ((_Q, "q"), (_K, "k"), (_V, "v")):
+        for level, part in enumerate(part for part in PARTS if part.stream == stream):
+            if part.is_in(mechanism) or part.absent:
+                _draw_part(canvas, row - 4 * level, column, part, learned=part.is_in(mechanism))
         canvas.write(row + 3, column, "│")
-        canvas.write(row + 4, column, name.upper())
+        canvas.write(row + 4, column, stream.upper())
     return canvas.lines()
+
+
+def _draw_part(canvas: _Canvas, row: int, column: int, part: Part, *, learned: bool) -> None:
+    canvas.block(row, column, part.label if learned else part.absent.capitalize(), learned=learned)
 
 
 def equations(mechanism: Mechanism) -> list[str]:
@@ -106,27 +111,32 @@ def equations(mechanism: Mechanism) -> list[str]:
     V_i = columns (i-1)·d_k+1 … i·d_k of V
     K_i = columns (i-1)·d_k+1 … i·d_k of K
     """
-    maps = mechanism.projections
-    value = "V W_i^V" if "v" in maps else "V_i"
-    value = f"W^A {value}" if mechanism.aligned else value
-    names = {
-        "q": "Q'_i" if "q" in maps else "Q_i",
-        "k": "K'_i" if "k" in maps else "K_i",
-        "v": "V'_i" if value != "V_i" else "V_i",
-    }
+    terms = {stream: _term(mechanism, stream) for stream in "vkq"}
+    learned = [stream for stream, term in terms.items() if term != f"{stream.upper()}_i"]
+    names = {stream: f"{stream.upper()}'_i" if stream in learned else f"{stream.upper()}_i" for stream in terms}
     z = f"{names['q']} {names['k']}ᵀ / √d_k"
     numbered = [
-        "O = (H_1 H_2 ⋯ H_h)" + " W^O" * ("o" in maps),
+        f"O = {_term(mechanism, 'o')}",
         f"H_i = S_i {names['v']}",
         *(equation.format(z=z) for equation in SCORES[mechanism.score].equations),
-        *([f"V'_i = {value}"] if value != "V_i" else []),
-        *(f"{names[p]} = {p.upper()} W_i^{p.upper()}" for p in "kq" if p in maps),
+        *(f"{names[stream]} = {terms[stream]}" for stream in learned),
     ]
-    slices = [f"{p.upper()}_i = columns (i-1)·d_k+1 … i·d_k of {p.upper()}" for p in "vkq" if p not in maps]
+    sliced = [stream.upper() for stream in terms if stream not in mechanism.projections]
+    slices = [f"{name}_i = columns (i-1)·d_k+1 … i·d_k of {name}" for name in sliced]
     if mechanism.name not in _PAPER:
         return numbered + slices
     first = _PAPER[mechanism.name][1]
     return [f"{line:<40} ({first + place})" for place, line in enumerate(numbered)] + slices
+
+
+def _term(mechanism: Mechanism, stream: str) -> str:
+    """What becomes of an input, or of the joined heads ("o"), in head i: its product with every part on its way."""
+    sliced = stream != "o" and stream not in mechanism.projections
+    term = "(H_1 H_2 ⋯ H_h)" if stream == "o" else f"{stream.upper()}_i" if sliced else stream.upper()
+    for part in parts_of(mechanism):
+        if part.stream == stream:
+            term = part.term(term)
+    return term
 
 
 def legend(mechanism: Mechanism) -> list[str]:
@@ -135,9 +145,7 @@ def legend(mechanism: Mechanism) -> list[str]:
     >>> legend(Mechanism.of("standard"))
     ['Linear: a learned map with a bias, from the right.']
     """
-    lines = ["Linear: a learned map with a bias, from the right."]
-    if mechanism.aligned:
-        lines.append("Linear*: a learned map with a bias, from the left: it mixes tokens.")
+    lines = list(dict.fromkeys(part.legend for part in parts_of(mechanism)))
     if not mechanism.projections >= frozenset("qkv"):
         lines.append("Slice: head i takes its columns of the input itself; nothing is learned.")
     return lines

@@ -69,13 +69,14 @@ def describe_mechanism(variant: Variant, embed_dim: int, heads: int, length: int
     """The mechanism's axes, picture, equations, and the counts of one layer of these sizes."""
     from better_attention.cli.mechanism_drawing import draw, equations, legend, source
     from better_attention.cost import cost
+    from better_attention.layer.part import Sizes
+    from better_attention.layer.parts import parts_of
 
     mechanism, d, n = variant.mechanism, embed_dim, length
     layout = "per_head" if variant.per_head else "shared"
     counted = cost(d, heads, n, mechanism=mechanism, align_heads=layout)
-    params = {f"W_{p.upper()}": d * d + d for p in PROJECTIONS if p in mechanism.projections}
-    if mechanism.aligned:
-        params["W_A"] = (n * n + n) * (heads if variant.per_head else 1)
+    sizes = Sizes(d, heads, n, align_heads=layout)
+    params = {part.symbol: part.params(sizes) for part in parts_of(mechanism)}
     return {
         "mechanism": variant.name,
         "source": source(mechanism),

@@ -67,12 +67,11 @@ def work(row: Row, mechanism: str) -> Work:
 
 def _ours(row: Row, mechanism: str, *, bias: bool) -> ba.MultiheadAttention:
     """A layer of ours whose weights and biases depend on the row alone."""
-    aligned = ba.Mechanism.of(mechanism).aligned
-    max_len = row.shape.length if aligned else None
+    options = ba.Mechanism.of(mechanism).layer_options(row.shape.length)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(2)
         layer = ba.MultiheadAttention(
-            row.shape.width, row.shape.heads, bias=bias, batch_first=True, mechanism=mechanism, max_len=max_len
+            row.shape.width, row.shape.heads, bias=bias, batch_first=True, mechanism=mechanism, **options
         )
         with torch.no_grad():
             for name, parameter in layer.named_parameters():

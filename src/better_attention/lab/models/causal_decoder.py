@@ -83,7 +83,6 @@ class CausalDecoder(nn.Module):
         super().__init__()
         check_choice(positions, "positions", POSITIONS)
         mechanism = Mechanism.of(mechanism)
-        aligned: dict[str, Any] = {"max_len": length, "align_causal": True} if mechanism.aligned else {}
         self.heads, self.length, self.alibi = heads, length, positions == "alibi"
         self.tokens = nn.Embedding(vocabulary, width)
         self.positions = nn.Embedding(length, width) if positions == "learned" else None
@@ -98,7 +97,7 @@ class CausalDecoder(nn.Module):
                     mechanism=mechanism,
                     scale=scale,
                     rotary=positions == "rotary",
-                    **(aligned | dict(options or {})),
+                    **(mechanism.layer_options(length, causal=True) | dict(options or {})),
                 ),
                 dropout,
             )

@@ -38,8 +38,7 @@ class TextBlock(nn.Module):
             heads,
             batch_first=True,
             mechanism=mechanism,
-            max_len=length if mechanism.aligned else None,
-            **options,
+            **(mechanism.layer_options(length) | dict(options)),
         )
         self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
         self.expand = nn.Linear(width, hidden)

@@ -185,8 +185,8 @@ def attention(
     width: int, heads: int, length: int, mechanism: Mechanism, options: Mapping[str, Any], *, causal: bool = False
 ) -> MultiheadAttention:
     """An attention layer over at most ``length`` values; ``causal`` keeps a W_A lower triangular."""
-    alignment: dict[str, Any] = {"max_len": length, "align_causal": causal} if mechanism.aligned else {}
-    return MultiheadAttention(width, heads, batch_first=True, mechanism=mechanism, **alignment, **options)
+    options = mechanism.layer_options(length, causal=causal) | dict(options)
+    return MultiheadAttention(width, heads, batch_first=True, mechanism=mechanism, **options)
 
 
 def _embedded(tokens_BL: Tensor, tokens: nn.Embedding, positions: nn.Embedding, side: str) -> Tensor:

@@ -41,8 +41,7 @@ class VisionBlock(nn.Module):
             dropout=dropout,
             batch_first=True,
             mechanism=mechanism,
-            max_len=length if mechanism.aligned else None,
-            **options,
+            **(mechanism.layer_options(length) | dict(options)),
         )
         self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
         self.expand = nn.Linear(width, mlp)
