@@ -15,11 +15,7 @@ from torch import Tensor
 import better_attention as ba
 
 LAYERS: dict[str, dict[str, object]] = {
-    "standard": {"mechanism": "standard"},
-    "optimised": {"mechanism": "optimised"},
-    "efficient": {"mechanism": "efficient"},
-    "super": {"mechanism": "super"},
-    "expressive": {"mechanism": "expressive"},
+    **{name: {"mechanism": name} for name in ba.MECHANISMS},
     "super causal": {"mechanism": "super", "align_causal": True},
     "super per head": {"mechanism": "super", "align_heads": "per_head", "align_causal": True},
     "super+expressive": {"mechanism": "super+expressive", "align_causal": True},

@@ -10,7 +10,7 @@ import copy
 import itertools
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import better_attention as ba
+from better_attention.scores import SCORES
 from helpers import oracle
 from helpers.bridge import (
     CAPS,
@@ -34,10 +35,10 @@ from helpers.bridge import (
     plain_module,
     rounded_attention,
 )
+from helpers.registry import IMPLS, IMPLS_AND_AUTO, computing, scored_mechanisms
 from helpers.rounding import Rounding, expected_errors
 
 DOUBLE = torch.float64
-IMPLS = ("reference", "sdpa", "chunked")
 
 DRAWS = [200, pytest.param(2000, marks=pytest.mark.slow)]
 
@@ -49,17 +50,14 @@ def normal(rng: np.random.Generator, *shape: int, dtype: torch.dtype = DOUBLE) -
 # --- layers against the oracle
 
 ROWS: dict[str, dict[str, Any]] = {
-    "standard": {"mechanism": "standard"},
-    "optimised": {"mechanism": "optimised"},
-    "efficient": {"mechanism": "efficient"},
-    "super full": {"mechanism": "super", "align_causal": False},
-    "super causal": {"mechanism": "super", "align_causal": True},
-    "expressive": {"mechanism": "expressive"},
-    "optimised+expressive": {"mechanism": "optimised+expressive"},
-    "efficient+expressive": {"mechanism": "efficient+expressive"},
-    "super+expressive full": {"mechanism": "super+expressive", "align_causal": False},
-    "super+expressive causal": {"mechanism": "super+expressive", "align_causal": True},
-    "any": {},  # a random set of projections, aligned or not, either score
+    **{name: {"mechanism": name} for name, row in scored_mechanisms().items() if not row.aligned},
+    **{
+        f"{name} {'causal' if causal else 'full'}": {"mechanism": name, "align_causal": causal}
+        for name, row in scored_mechanisms().items()
+        if row.aligned
+        for causal in (False, True)
+    },
+    "any": {},  # a random set of projections, aligned or not, any score
 }
 
 
@@ -106,7 +104,7 @@ def draw_layer(
         else ba.Mechanism(
             frozenset(p for p in "qkvo" if maybe(0.5)),
             aligned=maybe(0.5),
-            score="expressive" if maybe(0.5) else "softmax",
+            score=str(rng.choice(list(SCORES))),
         )
     )
     heads, width = int(rng.integers(1, 5)), int(rng.integers(1, 9))
@@ -438,12 +436,10 @@ def test_standard_is_stock_attention(count: int, seed: int) -> None:
 
 # --- implementations against each other
 
-WILLING = {"softmax": {"reference", "sdpa", "chunked"}, "expressive": {"reference", "chunked"}}
-"""Who computes a score, whatever the mask, where neither weights nor dropout are asked for."""
 
-
-def impls_for(score: str) -> tuple[str, ...]:
-    return ("auto", *sorted(WILLING[score]))
+def reference_first(impls: Sequence[str]) -> list[str]:
+    """The yardstick, then the others."""
+    return ["reference", *(impl for impl in impls if impl != "reference")]
 
 
 @contextmanager
@@ -533,11 +529,11 @@ def check_implementations(
     )
     upstream = normal(rng, B, N, L, Hv)
     chosen = ba.explain(*leaves[:3], **call).chosen
-    assert chosen in WILLING[score]
+    assert chosen in computing(score)
     # SDPA may decline what would cost it a merged mask, or a mask that learns; nobody else may decline anything.
     may_decline = {"sdpa"} if learned_bias or (causal and mask is not None) else set()
     gradients: dict[str, tuple[Tensor, ...]] = {}
-    for impl in ("reference", *sorted(WILLING[score] - {"reference"}), "auto"):
+    for impl in reference_first(computing(score)):
         note = f"{impl} {score} {mask_kind} {sizes} groups={groups} causal={causal} scale={scale}"
         try:
             with poisoned():
@@ -552,7 +548,7 @@ def check_implementations(
             assert_close(actual, reference, f"gradient {index}, {note}")
     same = ba.attention(*leaves[:3], **call, impl=chosen)
     assert torch.equal(ba.attention(*leaves[:3], **call), same), f"auto is not the {chosen} that explain named"
-    for impl in set(IMPLS) - WILLING[score]:
+    for impl in set(IMPLS) - set(computing(score)):
         with pytest.raises(ValueError, match=impl):
             ba.attention(*leaves[:3], **call, impl=impl)
     output, weights = ba.attention(*leaves[:3], **call, need_weights=True)
@@ -573,14 +569,14 @@ def check_implementations(
 
 
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("score", WILLING)
+@pytest.mark.parametrize("score", SCORES)
 def test_every_implementation(score: str, mask: str, rng: np.random.Generator) -> None:
     for causal, groups, scale in itertools.product((False, True), (1, 3), (None, -0.7)):
         check_implementations(rng, score, mask, causal=causal, groups=groups, scale=scale)
 
 
 @pytest.mark.parametrize("sizes", [(1, 2, 211, 1031), (1, 2, 1031, 211), (3, 1, 1, 2053)], ids=str)
-@pytest.mark.parametrize("score", WILLING)
+@pytest.mark.parametrize("score", SCORES)
 def test_across_blocks(score: str, sizes: tuple[int, int, int, int], rng: np.random.Generator) -> None:
     """Lengths that no block size divides, long enough for several blocks."""
     for mask, causal in itertools.product(("none", "float -inf (B, N, L, S)"), (False, True)):
@@ -589,13 +585,13 @@ def test_across_blocks(score: str, sizes: tuple[int, int, int, int], rng: np.ran
         check_implementations(rng, score, mask, sizes=sizes, causal=causal)
 
 
-@pytest.mark.parametrize("score", WILLING)
+@pytest.mark.parametrize("score", SCORES)
 def test_gradient_of_a_bias(score: str, rng: np.random.Generator) -> None:
     check_implementations(rng, score, "float (1, N, L, S)", learned_bias=True)
     check_implementations(rng, score, "float (L, S)", learned_bias=True, causal=True)
 
 
-@pytest.mark.parametrize("score", WILLING)
+@pytest.mark.parametrize("score", SCORES)
 def test_weights_carry_gradients(score: str, rng: np.random.Generator) -> None:
     """A loss on the weights reaches query and key as in the formula."""
     q, k, v = (normal(rng, 2, 3, n, 5).requires_grad_() for n in (7, 11, 11))
@@ -608,12 +604,12 @@ def test_weights_carry_gradients(score: str, rng: np.random.Generator) -> None:
 
 
 @pytest.mark.parametrize("leading", [(), (3,), (2, 3)], ids=str)
-@pytest.mark.parametrize("score", WILLING)
+@pytest.mark.parametrize("score", SCORES)
 def test_leading_dimensions(score: str, leading: tuple[int, ...], rng: np.random.Generator) -> None:
     q, k, v = normal(rng, *leading, 7, 5), normal(rng, *leading, 11, 5), normal(rng, *leading, 11, 13)
     lifted = (array(x).reshape((1,) * (4 - x.ndim) + tuple(x.shape)) for x in (q, k, v))
     exact = oracle.attention(*lifted, score=score)[0].reshape(*leading, 7, 13)
-    for impl in impls_for(score):
+    for impl in computing(score):
         assert_close(ba.attention(q, k, v, score=score, impl=impl), exact, impl)
 
 
@@ -654,13 +650,13 @@ def check_low_precision_attention(
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("score", WILLING)
+@pytest.mark.parametrize("score", SCORES)
 def test_implementations_agree_in_low_precision(
     score: str, impl: str, dtype: torch.dtype, rng: np.random.Generator
 ) -> None:
-    if impl not in WILLING[score]:
+    if impl not in computing(score, dtype):
         with pytest.raises(ValueError, match=impl):
-            ba.attention(*(torch.ones(1, 1, 2, 2),) * 3, score=score, impl=impl)
+            ba.attention(*(torch.ones(1, 1, 2, 2, dtype=dtype),) * 3, score=score, impl=impl)
         return
     for L, S, causal in ((97, 101, False), (1, 239, False), (239, 1, False), (149, 151, True)):
         check_low_precision_attention(rng, score, impl, dtype, L, S, causal=causal)
@@ -672,7 +668,7 @@ def test_modules(row: str, rng: np.random.Generator) -> None:
     E, N, B, L = 15, 3, 2, 7
     options = dict(ROWS[row])
     causal = options.get("align_causal", True)
-    if "super" in row:
+    if ba.Mechanism.of(options["mechanism"]).aligned:
         options["max_len"] = 11
     score = ba.Mechanism.of(options["mechanism"]).score
     x = normal(rng, B, L, E)
@@ -680,8 +676,8 @@ def test_modules(row: str, rng: np.random.Generator) -> None:
     padding = torch.arange(L) >= torch.tensor([[7], [5]])
     reference = fill(ba.MultiheadAttention(E, N, **options, batch_first=True, dtype=DOUBLE, impl="reference"), rng)
     expected: list[Tensor] = []
-    for impl in ("reference", "chunked", "sdpa", "auto"):
-        if impl in IMPLS and impl not in WILLING[score]:
+    for impl in reference_first(IMPLS_AND_AUTO):
+        if impl not in computing(score):
             with pytest.raises(ValueError, match=impl):
                 ba.MultiheadAttention(E, N, **options, batch_first=True, dtype=DOUBLE, impl=impl)(
                     x, x, x, need_weights=False
@@ -715,7 +711,7 @@ def check_extreme(
     """Every implementation against the oracle, within 1e-12 in float64 and the cap of the dtype otherwise."""
     exact, exact_weights = oracle.attention(*(array(x) for x in (q, k, v)), score=score, scale=scale, causal=causal)
     tolerance = CAPS.get(q.dtype, 1e-12)
-    for impl in impls_for(score):
+    for impl in computing(score):
         output = ba.attention(q, k, v, score=score, scale=scale, is_causal=causal, impl=impl)
         assert_close(output, exact, f"{impl} {score} {q.dtype}", tolerance=tolerance)
     output, weights = ba.attention(q, k, v, score=score, scale=scale, is_causal=causal, need_weights=True)
@@ -725,7 +721,7 @@ def check_extreme(
 
 
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
-@pytest.mark.parametrize("score", WILLING)
+@pytest.mark.parametrize("score", SCORES)
 class TestD6:
     """Extremes, each by every implementation and in every dtype."""
 
@@ -735,7 +731,7 @@ class TestD6:
         q = torch.full((1, 2, 3, 1), 100.0, dtype=dtype).requires_grad_()
         k, v = signs.to(dtype).requires_grad_(), normal(rng, 1, 2, 11, 5, dtype=dtype).requires_grad_()
         check_extreme(q, k, v, score, scale=1.0)
-        for impl in impls_for(score):
+        for impl in computing(score):
             output = ba.attention(q, k, v, score=score, scale=1.0, impl=impl)
             for gradient in torch.autograd.grad(output, [q, k, v], torch.ones_like(output)):
                 assert gradient.isfinite().all(), impl
@@ -762,7 +758,7 @@ class TestD6:
         tiny = torch.finfo(dtype).smallest_normal / 4
         q = torch.full((1, 1, 2, 1), tiny, dtype=dtype)
         k, v = torch.ones(1, 1, 5, 1, dtype=dtype), normal(rng, 1, 1, 5, 3, dtype=dtype)
-        for impl in impls_for(score):
+        for impl in computing(score):
             output = ba.attention(q, k, v, score=score, scale=1.0, impl=impl)
             mean = v.to(DOUBLE).mean(2, keepdim=True).expand(1, 1, 2, 3)
             # five equal scores: the mean; the expressive score may take a z that underflows for 0, a zero row
@@ -799,7 +795,7 @@ def test_expressive_bias_of_large_size(dtype: torch.dtype, rng: np.random.Genera
     q, k, v = (normal(rng, 1, 2, n, 5, dtype=dtype) for n in (3, 11, 11))
     bias = torch.from_numpy(rng.choice([-300.0, 300.0], size=(2, 3, 11))).to(dtype)
     exact, exact_weights = oracle.attention(*(array(x) for x in (q, k, v)), score="expressive", bias=array(bias)[None])
-    for impl in impls_for("expressive"):
+    for impl in computing("expressive"):
         output = ba.attention(q, k, v, score="expressive", attn_mask=bias, impl=impl)
         assert_close(output, exact, impl, tolerance=CAPS.get(dtype, 1e-12))
     _, weights = ba.attention(q, k, v, score="expressive", attn_mask=bias, need_weights=True)

@@ -15,10 +15,11 @@ import better_attention as ba
 from better_attention.native.library import missing
 from better_attention.scores import SCORES
 from helpers.layers import refused, tokens
+from helpers.registry import IMPLS, computing
 
 B, N, L, S, H, V = 2, 3, 5, 7, 4, 2  # an own width for the values: nothing says that it is the keys'
-IMPLS = ["auto", "reference", "sdpa", "chunked"]
-EXPRESSIVE_IMPLS = ["auto", "reference", "chunked"]
+COMPUTING = computing("softmax")
+COMPUTING_EXPRESSIVE = computing("expressive")
 
 MASK_SHAPES = [
     (1, 1), (1, S), (L, 1), (L, S), (N, 1, 1), (N, 1, S), (N, L, S), (1, 1, 1, 1), (1, N, L, S),
@@ -57,7 +58,7 @@ def as_bias(mask: Tensor | None, causal: bool, shape: tuple[int, int] = (L, S)) 
 # --- the meaning of F.scaled_dot_product_attention --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", COMPUTING)
 @pytest.mark.parametrize("kind", ["bool", "float"])
 @pytest.mark.parametrize("shape", MASK_SHAPES)
 def test_masks_of_every_shape(shape: tuple[int, ...], kind: str, impl: str) -> None:
@@ -65,12 +66,12 @@ def test_masks_of_every_shape(shape: tuple[int, ...], kind: str, impl: str) -> N
     mask = boolean(*shape) if kind == "bool" else tokens(*shape).masked_fill(~boolean(*shape), -torch.inf)
     found = ba.attention(q, k, v, attn_mask=mask, impl=impl)
     torch.testing.assert_close(found, F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
-    if impl in EXPRESSIVE_IMPLS:
+    if impl in COMPUTING_EXPRESSIVE:
         expected = formula(q, k, "expressive", as_bias(mask, causal=False)) @ v
         torch.testing.assert_close(ba.attention(q, k, v, score="expressive", attn_mask=mask, impl=impl), expected)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", COMPUTING)
 @pytest.mark.parametrize("scale", [None, 1.0, 0.3, -0.7, 0])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(("queries", "keys"), [(L, S), (S, L), (L, L), (1, S), (L, 1), (1, 1)])
@@ -78,14 +79,14 @@ def test_scale_causality_and_lengths(queries: int, keys: int, causal: bool, scal
     q, k, v = qkv(B, N, queries=queries, keys=keys)
     found = ba.attention(q, k, v, is_causal=causal, scale=scale, impl=impl)
     torch.testing.assert_close(found, F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale))
-    if impl in EXPRESSIVE_IMPLS and scale != 0:
+    if impl in COMPUTING_EXPRESSIVE and scale != 0:
         expected = formula(q, k, "expressive", as_bias(None, causal, (queries, keys)), scale) @ v
         torch.testing.assert_close(
             ba.attention(q, k, v, score="expressive", is_causal=causal, scale=scale, impl=impl), expected
         )
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", COMPUTING)
 @pytest.mark.parametrize("lead", [(), (N,), (B, N), (2, B, N)])
 def test_any_number_of_leading_dimensions(lead: tuple[int, ...], impl: str) -> None:
     q, k, v = qkv(*lead)
@@ -96,7 +97,7 @@ def test_any_number_of_leading_dimensions(lead: tuple[int, ...], impl: str) -> N
     )
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", COMPUTING)
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("groups", [1, 2, 3])
 def test_grouped_queries(groups: int, score: str, impl: str) -> None:
@@ -113,7 +114,7 @@ def test_grouped_queries(groups: int, score: str, impl: str) -> None:
         refused(lambda: ba.attention(q, k, v, score=score, impl=impl), "enable_gqa")
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", COMPUTING)
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("kind", ["bool", "float"])
 def test_is_causal_and_a_mask_both_apply(kind: str, score: str, impl: str) -> None:
@@ -143,7 +144,7 @@ def test_weights_on_request(kind: str, causal: bool, score: str) -> None:
     torch.testing.assert_close(sums, (weights.amax(-1) > 0).to(sums))
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", COMPUTING)
 @pytest.mark.parametrize("score", SCORES)
 def test_gradients_of_every_implementation(score: str, impl: str) -> None:
     if (score, impl) == ("expressive", "sdpa"):
@@ -160,18 +161,18 @@ def test_gradients_of_every_implementation(score: str, impl: str) -> None:
 @pytest.mark.parametrize("score", SCORES)
 def test_a_mask_that_asks_for_a_gradient_gets_it_or_a_refusal(score: str) -> None:
     q, k, v = qkv(B, N)
-    for impl in IMPLS:
+    for impl in COMPUTING:
         bias = tokens(N, L, S, requires_grad=True)
         try:
             output = ba.attention(q, k, v, score=score, attn_mask=bias, impl=impl)
         except ValueError as error:
-            assert impl in ("sdpa", "chunked"), error  # noqa: PT017 - either outcome is right
+            assert impl not in ("auto", "reference"), error  # noqa: PT017 - either outcome is right
             continue
         expected = torch.autograd.grad((formula(q, k, score, bias) @ v).square().sum(), bias)
         torch.testing.assert_close(torch.autograd.grad(output.square().sum(), bias), expected)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", COMPUTING)
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_dtypes(dtype: torch.dtype, score: str, impl: str) -> None:
@@ -187,7 +188,7 @@ def test_dtypes(dtype: torch.dtype, score: str, impl: str) -> None:
     torch.testing.assert_close(found.double(), exact, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", COMPUTING)
 @pytest.mark.parametrize(("b", "queries", "keys"), [(0, L, S), (B, 0, S), (B, L, 0), (B, 0, 0)])
 @pytest.mark.parametrize("score", SCORES)
 def test_nothing_to_attend_or_to_attend_to(score: str, b: int, queries: int, keys: int, impl: str) -> None:
@@ -204,7 +205,7 @@ def test_nothing_to_attend_or_to_attend_to(score: str, b: int, queries: int, key
 # --- the laws of the expressive score (arXiv 2407.18601) --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("impl", EXPRESSIVE_IMPLS)
+@pytest.mark.parametrize("impl", COMPUTING_EXPRESSIVE)
 def test_signs_do_not_matter(impl: str) -> None:
     q, k, v = qkv(B, N)
     expected = ba.attention(q, k, v, score="expressive", impl=impl)
@@ -223,7 +224,7 @@ def test_orthogonal_keys_get_no_weight_parallel_and_antiparallel_ones_the_most()
     torch.testing.assert_close(weights.sum(), torch.tensor(1.0))
 
 
-@pytest.mark.parametrize("impl", EXPRESSIVE_IMPLS)
+@pytest.mark.parametrize("impl", COMPUTING_EXPRESSIVE)
 @pytest.mark.parametrize("hidden", [-torch.inf, torch.finfo(torch.float64).min])
 def test_hidden_keys_get_no_weight(hidden: float, impl: str) -> None:
     """Added to z before the square, either would give the hidden key the largest weight, or NaN."""
@@ -235,7 +236,7 @@ def test_hidden_keys_get_no_weight(hidden: float, impl: str) -> None:
     torch.testing.assert_close(found, formula(q, k, "expressive", bias.masked_fill(~shown, -torch.inf)) @ v)
 
 
-@pytest.mark.parametrize("impl", EXPRESSIVE_IMPLS)
+@pytest.mark.parametrize("impl", COMPUTING_EXPRESSIVE)
 def test_a_bias_multiplies_the_weight_by_its_exponential(impl: str) -> None:
     """ALiBi-like slopes, large positive biases and large negative ones."""
     q, k, v = qkv(B, N)
@@ -245,7 +246,7 @@ def test_a_bias_multiplies_the_weight_by_its_exponential(impl: str) -> None:
         torch.testing.assert_close(found, formula(q, k, "expressive", bias - bias.amax(-1, keepdim=True)) @ v)
 
 
-@pytest.mark.parametrize("impl", EXPRESSIVE_IMPLS)
+@pytest.mark.parametrize("impl", COMPUTING_EXPRESSIVE)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_a_row_without_weight_is_zero_with_zero_gradient(dtype: torch.dtype, impl: str) -> None:
     q, k, v = qkv(B, N, dtype=dtype)
@@ -259,7 +260,7 @@ def test_a_row_without_weight_is_zero_with_zero_gradient(dtype: torch.dtype, imp
     assert torch.equal(q.grad[:, :, :2], torch.zeros_like(q.grad[:, :, :2]))
 
 
-@pytest.mark.parametrize("impl", EXPRESSIVE_IMPLS)
+@pytest.mark.parametrize("impl", COMPUTING_EXPRESSIVE)
 @pytest.mark.parametrize(
     ("dtype", "size"), [(torch.float16, 60.0), (torch.bfloat16, 1e10), (torch.float32, 1e14), (torch.float64, 1e100)]
 )
@@ -326,7 +327,7 @@ def test_the_name_asked_for_is_the_one_that_computes() -> None:
 def test_explain_names_the_choice_and_the_reasons() -> None:
     q, k, v = qkv(B, N)
     explanation = ba.explain(q, k, v)
-    assert {"reference", "sdpa", "chunked"} <= set(explanation.reasons)
+    assert set(IMPLS) == set(explanation.reasons)
     assert explanation.chosen in explanation.reasons
     assert explanation.reasons[explanation.chosen] == []
     assert all(isinstance(reason, str) and reason for reasons in explanation.reasons.values() for reason in reasons)
@@ -358,7 +359,7 @@ def test_what_an_implementation_cannot_do_is_refused_with_everyones_reasons(
     assert ba.explain(q, k, v, impl="auto", **arguments).reasons[impl]
 
 
-@pytest.mark.parametrize("impl", ["reference", "sdpa", "chunked"])
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("need_weights", [False, True])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
@@ -383,11 +384,11 @@ def test_explain_and_attention_agree(
         assert explanation.reasons[impl]
         refused(lambda: ba.attention(q, k, v, impl=impl, **arguments), impl, kind=ValueError)
     assert impl != "reference" or explanation.chosen == "reference", "the reference can do everything"
-    assert ba.explain(q, k, v, **arguments).chosen in {"reference", "sdpa", "chunked"}
+    assert ba.explain(q, k, v, **arguments).chosen in IMPLS
 
 
 @pytest.mark.parametrize("name", ["standard", "expressive"])
-@pytest.mark.parametrize("impl", ["reference", "sdpa", "chunked"])
+@pytest.mark.parametrize("impl", IMPLS)
 def test_a_layer_honours_or_refuses_its_impl(name: str, impl: str) -> None:
     x = tokens(2, 5, 6, dtype=torch.float32)
     try:
@@ -398,7 +399,7 @@ def test_a_layer_honours_or_refuses_its_impl(name: str, impl: str) -> None:
         assert impl in str(error)  # noqa: PT017 - which of the two is checked below
         assert impl != "reference"
     else:
-        assert impl == "reference", "sdpa and chunked have no weights to give"
+        assert impl in computing("softmax", torch.float32, need_weights=True), "it has no weights to give"
 
 
 def test_calling_explain_computes_nothing() -> None:

@@ -14,6 +14,7 @@ from better_attention.native.library import missing
 from better_attention.scores import SCORES
 from helpers.bridge import array
 from helpers.layers import layer, tokens
+from helpers.registry import computing
 
 B, N, L, S, H = 1, 2, 6, 6, 4
 POSITIONS = torch.arange(6.0)
@@ -22,7 +23,7 @@ MASKS: dict[str, Tensor | None] = {
     "ALiBi": -(POSITIONS - POSITIONS[:, None]).abs(),
     "causal": torch.ones(L, S, dtype=torch.bool).tril(),
 }
-IMPLEMENTATIONS = {torch.float32: ["reference", "chunked", "native", "auto"], torch.float64: ["reference", "chunked"]}
+IMPLEMENTATIONS = {dtype: computing("expressive", dtype) for dtype in (torch.float32, torch.float64)}
 SIZES: dict[torch.dtype, list[tuple[float, float]]] = {
     torch.float32: [
         *((10.0 ** (e / 2), 10.0 ** (e / 2)) for e in (-74, -45, -30, -18, 0, 7, 15, 30)),
@@ -99,8 +100,7 @@ ALONE: dict[str, Callable[[torch.dtype], tuple[int, dict[str, object], slice]]] 
     ("dtype", "impl"),
     [
         *((dtype, impl) for dtype, impls in IMPLEMENTATIONS.items() for impl in impls),
-        *((torch.bfloat16, impl) for impl in ("reference", "chunked", "native", "auto")),
-        *((torch.float16, impl) for impl in ("reference", "chunked")),
+        *((dtype, impl) for dtype in (torch.bfloat16, torch.float16) for impl in computing("expressive", dtype)),
     ],
 )
 def test_one_key_has_all_the_weight_whatever_the_query_is(dtype: torch.dtype, impl: str, score: str, form: str) -> None:

@@ -13,13 +13,13 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stac
 import better_attention as ba
 from better_attention.scores import SCORES
 from helpers.layers import ALL, CAUSAL, MASKS, NAMED, layer, masks_for, padding, tokens, triangle
+from helpers.registry import computing
 
 # torch's own forward-mode formulas are still written with the deprecated torch.jit.script.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 
 B, L, S, N, E = 2, 3, 5, 2, 6
 
-NEVER = ("expressive", "sdpa")  # torch's kernel knows softmax only; test_functional.py sees that it is refused
 EVERY_PAIR = [(name, mask) for name in ALL for mask in masks_for(name)]
 UNIT_PAIRS = [(name, "is_causal and padding" if name in CAUSAL else "float (B*N,L,S)") for name in ALL]
 UNIT_PAIRS += [("super", "padding bool"), ("expressive", "float (B*N,L,S)"), ("standard", "float (B*N,L,S)")]
@@ -245,9 +245,7 @@ def test_expanded_inputs_and_masks(name: str) -> None:
         torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize(
-    ("score", "impl"), [(s, i) for s in SCORES for i in ("reference", "chunked", "sdpa") if (s, i) != NEVER]
-)
+@pytest.mark.parametrize(("score", "impl"), [(s, i) for s in SCORES for i in computing(s)])
 def test_memory_layout_does_not_matter_to_any_implementation(score: str, impl: str) -> None:
     inputs = [tokens(B, N, length, 3) for length in (L, S, S)]
     mask = tokens(B, 1, L, S)
