@@ -135,7 +135,7 @@ def _versions(layers: list[dict[str, Any]]) -> dict[str, str]:
     for name in sorted(names):
         try:
             found[name] = version(name)
-        except PackageNotFoundError:  # an adapter for a class of the user's own
+        except PackageNotFoundError:  # the class of an adapter that the user registered
             continue
     return found
 

@@ -111,7 +111,7 @@ _HOOKS = (
 
 
 def share_hooks(old: nn.Module, new: nn.Module) -> None:
-    """Let the hooks of ``old`` be those of ``new`` too, so that whoever removes one removes it from both."""
+    """Let the hooks of ``old`` be those of ``new`` too, so that removing one removes it from both."""
     for name in _HOOKS:
         object.__setattr__(new, name, getattr(old, name))
 
