@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from . import bert as bert
+from . import distilbert as distilbert
+from . import timm_vit as timm_vit
 from . import torch_attention as torch_attention
+from . import vit as vit
 
 
 def load() -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from better_attention.layer.alignment import Alignment
 from better_attention.mechanism import Mechanism
 
 MAPS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj"}
@@ -156,3 +157,26 @@ def as_parameter(x: Tensor, trains: bool) -> nn.Parameter:
     if isinstance(x, nn.Parameter):
         return x
     return nn.Parameter(x.detach().clone(memory_format=torch.contiguous_format), requires_grad=trains)
+
+
+def kernel_of(align: nn.Module) -> Kernel | None:
+    """W_A of one of our layers, or None for the identity."""
+    if not isinstance(align, Alignment):
+        return None
+    return Kernel(align.weight, align.bias, align.causal, align.weight.requires_grad)
+
+
+def alignment(kernel: Kernel, num_heads: int, compiled: bool = True) -> Alignment:
+    """The module of a W_A, with these weights."""
+    module = Alignment(
+        kernel.max_len,
+        num_heads,
+        heads="shared" if kernel.weight.dim() == 2 else "per_head",
+        causal=kernel.causal,
+        bias=kernel.bias is not None,
+        compiled=compiled,
+        device="meta",
+    )
+    module.weight = as_parameter(kernel.weight, kernel.trains)
+    module.bias = None if kernel.bias is None else as_parameter(kernel.bias, kernel.trains)
+    return module

@@ -8,12 +8,11 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from better_attention.layer.alignment import Alignment
 from better_attention.layer.multihead import MultiheadAttention
 from better_attention.mechanism import MECHANISMS
 
 from .adapter import Adapter, linear_refusals, register
-from .source import MAPS, Kernel, LinearMap, Source, as_parameter
+from .source import MAPS, LinearMap, Source, alignment, kernel_of
 
 
 def _read_torch(module: nn.Module) -> Source:
@@ -66,29 +65,6 @@ def _read_ours(module: nn.Module) -> Source:
 def _extra_positions(learned: bool, zero: bool) -> tuple[str, ...]:
     names = ["add_bias_kv"] * learned + ["add_zero_attn"] * zero
     return tuple(f"{name} adds a key and a value that no projection makes" for name in names)
-
-
-def kernel_of(align: nn.Module) -> Kernel | None:
-    """W_A of one of our layers, or None for the identity."""
-    if not isinstance(align, Alignment):
-        return None
-    return Kernel(align.weight, align.bias, align.causal, align.weight.requires_grad)
-
-
-def alignment(kernel: Kernel, num_heads: int, compiled: bool = True) -> Alignment:
-    """The module of a W_A, with these weights."""
-    module = Alignment(
-        kernel.max_len,
-        num_heads,
-        heads="shared" if kernel.weight.dim() == 2 else "per_head",
-        causal=kernel.causal,
-        bias=kernel.bias is not None,
-        compiled=compiled,
-        device="meta",
-    )
-    module.weight = as_parameter(kernel.weight, kernel.trains)
-    module.bias = None if kernel.bias is None else as_parameter(kernel.bias, kernel.trains)
-    return module
 
 
 def _build(old: nn.Module, target: Source) -> nn.Module:
