@@ -8,8 +8,9 @@ from torch import nn
 
 from better_attention.adapters.adapter import names
 from better_attention.adapters.source import Source
-from better_attention.errors import counted, flag, whole_number
+from better_attention.errors import check_bool, check_int
 from better_attention.mechanism import Mechanism
+from better_attention.text import plural
 
 from .fold import Folded, fold, impossible, obstacles
 from .report import ConversionReport, LayerReport, Size
@@ -69,9 +70,9 @@ def convert(
     """
     check_model(model)
     target = Mechanism.of(mechanism)
-    flag(exact, "exact")
+    check_bool(exact, "exact")
     if max_len is not None:
-        whole_number(max_len, "max_len")
+        check_int(max_len, "max_len")
         if not target.aligned:
             raise ValueError(
                 f"max_len={max_len} is the size of W_A, which {target.name!r} does not have: leave it out."
@@ -117,7 +118,7 @@ def _refuse(model: nn.Module, sites: list[Site], target: Mechanism, max_len: int
         what = "exactly" if approximate else "at all"
         hint = "\nPass exact=False for an approximation." if approximate else ""
         raise ValueError(
-            f"{counted(len(reasons), 'reason')} why this model cannot be converted to {target.name!r} {what}; it is as "
+            f"{plural(len(reasons), 'reason')} why this model cannot be converted to {target.name!r} {what}; it is as "
             f"it was:\n" + "\n".join(reasons) + hint
         )
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from better_attention.adapters.adapter import adapter
 from better_attention.adapters.source import MAPS, Kernel, LinearMap, Source
-from better_attention.errors import counted, describe
+from better_attention.errors import describe
 from better_attention.mechanism import Mechanism
+from better_attention.text import plural
 
 from .revert import converted, install, original_of, outer_name
 from .sites import Replacements, Site, check_model, find_sites, joined
@@ -233,6 +234,6 @@ def _load(model: nn.Module, tensors: Mapping[str, Tensor], saved: str) -> None:
         shown = "; ".join(sorted(faults)[:5])
         raise ValueError(
             f"the saved weights are of a {saved} of another size, kind or dtype than this {type(model).__name__}, "
-            f"{counted(len(faults), 'difference')}: {shown}."
+            f"{plural(len(faults), 'difference')}: {shown}."
         )
     model.load_state_dict(tensors)

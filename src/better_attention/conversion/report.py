@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from better_attention.errors import counted
+from better_attention.text import plural
 
 STATUSES = ("exact", "approximated", "new", "dropped")
 
@@ -114,7 +114,7 @@ class ConversionReport:
 
     def __str__(self) -> str:
         kind = "exact" if self.exact else "approximated"
-        lines = [f"{counted(len(self.layers), 'layer')} converted to {self.mechanism!r}: {kind}"]
+        lines = [f"{plural(len(self.layers), 'layer')} converted to {self.mechanism!r}: {kind}"]
         header = ("layer", *STATUSES, "error", "parameters", "FLOPs", "cache bytes")
         rows = [header, *(_row(layer) for layer in self.layers)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
@@ -122,7 +122,7 @@ class ConversionReport:
             lines.append(
                 "  " + "  ".join(_padded(cell, w, i) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
             )
-        lines.append(f"  FLOPs of one forward pass over {counted(self.length, 'token')}; cache bytes per token.")
+        lines.append(f"  FLOPs of one forward pass over {plural(self.length, 'token')}; cache bytes per token.")
         lines += [f"  {reason}" for reason in dict.fromkeys(r for layer in self.layers for r in layer.reasons)]
         lines += [f"  left as it was: {name}: {reason}" for name, reason in self.left]
         return "\n".join(lines)
