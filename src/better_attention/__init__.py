@@ -13,6 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from . import command as command  # first of all: it ends the process quietly if Ctrl-C comes while torch is imported
 from .causality import assert_causal
+from .conversion.convert import convert
+from .conversion.recipe import load_converted, save_converted
+from .conversion.report import ConversionReport
+from .conversion.revert import revert
 from .cost import Cost, cost
 from .functional import Explanation, attention, explain
 from .layer.multihead import MultiheadAttention
@@ -25,14 +29,19 @@ __version__ = "0.1.0"
 
 __all__ = [
     "MECHANISMS",
+    "ConversionReport",
     "Cost",
     "Explanation",
     "Mechanism",
     "MultiheadAttention",
     "assert_causal",
     "attention",
+    "convert",
     "cost",
     "explain",
+    "load_converted",
+    "revert",
+    "save_converted",
 ]  # and load_run, which needs the extras: a star import must not
 
 

@@ -1,0 +1,1 @@
+"""Conversion of existing models: from one mechanism to another, exactly where mathematics allows it."""

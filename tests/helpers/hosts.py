@@ -1,0 +1,124 @@
+"""Tiny models of other libraries with random weights; a test that asks for one is skipped without the library."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+VOCABULARY = 50
+
+
+_OPERATORS: list[torch.library.Library] = []
+
+
+def library(name: str, *, at_least: str | None = None) -> Any:
+    """An imported library, or a skipped test.
+
+    timm, and transformers where it is there, import torchvision, whose wheel may have been compiled for another torch;
+    it then lacks two operators of its own. None of the models here calls them: their names alone are declared.
+    """
+    if importlib.util.find_spec("torchvision") and not _OPERATORS and not hasattr(torch.ops.torchvision, "nms"):
+        operators = torch.library.Library("torchvision", "DEF")
+        for operator in ("nms", "qnms"):
+            operators.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _OPERATORS.append(operators)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pytest.importorskip(name, minversion=at_least, reason=f"{name} is not installed: make test-hosts")
+
+
+def transformers() -> Any:
+    """The library, or a skipped test."""
+    return library("transformers", at_least="5.24")
+
+
+def random(model: nn.Module, spread: float = 0.3) -> nn.Module:
+    """Every parameter random and far from its start: biases are zero there, and weights small."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(spread * torch.randn_like(parameter))
+    return model
+
+
+def _text(width: int, heads: int, attention: str) -> dict[str, Any]:
+    return {
+        "vocab_size": VOCABULARY,
+        "hidden_size": width,
+        "num_hidden_layers": 2,
+        "num_attention_heads": heads,
+        "intermediate_size": 31,
+        "max_position_embeddings": 40,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "attn_implementation": attention,
+    }
+
+
+def bert(width: int, heads: int, attention: str = "sdpa") -> Any:
+    """A BERT encoder of two layers."""
+    t = transformers()
+    return random(t.BertModel(t.BertConfig(**_text(width, heads, attention)), add_pooling_layer=False))
+
+
+def roberta(width: int, heads: int, attention: str = "sdpa") -> Any:
+    """A RoBERTa encoder of two layers."""
+    t = transformers()
+    return random(t.RobertaModel(t.RobertaConfig(**_text(width, heads, attention)), add_pooling_layer=False))
+
+
+def distilbert(width: int, heads: int, attention: str = "sdpa") -> Any:
+    """A DistilBERT encoder of two layers."""
+    t = transformers()
+    config = t.DistilBertConfig(
+        vocab_size=VOCABULARY, dim=width, n_layers=2, n_heads=heads, hidden_dim=31, max_position_embeddings=40,
+        dropout=0.0, attention_dropout=0.0, attn_implementation=attention,
+    )  # fmt: skip
+    return random(t.DistilBertModel(config))
+
+
+def vit(width: int, heads: int, attention: str = "sdpa") -> Any:
+    """A vision transformer of two layers for 8 x 8 pixels: 4 patches and the class token."""
+    t = transformers()
+    options = _text(width, heads, attention)
+    for name in ("vocab_size", "max_position_embeddings"):
+        del options[name]
+    return random(t.ViTModel(t.ViTConfig(image_size=8, patch_size=4, **options), add_pooling_layer=False))
+
+
+def timm_vit(width: int, heads: int, attention: str = "sdpa", **options: Any) -> Any:
+    """timm's vision transformer of two layers for 8 x 8 pixels; "eager" means without torch's fused attention."""
+    model = library("timm").models.vision_transformer.VisionTransformer(
+        img_size=8, patch_size=4, num_classes=5, embed_dim=width, depth=2, num_heads=heads, mlp_ratio=1.5, **options
+    )
+    for block in model.blocks:
+        block.attn.fused_attn = attention == "sdpa"
+    return random(model)
+
+
+def of_attention(name: str) -> bool:
+    """Whether a parameter of one of these models belongs to its attention, where a conversion renames it."""
+    return any(part in f".{name}" for part in (".attention.self.", ".attention.output.dense", ".attn.", ".attention."))
+
+
+def flash(model: Any) -> Any:
+    """The model as if it had been built with flash attention, which this machine may lack."""
+    model.config._attn_implementation = "flash_attention_2"
+    return model
+
+
+class Wrapped(nn.Linear):
+    """A linear map of another class, as adapters and quantisers leave them."""
+
+
+def wrapped(model: nn.Module) -> nn.Module:
+    """The model with its first W_Q of another class."""
+    for module in model.modules():
+        if hasattr(module, "q_proj"):
+            module.q_proj.__class__ = Wrapped
+            return model
+    raise AssertionError("no q_proj")
