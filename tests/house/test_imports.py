@@ -59,6 +59,8 @@ LIGHT = {"torch"}
 HEAVY = {"numpy", "scipy", "sklearn", "matplotlib", "accelerate", "safetensors", "jinja2", "pooch"}
 EXTRAS = {"conversion.recipe": {"safetensors"}}
 """What a module of the library may import inside its functions: an extra, whose absence it reports."""
+GATES = {"adapters.transformers": {"transformers"}}
+"""Modules that users of another library import, and nothing else does: they may import that library."""
 CATALOGUES = {"cli", "bench/suites", "lab/tasks/catalogue", "lab/data/published", "lab/published"}
 """Folders whose files are rows of a table: verbs, suites, tasks, data sets. They may grow."""
 ROOM_SIZE = 15
@@ -264,8 +266,9 @@ def test_the_library_needs_torch_alone(file: Path) -> None:
     path, imported = of(file)
     for name, at_top in imported:
         head = name.split(".")[0]
-        if not at_top and head in EXTRAS.get(path, set()):
+        if (not at_top and head in EXTRAS.get(path, set())) or head in GATES.get(path, set()):
             continue
+        assert name.removeprefix(f"{ROOT.name}.") not in GATES, f"{path} imports {name}, which needs another library"
         assert head in LIGHT | set(sys.stdlib_module_names) | {ROOT.name}, f"{path} imports {name}"
 
 
