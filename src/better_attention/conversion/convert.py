@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -12,6 +14,7 @@ from better_attention.errors import check_bool, check_int
 from better_attention.mechanism import Mechanism
 from better_attention.text import plural
 
+from .calibrate import Fit, calls_of, check_batches
 from .fold import Folded, fold, impossible, obstacles
 from .report import ConversionReport, LayerReport, Size
 from .revert import install
@@ -29,13 +32,15 @@ def convert(
     max_len: int | None = None,
     align_causal: bool | None = None,
     exact: bool = True,
+    calibration: Iterable[Any] | None = None,
     keep_original: bool = True,
 ) -> ConversionReport:
     """Give the attention layers of ``model`` another mechanism, in place, keeping the trained weights where possible.
 
     Exact are: one head, for any mechanism of softmax; and for any number of heads the way upwards (efficient,
     optimised, standard; efficient to super, whose W_A starts as the identity). Everything else is an approximation,
-    and needs ``exact=False``: the least squares projection of the weights.
+    and needs ``exact=False``: the least squares projection of the weights, or with ``calibration`` a fit of W_Q and W_O
+    to what each layer computes there, one layer after another, each on what the converted ones before it return.
 
     Args:
         model: any module that holds attention which an adapter knows. Changed in place; on any error it is as it was.
@@ -47,6 +52,8 @@ def convert(
         align_causal: keep a new W_A triangular; None for what the host says of its layer. Layers that get their
             causality from a mask at each call (``nn.Transformer``) need True for causal use.
         exact: refuse what would only be an approximation.
+        calibration: batches on which errors are measured and approximations fitted: a list of what the model takes,
+            each a tensor, a tuple of arguments or a dict of keyword arguments. A few hundred samples.
         keep_original: keep the old modules, which :func:`revert` puts back. They are neither in the state dict nor
             moved with the model. Parameters that are taken over unchanged are shared, so that training changes both.
 
@@ -82,14 +89,37 @@ def convert(
     if not sites:
         raise ValueError(_nothing_found(model, left))
     _refuse(model, sites, target, max_len, exact)
+    batches = None if calibration is None else check_batches(calibration)
     work = Replacements(model)
     try:
-        rows = [_convert_site(work, site, target, max_len, align_causal, keep_original) for site in sites]
+        plan = Plan(target, max_len, align_causal, batches, keep_original)
+        done = [_convert_site(work, site, plan) for site in sites]
     except BaseException:
         work.take_back()
         raise
-    length = max_len or LENGTH
-    return ConversionReport(target.name, length, [_report(*row, length) for row in rows], left)
+    length = max((one.fit.length for one in done if one.fit is not None), default=max_len or LENGTH)
+    return ConversionReport(target.name, length, [_report(one, length) for one in done], left)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is asked of every layer, see :func:`convert`."""
+
+    target: Mechanism
+    max_len: int | None
+    align_causal: bool | None
+    batches: list[Any] | None
+    keep_original: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """One converted layer: where, what it was, what it is, and how it was fitted."""
+
+    site: Site
+    source: Source
+    folded: Folded
+    fit: Fit | None
 
 
 def _nothing_found(model: nn.Module, left: list[tuple[str, str]]) -> str:
@@ -123,21 +153,18 @@ def _refuse(model: nn.Module, sites: list[Site], target: Mechanism, max_len: int
         )
 
 
-def _convert_site(
-    work: Replacements,
-    site: Site,
-    target: Mechanism,
-    max_len: int | None,
-    align_causal: bool | None,
-    keep_original: bool,
-) -> tuple[Site, Source, Folded]:
+def _convert_site(work: Replacements, site: Site, plan: Plan) -> Done:
     source = site.adapter.read(site.module)
-    causal = source.causal if align_causal is None else align_causal
-    folded = fold(source, target, max_len=max_len, align_causal=causal)
+    causal = source.causal if plan.align_causal is None else plan.align_causal
+    folded = fold(source, plan.target, max_len=plan.max_len, align_causal=causal)
+    fit = None
+    if plan.batches is not None:
+        fit = Fit(site, source, calls_of(work.model, site, plan.batches))
+        folded = fit.run(folded)
     new = site.adapter.build(site.module, folded.source)
     _refuse_broken_ties(work.model, site, new)
-    install(work, site, new, keep_original)
-    return site, source, folded
+    install(work, site, new, plan.keep_original)
+    return Done(site, source, folded, fit)
 
 
 def _refuse_broken_ties(model: nn.Module, site: Site, new: nn.Module) -> None:
@@ -156,18 +183,21 @@ def _refuse_broken_ties(model: nn.Module, site: Site, new: nn.Module) -> None:
                 )
 
 
-def _report(site: Site, source: Source, folded: Folded, length: int) -> LayerReport:
-    new: Source = folded.source
+def _report(done: Done, length: int) -> LayerReport:
+    site, source, folded, fit = done.site, done.source, done.folded, done.fit
     return LayerReport(
         site.name,
         site.adapter.name,
         source.mechanism.name,
-        new.mechanism.name,
+        folded.source.mechanism.name,
         folded.exact,
         folded.changes,
         folded.inexact,
         _size(source, length),
-        _size(new, length),
+        _size(folded.source, length),
+        None if fit is None else fit.error_before,
+        None if fit is None else fit.error_after,
+        [] if fit is None else fit.heads,
     )
 
 

@@ -32,7 +32,8 @@ class HeadFit:
 
     Args:
         rank: rank of the head's product W_Q W_K^T, which a slice of width d/h can reach only in its own columns.
-        residual: share of the variance of the scores over the keys that the new head does not reproduce, 0 to 1.
+        residual: share of the variance of the head's keys, under its weights, that the new head does not reproduce,
+            0 to 1.
     """
 
     rank: int
