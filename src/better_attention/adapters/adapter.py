@@ -82,6 +82,14 @@ def takes(module: nn.Module, *names: str) -> bool:
     return named == ["self", *names]
 
 
+def signature_refusals(module: nn.Module, *names: str) -> list[str]:
+    """Why the forward method of ``module`` cannot be imitated: it takes other arguments."""
+    if takes(module, *names):
+        return []
+    found = inspect.signature(type(module).forward)
+    return [f"its forward method is {found}, which another version of its library has: expected {', '.join(names)}"]
+
+
 def has(module: nn.Module, *names: str) -> bool:
     """Whether ``module`` has these attributes; dotted names look further in."""
     for name in names:

@@ -44,8 +44,9 @@ class BertAttention(HostAttention):
                 need_weights=weights,
             )
         update = own_cache(cache, self.layer_idx, kwargs)
-        causal = self.is_causal and attention_mask is None
-        return self.attend(hidden_states, mask=attention_mask, causal=causal, update=update, need_weights=weights)
+        return self.attend(
+            hidden_states, mask=attention_mask, causal=self.is_causal, update=update, need_weights=weights
+        )
 
 
 def _matches(module: nn.Module) -> bool:
