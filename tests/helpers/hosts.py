@@ -150,12 +150,14 @@ def whisper(width: int, heads: int, attention: str = "sdpa") -> Any:
     return random(t.WhisperModel(config), 0.2)
 
 
-def of_attention(name: str) -> bool:
-    """Whether a parameter of one of these models belongs to its attention, where a conversion renames it."""
-    attention = (
-        ".attention.", ".attn.", ".self_attn.", ".encoder_attn.", ".SelfAttention.", ".EncDecAttention.",
-    )  # fmt: skip
-    return any(part in f".{name}" for part in attention)
+ATTENTION = (".attention.", ".attn.", ".self_attn.", ".encoder_attn.", ".SelfAttention.", ".EncDecAttention.")
+"""Names of attention modules in these models, below which a conversion renames the parameters."""
+
+
+def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The gradients of the parameters outside of the attention."""
+    trained = ((n, p) for n, p in model.named_parameters() if not any(part in f".{n}" for part in ATTENTION))
+    return {n: p.grad for n, p in trained if p.requires_grad and p.grad is not None}
 
 
 def flash(model: Any) -> Any:

@@ -71,7 +71,7 @@ def test_standard_gives_the_hosts_outputs_and_gradients(name: str, heads: int, a
             logits = one(x, attention_mask=mask).logits
             logits = logits if mask is None else logits[mask.bool()]
             logits.sin().sum().backward()
-            results.append((logits, {n: p.grad for n, p in one.named_parameters() if not hosts.of_attention(n)}))
+            results.append((logits, hosts.gradients(one)))
         hosts.assert_same(results[0][0], results[1][0], 1e-5)
         for key, grad in results[0][1].items():
             hosts.assert_same(grad, results[1][1][key], 1e-4)

@@ -6,10 +6,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .adapter import Adapter, has, register, signature_refusals
-from .host_attention import HostAttention, transformers_mechanism, transformers_refusals, wants_weights
-from .host_cache import attend_across, own_cache
-from .source import LinearMap, Source
+from better_attention.adapters.adapter import Adapter, has, register, signature_refusals
+from better_attention.adapters.host_attention import (
+    HostAttention,
+    transformers_mechanism,
+    transformers_refusals,
+    wants_weights,
+)
+from better_attention.adapters.host_cache import attend_across, own_cache
+from better_attention.adapters.source import LinearMap, Source
 
 
 class WhisperAttention(HostAttention):
