@@ -54,6 +54,16 @@ def register(adapter: Adapter) -> Adapter:
     return adapter
 
 
+def unregister(name: str) -> None:
+    """Forget the adapter called ``name``.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    adapter(name)
+    del _ADAPTERS[name]
+
+
 def adapter(name: str) -> Adapter:
     """The registered adapter called ``name``.
 
