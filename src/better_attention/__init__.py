@@ -26,6 +26,7 @@ from .mechanism import MECHANISMS, Mechanism
 
 if TYPE_CHECKING:
     from better_attention.lab.runs.load import load_run as load_run
+    from better_attention.lab.training.distillation import distil as distil
 
 __version__ = "0.1.0"
 
@@ -48,13 +49,17 @@ __all__ = [
     "quantise",
     "revert",
     "save_converted",
-]  # and load_run, which needs the extras: a star import must not
+]  # and distil and load_run, which need the extras: a star import must not
 
 
 def __getattr__(name: str) -> Any:
-    # load_run needs the extras; importing the package must not.
+    # These need the extras; importing the package must not.
     if name == "load_run":
         from better_attention.lab.runs.load import load_run
 
         return load_run
+    if name == "distil":
+        from better_attention.lab.training.distillation import distil
+
+        return distil
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

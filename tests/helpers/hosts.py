@@ -37,6 +37,11 @@ def transformers() -> Any:
     return library("transformers", at_least="5.24")
 
 
+def assert_same(new: torch.Tensor, old: torch.Tensor, tolerance: float) -> None:
+    """The largest difference is within ``tolerance``, of the largest number where that is above one."""
+    torch.testing.assert_close(new, old, rtol=0, atol=tolerance * max(1.0, float(old.detach().abs().max())))
+
+
 def random(model: nn.Module, spread: float = 0.3) -> nn.Module:
     """Every parameter random and far from its start: biases are zero there, and weights small."""
     with torch.no_grad():
@@ -100,9 +105,59 @@ def timm_vit(width: int, heads: int, attention: str = "sdpa", **options: Any) ->
     return random(model)
 
 
-def of_attention(name: str) -> bool:
-    """Whether a parameter of one of these models belongs to its attention, where a conversion renames it."""
-    return any(part in f".{name}" for part in (".attention.self.", ".attention.output.dense", ".attn.", ".attention."))
+def gpt2(width: int, heads: int, attention: str = "sdpa", **options: Any) -> Any:
+    """A GPT-2 language model of two layers."""
+    t = transformers()
+    config = t.GPT2Config(
+        vocab_size=VOCABULARY, n_positions=40, n_embd=width, n_layer=2, n_head=heads, n_inner=31, resid_pdrop=0.0,
+        embd_pdrop=0.0, attn_pdrop=0.0, attn_implementation=attention, bos_token_id=1, eos_token_id=None,
+        pad_token_id=0, **options,
+    )  # fmt: skip
+    return random(t.GPT2LMHeadModel(config), 0.2)
+
+
+def llama(width: int, heads: int, attention: str = "sdpa", groups: int | None = None, **options: Any) -> Any:
+    """A Llama language model of two layers; ``groups`` heads of keys and values."""
+    t = transformers()
+    config = t.LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=width, intermediate_size=31, num_hidden_layers=2, num_attention_heads=heads,
+        num_key_value_heads=groups or heads, max_position_embeddings=40, attn_implementation=attention,
+        bos_token_id=1, eos_token_id=None, pad_token_id=0, **options,
+    )  # fmt: skip
+    return random(t.LlamaForCausalLM(config), 0.2)
+
+
+def t5(width: int, heads: int, attention: str = "sdpa", head_dim: int | None = None) -> Any:
+    """A T5 of two layers on each side."""
+    t = transformers()
+    config = t.T5Config(
+        vocab_size=VOCABULARY, d_model=width, d_kv=head_dim or width // heads, d_ff=31, num_layers=2, num_heads=heads,
+        dropout_rate=0.0, attn_implementation=attention, decoder_start_token_id=0, eos_token_id=None, pad_token_id=0,
+        relative_attention_num_buckets=8, relative_attention_max_distance=12,
+    )  # fmt: skip
+    return random(t.T5ForConditionalGeneration(config), 0.2)
+
+
+def whisper(width: int, heads: int, attention: str = "sdpa") -> Any:
+    """A Whisper of two layers on each side, for 20 frames of 8 frequencies: 10 positions."""
+    t = transformers()
+    config = t.WhisperConfig(
+        vocab_size=VOCABULARY, d_model=width, encoder_layers=2, decoder_layers=2, encoder_attention_heads=heads,
+        decoder_attention_heads=heads, encoder_ffn_dim=31, decoder_ffn_dim=31, num_mel_bins=8, max_source_positions=10,
+        max_target_positions=40, dropout=0.0, attn_implementation=attention, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2, decoder_start_token_id=1,
+    )  # fmt: skip
+    return random(t.WhisperModel(config), 0.2)
+
+
+ATTENTION = (".attention.", ".attn.", ".self_attn.", ".encoder_attn.", ".SelfAttention.", ".EncDecAttention.")
+"""Names of attention modules in these models, below which a conversion renames the parameters."""
+
+
+def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The gradients of the parameters outside of the attention."""
+    trained = ((n, p) for n, p in model.named_parameters() if not any(part in f".{n}" for part in ATTENTION))
+    return {n: p.grad for n, p in trained if p.requires_grad and p.grad is not None}
 
 
 def flash(model: Any) -> Any:

@@ -13,7 +13,7 @@ from helpers import CHECKOUT, TESTS
 PACKAGE = CHECKOUT / "src" / "better_attention"
 PAGES = ("DESIGN.md", "CONTRIBUTING.md", "tests/README.md")
 ROOTS = {"DESIGN.md": (CHECKOUT, PACKAGE), "CONTRIBUTING.md": (CHECKOUT, PACKAGE), "tests/README.md": (CHECKOUT, TESTS)}
-PLANNED = {"adapters/HOST.py", "tests/library/adapters/test_HOST.py"}
+PLANNED = {"adapters/hosts/HOST.py", "tests/library/adapters/test_HOST.py"}
 """Places that a recipe tells the first contributor to create."""
 
 

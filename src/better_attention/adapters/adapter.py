@@ -54,6 +54,16 @@ def register(adapter: Adapter) -> Adapter:
     return adapter
 
 
+def unregister(name: str) -> None:
+    """Forget the adapter called ``name``.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    adapter(name)
+    del _ADAPTERS[name]
+
+
 def adapter(name: str) -> Adapter:
     """The registered adapter called ``name``.
 
@@ -80,6 +90,14 @@ def takes(module: nn.Module, *names: str) -> bool:
     parameters = inspect.signature(type(module).forward).parameters.values()
     named = [p.name for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD]
     return named == ["self", *names]
+
+
+def signature_refusals(module: nn.Module, *names: str) -> list[str]:
+    """Why the forward method of ``module`` cannot be imitated: it takes other arguments."""
+    if takes(module, *names):
+        return []
+    found = inspect.signature(type(module).forward)
+    return [f"its forward method is {found}, which another version of its library has: expected {', '.join(names)}"]
 
 
 def has(module: nn.Module, *names: str) -> bool:

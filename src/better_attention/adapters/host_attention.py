@@ -130,6 +130,7 @@ class HostAttention(nn.Module):
         mask: Tensor | None = None,
         causal: bool = False,
         update: Update | None = None,
+        bias: Tensor | None = None,
         need_weights: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend from ``x_BLD`` to itself or to ``y_BSD``.
@@ -140,6 +141,7 @@ class HostAttention(nn.Module):
             mask: None, or (B or 1, N or 1, L, S): bool, True = attend; or float, added to the log weights.
             causal: query l sees keys s <= l; only without a mask.
             update: appends to the host's cache.
+            bias: (1 or B, N, L, S), added to the log weights.
             need_weights: also return the weights.
 
         Returns:
@@ -151,21 +153,30 @@ class HostAttention(nn.Module):
         v_BGSH = k_BGSH if self.shares_slices else self.heads(self.v_proj(y_BSD))
         if update is not None:
             k_BGSH, v_BGSH = self._cached(k_BGSH, v_BGSH, update)
-        return self.finish(q_BNLH, k_BGSH, v_BGSH, mask, causal, need_weights)
+        return self.finish(q_BNLH, k_BGSH, v_BGSH, mask=mask, causal=causal, bias=bias, need_weights=need_weights)
 
     def finish(
         self,
         q_BNLH: Tensor,
         k_BGSH: Tensor,
         v_BGSH: Tensor,
-        mask: Tensor | None,
-        causal: bool,
-        need_weights: bool,
+        *,
+        mask: Tensor | None = None,
+        causal: bool = False,
+        bias: Tensor | None = None,
+        need_weights: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Align, score, mix, output."""
+        """Align, score, mix, output; arguments as for :meth:`attend`, heads apart."""
         check_mask(mask)
+        L = q_BNLH.shape[2]
+        causal = causal and mask is None and L > 1  # a single query is the last one, and sees all keys
+        if causal and k_BGSH.shape[2] > L:  # a cache of fixed length, filled up to here
+            shared = k_BGSH is v_BGSH
+            k_BGSH = k_BGSH[:, :, :L]
+            v_BGSH = k_BGSH if shared else v_BGSH[:, :, :L]
+            bias = None if bias is None else bias[..., :L]
         v_BGSH = self._aligned(v_BGSH, mask)
-        heads_BNLH, weights = self.score(q_BNLH, k_BGSH, v_BGSH, mask, causal and q_BNLH.shape[2] > 1, need_weights)
+        heads_BNLH, weights = self.score(q_BNLH, k_BGSH, v_BGSH, together(mask, bias), causal, need_weights)
         output: Tensor = self.out_proj(heads_BNLH.transpose(1, 2).flatten(2))
         return output, weights
 
@@ -239,6 +250,13 @@ def check_mask(mask: object) -> None:
             f"a converted layer takes masks (B, heads, L, S), received {describe(mask)}: choose the attention "
             "implementation 'sdpa' or 'eager' of the host."
         )
+
+
+def together(mask: Tensor | None, bias: Tensor | None) -> Tensor | None:
+    """One mask from a mask and an additive bias."""
+    if mask is None or bias is None:
+        return bias if mask is None else mask
+    return bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
 
 
 def hidden_positions(mask: Tensor | None) -> Tensor | None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from better_attention.layer.multihead import MultiheadAttention
+from better_attention.positions import BASE, rotary_angles
 
 from .host_attention import HostAttention, Score
 
@@ -66,6 +67,18 @@ def probe(core: nn.Module, call: CoreCall, *, need_weights: bool) -> Probe:
     batch_first = core.batch_first if isinstance(core, MultiheadAttention) else True
     joined = (_batch_first(seen[name], batch_first) for name in ("mixed", "output"))
     return Probe(seen["query"], seen["key"], seen.get("weights"), *joined)
+
+
+def angles(core: nn.Module, call: CoreCall) -> tuple[Tensor, Tensor]:
+    """Cosine and sine (B, S, H/2) of the positions in a call of a layer that turns queries and keys."""
+    if isinstance(core, MultiheadAttention):
+        bound = inspect.signature(core.forward).bind(*call.args, **call.kwargs)
+        x = _batch_first(bound.arguments["key"], core.batch_first)
+        base = core.rotary if core.rotary is not None else BASE
+        cos_SP, sin_SP = rotary_angles(torch.arange(x.shape[1], device=x.device), core.head_dim, base=base)
+        return cos_SP.expand(len(x), -1, -1), sin_SP.expand(len(x), -1, -1)
+    found: tuple[Tensor, Tensor] = core.angles(*call.args, **call.kwargs)  # type: ignore[operator]
+    return found
 
 
 def _batch_first(x: Tensor, already: bool) -> Tensor:

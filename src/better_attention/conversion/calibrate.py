@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from better_attention.adapters.probe import CoreCall, probe, tokens
+from better_attention.adapters.probe import CoreCall, angles, probe, tokens
 from better_attention.adapters.source import LinearMap, Source
 from better_attention.errors import describe
 from better_attention.text import plural
 
 from .fit import KeyRegression, OutputRegression, relative_error
-from .fold import Folded, own_blocks, query_times
+from .fold import Folded, key_blocks, query_times
 from .report import HeadFit
 from .sites import Site
 
@@ -159,7 +159,7 @@ class Fit:
         new, N = self._build(folded), self.source.num_heads
         regression = None
         if folded.k is None and self.source.k is not None:
-            regression = KeyRegression(own_blocks(self.source.k.weight, N))
+            regression = KeyRegression(key_blocks(self.source, self.source.k))
         got = []
         for call in self.calls:
             then, now = probe(self.old, call, need_weights=True), probe(new, call, need_weights=False)
@@ -171,7 +171,10 @@ class Fit:
             got.append(now.output_BLD[self.rows[-1]])
             if regression is not None:
                 old_BNSH, new_BNSH = (_heads(x.key_BSK, self.source.head_dim, N) for x in (then, now))
-                regression.add(old_BNSH, new_BNSH, weights)
+                if self.source.rotary:
+                    regression.add_turned(old_BNSH, new_BNSH, weights, *angles(self.old, call))
+                else:
+                    regression.add(old_BNSH, new_BNSH, weights)
         self.error_before = relative_error(got, self.outputs)
         return regression
 

@@ -88,11 +88,11 @@ def convert(
     sites = chosen(everything, layers)
     if not sites:
         raise ValueError(_nothing_found(model, left))
-    _refuse(model, sites, target, max_len, exact)
     batches = None if calibration is None else check_batches(calibration)
+    plan = Plan(target, max_len, align_causal, batches, keep_original)
+    _refuse(sites, plan, exact)
     work = Replacements(model)
     try:
-        plan = Plan(target, max_len, align_causal, batches, keep_original)
         done = [_convert_site(work, site, plan) for site in sites]
     except BaseException:
         work.take_back()
@@ -130,14 +130,17 @@ def _nothing_found(model: nn.Module, left: list[tuple[str, str]]) -> str:
     )
 
 
-def _refuse(model: nn.Module, sites: list[Site], target: Mechanism, max_len: int | None, exact: bool) -> None:
+def _refuse(sites: list[Site], plan: Plan, exact: bool) -> None:
     """Raise an error with every reason of every layer, before anything is changed."""
     reasons: list[str] = []
     approximate = False
     for site in sites:
-        why = site.refusals() or impossible(site.adapter.read(site.module), target, max_len)
-        if not why and exact:
-            why = obstacles(site.adapter.read(site.module), target)
+        why = site.refusals()
+        source = None if why else site.adapter.read(site.module)
+        if source is not None:
+            why = impossible(source, plan.target, plan.max_len, plan.align_causal)
+        if source is not None and not why and exact:
+            why = obstacles(source, plan.target)
             approximate = approximate or bool(why)
         reasons += [f"  {site.name or '(the model)'}: {reason}" for reason in why]
         if not site.name and not site.adapter.place:
@@ -148,8 +151,8 @@ def _refuse(model: nn.Module, sites: list[Site], target: Mechanism, max_len: int
         what = "exactly" if approximate else "at all"
         hint = "\nPass exact=False for an approximation." if approximate else ""
         raise ValueError(
-            f"{plural(len(reasons), 'reason')} why this model cannot be converted to {target.name!r} {what}; it is as "
-            f"it was:\n" + "\n".join(reasons) + hint
+            f"{plural(len(reasons), 'reason')} why this model cannot be converted to {plan.target.name!r} {what}; it "
+            f"is as it was:\n" + "\n".join(reasons) + hint
         )
 
 

@@ -24,6 +24,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from better_attention.positions import rotate
+
 from .report import HeadFit
 
 SOLVE = torch.float64
@@ -55,6 +57,17 @@ class KeyRegression:
         self.across_NHH += _covariance(old, new, count_BNS1, *means)
         self.within_NHH += _covariance(new, new, count_BNS1, means[1], means[1])
         self.old_NHH += _covariance(old, old, count_BNS1, means[0], means[0])
+
+    def add_turned(
+        self, old_BNSH: Tensor, new_BNSH: Tensor, weights_BNLS: Tensor, cos_BSP: Tensor, sin_BSP: Tensor
+    ) -> None:
+        """The same in self-attention with rotary positions: each query sees the keys turned by their distance to it."""
+        for query in range(weights_BNLS.shape[2]):
+            cos_l, sin_l = cos_BSP[:, query : query + 1], sin_BSP[:, query : query + 1]
+            cos = (cos_BSP * cos_l + sin_BSP * sin_l)[:, None]
+            sin = (sin_BSP * cos_l - cos_BSP * sin_l)[:, None]
+            old, new = rotate(old_BNSH, cos, sin), rotate(new_BNSH, cos, sin)
+            self.add(old, new, weights_BNLS[:, :, query : query + 1])
 
     def solve(self) -> Tensor:
         """B for each head, (N, H, H): the new query is ``q @ B``."""

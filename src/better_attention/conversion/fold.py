@@ -55,7 +55,7 @@ class Folded:
         return not self.inexact
 
 
-def impossible(source: Source, target: Mechanism, max_len: int | None) -> list[str]:
+def impossible(source: Source, target: Mechanism, max_len: int | None, align_causal: bool | None = None) -> list[str]:
     """Why ``source`` cannot take the form of ``target`` at all, approximately either."""
     reasons = []
     gone = {"q": "W_Q", "o": "W_O"}
@@ -74,6 +74,8 @@ def impossible(source: Source, target: Mechanism, max_len: int | None) -> list[s
                 f"without W_{letter.upper()} the heads read slices of the {word} input, which is "
                 f"{found.weight.shape[1]} wide, but {source.num_heads} heads of {source.head_dim} need {joined}"
             )
+    if target.aligned and source.causal and align_causal is False:
+        reasons.append("it is causal, and a full W_A would let it see later tokens: leave align_causal out")
     if target.aligned and source.align is None and max_len is None:
         reasons.append("W_A needs a size: pass max_len=..., the longest value sequence")
     if target.aligned and source.align is not None and max_len not in (None, source.align.max_len):
@@ -225,7 +227,22 @@ def own_blocks(weight: Tensor, num_heads: int) -> Tensor:
 
 def _query_with(source: Source, q: LinearMap, k: LinearMap) -> LinearMap:
     """W_Q times the transposed blocks of W_K: for one head the exact fold."""
-    return query_times(source, q, own_blocks(k.weight, source.num_heads), q.trains or k.trains)
+    return query_times(source, q, key_blocks(source, k), q.trains or k.trains)
+
+
+def key_blocks(source: Source, k: LinearMap) -> Tensor:
+    """What maps a slice to its part of the key, (heads, H, H).
+
+    Rotary positions stand between W_Q and W_K: averaged over all distances, only the part that commutes with turning
+    acts, one complex number for each pair of features.
+    """
+    blocks_NHH = own_blocks(k.weight, source.num_heads)
+    if not source.rotary:
+        return blocks_NHH
+    first, second = blocks_NHH.chunk(2, dim=1)
+    (a, b), (c, d) = first.chunk(2, dim=2), second.chunk(2, dim=2)
+    real, imaginary = ((x.diagonal(dim1=1, dim2=2) / 2).diag_embed() for x in (a + d, c - b))
+    return torch.cat([torch.cat([real, -imaginary], dim=2), torch.cat([imaginary, real], dim=2)], dim=1)
 
 
 def query_times(source: Source, q: LinearMap, blocks_NHH: Tensor, trains: bool) -> LinearMap:

@@ -60,6 +60,17 @@ def outer_name(name: str, original: Original) -> str:
     return name.removesuffix(original.place).removesuffix(".") if original.place else name
 
 
+def converted_layers(model: nn.Module) -> list[str]:
+    """The names of the host's attention layers that were converted, each once, in the order of the model.
+
+    They are the same in the model before its conversion.
+    """
+    first: dict[int, str] = {}
+    for name, module in converted(model):
+        first.setdefault(id(module), outer_name(name, original_of(module)))
+    return list(first.values())
+
+
 def revert(model: nn.Module) -> list[str]:
     """Put back the modules that :func:`convert` replaced, with the weights that they had.
 

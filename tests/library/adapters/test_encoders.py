@@ -89,12 +89,11 @@ def test_standard_gives_the_hosts_outputs_and_gradients(name: str, size: str, at
             output = real(mask, case.output(one(**inputs, **mask)))
             output.sin().sum().backward()
             outputs.append(output)
-            names = {n: p.grad for n, p in one.named_parameters() if not hosts.of_attention(n)}
-            grads.append(names)
-        torch.testing.assert_close(*outputs, rtol=0, atol=1e-5)
+            grads.append(hosts.gradients(one))
+        hosts.assert_same(*outputs, 1e-5)
         assert grads[0].keys() == grads[1].keys()
         for key, grad in grads[0].items():
-            torch.testing.assert_close(grad, grads[1][key], rtol=1e-4, atol=1e-4)
+            hosts.assert_same(grad, grads[1][key], 1e-4)
 
 
 @pytest.mark.parametrize("mechanism", ["optimised", "efficient", "super"])
@@ -108,7 +107,7 @@ def test_one_head_is_exact_in_every_mechanism(name: str, mechanism: str) -> None
         want = [real(mask, case.output(model(**inputs, **mask))) for mask in masks]
         assert ba.convert(model, mechanism, max_len=case.tokens if aligned else None).exact
         for mask, old in zip(masks, want, strict=True):
-            torch.testing.assert_close(real(mask, case.output(model(**inputs, **mask))), old, rtol=0, atol=1e-5)
+            hosts.assert_same(real(mask, case.output(model(**inputs, **mask))), old, 1e-5)
     assert all(m.mechanism.name == mechanism for m in model.modules() if isinstance(m, HostAttention))
 
 
@@ -124,7 +123,7 @@ def test_several_heads_are_approximated_on_request_and_go_upwards_exactly(name: 
     assert (efficient - before).abs().max() > 1e-3
     for mechanism in UPWARDS:
         assert ba.convert(model, mechanism).exact
-        torch.testing.assert_close(case.output(model(**inputs)), efficient, rtol=0, atol=1e-5)
+        hosts.assert_same(case.output(model(**inputs)), efficient, 1e-5)
     ba.revert(model)
     assert dict(model.named_modules()) == modules
     assert torch.equal(case.output(model(**inputs)), before)

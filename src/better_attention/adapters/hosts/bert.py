@@ -10,10 +10,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .adapter import Adapter, has, linear_refusals, register
-from .host_attention import HostAttention, transformers_mechanism, transformers_refusals, wants_weights
-from .host_cache import attend_across, own_cache
-from .source import LinearMap, Source
+from better_attention.adapters.adapter import Adapter, has, linear_refusals, register
+from better_attention.adapters.host_attention import (
+    HostAttention,
+    transformers_mechanism,
+    transformers_refusals,
+    wants_weights,
+)
+from better_attention.adapters.host_cache import attend_across, own_cache
+from better_attention.adapters.source import LinearMap, Source
 
 
 class BertAttention(HostAttention):
@@ -44,8 +49,9 @@ class BertAttention(HostAttention):
                 need_weights=weights,
             )
         update = own_cache(cache, self.layer_idx, kwargs)
-        causal = self.is_causal and attention_mask is None
-        return self.attend(hidden_states, mask=attention_mask, causal=causal, update=update, need_weights=weights)
+        return self.attend(
+            hidden_states, mask=attention_mask, causal=self.is_causal, update=update, need_weights=weights
+        )
 
 
 def _matches(module: nn.Module) -> bool:

@@ -6,9 +6,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .adapter import Adapter, has, register, takes
-from .host_attention import HostAttention, transformers_mechanism, transformers_refusals, wants_weights
-from .source import LinearMap, Source
+from better_attention.adapters.adapter import Adapter, has, register, takes
+from better_attention.adapters.host_attention import (
+    HostAttention,
+    transformers_mechanism,
+    transformers_refusals,
+    wants_weights,
+)
+from better_attention.adapters.source import LinearMap, Source
 
 
 class ViTAttention(HostAttention):

@@ -8,11 +8,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from better_attention.adapters.adapter import Adapter, linear_refusals, register
+from better_attention.adapters.source import MAPS, LinearMap, Source, alignment, kernel_of
 from better_attention.layer.multihead import MultiheadAttention
 from better_attention.mechanism import MECHANISMS
-
-from .adapter import Adapter, linear_refusals, register
-from .source import MAPS, LinearMap, Source, alignment, kernel_of
 
 
 def _read_torch(module: nn.Module) -> Source:

@@ -6,11 +6,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from better_attention.adapters.adapter import Adapter, has, linear_refusals, register, takes
+from better_attention.adapters.host_attention import HostAttention
+from better_attention.adapters.source import LinearMap, Source
 from better_attention.mechanism import MECHANISMS
-
-from .adapter import Adapter, has, linear_refusals, register, takes
-from .host_attention import HostAttention
-from .source import LinearMap, Source
 
 
 class TimmAttention(HostAttention):
