@@ -129,6 +129,17 @@ def test_several_heads_are_approximated_on_request_and_go_upwards_exactly(name: 
     assert torch.equal(case.output(model(**inputs)), before)
 
 
+@pytest.mark.parametrize("mechanism", ["optimised", "super"])
+@pytest.mark.parametrize("name", list(CASES))
+def test_calibration_comes_closer(name: str, mechanism: str) -> None:
+    case = CASES[name]
+    model, samples = case.make(width=24, heads=3).eval(), [case.inputs() for _ in range(6)]
+    max_len = case.tokens if mechanism == "super" else None
+    report = ba.convert(model, mechanism, exact=False, calibration=samples, max_len=max_len)
+    assert report.length == case.tokens
+    assert all(0 < row.error_after < 0.95 * row.error_before for row in report.layers)
+
+
 @pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("mechanism", ["efficient", "super", "efficient+expressive"])
