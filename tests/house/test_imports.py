@@ -48,9 +48,10 @@ LIBRARY_ROOMS = (
     {"impl"},
     {"positions", "functional", "causality"},
     {"layer"},
-    {"cost", "inspect"},
+    {"cost"},
     {"adapters", "export"},
     {"conversion"},
+    {"inspect"},
 )
 """From the values that describe a call to the layer that people build models with."""
 
