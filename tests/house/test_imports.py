@@ -35,6 +35,7 @@ LAB_ROOMS = (
     {"paper"},
     {"comparison"},
     {"ladder"},
+    {"inspection"},
 )
 """The rooms of the lab in the order in which data walks through them."""
 

@@ -18,7 +18,7 @@ from better_attention import __version__, command
 from better_attention.cli import screen
 from better_attention.lab.training.launch import PeerLostError, first_to_say
 
-VERBS = ("compare", "ladder", "table", "runs", "data", "list", "show", "cost", "predict", "bench", "edge")
+VERBS = ("compare", "ladder", "table", "runs", "data", "list", "show", "cost", "predict", "inspect", "bench", "edge")
 EXTRAS = frozenset(
     {
         "accelerate",
