@@ -6,7 +6,7 @@ import argparse
 import importlib
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from better_attention.cli import UserError
 from better_attention.cli.arguments import positive, words
 from better_attention.cli.run_inputs import INPUTS, numbered_samples, own_data
 from better_attention.cli.screen import say
+from better_attention.errors import describe
 
 if TYPE_CHECKING:
     from torch import nn
@@ -68,6 +69,8 @@ def run(args: argparse.Namespace) -> int:
     from better_attention.lab.inspection.page import is_ours, write_page
     from better_attention.lab.runs.overwrite_guard import check_file
 
+    if Path(args.path).name == RECIPE:
+        args.path = str(Path(args.path).parent)
     name = Path(args.path).resolve().name if ":" not in args.path else args.path
     out = args.out or Path(f"inspection-{re.sub(r'[^A-Za-z0-9.-]+', '-', name)}.html")
     check_file(out, "--out", is_ours)
@@ -137,14 +140,11 @@ def inspect_model(args: argparse.Namespace, name: str) -> Inspection:
     option, text = ("RUN_OR_MODEL", args.path) if built else ("--model", args.model)
     model: nn.Module = function(option, text)()
     if not isinstance(model, nn.Module):
-        raise UserError(f"{option} {text}: expected a function that returns an nn.Module, received {type(model)}.")
+        raise UserError(f"{option} {text}: expected a function that returns an nn.Module, received {describe(model)}.")
     if not built:
         say(f"loading the weights of {args.path}")
         load_converted(model, args.path)
-    samples = function("--samples", args.samples)()
-    if not isinstance(samples, Iterable):
-        raise UserError(f"--samples {args.samples}: expected a function that returns a list, received {type(samples)}.")
-    return look_into_model(model, name, samples, args.layers)
+    return look_into_model(model, name, function("--samples", args.samples)(), args.layers)
 
 
 def function(option: str, text: str) -> Callable[[], Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from better_attention.errors import describe
 from better_attention.inspect import Layers, alignment_kernels, attention_maps
 from better_attention.lab.analysis.study import AlignmentPicture, AttentionMap
 from better_attention.lab.comparison.run_pictures import draw_kernels
@@ -112,7 +113,7 @@ def _run_sample(run: Run, name: str, one: RunInput, layers: Layers) -> Sample:
     return Sample(one.title, found, predicted, shown.picture)
 
 
-def look_into_model(model: nn.Module, title: str, inputs: Iterable[Any], layers: Layers = None) -> Inspection:
+def look_into_model(model: nn.Module, title: str, inputs: Sequence[Any], layers: Layers = None) -> Inspection:
     """The attention of any model that :func:`better_attention.attention_maps` can read.
 
     Args:
@@ -122,8 +123,11 @@ def look_into_model(model: nn.Module, title: str, inputs: Iterable[Any], layers:
         layers: see :func:`better_attention.attention_maps`.
 
     Raises:
+        TypeError: ``inputs`` is not a list.
         ValueError: no inputs, inputs of more than one sample, or layers that the model does not have.
     """
+    if not isinstance(inputs, list | tuple):
+        raise TypeError(f"inputs must be a list of what the model takes, received {describe(inputs)}.")
     given = [one if isinstance(one, ModelInput) else ModelInput(one) for one in inputs]
     if not given:
         raise ValueError("there is nothing to look at: pass at least one input.")

@@ -98,9 +98,9 @@ def is_ours(content: bytes) -> bool:
     return f'<meta name="generator" content="{GENERATOR}">'.encode() in content[:2000]
 
 
-def render(inspection: Inspection) -> str:
-    """The inspection as HTML text."""
-    album = Album(PICTURE_ROOM)
+def render(inspection: Inspection, room: int = PICTURE_ROOM) -> str:
+    """The inspection as HTML text, with pictures of up to ``room`` characters."""
+    album = Album(room)
     kernels = map_gallery.kernels(inspection.kernels, album)  # the smaller part first
     views = [_view(sample, album) for sample in inspection.samples]
     return _template().render(
