@@ -259,11 +259,12 @@ def test_a_tap_on_a_phone_opens_a_head_below_its_layer(browser: Browser, file: P
     browser.call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
     browser.call("Emulation.setTouchEmulationEnabled", enabled=False)
     assert details(browser)[0] == "layer 1, head 11"
-    opened, next_layer, figures = browser.ask(
-        f"(d => [d.getBoundingClientRect().bottom, document.querySelector({nth(2, 1)!r}).getBoundingClientRect().top,"
+    last_head, top, bottom, next_layer, figures = browser.ask(
+        f"(d => [document.querySelector({nth(1, 12)!r}).getBoundingClientRect().bottom,"
+        f" d.getBoundingClientRect().top, d.getBoundingClientRect().bottom, document.querySelector({nth(2, 1)!r}).getBoundingClientRect().top,"
         f" [...d.querySelectorAll('figure')].map(f => f.getBoundingClientRect().right)])"
         f"(document.querySelector({nth(1, 11)!r}).nextElementSibling)"
     )
-    assert opened <= next_layer
+    assert last_head <= top < bottom <= next_layer
     assert max(figures) <= 390
     assert browser.ask("document.documentElement.scrollWidth") <= 390
