@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from better_attention.adapters.host_attention import HostAttention, Score
-from better_attention.adapters.torch_attention import TORCH
+from better_attention.adapters.hosts.torch_attention import TORCH
 from better_attention.conversion.calibrate import evaluating
 from better_attention.conversion.sites import Site, chosen, find_sites
 from better_attention.errors import check_choice, choices

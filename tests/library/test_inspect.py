@@ -273,7 +273,7 @@ def test_an_unknown_score_is_refused() -> None:
 
 
 @pytest.mark.hosts
-@pytest.mark.parametrize("host", ["bert", "roberta", "distilbert"])
+@pytest.mark.parametrize("host", ["bert", "roberta", "distilbert", "gpt2", "llama"])
 def test_a_converted_text_model_shows_what_its_host_would(host: str) -> None:
     model = getattr(hosts, host)(24, 3, attention="eager").train()
     ids, mask = torch.randint(5, hosts.VOCABULARY, (B, L)), torch.ones(B, L, dtype=torch.long)
@@ -283,7 +283,7 @@ def test_a_converted_text_model_shows_what_its_host_would(host: str) -> None:
     ba.convert(model, "standard")
     model.train()
     with torch.no_grad():
-        output = model.eval()(ids, attention_mask=mask).last_hidden_state
+        output = model.eval()(ids, attention_mask=mask)[0]
     model.train()
     before = hooks(model)  # the host's recorder leaves some
     found = attention_maps(model, input_ids=ids, attention_mask=mask)
@@ -293,7 +293,26 @@ def test_a_converted_text_model_shows_what_its_host_would(host: str) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     assert all(module.training for module in model.modules())
     with torch.no_grad():
-        assert torch.equal(model.eval()(ids, attention_mask=mask).last_hidden_state, output)
+        assert torch.equal(model.eval()(ids, attention_mask=mask)[0], output)
+
+
+@pytest.mark.hosts
+def test_a_converted_encoder_and_decoder_with_position_biases() -> None:
+    model = hosts.t5(24, 3, attention="eager").eval()
+    ids = {"input_ids": torch.randint(5, hosts.VOCABULARY, (B, L)), "decoder_input_ids": torch.full((B, 5), 3)}
+    with torch.no_grad():
+        host = model(**ids, output_attentions=True)
+    ba.convert(model, "standard")
+    found = attention_maps(model, **ids)
+    assert len(found) == len(model.encoder.block) + 2 * len(model.decoder.block)
+    for side, number, expected in (
+        ("encoder", 0, host.encoder_attentions),
+        ("decoder", 0, host.decoder_attentions),
+        ("decoder", 1, host.cross_attentions),
+    ):
+        ours = [w for name, w in found.items() if name.startswith(f"{side}.") and f".layer.{number}." in name]
+        for weights, theirs in zip(ours, expected, strict=True):
+            torch.testing.assert_close(weights, theirs, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.hosts

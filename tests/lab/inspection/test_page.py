@@ -259,12 +259,13 @@ def test_a_tap_on_a_phone_opens_a_head_below_its_layer(browser: Browser, file: P
     browser.call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
     browser.call("Emulation.setTouchEmulationEnabled", enabled=False)
     assert details(browser)[0] == "layer 1, head 11"
-    last_head, top, bottom, next_layer, figures = browser.ask(
-        f"(d => [document.querySelector({nth(1, 12)!r}).getBoundingClientRect().bottom,"
-        f" d.getBoundingClientRect().top, d.getBoundingClientRect().bottom, document.querySelector({nth(2, 1)!r}).getBoundingClientRect().top,"
-        f" [...d.querySelectorAll('figure')].map(f => f.getBoundingClientRect().right)])"
+    boxes = browser.ask(
+        f"(d => [document.querySelector({nth(1, 12)!r}), d, document.querySelector({nth(2, 1)!r})]"
+        ".map(e => (b => [b.top, b.bottom])(e.getBoundingClientRect())))"
         f"(document.querySelector({nth(1, 11)!r}).nextElementSibling)"
     )
+    (_, last_head), (top, bottom), (next_layer, _) = boxes
+    figures = browser.ask("[...document.querySelectorAll('figure')].map(f => f.getBoundingClientRect().right)")
     assert last_head <= top < bottom <= next_layer
     assert max(figures) <= 390
     assert browser.ask("document.documentElement.scrollWidth") <= 390
