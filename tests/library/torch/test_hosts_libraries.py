@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import better_attention as ba
+from helpers import hosts
 from helpers.layers import NAMED, layer
 
 pytestmark = [
@@ -45,7 +46,7 @@ def close(found: Tensor, expected: Tensor, share: float) -> None:
 
 @pytest.mark.parametrize("name", NAMED)
 def test_peft_lora(name: str, tmp_path: Path) -> None:
-    peft = library("peft")
+    peft = hosts.library("peft")
     module = layer(name, E, N, spread=0.1, max_len=S).eval()
     before = outputs(module).detach()
     learned = [p for p in PROJECTIONS if isinstance(getattr(module, p), nn.Linear)]
