@@ -46,7 +46,7 @@ class Samples(ABC):
 
     @abstractmethod
     def accuracy(self, model: nn.Module) -> float | None:
-        """Accuracy on the test split in per cent; None where there is no such thing."""
+        """Accuracy on the test split in per cent; None where the samples have no classes."""
 
     @property
     @abstractmethod
