@@ -20,7 +20,7 @@ from better_attention.lab.training.launch import PeerLostError, first_to_say
 
 VERBS = (
     *("compare", "ladder", "table", "runs", "data", "list", "show", "cost", "predict"),
-    *("convert", "export", "bench", "edge"),
+    *("convert", "distil", "export", "bench", "edge"),
 )
 EXTRAS = frozenset(
     {
