@@ -30,6 +30,7 @@ LAB_ROOMS = (
     {"tasks"},
     {"runs"},
     {"training"},
+    {"trained"},
     {"analysis"},
     {"report"},
     {"paper"},
