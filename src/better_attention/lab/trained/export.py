@@ -92,11 +92,15 @@ def export_trained(trained: Trained, path: Path, samples: Samples, settings: Set
 
 def _float32(trained: Trained, path: Path, samples: Samples, settings: Settings) -> OnnxReport:
     (example,) = samples.held_out(EXAMPLES)
-    dynamic = None
-    if isinstance(trained.origin, RunOrigin):  # its models read inputs of one size
-        dynamic = {next(iter(inspect.signature(trained.model.forward).parameters)): {0: "batch"}}
-    tolerance = None if settings.force else TOLERANCE
-    return export_onnx(trained.model, path, example, dynamic=dynamic, opset=settings.opset, tolerance=tolerance)
+    limits: dict[str, Any] = {"opset": settings.opset, "tolerance": None if settings.force else TOLERANCE}
+    return export_onnx(trained.model, path, example, dynamic=free_axes(trained), **limits)
+
+
+def free_axes(trained: Trained) -> dict[str, dict[int, str]] | None:
+    """Which axes of an exported model may have any size: of a run's the batch alone; None: ``export_onnx`` decides."""
+    if not isinstance(trained.origin, RunOrigin):
+        return None
+    return {next(iter(inspect.signature(trained.model.forward).parameters)): {0: "batch"}}
 
 
 class OnnxModel(nn.Module):
