@@ -104,6 +104,7 @@ def test_a_converted_model(module: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "<dd>efficient</dd>" in html
     assert html.count('type="radio"') == 2 * 2
     assert inspect(capsys, "converted/recipe.json", *options, "--out", "page.html") == html
+    assert "holds no recipe.json" in refused(capsys, "converted.old", *options)
     assert "add --model" in refused(capsys, "converted", *options[2:])
     assert "needs --samples" in refused(capsys, "converted", *options[:2])
     assert "is a model, for which --index has no meaning" in refused(capsys, "converted", *options, "--index", 0)

@@ -87,6 +87,8 @@ def is_model(args: argparse.Namespace) -> bool:
         UserError: an option that belongs to the other kind, or one that is missing.
     """
     converted, built = (Path(args.path) / RECIPE).is_file(), ":" in args.path and not Path(args.path).exists()
+    if args.model is not None and not converted:
+        raise UserError(f"--model is for a folder that save_converted wrote; {args.path} holds no {RECIPE}.")
     other = RUN_OPTIONS if converted or built else MODEL_OPTIONS
     wrong = [name for name in other if getattr(args, name) not in (None, [])]
     if wrong:
