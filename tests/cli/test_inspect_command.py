@@ -110,6 +110,19 @@ def test_a_converted_model(module: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "is a model, for which --index has no meaning" in refused(capsys, "converted", *options, "--index", 0)
 
 
+def test_what_the_command_converted_describes_itself(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there, page = tmp_path / "efficient", tmp_path / "page.html"
+    assert main.main(["convert", str(digits), "efficient", "--approximate", "--out", str(there)]) == 0
+    html = inspect(capsys, there, "--index", 0, "--out", page)
+    assert "<dt>mechanism</dt><dd>super</dd>" in html
+    assert "<dt>converted to</dt><dd>efficient</dd>" in html
+    assert html.count('type="radio"') == 2 * 4
+    assert "Alignment kernels" not in html
+    assert "says itself what its model is" in refused(capsys, there, "--model", "a:b", "--out", page)
+
+
 def test_a_model_in_python(module: Path, capsys: pytest.CaptureFixture[str]) -> None:
     html = inspect(capsys, "my_models:encoder", "--samples", "my_models:inputs", "--layers", "layers.1.*")
     assert (module / "inspection-my-models-encoder.html").exists()

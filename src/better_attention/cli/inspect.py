@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from better_attention.cli import UserError
-from better_attention.cli.arguments import positive, words
+from better_attention.cli.arguments import layers, positive
 from better_attention.cli.run_inputs import INPUTS, numbered_samples, own_data
 from better_attention.cli.screen import say
 from better_attention.errors import describe
@@ -27,7 +27,7 @@ HELP = "one page of a model's attention on samples: every head by both scores, i
 EXAMPLES = 3
 MODEL_OPTIONS = ("model", "samples")
 RUN_OPTIONS = ("inputs", "index", "examples", "data", "resize")
-RECIPE = "recipe.json"
+RECIPE, ORIGIN = "recipe.json", "origin"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,10 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "path",
         metavar="RUN_OR_MODEL",
-        help="folder of a run, such as runs/digits-small/super-h4-s0; folder that save_converted wrote, with --model "
-        "and --samples; or MODULE:FUNCTION, which returns a model, with --samples",
+        help="folder of a run, such as runs/digits-small/super-h4-s0, or of `better-attention convert`; folder that "
+        "save_converted wrote, with --model and --samples; or MODULE:FUNCTION, which returns a model, with --samples",
     )
-    parser.add_argument("inputs", nargs="*", metavar="INPUT", help=f"of a run: {INPUTS}")
+    parser.add_argument("inputs", nargs="*", metavar="INPUT", help=f"of a run or of transformers: {INPUTS}")
     parser.add_argument("--index", type=int, action="append", metavar="N", help="test sample N of the data set, from 0")
     parser.add_argument(
         "--examples", type=positive, metavar="N", help=f"test samples where no inputs are named; default: {EXAMPLES}"
@@ -59,11 +59,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def layers(text: str) -> list[str | int]:
-    """Numbers, names and patterns from a comma-separated list."""
-    return [int(word) if word.isdecimal() else word for word in words(text)]
-
-
 def run(args: argparse.Namespace) -> int:
     """Write the page, and print its path."""
     from better_attention.lab.inspection.page import is_ours, write_page
@@ -74,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     name = Path(args.path).resolve().name if ":" not in args.path else args.path
     out = args.out or Path(f"inspection-{re.sub(r'[^A-Za-z0-9.-]+', '-', name)}.html")
     check_file(out, "--out", is_ours)
-    found = inspect_model(args, name) if is_model(args) else inspect_run(args)
+    found = inspect_model(args, name) if is_model(args) else inspect_run(args, name)
     write_page(found, out)
     print(out)
     return 0
@@ -86,9 +81,14 @@ def is_model(args: argparse.Namespace) -> bool:
     Raises:
         UserError: an option that belongs to the other kind, or one that is missing.
     """
-    converted, built = (Path(args.path) / RECIPE).is_file(), ":" in args.path and not Path(args.path).exists()
+    folder = Path(args.path)
+    converted = (folder / RECIPE).is_file() and not (folder / ORIGIN).is_dir()
+    built = ":" in args.path and not folder.exists()
     if args.model is not None and not converted:
-        raise UserError(f"--model is for a folder that save_converted wrote; {args.path} holds no {RECIPE}.")
+        raise UserError(
+            f"--model is for a folder that save_converted wrote; {args.path} "
+            f"{'says itself what its model is' if (folder / RECIPE).is_file() else f'holds no {RECIPE}'}."
+        )
     other = RUN_OPTIONS if converted or built else MODEL_OPTIONS
     wrong = [name for name in other if getattr(args, name) not in (None, [])]
     if wrong:
@@ -105,13 +105,27 @@ def is_model(args: argparse.Namespace) -> bool:
     return converted or built
 
 
-def inspect_run(args: argparse.Namespace) -> Inspection:
-    """Look into a finished run."""
-    from better_attention.lab.inspection.gather import look_into_run
+def inspect_run(args: argparse.Namespace, name: str) -> Inspection:
+    """Look into a finished run, or into what `better-attention convert` made of one or of a model of transformers."""
+    from better_attention.lab.inspection.gather import look_into_model, look_into_run, run_of, text_inputs
     from better_attention.lab.runs.load import load_run
+    from better_attention.lab.tasks.inputs import read_texts
+    from better_attention.lab.trained.host import is_host
+    from better_attention.lab.trained.model import is_converted, open_trained
+    from better_attention.lab.trained.origin import RunOrigin
 
-    trained = load_run(args.path)
-    return look_into_run(trained, run_inputs(args, trained), args.layers)
+    path = Path(args.path)
+    if not is_converted(path) and not is_host(path):
+        run = load_run(path)
+        return look_into_run(run, run_inputs(args, run), args.layers)
+    trained = open_trained(path)
+    if isinstance(trained.origin, RunOrigin):
+        run = run_of(trained)
+        return look_into_run(run, run_inputs(args, run), args.layers)
+    if not args.inputs:
+        raise UserError(f"{path} is a model of transformers: name texts, or text files, after it.")
+    texts = [one.title for one in read_texts(args.inputs, lambda: sys.stdin.buffer.read())]
+    return look_into_model(trained.model, name, text_inputs(trained, texts), args.layers)
 
 
 def run_inputs(args: argparse.Namespace, trained: Run) -> list[RunInput]:

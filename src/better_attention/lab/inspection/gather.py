@@ -23,6 +23,9 @@ from better_attention.lab.runs.load import Run
 from better_attention.lab.runs.name import RunName
 from better_attention.lab.tasks.base import count
 from better_attention.lab.tasks.variant import Variant
+from better_attention.lab.trained import host
+from better_attention.lab.trained.model import Trained
+from better_attention.lab.trained.origin import RunOrigin
 from better_attention.mechanism import Mechanism
 from better_attention.scores import DEFAULT_SCORE, SCORES
 
@@ -70,7 +73,37 @@ def look_into_run(run: Run, inputs: Sequence[RunInput], layers: Layers = None) -
         **({"test accuracy": f"{found:.2f} %"} if (found := run.result.get("test_accuracy")) is not None else {}),
     }
     samples = [_run_sample(run, str(name), one, layers) for one in inputs]
+    names = {mechanism.name for mechanism in _mechanisms(run.model, samples)}
+    if names != {job.variant.mechanism.name}:  # of a converted model, whose W_A began with the conversion
+        return Inspection(str(name), facts | {"converted to": ", ".join(sorted(names))}, samples, _kernels(run.model))
     return Inspection(str(name), facts, samples, draw_kernels(str(name), run.model, job))
+
+
+def run_of(trained: Trained) -> Run:
+    """A converted model of a run as a run, in the folder that describes the one before, without results.
+
+    Raises:
+        TypeError: it is not of a run.
+    """
+    origin = trained.origin
+    if not isinstance(origin, RunOrigin):
+        raise TypeError(f"{trained.path} is of a {type(origin).__name__}, not of a run.")
+    config = {"run": origin.config.description}
+    return Run(origin.folder, trained.model, origin.task, config, {}, origin.assets, [])
+
+
+def text_inputs(trained: Trained, texts: Sequence[str]) -> list[ModelInput]:
+    """Texts for a model of transformers, by the tokeniser beside it.
+
+    Raises:
+        ValueError: there is no tokeniser.
+    """
+    folder = trained.origin.folder
+    batches = [host.tokenised(folder, [text], host.longest(folder)) for text in texts]
+    return [
+        ModelInput(batch, text, host.words(folder, batch["input_ids"][0].tolist()))
+        for text, batch in zip(texts, batches, strict=True)
+    ]
 
 
 def examples(run: Run, splits: Any, number: int) -> list[RunInput]:
@@ -133,14 +166,18 @@ def look_into_model(model: nn.Module, title: str, inputs: Sequence[Any], layers:
         raise ValueError("there is nothing to look at: pass at least one input.")
     named = [replace(one, title=one.title or f"input {number}") for number, one in enumerate(given, start=1)]
     samples = [_model_sample(model, title, one, layers) for one in named]
-    facts = {"model": type(model).__name__, "parameters": f"{count(model):,}", **_attention_of(model, samples)}
-    kernels = [AlignmentPicture(title, layer, weight.numpy()) for layer, weight in alignment_kernels(model)]
-    return Inspection(title, facts, samples, kernels)
+    attention = ", ".join(dict.fromkeys(one.name for one in _mechanisms(model, samples))) or "none"
+    facts = {"model": type(model).__name__, "parameters": f"{count(model):,}", "attention": attention}
+    return Inspection(title, facts, samples, _kernels(model))
 
 
-def _attention_of(model: nn.Module, samples: Sequence[Sample]) -> Mapping[str, str]:
+def _kernels(model: nn.Module) -> list[AlignmentPicture]:
+    return [AlignmentPicture("", layer, weight.numpy()) for layer, weight in alignment_kernels(model)]
+
+
+def _mechanisms(model: nn.Module, samples: Sequence[Sample]) -> list[Mechanism]:
     names = dict.fromkeys(layer.name for sample in samples for layer in sample.layers)
-    return {"attention": ", ".join(dict.fromkeys(_mechanism(model, name).name for name in names)) or "none"}
+    return [_mechanism(model, name) for name in names]
 
 
 def _model_sample(model: nn.Module, name: str, one: ModelInput, layers: Layers) -> Sample:

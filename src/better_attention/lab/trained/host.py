@@ -73,18 +73,31 @@ def tokenised(folder: Path, texts: Sequence[str], length: int | None) -> dict[st
         ImportError: transformers is missing.
         ValueError: there is no tokeniser in the folder.
     """
+    tokeniser = _tokeniser(folder)
+    if tokeniser.pad_token is None:
+        tokeniser.pad_token = tokeniser.eos_token
+    batch = tokeniser(list(texts), padding=True, truncation=True, max_length=length, return_tensors="pt")
+    return {name: batch[name] for name in ("input_ids", "attention_mask")}
+
+
+def words(folder: Path, ids: Sequence[int]) -> list[str]:
+    """The tokens with these numbers, as the tokeniser in ``folder`` writes them.
+
+    Raises:
+        ImportError, ValueError: as for :func:`tokenised`.
+    """
+    return [str(token) for token in _tokeniser(folder).convert_ids_to_tokens(list(ids))]
+
+
+def _tokeniser(folder: Path) -> Any:
     library = _transformers()
     try:
-        tokeniser = library.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return library.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ValueError(
             f"{folder} holds no tokeniser that can be read ({type(error).__name__}): save it there with "
             "tokeniser.save_pretrained(FOLDER)."
         ) from error
-    if tokeniser.pad_token is None:
-        tokeniser.pad_token = tokeniser.eos_token
-    batch = tokeniser(list(texts), padding=True, truncation=True, max_length=length, return_tensors="pt")
-    return {name: batch[name] for name in ("input_ids", "attention_mask")}
 
 
 def longest(folder: Path) -> int | None:
