@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import nn
 
 import better_attention as ba
 from better_attention.cli import main
+from helpers import hosts
 
 SHORT = ["--mechanisms", "super", "--scale", "smoke", "--epochs", "1", "--seeds", "1", "--device", "cpu"]
 
@@ -121,6 +123,27 @@ def test_what_the_command_converted_describes_itself(
     assert html.count('type="radio"') == 2 * 4
     assert "Alignment kernels" not in html
     assert "says itself what its model is" in refused(capsys, there, "--model", "a:b", "--out", page)
+
+
+@pytest.mark.hosts
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_of_transformers_reads_texts_by_its_own_tokeniser(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    library = hosts.transformers()
+    (tmp_path / "bert").mkdir()
+    vocabulary = tmp_path / "bert" / "vocab.txt"
+    vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "film"]))
+    library.BertTokenizer(str(vocabulary)).save_pretrained(tmp_path / "bert")
+    library.BertModel(hosts.bert(24, 3).config).save_pretrained(tmp_path / "bert")  # with its pooling layer
+    assert main.main(["convert", str(tmp_path / "bert"), "standard", "--out", str(tmp_path / "converted")]) == 0
+    page = tmp_path / "page.html"
+    html = inspect(capsys, tmp_path / "converted", "a good film", "--out", page)
+    assert html.count('type="radio"') == 2 * 3
+    shown = re.findall(r"<mark[^>]*>([^<]*)</mark>", html)
+    assert shown[:5] == ["[CLS]", "[UNK]", "good", "film", "[SEP]"]
+    assert "name texts" in refused(capsys, tmp_path / "converted", "--out", page)
+    assert "convert(model" in refused(capsys, tmp_path / "bert", "a good film", "--out", page)  # not converted
 
 
 def test_a_model_in_python(module: Path, capsys: pytest.CaptureFixture[str]) -> None:
