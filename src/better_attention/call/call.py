@@ -80,8 +80,7 @@ def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if mask.dtype == dtype:
         return mask
-    # Neither of float16 and bfloat16 contains the other: they meet in float32, so that the clamp below applies both
-    # ways.
+    # float16 and bfloat16 meet in float32, because neither contains the other: the clamp below applies both ways.
     wide = torch.promote_types(mask.dtype, dtype)
     if wide == dtype:
         return mask.to(dtype)

@@ -107,8 +107,7 @@ def same_dtype(query: Tensor, key: Tensor, value: Tensor, *, projected: bool = F
         raise ValueError(f"{names} must be on one device, received {query.device}, {key.device}, {value.device}.")
     dtype = autocast_dtype(device)
     if dtype is not None:
-        # A conversion makes a new tensor each time. Key and value that were one stay one, which the kernels then read
-        # once.
+        # A conversion makes a new tensor each time, and the kernels read key and value that are one only once.
         aliased = value is key
         # float64 stays as it is, because torch's autocast does not convert it either.
         query, key, value = (x if x.dtype == torch.float64 else x.to(dtype) for x in (query, key, value))
@@ -175,8 +174,8 @@ def _check_mask(attn_mask: Tensor, shape: tuple[int, ...], device: torch.device)
     if (
         mask.dim() == 0
         or mask.dim() > len(shape)
-        # By hand, because broadcast_shapes would accept a mask that makes the call larger. A mask of another rank ends
-        # above.
+        # By hand: broadcast_shapes would accept a mask that enlarges the call. The tests above end a mask of another
+        # rank.
         or any(m not in (1, s) for m, s in zip(mask.shape, trailing, strict=True))
     ):
         raise ValueError(f"attn_mask must broadcast to (..., L, S) = {shape}, received {describe(mask)}.")

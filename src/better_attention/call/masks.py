@@ -84,7 +84,7 @@ def _zeros_and_ones(mask: Tensor) -> bool:
     try:
         mask = without_repeats(mask)
         low, high = torch.aminmax(mask.detach())
-        # One pass rules out nearly all real masks. A mask of zeros alone is harmless, so it has to contain a 1.
+        # A mask of zeros alone is harmless, so there has to be a 1. Most masks end here, after a single pass.
         if not (high == 1.0 and (low == 0.0 or low == 1.0)):
             return False
         # The extremes 0 and 1 alone could belong to a bias with values in between.

@@ -37,7 +37,6 @@ def _private(name: str, otherwise: Any) -> Any:
         return otherwise
     for part in path.split("."):
         value = getattr(value, part, _MISSING)
-        # Modules move between versions: a name that is gone is answered like a module that is gone.
         if value is _MISSING:
             return otherwise
     return value

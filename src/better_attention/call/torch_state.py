@@ -126,8 +126,7 @@ def _learn_plain_keys() -> frozenset[int]:
     for inference in (False, True):
         with torch.inference_mode(inference):
             keys = dispatch_keys(torch.empty(0, device="cpu"))
-            # None where this version of torch has no dispatch keys; are_plain() refuses such tensors before it looks
-            # here.
+            # None where this version of torch has no dispatch keys: are_plain() refuses every tensor then.
             plain.append(keys and keys.raw_repr())
     _plain_keys = frozenset(plain)
     return _plain_keys
@@ -203,8 +202,7 @@ def with_tangents(tensors: Mapping[str, Tensor | None]) -> list[str]:
     return [
         name
         for name, x in tensors.items()
-        # Under torch.func the tangent sits in an inner wrapper that unpack_dual does not see, so every tensor is
-        # suspected.
+        # Under torch.func the tangent is in an inner wrapper that unpack_dual does not see: every tensor may have one.
         if x is not None and (hidden or forward_ad.unpack_dual(x).tangent is not None)
     ]
 

@@ -178,7 +178,7 @@ def _backward(grad: Tensor, a: Arguments, mask_wanted: Sequence[bool]) -> Sequen
             if gradient is not None:
                 # A view, so that the addition below reaches the whole gradient.
                 part = _cut(gradient, tile)
-                # A mask is added to log weights, whose gradient is w * dw; the slope, which follows in place, is for
+                # A mask is added to log weights, whose gradient is w * dw. The slope, multiplied in next, belongs to
                 # scores only.
                 part += (dw * weights).sum_to_size(part.shape)
         dz = dw.mul_(slope)

@@ -184,8 +184,8 @@ def attend(call: Call, impl: str) -> tuple[Tensor, Tensor | None]:
         raise ValueError(refusal(call, impl))
     with _without_autocast(call.q_BNLH.device.type):
         heads_BNLH, weights_BNLS = IMPLEMENTATIONS[chosen].compute(call)
-        # One look at the output, which is small, shows whether anything came through. Where every query sees every key,
-        # NaN belongs in every row.
+        # One look at the output shows whether anything came through. Where nothing is hidden, every query sees every
+        # key, so that NaN belongs in every row.
         if call.restricted and not is_known_finite(heads_BNLH):
             heads_BNLH, weights_BNLS = _keep_apart(call, chosen, heads_BNLH, weights_BNLS)
     return heads_BNLH, weights_BNLS if call.need_weights else None
@@ -235,6 +235,6 @@ def _sees(call: Call, keys_BNS: Tensor, rows: int = 256) -> Tensor:
             seen = seen & ~hides(cut)
         if call.causal:
             seen = seen & triangle(torch.arange(start, stop, device=seen.device), S)
-        # Expanded, because without a mask per sample or per row `seen` has size 1 there, and cat() needs full sizes.
+        # Expanded, because without a mask per query `seen` has a single row for all of them.
         parts.append(seen.any(dim=-1, keepdim=True).expand(B, N, stop - start, 1))
     return torch.cat(parts, dim=2)
