@@ -26,6 +26,7 @@ def called(part: nn.Module, x: Tensor, name: str) -> Tensor:
     if weight is not None and _goes_unnoticed(weight, x) and _is_untouched(part):
         raise _mismatch(name, weight, x)
     try:
+        # The call, and not its forward: hooks, offloading and sharding act on calls.
         result: Tensor = part(x)
     except RuntimeError as error:
         if type(error) is RuntimeError:  # its subclasses are other problems: out of memory, for example

@@ -50,6 +50,7 @@ class LearnedScale(nn.Module):
     ):
         super().__init__()
         self.head_dim = head_dim
+        # A logarithm, because no step of an optimiser can then make the factor zero or negative.
         self.log_scale = nn.Parameter(torch.empty(num_heads, device=device, dtype=dtype))
         self.reset_parameters()
 

@@ -87,6 +87,7 @@ class Layout(NamedTuple):
     @classmethod
     def of(cls, definition: Definition[A]) -> Layout:
         """The layout that follows from the annotations of the arguments."""
+        # Resolved, because the postponed annotations of the arguments are texts.
         hints = get_type_hints(definition.arguments)
         tensors = sum(_SCHEMA_TYPES[hint].startswith("Tensor") for hint in hints.values())
         saved_results = definition.results if definition.saves_results else 0
@@ -97,6 +98,7 @@ class Layout(NamedTuple):
         types = [_SCHEMA_TYPES[hint] for hint in get_type_hints(self.arguments).values()]
         parameters = [f"{kind} {name}" for kind, name in zip(types, self.fields, strict=True)]
         saved = [f"Tensor result{number}" for number in range(self.saved_results)]
+        # Tensors stand before settings in both schemas, so that a prefix of the arguments is what autograd saves.
         backward = ["Tensor grad", *parameters[: self.tensors], *saved, *parameters[self.tensors :], "bool[] wanted"]
         return _schema(parameters, self.results), _schema(backward, gradients)
 
@@ -106,6 +108,7 @@ class Layout(NamedTuple):
 
     def split(self, flat: Sequence[Any]) -> tuple[Any, Tensors, Sequence[bool]]:
         """What the derivative takes behind grad, as the arguments A, the saved results, and what is wanted."""
+        # grad has been taken off already, so the saved results start right behind the tensors.
         end = self.tensors + self.saved_results
         return self.arguments(*flat[: self.tensors], *flat[end:-1]), tuple(flat[self.tensors : end]), flat[-1]
 
