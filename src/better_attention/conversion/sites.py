@@ -57,6 +57,7 @@ def find_sites(model: nn.Module) -> tuple[list[Site], list[tuple[str, str]]]:
     unknown: dict[str, str] = {}
     inside: list[str] = []
     for name, module in model.named_modules(remove_duplicate=False):
+        # What lies inside a recognised module belongs to it: BERT's inner attention would be reported as unknown.
         if any(name.startswith(prefix) for prefix in inside):
             continue
         if id(module) in sites:
@@ -68,6 +69,7 @@ def find_sites(model: nn.Module) -> tuple[list[Site], list[tuple[str, str]]]:
         elif _looks_like_attention(module):
             unknown[name] = f"no adapter knows the attention of a {type(module).__module__}.{type(module).__name__}"
     names = [n for site in sites.values() for n in site.names]
+    # A container called attention whose inside is recognised is not reported.
     left = [(n, why) for n, why in unknown.items() if not any(m.startswith(f"{n}.") for m in names)]
     return list(sites.values()), left
 
@@ -101,6 +103,7 @@ def _fitting(sites: list[Site], one: object) -> Iterator[Site]:
     if isinstance(one, bool) or not isinstance(one, str | int):
         raise TypeError(f"layers must hold names, patterns such as 'encoder.*' and numbers, received {describe(one)}.")
     if isinstance(one, int):
+        # Negative numbers are refused: counting from the end is not promised.
         yield from sites[one : one + 1] if 0 <= one < len(sites) else ()
     else:
         yield from (site for site in sites if any(fnmatchcase(name, one) for name in site.names))
@@ -115,6 +118,7 @@ _HOOKS = (
 def share_hooks(old: nn.Module, new: nn.Module) -> None:
     """Let the hooks of ``old`` be those of ``new`` too, so that removing one removes it from both."""
     for name in _HOOKS:
+        # The same dictionaries, because a handle removes its hook from the dictionary that it was made for.
         object.__setattr__(new, name, getattr(old, name))
 
 
