@@ -93,6 +93,7 @@ def _readable(model: nn.Module, layers: Layers) -> list[Site]:
     readable = [site for site in sites if isinstance(site.core, READABLE)]
     wanted = chosen(sites, layers)
     others = [site.name for site in wanted if site not in readable]
+    # Without a choice, attention that cannot be read is passed over, as long as there is some that can.
     if others and (layers is not None or not readable):
         raise ValueError(
             f"the attention of another library does not say its weights: {choices(others)}. Replace it first, with the "
@@ -109,6 +110,7 @@ def _watched(core: nn.Module, score: str | None, note: Note) -> RemovableHandle:
     """
     if isinstance(core, HostAttention):
         own = core.score
+        # In eval mode, because the weights are wanted before dropout.
         part = own if score is None else Score(score, own.scale, own.dropout).eval()
 
         def inside(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -131,7 +133,9 @@ def _with_score(layer: nn.Module, score: str) -> nn.Module:
     """A layer with the weights of ``layer``, torch's or ours, and another score."""
     if isinstance(layer, nn.MultiheadAttention):
         source = TORCH.read(layer)
+        # torch's class knows softmax alone, hence a layer of ours with its weights.
         return TORCH.build(layer, replace(source, mechanism=replace(source.mechanism, score=score)))
+    # A shallow copy shares parameters and sub-modules, so that only the mechanism is another.
     twin = copy.copy(cast(MultiheadAttention, layer))
     twin.mechanism = replace(twin.mechanism, score=score)
     return twin

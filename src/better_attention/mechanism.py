@@ -61,6 +61,7 @@ class Mechanism:
             )
         check_bool(self.aligned, "aligned")
         check_choice(self.score, "score", SCORES)
+        # The dataclass is frozen. A set or a text of letters becomes the frozenset that equality and hashing need.
         object.__setattr__(self, "projections", projections)
 
     @classmethod
@@ -113,6 +114,7 @@ class Mechanism:
     def name(self) -> str:
         """The shortest name that :meth:`of` turns back into this mechanism, or a description of it."""
         changes = _changes()
+        # Without suffixes first: "super" is to be called so, and not "efficient+align".
         for aligned, scored in product(("", "align"), ("", *({self.score} & set(changes)))):
             suffixes = [suffix for suffix in (scored, aligned) if suffix]
             change = {field: value for suffix in suffixes for field, value in changes[suffix].items()}

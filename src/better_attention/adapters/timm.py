@@ -71,6 +71,7 @@ class TimmLayer(nn.Module):
             mechanism=self.mechanism,
             **self.settings,
         )
+        # Our layer has one switch for all biases and timm two, so that biases are built and then removed.
         with_bias = {
             "q_proj": qkv_bias,
             "k_proj": qkv_bias,
@@ -81,6 +82,7 @@ class TimmLayer(nn.Module):
         for name, wanted in with_bias.items():
             part = self.attention.get_submodule(name)
             if not wanted and getattr(part, "bias", None) is not None:
+                # None by registration, so that state dicts treat it like a layer that was built without a bias.
                 part.register_parameter("bias", None)
         self.proj_drop = nn.Dropout(proj_drop)
 

@@ -76,12 +76,14 @@ def _maps(conv: Any, number: int) -> list[LinearMap]:
     """The maps in a ``Conv1D``, whose weight is (inputs, outputs)."""
     trains = conv.weight.requires_grad
     pairs = zip(conv.weight.chunk(number, dim=1), conv.bias.chunk(number), strict=True)
+    # Views and no Parameters: the new layer copies them, so that nothing is tied to the packed matrix.
     return [LinearMap(weight.T, bias, trains) for weight, bias in pairs]
 
 
 def _read(module: nn.Module) -> Source:
     host: Any = module
     cross = host.is_cross_attention
+    # In cross-attention c_attn packs keys and values alone, and queries have a map of their own.
     q, k, v = _maps(host.q_attn, 1) + _maps(host.c_attn, 2) if cross else _maps(host.c_attn, 3)
     return Source(
         transformers_mechanism(host),
