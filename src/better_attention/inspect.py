@@ -78,6 +78,7 @@ def attention_maps(
     sites = _readable(model, layers)
     handles: list[RemovableHandle] = []
     try:
+        # Inside the try, so that hooks are removed even if a later layer cannot be watched.
         handles += [_watched(site.core, score, note(site.name)) for site in sites]
         with _undisturbed(model):
             model(*inputs, **kwargs)
@@ -144,6 +145,7 @@ def _with_score(layer: nn.Module, score: str) -> nn.Module:
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, the hooks of compiled modules heard, and the random generators as they were afterwards."""
+    # Named, because fork_rng() would otherwise save the state of every GPU in the machine.
     devices = {p.device for p in model.parameters() if p.is_cuda}
     with evaluating(model), torch.random.fork_rng(devices=devices), torch.compiler.set_stance("force_eager"):
         yield

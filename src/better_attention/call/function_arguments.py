@@ -174,8 +174,7 @@ def _check_mask(attn_mask: Tensor, shape: tuple[int, ...], device: torch.device)
     if (
         mask.dim() == 0
         or mask.dim() > len(shape)
-        # By hand: broadcast_shapes would accept a mask that enlarges the call. The tests above end a mask of another
-        # rank.
+        # By hand: broadcast_shapes would accept a mask that enlarges the call. Another rank fails the tests above.
         or any(m not in (1, s) for m, s in zip(mask.shape, trailing, strict=True))
     ):
         raise ValueError(f"attn_mask must broadcast to (..., L, S) = {shape}, received {describe(mask)}.")

@@ -65,8 +65,7 @@ def calls_of(model: nn.Module, site: Site, batches: list[Any]) -> list[CoreCall]
     try:
         with evaluating(model):
             for number, batch in enumerate(batches):
-                # The first batch runs to its end and shows how often the module is called: if once, the others end
-                # there.
+                # The first batch runs to its end and shows how often the module is called: if once, others end there.
                 before = len(calls)
                 _run(model, batch, number)
                 if len(calls) == before:
@@ -128,6 +127,7 @@ class Fit:
     @torch.no_grad()
     def __init__(self, site: Site, source: Source, calls: list[CoreCall]) -> None:
         self.site, self.source, self.calls = site, source, calls
+        # The old function in a layer of ours, because only ours can be probed from inside.
         self.old = site.adapter.build(site.module, source).eval()
         self.heads: list[HeadFit] = []
         self.error_before = self.error_after = 0.0

@@ -123,6 +123,7 @@ def _layers(model: nn.Module) -> list[dict[str, Any]]:
             "adapter": found.name,
             "library": found.library,
             "mechanism": {
+                # Sorted, because the order of a set of texts differs from process to process.
                 "projections": "".join(sorted(mechanism.projections)),
                 "aligned": mechanism.aligned,
                 "score": mechanism.score,

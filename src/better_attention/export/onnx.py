@@ -238,7 +238,7 @@ def _operators(proto: Any) -> dict[str, int]:
     Raises:
         ValueError: one that is not in the standard.
     """
-    # The exporter leaves repeated pieces as functions inside the model; what they consist of counts as well.
+    # The exporter may leave functions inside the model; what they consist of counts as well.
     nodes = [node for graph in (proto.graph, *proto.functions) for node in graph.node]
     # A call of such a function has a domain, but needs nothing of the runtime that is not standard.
     local = {(function.domain, function.name) for function in proto.functions}

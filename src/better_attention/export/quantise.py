@@ -199,6 +199,7 @@ def _onnx(source: Path, batches: list[Inputs], part: Path, target: Path) -> Quan
         # Named one by one: by default an operator Attention would become one of ONNX Runtime's own that does not fit.
         quantize_dynamic(source, part, op_types_to_quantize=["MatMul", "Gemm", "Gather"], weight_type=QuantType.QInt8)
     nodes = onnx.load(part, load_external_data=False).graph.node
+    # Counted in the file: products of two activations, such as queries with keys, are left as they are.
     number = sum(node.op_type == "MatMulInteger" for node in nodes)
     sessions = [onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"]) for file in (part, source)]
     pairs = []

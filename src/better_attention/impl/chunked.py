@@ -40,6 +40,7 @@ def unsupported(call: Call) -> list[str]:
 
 def compute(call: Call) -> tuple[Tensor, None]:
     """Head outputs (B, N, L, H)."""
+    # Repeated outside the operator, so that autograd adds up the gradients of the heads of a group.
     return _operator(Arguments.of(call.with_repeated_heads())), None
 
 
@@ -73,6 +74,7 @@ def _cover(B: int, N: int, L: int, S: int, causal: bool) -> Iterator[_Tile]:
     batch = max(1, min(B, TILE // max(1, rows * S * N))) if heads == N else 1
     for l0 in range(0, L, rows):
         l1 = min(L, l0 + rows)
+        # No query of these rows sees a key from l1 on, which saves about half of the work.
         columns = slice(0, min(S, l1) if causal else S)
         for b0 in range(0, B, batch):
             for n0 in range(0, N, heads):
@@ -178,8 +180,7 @@ def _backward(grad: Tensor, a: Arguments, mask_wanted: Sequence[bool]) -> Sequen
             if gradient is not None:
                 # A view, so that the addition below reaches the whole gradient.
                 part = _cut(gradient, tile)
-                # A mask is added to log weights, whose gradient is w * dw. The slope, multiplied in next, belongs to
-                # scores only.
+                # A mask is added to log weights, whose gradient is w * dw. The slope comes next, for scores alone.
                 part += (dw * weights).sum_to_size(part.shape)
         dz = dw.mul_(slope)
         # Assigned, because a tile holds every key of its queries. Keys and values collect from many tiles.

@@ -213,6 +213,7 @@ def _keep_apart(
         k_BNSH=zero_rows(call.k_BNSH, bad_BNS),
         v_BNSH=zero_rows(call.v_BNSH, bad_BNS),
     )
+    # What rows that see a zeroed key compute does not matter: they become NaN below.
     heads_BNLH, weights_BNLS = IMPLEMENTATIONS[chosen].compute(clean)
     sees_bad_BNL1 = _sees(call, bad_BNS)
     if weights_BNLS is not None:

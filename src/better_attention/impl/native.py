@@ -88,6 +88,7 @@ def _backward(grad: Tensor, a: Arguments, out: Tensor, stats: Tensor) -> tuple[T
     # data_ptr() is enough here: tensors that were just allocated have memory. address() is for those from outside.
     c.dq, (c.dq_b, c.dq_n, c.dq_l, _) = dq.data_ptr(), dq.stride()
     c.dk, (c.dk_b, c.dk_g, c.dk_s, _) = dk.data_ptr(), dk.stride()
+    # A null dv says that k serves as v: the kernel then writes the sum of both gradients to dk.
     if dv is not None:
         c.dv, (c.dv_b, c.dv_g, c.dv_s, _) = dv.data_ptr(), dv.stride()
     call_library("ba_backward", c)

@@ -88,6 +88,7 @@ def _merged(call: Call) -> Tensor | None:
         return merged
     merged = _additive(parts[0], dtype)
     for m in parts[1:]:
+        # -inf plus a finite bias stays -inf, so that what one mask hides stays hidden.
         merged = merged + _additive(m, dtype)
     return merged
 

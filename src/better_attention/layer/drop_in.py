@@ -52,7 +52,7 @@ class DropIn(nn.Module):
 
         W_A has its own ``align.reset_parameters()``.
         """
-        # In torch's order q, k, v: with one seed both classes then have the same weights.
+        # In torch's order q, k, v: with one seed a standard layer then has the weights of torch's.
         kept = [getattr(self, f"{p}_proj") for p in "qkv" if p in self.mechanism.projections]
         with torch.no_grad():
             if self.kdim == self.vdim == self.embed_dim:
@@ -210,6 +210,7 @@ class DropIn(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # The mechanism as plain data: torch.load(weights_only=True) needs a permission for every class in a pickle.
+        # Sorted below, because the order of a set of texts differs from process to process.
         row = self.mechanism
         plain = {"mechanism": ("".join(sorted(row.projections)), row.aligned, row.score)}
         return {**without_waiting_hook(self), **plain}

@@ -52,7 +52,7 @@ def append(layer: MultiheadAttention, k_BSD: Tensor, v_BSD: Tensor, x: Inputs) -
     if not added:
         return k_BSD, v_BSD, x
     S = k_BSD.shape[1]
-    # torch's order: the learned position first, then the zeros. State and masks of both classes then agree.
+    # torch's order: the learned position first, then the zeros. Returned weights then have torch's columns.
     if layer.extra_k is not None and layer.extra_v is not None:
         k_BSD, v_BSD = called(layer.extra_k, k_BSD, "extra_k"), called(layer.extra_v, v_BSD, "extra_v")
     if layer.add_zero_attn:

@@ -140,6 +140,7 @@ class MultiheadAttention(DropIn):
                 compiled=self.impl in ("auto", "native"),
                 **factory,
             )
+        # Assigned last though drawn first: state dicts and prints list the maps in the order of the picture.
         self.out_proj = out_proj
         self.extra_k = ExtraPosition(D, **factory) if add_bias_kv else None
         self.extra_v = ExtraPosition(D, **factory) if add_bias_kv else None

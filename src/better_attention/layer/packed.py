@@ -109,6 +109,7 @@ class Packed(Tensor):
                 f"torch's own function would compute standard attention from the weights of {source.mechanism!r}: "
                 "call the layer instead."
             )
+        # Compared by ==, because each access to __get__ makes a new object, which equals the others.
         if func == Tensor.grad.__get__:  # type: ignore[union-attr]
             return source.grad()
         if func in (Tensor.requires_grad_, Tensor.requires_grad.__set__):  # type: ignore[attr-defined]
@@ -208,6 +209,7 @@ def packed(projections: Sequence[nn.Module], kind: str, mechanism: str, torchs: 
         with torch.inference_mode(mode=False), torch.no_grad():  # inference tensors do not count their changes
             whole = torch.cat([_unlearned(first) if x is None else x for x in named])
     else:
+        # A differentiable copy: gradients of what is computed from it reach the projections.
         whole = torch.cat([_unlearned(first) if x is None else x for x in named])
     return _link(whole, _Source(whole, tuple(named), mechanism, torchs))
 

@@ -33,6 +33,7 @@ def unpack(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
         packed = state_dict.get(f"{prefix}in_proj_{kind}")
         fits = packed is not None and packed.shape[:1] == (3 * int(module.embed_dim),)  # type: ignore[arg-type]
         if packed is not None and fits and not any(name in state_dict for name in ours):
+            # torch loads from a shallow copy of what it was given, so that the caller's dictionary keeps its names.
             del state_dict[f"{prefix}in_proj_{kind}"]
             # Views of the packed matrix: an ordinary load copies them, and separate() gives them storage of their own.
             state_dict.update(zip(ours, packed.chunk(3), strict=True))

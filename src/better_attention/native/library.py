@@ -124,6 +124,7 @@ def way_out() -> str:
 
 @cache
 def _library() -> _Library:
+    # A failure is remembered too, so that no later call looks for files again.
     return _Library()
 
 
@@ -181,6 +182,7 @@ def current_instruction_set() -> int:
     # A context counts more than the environment: benchmarks compare sets within one process.
     if _forced != BEST_ISA:
         return _forced
+    # Read at each call, so that a change takes effect; the check of a name is remembered.
     wanted = os.environ.get(ISA_SWITCH)
     return _from_environment(wanted) if wanted else BEST_ISA
 

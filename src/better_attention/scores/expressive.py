@@ -115,6 +115,7 @@ class Tiles:
         if bias is None:
             a = _plain(self._given_q[rows] @ self._given_k[keys].transpose(-1, -2), hide)
             total = _divisor(a)
+            # An infinite divisor marks a row of zeros, which may be one whose squares have all underflowed.
             if not bool(((total < self._faint) | (total == math.inf)).any()):
                 return a, total
         z, units = self._scores(rows, keys)
