@@ -124,7 +124,7 @@ def linear_refusals(module: nn.Module, *names: str) -> list[str]:
         # Exactly this class: a subclass may compute something else from the same weight (LoRA, quantisation).
         if type(linear) is not nn.Linear:
             reasons.append(f"{name} is a {type(linear).__name__}, not a plain nn.Linear: merge or remove what wraps it")
-        # torch.nn.utils.parametrize makes `weight` a property whose value is a plain tensor.
+        # torch.nn.utils.parametrize makes `weight` a property whose value is computed, and then no Parameter.
         elif not isinstance(weight, nn.Parameter):
             reasons.append(f"{name}.weight is computed from other parameters: remove that first")
         elif not weight.is_floating_point():

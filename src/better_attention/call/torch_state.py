@@ -202,7 +202,7 @@ def with_tangents(tensors: Mapping[str, Tensor | None]) -> list[str]:
     return [
         name
         for name, x in tensors.items()
-        # Under torch.func the tangent is in an inner wrapper that unpack_dual does not see: every tensor may have one.
+        # Under torch.func a tangent may be in an inner wrapper, and unpack_dual may fail: every tensor may have one.
         if x is not None and (hidden or forward_ad.unpack_dual(x).tangent is not None)
     ]
 

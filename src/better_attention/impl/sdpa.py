@@ -45,7 +45,7 @@ def compute(call: Call) -> tuple[Tensor, None]:
         call.v_BNSH,
         attn_mask=mask,
         dropout_p=call.dropout_p,
-        # SDPA refuses a mask together with its flag; the triangle is then part of the mask.
+        # The triangle is part of the mask then: torch documents its flag and a mask as exclusive.
         is_causal=call.causal and mask is None,
         scale=scale,
         enable_gqa=bool(call.q_BNLH.shape[1] != call.k_BNSH.shape[1]),  # traced sizes compare to a tensor
