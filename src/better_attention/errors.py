@@ -42,6 +42,7 @@ def check_int(value: object, name: str, *, at_least: int = 1) -> int:
     number = operator.index(value)
     if number < at_least:
         raise ValueError(f"{name} must be >= {at_least}, received {number}.")
+    # A number of this size would fail in the allocator, with a message that does not name the argument.
     if number > LARGEST:
         raise ValueError(f"{name} must be <= {LARGEST:,}, received {number}.")
     return number

@@ -118,6 +118,7 @@ def _watched(core: nn.Module, score: str | None, note: Note) -> RemovableHandle:
             q_BNLH, k_BGSH, v_BGSH, mask, causal, _ = args
             note(cast(Tensor, part.forward(q_BNLH, k_BGSH, v_BGSH, mask, causal, need_weights=True)[1]))
 
+        # On the score and not on the layer, because hosts pass their own arguments to the layer and ours to the score.
         return core.score.register_forward_pre_hook(inside)
 
     layer = core if score is None else _with_score(core, score)

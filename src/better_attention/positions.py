@@ -90,6 +90,7 @@ def rotary_angles(
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """``x`` (..., H) with its pairs (p, p + H/2) turned; ``cos`` and ``sin`` broadcast to (..., H/2)."""
+    # The half split: feature p turns with feature p + H/2, as in Llama's weights.
     first, second = x.to(cos.dtype).chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 

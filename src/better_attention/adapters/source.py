@@ -106,6 +106,7 @@ class Source:
 
     def maps(self) -> Iterator[tuple[str, LinearMap]]:
         """The letters and maps that are there."""
+        # In the order of MAPS, because reports and `sample` should not depend on how a mechanism was written.
         for letter in MAPS:
             found = getattr(self, letter)
             if found is not None:
@@ -138,6 +139,7 @@ class Source:
     def flops(self, length: int) -> int:
         """Operations of the matrix products of one forward pass over ``length`` tokens, as :func:`cost` counts them."""
         linear = sum(m.weight.numel() for _, m in self.maps())
+        # Two products, queries with keys and weights with values; a multiply-add counts as two.
         mixed = 4 * length * length * self.num_heads * self.head_dim
         aligned = 2 * length * length * self.value_width if self.align else 0
         return 2 * length * linear + mixed + aligned

@@ -43,6 +43,7 @@ class Site:
         if any(p.is_meta for p in self.module.parameters()):
             return ["its weights are on the meta device: load them first (for weights that accelerate keeps on disk or "
                     "in another memory, load the whole model)"]  # fmt: skip
+        # Weights of such classes are not plain numbers that could be multiplied and written back.
         if any(type(p) is not nn.Parameter for p in self.module.parameters()):
             return ["its parameters are of a special class (quantised or distributed): convert before that"]
         if "forward" in vars(self.core):
@@ -52,6 +53,7 @@ class Site:
 
 def find_sites(model: nn.Module) -> tuple[list[Site], list[tuple[str, str]]]:
     """The attention modules that an adapter recognises, and (name, reason) of what looks like one and is not."""
+    # Adapters register when their module is imported, which this makes sure of.
     hosts.load()
     sites: dict[int, Site] = {}
     unknown: dict[str, str] = {}
@@ -165,6 +167,7 @@ def check_model(model: object) -> nn.Module:
         nn.DataParallel,
         torch._dynamo.eval_frame.OptimizedModule,
     )
+    # All of these keep lists of the parameters, or programs made from them, that a replacement would leave behind.
     if isinstance(model, wrapped):
         raise TypeError(
             f"model is a {type(model).__name__}, which has taken note of the parameters that it had. Convert the model "

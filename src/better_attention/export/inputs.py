@@ -65,6 +65,7 @@ def guess_dynamic(inputs: Mapping[str, Tensor]) -> dict[str, dict[int, str]]:
     (B, D) have no length.
     """
     sequences = [x for x in inputs.values() if x.dim() == 3 or (x.dim() == 2 and not x.is_floating_point())]
+    # The first sequence decides, so that a mask or a second sequence of the same length shares its axis.
     length = sequences[0].shape[1] if sequences else None
     return {
         name: {0: "batch"} | ({1: "length"} if x.dim() in (2, 3) and x.shape[1] == length else {})
@@ -90,6 +91,7 @@ def check_dynamic(inputs: Mapping[str, Tensor], dynamic: Dynamic) -> None:
                 raise ValueError(
                     f"dynamic[{name!r}] names axis {axis!r} of a tensor of shape {tuple(inputs[name].shape)}."
                 )
+            # One name stands for one symbolic size in the file, which the example has to agree with.
             size = inputs[name].shape[axis]
             other, there = sizes.setdefault(size_name, (name, size))
             if there != size:

@@ -186,6 +186,7 @@ def check_placement(query: Tensor, key: Tensor, value: Tensor) -> None:
             f"query, key and value must be on one device, received query on {query.device}, key on {key.device}, "
             f"value on {value.device}. Move them with .to(device)."
         )
+    # Autocast converts inputs of linear maps itself, so that a mixture is no mistake there.
     if not query.dtype == key.dtype == value.dtype and autocast_dtype(query.device.type) is None:
         raise TypeError(
             f"query, key and value must have one dtype, received query {query.dtype}, key {key.dtype}, value "
@@ -220,6 +221,7 @@ def torch_masks(
     mask_BNLS = padding_B11S = None
     if attn_mask is not None:
         mask = check_mask(attn_mask, "attn_mask", one_means="hide", device=device)
+        # No broadcasting here: torch's layer accepts exactly these shapes, and a wrong one is usually a mix-up.
         if tuple(mask.shape) not in ((L, S), (B * N, L, S)):
             raise ValueError(
                 f"attn_mask must be (L, S) = {(L, S)} or ({'B h' if batched else 'h'}, L, S) = {(B * N, L, S)}, "

@@ -116,6 +116,7 @@ def _self_attention(
     addresses: list[int] = []
     for parameter in (p for pair in maps for p in pair):
         if parameter is not None:
+            # contiguous() returns the parameter itself in the ordinary case, so that nothing is copied.
             kept.append(parameter.contiguous())
         addresses.append(0 if parameter is None else address(kept[-1]))
     # The kernel takes any stride between rows, so that a slice of W_A for a shorter input needs no copy.

@@ -90,6 +90,7 @@ class Layout(NamedTuple):
         # Resolved, because the postponed annotations of the arguments are texts.
         hints = get_type_hints(definition.arguments)
         tensors = sum(_SCHEMA_TYPES[hint].startswith("Tensor") for hint in hints.values())
+        # The derivative gets all results or none: which of them it reads is its own affair.
         saved_results = definition.results if definition.saves_results else 0
         return cls(definition.arguments, tuple(hints), tensors, definition.results, saved_results)
 

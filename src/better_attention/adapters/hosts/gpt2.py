@@ -66,6 +66,7 @@ def _refusals(module: nn.Module) -> list[str]:
     )  # fmt: skip
     reasons = transformers_refusals(module) + signature_refusals(module, *expected)
     for name in ("c_attn", "c_proj"):
+        # By the name of the class, because the host's library must not be imported here.
         kind = type(module.get_submodule(name)).__name__
         if kind != "Conv1D":
             reasons.append(f"{name} is a {kind}, not a Conv1D: merge or remove what wraps it")

@@ -37,6 +37,7 @@ class T5Attention(HostAttention):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(B, L, D) to (B, L, D), the bias for the layers above, and the weights where the host wants them."""
         need_weights = wants_weights(self)
+        # In cross-attention no position bias is added: it passes through to the layers above.
         if key_value_states is not None:
             output, weights = attend_across(
                 self,
