@@ -33,9 +33,11 @@ def assert_causal(function: Callable[[Tensor], Any], inputs: Tensor, *, dim: int
         raise ValueError(f"dim={dim} is not a dimension of inputs, {describe(inputs)}.")
     with torch.no_grad():
         clean = _evaluate(function, inputs, inputs, dim)
+        # Random numbers would look like a leak, so that they are ruled out first.
         if not _same(clean, _evaluate(function, inputs, inputs, dim)).all():
             raise ValueError("function gave two results for the same inputs: switch dropout off (model.eval()).")
         length = inputs.shape[dim]
+        # Every suffix, because a leak may reach back by one position only.
         for start in range(1, length):
             for name, disturbed in _disturbances(inputs, start, dim):
                 past = _evaluate(function, disturbed, inputs, dim).narrow(dim, 0, start)
@@ -52,6 +54,7 @@ def _disturbances(inputs: Tensor, start: int, dim: int) -> list[tuple[str, Tenso
     """``inputs`` with everything from ``start`` on replaced, in each of the ways that fit its dtype."""
     head, tail = inputs.narrow(dim, 0, start), inputs.narrow(dim, start, inputs.shape[dim] - start)
     if inputs.is_floating_point():
+        # NaN shows also a leak whose weight is 0, because 0 * NaN is NaN.
         tails = [("values times 100 plus 100", tail * 100 + 100), ("NaN", torch.full_like(tail, float("nan")))]
     elif inputs.dtype == torch.bool:
         tails = [("the opposite values", ~tail)]
@@ -61,6 +64,7 @@ def _disturbances(inputs: Tensor, start: int, dim: int) -> list[tuple[str, Tenso
         ids = inputs.unique()
         if len(ids) < 2:
             raise ValueError(f"inputs hold one value only, {describe(inputs)}: nothing to exchange it with.")
+        # The next id in sorted order: every position changes, and only to ids that the model knows.
         tails = [("other values", ids[(torch.searchsorted(ids, tail.contiguous()) + 1) % len(ids)])]
     return [(name, torch.cat([head, t], dim=dim)) for name, t in tails]
 
@@ -78,6 +82,7 @@ def _evaluate(function: Callable[[Tensor], Any], x: Tensor, inputs: Tensor, dim:
             f"function must keep the length along dim={dim}: "
             f"inputs {tuple(inputs.shape)}, output {tuple(output.shape)}."
         )
+    # A function may return a buffer that its next call writes to.
     return output.clone()
 
 

@@ -50,7 +50,9 @@ def _listens(handler: object) -> bool:
 
 
 def _end(number: int, frame: FrameType | None) -> None:
+    # print() could meet a stream that the signal has interrupted in the middle of a write.
     os.write(2, b"better-attention: interrupted.\n")
+    # The shell's convention for a process that a signal has ended.
     os._exit(128 + number)  # nothing has begun that would have to be put away
 
 

@@ -84,13 +84,16 @@ def cost(
 
     sizes, parts = Sizes(d, h, n, bias, align_heads), parts_of(row)
     params = sum(part.params(sizes) for part in parts)
+    # Two products of 2 n^2 d operations over all heads: queries with keys, and weights with values.
     scores_and_mix = 4 * n * n * d
     forward = scores_and_mix + sum(part.flops(sizes) for part in parts)
     one_tensor = not any(part.stream in ("k", "v") for part in parts)
     return Cost(
         mechanism=row.name,
         params=params,
+        # Eq. 24 with C = 3 per linear map and 3 more, which gives the paper's 15, 12 and 9.
         flops_paper=B * ((3 * len(parts) + 3) * n * d + 15 * h * n * n),
+        # Each product has two factors, whose gradients are a product of the same size each.
         flops=B * forward * (3 if backward else 1),
         weight_bytes=params * dtype.itemsize,
         cache_bytes_per_token=(1 if one_tensor else 2) * d * dtype.itemsize,

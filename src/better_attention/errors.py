@@ -35,11 +35,14 @@ def check_int(value: object, name: str, *, at_least: int = 1) -> int:
         TypeError: not a whole number (bool included: ``True`` heads is a slip, not a one).
         ValueError: below ``at_least``, or beyond any size a tensor could have.
     """
+    # bool and Tensor can be indices in Python, but neither is meant as a size.
     if isinstance(value, bool) or not isinstance(value, SupportsIndex) or isinstance(value, Tensor):
         raise TypeError(f"{name} must be a whole number >= {at_least}, received {describe(value)}.")
+    # Takes NumPy's integers too, and no float, not even a whole one.
     number = operator.index(value)
     if number < at_least:
         raise ValueError(f"{name} must be >= {at_least}, received {number}.")
+    # A number of this size would fail in the allocator, with a message that does not name the argument.
     if number > LARGEST:
         raise ValueError(f"{name} must be <= {LARGEST:,}, received {number}.")
     return number
@@ -113,6 +116,7 @@ def floating_tensor(value: object, name: str) -> Tensor:
             f"{name} must be float64, float32, bfloat16 or float16, received {describe(value)}. "
             "Convert it, with .float() for example."
         )
+    # A nested tensor may have a layout of its own as well, and gets the more helpful message below.
     if value.layout != torch.strided and not value.is_nested:
         layout = str(value.layout).removeprefix("torch.")
         raise TypeError(f"{name} must be a dense tensor, received one of layout {layout}: pass {name}.to_dense().")

@@ -110,6 +110,7 @@ def attention(
     >>> attention(q, q, q, score="expressive", is_causal=True).shape
     torch.Size([2, 4, 5, 8])
     """
+    # Before every check: torch.fx passes names, which have neither a dtype nor a shape.
     if is_symbolic(query):
         return function_node(  # type: ignore[no-any-return]
             attention,
@@ -203,6 +204,7 @@ def explain(
     for name, implementation in IMPLEMENTATIONS.items():
         why = implementation.unsupported(call)
         if not why and name != chosen:
+            # It could, so that the reason is the choice itself.
             why = [passed_over(chosen, name, impl)]
         reasons[name] = why
     return Explanation(chosen, reasons, summary(call))

@@ -78,6 +78,7 @@ def attention_maps(
     sites = _readable(model, layers)
     handles: list[RemovableHandle] = []
     try:
+        # Inside the try, so that hooks are removed even if a later layer cannot be watched.
         handles += [_watched(site.core, score, note(site.name)) for site in sites]
         with _undisturbed(model):
             model(*inputs, **kwargs)
@@ -93,6 +94,7 @@ def _readable(model: nn.Module, layers: Layers) -> list[Site]:
     readable = [site for site in sites if isinstance(site.core, READABLE)]
     wanted = chosen(sites, layers)
     others = [site.name for site in wanted if site not in readable]
+    # Without a choice, attention that cannot be read is passed over, as long as there is some that can.
     if others and (layers is not None or not readable):
         raise ValueError(
             f"the attention of another library does not say its weights: {choices(others)}. Replace it first, with the "
@@ -109,12 +111,14 @@ def _watched(core: nn.Module, score: str | None, note: Note) -> RemovableHandle:
     """
     if isinstance(core, HostAttention):
         own = core.score
+        # In eval mode, because the weights are wanted before dropout.
         part = own if score is None else Score(score, own.scale, own.dropout).eval()
 
         def inside(module: nn.Module, args: tuple[Any, ...]) -> None:
             q_BNLH, k_BGSH, v_BGSH, mask, causal, _ = args
             note(cast(Tensor, part.forward(q_BNLH, k_BGSH, v_BGSH, mask, causal, need_weights=True)[1]))
 
+        # On the score and not on the layer, because hosts pass their own arguments to the layer and ours to the score.
         return core.score.register_forward_pre_hook(inside)
 
     layer = core if score is None else _with_score(core, score)
@@ -131,7 +135,9 @@ def _with_score(layer: nn.Module, score: str) -> nn.Module:
     """A layer with the weights of ``layer``, torch's or ours, and another score."""
     if isinstance(layer, nn.MultiheadAttention):
         source = TORCH.read(layer)
+        # torch's class knows softmax alone, hence a layer of ours with its weights.
         return TORCH.build(layer, replace(source, mechanism=replace(source.mechanism, score=score)))
+    # A shallow copy shares parameters and sub-modules, so that only the mechanism is another.
     twin = copy.copy(cast(MultiheadAttention, layer))
     twin.mechanism = replace(twin.mechanism, score=score)
     return twin
@@ -140,6 +146,7 @@ def _with_score(layer: nn.Module, score: str) -> nn.Module:
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, the hooks of compiled modules heard, and the random generators as they were afterwards."""
+    # Named, because fork_rng() would otherwise save the state of every GPU in the machine.
     devices = {p.device for p in model.parameters() if p.is_cuda}
     with evaluating(model), torch.random.fork_rng(devices=devices), torch.compiler.set_stance("force_eager"):
         yield

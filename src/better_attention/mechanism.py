@@ -61,6 +61,7 @@ class Mechanism:
             )
         check_bool(self.aligned, "aligned")
         check_choice(self.score, "score", SCORES)
+        # The dataclass is frozen. A set or a text of letters becomes the frozenset that equality and hashing need.
         object.__setattr__(self, "projections", projections)
 
     @classmethod
@@ -87,6 +88,7 @@ class Mechanism:
             )
         base, *suffixes = value.split("+")
         changes = _changes()
+        # The base has to be a row of the table: the description of a custom mechanism does not lead back to it.
         if _SPELLINGS.get(base, base) not in MECHANISMS or not set(suffixes) <= set(changes):
             raise ValueError(
                 f"unknown mechanism {value!r}. Choose one of {', '.join(MECHANISMS)}, optionally followed by "
@@ -113,7 +115,9 @@ class Mechanism:
     def name(self) -> str:
         """The shortest name that :meth:`of` turns back into this mechanism, or a description of it."""
         changes = _changes()
+        # Without suffixes first: "super" is to be called so, and not "efficient+align".
         for aligned, scored in product(("", "align"), ("", *({self.score} & set(changes)))):
+            # The score stands before "align", so that one mechanism always gets the same name.
             suffixes = [suffix for suffix in (scored, aligned) if suffix]
             change = {field: value for suffix in suffixes for field, value in changes[suffix].items()}
             for name, row in MECHANISMS.items():

@@ -60,6 +60,7 @@ def rotary(x_BNLH: Tensor, *, base: float = BASE, offset: int | Tensor = 0, posi
         )
     cos, sin = rotary_angles(positions, H, base=base, dtype=compute_dtype(x_BNLH.dtype))
     if positions.dim() == 2:
+        # (B, L, P) gets dimensions of size 1 for what lies between batch and length in x, such as the heads.
         cos, sin = (c.reshape(c.shape[0], *(1,) * (x_BNLH.dim() - 3), *c.shape[1:]) for c in (cos, sin))
     return rotate(x_BNLH, cos, sin)
 
@@ -81,6 +82,7 @@ def rotary_angles(
     check_even_width(width)
     check_float(base, "base", low=1.0)
     pairs = torch.arange(0, width, 2, device=positions.device, dtype=dtype)
+    # base^(-2p/H), with the logarithm taken once in Python's float64.
     speeds_P = torch.exp(pairs * (-math.log(base) / width))
     turns_LP = positions.to(dtype)[..., None] * speeds_P
     return turns_LP.cos(), turns_LP.sin()
@@ -88,6 +90,7 @@ def rotary_angles(
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """``x`` (..., H) with its pairs (p, p + H/2) turned; ``cos`` and ``sin`` broadcast to (..., H/2)."""
+    # The half split: feature p turns with feature p + H/2, as in Llama's weights.
     first, second = x.to(cos.dtype).chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
@@ -122,6 +125,7 @@ def alibi_slopes(num_heads: int) -> list[float]:
     num_heads = check_int(num_heads, "num_heads")
     below = 1 << (num_heads.bit_length() - 1)
     slopes = [2.0 ** (-8.0 * (n + 1) / below) for n in range(below)]
+    # Every second slope of 2 * below heads, 2^(-8 (2n + 1) / (2 below)), as the authors' code interpolates.
     return slopes + [2.0 ** (-4.0 * (2 * n + 1) / below) for n in range(num_heads - below)]
 
 
@@ -154,4 +158,5 @@ def alibi_bias(
     slopes_N = torch.tensor(alibi_slopes(num_heads), device=device, dtype=dtype)
     queries_L = torch.arange(L, device=device) + offset
     distance_LS = (queries_L[:, None] - torch.arange(S, device=device)).abs()
+    # Distances stay integers until here, so that they are rounded once.
     return (-distance_LS).to(dtype) * slopes_N[:, None, None]

@@ -82,11 +82,13 @@ def names() -> list[str]:
 
 def adapter_for(module: nn.Module) -> Adapter | None:
     """The adapter that recognises ``module``, or None."""
+    # The first that matches, in the order of registration.
     return next((a for a in _ADAPTERS.values() if a.matches(module)), None)
 
 
 def takes(module: nn.Module, *names: str) -> bool:
     """Whether the forward method of ``module`` takes exactly these arguments, beside ``**kwargs``."""
+    # Of the class, because accelerate and others replace the instance's forward by one that takes anything.
     parameters = inspect.signature(type(module).forward).parameters.values()
     named = [p.name for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD]
     return named == ["self", *names]
@@ -119,8 +121,10 @@ def linear_refusals(module: nn.Module, *names: str) -> list[str]:
     for name in names:
         linear = module.get_submodule(name)
         weight = getattr(linear, "weight", None)
+        # Exactly this class: a subclass may compute something else from the same weight (LoRA, quantisation).
         if type(linear) is not nn.Linear:
             reasons.append(f"{name} is a {type(linear).__name__}, not a plain nn.Linear: merge or remove what wraps it")
+        # torch.nn.utils.parametrize makes `weight` a property whose value is computed, and then no Parameter.
         elif not isinstance(weight, nn.Parameter):
             reasons.append(f"{name}.weight is computed from other parameters: remove that first")
         elif not weight.is_floating_point():

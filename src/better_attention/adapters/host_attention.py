@@ -41,6 +41,8 @@ class Score(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """The heads (B, N, L, H), and the weights (B, N, L, S) or None. Keys and values may be grouped."""
         groups = {q_BNLH.shape[1], k_BGSH.shape[1], v_BGSH.shape[1]}
+        # A host with grouped heads that lost only one of W_K and W_V: slices come one per head, and grouped queries
+        # need keys and values in equal number.
         if k_BGSH.shape[1] != v_BGSH.shape[1]:
             shared = k_BGSH is v_BGSH
             k_BGSH, v_BGSH = (_spread(x, q_BNLH.shape[1]) for x in (k_BGSH, v_BGSH))
@@ -90,11 +92,13 @@ class HostAttention(nn.Module):
     def __init__(self, target: Source) -> None:
         nn.Module.__init__(self)  # and not the host's
         self.mechanism = target.mechanism
+        # Without the weights, which the sub-modules hold: `source` reads them there, after training too.
         self.settings = replace(target, q=None, k=None, v=None, o=None, align=None)
         for letter, name in MAPS.items():
             found: LinearMap | None = getattr(target, letter)
             part: nn.Module = nn.Identity()
             if found is not None:
+                # A shell on the meta device, where nothing is drawn or allocated; into() sets its weights and sizes.
                 part = nn.Linear(1, 1, device="meta")
                 found.into(part)
             setattr(self, name, part)
@@ -112,9 +116,11 @@ class HostAttention(nn.Module):
         """A module of this class and of the host's, in the place of ``old``, the host's or a converted one."""
         host = type(old).host if isinstance(old, HostAttention) else type(old)
         merged = converted_class(cls, host)
+        # The host's constructor is not called: it would build and draw weights that are not needed.
         new: Self = merged.__new__(merged)
         HostAttention.__init__(new, target)
         for name, value in vars(old).items():
+            # The host's plain attributes, such as config and layer_idx; an underscore begins those of nn.Module itself.
             if not name.startswith("_") and name not in vars(new):
                 object.__setattr__(new, name, value)
         for name in cls.keeps:
@@ -152,6 +158,7 @@ class HostAttention(nn.Module):
         k_BGSH = self.heads(self.k_proj(y_BSD))
         v_BGSH = k_BGSH if self.shares_slices else self.heads(self.v_proj(y_BSD))
         if update is not None:
+            # The cache gets values before W_A, because each new token changes what W_A makes of all positions.
             k_BGSH, v_BGSH = self._cached(k_BGSH, v_BGSH, update)
         return self.finish(q_BNLH, k_BGSH, v_BGSH, mask=mask, causal=causal, bias=bias, need_weights=need_weights)
 
@@ -212,6 +219,7 @@ class HostAttention(nn.Module):
 
     @classmethod
     def _ours(cls) -> type[HostAttention]:
+        # converted_class() names ours first among the bases of the class that it makes.
         return cast("type[HostAttention]", cls.__mro__[1]) if "host" in vars(cls) else cls
 
     def extra_repr(self) -> str:
@@ -227,6 +235,7 @@ _CLASSES: dict[tuple[type, type], Any] = {}
 
 def converted_class(ours: type[HostAttention], host: type[nn.Module]) -> Any:
     """A class that computes as ``ours`` does and is a subclass of ``host`` for all who ask; always the same one."""
+    # One class for each pair, because type comparisons and pickles need the same object each time.
     if (ours, host) not in _CLASSES:
         body = {"host": host, "__doc__": f"{host.__name__} with another mechanism.", "__module__": ours.__module__}
         _CLASSES[ours, host] = type(f"Converted{host.__name__}", (ours, host), body)
@@ -256,6 +265,7 @@ def together(mask: Tensor | None, bias: Tensor | None) -> Tensor | None:
     """One mask from a mask and an additive bias."""
     if mask is None or bias is None:
         return bias if mask is None else mask
+    # A bool mask says True = attend here, as in transformers' masks for SDPA.
     return bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
 
 
@@ -265,6 +275,7 @@ def hidden_positions(mask: Tensor | None) -> Tensor | None:
         return None
     if mask.dtype == torch.bool:
         return ~mask.any(dim=2).any(dim=1)
+    # The lowest number is what transformers writes for padding, and -inf lies below it.
     return (mask <= torch.finfo(mask.dtype).min).all(dim=2).all(dim=1)
 
 

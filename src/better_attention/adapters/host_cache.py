@@ -13,6 +13,7 @@ def own_cache(cache: Any, layer: int | None, kwargs: Any) -> Update | None:
     """How self-attention appends to ``cache``; None without one."""
     if cache is None:
         return None
+    # An encoder-decoder cache holds two caches; any other one is itself that of self-attention.
     inner = getattr(cache, "self_attention_cache", cache)
 
     def update(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,8 +55,10 @@ def attend_across(
     if not hasattr(cache, "cross_attention_cache"):
         return module.attend(x_BLD, y_BSD, mask=mask, need_weights=need_weights)
     across = cache.cross_attention_cache
+    # The encoder's output is the same for every generated token, so its keys and values are not computed again.
     if cache.is_updated.get(layer):
         kept = across.layers[layer]
+        # HostAttention._cached() stored values of no width, because the keys are the values.
         values = kept.keys if module.shares_slices else kept.values
         query = module.heads(module.q_proj(x_BLD))
         return module.finish(query, kept.keys, values, mask=mask, need_weights=need_weights)

@@ -60,6 +60,7 @@ def probe(core: nn.Module, call: CoreCall, *, need_weights: bool) -> Probe:
     with _watched(core, seen, need_weights):
         if isinstance(core, MultiheadAttention):
             bound = inspect.signature(core.forward).bind(*call.args, **call.kwargs)
+            # Whatever the model asked for: averaged weights would hide what each head does.
             bound.arguments |= {"need_weights": need_weights, "average_attn_weights": False}
             weights = cast("Tensor | None", core(*bound.args, **bound.kwargs)[1])
             if weights is not None:
@@ -67,6 +68,7 @@ def probe(core: nn.Module, call: CoreCall, *, need_weights: bool) -> Probe:
         else:
             core(*call.args, **call.kwargs)
     batch_first = core.batch_first if isinstance(core, MultiheadAttention) else True
+    # Only these two are in the caller's layout: the layer computes with batch-first tensors up to the join of heads.
     joined = (_batch_first(seen[name], batch_first) for name in ("mixed", "output"))
     # Where keys and values are the same slices, a host's layer takes them once.
     value = seen.get("aligned", seen.get("value", seen["key"]))
@@ -103,6 +105,7 @@ def _watched(core: nn.Module, seen: dict[str, Tensor], need_weights: bool) -> It
 
     def weights(module: Score, args: Any, output: Any) -> None:
         q_BNLH, k_BGSH, v_BGSH, mask, causal, _ = args
+        # By forward: a call of the module would run this hook again, without end.
         found = module.forward(q_BNLH, k_BGSH, v_BGSH, mask, causal, need_weights=True)[1]
         assert found is not None  # noqa: S101 - for the type checker
         seen["weights"] = found.detach()

@@ -46,6 +46,7 @@ class LinearMap:
         """Make this the map of ``linear``, whose own weights may lie on the meta device."""
         linear.weight = as_parameter(self.weight, self.trains)
         linear.bias = None if self.bias is None else as_parameter(self.bias, self.trains)  # type: ignore[assignment]
+        # nn.Linear does not derive its sizes from the weight, and programs read them.
         linear.out_features, linear.in_features = self.weight.shape
 
 
@@ -105,6 +106,7 @@ class Source:
 
     def maps(self) -> Iterator[tuple[str, LinearMap]]:
         """The letters and maps that are there."""
+        # In the order of MAPS, because reports and `sample` should not depend on how a mechanism was written.
         for letter in MAPS:
             found = getattr(self, letter)
             if found is not None:
@@ -137,6 +139,7 @@ class Source:
     def flops(self, length: int) -> int:
         """Operations of the matrix products of one forward pass over ``length`` tokens, as :func:`cost` counts them."""
         linear = sum(m.weight.numel() for _, m in self.maps())
+        # Two products, queries with keys and weights with values; a multiply-add counts as two.
         mixed = 4 * length * length * self.num_heads * self.head_dim
         aligned = 2 * length * length * self.value_width if self.align else 0
         return 2 * length * linear + mixed + aligned
@@ -156,6 +159,7 @@ def as_parameter(x: Tensor, trains: bool) -> nn.Parameter:
     """``x`` itself if it is a Parameter, so that ties survive; a Parameter of its own storage otherwise."""
     if isinstance(x, nn.Parameter):
         return x
+    # A clone, because the tensor may be a view of the old layer's packed matrix.
     return nn.Parameter(x.detach().clone(memory_format=torch.contiguous_format), requires_grad=trains)
 
 
@@ -168,6 +172,7 @@ def kernel_of(align: nn.Module) -> Kernel | None:
 
 def alignment(kernel: Kernel, num_heads: int, compiled: bool = True) -> Alignment:
     """The module of a W_A, with these weights."""
+    # On the meta device nothing is drawn: both parameters are replaced below.
     module = Alignment(
         kernel.max_len,
         num_heads,

@@ -71,6 +71,7 @@ class TimmLayer(nn.Module):
             mechanism=self.mechanism,
             **self.settings,
         )
+        # Our layer has one switch for all biases and timm two, so that biases are built and then removed.
         with_bias = {
             "q_proj": qkv_bias,
             "k_proj": qkv_bias,
@@ -81,6 +82,7 @@ class TimmLayer(nn.Module):
         for name, wanted in with_bias.items():
             part = self.attention.get_submodule(name)
             if not wanted and getattr(part, "bias", None) is not None:
+                # None by registration, so that state dicts treat it like a layer that was built without a bias.
                 part.register_parameter("bias", None)
         self.proj_drop = nn.Dropout(proj_drop)
 
@@ -103,6 +105,7 @@ class TimmLayer(nn.Module):
 
     def _as_layer_mask(self, mask: Tensor, batch: int, length: int) -> Tensor:
         """(L, L) or (B heads, L, L), bool: True = hide."""
+        # timm means True = attend, as SDPA does, and torch's layer the opposite.
         if mask.dtype == torch.bool:
             mask = ~mask
         if mask.dim() == 2:
@@ -111,6 +114,7 @@ class TimmLayer(nn.Module):
             raise ValueError(
                 f"attn_mask must have shape (L, L), (B, L, L) or (B, 1 or heads, L, L), received {tuple(mask.shape)}."
             )
+        # torch's layer has no mask per sample: (B heads, L, L), heads fastest, is the form that it takes.
         wide = mask[:, None] if mask.dim() == 3 else mask
         return wide.expand(batch, self.attention.num_heads, length, length).flatten(0, 1)
 

@@ -82,6 +82,7 @@ def attend(
     """
     _refuse_other_functions(module, attention_mask, options)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    # A single query is the newest token, which sees all keys; a mask says by itself what is hidden.
     causal = bool(query.shape[2] > 1 and attention_mask is None and causal)
     if causal and key.shape[2] > query.shape[2]:
         # The first tokens with a static cache, whose remaining places are still empty: later keys are hidden anyway.
@@ -147,6 +148,7 @@ def register() -> None:
     """
     for name, score in implementations().items():
         AttentionInterface.register(name, attention_of(score))
+        # Masks as for SDPA: bool with True = attend, or None where causality says all.
         AttentionMaskInterface.register(name, sdpa_mask)
 
 

@@ -63,9 +63,11 @@ class Call:
 
     def with_repeated_heads(self) -> Call:
         """The same call with k and v repeated to N heads (a no-op without grouped queries)."""
+        # max() guards an empty head dimension, which would divide by zero.
         groups = self.q_BNLH.shape[1] // max(1, self.k_BNSH.shape[1])
         if groups == 1:
             return self
+        # Neighbouring query heads share a key head, as in torch's enable_gqa: query head n reads key head n // groups.
         k_BNSH = self.k_BNSH.repeat_interleave(groups, dim=1)
         v_BNSH = k_BNSH if self.v_BNSH is self.k_BNSH else self.v_BNSH.repeat_interleave(groups, dim=1)
         return replace(self, k_BNSH=k_BNSH, v_BNSH=v_BNSH)
@@ -78,11 +80,14 @@ def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if mask.dtype == dtype:
         return mask
+    # float16 and bfloat16 meet in float32, because neither contains the other: the clamp below applies both ways.
     wide = torch.promote_types(mask.dtype, dtype)
     if wide == dtype:
         return mask.to(dtype)
     limits = torch.finfo(dtype)
+    # Clamped before the conversion, because afterwards what is too large is infinite already.
     narrow = mask.to(wide).clamp(limits.min, limits.max).to(dtype)
+    # The clamp made -inf finite as well, but -inf hides a key, where the lowest number may be only a large bias.
     return narrow.masked_fill(mask == -torch.inf, -torch.inf)
 
 

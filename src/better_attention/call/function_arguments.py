@@ -32,6 +32,7 @@ class Lead:
         """(..., N, rows, columns) as (B, N, rows, columns); any size may be another than the result's."""
         lead = x.shape[:-2]
         if self.heads is None:
+            # The product of no sizes is 1: an input (N, L, H) becomes a batch of one, and (L, H) gets one head besides.
             return x.reshape(math.prod(lead[:-1]), lead[-1] if lead else 1, *x.shape[-2:])
         batch = self._batch(self.heads)
         x = x.permute(*batch, *self.heads, x.dim() - 2, x.dim() - 1)
@@ -43,6 +44,7 @@ class Lead:
             return x_BNLW.reshape(*self.sizes, *x_BNLW.shape[-2:])
         order = (*self._batch(self.heads), *self.heads)
         x = x_BNLW.reshape(*(self.sizes[d] for d in order), *x_BNLW.shape[-2:])
+        # order.index inverts the permutation of fold(), which puts every dimension back where the caller had it.
         return x.permute(*(order.index(d) for d in range(len(order))), x.dim() - 2, x.dim() - 1)
 
     def _batch(self, heads: tuple[int, ...]) -> tuple[int, ...]:
@@ -72,6 +74,7 @@ def prepare(
     lead = Lead(sizes)
     if attn_mask is not None:
         attn_mask = _check_mask(attn_mask, (*sizes, query.shape[-2], key.shape[-2]), query.device)
+        # Up to four dimensions the mask broadcasts by strides with N alone as the heads.
         if attn_mask.dim() > 4:
             lead = Lead(sizes, _grouped(sizes, tuple(attn_mask.shape)))
     call = Call(
@@ -79,6 +82,7 @@ def prepare(
         mask_BNLS=None if attn_mask is None else _mask(attn_mask, lead),
         causal=is_causal,
         score=score,
+        # Heads of width 0 are allowed; all their scores are 0, whatever the scale.
         scale=1.0 / math.sqrt(max(1, query.shape[-1])) if scale is None else check_float(scale, "scale"),
         dropout_p=check_float(dropout_p, "dropout_p", low=0.0, high=1.0),
         need_weights=need_weights,
@@ -103,7 +107,9 @@ def same_dtype(query: Tensor, key: Tensor, value: Tensor, *, projected: bool = F
         raise ValueError(f"{names} must be on one device, received {query.device}, {key.device}, {value.device}.")
     dtype = autocast_dtype(device)
     if dtype is not None:
+        # A conversion makes a new tensor each time, and the kernels read key and value that are one only once.
         aliased = value is key
+        # float64 stays as it is, because torch's autocast does not convert it either.
         query, key, value = (x if x.dtype == torch.float64 else x.to(dtype) for x in (query, key, value))
         value = key if aliased else value
     if not query.dtype == key.dtype == value.dtype:
@@ -129,6 +135,7 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -
     if enable_gqa:
         if not lead_q or not lead_k or lead_k[-1] != (lead_v or (0,))[-1] or lead_k[-1] == 0 or lead_q[-1] % lead_k[-1]:
             raise wrong("as many value heads as key heads, and query heads a multiple of them (enable_gqa=True)")
+        # The numbers of heads are settled here and set to 1, so that only the dimensions before them have to broadcast.
         heads = lead_q[-1]
         lead_q, lead_k, lead_v = ((*x[:-1], 1) for x in (lead_q, lead_k, lead_v))
     if lead_q == lead_k == lead_v:  # the general answer takes longer than a small attention
@@ -137,6 +144,7 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -
         lead = torch.broadcast_shapes(lead_q, lead_k, lead_v)
     except RuntimeError:
         hint = "" if enable_gqa else " (enable_gqa=True for grouped query heads)"
+        # torch's message names sizes, but not which argument has them.
         raise wrong(f"leading dimensions that broadcast together{hint}") from None
     return (*lead[:-1], heads) if enable_gqa else tuple(lead)
 
@@ -154,6 +162,7 @@ def _four_dimensional(
         x = x.expand(*sizes[:-1], *((heads,) if sizes else ()), *x.shape[-2:])
         return x if x.dim() == 4 else lead.fold(x)
 
+    # shaped() may make a new object, and key and value that are one tensor have to stay one for the kernels.
     k_BNSH = shaped(key)
     return shaped(query), k_BNSH, k_BNSH if value is key else shaped(value)
 
@@ -165,6 +174,7 @@ def _check_mask(attn_mask: Tensor, shape: tuple[int, ...], device: torch.device)
     if (
         mask.dim() == 0
         or mask.dim() > len(shape)
+        # By hand: broadcast_shapes would accept a mask that enlarges the call. Another rank fails the tests above.
         or any(m not in (1, s) for m, s in zip(mask.shape, trailing, strict=True))
     ):
         raise ValueError(f"attn_mask must broadcast to (..., L, S) = {shape}, received {describe(mask)}.")
@@ -177,6 +187,7 @@ def _grouped(sizes: tuple[int, ...], mask: tuple[int, ...]) -> tuple[int, ...] |
     Strides can broadcast a mask over the whole batch or over all heads, but not over a part of either: what the mask
     repeats goes to one of them, what it does not to the other.
     """
+    # The zip is not strict because the mask ends with L and S, which are not among the leading sizes.
     repeats = [m == 1 and s != 1 for m, s in zip(mask, sizes, strict=False)]
     if not any(repeats[:-1]) or all(repeats[:-1]):
         return None

@@ -29,6 +29,7 @@ def check_mask(mask: object, name: str, *, one_means: str, device: torch.device)
     """
     if not isinstance(mask, Tensor):
         raise TypeError(f"{name} must be a bool or float tensor, received {describe(mask)}.")
+    # Before the layout: the older kind of nested tensor has the layout torch.strided and would pass that check.
     if mask.is_nested:
         raise TypeError(f"{name} is a nested tensor: pad it with torch.nested.to_padded_tensor(mask, padding).")
     if mask.layout != torch.strided:
@@ -83,8 +84,10 @@ def _zeros_and_ones(mask: Tensor) -> bool:
     try:
         mask = without_repeats(mask)
         low, high = torch.aminmax(mask.detach())
+        # A mask of zeros alone is harmless, so there has to be a 1. Most masks end here, after a single pass.
         if not (high == 1.0 and (low == 0.0 or low == 1.0)):
             return False
+        # The extremes 0 and 1 alone could belong to a bias with values in between.
         return bool(((mask == 0.0) | (mask == 1.0)).all())
     except RuntimeError:  # no values to look at: meta and fake tensors, vmap
         return False
@@ -99,6 +102,7 @@ def hides_the_future(mask_BNLS: Tensor) -> bool:
 
     Values can be read in eager mode, and by torch.jit.trace: what it traces with, its result is made for.
     """
+    # There are no values yet: refuse_leak() in layer/alignment.py makes the question a part of the compiled program.
     if torch.compiler.is_compiling():
         return False
     try:

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 PRIVATE_NAMES: list[str] = []
 """``module:attribute`` of every name below, in order of appearance."""
 
+# None is no sign of absence, because a private name may well have the value None.
 _MISSING = object()
 
 
@@ -97,6 +98,7 @@ _version = _private("torch:Tensor._version", None)
 
 def version(x: Tensor) -> int | None:
     """How often ``x`` was changed in place, None where that is not counted. Assumed: unknown."""
+    # An inference tensor raises RuntimeError when it is asked for its version.
     return None if _version is None or x.is_inference() else x._version
 
 
@@ -126,6 +128,7 @@ def check_when_run(condition: Tensor, message: str) -> None:
 
 # --- what a module is --------------------------------------------------------------------------------------------
 
+# What was there when this package was imported. A library that patched it earlier counts as torch's own.
 _module_call = nn.Module.__call__
 _module_call_within = _private("torch.nn:Module._call_impl", None)
 _linear = _private("torch:_C._nn.linear", None)
@@ -143,6 +146,7 @@ def is_unpatched() -> bool:
         nn.Module.__call__ is _module_call
         and _module_call_within is not None
         and nn.Module._call_impl is _module_call_within  # looked up again, so that a patch of it alone takes effect
+        # F.linear is the builtin function itself, so a replacement in Python is always another object.
         and F.linear is _linear
         and _is_torchs(nn.Linear.forward)
         and _is_torchs(nn.Identity.forward)
@@ -157,6 +161,7 @@ def _is_torchs(forward: Any) -> bool:
 
 def is_bare(part: nn.Module) -> bool:
     """Whether calling a module runs its class's ``forward`` and nothing else: no hook of its own, nothing patched."""
+    # The instance's dictionary: a patched forward is stored there. A name of torch's that is absent counts as a hook.
     state = part.__dict__
     return not (
         "forward" in state

@@ -78,6 +78,7 @@ def zero_rows(x: Tensor, rows: Tensor) -> Tensor:
 def quiet() -> bool:
     """Whether nothing traces, transforms, observes or replaces operators at the moment."""
     return not (
+        # First, because torch.compile knows the answer: the private functions behind it are then never traced.
         torch.compiler.is_compiling()
         or is_tracing()
         or dispatch_modes()
@@ -106,6 +107,7 @@ def are_plain(*tensors: Tensor | None) -> bool:
     for x in tensors:
         if x is None:
             continue
+        # A subclass that overrides functions only (__torch_function__) has the dispatch keys of an ordinary tensor.
         if type(x) is not Tensor and type(x) is not nn.Parameter:
             return False
         keys = dispatch_keys(x)
@@ -124,6 +126,7 @@ def _learn_plain_keys() -> frozenset[int]:
     for inference in (False, True):
         with torch.inference_mode(inference):
             keys = dispatch_keys(torch.empty(0, device="cpu"))
+            # None where this version of torch has no dispatch keys: are_plain() refuses every tensor then.
             plain.append(keys and keys.raw_repr())
     _plain_keys = frozenset(plain)
     return _plain_keys
@@ -167,6 +170,7 @@ def _in_onnx_export() -> bool:
     return torch.onnx.is_in_onnx_export()
 
 
+# Not a global variable, so that an export in another thread keeps its own answer.
 _onnx_attention = ContextVar("whether ONNX exports in progress may use the operator Attention", default=False)
 
 
@@ -198,6 +202,7 @@ def with_tangents(tensors: Mapping[str, Tensor | None]) -> list[str]:
     return [
         name
         for name, x in tensors.items()
+        # Under torch.func a tangent may be in an inner wrapper, and unpack_dual may fail: every tensor may have one.
         if x is not None and (hidden or forward_ad.unpack_dual(x).tangent is not None)
     ]
 

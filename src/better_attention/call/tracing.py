@@ -27,6 +27,7 @@ def module_node(module: nn.Module, arguments: Mapping[str, Any]) -> Any:
     """
     tracer = arguments["query"].tracer
     path = tracer.path_of_module(module)
+    # torch.fx gives the traced module itself the empty path.
     if not path:
         raise TypeError(
             f"torch.fx.symbolic_trace received a {type(module).__name__} itself, which is one node of a graph like "

@@ -65,6 +65,7 @@ def calls_of(model: nn.Module, site: Site, batches: list[Any]) -> list[CoreCall]
     try:
         with evaluating(model):
             for number, batch in enumerate(batches):
+                # The first batch runs to its end and shows how often the module is called: if once, others end there.
                 before = len(calls)
                 _run(model, batch, number)
                 if len(calls) == before:
@@ -100,6 +101,7 @@ def _run(model: nn.Module, batch: Any, number: int) -> None:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients, and without the fast path of nn.TransformerEncoder, which calls no layer."""
+    # Each module's own mode, because train() on the model would switch parts that the user had frozen in eval mode.
     modes = [(module, module.training) for module in model.modules()]
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -125,6 +127,7 @@ class Fit:
     @torch.no_grad()
     def __init__(self, site: Site, source: Source, calls: list[CoreCall]) -> None:
         self.site, self.source, self.calls = site, source, calls
+        # The old function in a layer of ours, because only ours can be probed from inside.
         self.old = site.adapter.build(site.module, source).eval()
         self.heads: list[HeadFit] = []
         self.error_before = self.error_after = 0.0
@@ -141,6 +144,7 @@ class Fit:
         """
         keys = self._compare(folded.source)
         self.error_after = self.error_before
+        # Errors are reported for exact conversions too: they show the rounding.
         if folded.exact:
             return folded
         source = folded.source
@@ -150,9 +154,11 @@ class Fit:
             source = source.with_maps(q=query_times(self.source, self.source.q, B_NHH, source.q.trains))
             folded.note("q_proj", "approximated", "fitted to the calibration inputs, without W_K")
         folded.note("out_proj", "approximated", "fitted to the calibration inputs")
+        # W_O comes last, because it has to make up for what the new weights changed before it.
         source = self._with_output(source)
         if source.align is not None and self.source.align is None and source.align.weight.dim() == 2:
             folded.note("align", "new", "fitted to the calibration inputs")
+            # W_O is fitted twice: W_A needs a W_O to be fitted behind, and changes the mixed values that W_O reads.
             source = self._with_output(self._with_kernel(source))
         return replace(folded, source=source)
 
@@ -171,6 +177,7 @@ class Fit:
             weights = then.weights_BNLS
             assert weights is not None  # noqa: S101 - for the type checker: they were asked for
             self.length = max(self.length, weights.shape[-1])
+            # Padding is left out of errors and fits: what a layer returns there is never read.
             self.rows.append(tokens(weights))
             self.outputs.append(then.output_BLD[self.rows[-1]])
             got.append(now.output_BLD[self.rows[-1]])
@@ -192,6 +199,7 @@ class Fit:
         new = self._build(folded)
         for call, rows, output in zip(self.calls, self.rows, self.outputs, strict=True):
             regression.add(probe(new, call, need_weights=False).mixed_BLM[rows], output)
+        # Below this number the equations have no single solution, and the ridge would hide it.
         unknown = start.weight.shape[1] + 1
         if regression.rows < unknown:
             raise ValueError(
@@ -213,6 +221,7 @@ class Fit:
             now = probe(new, call, need_weights=True)
             assert now.weights_BNLS is not None  # noqa: S101 - for the type checker: they were asked for
             values = _heads(now.value_BSV, self.source.head_dim, self.source.num_heads)
+            # What is fitted is a change of W_A, which explains what the output still lacks.
             missing_RD = output - now.output_BLD[rows]
             batches.append(Mixing(_wide(now.weights_BNLS), _wide(values), _wide(missing_RD), rows))
         fit = KernelFit(batches, o.weight.detach(), align.max_len, align.causal, align.bias is not None)
@@ -223,6 +232,7 @@ class Fit:
 
 
 def _wide(x: Tensor) -> Tensor:
+    # Products in 16 bits would lose the small differences that a fit is about.
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -230,6 +240,7 @@ def _heads(x_BSK: Tensor, head_dim: int, num_heads: int) -> Tensor:
     """(B, N, S, H), grouped heads repeated."""
     B, S, K = x_BSK.shape
     x_BGSH = x_BSK.reshape(B, S, K // head_dim, head_dim).transpose(1, 2)
+    # Whatever the grouping: the width alone says how many heads there are.
     return x_BGSH.repeat_interleave(num_heads * head_dim // K, dim=1)
 
 

@@ -94,9 +94,11 @@ def convert(
     work = Replacements(model)
     try:
         done = [_convert_site(work, site, plan) for site in sites]
+    # Ctrl-C too: a long fit that is interrupted must leave the model as it was.
     except BaseException:
         work.take_back()
         raise
+    # Calibration knows how long the sequences are; only without it is a length assumed.
     length = max((one.fit.length for one in done if one.fit is not None), default=max_len or LENGTH)
     return ConversionReport(target.name, length, [_report(one, length) for one in done], left)
 
@@ -141,6 +143,7 @@ def _refuse(sites: list[Site], plan: Plan, exact: bool) -> None:
             why = impossible(source, plan.target, plan.max_len, plan.align_causal)
         if source is not None and not why and exact:
             why = obstacles(source, plan.target)
+            # Remembered, because only then does exact=False help.
             approximate = approximate or bool(why)
         reasons += [f"  {site.name or '(the model)'}: {reason}" for reason in why]
         if not site.name and not site.adapter.place:
@@ -162,9 +165,11 @@ def _convert_site(work: Replacements, site: Site, plan: Plan) -> Done:
     folded = fold(source, plan.target, max_len=plan.max_len, align_causal=causal)
     fit = None
     if plan.batches is not None:
+        # The model runs with the layers before this one already converted: these are the inputs that it will get.
         fit = Fit(site, source, calls_of(work.model, site, plan.batches))
         folded = fit.run(folded)
     new = site.adapter.build(site.module, folded.source)
+    # Only here is known which parameters the new layer still has.
     _refuse_broken_ties(work.model, site, new)
     install(work, site, new, plan.keep_original)
     return Done(site, source, folded, fit)
@@ -172,6 +177,7 @@ def _convert_site(work: Replacements, site: Site, plan: Plan) -> Done:
 
 def _refuse_broken_ties(model: nn.Module, site: Site, new: nn.Module) -> None:
     """A parameter that this layer shares with another module and no longer has would silently become two."""
+    # By identity: equal values are no tie.
     kept = {id(p) for p in new.parameters()}
     inside = {id(m) for m in site.module.modules()}
     for name, module in model.named_modules():

@@ -28,6 +28,7 @@ from better_attention.positions import rotate
 
 from .report import HeadFit
 
+# Sums of squares lose half of the digits, so that float32 would leave three or four for the solution.
 SOLVE = torch.float64
 RIDGE = 1e-4
 """Strength of the pull towards the start, as a share of the mean variance."""
@@ -52,6 +53,7 @@ class KeyRegression:
     def add(self, old_BNSH: Tensor, new_BNSH: Tensor, weights_BNLS: Tensor) -> None:
         """Add the keys of one batch: old, and new (the slices), under the old weights."""
         old, new, weights = (x.to(SOLVE) for x in (old_BNSH, new_BNSH, weights_BNLS))
+        # Keys are counted by all weight that they receive, so that no (B, N, L, S, H) tensor is ever made.
         count_BNS1 = weights.sum(dim=2)[..., None]
         means = (weights @ old, weights @ new)
         self.across_NHH += _covariance(old, new, count_BNS1, *means)
@@ -62,8 +64,10 @@ class KeyRegression:
         self, old_BNSH: Tensor, new_BNSH: Tensor, weights_BNLS: Tensor, cos_BSP: Tensor, sin_BSP: Tensor
     ) -> None:
         """The same in self-attention with rotary positions: each query sees the keys turned by their distance to it."""
+        # One query at a time: each sees the keys turned differently, and all at once would need L times the memory.
         for query in range(weights_BNLS.shape[2]):
             cos_l, sin_l = cos_BSP[:, query : query + 1], sin_BSP[:, query : query + 1]
+            # Cosine and sine of the difference of two angles, by the addition theorems.
             cos = (cos_BSP * cos_l + sin_BSP * sin_l)[:, None]
             sin = (sin_BSP * cos_l - cos_BSP * sin_l)[:, None]
             old, new = rotate(old_BNSH, cos, sin), rotate(new_BNSH, cos, sin)
@@ -72,22 +76,27 @@ class KeyRegression:
     def solve(self) -> Tensor:
         """B for each head, (N, H, H): the new query is ``q @ B``."""
         eye = torch.eye(self.within_NHH.shape[-1], dtype=SOLVE, device=self.within_NHH.device)
+        # Relative to the variance, so that the strength does not depend on the units of the inputs.
         pull = RIDGE * self.within_NHH.diagonal(dim1=-2, dim2=-1).mean(dim=-1)[:, None, None].clamp_min(1e-30)
         wanted = self.across_NHH + pull * self.towards_NHH
+        # B C_ss = C_ks is solved transposed, because solve() takes the unknown on the right; C_ss is symmetric.
         solution: Tensor = torch.linalg.solve(self.within_NHH + pull * eye, wanted.mT)
         return solution.mT
 
     def fits(self, B_NHH: Tensor, product_rank: list[int]) -> list[HeadFit]:
         """For each head the rank of its old product, and the share of the keys' variance that is not reproduced."""
+        # The variance of k - B s, expanded into the three sums that were gathered.
         missed = self.old_NHH - B_NHH @ self.across_NHH.mT - self.across_NHH @ B_NHH.mT
         missed = missed + B_NHH @ self.within_NHH @ B_NHH.mT
         share = missed.diagonal(dim1=-2, dim2=-1).sum(-1) / self.old_NHH.diagonal(dim1=-2, dim2=-1).sum(-1)
+        # A head whose keys do not vary is 0 / 0; rounding can leave the range from 0 to 1.
         shares = share.nan_to_num(0.0).clamp(0.0, 1.0).tolist()
         return [HeadFit(rank, residual) for rank, residual in zip(product_rank, shares, strict=True)]
 
 
 def _covariance(a: Tensor, b: Tensor, count_BNS1: Tensor, mean_a: Tensor, mean_b: Tensor) -> Tensor:
     """Sum over queries of the covariance of a and b under that query's weights, (N, H, H)."""
+    # E[a b] - E[a] E[b]. The difference cancels digits, one reason more for float64.
     return ((a * count_BNS1).mT @ b - mean_a.mT @ mean_b).sum(dim=0)
 
 
@@ -115,6 +124,7 @@ class OutputRegression:
     def add(self, mixed_RM: Tensor, output_RD: Tensor) -> None:
         """Add rows: mixed values of the new layer, outputs of the old one."""
         mixed, output = mixed_RM.to(SOLVE), output_RD.to(SOLVE)
+        # The column of ones makes the bias one more weight; without a bias zeros keep the shapes the same.
         rows = torch.cat([mixed, mixed.new_full((len(mixed), 1), 1.0 if self.bias else 0.0)], dim=1)
         self.gram += rows.mT @ rows
         self.moment += rows.mT @ output
@@ -125,6 +135,7 @@ class OutputRegression:
         """Weight (D, M) and bias (D,)."""
         M = self.gram.shape[0] - 1
         pull = RIDGE * self.gram.diagonal()[:M].mean().clamp_min(1e-30)
+        # The bias is not pulled. Without one, 1 keeps its row of zeros from making the system singular.
         penalty = torch.diag(torch.cat([pull.expand(M), pull.new_tensor([0.0 if self.bias else 1.0])]))
         start = torch.cat([self.towards.to(SOLVE).mT, self.moment.new_zeros(1, self.moment.shape[1])])
         solution = torch.linalg.solve(self.gram + penalty, self.moment + penalty @ start)
@@ -134,7 +145,9 @@ class OutputRegression:
         """Norm of what this map misses of the outputs, divided by their norm; from the sums alone."""
         end = self.moment.new_zeros(self.moment.shape[1]) if bias is None else bias.to(SOLVE)
         map_MD = torch.cat([weight.to(SOLVE).mT, end[None]])
+        # |y - x W|^2 is |y|^2 - 2 <W, x'y> + <W, x'x W>, so that the rows need not be kept.
         missed = self.total - 2 * float((map_MD * self.moment).sum()) + float((map_MD * (self.gram @ map_MD)).sum())
+        # Rounding can make a perfect fit negative.
         return (max(missed, 0.0) / self.total) ** 0.5 if self.total else 0.0
 
 

@@ -58,11 +58,14 @@ class KernelFit:
         wanted, curvature = self._gradient()
         pull = RIDGE * curvature.clamp_min(1e-30)
         x = torch.zeros_like(wanted)
+        # The start is 0, so the first residual is the right-hand side itself.
         residual, direction = wanted.clone(), wanted.clone()
         size = first = float(residual.square().sum())
         for _ in range(self.steps):
+            # `size` and `first` are squares of norms, hence the square.
             if size <= first * self.enough**2:
                 break
+            # The ridge makes the matrix positive definite, which conjugate gradients rely on.
             product = self._product(direction) + pull * direction
             step = size / float((direction * product).sum())
             x += step * direction
@@ -78,6 +81,7 @@ class KernelFit:
         for batch in self.batches:
             wide = self.output.to(batch.values_BNSH.dtype)
             missing_BLM = wide.new_zeros(*batch.rows_BL.shape, wide.shape[1])
+            # Padding keeps zeros: it asks for nothing and pulls at nothing.
             missing_BLM[batch.rows_BL] = batch.missing_RD @ wide
             self._add(total, batch, missing_BLM)
             count += float(batch.values_BNSH.square().sum())
@@ -88,11 +92,13 @@ class KernelFit:
     def _product(self, x: Tensor) -> Tensor:
         """The normal matrix times x, W_A's change with that of its bias as a last row."""
         total = torch.zeros_like(x)
+        # W_O and back in one product, so that each batch is multiplied once instead of twice.
         gram = self.output.to(SOLVE).mT @ self.output.to(SOLVE)
         for batch in self.batches:
             values, S = batch.values_BNSH, batch.values_BNSH.shape[2]
             change = x.to(values.dtype)
             mixed_BNLH = batch.weights_BNLS @ (change[:S, :S] @ values + change[-1, :S, None])
+            # Rows of padding are left out here as on the right-hand side, or the two would be of different problems.
             joined_BLM = mixed_BNLH.transpose(1, 2).flatten(2) * batch.rows_BL[..., None]
             self._add(total, batch, joined_BLM @ gram.to(values.dtype))
         return self._kept(total)
@@ -100,12 +106,15 @@ class KernelFit:
     def _add(self, total: Tensor, batch: Mixing, slope_BLM: Tensor) -> None:
         B, N, S, H = batch.values_BNSH.shape
         slope_BNLH = slope_BLM.view(B, -1, N, H).transpose(1, 2)
+        # The transpose of the map: the normal matrix applies the map and then its transpose.
         back_BNSH = batch.weights_BNLS.mT @ slope_BNLH
+        # Batch, heads and features become one long dimension, because they share one W_A.
         flat = (x.permute(2, 0, 1, 3).reshape(S, -1) for x in (back_BNSH, batch.values_BNSH))
         total[:S, :S] += next(flat) @ next(flat).mT
         total[-1, :S] += back_BNSH.sum(dim=(0, 1, 3))
 
     def _kept(self, x: Tensor) -> Tensor:
         """Without what must stay zero."""
+        # Entries that must stay zero are projected out of every product, so that no step can reach them.
         square = x[:-1].tril() if self.causal else x[:-1]
         return torch.cat([square, x[-1:] if self.bias else torch.zeros_like(x[-1:])])

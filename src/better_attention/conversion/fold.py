@@ -64,6 +64,7 @@ def impossible(source: Source, target: Mechanism, max_len: int | None, align_cau
         for letter, name in gone.items()
         if letter not in target.projections
     ]
+    # A slice is cut from the input itself, which therefore has to be as wide as all heads together.
     joined = source.num_heads * source.head_dim
     for letter, word in (("k", "key"), ("v", "value")):
         found: LinearMap | None = getattr(source, letter)
@@ -96,6 +97,7 @@ def fold(source: Source, target: Mechanism, *, max_len: int | None = None, align
     _scores(result, source, target)
     _values(result, source, target)
     _alignment(result, source, target, max_len, align_causal)
+    # From the source and not from the result, so that _refuse() can ask the same before anything is computed.
     result.inexact = obstacles(source, target)
     return result
 
@@ -141,9 +143,11 @@ def score_obstacles(source: Source, target: Mechanism) -> list[str]:
             f"W_K cannot be folded into W_Q with {source.num_heads} heads: each sees {source.head_dim} of "
             f"{source.width} columns of the input"
         )
+    # The rotation by the distance of query and key stands between the two maps and need not commute with them.
     if source.rotary:
         reasons.append("rotary positions stand between W_Q and W_K")
     bias = source.k.bias
+    # In softmax a term that is the same for all keys cancels; a score of another form depends on it.
     if target.score != "softmax" and bias is not None and bool(bias.any()):
         reasons.append(f"the bias of W_K does not cancel in the score {target.score!r}")
     return reasons
@@ -170,6 +174,7 @@ def value_obstacles(source: Source, target: Mechanism) -> list[str]:
             f"{source.width} columns of the input"
         )
     bias = source.v.bias
+    # b_V passes through the weights unchanged, because their rows sum to one; those of W_A do not.
     if source.align is not None and bias is not None and bool(bias.any()):
         reasons.append("W_A mixes the bias of W_V, and its rows do not sum to one")
     return reasons
@@ -206,6 +211,7 @@ def _alignment(result: Folded, source: Source, target: Mechanism, max_len: int |
 def _is_identity(kernel: Kernel) -> bool:
     l = kernel.max_len  # noqa: E741 - the paper's name for the length
     eye = torch.eye(l, dtype=kernel.weight.dtype, device=kernel.weight.device)
+    # What lies above the diagonal of a causal kernel is never used.
     acting = kernel.weight.tril() if kernel.causal else kernel.weight
     return bool((acting == eye).all()) and (kernel.bias is None or not bool(kernel.bias.any()))
 
@@ -222,6 +228,7 @@ def own_blocks(weight: Tensor, num_heads: int) -> Tensor:
     groups = weight.shape[0] // H
     per_group = num_heads // groups
     rows_NHD = weight.detach().to(SOLVE).view(groups, H, -1).repeat_interleave(per_group, dim=0)
+    # Head i reads columns i H to (i + 1) H of the input, which are all that a slice leaves of W_K.
     return torch.stack([rows_NHD[i, :, i * H : (i + 1) * H] for i in range(num_heads)])
 
 
@@ -239,8 +246,10 @@ def key_blocks(source: Source, k: LinearMap) -> Tensor:
     blocks_NHH = own_blocks(k.weight, source.num_heads)
     if not source.rotary:
         return blocks_NHH
+    # rotate() pairs feature p with p + H/2, so that the halves are real and imaginary parts.
     first, second = blocks_NHH.chunk(2, dim=1)
     (a, b), (c, d) = first.chunk(2, dim=2), second.chunk(2, dim=2)
+    # A 2 x 2 block commutes with rotations only where it is a complex number: this is its nearest one.
     real, imaginary = ((x.diagonal(dim1=1, dim2=2) / 2).diag_embed() for x in (a + d, c - b))
     return torch.cat([torch.cat([real, -imaginary], dim=2), torch.cat([imaginary, real], dim=2)], dim=1)
 
@@ -265,6 +274,7 @@ def _output_with(source: Source, o: LinearMap, v: LinearMap) -> LinearMap:
     if v.bias is not None:
         per_group = N * H // v.bias.numel()
         spread = v.bias.detach().to(SOLVE).view(-1, H).repeat_interleave(per_group, dim=0).reshape(-1)
+        # Rows of the weights sum to one, so that every query gets b_V in full.
         moved = wide @ spread
         bias = moved if bias is None else bias + moved
     return _rounded(weight, bias, o.weight, o.trains or v.trains)

@@ -49,6 +49,7 @@ def save_converted(model: nn.Module, folder: str | Path) -> Path:
     tensors, aliases = _without_duplicates(model.state_dict())
     there = Path(folder)
     there.mkdir(parents=True, exist_ok=True)
+    # Written beside and renamed, so that a crash while writing leaves the earlier model whole.
     partial = there / f"{WEIGHTS}.partial"
     safetensors.save_file(tensors, partial, metadata={"format": "pt"})
     recipe = {
@@ -59,6 +60,7 @@ def save_converted(model: nn.Module, folder: str | Path) -> Path:
         "aliases": aliases,
         "layers": layers,
     }
+    # The weights take their name before the recipe: in between, the old recipe's digest refuses the new weights.
     partial.replace(there / WEIGHTS)
     unfinished = there / f"{RECIPE}.partial"
     unfinished.write_text(json.dumps(recipe, indent=2) + "\n", "utf-8")
@@ -86,6 +88,7 @@ def load_converted(model: nn.Module, folder: str | Path) -> nn.Module:
     recipe = _read(there)
     tensors: dict[str, Tensor] = safetensors.load_file(there / WEIGHTS)
     tensors |= {alias: tensors[name] for alias, name in recipe["aliases"].items()}
+    # Under each of its names, of which the recipe has recorded one.
     sites = {name: site for site in find_sites(model)[0] for name in site.names}
     work = Replacements(model)
     try:
@@ -120,12 +123,14 @@ def _layers(model: nn.Module) -> list[dict[str, Any]]:
             "adapter": found.name,
             "library": found.library,
             "mechanism": {
+                # Sorted, because the order of a set of texts differs from process to process.
                 "projections": "".join(sorted(mechanism.projections)),
                 "aligned": mechanism.aligned,
                 "score": mechanism.score,
             },
             "align_causal": bool(getattr(module.align, "causal", False)),
         }
+        # A module that is used in several places is one layer of the recipe.
         rows.setdefault(id(module), row)
     return list(rows.values())
 
@@ -149,11 +154,14 @@ def _without_duplicates(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor],
     for name, x in state.items():
         if x.is_meta:
             raise ValueError(f"{name} is on the meta device: load the weights before saving them.")
+        # safetensors refuses tensors that share memory, so that ties are written once and listed by name.
         place = (x.device, x.untyped_storage().data_ptr(), x.storage_offset(), x.shape, x.stride())
+        # Empty tensors have no address of their own and would look tied.
         if x.numel() and place in first:
             aliases[name] = first[place]
             continue
         first[place] = name
+        # safetensors takes contiguous tensors only, and refuses several parts of one storage.
         whole = x.is_contiguous() and x.untyped_storage().nbytes() == x.numel() * x.itemsize
         tensors[name] = x.detach() if whole else x.detach().clone(memory_format=torch.contiguous_format)
     return tensors, aliases
@@ -236,4 +244,5 @@ def _load(model: nn.Module, tensors: Mapping[str, Tensor], saved: str) -> None:
             f"the saved weights are of a {saved} of another size, kind or dtype than this {type(model).__name__}, "
             f"{plural(len(faults), 'difference')}: {shown}."
         )
+    # load_state_dict copies one tensor after another, so that a fault in the middle would leave a mixture.
     model.load_state_dict(tensors)

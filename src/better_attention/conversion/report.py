@@ -124,6 +124,7 @@ class ConversionReport:
                 "  " + "  ".join(_padded(cell, w, i) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
             )
         lines.append(f"  FLOPs of one forward pass over {plural(self.length, 'token')}; cache bytes per token.")
+        # dict.fromkeys removes repeats and keeps the order: layers of one kind have the same reasons.
         lines += [f"  {reason}" for reason in dict.fromkeys(r for layer in self.layers for r in layer.reasons)]
         lines += [f"  left as it was: {name}: {reason}" for name, reason in self.left]
         return "\n".join(lines)

@@ -30,6 +30,7 @@ class Original:
 def install(work: Replacements, site: Site, new: nn.Module, keep_original: bool) -> None:
     """Put ``new`` in the place of the site's module, wherever the model uses it."""
     adapter = site.adapter
+    # The map that the new layer contains must not act twice, so that the identity takes its place.
     places = {adapter.place: new} | ({adapter.taken_over: nn.Identity()} if adapter.taken_over else {})
     earlier = vars(site.core).get(MARK)
     old = {place: site.module.get_submodule(place) for place in places}
@@ -39,6 +40,7 @@ def install(work: Replacements, site: Site, new: nn.Module, keep_original: bool)
     else:  # converted before: what stood there first is what matters
         original = earlier if keep_original else replace(earlier, modules={})
     object.__setattr__(new, MARK, original)
+    # With a place below it, the recognised module is itself shared, and replacing inside it once is enough.
     for name in site.names if not adapter.place else site.names[:1]:
         for place, module in places.items():
             work.put(joined(name, place), module)
@@ -46,6 +48,7 @@ def install(work: Replacements, site: Site, new: nn.Module, keep_original: bool)
 
 def converted(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """(name, module) of every converted module; one that is used in several places comes once for each."""
+    # vars() and not hasattr(), because a wrapper may pass attributes of what it wraps through.
     return [(n, m) for n, m in model.named_modules(remove_duplicate=False) if MARK in vars(m)]
 
 
@@ -102,6 +105,7 @@ def revert(model: nn.Module) -> list[str]:
 
 def _put_back(model: nn.Module, name: str, module: nn.Module, original: Original) -> None:
     base = outer_name(name, original)
+    # Any parameter: the model may have been moved or converted to another dtype since.
     like: Tensor = next(module.parameters())
     for place, old in original.modules.items():
         put(model, joined(base, place), old.to(device=like.device, dtype=like.dtype).train(module.training))

@@ -43,6 +43,7 @@ class Site:
         if any(p.is_meta for p in self.module.parameters()):
             return ["its weights are on the meta device: load them first (for weights that accelerate keeps on disk or "
                     "in another memory, load the whole model)"]  # fmt: skip
+        # Weights of such classes are not plain numbers that could be multiplied and written back.
         if any(type(p) is not nn.Parameter for p in self.module.parameters()):
             return ["its parameters are of a special class (quantised or distributed): convert before that"]
         if "forward" in vars(self.core):
@@ -52,11 +53,13 @@ class Site:
 
 def find_sites(model: nn.Module) -> tuple[list[Site], list[tuple[str, str]]]:
     """The attention modules that an adapter recognises, and (name, reason) of what looks like one and is not."""
+    # Adapters register when their module is imported, which this makes sure of.
     hosts.load()
     sites: dict[int, Site] = {}
     unknown: dict[str, str] = {}
     inside: list[str] = []
     for name, module in model.named_modules(remove_duplicate=False):
+        # What lies inside a recognised module belongs to it: BERT's inner attention would be reported as unknown.
         if any(name.startswith(prefix) for prefix in inside):
             continue
         if id(module) in sites:
@@ -68,6 +71,7 @@ def find_sites(model: nn.Module) -> tuple[list[Site], list[tuple[str, str]]]:
         elif _looks_like_attention(module):
             unknown[name] = f"no adapter knows the attention of a {type(module).__module__}.{type(module).__name__}"
     names = [n for site in sites.values() for n in site.names]
+    # A container called attention whose inside is recognised is not reported.
     left = [(n, why) for n, why in unknown.items() if not any(m.startswith(f"{n}.") for m in names)]
     return list(sites.values()), left
 
@@ -101,6 +105,7 @@ def _fitting(sites: list[Site], one: object) -> Iterator[Site]:
     if isinstance(one, bool) or not isinstance(one, str | int):
         raise TypeError(f"layers must hold names, patterns such as 'encoder.*' and numbers, received {describe(one)}.")
     if isinstance(one, int):
+        # Negative numbers are refused: counting from the end is not promised.
         yield from sites[one : one + 1] if 0 <= one < len(sites) else ()
     else:
         yield from (site for site in sites if any(fnmatchcase(name, one) for name in site.names))
@@ -115,6 +120,7 @@ _HOOKS = (
 def share_hooks(old: nn.Module, new: nn.Module) -> None:
     """Let the hooks of ``old`` be those of ``new`` too, so that removing one removes it from both."""
     for name in _HOOKS:
+        # The same dictionaries, because a handle removes its hook from the dictionary that it was made for.
         object.__setattr__(new, name, getattr(old, name))
 
 
@@ -161,6 +167,7 @@ def check_model(model: object) -> nn.Module:
         nn.DataParallel,
         torch._dynamo.eval_frame.OptimizedModule,
     )
+    # All of these keep lists of the parameters, or programs made from them, that a replacement would leave behind.
     if isinstance(model, wrapped):
         raise TypeError(
             f"model is a {type(model).__name__}, which has taken note of the parameters that it had. Convert the model "

@@ -25,9 +25,11 @@ def relative_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float
     worst = 0.0
     for ours, theirs in zip(found, expected, strict=True):
         a, b = ours.double(), theirs.double()
+        # Infinities of one sign are equal, so that the NaN of inf - inf is replaced by 0 below.
         same = (a == b) | (a.isnan() & b.isnan())
         if bool(same.all()):
             continue
+        # NaN on one side only counts as an infinite difference.
         difference = torch.where(same, 0.0, (a - b).abs()).nan_to_num(nan=float("inf"))
         scale = max(1.0, float(b[b.isfinite()].abs().max()) if bool(b.isfinite().any()) else 1.0)
         worst = max(worst, float(difference.max()) / scale)
@@ -43,6 +45,7 @@ def cosine(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
             if not bool(a.isfinite().all()):
                 return 0.0
             similar = F.cosine_similarity(a, b, dim=-1)
+            # torch gives a row of zeros the similarity 0, although it has no direction in which to differ.
             values.append(similar.where(b.norm(dim=-1) > 0, 1.0).mean())
     return float(torch.stack(values).mean()) if values else 1.0
 

@@ -38,6 +38,7 @@ def by_name(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
                     f"{type(model).__name__}.forward takes *{name}: wrap the model in a module whose arguments have "
                     "names."
                 )
+            # The arguments that forward() collects by ** are inputs like the others.
             found |= value
         else:
             found[name] = value
@@ -64,6 +65,7 @@ def guess_dynamic(inputs: Mapping[str, Tensor]) -> dict[str, dict[int, str]]:
     (B, D) have no length.
     """
     sequences = [x for x in inputs.values() if x.dim() == 3 or (x.dim() == 2 and not x.is_floating_point())]
+    # The first sequence decides, so that a mask or a second sequence of the same length shares its axis.
     length = sequences[0].shape[1] if sequences else None
     return {
         name: {0: "batch"} | ({1: "length"} if x.dim() in (2, 3) and x.shape[1] == length else {})
@@ -89,6 +91,7 @@ def check_dynamic(inputs: Mapping[str, Tensor], dynamic: Dynamic) -> None:
                 raise ValueError(
                     f"dynamic[{name!r}] names axis {axis!r} of a tensor of shape {tuple(inputs[name].shape)}."
                 )
+            # One name stands for one symbolic size in the file, which the example has to agree with.
             size = inputs[name].shape[axis]
             other, there = sizes.setdefault(size_name, (name, size))
             if there != size:
@@ -114,6 +117,7 @@ def variations(inputs: Mapping[str, Tensor], dynamic: Dynamic) -> Iterator[Varia
     """The inputs themselves, then others: shuffled values, other sizes, and samples whose mask is all one value."""
     sizes = {name: inputs[key].shape[axis] for key, axes in dynamic.items() for axis, name in axes.items()}
     yield Variation("as given", dict(inputs))
+    # Size 1 first: torch.export treats 0 and 1 as constants more readily than other sizes.
     wanted = [{name: 1} for name in sizes] + ([dict.fromkeys(sizes, 1)] if len(sizes) > 1 else [])
     wanted += [{name: size + 1} for name, size in sizes.items()]
     for number, change in enumerate(wanted, start=1):
@@ -122,6 +126,7 @@ def variations(inputs: Mapping[str, Tensor], dynamic: Dynamic) -> Iterator[Varia
     for name, x in inputs.items():
         for value in _mask_values(x):
             changed = x.clone()
+            # One sample only, so that the others show whether it disturbs them.
             changed[0] = value
             yield Variation(f"{name} all {value} in one sample", {**inputs, name: changed})
 
@@ -141,6 +146,7 @@ def _resized(inputs: Mapping[str, Tensor], dynamic: Dynamic, change: Mapping[str
     generator = torch.Generator().manual_seed(seed)
     result = {}
     for name, x in inputs.items():
+        # Other values than those of the export, so that a number that was baked in shows as an error.
         order = torch.randperm(x.numel(), generator=generator).to(x.device)
         shuffled = x.flatten()[order].view_as(x)
         for axis, size_name in dynamic.get(name, {}).items():

@@ -139,8 +139,10 @@ def export_onnx(
         proto = _exported(model, named, axes, opset, output_names)
         operators = _operators(proto)
         data = proto.SerializeToString()
+        # From memory: nothing is on the disk before it has passed.
         checks = list(_checks(model, _session(data, opset), named, axes))
     report = OnnxReport(target, opset, len(data), operators, {n: dict(a) for n, a in axes.items()}, checks)
+    # `not <=` rather than `>`, so that NaN counts as too large.
     if tolerance is not None and not report.worst <= tolerance:
         bad = ", ".join(f"{c.inputs} {c.error:.1e}" for c in checks if c.error is not None and not c.error <= tolerance)
         raise ValueError(
@@ -185,6 +187,7 @@ def _exported(
     with _quietly(), onnx_attention_operator(opset >= ATTENTION_OPSET), _axes_explained():
         program = torch.onnx.export(
             model,
+            # By name only, because the dynamic axes are given by name.
             (),
             kwargs=dict(named),
             dynamo=True,
@@ -218,6 +221,7 @@ def _axes_explained() -> Iterator[None]:
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
     """Without the exporter's notes on its own inside: what counts is checked afterwards."""
+    # The switch is the whole process's, so that it is set back to what it was.
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -234,7 +238,9 @@ def _operators(proto: Any) -> dict[str, int]:
     Raises:
         ValueError: one that is not in the standard.
     """
+    # The exporter may leave functions inside the model; what they consist of counts as well.
     nodes = [node for graph in (proto.graph, *proto.functions) for node in graph.node]
+    # A call of such a function has a domain, but needs nothing of the runtime that is not standard.
     local = {(function.domain, function.name) for function in proto.functions}
     other = sorted({f"{n.domain}.{n.op_type}" for n in nodes if n.domain and (n.domain, n.op_type) not in local})
     if other:
@@ -267,6 +273,7 @@ def _checks(model: nn.Module, session: Any, named: dict[str, Tensor], axes: Dyna
     for variation in variations(named, axes):
         try:
             expected = tensors_of(model(**variation.inputs))
+        # A model may refuse a length or a batch size by right: W_A has a largest one.
         except (ValueError, IndexError, RuntimeError) as error:
             yield Check(variation.name, None, f"the model refuses it: {' '.join(str(error).split())[:200]}")
             continue
@@ -277,6 +284,7 @@ def _checks(model: nn.Module, session: Any, named: dict[str, Tensor], axes: Dyna
 
 def _write(path: Path, data: bytes) -> None:
     """The file at its place in one step, so that nobody reads half of it."""
+    # Beside the target, because a rename is one step only within a file system.
     part = path.with_name(f".{path.name}.part")
     try:
         part.write_bytes(data)

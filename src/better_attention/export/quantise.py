@@ -108,6 +108,7 @@ def quantise(
 
 
 def _accepted(result: Quantised, agreement: float, refuse: bool) -> Quantised:
+    # `not >=` rather than `<`, so that NaN is refused.
     if refuse and not result.agreement >= agreement:
         raise ValueError(
             f"the int8 model agrees too little with the original: {result}. Expected a cosine similarity of at least "
@@ -120,6 +121,7 @@ def _accepted(result: Quantised, agreement: float, refuse: bool) -> Quantised:
 
 
 def _torch(model: nn.Module, batches: list[Inputs]) -> Quantised:
+    # A copy, because quantize_() replaces the weights in place.
     small = copy.deepcopy(model).eval()
     number = quantise_linears(small)
     named = [by_name(model, batch) for batch in batches]
@@ -150,6 +152,7 @@ def quantise_linears(model: nn.Module) -> int:
         quantize_(model, Int8DynamicActivationInt8WeightConfig())
     except (RuntimeError, NotImplementedError, AttributeError, TypeError) as error:
         raise RuntimeError(f"torchao cannot quantise with torch {torch.__version__}: {error}") from None
+    # torchao puts a tensor of a class of its own into each map that it quantises.
     done = sum(type(linear.weight) not in (Tensor, nn.Parameter) for linear in linears)
     if done < len(linears):
         raise RuntimeError(f"torchao left {len(linears) - done} of {len(linears)} linear maps in floating point")
@@ -161,6 +164,7 @@ def weight_bytes(model: nn.Module) -> int:
 
     def size(x: Tensor) -> int:
         parts: list[Tensor] = []
+        # A quantised weight reports the shape and dtype of the original; its real parts are what takes memory.
         if type(x) not in (Tensor, nn.Parameter) and hasattr(x, "__tensor_flatten__"):
             names, _ = x.__tensor_flatten__()
             parts = [part for name in names if isinstance(part := getattr(x, name), Tensor)]
@@ -195,6 +199,7 @@ def _onnx(source: Path, batches: list[Inputs], part: Path, target: Path) -> Quan
         # Named one by one: by default an operator Attention would become one of ONNX Runtime's own that does not fit.
         quantize_dynamic(source, part, op_types_to_quantize=["MatMul", "Gemm", "Gather"], weight_type=QuantType.QInt8)
     nodes = onnx.load(part, load_external_data=False).graph.node
+    # Counted in the file: products of two activations, such as queries with keys, are left as they are.
     number = sum(node.op_type == "MatMulInteger" for node in nodes)
     sessions = [onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"]) for file in (part, source)]
     pairs = []
@@ -222,6 +227,7 @@ def _feed(session: Any, batch: Inputs) -> dict[str, Any]:
 @contextlib.contextmanager
 def _written(path: Path) -> Iterator[Path]:
     """A file to be filled in the block, which takes the name ``path`` if nothing was raised."""
+    # Beside the target, because a rename is one step only within a file system.
     with tempfile.TemporaryDirectory(prefix=f".{path.name[:64]}.", dir=path.parent) as folder:
         part = Path(folder) / path.name
         yield part

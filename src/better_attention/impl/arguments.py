@@ -50,6 +50,7 @@ class Arguments(NamedTuple):
             None if share and call.v_BNSH is call.k_BNSH else call.v_BNSH,
             call.mask_BNLS,
             call.padding_B11S,
+            # A tensor: a number drawn in Python would become a constant of a compiled program, one mask for ever.
             torch.randint(2**63 - 1, (), device="cpu") if call.dropout_p > 0.0 else None,
             call.causal,
             call.score,

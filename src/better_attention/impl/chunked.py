@@ -40,6 +40,7 @@ def unsupported(call: Call) -> list[str]:
 
 def compute(call: Call) -> tuple[Tensor, None]:
     """Head outputs (B, N, L, H)."""
+    # Repeated outside the operator, so that autograd adds up the gradients of the heads of a group.
     return _operator(Arguments.of(call.with_repeated_heads())), None
 
 
@@ -73,6 +74,7 @@ def _cover(B: int, N: int, L: int, S: int, causal: bool) -> Iterator[_Tile]:
     batch = max(1, min(B, TILE // max(1, rows * S * N))) if heads == N else 1
     for l0 in range(0, L, rows):
         l1 = min(L, l0 + rows)
+        # No query of these rows sees a key from l1 on, which saves about half of the work.
         columns = slice(0, min(S, l1) if causal else S)
         for b0 in range(0, B, batch):
             for n0 in range(0, N, heads):
@@ -108,12 +110,14 @@ class _Dropout:
 
     def __init__(self, seed: Tensor | None, p: float, device: torch.device) -> None:
         self.keep = 1.0 - p
+        # bernoulli_ demands a generator on the device of its tensor, so the seed is what crosses devices.
         self.generator = None if seed is None else torch.Generator(device).manual_seed(int(seed))
 
     def next(self, like: Tensor) -> Tensor | None:
         """The factors of the next tile; None without dropout. With p = 1 all are 0, not NaN."""
         if self.generator is None:
             return None
+        # The draws depend on the order and the shapes of the tiles, so both directions have to follow _cover().
         kept = torch.empty_like(like).bernoulli_(self.keep, generator=self.generator)
         return kept.div_(self.keep) if self.keep > 0.0 else kept
 
@@ -133,6 +137,7 @@ def _forward(a: Arguments) -> Tensor:
     dtype = compute_dtype(a.q.dtype)
     # Contiguous once: views of (B, L, N H) are the normal case, and every tile would copy its part again.
     q_BNLH, k_BNSH, v_BNSH = (x.to(dtype).contiguous() for x in (a.q.to(dtype) * a.scale, a.k, v))
+    # Zeros, because without keys they are the answer, as for a query from which every key is hidden.
     heads = a.q.new_zeros(B, N, L, v.shape[-1])
     if S == 0:
         return heads
@@ -142,6 +147,7 @@ def _forward(a: Arguments) -> Tensor:
         hide, bias = _restrictions(a, tile, q_BNLH)
         weights, total = tiles.weights(tile.queries, tile.keys, bias, hide)
         kept = dropout.next(weights)
+        # The division by the total comes after this product: it then concerns W numbers per row instead of S.
         weighted = (weights if kept is None else weights * kept) @ v_BNSH[tile.keys]
         heads[tile.queries] = (weighted if total is None else weighted / total).to(a.q.dtype)
     return heads
@@ -172,13 +178,17 @@ def _backward(grad: Tensor, a: Arguments, mask_wanted: Sequence[bool]) -> Sequen
         dw.sub_((dw * weights).sum(dim=-1, keepdim=True))
         for gradient in mask_grads:
             if gradient is not None:
+                # A view, so that the addition below reaches the whole gradient.
                 part = _cut(gradient, tile)
+                # A mask is added to log weights, whose gradient is w * dw. The slope comes next, for scores alone.
                 part += (dw * weights).sum_to_size(part.shape)
         dz = dw.mul_(slope)
+        # Assigned, because a tile holds every key of its queries. Keys and values collect from many tiles.
         dq[tile.queries] = dz @ tiles.k[tile.keys]
         dk[tile.keys] += dz.transpose(-1, -2) @ tiles.q[tile.queries]
     dq, dk = tiles.gradients(dq, dk)
     if a.v is None:
+        # The key was the value too, so it gets both gradients.
         dk = dk + dv
     gradients = [dq.mul_(a.scale), dk, dv, *mask_grads]
     inputs = (a.q, a.k, v, a.mask, a.padding)

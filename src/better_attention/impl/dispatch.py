@@ -76,6 +76,7 @@ def choose(call: Call, impl: str) -> str | None:
         return None if IMPLEMENTATIONS[impl].unsupported(call) else impl
     if exporting():
         fit = (name for name in IMPLEMENTATIONS if not _unfit_for_export(name))
+        # There is always one: the reference is portable and refuses no call.
         return next(name for name in fit if not IMPLEMENTATIONS[name].unsupported(call))
     # torch.compile makes programs for many sizes; comparing their symbolic sizes would fix them to one.
     sizes_matter = call.q_BNLH.device.type == "cpu" and not torch.compiler.is_compiling()
@@ -109,6 +110,7 @@ def _slow(call: Call, name: str) -> bool:
         if call.dropout_p > 0.0 and L * S >= SDPA_MAX_WEIGHTS_UNDER_DROPOUT:
             return True
     small = SMALL_CALLS.get(call.score, UNMEASURED)
+    # The reference is last in the list: nothing behind it could be faster, so it never counts as slow.
     return name != "reference" and small.weights >= B * N * L * S and (small.length is None or small.length >= S)
 
 
@@ -182,6 +184,8 @@ def attend(call: Call, impl: str) -> tuple[Tensor, Tensor | None]:
         raise ValueError(refusal(call, impl))
     with _without_autocast(call.q_BNLH.device.type):
         heads_BNLH, weights_BNLS = IMPLEMENTATIONS[chosen].compute(call)
+        # One look at the output shows whether anything came through. Where nothing is hidden, every query sees every
+        # key, so that NaN belongs in every row.
         if call.restricted and not is_known_finite(heads_BNLH):
             heads_BNLH, weights_BNLS = _keep_apart(call, chosen, heads_BNLH, weights_BNLS)
     return heads_BNLH, weights_BNLS if call.need_weights else None
@@ -201,6 +205,7 @@ def _keep_apart(
     zeroed, which leaves every other query bit for bit as with finite ones (without dropout, which draws again).
     """
     bad_BNS = ~(call.k_BNSH.isfinite().all(dim=-1) & call.v_BNSH.isfinite().all(dim=-1))
+    # Then a query or an overflow brought the numbers, which belong to their own rows.
     if not bool(bad_BNS.any()):
         return heads_BNLH, weights_BNLS
     clean = replace(
@@ -208,6 +213,7 @@ def _keep_apart(
         k_BNSH=zero_rows(call.k_BNSH, bad_BNS),
         v_BNSH=zero_rows(call.v_BNSH, bad_BNS),
     )
+    # What rows that see a zeroed key compute does not matter: they become NaN below.
     heads_BNLH, weights_BNLS = IMPLEMENTATIONS[chosen].compute(clean)
     sees_bad_BNL1 = _sees(call, bad_BNS)
     if weights_BNLS is not None:
@@ -219,6 +225,7 @@ def _sees(call: Call, keys_BNS: Tensor, rows: int = 256) -> Tensor:
     """Which queries may see any of the marked keys, (B, N, L, 1); a few rows at a time, to save memory."""
     (B, N, L, _), S = call.q_BNLH.shape, call.k_BNSH.shape[2]
     hides = SCORES[call.score].hides
+    # Grouped queries: neighbouring query heads share a key head.
     keys_BNS = keys_BNS.repeat_interleave(N // max(1, keys_BNS.shape[1]), dim=1)
     parts = []
     for start in range(0, L, rows):
@@ -229,5 +236,6 @@ def _sees(call: Call, keys_BNS: Tensor, rows: int = 256) -> Tensor:
             seen = seen & ~hides(cut)
         if call.causal:
             seen = seen & triangle(torch.arange(start, stop, device=seen.device), S)
+        # Expanded, because without a mask per query `seen` has a single row for all of them.
         parts.append(seen.any(dim=-1, keepdim=True).expand(B, N, stop - start, 1))
     return torch.cat(parts, dim=2)

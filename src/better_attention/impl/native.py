@@ -70,12 +70,14 @@ def _forward(a: Arguments, *, stats: bool) -> tuple[Tensor, Tensor]:
     # api.h wants at least one key and one feature. The normaliser of a row without weight is infinite.
     if a.k.shape[2] == 0 or out.shape[3] == 0:
         return out.zero_(), numbers.fill_(torch.inf)
+    # The structure holds addresses only: the copies in `a` must not be released before this returns.
     call_library("ba_forward", _describe(a, out, numbers if stats else None))
     return out, numbers
 
 
 def _backward(grad: Tensor, a: Arguments, out: Tensor, stats: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of q, k and v; where k serves as v, of both in the second one."""
+    # autograd hands out expanded gradients, that of a sum for example, whose rows have stride 0.
     a, grad = _with_contiguous_rows(a), contiguous_rows(grad)
     dq, dk = _empty(a.q, a.q.shape[-1]), _empty(a.k, a.k.shape[-1])
     dv = None if a.v is None else _empty(a.v, a.v.shape[-1])
@@ -83,8 +85,10 @@ def _backward(grad: Tensor, a: Arguments, out: Tensor, stats: Tensor) -> tuple[T
         return dq.zero_(), dk.zero_(), None if dv is None else dv.zero_()
     c = _describe(a, out, stats)
     c.grad, (c.grad_b, c.grad_n, c.grad_l, _) = address(grad), grad.stride()
+    # data_ptr() is enough here: tensors that were just allocated have memory. address() is for those from outside.
     c.dq, (c.dq_b, c.dq_n, c.dq_l, _) = dq.data_ptr(), dq.stride()
     c.dk, (c.dk_b, c.dk_g, c.dk_s, _) = dk.data_ptr(), dk.stride()
+    # A null dv says that k serves as v: the kernel then writes the sum of both gradients to dk.
     if dv is not None:
         c.dv, (c.dv_b, c.dv_g, c.dv_s, _) = dv.data_ptr(), dv.stride()
     call_library("ba_backward", c)
@@ -95,6 +99,7 @@ def _describe(a: Arguments, out: Tensor, stats: Tensor | None) -> structs.Call:
     """The part of ``ba_call`` that both directions need."""
     q, k, v = a.q, a.k, a.values
     c = structs.Call()
+    # Asked at each call, because programs change the number of threads between calls.
     c.isa, c.threads = current_instruction_set(), torch.get_num_threads()
     c.dtype, c.score, c.causal = structs.ELEMENT_TYPES[q.dtype], structs.SCORES[a.score], a.causal
     c.scale, c.dropout = a.scale, a.dropout_p
@@ -120,6 +125,7 @@ def _describe(a: Arguments, out: Tensor, stats: Tensor | None) -> structs.Call:
 
 def _steps(mask: Tensor) -> list[int]:
     """Strides of a mask, 0 where it broadcasts."""
+    # torch leaves the stride of a dimension of size 1 arbitrary, and a broadcasting kernel would step by it.
     return [0 if size == 1 else step for size, step in zip(mask.shape, mask.stride(), strict=True)]
 
 
@@ -154,6 +160,7 @@ class _Native(operators.Definition[Arguments]):
         return _forward(a, stats=True)
 
     def inference(self, a: Arguments) -> tuple[Tensor, Tensor]:
+        # Called past the dispatcher only, so fake(), which promises full statistics, is not contradicted.
         return _forward(a, stats=False)
 
     def fake(self, a: Arguments) -> tuple[Tensor, Tensor]:

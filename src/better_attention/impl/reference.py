@@ -30,6 +30,7 @@ def compute(call: Call) -> tuple[Tensor, Tensor]:
     bias, hide = _bias_and_hidden(call, dtype) if call.restricted else (None, None)
     weights_BNLS = SCORES[call.score].weights(q_BNLH * call.scale, k_BNSH, bias, hide)
     if call.dropout_p > 0.0:
+        # In F.dropout's training mode always: dropout_p is 0 outside training.
         weights_BNLS = F.dropout(weights_BNLS, call.dropout_p)
     heads_BNLH = weights_BNLS @ v_BNSH
 
@@ -46,6 +47,7 @@ def _bias_and_hidden(call: Call, dtype: torch.dtype) -> tuple[Tensor | None, Ten
         here = SCORES[call.score].hides(mask)
         hide = here if hide is None else hide | here
         if mask.dtype != torch.bool:
+            # Hidden places are 0 before the masks are added, because -inf in one and +inf in another would be NaN.
             finite = additive(mask.masked_fill(here, 0.0), dtype)
             bias = finite if bias is None else bias + finite
     if call.causal:

@@ -45,6 +45,7 @@ def compute(call: Call) -> tuple[Tensor, None]:
         call.v_BNSH,
         attn_mask=mask,
         dropout_p=call.dropout_p,
+        # The triangle is part of the mask then: torch documents its flag and a mask as exclusive.
         is_causal=call.causal and mask is None,
         scale=scale,
         enable_gqa=bool(call.q_BNLH.shape[1] != call.k_BNSH.shape[1]),  # traced sizes compare to a tensor
@@ -72,6 +73,7 @@ def _merge(call: Call) -> Tensor | None:
 
 
 def _merged(call: Call) -> Tensor | None:
+    # A new list at each access: appending to it leaves the call as it is.
     parts = call.masks
     if call.causal and parts:
         (_, _, L, _), S = call.q_BNLH.shape, call.k_BNSH.shape[2]
@@ -86,6 +88,7 @@ def _merged(call: Call) -> Tensor | None:
         return merged
     merged = _additive(parts[0], dtype)
     for m in parts[1:]:
+        # -inf plus a finite bias stays -inf, so that what one mask hides stays hidden.
         merged = merged + _additive(m, dtype)
     return merged
 

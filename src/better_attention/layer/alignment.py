@@ -105,6 +105,7 @@ class Alignment(nn.Module):
                 "or use 'efficient', which has no fixed length."
             )
         aligned_BSD = self._mix(value_BSD)
+        # A full W_A mixes every position into every other: there NaN belongs everywhere.
         if self.causal and not is_known_finite(aligned_BSD):
             aligned_BSD = self._keep_apart(value_BSD)
         return aligned_BSD
@@ -117,6 +118,7 @@ class Alignment(nn.Module):
             column = None if bias is None else bias.squeeze(-1)[None] if shared else bias.squeeze(-1)
             return align.align(weight[None] if shared else weight, column, value_BSD, self.causal)
         if self.causal:
+            # At each call, because loaded weights may fill the upper triangle; tril() keeps its gradient at 0.
             weight = weight.tril()
         if self.heads == "shared":
             aligned_BSD: Tensor = weight @ value_BSD
@@ -133,9 +135,11 @@ class Alignment(nn.Module):
         if not self.compiled or not align.supported(weight, self.bias, value_BSD):
             return False
         if torch.compiler.is_compiling():
+            # The length is symbolic, and comparing it would fix the program to one. Exported programs run without us.
             return self.causal and not exporting()
         trains = torch.is_grad_enabled() and (weight.requires_grad or value_BSD.requires_grad)
         S = value_BSD.shape[1]
+        # The operator has no rule for vmap, see `batched` in operators/definition.py.
         if transformed():
             return False
         if trains:
@@ -157,6 +161,7 @@ class Alignment(nn.Module):
 
     def _keep_apart(self, value_BSD: Tensor) -> Tensor:
         """With numbers that are not finite, 0 * NaN would carry them backwards: positions before them stay clean."""
+        # Zeroing a position and marking its successors is enough: in a lower triangular W_A only those can receive it.
         bad_BS = ~value_BSD.isfinite().all(dim=-1)
         clean_BSD = self._mix(zero_rows(value_BSD, bad_BS))
         return clean_BSD.masked_fill((bad_BS.cumsum(dim=-1) > 0)[..., None], math.nan)

@@ -102,6 +102,7 @@ def read(layer: MultiheadAttention, given: Arguments) -> Inputs:
     if given.is_causal or mask_BNLS is not None:
         refuse_leak(layer, mask_BNLS, given.is_causal)
     if padding_B11S is not None:
+        # Keys and values become zero before they are projected, because a projection would spread their NaN over a row.
         padded_BS1 = padded_positions(padding_B11S, layer.mechanism)
         key_BSD, value_BSD = zero_padding(key_BSD, value_BSD, padded_BS1)
         if not (layer.mechanism.aligned and "v" in layer.mechanism.projections):
@@ -140,6 +141,7 @@ def sequences(
         ValueError: shapes that do not fit the layer or one another.
     """
     floating_tensor(query, "query")
+    # In self-attention, the most frequent call, one look at the tensor is enough.
     if key is not query:
         floating_tensor(key, "key")
     if value is not key:
@@ -184,6 +186,7 @@ def check_placement(query: Tensor, key: Tensor, value: Tensor) -> None:
             f"query, key and value must be on one device, received query on {query.device}, key on {key.device}, "
             f"value on {value.device}. Move them with .to(device)."
         )
+    # Autocast converts inputs of linear maps itself, so that a mixture is no mistake there.
     if not query.dtype == key.dtype == value.dtype and autocast_dtype(query.device.type) is None:
         raise TypeError(
             f"query, key and value must have one dtype, received query {query.dtype}, key {key.dtype}, value "
@@ -218,12 +221,15 @@ def torch_masks(
     mask_BNLS = padding_B11S = None
     if attn_mask is not None:
         mask = check_mask(attn_mask, "attn_mask", one_means="hide", device=device)
+        # No broadcasting here: torch's layer accepts exactly these shapes, and a wrong one is usually a mix-up.
         if tuple(mask.shape) not in ((L, S), (B * N, L, S)):
             raise ValueError(
                 f"attn_mask must be (L, S) = {(L, S)} or ({'B h' if batched else 'h'}, L, S) = {(B * N, L, S)}, "
                 f"received {describe(mask)}.{_hint(mask, sizes)}"
             )
+        # torch counts the first dimension of (B h, L, S) head after head within a sample, hence the plain reshape.
         mask_BNLS = without_repeats(mask[None, None] if mask.dim() == 2 else mask.reshape(B, N, L, S))
+        # Inverted after the repeats are cut away, which keeps the copy as small as what the mask says.
         mask_BNLS = ~mask_BNLS if mask.dtype == torch.bool else mask_BNLS
     if key_padding_mask is not None:
         padding = check_mask(key_padding_mask, "key_padding_mask", one_means="hide", device=device)
@@ -261,6 +267,7 @@ def padded_positions(padding_B11S: Tensor, mechanism: Mechanism) -> Tensor:
     if padding_BS1.dtype == torch.bool:
         return ~padding_BS1
     if mechanism.aligned:
+        # W_A mixes before any mask applies, so a value that is hidden only nearly would reach the others in full.
         return padding_BS1 <= NEARLY_HIDDEN
     # A score may add the dtype's lowest number like any other: it hides all the same, unless a sample has nothing else.
     lowest = padding_BS1 <= torch.finfo(padding_BS1.dtype).min

@@ -23,9 +23,11 @@ def called(part: nn.Module, x: Tensor, name: str) -> Tensor:
         ValueError: they are on another device, likewise.
     """
     weight = own_parameters(part).get("weight")
+    # Hooks and wrappers may bring the weights only during the call: a part that has any is not judged before.
     if weight is not None and _goes_unnoticed(weight, x) and _is_untouched(part):
         raise _mismatch(name, weight, x)
     try:
+        # The call, and not its forward: hooks, offloading and sharding act on calls.
         result: Tensor = part(x)
     except RuntimeError as error:
         if type(error) is RuntimeError:  # its subclasses are other problems: out of memory, for example

@@ -52,6 +52,7 @@ class DropIn(nn.Module):
 
         W_A has its own ``align.reset_parameters()``.
         """
+        # In torch's order q, k, v: with one seed a standard layer then has the weights of torch's.
         kept = [getattr(self, f"{p}_proj") for p in "qkv" if p in self.mechanism.projections]
         with torch.no_grad():
             if self.kdim == self.vdim == self.embed_dim:
@@ -68,6 +69,7 @@ class DropIn(nn.Module):
             for linear in (*kept, self.out_proj):
                 if getattr(linear, "bias", None) is not None:
                     linear.bias.zero_()
+        # After the projections, as torch draws bias_k and bias_v last.
         for part in (self.extra_k, self.extra_v, self.scaling):
             if part is not None:
                 part.reset_parameters()
@@ -196,6 +198,7 @@ class DropIn(nn.Module):
         error_msgs: list[str],
     ) -> None:
         # A method rather than a hook: a hook would be pickled with every layer.
+        # First the names become ours, because the steps below and torch's own loading look for them.
         unpack(self, state_dict, prefix)
         if local_metadata.get("assign_to_params_buffers", False):
             separate(state_dict, prefix)
@@ -207,6 +210,7 @@ class DropIn(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # The mechanism as plain data: torch.load(weights_only=True) needs a permission for every class in a pickle.
+        # Sorted below, because the order of a set of texts differs from process to process.
         row = self.mechanism
         plain = {"mechanism": ("".join(sorted(row.projections)), row.aligned, row.score)}
         return {**without_waiting_hook(self), **plain}

@@ -38,6 +38,7 @@ class ExtraPosition(nn.Module):
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         """(B, S, D) -> (B, S + 1, D)."""
+        # Under autocast the sequence is in 16 bits while the parameter is not, and cat() would widen the whole.
         return torch.cat([x_BSD, self.weight.to(x_BSD.dtype).expand(x_BSD.shape[0], 1, -1)], dim=1)
 
 
@@ -51,6 +52,7 @@ def append(layer: MultiheadAttention, k_BSD: Tensor, v_BSD: Tensor, x: Inputs) -
     if not added:
         return k_BSD, v_BSD, x
     S = k_BSD.shape[1]
+    # torch's order: the learned position first, then the zeros. Returned weights then have torch's columns.
     if layer.extra_k is not None and layer.extra_v is not None:
         k_BSD, v_BSD = called(layer.extra_k, k_BSD, "extra_k"), called(layer.extra_v, v_BSD, "extra_v")
     if layer.add_zero_attn:
@@ -69,6 +71,7 @@ def _with_triangle(mask_BNLS: Tensor | None, triangle_LS: Tensor) -> Tensor:
         return triangle_LS[None, None]
     if mask_BNLS.dtype == torch.bool:
         return mask_BNLS & triangle_LS
+    # A float mask stays float, because its other entries are biases.
     return mask_BNLS.masked_fill(~triangle_LS, -math.inf)
 
 

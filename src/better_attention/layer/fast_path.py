@@ -34,6 +34,7 @@ def attend(layer: MultiheadAttention, x: Inputs) -> Tensor | None:
     if not x.is_self or x.need_weights or x.mask_BNLS is not None or x.padding_B11S is not None or x.causal:
         return None
     x_BLD = x.query_BLD
+    # The one call records no graph, and nothing that traces or counts operators would see it.
     if torch.is_grad_enabled() or not quiet() or not _is_small(x_BLD) or not _is_simple(layer):
         return None
     align = layer.align
@@ -83,6 +84,7 @@ def _is_simple(layer: MultiheadAttention) -> bool:
 
 def _is_ordinary(part: nn.Module, parameters: Mapping[str, Tensor | None]) -> bool:
     """Whether a part is just what it seems: no adapter, hook, patch or special weight would be skipped."""
+    # An nn.Linear registers weight and bias, the latter perhaps as None. Another number means that something was added.
     if type(part) not in (nn.Linear, nn.Identity, Alignment) or not is_bare(part) or len(parameters) not in (0, 2):
         return False
     return all(p is None or p.dtype == torch.float32 for p in parameters.values())
@@ -114,8 +116,10 @@ def _self_attention(
     addresses: list[int] = []
     for parameter in (p for pair in maps for p in pair):
         if parameter is not None:
+            # contiguous() returns the parameter itself in the ordinary case, so that nothing is copied.
             kept.append(parameter.contiguous())
         addresses.append(0 if parameter is None else address(kept[-1]))
+    # The kernel takes any stride between rows, so that a slice of W_A for a shorter input needs no copy.
     weight, bias = (None, None) if alignment is None else (contiguous_rows(alignment[0]), alignment[1])
     bias = None if bias is None else bias.contiguous()
     c = structs.Layer()

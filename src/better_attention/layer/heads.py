@@ -23,6 +23,7 @@ def split(x_BLD: Tensor, num_heads: int, head_dim: int, name: str) -> Tensor:
             "If its columns are divided among processes, set num_heads to the heads of one process "
             f"({num_heads} divided by their number); every projection has to be divided."
         )
+    # Splitting the last dimension is a view in any memory layout, so that no layout of the inputs costs a copy.
     return x_BLD.view(B, L, num_heads, head_dim).transpose(1, 2)
 
 
@@ -49,6 +50,7 @@ def rotated(x_BLD: Tensor, num_heads: int, base: float | None) -> Tensor:
     if base is None:
         return x_BLD
     B, L, D = x_BLD.shape
+    # Before the heads are split off: the angles are the same for each head and broadcast over them.
     positions_L = torch.arange(L, device=x_BLD.device)
     cos_LP, sin_LP = rotary_angles(positions_L, D // num_heads, base=base, dtype=compute_dtype(x_BLD.dtype))
     heads_BLNH = x_BLD.view(B, L, num_heads, D // num_heads)

@@ -128,6 +128,7 @@ class MultiheadAttention(DropIn):
         self.k_proj = projection("k" in learned, self.kdim, D, bias, **factory)
         self.v_proj = projection("v" in learned, self.vdim, D, bias, **factory)
         self.align = nn.Identity()
+        # check_alignment() has refused a size without W_A and a W_A without its size.
         if max_len is not None:
             self.align = Alignment(
                 max_len,
@@ -139,10 +140,12 @@ class MultiheadAttention(DropIn):
                 compiled=self.impl in ("auto", "native"),
                 **factory,
             )
+        # Assigned last though drawn first: state dicts and prints list the maps in the order of the picture.
         self.out_proj = out_proj
         self.extra_k = ExtraPosition(D, **factory) if add_bias_kv else None
         self.extra_v = ExtraPosition(D, **factory) if add_bias_kv else None
         self.scaling = LearnedScale(self.num_heads, self.head_dim, **factory) if self.scale == "learned" else None
+        # All of q, k and v at once, as torch draws its packed matrix.
         self.reset_parameters()
 
     def forward(
@@ -191,11 +194,14 @@ class MultiheadAttention(DropIn):
         k_BSD = called(self.k_proj, x.key_BSD, "k_proj")
         v_BSD = called(self.v_proj, x.value_BSD, "v_proj")
         # align
+        # Called also where it is the identity, so that hooks on `align` see the values of every mechanism.
         v_BSD = called(self.align, x.with_zero_padding(v_BSD), "align (W_A)")
         # score and mix
+        # Under autocast a linear map returns 16 bits, and an identity its input as it is: here they become one dtype.
         q_BLD, k_BSD, v_BSD = same_dtype(q_BLD, k_BSD, v_BSD, projected=True)
         q_BLD = rotated(q_BLD, self.num_heads, self.rotary)
         k_BSD = rotated(k_BSD, self.num_heads, self.rotary)
+        # After the rotation, because the added keys have no position.
         k_BSD, v_BSD, x = extra_keys.append(self, k_BSD, v_BSD, x)
         heads_BNLH, weights = attend(self._call(q_BLD, k_BSD, v_BSD, x), self.impl)
         # output
@@ -206,6 +212,7 @@ class MultiheadAttention(DropIn):
         """The attention call, heads apart."""
         q_BNLH = split(q_BLD, self.num_heads, self.head_dim, "q_proj")
         k_BNSH = split(k_BSD, self.num_heads, self.head_dim, "k_proj")
+        # With neither W_K nor W_V one tensor is both; it stays one, so that the kernels read it once.
         shared = v_BSD is k_BSD
         return Call(
             scaled(self.scaling, q_BNLH),

@@ -32,10 +32,12 @@ def attend(layer: MultiheadAttention, given: Arguments) -> tuple[Tensor, None]:
         shapes = ", ".join(str(tuple(x.shape)) for x in sequences[:10])
         raise ValueError(f"a nested query must hold sequences (L, embed_dim={layer.embed_dim}), received {shapes}.")
     lengths = [len(x) for x in sequences]
+    # Without tokens there is nothing to pad or attend to, and the output has the query's shape.
     if sum(lengths) == 0:
         return query.clone(), None
     padded_BLD = nn.utils.rnn.pad_sequence(list(sequences), batch_first=True)
     padding_BL = torch.arange(padded_BLD.shape[1]) >= torch.tensor(lengths)[:, None]
+    # Its forward, because the hooks of this call have fired for the nested tensor already.
     output_BLD, _ = layer.forward(
         padded_BLD,
         padded_BLD,

@@ -58,6 +58,7 @@ class _Source:
         """
         if values.shape != self.whole.shape:
             raise ValueError(f"expected values of shape {tuple(self.whole.shape)}, received {tuple(values.shape)}.")
+        # All rows are checked before one is written: a refused write leaves every parameter as it was.
         rows = values.chunk(3)
         for letter, part, new in zip("QKV", self.parts, rows, strict=True):
             if part is None and copied and not new.is_meta and not torch.equal(new, _unlearned(new)):
@@ -68,6 +69,7 @@ class _Source:
                 )
         for part, new in zip(self.parts, rows, strict=True):
             if part is not None and replace:
+                # A clone, because the three rows are views of one storage, which parameters must not share.
                 part.data = new.detach().clone()
             elif part is not None:
                 with torch.no_grad():
@@ -107,6 +109,7 @@ class Packed(Tensor):
                 f"torch's own function would compute standard attention from the weights of {source.mechanism!r}: "
                 "call the layer instead."
             )
+        # Compared by ==, because each access to __get__ makes a new object, which equals the others.
         if func == Tensor.grad.__get__:  # type: ignore[union-attr]
             return source.grad()
         if func in (Tensor.requires_grad_, Tensor.requires_grad.__set__):  # type: ignore[attr-defined]
@@ -119,6 +122,7 @@ class Packed(Tensor):
         # Some of torch's initialisers draw elsewhere and copy.
         drawn = sys._getframe(1).f_globals.get("__name__") == nn.init.__name__
         with without_subclasses():  # type: ignore[misc]  # there is one: packed() asked
+            # A version that has risen shows a change in place by any function: no list of such functions is needed.
             before = [version(x) for x in given]
             result = func(*args, **(kwargs or {}))
             for x, earlier in zip(given, before, strict=True):
@@ -136,6 +140,7 @@ class Packed(Tensor):
 
     def __getattr__(self, name: str) -> Any:
         """What all the parameters carry: flags that libraries set on them."""
+        # as_subclass() makes the tensor before _link() sets its source: asking self for it here would call this again.
         if name == "_source":
             raise AttributeError(name)
         parts = self._source.learned()
@@ -204,6 +209,7 @@ def packed(projections: Sequence[nn.Module], kind: str, mechanism: str, torchs: 
         with torch.inference_mode(mode=False), torch.no_grad():  # inference tensors do not count their changes
             whole = torch.cat([_unlearned(first) if x is None else x for x in named])
     else:
+        # A differentiable copy: gradients of what is computed from it reach the projections.
         whole = torch.cat([_unlearned(first) if x is None else x for x in named])
     return _link(whole, _Source(whole, tuple(named), mechanism, torchs))
 
@@ -238,8 +244,10 @@ def _linked(result: Any, source: _Source) -> Any:
     """``result`` with every tensor in it that shares the packed memory made one that writes through."""
     if isinstance(result, (list, tuple)) and type(result) in (list, tuple):
         return type(result)(_linked(x, source) for x in result)
+    # Meta tensors have no address to compare.
     if not isinstance(result, Tensor) or isinstance(result, Packed) or result.is_meta:
         return result
+    # A view has the storage of the whole and has to write through; a result of its own is an ordinary tensor.
     if result.untyped_storage().data_ptr() != source.whole.untyped_storage().data_ptr():
         return result
     return _link(result, source)

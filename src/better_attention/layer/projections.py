@@ -18,6 +18,7 @@ def projection(learned: bool, in_features: int, out_features: int, bias: bool, *
 
     The layer draws the weights itself, in torch's order: one seed gives both classes the same ones.
     """
+    # An nn.Identity and not None, so that forward(), hooks and tools treat every mechanism alike.
     if not learned:
         return nn.Identity()
     linear: nn.Linear = _Undrawn(in_features, out_features, bias, **factory)
@@ -41,6 +42,7 @@ def check_input_width(width: int | None, name: str, letter: str, embed_dim: int,
     if width is None:
         return embed_dim
     width = check_int(width, name)
+    # Without the map, heads read slices of the input, which therefore has to be as wide as the model.
     if width != embed_dim and letter not in mechanism.projections:
         raise ValueError(
             f"{name}={width} must equal embed_dim={embed_dim}: mechanism {mechanism.name!r} has no W_{letter.upper()}, "

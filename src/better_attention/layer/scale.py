@@ -50,15 +50,18 @@ class LearnedScale(nn.Module):
     ):
         super().__init__()
         self.head_dim = head_dim
+        # A logarithm, because no step of an optimiser can then make the factor zero or negative.
         self.log_scale = nn.Parameter(torch.empty(num_heads, device=device, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Back to 1/sqrt(head width)."""
+        # log(1 / sqrt(H)) = -log(H) / 2: a learned scale starts at the usual one.
         nn.init.constant_(self.log_scale, -0.5 * math.log(self.head_dim))
 
     def forward(self, q_BNLH: Tensor) -> Tensor:
         """Scale the queries (B, N, L, H), head by head."""
+        # The exponential in the parameter's dtype, and only the factor in the (perhaps narrower) one of the queries.
         factor_N11 = self.log_scale.exp()[:, None, None]
         return q_BNLH * factor_N11.to(q_BNLH.dtype)
 

@@ -33,7 +33,9 @@ def unpack(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
         packed = state_dict.get(f"{prefix}in_proj_{kind}")
         fits = packed is not None and packed.shape[:1] == (3 * int(module.embed_dim),)  # type: ignore[arg-type]
         if packed is not None and fits and not any(name in state_dict for name in ours):
+            # torch loads from a shallow copy of what it was given, so that the caller's dictionary keeps its names.
             del state_dict[f"{prefix}in_proj_{kind}"]
+            # Views of the packed matrix: an ordinary load copies them, and separate() gives them storage of their own.
             state_dict.update(zip(ours, packed.chunk(3), strict=True))
     for p in "qkv":
         if f"{prefix}{p}_proj_weight" in state_dict and f"{prefix}{p}_proj.weight" not in state_dict:
@@ -70,9 +72,11 @@ class _Explained(str):
 
     def __format__(self, spec: str) -> str:
         plain, caller = super().__format__(spec), sys._getframe(1).f_globals.get("__name__")
+        # Programs that print the keys themselves get the plain name.
         return f"{plain}: {self.why}" if caller == nn.Module.__module__ else plain
 
     def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        # In a pickle or a copy the reason is lost on purpose: it concerns this load only.
         return str, (str(self),)
 
 
@@ -92,8 +96,10 @@ def explain_parts(module: nn.Module, state_dict: dict[str, Any], prefix: str) ->
     layer_modules = {name for name, _ in module.named_modules(remove_duplicate=False)}
     surplus, lacking = [part for part in came if part not in has], [part for part in has if part not in came]
     if surplus:
+        # One key is enough: torch lists all of them in one message, which needs the reason once.
         key = _Explained(next(name for name, module in modules.items() if by_module.get(module) in surplus))
         key.why = _another_mechanism(mechanism, came, "leaves the others out")
+        # Assigning to an equal key would keep the old key object, so the dictionary is filled anew.
         renamed = [(key if name == key else name, value) for name, value in state_dict.items()]
         state_dict.clear()
         state_dict.update(renamed)

@@ -76,6 +76,7 @@ def _backward(grad: Tensor, a: Arguments, wanted: Sequence[bool]) -> Sequence[Te
     dbias = None
     if wanted[1]:
         (B, S, D), G = grad.shape, a.weight.shape[0]
+        # The bias is one number per position and kernel, so its gradient sums over the batch and over features.
         dbias = grad.reshape(B, S, G, D // G).sum(dim=(0, 3)).transpose(0, 1)
     return dweight, dbias, dvalue
 
@@ -91,6 +92,7 @@ def _products(
         return None if dweight is None else dweight.zero_(), dvalue
     c = _describe(weight, value, a.causal)
     c.grad, (c.grad_b, c.grad_s, _), c.grad_g = address(grad), grad.stride(), c.W
+    # api.h takes a null pointer to mean that this gradient is not wanted, which saves its product.
     c.dvalue = None if dvalue is None else dvalue.data_ptr()
     c.dweight = None if dweight is None else dweight.data_ptr()
     call_library("ba_align_backward", c)
@@ -105,6 +107,7 @@ def _describe(weight: Tensor, value: Tensor, causal: bool) -> structs.Align:
     c.dtype, c.causal = structs.ELEMENT_TYPES[value.dtype], causal
     c.B, c.G, c.S, c.W = B, G, S, D // G
     c.weight, (c.weight_g, c.weight_i, _) = address(weight), weight.stride()
+    # Heads lie side by side in the last dimension: head g starts at column g D / G.
     c.value, (c.value_b, c.value_s, _), c.value_g = address(value), value.stride(), D // G
     return c
 

@@ -31,6 +31,7 @@ SWITCH = "BETTER_ATTENTION_NATIVE"
 ISA_SWITCH = "BETTER_ATTENTION_ISA"
 """The environment variable that names the instruction set to use. Results differ between sets in their last bits."""
 
+# A plain global: the choice holds for every thread of the process that calls the kernels.
 _forced = BEST_ISA
 
 
@@ -57,6 +58,7 @@ class _Library:
                 )
             self.calls = {name: _function(library, name) for name in FUNCTIONS}
             self.isas = self.calls["ba_isas"]()
+        # ctypes raises OSError for a file that cannot be loaded, and AttributeError for a function that it lacks.
         except (OSError, AttributeError) as error:
             raise _MissingError(f"{file.name} could not be loaded: {error}; {way_out()}") from None
 
@@ -82,6 +84,7 @@ class _MissingError(Exception):
 def _function(library: ctypes.CDLL, name: str) -> Callable[..., int]:
     function: Any = getattr(library, name)
     structure = FUNCTIONS[name]
+    # Without declared types ctypes passes and returns C ints, which would cut 64-bit numbers.
     function.argtypes = [] if structure is None else [ctypes.POINTER(structure)]
     function.restype = ctypes.c_int64
     return function  # type: ignore[no-any-return]
@@ -89,6 +92,7 @@ def _function(library: ctypes.CDLL, name: str) -> Callable[..., int]:
 
 def _find() -> Path:
     """The library's file: beside this one, or where an installer put the package's compiled part."""
+    # An editable installation leaves the Python files in the checkout and puts compiled ones elsewhere on the path.
     package = sys.modules[__name__.partition(".")[0]]
     folders = [Path(__file__).parent, *(Path(folder) / "native" for folder in package.__path__)]
     for folder in folders:
@@ -120,6 +124,7 @@ def way_out() -> str:
 
 @cache
 def _library() -> _Library:
+    # A failure is remembered too, so that no later call looks for files again.
     return _Library()
 
 
@@ -134,6 +139,7 @@ def instruction_sets() -> tuple[str, ...]:
     library = _library()
     if library.reason is not None:
         return ()
+    # Bit i of the answer stands for instruction set i of api.h.
     return tuple(name for name, number in reversed(ISAS.items()) if library.isas >> number & 1)
 
 
@@ -173,8 +179,10 @@ def current_instruction_set() -> int:
     Raises:
         ValueError: ``BETTER_ATTENTION_ISA`` names an unknown one, or one that does not run here.
     """
+    # A context counts more than the environment: benchmarks compare sets within one process.
     if _forced != BEST_ISA:
         return _forced
+    # Read at each call, so that a change takes effect; the check of a name is remembered.
     wanted = os.environ.get(ISA_SWITCH)
     return _from_environment(wanted) if wanted else BEST_ISA
 
@@ -201,4 +209,5 @@ def call(function: str, arguments: ctypes.Structure) -> None:
 
 def contiguous_rows(x: Tensor) -> Tensor:
     """``x`` with its last dimension contiguous, as the kernels read it; a copy only where it is not."""
+    # With one element in a row its stride has no meaning.
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

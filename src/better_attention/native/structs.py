@@ -25,6 +25,7 @@ SCORES = {"softmax": 0, "expressive": 1}
 _Field = tuple[str, type]
 
 
+# All fields are 8 bytes wide, so that no compiler puts padding between them.
 def _integers(names: str) -> list[_Field]:
     return [(name, ctypes.c_int64) for name in names.split()]
 

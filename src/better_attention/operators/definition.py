@@ -87,8 +87,10 @@ class Layout(NamedTuple):
     @classmethod
     def of(cls, definition: Definition[A]) -> Layout:
         """The layout that follows from the annotations of the arguments."""
+        # Resolved, because the postponed annotations of the arguments are texts.
         hints = get_type_hints(definition.arguments)
         tensors = sum(_SCHEMA_TYPES[hint].startswith("Tensor") for hint in hints.values())
+        # The derivative gets all results or none: which of them it reads is its own affair.
         saved_results = definition.results if definition.saves_results else 0
         return cls(definition.arguments, tuple(hints), tensors, definition.results, saved_results)
 
@@ -97,6 +99,7 @@ class Layout(NamedTuple):
         types = [_SCHEMA_TYPES[hint] for hint in get_type_hints(self.arguments).values()]
         parameters = [f"{kind} {name}" for kind, name in zip(types, self.fields, strict=True)]
         saved = [f"Tensor result{number}" for number in range(self.saved_results)]
+        # Tensors stand before settings in both schemas, so that a prefix of the arguments is what autograd saves.
         backward = ["Tensor grad", *parameters[: self.tensors], *saved, *parameters[self.tensors :], "bool[] wanted"]
         return _schema(parameters, self.results), _schema(backward, gradients)
 
@@ -106,6 +109,7 @@ class Layout(NamedTuple):
 
     def split(self, flat: Sequence[Any]) -> tuple[Any, Tensors, Sequence[bool]]:
         """What the derivative takes behind grad, as the arguments A, the saved results, and what is wanted."""
+        # grad has been taken off already, so the saved results start right behind the tensors.
         end = self.tensors + self.saved_results
         return self.arguments(*flat[: self.tensors], *flat[end:-1]), tuple(flat[self.tensors : end]), flat[-1]
 

@@ -44,6 +44,7 @@ def register(definition: Definition[A]) -> Callable[[A], Any]:
             return packet(*arguments)
         # Past the dispatcher, whose overhead is a large part of a small call. Only where nothing could notice.
         if not _require_gradients(arguments[:tensors]) and ordinary(*arguments[:tensors]):
+            # No derivative can follow here, so that what only the derivative reads need not be computed.
             results = inference(arguments)
             return results[0] if single else results
         return function.apply(*arguments)
@@ -76,6 +77,7 @@ def _custom_operators(definition: Definition[A], layout: Layout) -> tuple[Any, A
         arguments, _, wanted = layout.split(flat)
         inputs = (getattr(arguments, field) for field in definition.differentiable)
         return tuple(
+            # Compiled programs plan their memory by these shapes, which have to be those of _derivative().
             definition.empty_gradient(x) if wish and x is not None else grad.new_empty(0)
             for x, wish in zip(inputs, wanted, strict=True)
         )
@@ -97,6 +99,7 @@ def _derivative(definition: Definition[A], layout: Layout) -> Callable[..., Tens
         arguments, results, wanted = layout.split(flat)
         gradients = definition.backward(grad, arguments, results, wanted)
         return tuple(
+            # backward_vmap_rule() recognises a gradient that is not wanted by its single dimension.
             gradient if wish and gradient is not None else grad.new_empty(0)
             for gradient, wish in zip(gradients, wanted, strict=True)
         )
@@ -131,6 +134,7 @@ def _autograd(definition: Definition[A], layout: Layout, backward_packet: Any) -
         kept = output if definition.saves_results else ()
         kept = (kept,) if isinstance(kept, Tensor) else kept
         ctx.save_for_backward(*inputs[: layout.tensors], *kept)
+        # save_for_backward takes tensors only; what is wanted is known now, and the derivative needs it as an argument.
         ctx.settings = (*inputs[layout.tensors :], [bool(ctx.needs_input_grad[i]) for i in differentiable])
         # Under vmap the context is a wrapper around another one, whose results are not these.
         if layout.results > 1 and isinstance(ctx, FunctionCtx):
@@ -173,6 +177,7 @@ def _backward_function(definition: Definition[A], layout: Layout, packet: Any, i
     def forward(*flat: Any) -> Any:
         return in_eager_mode(*flat) if ordinary(*flat[: 1 + layout.tensors + layout.saved_results]) else packet(*flat)
 
+    # Nothing to keep: differentiating a derivative is refused.
     def save(ctx: Any, inputs: Any, output: Any) -> None:
         return None
 
@@ -185,6 +190,7 @@ def _backward_function(definition: Definition[A], layout: Layout, packet: Any, i
 def _new_function(definition: Definition[A], suffix: str, forward: Any, save: Any, derive: Any) -> Any:
     """A subclass of ``autograd.Function``, whose name shows in graphs and in messages of torch."""
     members = {
+        # torch then runs `forward` under vmap, where the operator's own rule applies.
         "generate_vmap_rule": definition.batched,
         "forward": staticmethod(forward),
         "setup_context": staticmethod(save),

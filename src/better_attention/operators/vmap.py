@@ -17,6 +17,7 @@ def vmap_rule(packet: Any, layout: Layout) -> Callable[..., Any]:
     def rule(info: Any, in_dims: Any, *args: Any) -> Any:
         if layout.seed(args) is not None:
             return _one_by_one(info, in_dims, args, packet)
+        # The first tensor is q, which always has the whole batch; masks may broadcast over it.
         batch = _batch(args[0], in_dims[0])
         folded = _fold(info, in_dims[: layout.tensors], args[: layout.tensors], batch)
         results = packet(*folded, *args[layout.tensors :])
@@ -40,10 +41,12 @@ def backward_vmap_rule(packet: Any, layout: Layout, differentiable: Sequence[str
         gradients = []
         for index, gradient in zip(inputs, packet(*folded, *args[tensors:]), strict=True):
             if gradient.dim() == 1:  # not wanted
+                # A placeholder, but vmap wants its dimension on everything that is returned.
                 gradients.append(gradient.expand(info.batch_size, 0))
                 continue
             gradient = gradient.unflatten(0, (info.batch_size, batch))
             broadcasts = _batch(args[index], in_dims[index]) != batch
+            # _fold() expanded it, and the gradient of an expansion is the sum.
             gradients.append(gradient.sum(1, keepdim=True) if broadcasts else gradient)
         return tuple(gradients), (0,) * len(gradients)
 

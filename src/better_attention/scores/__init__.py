@@ -19,6 +19,7 @@ __all__ = ["DEFAULT_SCORE", "SCORES", "Score", "Tiles", "registered"]
 DEFAULT_SCORE = SOFTMAX.name
 """The score of a mechanism whose name does not say otherwise. It is that of PyTorch's own attention, too."""
 
+# Written to by registered() alone; everybody else reads it through the proxy.
 _rows = {score.name: score for score in (SOFTMAX, EXPRESSIVE)}
 
 SCORES: Mapping[str, Score] = MappingProxyType(_rows)

@@ -20,6 +20,7 @@ from .score import Score, Slices
 
 def weights(q_BNLH: Tensor, k_BNSH: Tensor, bias: Tensor | None, hide: Tensor | None) -> Tensor:
     """a exp(bias) / sum over keys with a = z^2 / (1 + z^2) (2407.18601); a row without weight is zero."""
+    # The units are detached: the result does not depend on them, so that as constants they give its derivative.
     unit_q, unit_k = _unit(q_BNLH, (-1,)), _unit(k_BNSH, (-2, -1))
     z_BNLS = (q_BNLH / unit_q) @ (k_BNSH / unit_k).transpose(-1, -2)
     if hide is not None:
@@ -28,6 +29,7 @@ def weights(q_BNLH: Tensor, k_BNSH: Tensor, bias: Tensor | None, hide: Tensor | 
     z_BNLS = z_BNLS * factor
     # Two ways to write a, so that neither it nor its derivative overflows or loses digits.
     near = z_BNLS.abs() <= 1.0
+    # torch.where differentiates both branches, and the unused one must not be infinite: 0 * inf would be NaN.
     square = z_BNLS.masked_fill(~near, 0.0).square()
     a_BNLS = torch.where(near, square / (1.0 + one * square), 1.0 / (1.0 + z_BNLS.masked_fill(near, 1.0).pow(-2.0)))
     if bias is not None:
@@ -43,7 +45,9 @@ def _unit(x: Tensor, dim: tuple[int, ...]) -> Tensor:
     if any(x.shape[d] == 0 for d in dim):
         return torch.ones_like(x.detach().sum(dim, keepdim=True))
     tiny = torch.finfo(x.dtype).tiny
+    # Two numbers below tiny^(1/4) have a product below tiny^(1/2), whose square has lost digits to underflow.
     largest = x.detach().abs().amax(dim, keepdim=True)
+    # tiny is 2^-126 (float64: 2^-1022), so that its root is a power of two and a division by it is exact.
     return torch.ones_like(largest).masked_fill(largest < tiny**0.25, tiny**0.5)
 
 
@@ -55,6 +59,7 @@ def _measure(z_BNLS: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
     if z_BNLS.shape[-1] == 0:
         return unit, torch.ones_like(unit)
     largest_BNL1 = z_BNLS.abs().amax(dim=-1, keepdim=True)
+    # For z below eps, z^2 is below eps^2 and disappears in 1 + z^2. A row of zeros stays one without weight.
     small = (largest_BNL1 > 0.0) & (largest_BNL1 * unit < torch.finfo(z_BNLS.dtype).eps)
     return torch.where(small, 1.0 / largest_BNL1, unit), 1.0 - small.to(z_BNLS.dtype)
 
@@ -106,9 +111,11 @@ class Tiles:
 
     def weights(self, rows: Slices, keys: Slices, bias: Tensor | None, hide: Tensor | None) -> tuple[Tensor, Tensor]:
         """z^2 / (1 + z^2) of a tile, and its sum over keys."""
+        # A bias needs the careful way: it may lift weights that the plain one has rounded to 0.
         if bias is None:
             a = _plain(self._given_q[rows] @ self._given_k[keys].transpose(-1, -2), hide)
             total = _divisor(a)
+            # An infinite divisor marks a row of zeros, which may be one whose squares have all underflowed.
             if not bool(((total < self._faint) | (total == math.inf)).any()):
                 return a, total
         z, units = self._scores(rows, keys)
@@ -137,6 +144,7 @@ def _power_of_two(x: Tensor, dim: tuple[int, ...]) -> Tensor:
     if 0 in x.shape:
         return x.new_ones([1 if d - x.dim() in dim else size for d, size in enumerate(x.shape)])
     limits = torch.finfo(x.dtype)
+    # The infinity norm finds the largest number in one pass, without a copy of the absolute values.
     small: Tensor = torch.linalg.vector_norm(x, math.inf, dim=dim, keepdim=True) < limits.tiny**0.25
     return (~small).to(x.dtype).masked_fill_(small, limits.tiny**0.5)
 
@@ -158,6 +166,7 @@ def _careful(z: Tensor, units: Tensor, bias: Tensor | None, hide: Tensor | None,
     limits = torch.finfo(z.dtype)
     if hide is not None:
         z.masked_fill_(hide, 0.0)  # z = 0 is weight 0
+    # The rows are complete in a tile, so that this is the row's largest score.
     largest = torch.linalg.vector_norm(z, math.inf, dim=-1, keepdim=True)
     small = (largest > 0.0) & (largest * units < limits.eps)
     factor = torch.where(small, 1.0 / largest, units)
@@ -170,6 +179,7 @@ def _careful(z: Tensor, units: Tensor, bias: Tensor | None, hide: Tensor | None,
     inverse = ((square * ~small) if bool(small.any()) else square).add(1.0).reciprocal_()
     a = square.mul_(inverse)
     if derive:
+        # da/dz = 2 z / (1 + z^2)^2; the factor leads from z back to scores in units, by the chain rule.
         z.mul_(inverse).mul_(inverse).mul_(2.0 * factor)
     if bias is not None:
         faint = a < limits.tiny
@@ -180,6 +190,7 @@ def _careful(z: Tensor, units: Tensor, bias: Tensor | None, hide: Tensor | None,
         grown = (bias - shift).clamp_(max=-math.log(limits.tiny)).exp_()
         a.mul_(grown)
         if derive:
+            # A weight that was set to 0 has the derivative 0 as well, or the two terms of the gradient would disagree.
             z.mul_(grown).masked_fill_(faint, 0.0)
     return a
 

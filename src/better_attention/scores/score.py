@@ -79,4 +79,5 @@ class Score:
         """
         if mask.dtype == torch.bool:
             return ~mask
+        # The lowest number of the dtype in which the mask came: in a wider one it is an ordinary number.
         return mask <= (torch.finfo(mask.dtype).min if self.lowest_hides else -torch.inf)

@@ -20,6 +20,7 @@ def weights(q_BNLH: Tensor, k_BNSH: Tensor, bias: Tensor | None, hide: Tensor | 
     z_BNLS = z_BNLS.masked_fill(hide, -math.inf)
     # Read off z, not off the mask: z has the broadcast shape, and sums of finite biases can reach -inf too.
     nothing = (z_BNLS == -math.inf).all(dim=-1, keepdim=True)
+    # Zeros before and after: before, so that the derivative is not NaN; after, so that the row has no weight.
     return torch.softmax(z_BNLS.masked_fill(nothing, 0.0), dim=-1).masked_fill(nothing, 0.0)
 
 
@@ -38,6 +39,7 @@ class Tiles:
             return torch.softmax(z, dim=-1), None
         z.masked_fill_(hide, -math.inf)
         nothing = z.amax(dim=-1, keepdim=True) == -math.inf  # sums of finite biases can reach it too
+        # There is no derivative of torch's here, so NaN in such a row may be overwritten afterwards.
         return torch.softmax(z, dim=-1).masked_fill_(nothing, 0.0), None
 
     def slopes(self, rows: Slices, keys: Slices, bias: Tensor | None, hide: Tensor | None) -> tuple[Tensor, Tensor]:

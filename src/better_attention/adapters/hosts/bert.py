@@ -55,6 +55,7 @@ class BertAttention(HostAttention):
 
 
 def _matches(module: nn.Module) -> bool:
+    # The outer module, because the output map that is taken over lies beside the attention proper.
     return has(module, "self.query", "self.key", "self.value", "self.scaling", "self.config", "output.dense")
 
 
@@ -87,6 +88,7 @@ def _read(module: nn.Module) -> Source:
 
 def _build(old: nn.Module, target: Source) -> nn.Module:
     new = BertAttention.take_over(old.get_submodule("self"), target)
+    # The host keeps this flag on the outer module, which ours cannot see from its place inside.
     new.is_cross_attention = bool(getattr(old, "is_cross_attention", False))
     return new
 

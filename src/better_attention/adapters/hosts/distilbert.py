@@ -27,6 +27,7 @@ class DistilBertAttention(HostAttention):
 
 
 def _matches(module: nn.Module) -> bool:
+    # The arguments too, because a relative with the same maps may be called differently.
     return has(module, "q_lin", "k_lin", "v_lin", "out_lin", "n_heads", "scaling", "config") and takes(
         module, "hidden_states", "attention_mask"
     )

@@ -66,6 +66,7 @@ def _refusals(module: nn.Module) -> list[str]:
     )  # fmt: skip
     reasons = transformers_refusals(module) + signature_refusals(module, *expected)
     for name in ("c_attn", "c_proj"):
+        # By the name of the class, because the host's library must not be imported here.
         kind = type(module.get_submodule(name)).__name__
         if kind != "Conv1D":
             reasons.append(f"{name} is a {kind}, not a Conv1D: merge or remove what wraps it")
@@ -76,12 +77,14 @@ def _maps(conv: Any, number: int) -> list[LinearMap]:
     """The maps in a ``Conv1D``, whose weight is (inputs, outputs)."""
     trains = conv.weight.requires_grad
     pairs = zip(conv.weight.chunk(number, dim=1), conv.bias.chunk(number), strict=True)
+    # Views and no Parameters: the new layer copies them, so that nothing is tied to the packed matrix.
     return [LinearMap(weight.T, bias, trains) for weight, bias in pairs]
 
 
 def _read(module: nn.Module) -> Source:
     host: Any = module
     cross = host.is_cross_attention
+    # In cross-attention c_attn packs keys and values alone, and queries have a map of their own.
     q, k, v = _maps(host.q_attn, 1) + _maps(host.c_attn, 2) if cross else _maps(host.c_attn, 3)
     return Source(
         transformers_mechanism(host),

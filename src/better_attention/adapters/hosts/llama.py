@@ -41,11 +41,13 @@ class LlamaAttention(HostAttention):
         update = own_cache(cache, self.layer_idx, kwargs)
         q_BNLH = _turned(self.heads(self.q_proj(hidden_states)), angles_B1LH)
         k_BGSH = self.heads(self.k_proj(hidden_states))
+        # The slices are cached before they are turned, because they are the values too; the angles come back with them.
         if self.shares_slices:
             if update is not None:
                 k_BGSH, angles_B1LH = update(k_BGSH, angles_B1LH)
             v_BGSH, k_BGSH = k_BGSH, _turned(k_BGSH, angles_B1LH)
         else:
+            # Cached after turning, as the host does.
             k_BGSH, v_BGSH = _turned(k_BGSH, angles_B1LH), self.heads(self.v_proj(hidden_states))
             if update is not None:
                 k_BGSH, v_BGSH = update(k_BGSH, v_BGSH)
@@ -63,8 +65,10 @@ class LlamaAttention(HostAttention):
 def _packed(position_embeddings: tuple[Tensor, Tensor], batch: int) -> Tensor:
     """Cosine and sine of one half of the features, which is all that differs, side by side: (B, 1, L, H)."""
     cos_BLH, sin_BLH = position_embeddings
+    # The host repeats the angles for both halves of the features.
     half = cos_BLH.shape[-1] // 2
     angles_BLH = torch.cat([cos_BLH[..., :half], sin_BLH[..., :half]], dim=-1)
+    # Positions may come once for all samples, where the cache wants the batch size of the keys.
     return angles_BLH[:, None].expand(batch, -1, -1, -1)
 
 

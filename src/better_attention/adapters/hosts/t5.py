@@ -37,6 +37,7 @@ class T5Attention(HostAttention):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(B, L, D) to (B, L, D), the bias for the layers above, and the weights where the host wants them."""
         need_weights = wants_weights(self)
+        # In cross-attention no position bias is added: it passes through to the layers above.
         if key_value_states is not None:
             output, weights = attend_across(
                 self,
@@ -48,6 +49,7 @@ class T5Attention(HostAttention):
                 need_weights=need_weights,
             )
             return output, position_bias, weights
+        # Only the first layer of a stack has the table; the others receive its bias from the model.
         if position_bias is None and self.has_relative_attention_bias:
             position_bias = self._bias(hidden_states, cache)
         update = own_cache(cache, self.layer_idx, kwargs)
@@ -64,6 +66,7 @@ class T5Attention(HostAttention):
     def _bias(self, hidden_states: Tensor, cache: Any) -> Tensor:
         L = hidden_states.shape[1]
         inner = getattr(cache, "self_attention_cache", cache)
+        # The bias depends on distances, so that it has to know how many tokens the cache holds already.
         past = inner.get_seq_length(self.layer_idx) if inner is not None else 0
         keys = past + L
         if inner is not None and (longest := inner.get_max_length()) > 0:

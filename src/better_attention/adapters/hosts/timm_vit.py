@@ -26,6 +26,7 @@ class TimmAttention(HostAttention):
             attn_mask: broadcastable to (B, heads, L, L). bool: True = attend. float: added to the log weights.
             is_causal: query l sees keys s <= l; as in timm, it replaces the mask.
         """
+        # check_mask() wants four dimensions; leading ones of size 1 broadcast.
         mask = None if is_causal or attn_mask is None else attn_mask[(None,) * (4 - attn_mask.dim())]
         output, _ = self.attend(x, mask=mask, causal=is_causal)
         dropped: Tensor = self.proj_drop(output)
@@ -50,6 +51,7 @@ def _refusals(module: nn.Module) -> list[str]:
 
 def _read(module: nn.Module) -> Source:
     host: Any = module
+    # One packed map, whose rows are those of W_Q, W_K and W_V one below the other.
     weight, bias = host.qkv.weight, host.qkv.bias
     biases = (None,) * 3 if bias is None else bias.chunk(3)
     q, k, v = (LinearMap(w, b, weight.requires_grad) for w, b in zip(weight.chunk(3), biases, strict=True))

@@ -19,6 +19,7 @@ def _read_torch(module: nn.Module) -> Source:
     D = layer.embed_dim
     packed = cast("Tensor | None", layer.in_proj_weight)
     separate = cast("tuple[Tensor, ...]", (layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight))
+    # torch keeps one packed matrix, or three where kdim or vdim differ from embed_dim.
     weights = separate if packed is None else packed.chunk(3)
     trains = (weights[0] if packed is None else packed).requires_grad
     biases = (None,) * 3 if layer.in_proj_bias is None else layer.in_proj_bias.chunk(3)
@@ -68,6 +69,7 @@ def _extra_positions(learned: bool, zero: bool) -> tuple[str, ...]:
 
 def _build(old: nn.Module, target: Source) -> nn.Module:
     """Our layer with the weights of ``target`` and the settings of ``old``, torch's layer or ours."""
+    # Ours has all attributes of torch's layer, so that one reading serves both.
     host = cast(MultiheadAttention, old)
     ours = isinstance(old, MultiheadAttention)
     kernel = target.align
@@ -101,12 +103,14 @@ def _take_extra_parameters(new: MultiheadAttention, host: MultiheadAttention) ->
     """The learned extra position, and a learned scale, are the old layer's."""
     for part, weight in ((new.extra_k, host.bias_k), (new.extra_v, host.bias_v)):
         if part is not None:
+            # The Parameter itself, so that an optimiser that holds it keeps training it.
             part.weight = cast(nn.Parameter, weight)
     if new.scaling is not None:
         new.scaling = host.scaling
 
 
 def _is_torchs(module: nn.Module) -> bool:
+    # Exactly this class, because a subclass may compute something else.
     return type(module) is nn.MultiheadAttention
 
 
