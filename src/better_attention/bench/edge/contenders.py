@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ from better_attention.export.quantise import quantise
 from better_attention.lab.runs.json_file import read_json
 from better_attention.lab.trained.export import free_axes
 from better_attention.lab.trained.host import is_host, longest
-from better_attention.lab.trained.model import is_converted, open_trained
+from better_attention.lab.trained.model import Trained, is_converted, open_trained
 from better_attention.lab.trained.origin import HostOrigin, Origin, RunOrigin
+from better_attention.mechanism import Mechanism
 
 RUNTIMES = ("eager", "compiled", "onnx", "onnx-int8")
 """PyTorch alone; PyTorch with the compiled kernels; ONNX Runtime in float32 and with int8 linear maps."""
@@ -39,6 +40,7 @@ class Contender:
         path: the folder of the model, or the ONNX file.
         batch_size: samples of a call.
         threads: of the runtime.
+        length: tokens of a text, where an ONNX file leaves them free.
         reason: why it cannot be timed.
     """
 
@@ -47,6 +49,7 @@ class Contender:
     path: Path
     batch_size: int
     threads: int
+    length: int = LENGTH
     reason: str = ""
 
     @property
@@ -63,10 +66,9 @@ class Contender:
             ValueError, OSError, ImportError: it cannot be read here.
         """
         if self.runtime.startswith("onnx"):
-            return _onnx_call(self.path, self.batch_size, self.threads)
+            return _onnx_call(self.path, (self.batch_size, self.length), self.threads)
         trained = open_trained(self.path)
-        if self.runtime == "eager":
-            switch_kernels_off(trained.model)
+        _prepare(trained.model, self.runtime)
         return _torch_call(trained.model, example(trained.origin, self.batch_size))
 
 
@@ -124,25 +126,28 @@ def _kind(file: Path) -> str:
 
 def _contender(path: Path, runtime: str, place: Path, batch_size: int, threads: int) -> Contender:
     """A model in a runtime; for ONNX Runtime it is exported to ``place``."""
+    contender = Contender(str(path), runtime, path, batch_size, threads)
     try:
-        if runtime == "eager":
-            switch_kernels_off(open_trained(path).model)
-        file = path if not runtime.startswith("onnx") else _exported(path, runtime, place)
+        trained = open_trained(path)
+        if runtime.startswith("onnx"):
+            return _exported(contender, trained, place)
+        _prepare(trained.model, runtime)
     except (ValueError, ImportError, torch.onnx.OnnxExporterError) as error:
-        return Contender(str(path), runtime, path, batch_size, threads, reason=" ".join(str(error).split())[:300])
-    return Contender(str(path), runtime, file, batch_size, threads)
+        return replace(contender, reason=" ".join(str(error).split())[:300])
+    return contender
 
 
-def _exported(path: Path, runtime: str, place: Path) -> Path:
+def _exported(contender: Contender, trained: Trained, place: Path) -> Contender:
+    """The contender with an ONNX file in ``place``, which is written where it is not there."""
     file = place / "float32.onnx"
-    trained = open_trained(path)
     inputs = example(trained.origin, 3)
+    length = inputs["input_ids"].shape[1] if isinstance(inputs, dict) else LENGTH
     if not file.exists():
         export_onnx(trained.model, file, inputs, dynamic=free_axes(trained))
-    if runtime == "onnx":
-        return file
-    quantise(file, [inputs], path=place / "int8.onnx")
-    return place / "int8.onnx"
+    if contender.runtime == "onnx-int8":
+        quantise(file, [inputs], path=place / "int8.onnx")
+        file = place / "int8.onnx"
+    return replace(contender, path=file, length=length)
 
 
 def example(origin: Origin, batch_size: int) -> Tensor | dict[str, Tensor]:
@@ -163,19 +168,37 @@ def example(origin: Origin, batch_size: int) -> Tensor | dict[str, Tensor]:
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
 
 
+def _prepare(model: nn.Module, runtime: str) -> None:
+    """Make a model compute by PyTorch alone for ``"eager"``, and make sure that there is a difference to it.
+
+    Raises:
+        ValueError: the runtime would say nothing about this model.
+    """
+    if runtime == "eager":
+        switch_kernels_off(model)
+    elif not _layers(model):
+        raise ValueError("the model has no attention layer of better-attention, so that eager is all there is")
+
+
+def _layers(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if isinstance(getattr(module, "mechanism", None), Mechanism)]
+
+
 def switch_kernels_off(model: nn.Module) -> None:
     """Let every attention layer of ours compute by PyTorch alone, in place.
 
     Raises:
-        ValueError: there is none of which it can be said.
+        ValueError: a layer takes its kernels as they come, as converted ones of transformers do.
     """
-    layers = [module for module in model.modules() if hasattr(module, "impl") and hasattr(module, "mechanism")]
-    if not layers:
-        raise ValueError("the compiled kernels cannot be switched off in this model alone; see BETTER_ATTENTION_NATIVE")
-    for layer in layers:
-        layer.impl = "sdpa" if layer.mechanism.score == "softmax" else "reference"  # type: ignore[assignment, union-attr]
+    for layer in _layers(model):
+        if not hasattr(layer, "impl"):
+            raise ValueError(
+                "the compiled kernels cannot be switched off in a converted model of transformers alone: time it in a "
+                "process of its own, with BETTER_ATTENTION_NATIVE=off"
+            )
+        layer.impl = "sdpa" if layer.mechanism.score == "softmax" else "reference"
         if layer.align is not None:
-            layer.align.compiled = False  # type: ignore[union-attr]
+            layer.align.compiled = False
 
 
 def _torch_call(model: nn.Module, inputs: Tensor | dict[str, Tensor]) -> Call:
@@ -186,7 +209,7 @@ def _torch_call(model: nn.Module, inputs: Tensor | dict[str, Tensor]) -> Call:
     return call
 
 
-def _onnx_call(file: Path, batch_size: int, threads: int) -> Call:
+def _onnx_call(file: Path, sizes: tuple[int, int], threads: int) -> Call:
     try:
         import onnxruntime
     except ImportError as error:
@@ -197,15 +220,15 @@ def _onnx_call(file: Path, batch_size: int, threads: int) -> Call:
         session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its errors have no class in common
         raise ValueError(f"{file} cannot be read by ONNX Runtime {onnxruntime.__version__}: {error}") from error
-    feed = {one.name: _input(one, batch_size) for one in session.get_inputs()}
+    feed = {one.name: _input(one, sizes) for one in session.get_inputs()}
     return lambda: session.run(None, feed)
 
 
-def _input(described: Any, batch_size: int) -> Any:
+def _input(described: Any, sizes: tuple[int, int]) -> Any:
     """One input of an ONNX file: free sizes are the batch first, then the length; floats random, everything else 1."""
     import numpy as np
 
-    free = iter((batch_size, LENGTH))
+    free = iter(sizes)
     shape = [size if isinstance(size, int) else next(free, 1) for size in described.shape]
     kind = described.type.removeprefix("tensor(").removesuffix(")")
     if kind in ("float", "double", "float16"):
