@@ -37,11 +37,16 @@ def relative_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float
 
 
 def cosine(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """Mean cosine similarity of the last axis of all floating outputs; 0 where a number is not finite."""
+    """Mean cosine similarity of the last axis of all floating outputs; 0 where a number is not finite.
+
+    An output whose last axis has one entry, such as the logit of two classes, is compared as one vector over the batch:
+    a single number has no direction but its sign.
+    """
     values = []
     for ours, theirs in zip(found, expected, strict=True):
         if theirs.is_floating_point() and theirs.numel():
-            a, b = (x.double().reshape(-1, x.shape[-1] if x.dim() else 1) for x in (ours, theirs))
+            width = theirs.shape[-1] if theirs.dim() else 1
+            a, b = (x.double().reshape((-1, width) if width > 1 else (1, -1)) for x in (ours, theirs))
             if not bool(a.isfinite().all()):
                 return 0.0
             similar = F.cosine_similarity(a, b, dim=-1)
@@ -51,7 +56,9 @@ def cosine(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
 
 
 def same_choice(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """Share of positions in the first output with the same largest entry on the last axis."""
+    """Share of positions in the first output with the same largest entry on the last axis; of a single one, sign."""
     if not expected or not expected[0].dim() or not expected[0].numel():
         return 1.0
+    if expected[0].shape[-1] == 1:
+        return float(((found[0] > 0) == (expected[0] > 0)).double().mean())
     return float((found[0].argmax(-1) == expected[0].argmax(-1)).double().mean())

@@ -108,3 +108,10 @@ def test_how_far_outputs_are_apart() -> None:
     assert cosine([-a], [a]) == pytest.approx(-1.0)
     assert cosine([nan], [a]) == 0.0
     assert same_choice([a.flip(-1)], [a]) == 0.0
+
+
+def test_a_single_logit_is_compared_over_the_batch() -> None:
+    """The cosine of single numbers is 1 for every two of the same sign, and their largest entry always the same."""
+    expected, found = torch.tensor([[1.0], [-2.0], [3.0]]), torch.tensor([[3.0], [2.0], [1.0]])
+    assert cosine([found], [expected]) == pytest.approx((3 - 4 + 3) / 14)
+    assert same_choice([found], [expected]) == pytest.approx(2 / 3)
