@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy import stats
 from torch import Tensor
 
 RUN = 512
@@ -231,7 +232,8 @@ def expected_errors(draw: Callable[[], list[Tensor]], exact: list[np.ndarray]) -
 
     Each element's error has a root mean square over the draws: the largest error is allowed to be ``DEVIATIONS`` times
     the largest of them. The mean error may be 1.5 times that of the draws on average, and 3 standard deviations of
-    what it varies by from draw to draw more.
+    what it varies by from draw to draw more. A root mean square of few numbers is uncertain itself: both bounds grow by
+    :func:`uncertainty`.
     """
     draws = min(12, max(4, NUMBERS // max(1, *(x.size for x in exact))))
     errors = []
@@ -242,7 +244,23 @@ def expected_errors(draw: Callable[[], list[Tensor]], exact: list[np.ndarray]) -
     result = []
     for each in zip(*errors, strict=True):
         means = [float(np.mean(x)) if x.size else 0.0 for x in each]
-        largest = float(np.sqrt(np.mean(np.square(each), axis=0)).max(initial=0.0))
+        sizes = np.sqrt(np.mean(np.square(each), axis=0))
+        largest = float(sizes.max(initial=0.0))
+        wider = uncertainty(draws * int(np.count_nonzero(sizes >= largest / 10)))
         spread = float(np.std(means, ddof=1))
-        result.append(Error(DEVIATIONS * largest, 1.5 * (float(np.mean(means)) + 3 * spread)))
+        result.append(Error(wider * DEVIATIONS * largest, wider * 1.5 * (float(np.mean(means)) + 3 * spread)))
     return result
+
+
+@cache
+def uncertainty(count: int) -> float:
+    """How much wider than with a known deviation a bound has to be whose deviation comes from ``count`` numbers.
+
+    The quantile of Student's distribution over that of the normal one, at equal probability.
+
+    >>> round(uncertainty(4), 1), round(uncertainty(12), 1), round(uncertainty(1000), 2)
+    (11.4, 1.9, 1.01)
+    """
+    if count == 0:  # no element at all
+        return 1.0
+    return float(stats.t.isf(stats.norm.sf(DEVIATIONS), count)) / DEVIATIONS
