@@ -49,6 +49,7 @@ class Layer:
         """Take over the weights of one of our layers."""
         state = ours.state_dict()
         with torch.no_grad():
+            # A parameter that requires a gradient may not be changed in place where gradients are recorded.
             for name, (parameter, rows) in self.parts.items():
                 parameter[rows].copy_(state[name])
         return self
@@ -84,6 +85,7 @@ class FusedAttention(nn.Module):
     def forward(self, x_BLD: Tensor) -> Tensor:
         """(B, L, D) -> (B, L, D)."""
         B, L, _ = x_BLD.shape
+        # From (B, L, 3, N, H) to (3, B, N, L, H), so that q, k and v are the three entries of the first dimension.
         q, k, v = self.qkv_proj(x_BLD).view(B, L, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
         heads_BNLH = F.scaled_dot_product_attention(q, k, v)
         output: Tensor = self.out_proj(heads_BNLH.transpose(1, 2).flatten(2))
@@ -158,6 +160,7 @@ def keras_run(ours: ba.MultiheadAttention, x: Tensor, grad: Tensor | None) -> Ru
     pipe, theirs = context.Pipe()
     process = context.Process(target=keras_worker.serve, args=(theirs, task), daemon=True)
     process.start()
+    # Otherwise this process would hold the other end open, and the end of the worker would not show here.
     theirs.close()
 
     def ask(question: str, argument: int = 0) -> Any:
@@ -181,6 +184,7 @@ def keras_run(ours: ba.MultiheadAttention, x: Tensor, grad: Tensor | None) -> Ru
 
     try:
         note = str(ask("note"))
+    # Ctrl-C, too, must not leave the worker behind.
     except BaseException:
         close()
         raise

@@ -68,6 +68,7 @@ def _set_up(task: Task) -> tuple[Callable[[], object], Callable[[], dict[str, An
     _, _, width = task.x.shape
     layer = keras.layers.MultiHeadAttention(task.heads, width // task.heads, dtype=task.dtype)
     layer.build(task.x.shape, task.x.shape)
+    # Keras lists the maps of q, k, v and the output, of each the kernel before the bias.
     layer.set_weights(list(_to_keras(task.weights, task.heads).values()))
     parameters = [variable.value for variable in layer.trainable_variables]
     x = jax.numpy.asarray(task.x, dtype=task.dtype)
@@ -82,6 +83,7 @@ def _set_up(task: Task) -> tuple[Callable[[], object], Callable[[], dict[str, An
 
         def loss(parameters: Any, x: Any, grad: Any) -> Any:
             output = forward(parameters, x)
+            # The gradients of this sum are those that backward(grad) gives in torch.
             return (output * grad).sum(), output
 
         gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
@@ -90,6 +92,7 @@ def _set_up(task: Task) -> tuple[Callable[[], object], Callable[[], dict[str, An
             return gradients(parameters, x, grad)
 
     def call() -> Any:
+        # JAX returns before it has computed.
         return jax.block_until_ready(compiled(parameters, x))
 
     def results() -> dict[str, Any]:

@@ -118,6 +118,7 @@ def instruction_set() -> str:
 def last_level_cache() -> int | None:
     """Bytes of the largest cache, None where the system does not say."""
     sizes = [_lines(path)[0].strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    # The kernel writes sizes as in 1280K.
     units = {"K": 1 << 10, "M": 1 << 20}
     return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1:] in units), default=None)
 
@@ -126,6 +127,7 @@ def available_memory() -> int | None:
     """Bytes that may still be allocated without swapping, None where the system does not say."""
     for line in _lines("/proc/meminfo"):
         if line.startswith("MemAvailable:"):
+            # The kernel counts in KiB.
             return int(line.split()[1]) << 10
     return None
 
@@ -172,12 +174,14 @@ def measure_limits(dtype: torch.dtype, *, size: int = 2048, read_bytes: int | No
 
 
 def _product(dtype: torch.dtype, size: int) -> float:
+    # Into the same result each time, so that allocating memory is no part of the product.
     a, b, c = (torch.ones(size, size, dtype=dtype) for _ in range(3))
     return 2.0 * size**3 / _best(lambda: torch.mm(a, b, out=c)) / 1e9
 
 
 def _read(dtype: torch.dtype, size: int) -> dict[str, float]:
     columns = 4096
+    # An even number of rows, so that the two halves of the scalar product are equally long.
     matrix = torch.ones(max(2, size // dtype.itemsize // columns // 2 * 2), columns, dtype=dtype)
     vector, flat = torch.ones(columns, dtype=dtype), matrix.view(-1)
     first, second = flat.chunk(2)
@@ -215,6 +219,7 @@ def extra_memory(call: Callable[[], object]) -> int | None:
     if trim is not None:
         trim(0)
     try:
+        # A 5 resets the high-water mark of this process (proc_pid_clear_refs(5)).
         reset.write_text("5", "ascii")
     except OSError:  # a container may forbid it
         return None

@@ -199,6 +199,8 @@ def here(call: Callable[[], object], results: Callable[[], Results], *, grad: bo
 
     def memory() -> int | None:
         with torch.set_grad_enabled(grad):
+            # Reference cycles of earlier calls could otherwise be freed during this one and hide a part of what it
+            # takes.
             gc.collect()
             return machine.extra_memory(call)
 
@@ -211,6 +213,7 @@ def here(call: Callable[[], object], results: Callable[[], Results], *, grad: bo
 
 def normal(seed: int, *shape: int, dtype: torch.dtype) -> Tensor:
     """Standard normal numbers that depend on the seed and the shape alone."""
+    # Drawn in float32 for every dtype, so that lower precision gets the same numbers, rounded.
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 

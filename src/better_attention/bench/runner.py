@@ -71,6 +71,7 @@ class Spread:
         """
         if len(values) == 1:
             return cls(values[0], values[0], values[0])
+        # Inclusive: the percentiles then lie between the least and the greatest value, however few values there are.
         tenths = statistics.quantiles(values, n=10, method="inclusive")
         return cls(statistics.median(values), tenths[0], tenths[-1])
 
@@ -221,6 +222,7 @@ def limited(seconds: float) -> Iterator[None]:
     try:
         yield
     finally:
+        # Off before the handler goes, since the default action of a late alarm ends the process.
         signal.setitimer(signal.ITIMER_REAL, 0.0)
         signal.signal(signal.SIGALRM, before)
 
@@ -245,6 +247,7 @@ def time(runs: Mapping[str, Run], baseline: str, settings: Settings) -> tuple[di
     }
     with no_garbage_collection():
         for turn, name in alternate(list(runs), settings.repeats, least=FEWEST_ROUNDS, seconds=settings.seconds):
+            # A call of the estimate that took long is its own sample, for which round 0 is left out.
             if len(samples[name]) <= turn < most[name]:
                 if estimates[name] < LONG_CALL:
                     runs[name].sample(1)  # untimed: caches and threads are then as it leaves them itself

@@ -60,6 +60,7 @@ class Session:
         if not results:
             return
         self.results, self.limits = results, stored_limits(document)
+        # Nothing will be measured any more, so the date of this command has no place in the description.
         finished = not self.todo and len(self.limits) > 1
         self.about = document["machine"] if finished else machine.resumed(document["machine"], self.about)
 
@@ -101,6 +102,7 @@ class Session:
         return machine.measure_limits(dtype, **(QUICK_LIMITS if self.quick else {}))
 
     def _write(self, *, complete: bool) -> list[Path]:
+        # The files also keep rows of earlier commands, which count as planned.
         planned = len({*self.rows, *(result.row for result in self.results)})
         return write(self._report(self.results, planned, complete=complete), self.out)
 

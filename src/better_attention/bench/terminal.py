@@ -45,6 +45,7 @@ def compared(results: Sequence[Result]) -> list[tuple[Result, Spread, str]]:
     """The results that have a ratio to another contender, with the ratio and that contender's name."""
     baselines: dict[Row, str] = {}
     for result in results:
+        # The first result of a row is that of its baseline.
         baselines.setdefault(result.row, result.contender)
     return [
         (result, result.ratio, baselines[result.row])
@@ -144,6 +145,7 @@ _REST: dict[str, Cell] = {
 def _print_row(name: str, results: Sequence[Result], report: Report, out: Console) -> None:
     limits = report.best
     columns = _TIMES | _RATES[SUITES[results[0].row.suite].rates] | _REST
+    # Without the limit of the screen: a bounded measurement never exceeds its width, so no column would have to go.
     unbounded = out.options.update(max_width=10_000)
     table = _table(name, results, columns, limits)
     while len(columns) > len(_TIMES) and out.measure(table, options=unbounded).maximum > out.width:

@@ -135,6 +135,7 @@ def measure(args: argparse.Namespace, settings: Settings) -> Report:
 
     out = output(args.out, Path("runs") / "bench", differences, again=args.again)
     session = Session(rows, settings, about, args.suite, args.dtype, out, args.quick)
+    # With --again the folder may hold rows of other settings, which are replaced and not continued.
     stored = None if differences(out) else report.read(out / name)
     if stored:
         session.resume(stored, again=args.again)

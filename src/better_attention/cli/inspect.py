@@ -44,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--examples", type=positive, metavar="N", help=f"test samples where no inputs are named; default: {EXAMPLES}"
     )
     parser.add_argument("--data", type=Path, metavar="DIR", help="where the data set is")
+    # None and not False, by which is_model() sees that the option was not given.
     parser.add_argument("--resize", action="store_true", default=None, help="scale images of another size")
     parser.add_argument(
         "--model", metavar="MODULE:FUNCTION", help="returns the model as it was before the conversion; weights are read"
@@ -64,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
     from better_attention.lab.inspection.page import is_ours, write_page
     from better_attention.lab.runs.overwrite_guard import check_file
 
+    # The recipe stands for the folder that holds it.
     if Path(args.path).name == RECIPE:
         args.path = str(Path(args.path).parent)
     name = Path(args.path).resolve().name if ":" not in args.path else args.path
@@ -170,10 +172,12 @@ def function(option: str, text: str) -> Callable[[], Any]:
         UserError: no such module or function.
     """
     module, _, name = text.partition(":")
+    # An installed command has its own folder on the path of modules, not the current one.
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
     try:
+        # Some name the file in place of the module.
         found: Any = importlib.import_module(module.removesuffix(".py"))
     except (ModuleNotFoundError, ValueError) as error:
         raise UserError(f"{option} {text}: expected MODULE:FUNCTION, but {error}.") from None

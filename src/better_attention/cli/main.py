@@ -133,9 +133,11 @@ def explain(error: Exception) -> tuple[str, int] | None:
         case ModuleNotFoundError():
             package = (error.name or "").partition(".")[0]
             missing = f'this needs the package {package!r}: pip install "better-attention[all]"'
+            # A package that we always need is a bug of the installation if it is missing, so its traceback is shown.
             return (missing, 2) if package in EXTRAS else None
         case ImportError(name=None):  # ours, which says what to install; Python's own has the name of a module
             return str(error), 2
+        # The user can correct these; other errors of the system, a full disk for example, are the machine's.
         case FileNotFoundError() | NotADirectoryError() | IsADirectoryError() | PermissionError() | FileExistsError():
             return str(error), 2
         case OSError():

@@ -49,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.inputs and not args.index:
         raise UserError("nothing to predict: name inputs after the run, or --index N for a test sample.")
     trained = load_run(args.path)
+    # A function, so that standard input is read only where an input is called "-".
     inputs = trained.task.read_inputs(args.inputs, lambda: sys.stdin.buffer.read(), resize=args.resize)
     say_unlike(inputs, trained)
     inputs += numbered_samples(trained, args.index or [], args.data)

@@ -142,6 +142,7 @@ class LiveProgress(PlainProgress):
         super().__call__(event)
         match event:
             case Began():
+                # Without a total the bar only moves to and fro, until the first update brings the number of steps.
                 self.bars.reset(self.one, description=self.title, total=None)
             case Ended() | Failed():
                 self.bars.advance(self.all)

@@ -112,6 +112,7 @@ def _print_table(screen: Console, lines: list[dict[str, Text]]) -> None:
             table.add_row(*(line[title] for title in titles))
         return table
 
+    # Without the limit of the screen: a bounded measurement never exceeds its width, so no column would have to go.
     titles, unbounded = list(lines[0]), screen.options.update(max_width=10_000)
     for title in LEAST_IMPORTANT:
         if screen.measure(table_of(titles), options=unbounded).maximum > screen.width:

@@ -84,6 +84,7 @@ class Guarded:
     def write(self, text: str) -> int:
         """Write ``text``."""
         self.inner.write(spelled(harmless(text), self.inner.encoding, self.signs))
+        # The length of what was passed in, as callers expect, whatever was written in its place.
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
@@ -100,6 +101,7 @@ def guarded(*, json: bool) -> Iterator[None]:
     """Guard the process's output and error streams while the block runs, also for the traceback of an error."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (cast("TextIO", Guarded(stream, signs=not json)) for stream in map(unguarded, before))
+    # An uncaught error is printed after the streams are themselves again, so the hook guards its own output.
     sys.excepthook = _show
     try:
         yield
@@ -129,7 +131,9 @@ def make_console(*, stderr: bool) -> Console:
         def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
             """See :class:`rich.console.Console`; catches what is composed elsewhere, in a progress bar for example."""
             for segment in super().render(renderable, options):
+                # Control segments are rich's own movements of the cursor.
                 if not segment.control:
+                    # The address of a link is written within an escape sequence, where it would not be checked.
                     style = segment.style.update_link(None) if segment.style and segment.style.link else segment.style
                     segment = Segment(self.safe_text(segment.text), style)
                 yield segment
@@ -142,6 +146,7 @@ def make_console(*, stderr: bool) -> Console:
                 case str():
                     return self.safe_text(renderable)
                 case Text() if self.safe_text(renderable.plain) != renderable.plain:
+                    # Character by character: an escape is longer than what it replaces, and styles belong to places.
                     pieces = renderable.divide(range(1, len(renderable)))
                     for piece in pieces:
                         piece.plain = self.safe_text(piece.plain)
@@ -170,6 +175,7 @@ def make_console(*, stderr: bool) -> Console:
         emoji=False,
         highlight=False,
         width=None if terminal or "COLUMNS" in os.environ else wide,
+        # Of several processes only the first prints.
         quiet=os.environ.get("RANK", "0") != "0",
     )
 

@@ -62,7 +62,9 @@ def setting(task: Task, text: str) -> tuple[str, Any]:
     if isinstance(default, tuple):  # a JSON list, or words with commas between
         words = tuple(parsed if isinstance(parsed, list) else map(_json_or_text, value.split(",")))
         parsed = words if all(isinstance(word, type(default[0])) for word in words) else value
+    # bool is a subclass of int, but `true` is no number here.
     if not isinstance(parsed, kind) or (isinstance(parsed, bool) and not isinstance(default, bool)):
+        # What takes a float takes whole numbers as well, so these are not named separately.
         wanted = " or ".join(KINDS[type_] for type_ in kind if type_ is not int or float not in kind)
         raise UserError(f"--set {text!r}: {name} is {default!r} by default; expected {wanted}, received {value!r}.")
     return name, parsed

@@ -35,6 +35,7 @@ class Catalogue(Mapping[str, Entry]):
         return name in tuple(self)
 
     def __getitem__(self, name: str) -> Entry:
+        # Names of files alone: import_module would follow a dotted name to somewhere else.
         if name not in self:
             raise KeyError(name)
         module = importlib.import_module(f"{self._package}.{name}")

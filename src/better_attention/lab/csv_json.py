@@ -20,6 +20,7 @@ def write_csv(path: str | Path, header: Iterable[str], lines: Iterable[Iterable[
 
     Numbers stay numbers, in full precision. Every text passes :func:`safe`, and None becomes an empty cell.
     """
+    # The line ends of the writer, untranslated on every system.
     buffer = io.StringIO(newline="")
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(header)

@@ -40,16 +40,21 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     Raises:
         OSError: it cannot be written. The previous file at ``path`` is still there.
     """
+    # In the same folder, because a rename replaces a file in one step only within one file system. The name is cut,
+    # because most file systems allow 255 bytes.
     handle, name = tempfile.mkstemp(prefix=f".{path.name[:64]}.", suffix=".tmp", dir=path.parent)
     temporary = Path(name)
     try:
         with os.fdopen(handle, "w+b") as file:
             yield file
             file.flush()
+            # Without it a file system may store the new name before the bytes, and a power failure leaves an empty
+            # file.
             os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_umask())  # mkstemp makes it readable to nobody else
         temporary.replace(path)
         sync_folder(path.parent)
+    # Ctrl-C must not leave the temporary file behind either.
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -90,6 +95,7 @@ def remove_leftovers(folder: Path, names: re.Pattern[str] = WRITTEN) -> None:
         names: pattern of the names of the files that are written there.
     """
     with os.scandir(folder) as entries:
+        # Collected first: whether a scan lists files of a folder that changes meanwhile is undefined.
         left = [entry for entry in entries if (m := _TEMPORARY.fullmatch(entry.name)) and names.fullmatch(m[1])]
     for entry in left:
         if entry.is_file(follow_symlinks=False):
@@ -98,6 +104,7 @@ def remove_leftovers(folder: Path, names: re.Pattern[str] = WRITTEN) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Make the names in a folder durable, where the system lets a folder be opened."""
+    # Windows cannot open a folder.
     if not hasattr(os, "O_DIRECTORY"):
         return
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -116,6 +123,7 @@ def open_regular(path: Path) -> BufferedReader:
     """
     if not stat.S_ISREG(mode := path.stat().st_mode):  # before opening it, because opening some devices has an effect
         raise ValueError(f"{path} is {_kind(mode)}, not a regular file.")
+    # O_NONBLOCK: without it, opening a FIFO waits for somebody who writes to it.
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     if not stat.S_ISREG(mode := os.fstat(handle).st_mode):  # replaced in between
         os.close(handle)
@@ -131,6 +139,7 @@ def read_regular(path: Path, limit: int = LARGEST_TEXT) -> bytes:
         OSError: it does not exist or cannot be read.
     """
     with open_regular(path) as file:
+        # One byte beyond the limit shows that the file is too large, however it has grown since it was opened.
         content = file.read(limit + 1)
     if len(content) > limit:
         raise ValueError(f"{path} has more than {limit:,} bytes.")
@@ -162,6 +171,7 @@ def parse_json(content: bytes | str) -> Any:
         ValueError: not JSON, a number out of range, or nested too deeply.
     """
     try:
+        # Python's parser would accept NaN and Infinity and turn 1e400 into infinity.
         return json.loads(content, parse_constant=_finite, parse_float=_finite, parse_int=_integer)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
@@ -205,6 +215,7 @@ def _finite(text: str) -> float:
 
 
 def _integer(text: str) -> int:
+    # 20 characters hold every 64-bit integer. int() of a longer text takes time that grows with its square.
     if len(text) > 20 or not -(2**63) <= (value := int(text)) < 2**64:
         raise ValueError(f"{text[:40]} is an integer beyond 64 bits")
     return value

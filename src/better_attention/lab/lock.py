@@ -46,12 +46,15 @@ def locked(folder: Path, patience: float = 0.5) -> Iterator[None]:
     with _open(folder, os.O_CREAT) as file, ExitStack() as held:
         while not (acquired := _acquire(folder, file, held)):
             if time.monotonic() > end:
+                # None means that the marker file is in the way, which a crash on another machine may have left behind.
                 hint = "" if acquired is False else f" If it no longer runs, delete {folder / MARKER}."
                 raise ValueError(in_use_message(folder, _signature(file)) + hint)
             time.sleep(0.05)
+        # Written into the file and not by replacing it, because the lock is on this very file.
         with suppress(OSError):  # on a full disk the lock holds without its signature
             os.ftruncate(file.fileno(), 0)
             os.write(file.fileno(), f"process {os.getpid()}".encode("ascii"))
+        # With the lock held, what lies there can only be of a process that has ended.
         remove_leftovers(folder)
         yield
 
@@ -79,6 +82,7 @@ def _open(folder: Path, flags: int = 0) -> IO[bytes]:
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
         raise OSError(errno.EINVAL, "not a regular file: delete it and run again", str(path))
+    # Unbuffered, since the signature is written past this object, by its descriptor.
     return os.fdopen(handle, "r+b", buffering=0)
 
 

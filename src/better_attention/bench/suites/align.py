@@ -26,6 +26,7 @@ class Inputs:
     def of(cls, row: Row) -> Inputs:
         """The inputs of a row, the same in every run."""
         S, size = row.shape.length, row.shape[:3]
+        # The sum over S values then has variance 1 at any length.
         weight = normal(0, S, S, dtype=torch.float32) / S**0.5
         weight, bias = weight.to(row.dtype), normal(1, S, dtype=row.dtype)
         value, grad = (normal(seed, *size, dtype=row.dtype) for seed in (2, 3))

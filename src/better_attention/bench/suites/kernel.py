@@ -67,6 +67,7 @@ def _mask(row: Row) -> Tensor | None:
         return (torch.arange(S) < lengths[:, None])[:, None, None]
     if row.variant == "mask":
         visible = torch.rand(S, S, generator=torch.Generator().manual_seed(4)) < 0.75
+        # Each query sees at least itself: without any key there is nothing to normalise.
         return (visible | torch.eye(S, dtype=torch.bool))[None, None]
     return None
 
@@ -157,6 +158,7 @@ def _truth(row: Row, inputs: Callable[[], Inputs], score: str, shared: bool) -> 
         leaves = {"query": q, "key": k} | ({} if shared else {"value": v})
         for leaf in leaves.values():
             leaf.requires_grad_(row.backward)
+        # A mask for all sequences has a single entry.
         mask = None if given.mask is None else given.mask[b % len(given.mask)]
         tensors, options = (q, k, k if shared else v), _options(row, mask, score, "reference")
         out: Tensor = ba.attention(*tensors, **options)

@@ -96,6 +96,7 @@ def _make(row: Row, inputs: Callable[[], Inputs], make: Callable[[], Layer]) -> 
     layer.module.train()
 
     def call() -> Tensor:
+        # Gradients would otherwise add up over the calls, which costs time and changes the results.
         layer.module.zero_grad(set_to_none=True)
         given.x.grad = None
         output = layer.forward(given.x)

@@ -79,6 +79,7 @@ def work(row: Row, mechanism: str) -> Work:
 def _standard(row: Row) -> tuple[float, int]:
     """FLOPs of the standard model, and how many attention layers it has."""
     single = replace(row, shape=row.shape._replace(batch=1))
+    # The counter sees the products of plain torch operations, which a kernel of ours would hide.
     task, given, model = task_of(single), _inputs(single), _build(single, "standard", "reference")
     with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(row.backward):
         loss = task.losses(model(given.inputs), given.targets).mean()

@@ -36,6 +36,7 @@ def not_the_papers(task: str, settings: Mapping[str, object], samples: object) -
         samples: name of a split -> how many it has; anything else is unknown.
     """
     changed = changed_settings(task, settings)
+    # These settings imply another number of samples, which need not be said twice.
     if "train_samples" not in changed and "test_samples" not in changed:
         changed |= other_samples(task, samples)
     return (f"the setting is not the paper's: {told(task, changed)}",) if changed else ()
@@ -44,6 +45,7 @@ def not_the_papers(task: str, settings: Mapping[str, object], samples: object) -
 def changed_settings(task: str, settings: Mapping[str, object]) -> dict[str, object]:
     """The settings that differ from those of the paper's scale."""
     theirs: Mapping[str, object] = TASKS[task]("paper").settings() if task in TASKS else {}
+    # A setting that the task no longer has cannot be compared.
     return {key: value for key, value in settings.items() if key not in _NO_OUTCOME and theirs.get(key, value) != value}
 
 

@@ -137,6 +137,7 @@ def ratio(values: Sequence[float]) -> Ratio:
     if any(not (math.isfinite(value) and value > 0) for value in distinct):
         return Ratio(math.nan, None, len(distinct))
     logs = estimate([math.log(value) for value in distinct])
+    # Bounded, because exp overflows beyond 709.
     factor = None if logs.half_width is None else math.exp(min(logs.half_width, 700.0))  # two of them: t is 12.7
     return Ratio(math.exp(logs.mean), None, logs.n, factor)
 
@@ -153,4 +154,5 @@ def ranks(values: Sequence[float | None], *, higher_is_better: bool) -> list[int
     """
     known = [v for v in values if v is not None and not math.isnan(v)]
     order = sorted(known, reverse=higher_is_better)
+    # index() finds the first of equal values, hence they share the better rank.
     return [None if v is None or math.isnan(v) else 1 + order.index(v) for v in values]

@@ -51,6 +51,7 @@ def sentences(rows: Sequence[Row]) -> list[str]:
             found += [sentence for block in blocks if (sentence := finding(block, column))]
         if column.key in _WORDS and (sentence := tally(rows, column)):
             found.append(sentence)
+    # A number must not be parted from its sign or its unit at the end of a line.
     return [one.replace(" ± ", _KEPT).replace(" %", "\N{NO-BREAK SPACE}%") for one in found]
 
 

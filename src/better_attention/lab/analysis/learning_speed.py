@@ -195,6 +195,7 @@ def _reached(curve: Curve, accuracy: float) -> tuple[int, float] | None:
     seconds = 0.0
     for entry in curve:
         seconds += entry.get("seconds", 0.0)
+        # An epoch without a value has not reached anything.
         if entry.get("validation_accuracy", -math.inf) >= accuracy:
             return int(entry["epoch"]), seconds
     return None

@@ -50,10 +50,12 @@ def _differences(ours: Mapping[int, float], baseline: Mapping[int, float]) -> ND
     """
     seeds = sorted(ours.keys() & baseline.keys())
     pairs = np.array([(ours[seed], baseline[seed]) for seed in seeds], dtype=np.float64).reshape(-1, 2)
+    # Only pairs of finite values are subtracted: infinity minus infinity would be NaN with a warning.
     finite = np.isfinite(pairs).all(axis=1)
     found = np.full(len(pairs), math.nan)
     found[finite] = pairs[finite, 0] - pairs[finite, 1]
     top = np.abs(pairs[finite]).max(initial=0.0)
+    # Twelve significant digits of the larger value. NumPy rounds by a power of ten, which overflows beyond 308.
     return found if top == 0 else np.round(found, min(12 - math.ceil(math.log10(top)), 290))
 
 
@@ -149,6 +151,7 @@ def _wilcoxon(differences: NDArray[np.float64]) -> float:
 def _hedges(n: int) -> float:
     """Hedges' J of n - 1 degrees of freedom: with it d_z of n normal pairs is right on average (about 1 - 3/(4n-5))."""
     m = n - 1
+    # By logarithms, because the gamma function itself overflows from 172 on.
     return math.exp(special.gammaln(m / 2) - special.gammaln((m - 1) / 2)) / math.sqrt(m / 2)
 
 

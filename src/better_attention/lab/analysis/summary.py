@@ -169,6 +169,7 @@ def _int(value: object) -> int:
 def _in_order(mechanisms: Mapping[str, list[Record]]) -> list[tuple[str, list[Record]]]:
     """The named mechanisms in the order of MECHANISMS, then the others in the order in which they came."""
     named = list(MECHANISMS)
+    # sorted() is stable, so mechanisms of equal rank stay in their order.
     return sorted(mechanisms.items(), key=lambda item: named.index(item[0]) if item[0] in named else len(named))
 
 
@@ -208,6 +209,7 @@ def _ranks(estimates: Mapping[str, Mapping[str, Estimate]], values: Mapping[str,
         if column.kind == "time":  # of runs that may be days apart, on a machine that did other things besides
             continue
         means = [
+            # Rounded as it is printed, so that what looks equal in the table shares a rank.
             round(by_key[column.key].mean, column.digits)
             if column.key in by_key and (column.kind != "epochs" or _complete(values[name], column))
             else None

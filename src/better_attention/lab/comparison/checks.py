@@ -48,6 +48,7 @@ def check_models(plan: Plan, stored: Snapshot, device: str) -> None:
     """
     memory = physical_memory() if device == "cpu" else math.inf
     for job in plan.jobs()[: len(plan.variants) * len(plan.heads)]:  # every seed has the same models
+        # Raises where the mechanism has no name that a folder may bear.
         _ = job.folder_name
         width = job.task.sized(job.variant, job.heads).width
         if width % job.heads:

@@ -62,6 +62,7 @@ def compare(plan: Plan, notify: Notify = ignore) -> tuple[Study, list[str]]:
         Interrupted: a signal arrived; everything is saved.
         PeerLostError: another process of the launch has ended.
     """
+    # Looking for a writer takes its lock for a moment, so several processes of one launch would find each other.
     stored = Snapshot.read(plan.out, verify=True, writers=is_first())
     check_folder(plan, stored)
     accelerator = make_accelerator(plan.device)
@@ -148,11 +149,13 @@ def train_one(training: Training, stored: Snapshot, began: Began, notify: Notify
     """
     first = training.main
     with exclusive(training.folder.path, first):
+        # The lock of the whole folder is held for a moment only, that of the run for as long as it is trained.
         with exclusive(stored.out, first, RESULTS_LOCK_SECONDS):
             if first and (newcomer := stored.newcomer()):
                 description = training.job.describe(training.splits.digest, training.accelerator.device.type)
                 check_agreement(f"{newcomer.path}", newcomer.config(), description)
             record = training.open()
+        # After the run was opened, because listeners may read its configuration.
         notify(began)
         return record or training.finish()
 
@@ -178,6 +181,7 @@ def report_finished(began: Began, stored: Snapshot, notify: Notify, *, tidy: boo
 def missing_everywhere(jobs: Sequence[Job], stored: Snapshot, accelerator: Accelerator) -> list[Job]:
     """The jobs that are not finished, as the first process sees it: all processes must train the same ones."""
     missing = stored.missing(jobs)
+    # A sum over the processes, to which the first alone contributes.
     flags = total(accelerator, *(float(accelerator.is_main_process and job in missing) for job in jobs))
     return [job for job, flag in zip(jobs, flags, strict=True) if flag]
 
@@ -189,6 +193,7 @@ def measure_paces(
     models = dict.fromkeys((job.variant, job.heads) for job in missing)
     paces = {model: measure(plan.task, splits, *model, accelerator.device) for model in models}
     if missing:
+        # Each process evaluates and trains on its share of every split.
         shares = [math.ceil(size / accelerator.num_processes) for size in splits.sizes.values()]
         seconds = sum(paces[job.variant, job.heads].run_seconds(plan.task, *shares) for job in missing)
         notify(Estimated(seconds, len(missing)))
@@ -205,6 +210,7 @@ def publish(plan: Plan, splits: Splits, accelerator: Accelerator) -> Study:
         if accelerator.is_main_process:
             stored = Snapshot.read(plan.out)
         study = gather(plan, stored, splits)
+        # Without a finished run there is nothing to show, and the files of an earlier command stay as they are.
         if study.finished:
             write(study, plan.out)
     accelerator.wait_for_everyone()

@@ -57,5 +57,6 @@ def draw_kernels(name: str, model: nn.Module, job: Job) -> list[AlignmentPicture
     trained = alignment_kernels(model)
     if not trained:
         return []
+    # Initial weights follow from the seed, so no run has to keep them.
     initial = dict(alignment_kernels(initial_model(job.task, job.variant, job.heads, job.seed)))
     return [AlignmentPicture(name, layer, w.numpy(), initial[layer].numpy()) for layer, w in trained]

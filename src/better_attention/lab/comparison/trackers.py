@@ -57,6 +57,7 @@ def wandb(folder: Path, plan: Plan, run: str) -> Tracker:
 
     Its id follows from the folder, so that ``wandb sync`` brings the parts of an interrupted run together.
     """
+    # Resolved, so that the same folder has the same identity from whatever directory the command is given.
     identity = sha256(f"{folder.resolve()} {run}".encode()).hexdigest()[:16]
     tracker: Tracker = WandBTracker(
         f"better-attention-{plan.task.name}",
@@ -156,12 +157,14 @@ class Tracking:
         self._close()
 
     def _log_curve(self, curve: Sequence[Mapping[str, float]]) -> None:
+        # A copy of the list, from which _guarded() removes a tracker that fails.
         for tracker in list(self.names):
             self._guarded(tracker, self._log_epochs, tracker, curve)
         self.least = max(self.least, len(curve))
 
     def _log_epochs(self, name: str, curve: Sequence[Mapping[str, float]]) -> None:
         for line in curve[self.logged[name] :]:
+            # Trackers group their charts by what stands before the slash.
             values = {key.replace("_", "/", 1): line[key] for key in CURVE}
             self._tracker(name).log({**values, "epoch/seconds": line["seconds"]}, step=int(line["epoch"]))
             self._note(name, int(line["epoch"]))
@@ -195,6 +198,7 @@ class Tracking:
         known = read_json(self._memory(name)) if self._memory(name).is_file() else {}
         self.logged[name], self.attempts[name] = int(known.get("epochs", 0)), int(known.get("attempt", 1))
         if known and known.get("run") != self.identity:
+            # Where no epoch was logged under the old name, the new run can have it.
             self.attempts[name] += self.logged[name] > 0
             known = {}
         if not known:

@@ -77,6 +77,7 @@ class Bounded:
             DataError: the file is cut short or damaged, or more comes out than the limits allow.
         """
         try:
+            # In pieces, so that little has come out by the time a limit is passed.
             data = self._stream.read(min(size, _CHUNK))
         except EOFError:
             raise DataError(f"{self._path} is cut short: its compressed data has no end. {AGAIN}") from None
@@ -105,12 +106,14 @@ class _XzStream:
 
     def read(self, size: int, /) -> bytes:
         while not self._decompressor.eof:
+            # It may still hold output that went beyond the size asked for; only then does it want no input.
             hungry = self._decompressor.needs_input
             data = self._file.read(_CHUNK) if hungry else b""
             if hungry and not data:
                 raise EOFError
             if out := self._decompressor.decompress(data, size):
                 return out
+        # The format allows zero bytes as padding behind the stream, and nothing else is accepted.
         if self._decompressor.unused_data.strip(b"\0") or self._file.read(1).strip(b"\0"):
             raise lzma.LZMAError("more data after the end of the xz stream")
         return b""
@@ -188,7 +191,9 @@ def tar_streams(
             # tarfile keeps every header it has read; a hundred thousand of them are 100 MB.
             tar.members.clear()  # type: ignore[attr-defined]
             census.count(member.name)
+            # Before the name is compared: an unsafe member spoils the archive even where nobody wants it.
             _check_safe(path, member)
+            # An archive of the folder "." has this in front of every name.
             name = member.name.removeprefix("./")
             match = wanted.fullmatch(name) if member.isreg() else None
             if match is None:
@@ -199,6 +204,7 @@ def tar_streams(
                 raise DataError(
                     f"{path}: member {name!r} has {member.size:,} bytes; at most {member_limit:,} are expected. {AGAIN}"
                 )
+            # In a tar archive a later member replaces an earlier one, and readers differ in which of the two they take.
             if name in seen:
                 raise DataError(f"{path}: member {name!r} occurs twice. {AGAIN}")
             seen.add(name)
@@ -251,7 +257,9 @@ def zip_streams(
             archive = zipfile.ZipFile(file)
         members, census = archive.infolist(), _Census(path)
         for member in members:
+            # The name as stored: zipfile cuts its own version of it at a zero byte.
             census.count(member.orig_filename)
+            # The upper 16 bits hold the mode of a Unix file.
             link = stat.S_ISLNK(member.external_attr >> 16)
             _refuse_unsafe(path, member.orig_filename, "a link" if link else "")
         if sum(member.compress_size for member in members) > path.stat().st_size:
@@ -268,6 +276,7 @@ def zip_streams(
             if name in seen:
                 raise DataError(f"{path}: member {name!r} occurs twice. {AGAIN}")
             seen.add(name)
+            # Bit 0 marks an encrypted member.
             if member.flag_bits & 1 or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise DataError(f"{path}: member {name!r} is encrypted, or compressed in an unusual way.")
             with _damage_named(path, "zip archive"):
@@ -300,6 +309,7 @@ def _check_directory(path: Path, file: BinaryIO) -> None:
     at = tail.rfind(b"PK\5\6")
     directory = 0
     if at >= 0 and len(tail) - at >= _ZIP_END.size:
+        # Field 5 is the size of the directory, and so is field 8 of the longer record that large archives have.
         directory = _ZIP_END.unpack_from(tail, at)[5]
         if at >= _ZIP64_LOCATOR.size and tail.startswith(b"PK\6\7", at - _ZIP64_LOCATOR.size):
             file.seek(max(0, start + at - _ZIP64_LOCATOR.size - _ZIP64_END.size))
@@ -322,6 +332,7 @@ def pack(members: Iterable[tuple[str, Path]], target: BinaryIO) -> None:
     ):
         for name, file in members:
             data = file.read_bytes()
+            # TarInfo starts with date 0 and owner 0, whatever the file on this machine has.
             header = tarfile.TarInfo(name)
             header.size = len(data)
             tar.addfile(header, io.BytesIO(data))
@@ -356,6 +367,7 @@ def _damage_named(path: Path, kind: str = "tar archive") -> Iterator[None]:
     """Turn whatever reading a damaged or forged archive raises into our error, with the file's name."""
     try:
         yield
+    # It is a ValueError, which the next clause would catch and wrap again.
     except DataError:
         raise
     except _DAMAGE as error:
@@ -387,6 +399,7 @@ class _Header(tarfile.TarInfo):
 
 def _open_tar(path: Path, stream: Bounded) -> tarfile.TarFile:
     with _damage_named(path):
+        # As a pipe: tarfile then never seeks, so every byte is read once and counted.
         return tarfile.open(fileobj=stream, mode="r|", bufsize=_CHUNK // 4, tarinfo=_Header)  # type: ignore[call-overload,no-any-return]
 
 

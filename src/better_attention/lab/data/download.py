@@ -95,6 +95,7 @@ def download(
                 pooch.retrieve(url, f"sha256:{remote.sha256}", remote.name, folder, downloader=transport)
                 sync_folder(folder)
                 return folder / remote.name
+            # A ValueError as well, so it has to be let through before pooch's own is caught.
             except DataError:
                 raise
             except ValueError:  # pooch's word for a wrong digest; it has deleted the file
@@ -123,6 +124,7 @@ class _Transport:
 
     def __call__(self, url: str, output_file: str, pooch: object) -> None:
         """Complete the part, then move it to ``output_file``, where pooch checks it."""
+        # A part that is longer than the whole belongs to another file.
         if self._have() > self._remote.size:
             self._part.unlink()
         self.resumed = self._have() > 0
@@ -149,6 +151,7 @@ class _Transport:
             return
         with self._get(url, have) as response, self._part.open("ab" if self._goes_on(response, have) else "wb") as file:
             for data in _body(response):
+                # One byte beyond the published size shows that this is another file.
                 file.write(data[: size + 1 - file.tell()])
                 self._progress(file.tell())
                 if file.tell() > size:
@@ -165,6 +168,7 @@ class _Transport:
         """The answer to the request, redirects followed by hand: every address is checked before it is asked."""
         import requests
 
+        # Compressed on the way, the file would have other lengths and ranges than the published one.
         headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
         for _ in range(_REDIRECTS + 1):
             check_address(url, self._hosts)
@@ -217,6 +221,8 @@ def _body(response: requests.Response) -> Iterator[bytes]:
     start, received = time.monotonic(), 0
     while True:
         try:
+            # read1() returns what has arrived, where read() would wait for a whole piece and the progress would stand
+            # still.
             data: bytes = response.raw.read1(_CHUNK, decode_content=False)
         except (urllib3.exceptions.HTTPError, OSError) as error:
             raise BrokenError(f"the connection broke ({type(error).__name__})") from None

@@ -26,6 +26,7 @@ def home() -> Path:
     else:
         try:
             base = Path.home() / ".cache"
+            # What matters is whether the folder may be read, not whether it is there.
             with suppress(FileNotFoundError, NotADirectoryError):
                 (base / "better-attention").stat()
         except (RuntimeError, PermissionError) as error:

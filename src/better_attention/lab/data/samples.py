@@ -211,6 +211,7 @@ def _check_labels(name: str, split: str, samples: int, labels: Int64, classes: t
 def _digest(arrays: Iterable[NDArray[Any]], texts: Iterable[str]) -> str:
     digest = hashlib.sha256()
     for array in arrays:
+        # Type and shape, too: the same bytes in another shape are other data.
         digest.update(f"{array.dtype.str}{array.shape}".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
     for text in texts:

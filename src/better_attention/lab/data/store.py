@@ -102,6 +102,7 @@ def import_from(source: Source, place: Path, folder: Path | None = None) -> Path
             name = _stored_name(source, file)
             files[name] = _write(target / name, _packer(source, file) if file.is_dir() else _copier(file))
         _record(target, "imported", files)
+        # locate() prefers some names to others, so an older copy under another name would be read in place of this one.
         in_place = source.locate(target)
         if in_place != tuple(target / name for name in files):
             others = ", ".join(str(file) for file in in_place or () if file.name not in files)
@@ -117,6 +118,7 @@ def origin(target: Path) -> Mapping[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     plain = isinstance(files, dict) and all(
+        # These names are removed by a later import: one with a separator in it would reach files outside of the folder.
         isinstance(name, str) and Path(name).name == name and re.fullmatch("[0-9a-f]{64}", str(value))
         for name, value in files.items()
     )
@@ -131,6 +133,7 @@ def _stored_name(source: Source, file: Path) -> str:
     if file.is_dir():
         return official
     with file.open("rb") as stream:
+        # By its content, since the name may lie: a file in the xz format begins with the bytes FD 37.
         suffix = ".xz" if stream.read(2) == b"\xfd7" else ".gz"
     return official.removesuffix(".gz") + suffix
 
@@ -167,6 +170,7 @@ def _record(target: Path, how: str, files: Mapping[str, str]) -> None:
     before = origin(target)
     text = json.dumps({"how": how, "files": files}, indent=2) + "\n"
     _write(target / ORIGIN, lambda file: file.write(text.encode()))
+    # Last, so that the earlier copy stays usable until the new one is complete and recorded.
     for name in before["files"] if before else ():
         if name not in files:
             (target / name).unlink(missing_ok=True)

@@ -36,6 +36,7 @@ def tokens(text: str) -> list[str]:
     ['मील', 'मेल']
     """
     plain = text.lower().replace("<br />", " ").replace("’", "'")
+    # ASCII text has no combining marks and a single normal form, so the simple pattern suffices.
     if plain.isascii():
         return _WORD.findall(plain)
     return _word().findall(unicodedata.normalize("NFC", _INVISIBLE.sub("", plain)))
@@ -44,6 +45,7 @@ def tokens(text: str) -> list[str]:
 @cache
 def _word() -> re.Pattern[str]:
     """A word of any script: :data:`_WORD` whose letters carry marks, which Python's ``\\w`` leaves out."""
+    # Combining marks begin at U+0300.
     marks = "".join(
         chr(code) for code in range(0x300, 0x1F000) if unicodedata.category(chr(code)) in ("Mn", "Mc", "Me")
     )
@@ -136,6 +138,7 @@ def _last_tokens(text: str, count: int) -> list[str]:
     The text may be cut at any white space: no word contains one, and neither half of a cut ``<br />`` holds a word
     that the whole would not.
     """
+    # Eight characters per word suffice for most texts; otherwise the reach is doubled.
     reach = 8 * count
     while reach < len(text):
         cut = text.find(" ", len(text) - reach)

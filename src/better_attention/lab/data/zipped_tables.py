@@ -29,6 +29,7 @@ def zipped_tables(archive: Path) -> list[Path]:
         DataError: a damaged or unsafe archive.
     """
     names: list[str] = []
+    # A pattern that matches no name, so that every member is reported and none is unpacked.
     nothing = re.compile(r"(?!)")
     for _ in zip_streams(archive, nothing, member_limit=0, skipped=names.append):
         pass
@@ -38,6 +39,7 @@ def zipped_tables(archive: Path) -> list[Path]:
 
 
 def _is_table(name: PurePosixPath) -> bool:
+    # macOS adds the folder __MACOSX, whose files have the names of the others behind "._" but hold no text.
     hidden = any(part.startswith((".", "__MACOSX")) for part in name.parts)
     return name.suffix.lower() in READ and not hidden
 

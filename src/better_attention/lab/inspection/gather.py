@@ -230,5 +230,6 @@ def _one(weights: Tensor) -> NDArray[np.floating]:
 
 
 def _mechanism(model: nn.Module, layer: str) -> Mechanism:
+    # The name "blocks.0.attention#2" stands for the second call of one module.
     found = getattr(model.get_submodule(layer.partition("#")[0]), "mechanism", None)
     return found if isinstance(found, Mechanism) else Mechanism.of("standard")

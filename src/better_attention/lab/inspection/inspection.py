@@ -69,6 +69,7 @@ def entropy(weights_NLS: NDArray[np.floating]) -> NDArray[np.float64]:
     array([0.5])
     """
     w = np.nan_to_num(np.asarray(weights_NLS, dtype=np.float64))
+    # 0 · log 0 counts as 0, its limit; log2 must not be asked for it.
     bits = -(w * np.log2(w, where=w > 0, out=np.zeros_like(w))).sum(axis=-1)
     sees = w.sum(axis=-1) > 0
     total: NDArray[np.float64] = (bits * sees).sum(axis=-1) / np.maximum(sees.sum(axis=-1), 1)

@@ -95,6 +95,7 @@ def write_page(inspection: Inspection, path: str | Path) -> None:
 
 def is_ours(content: bytes) -> bool:
     """Whether a file is a page of this kind, which may be replaced."""
+    # In the head alone, because what follows may quote any text.
     return f'<meta name="generator" content="{GENERATOR}">'.encode() in content[:2000]
 
 
@@ -216,6 +217,7 @@ def _spreads(samples: Sequence[Sample]) -> list[tuple[str, list[Spread]]]:
     found: dict[str, dict[str, list[NDArray[np.float64]]]] = {}
     for layer in (layer for sample in samples for layer in sample.layers):
         for score, one in layer.maps.items():
+            # A single key has a greatest entropy of 0 bits, by which nothing can be divided.
             most = math.log2(max(2, one.weights.shape[2]))
             found.setdefault(layer.name, {}).setdefault(score, []).append(entropy(one.weights) / most)
     means = {name: {s: np.mean(v, axis=0) for s, v in scores.items()} for name, scores in found.items()}

@@ -70,6 +70,7 @@ class Climb:
             PeerLostError: another process of the launch has ended.
         """
         ladder = self.ladder
+        # A folder with runs of a ladder belongs to this command even before it holds results.
         begun = ladder.out.is_dir() and any(ladder.folder(cell).has_config for cell in ladder.cells)
         check_output(ladder.out, (*FILES, manifest.NAME), is_ladder, known=begun)
         if names := list(Snapshot.read(ladder.out).runs):
@@ -82,7 +83,9 @@ class Climb:
             with stop.listening():
                 for rung in ladder.rungs:
                     splits = ladder.task_of(rung, ladder.settings[0]).load().to(accelerator.device)
+                    # The last note is the overlap of the splits; the others are the same on every rung.
                     self.notes[rung] = splits.notes[-1]
+                    # Seeds outermost: when screening, the later ones run only the settings that seed 0 found best.
                     for seed in range(ladder.seeds):
                         for cell in self.worth_trying(rung, seed):
                             self.rows.append(self.train(cell, splits, accelerator, stop))
@@ -130,6 +133,7 @@ class Climb:
             stopped = Interrupted("Every run so far is saved.")
             stopped.signal = stop.signal or stopped.signal
             raise stopped
+        # Only the first process writes, so it holds the lock for all of them.
         with locked(folder.path) if accelerator.is_main_process else nullcontext():
             training = Training(
                 *(job, splits, folder, accelerator),
@@ -168,6 +172,7 @@ class Climb:
         ladder = self.ladder
         begun = ladder.out.is_dir()
         ended = {cell: begun and ladder.folder(cell).is_finished for cell in ladder.cells}
+        # A finished run of a later seed shows which setting was chosen there, so its rivals will not be trained.
         chosen = {(c.rung, c.variant, c.seed) for c, done in ended.items() if done and ladder.screen and c.seed > 0}
         waiting = [c for c, done in ended.items() if not done and (c.rung, c.variant, c.seed) not in chosen]
         if not waiting:
@@ -177,6 +182,7 @@ class Climb:
         ends = [self.run_seconds(waiting, delay, accelerator) for delay in dict.fromkeys((shortest, longest))]
         slowest: dict[object, float] = {}
         for cell in waiting:
+            # Where all delays are equal there is one end, which then stands for both.
             low, high = (seconds[cell.variant, cell.setting.layers] for seconds in (ends[0], ends[-1]))
             share = (cell.rung[1] - shortest) / max(1, longest - shortest)
             screened = ladder.screen and cell.seed > 0  # one setting will be left
@@ -199,6 +205,7 @@ class Climb:
 
         def seconds(variant: Variant, layers: int) -> float:
             task = self.ladder.task_of((modulus, delay), Setting("sqrt", positions, layers))
+            # The time of an update does not depend on how many batches there are, so one batch of data suffices.
             small = replace(task, train_samples=min(task.train_samples or 1, task.batch_size), test_samples=1)
             splits = small.load().to(accelerator.device)
             found = measure(task, splits, variant, self.ladder.heads, accelerator.device, quick=True)
@@ -238,6 +245,7 @@ def row_of(ladder: Ladder, cell: Cell, record: RunRecord | None, curve: Sequence
         heads=ladder.heads,
         seed=cell.seed,
         width=task.sized(cell.variant, ladder.heads).width,
+        # The accuracy is measured after whole epochs only.
         updates_to_target=solved[0] * each if solved else None,
         update_flops=update_flops(task, cell.variant, ladder.heads),
     )
@@ -269,4 +277,5 @@ def update_flops(task: RecurrenceTask, variant: Variant, heads: int) -> int:
         align_heads="per_head" if variant.per_head else "shared",
     ).flops
     maps = task.layers * 8 * width**2 + width * task.modulus  # multiplications per token, forward
+    # Six: a multiplication and an addition, once forward and twice backward.
     return task.layers * attention + 6 * tokens * maps

@@ -162,6 +162,7 @@ def duels(rows: Sequence[RungResult]) -> dict[str, list[Duel]]:
 
 def _duel(rows: Sequence[RungResult], softmax: str, expressive: str, where: str) -> Duel:
     accuracy = _compared(rows, softmax, expressive, lambda row: row.test_accuracy)
+    # Logarithms, so that half as many updates weigh as much as twice as many.
     updates = _compared(
         rows, softmax, expressive, lambda row: math.log2(row.updates_to_target) if row.updates_to_target else None
     )
@@ -175,6 +176,7 @@ def _compared(
     rows: Sequence[RungResult], softmax: str, expressive: str, value: Callable[[RungResult], float | None]
 ) -> Comparison | None:
     """Expressive minus softmax over the pairs in which both have a value."""
+    # compare_paired() matches by number; here a rung and a seed make a pair, so each of them gets a number.
     pairs = {pair: number for number, pair in enumerate(dict.fromkeys((row.rung, row.seed) for row in rows))}
     values: Mapping[str, dict[int, float]] = {softmax: {}, expressive: {}}
     for row in rows:

@@ -94,6 +94,7 @@ def render(report: Report) -> str:
         task=ladder.task,
         budget=budget,
         names=names,
+        # formula() is asked for a delay of 0, which here makes room for the letter τ.
         rules=[f"{name}: x_t = {formula(name, 0).replace('-0', '-τ')} mod N" for name in ladder.task.rules],
         moduli=sorted({N for N, _ in ladder.rungs}),
         delays=sorted({delay for _, delay in ladder.rungs}),

@@ -72,6 +72,7 @@ def beam_search(
         ValueError: a number out of range.
     """
     W, alpha = check_int(width, "width"), check_float(length_penalty, "length_penalty", low=0.0)
+    # The W copies of a sentence follow each other, as the beams do where (B, W) is flattened.
     memory_BSD, padding_BS = (x.repeat_interleave(W, dim=0) for x in model.encode(source_BS))
     B, V = len(source_BS), model.output.out_features
     written_BWT = source_BS.new_full((B, W, 1), START)
@@ -85,7 +86,9 @@ def beam_search(
         next_BWV = _next(model, written_BWT.flatten(0, 1), memory_BSD, padding_BS).view(B, W, V)
         total_BWV = total_BW[..., None] + torch.where(ended_BW[..., None], over_V, next_BWV)
         length_BW = length_BW + ~ended_BW
+        # Every sentence has at least one token by now, so no length is zero.
         best_BW = (total_BWV / length_BW[..., None] ** alpha).flatten(1).topk(W, dim=1).indices
+        # The index counts tokens within beams.
         beam_BW, token_BW = best_BW // V, best_BW % V
         total_BW, length_BW = total_BWV.flatten(1).gather(1, best_BW), length_BW.gather(1, beam_BW)
         kept_BWT = written_BWT.gather(1, beam_BW[..., None].expand_as(written_BWT))
@@ -93,6 +96,7 @@ def beam_search(
         ended_BW = ended_BW.gather(1, beam_BW) | (token_BW == END)
         if bool(ended_BW.all()):
             break
+    # topk sorts, so the first beam is the best one.
     return Decoded(written_BWT[:, 0, 1:], total_BW[:, 0])
 
 
@@ -110,4 +114,5 @@ def _next(model: Translator, written_BT: Tensor, memory_BSD: Tensor, padding_BS:
     """Log probabilities (B, V) of the next token; no sentence continues with padding or with another start."""
     logits_BV: Tensor = model.output(model.decode(written_BT, memory_BSD, padding_BS)[:, -1])
     never = torch.tensor([PADDING, START], device=logits_BV.device)
+    # Before the softmax, so that the probabilities of the other tokens still sum to 1.
     return logits_BV.index_fill(1, never, -math.inf).log_softmax(dim=1)

@@ -105,6 +105,7 @@ class CausalDecoder(nn.Module):
         )
         self.norm = nn.LayerNorm(width)
         self.output = nn.Linear(width, vocabulary if outputs is None else outputs)
+        # torch draws embeddings with a standard deviation of 1, which is 50 times as much.
         for table in (self.tokens, self.positions):
             if table is not None:
                 nn.init.normal_(table.weight, std=EMBEDDING_STD)
@@ -123,6 +124,7 @@ class CausalDecoder(nn.Module):
             x_BLD = x_BLD + self.positions.weight[:L]
         bias = None
         if self.alibi:  # once for all blocks
+            # A mask of three dimensions is (B N, L, L), the heads of a sample side by side, as repeating arranges them.
             bias = alibi_bias(self.heads, L, L, device=x_BLD.device, dtype=x_BLD.dtype).repeat(B, 1, 1)
         for block in self.blocks:
             x_BLD = block(x_BLD, bias)
@@ -152,6 +154,7 @@ def decoder_size(
     D, K = width, vocabulary if outputs is None else outputs
     kernel = "per_head" if per_head else "shared"
     attention = cost(D, heads, length, mechanism=mechanism, align_heads=kernel).params + heads * (scale == "learned")
+    # The two maps of the MLP have 4D · D weights each, and 4D and D biases.
     norm, mlp = 2 * D, 8 * D * D + 5 * D
     tables = (vocabulary + length * (positions == "learned")) * D
     return tables + layers * (attention + mlp + 2 * norm) + norm + (D + 1) * K

@@ -129,5 +129,6 @@ def masked_mean(x_BLD: Tensor, padding_BL: Tensor) -> Tensor:
     >>> masked_mean(torch.tensor([[[1.0], [5.0], [7.0]]]), torch.tensor([[True, False, False]]))
     tensor([[6.]])
     """
+    # Replaced and not multiplied by zero, since NaN times zero is NaN.
     total_BD = x_BLD.masked_fill(padding_BL.unsqueeze(-1), 0.0).sum(dim=1)
     return total_BD / (~padding_BL).sum(dim=1, keepdim=True).clamp(min=1)

@@ -160,6 +160,7 @@ class Translator(nn.Module):
             tokens: integers (B, S + T): the source, padded to the model's ``source_length``; behind it ``START`` and
                 the target, of at most ``target_length`` tokens.
         """
+        # Source and target come as one tensor, so that a batch of any task has one tensor of inputs.
         source_BS, target_BT = tokens.tensor_split([self.source_positions.num_embeddings], dim=1)
         hidden_BTD = self.decode(target_BT, *self.encode(source_BS))
         logits: Tensor = self.output(F.dropout(hidden_BTD, self.output_dropout, self.training))

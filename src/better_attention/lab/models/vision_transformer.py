@@ -160,5 +160,6 @@ def patches(images: Tensor, patch: int) -> Tensor:
     batch, height, width, *rest = images.shape
     channels = rest[0] if rest else 1
     rows, columns = height // patch, width // patch
+    # From (row, y, column, x) to (row, column, y, x): the pixels of a patch become neighbours.
     grid = images.reshape(batch, rows, patch, columns, patch, channels).transpose(2, 3)
     return grid.reshape(batch, rows * columns, patch * patch * channels)

@@ -254,9 +254,11 @@ def read_results(path: Path) -> list[Record]:
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
         raise ValueError(f"{damaged}: expected a list of objects, one a run.")
     try:
+        # Only to learn whether tables can be made of these records; the result is not used.
         summarise(records)
     except (ValueError, TypeError, ArithmeticError) as error:
         raise ValueError(f"{damaged}: {error}") from None
+    # Last, because what the checks before can say of a changed file is more precise.
     manifest.check_listed(path)
     return records
 
@@ -287,6 +289,7 @@ def _together(part: Part, records: Sequence[tuple[Path, Record]]) -> list[Ours]:
             found.append(ours)
         if file not in ours.files:
             ours.files.append(file)
+        # A copy of a file that was passed as well brings the same records again.
         if record not in ours.records:
             ours.records.append(record)
     return sorted(found, key=lambda ours: not ours.paper_scale)

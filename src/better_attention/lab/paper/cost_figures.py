@@ -119,6 +119,7 @@ def _heat_maps(form: str) -> Figure:
     panels = figure.subplots(2, 2, sharex=True, sharey=True)
     ticks = range(0, len(POWERS), 2)
     ratios = {heads: cost_ratio(heads, form) for heads in HEADS}
+    # One colour scale for the four panels, so that they can be compared.
     top = max(np.nanmax(ratio) for ratio in ratios.values())
     for axes, (heads, ratio) in zip(panels.flat, ratios.items(), strict=True):
         shown = axes.imshow(ratio - 1, origin="lower", cmap="viridis", vmin=0, vmax=top - 1)
@@ -145,6 +146,7 @@ def _surfaces(form: str) -> Figure:
     grids = {
         name: np.array([[flops(form, name, int(d), 1, int(n)) for d in points] for n in points]) for name in _SHOWN
     }
+    # One scale for all surfaces, so that their heights can be compared.
     top = max(grid.max() for grid in grids.values())
     widths, lengths = np.meshgrid(points, points)
     for place, (name, grid) in enumerate(grids.items(), start=1):

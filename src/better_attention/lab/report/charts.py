@@ -59,6 +59,7 @@ def learning_curves(runs: Mapping[str, Sequence[Series]], *, dark: bool, falling
 def _scale_losses(axes: Axes) -> None:
     """A logarithmic axis where the values fall over more than a factor of four: late differences show, too."""
     low, high = axes.dataLim.intervaly
+    # A logarithmic axis needs values above zero, and a loss can be zero.
     if 0 < 4 * low < high:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -75,6 +76,7 @@ def _plot_seeds(axes: Axes, drawn: Look, seeds: list[tuple[NDArray[np.float64], 
         colour = to_rgba(drawn.colour(dark=dark), 0.16)
         axes.fill_between(epochs, values.min(axis=0), values.max(axis=0), color=colour, linewidth=0)
         for x, y in seeds:
+            # From the last shared epoch on, so that no gap opens where the mean ends.
             axes.plot(x[shared - 1 :], y[shared - 1 :], **{**style, "linewidth": 0.7, "marker": "", "alpha": 0.7})
     axes.plot(epochs, values.mean(axis=0), **style)
 

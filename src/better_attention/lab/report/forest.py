@@ -58,6 +58,7 @@ def forest(rows: Sequence[Row], column: Column) -> Forest | None:
         for end in (one.difference.mean, one.difference.low, one.difference.high)
         if end is not None and math.isfinite(end)
     ]
+    # Where every difference is zero any reach will do, but the logarithm needs a positive one.
     reach = _round_up(max(ends, default=0.0) or 1.0)
 
     def place(value: float | None) -> float | None:
@@ -89,5 +90,6 @@ def _text(one: Comparison, column: Column) -> str:
 def _round_up(value: float) -> float:
     """The next number with one digit, or with two where the second is a 5 below 3: 4.48 -> 5, 0.0213 -> 0.025."""
     unit = Decimal(10) ** math.floor(math.log10(value))
+    # Decimals, so that the step that is compared is exactly the number that is printed.
     steps = (Decimal(step) * unit for step in ("1", "1.5", "2", "2.5", "3", "4", "5", "6", "7", "8", "9", "10"))
     return next(found for step in steps if (found := float(step)) >= value)

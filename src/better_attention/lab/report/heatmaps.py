@@ -64,6 +64,7 @@ def over_picture(received: NDArray[np.floating], picture: NDArray[np.uint8]) -> 
     if height < side or width < side:
         return None
     grid = _finite(received).reshape(side, side)
+    # Each pixel takes the value of its patch, also where the sides of the picture are no multiples of the grid's.
     spread = grid[np.arange(height) * side // height][:, np.arange(width) * side // width]
     colour = colormaps[SEQUENTIAL](spread / spread.max() if spread.max() > 0 else spread)[..., :3]
     grey = (picture if picture.ndim == 2 else picture.mean(axis=2))[..., None] / 255
@@ -88,6 +89,7 @@ def _shrunk(matrix: NDArray[np.floating]) -> NDArray[np.float64]:
 
 def _png(unit: NDArray[np.float64], colours: Colormap) -> bytes:
     """Values from 0 to 1 through a colour map; as a palette, which takes a third of the bytes."""
+    # Converting to uint8 truncates; the added half makes it round.
     image = Image.fromarray(np.uint8(np.clip(unit, 0, 1) * 255 + 0.5), mode=None)
     image.putpalette((colours(np.arange(256), bytes=True)[:, :3]).tobytes())
     return _encoded(image)

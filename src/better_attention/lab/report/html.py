@@ -192,5 +192,6 @@ def _made_on(study: Study) -> dict[str, str]:
                 facts.setdefault(key, {})[", ".join(f"{name} {value}" for name, value in named.items())] = None
     facts.setdefault("commit", {})[study.commit] = None
     if "finished" in facts:
+        # Dates in ISO format and in UTC sort by time.
         facts["finished"] = {max(facts["finished"]): None}
     return {key: "; ".join(values) for key, values in facts.items()}

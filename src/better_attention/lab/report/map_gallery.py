@@ -104,6 +104,7 @@ def without_padding(one: AttentionMap) -> AttentionMap:
     if one.tokens is None:
         return one
     queries = one.queries
+    # Square weights are those of self-attention, whose queries are the same tokens as its keys.
     if queries is None and one.weights.shape[1] == one.weights.shape[2]:
         queries = one.tokens
     columns = [place for place, token in enumerate(one.tokens) if token]

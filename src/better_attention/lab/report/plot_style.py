@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
+    # Letters as outlines: the drawing looks the same where the font is not installed.
     "svg.fonttype": "path",
     "svg.hashsalt": "better-attention",  # equal figures are equal files
     "mathtext.fontset": "dejavusans",
@@ -43,6 +44,7 @@ def saved(figure: Figure, kind: str, *, transparent: bool = False, signed: bool 
     buffer = io.BytesIO()
     # Without date and creator: the same numbers give the same file, and no address stands in it.
     dated = {"svg": ("Date", "Creator", "Format", "Type"), "pdf": ("CreationDate", "Creator", "Producer")}
+    # None makes matplotlib leave an entry out, which it would otherwise fill in itself.
     metadata: dict[str, str | None] = dict.fromkeys(dated.get(kind, ("Software",)))
     if signed:
         metadata["Software" if kind == "png" else "Creator"] = SIGNATURE
@@ -59,6 +61,7 @@ def blank(width: float, height: float) -> Figure:
 
 def line(drawn: Look, *, dark: bool, width: float) -> dict[str, Any]:
     """What matplotlib's ``plot`` takes to draw a line with this look."""
+    # A fraction of the diagonal and not a number of points: the distance of markers does not depend on the epochs.
     marked: dict[str, Any] = {"marker": drawn.marker, "markersize": 4, "markevery": 0.1} if drawn.marker else {}
     return {
         "color": drawn.colour(dark=dark),

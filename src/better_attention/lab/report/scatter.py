@@ -57,6 +57,7 @@ def scatter(cards: Sequence[Card], column: Column) -> Scatter | None:
     if len(shown) < 2:
         return None
     ends = [end for c in shown for end in (c.value.mean, c.value.low, c.value.high) if end is not None]
+    # From zero, so that twice the distance means twice the parameters.
     across = _ticks(0.0, max(float(card.params or 0) for card in shown) or 1.0)
     up = _ticks(min(ends), max(ends))
     points = [_point(card, column, across, up) for card in shown]
@@ -64,12 +65,14 @@ def scatter(cards: Sequence[Card], column: Column) -> Scatter | None:
         column,
         _apart(points),
         [(_place(tick, across), number(tick, 0)) for tick in across],
+        # Ten digits hide the rounding error of a tick such as 0.30000000000000004.
         [(_place(tick, up), f"{tick:.10g}".replace("-", "−")) for tick in up],
     )
 
 
 def _ticks(low: float, high: float) -> list[float]:
     """Round numbers, the first not above ``low`` and the last not below ``high``."""
+    # Equal results have no range, but an axis needs one.
     if not low < high:
         low, high = low - 1.0, low + 1.0
     return [float(tick) for tick in MaxNLocator(nbins=4, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)]
@@ -104,6 +107,7 @@ def _apart(points: Sequence[Point]) -> list[Point]:
         heights[place] = max([heights[place], *below])
     for rank, place in reversed(list(enumerate(order))):
         above = [heights[k] - LINE for k in order[rank + 1 :] if _beside(points[k], points[place])]
+        # Half a line below the upper edge, because labels are centred on their height.
         heights[place] = min([heights[place], 100 - LINE / 2, *above])
     return [replace(point, label=round(height, 2)) for point, height in zip(points, heights, strict=True)]
 

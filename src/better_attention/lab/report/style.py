@@ -27,6 +27,7 @@ class Look:
         return self.dark if dark else self.light
 
 
+# In the order of MECHANISMS; strict=True fails at once where a mechanism is added without a look.
 _LOOKS = dict(
     zip(
         MECHANISMS,

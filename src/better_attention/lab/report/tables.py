@@ -150,10 +150,12 @@ def print_fitting(
     title: str, heads: Sequence[Strip], groups: Sequence[Sequence[Strip]], ends: Sequence[bool], console: Console
 ) -> None:
     """Print ``heads`` and as many ``groups`` of columns as the console is wide enough for; then the next ones."""
+    # Without the console's limit: a bounded measurement never exceeds the width, so nothing would seem too wide.
     unbounded = console.options.update(max_width=10_000)
     shown: list[Strip] = []
     for group in groups:
         wider = _table("", [*heads, *shown, *group], ends)
+        # A single group that is too wide is printed all the same, since it cannot be parted further.
         if shown and console.measure(wider, options=unbounded).maximum > console.width:
             console.print(_table(title, [*heads, *shown], ends))
             title, shown = "", []

@@ -34,6 +34,7 @@ def save(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) 
         OSError: the disk is full or the folder cannot be written; earlier checkpoints are untouched.
     """
     numbers = _numbers(folder)
+    # Numbers only grow, so a new pair never takes the name of one that may still be needed.
     number = max(numbers, default=0) + 1
     stem = f"checkpoint-{number:06d}"
     content = tensor_bytes(tensors)
@@ -42,11 +43,13 @@ def save(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) 
     previous = max((n for n in numbers if (folder / f"checkpoint-{n:06d}.json").exists()), default=None)
     try:
         write_atomic(folder / f"{stem}.safetensors", content, make_folder=False)
+        # JSON has no NaN and no infinity: Python would write them, and other readers would refuse the file.
         text = json.dumps({"digest": _digest(manifest), **manifest}, allow_nan=False)
         write_atomic(folder / f"{stem}.json", text, make_folder=False)
     except OSError:
         _remove(folder, number)  # half a pair is of no use and takes space
         raise
+    # Only now that the new pair is complete. The one before it stays, in case the new one is damaged later.
     for other in numbers - {previous}:
         _remove(folder, other)
 
@@ -63,11 +66,13 @@ def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
             digest = manifest.pop("digest")
             if digest != _digest(manifest):
                 raise ValueError(f"{stem.name}.json was altered: its digest is {_digest(manifest)}, not {digest}")
+            # Read once, then hashed and parsed from the same bytes: the file cannot change between the two.
             with open_regular(stem.with_suffix(".safetensors")) as file:
                 content = file.read()
             if (digest := sha256(content).hexdigest()) != manifest["tensors"]:
                 raise ValueError(f"{stem.name}.safetensors has SHA-256 {digest}, not {manifest['tensors']}")
             return safetensors.torch.load(content), manifest["state"]
+        # The last three are what JSON of another shape leads to.
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             warnings.warn(f"{folder}: passing over a damaged checkpoint ({error}).", stacklevel=2)
     return None
@@ -100,6 +105,7 @@ def clear(folder: Path) -> None:
 
 def tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
     """``tensors`` as the bytes of a safetensors file."""
+    # safetensors refuses tensors that are not contiguous.
     content: bytes = safetensors.torch.save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
     return content
 
@@ -151,6 +157,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            # Compared by the header alone; reading the tensors first could fill the memory with those of another model.
             wrong = [
                 f"{name}: {stored.get(name, 'missing')} in the file, {expected.get(name, ('unknown',))[0]} in the model"
                 for name in sorted(stored.keys() | expected.keys())
@@ -166,6 +173,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     for name, tensor in tensors.items():
         if tensor.dtype != expected[name][1]:
             raise ValueError(f"{path}: {name} is {tensor.dtype} in the file, {expected[name][1]} in the model.")
+    # Tensors on the meta device have no memory that could be copied into, so they are replaced.
     model.load_state_dict(tensors, assign=True)
 
 
@@ -181,10 +189,12 @@ def load_optimiser(optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tenso
     for name, tensor in tensors.items():
         index, key = name.split(".", 1)
         state.setdefault(int(index), {})[key] = tensor
+    # The groups (rates, weight decay) are the fresh optimiser's own: the settings of the run decide them, not the file.
     optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
 
 
 def _digest(manifest: Mapping[str, Any]) -> str:
+    # Sorted keys make the digest one of the value and not of its spelling.
     return sha256(json.dumps(manifest, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 

@@ -43,6 +43,7 @@ class RunFolder:
     @property
     def has_config(self) -> bool:
         """Whether there is a configuration, damaged or not: without it the folder is not a run."""
+        # A broken link is damage to report, not a missing file; exists() would not see it.
         return os.path.lexists(self.path / "config.json")
 
     @property
@@ -98,6 +99,7 @@ class RunFolder:
         if not self.is_finished:
             return None
         record = RunRecord.read(self.path / "result.json")
+        # Only the two small files, because every table reads them. All files are checked where the weights are used.
         self.check_files(record, ("config.json", "result.json"))
         return record
 

@@ -33,6 +33,7 @@ def json_text(value: Mapping[str, Any]) -> str:
     Raises:
         ValueError: a number in it is not finite.
     """
+    # Names of classes and words of a vocabulary stay readable in any script.
     return json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
 

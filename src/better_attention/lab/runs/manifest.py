@@ -26,6 +26,7 @@ def write(folder: Path, digests: Mapping[str, str], *, make_folder: bool = True)
     Raises:
         OSError: it cannot be written.
     """
+    # Sorted, because read() accepts no other order.
     lines = (f"{digests[name]}  {name}\n" for name in sorted(digests))
     write_atomic(folder / NAME, "".join(lines), make_folder=make_folder)
 
@@ -45,6 +46,7 @@ def remove(folder: Path, names: Collection[str]) -> None:
     Raises:
         OSError: the manifest cannot be written.
     """
+    # A manifest without entries is an empty file, which read() does not accept.
     if others := _others(folder, names):
         write(folder, others)
     else:
@@ -66,6 +68,7 @@ def _others(folder: Path, names: Collection[str]) -> dict[str, str]:
     """The entries of other files in the manifest; none if it is damaged."""
     try:
         listed = read(folder) or {}
+    # Nothing of a damaged manifest is carried over into the new one.
     except ValueError:
         return {}
     return {name: digest for name, digest in listed.items() if name not in names}
@@ -83,6 +86,7 @@ def read(folder: Path) -> dict[str, str] | None:
         content = read_regular(path, 2**20)
     except FileNotFoundError:
         return None
+    # splitlines() would accept other line ends, too, so that a changed byte could pass unnoticed.
     lines = [_LINE.fullmatch(line) for line in content.decode("ascii", "replace").split("\n")[:-1]]
     names = [match[2] for match in lines if match]
     if not content.endswith(b"\n") or len(names) < len(lines) or names != sorted(set(names)):

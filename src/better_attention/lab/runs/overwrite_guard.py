@@ -62,6 +62,7 @@ def check_writable(folder: Path) -> None:
     Raises:
         ValueError: says why.
     """
+    # The nearest folder that exists decides, since the ones below it would be created within it.
     above = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     try:
         if not above.is_dir():

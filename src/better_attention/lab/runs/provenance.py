@@ -29,6 +29,7 @@ def environment(command: str) -> dict[str, Any]:
     }
 
 
+# The code in use is that which was imported, so the first answer holds as long as the process.
 @cache
 def commit(package: Path = PACKAGE) -> str:
     """The commit of the source in use, with ``+changes`` if it was modified since; ``"unknown"`` outside a checkout.

@@ -59,6 +59,7 @@ class RunConfig:
         if "format" not in content:
             raise ValueError(f"{path} describes no run: it lacks 'format'.")
         for key, (kind, expected) in _DESCRIBED.items():
+            # bool is a subclass of int in Python, so `true` would pass as a number.
             if not isinstance(run.get(key), kind) or isinstance(run[key], bool):
                 raise ValueError(f"{path} is damaged: {key} must be {expected}, received {str(run.get(key))[:60]!r}.")
         return cls(
@@ -216,6 +217,7 @@ def _problems(values: Mapping[str, Any]) -> Iterator[str]:
 
 def is_number(value: object) -> bool:
     """Whether a JSON value is a number that can be computed with."""
+    # NaN fails the comparison as well, so it is no number either.
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST_NUMBER
 
 
@@ -242,6 +244,7 @@ def read_curve(path: Path) -> list[dict[str, float]]:
     content = read_regular(path)
     try:
         lines = [parse_json(line) for line in content.decode("utf-8").splitlines()]
+    # A UnicodeDecodeError is a ValueError, too.
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}). Delete the folder {path.parent} and run again.") from None
     for line in lines:

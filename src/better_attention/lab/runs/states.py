@@ -111,6 +111,7 @@ def _state_of(folder: RunFolder, state: RunState) -> RunState:
     except (OSError, ValueError) as error:
         return replace(state, state="damaged", detail=str(error))
     saved = _position(last_state(path))
+    # Asked before the divergence: a run that is trained again keeps the old diverged.json until its next checkpoint.
     if writer := holder(path):
         return replace(state, state="being written", detail=f"by {writer}; saved {saved}")
     if divergence:

@@ -49,6 +49,7 @@ def affine_maps(drawn: Tensor) -> Tensor:
     angle = TURN * (2 * drawn[:, 1] - 1)
     width, height = (1 + ZOOM * (2 * drawn[:, column] - 1) for column in (2, 3))
     zero = torch.zeros_like(angle)
+    # The rows of diag(mirror, 1) · rotation · diag(width, height), of which the last is applied first.
     x_row = torch.stack([mirror * angle.cos() * width, -mirror * angle.sin() * height, zero], dim=1)
     y_row = torch.stack([angle.sin() * width, angle.cos() * height, zero], dim=1)
     return torch.stack([x_row, y_row], dim=1)

@@ -193,6 +193,7 @@ class Task(ABC):
         >>> TASKS["imdb"]("paper").random_samples(7).inputs.shape
         torch.Size([7, 32])
         """
+        # A generator for each, so that the targets do not depend on how many numbers the inputs take.
         first, second = (torch.Generator().manual_seed(seed) for seed in (0, 1))
         return Split(self.random_inputs(samples, first), self.random_targets(samples, second))
 
@@ -310,6 +311,7 @@ class Task(ABC):
     def losses(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy of each sample, (B,), from logits (B, K); K = 1 is the logit of class 1 of two."""
         if logits.shape[1] == 1:
+            # From the logit itself: a sigmoid that rounds to 0 or 1 would give an infinite logarithm.
             return F.binary_cross_entropy_with_logits(logits[:, 0], targets.to(logits.dtype), reduction="none")
         return F.cross_entropy(logits, targets, reduction="none")
 
@@ -330,6 +332,7 @@ class Task(ABC):
         if self.optimiser == "rmsprop":
             return RMSprop(model.parameters(), lr=self.lr, weight_decay=self.weight_decay)
         make = torch.optim.AdamW if self.optimiser == "adamw" else torch.optim.Adam
+        # A single kernel for all values; by default torch loops over the tensors in Python on a CPU.
         return make(model.parameters(), lr=self.lr, weight_decay=self.weight_decay, fused=True)
 
     def settings(self) -> dict[str, Any]:
@@ -348,6 +351,7 @@ class Task(ABC):
                 f"settings of task {self.name!r}: unknown {sorted(set(settings) - known)}, "
                 f"missing {sorted(known - set(settings))}; written by another version of better-attention."
             )
+        # JSON has no tuples: they were written as lists.
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
         return replace(self, **values)
 
@@ -377,10 +381,12 @@ def equal_width(task: Task, variant: Variant, heads: int) -> int:
         return replace(task, width=width, equal_params=False).size(of, heads)
 
     aim, step = size(task.width, Variant.of("standard")), task.width_step(heads)
+    # Where only the score differs, the counts are equal at the same width and there is nothing to search for.
     if size(task.width, variant) == aim:
         return task.width
     low, high = 1, max(2, 4 * task.width // step)
     while high - low > 1:  # parameters grow with the width
         middle = (low + high) // 2
         low, high = (middle, high) if size(middle * step, variant) <= aim else (low, middle)
+    # The width of the task itself need not be a multiple of the step, so it competes with the two neighbours.
     return min((low * step, high * step, task.width), key=lambda width: abs(size(width, variant) - aim))

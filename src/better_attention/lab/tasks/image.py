@@ -76,6 +76,7 @@ class ImageTask(Task):
         check_choice(self.augmentation, "augmentation", AUGMENTATIONS)
         if self.patch > self.image_size:
             raise ValueError(f"patch must be <= image_size={self.image_size}, received {self.patch}.")
+        # Set past the frozen dataclass, because it follows from the other fields.
         object.__setattr__(self, "length", (self.image_size // self.patch) ** 2 + self.class_token)
 
     def at_length(self, length: int) -> Self:
@@ -194,6 +195,7 @@ class ImageTask(Task):
             ValueError: a damaged file or another kind of file, or a picture of another size without ``resize``.
         """
         pixels = read_picture_of(path, self.raw_size, self.channels, task=self.name, resize=resize)
+        # Converting to uint8 truncates, so the values are rounded first.
         return (pixels * (self.peak / 255)).round().astype("uint8")
 
     def test_inputs(self, splits: Splits, folder: Path | None = None) -> tuple[Sequence[Any], Sequence[int]]:
@@ -218,6 +220,7 @@ class ImageTask(Task):
                 f"with pixels from 0 to {self.peak}; received {array.dtype} of shape {array.shape}. "
                 "Resize the images first."
             )
+        # Asked the other way round, so that NaN, which no comparison holds for, is refused too.
         if array.size and not (array.min() >= 0 and array.max() <= self.peak):
             raise ValueError(
                 f"task {self.name!r} reads pixels from 0 (black) to {self.peak} (white); "
@@ -243,4 +246,5 @@ class ImageTask(Task):
         before = (self.image_size - self.raw_size) // 2
         after = self.image_size - self.raw_size - before
         skip = [0, 0] if images.ndim == 4 else []
+        # F.pad counts from the last dimension on: the colours, where there are some, then width and height.
         return F.pad(torch.from_numpy(images), [*skip, before, after, before, after])

@@ -41,6 +41,7 @@ def read_texts(names: Sequence[str], standard_input: StandardInput) -> list[Name
 
 def _lines(content: bytes) -> list[str]:
     try:
+        # splitlines() would also cut at other separators, such as U+2028, within a text.
         lines = content.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"standard input is not UTF-8 text ({error}). Convert it first.") from None

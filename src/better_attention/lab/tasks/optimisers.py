@@ -48,6 +48,7 @@ class RMSprop(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One update of every parameter that has a gradient; ``closure`` computes the loss anew before it."""
+        # step() itself runs without gradients; a closure needs them for its backward pass.
         with torch.enable_grad():
             loss = None if closure is None else closure()
         for group in self.param_groups:
@@ -62,8 +63,10 @@ class RMSprop(torch.optim.Optimizer):
                 self.state[parameter]["square_avg"] = torch.zeros_like(parameter)
         gradients = [gradient for parameter in params if (gradient := parameter.grad) is not None]
         means = [self.state[parameter]["square_avg"] for parameter in params]
+        # Decoupled from the gradient, as in AdamW, and so it does not enter the mean of squares.
         if group["weight_decay"]:
             torch._foreach_mul_(params, 1.0 - group["lr"] * group["weight_decay"])
+        # The _foreach_ functions take all tensors at once, in place of a loop in Python.
         torch._foreach_mul_(means, group["rho"])
         torch._foreach_addcmul_(means, gradients, gradients, 1.0 - group["rho"])
         roots = torch._foreach_add(means, group["eps"])

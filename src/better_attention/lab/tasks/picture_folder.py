@@ -176,6 +176,7 @@ class FolderTask(ImageTask):
         kept = [part[~np.isin(part, bad)] for part in rows]
         for part, left in zip(rows, kept, strict=True):
             gone = np.setdiff1d(pictures.labels[part], pictures.labels[left])
+            # A class without training pictures cannot be learned, while a held-out split may lack one.
             if (len(part) and not len(left)) or (part is rows[0] and len(gone)):
                 what = f"class {pictures.classes[gone[0]]!r}"
                 raise ValueError(f"every picture of {what} is damaged, the first so: {next(iter(lost.values()))}")

@@ -44,6 +44,7 @@ def ground(pictures: np.ndarray[Any, Any], peak: int) -> str:
     """
     import numpy as np
 
+    # The columns leave out the first and the last pixel, so that no corner counts twice.
     edges = np.concatenate((pictures[:, 0], pictures[:, -1], pictures[:, 1:-1, 0], pictures[:, 1:-1, -1]), axis=1)
     light = float((np.median(edges.reshape(len(pictures), -1), axis=1) > peak / 2).mean())
     return "light" if light >= GROUND_SHARE else "dark" if light <= 1 - GROUND_SHARE else "mixed"
@@ -65,6 +66,7 @@ def unlike_training(picture: np.ndarray[Any, Any], peak: int, training: str) -> 
     if picture.ndim not in (2, 3) or picture.shape[2:] not in ((), (3,)) or 0 in picture.shape:
         return []
     spread = float((picture.max(axis=(0, 1)) - picture.min(axis=(0, 1))).max())
+    # Both sides in 255ths of the range of the pixels.
     if spread * 255 <= BLANK_RANGE * peak:
         return [f"blank, every pixel has nearly the same value. {BLANK_HINT}"]
     edges = ground(picture[None], peak)
@@ -130,4 +132,5 @@ def _looked_through(splits: Splits) -> bool:
 
 
 def _digests(pictures: Tensor) -> Iterator[bytes]:
+    # 16 bytes in place of each picture; two different ones share a digest by chance once in 2^128.
     return (blake2b(picture.data, digest_size=16).digest() for picture in pictures.contiguous().numpy())

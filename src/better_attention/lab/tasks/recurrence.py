@@ -87,6 +87,7 @@ class RecurrenceTask(Task):
         if self.target_accuracy is not None:
             check_float(self.target_accuracy, "target_accuracy", low=0.0, high=100.0)
         self._check_rules()
+        # Set past the frozen dataclass, because it follows from the other fields.
         object.__setattr__(self, "length", self.delay + self.steps - 1 + (len(self.rules) > 1))
         super().__post_init__()
 
@@ -95,6 +96,7 @@ class RecurrenceTask(Task):
             raise ValueError(f"rules must be a tuple of names out of {', '.join(RULES)}, received {self.rules!r}.")
         meanings: dict[tuple[int, ...], str] = {}
         for name in self.rules:
+            # Modulo N, coefficients that differ may be equal: for N = 2 all four rules are the same.
             meaning = tuple(c % self.modulus for c in RULES[check_choice(name, "rules", RULES)])
             if meaning in meanings:
                 raise ValueError(
@@ -120,6 +122,7 @@ class RecurrenceTask(Task):
         held_out = check_int(self.test_samples, "test_samples")
         wanted = {"train": check_int(self.train_samples, "train_samples"), "validation": held_out, "test": held_out}
         rules = len(self.rules)
+        # Rounded up, since every state serves under every rule.
         states = split_states(self.modulus, self.delay, {k: -(-n // rules) for k, n in wanted.items()}, self.data_seed)
         sequences = {name: self._sequences(of, wanted[name], name == "train") for name, of in states.items()}
         return Splits(
@@ -140,6 +143,7 @@ class RecurrenceTask(Task):
         With fewer than ``wanted`` and ``again`` they are repeated, so that an epoch has its number of updates.
         """
         rows = torch.arange(wanted if again else min(wanted, len(states) * len(self.rules)))
+        # The rule changes fastest, so that any number of rows holds all rules about equally often.
         which, state = rows % len(self.rules), (rows // len(self.rules)) % len(states)
         coefficients = torch.tensor([RULES[name] for name in self.rules])[which]
         return which, continued(states[state], coefficients, self.steps, self.modulus)
@@ -148,6 +152,7 @@ class RecurrenceTask(Task):
         which, sequences = numbered
         inputs = sequences[:, :-1]
         if len(self.rules) > 1:
+            # The tokens that name a rule are numbered behind the symbols.
             inputs = torch.cat([self.modulus + which[:, None], inputs], dim=1)
         return Split(inputs.contiguous(), sequences[:, self.delay :].contiguous())
 
@@ -189,6 +194,7 @@ class RecurrenceTask(Task):
 
     def torch_twin(self) -> Self:
         """Learned positions instead of rotary ones and 1/sqrt(d_k): torch's layer knows no others."""
+        # ALiBi stays, because torch's layer takes it as an additive mask.
         positions = "learned" if self.positions == "rotary" else self.positions
         return replace(self, positions=positions, scaling="sqrt")
 
@@ -202,6 +208,7 @@ class RecurrenceTask(Task):
 
     def losses(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy over the predictable symbols of each sequence, (B,), from logits (B, L, N)."""
+        # cross_entropy expects the classes in dimension 1.
         return F.cross_entropy(self._predictable(logits).mT, targets, reduction="none").mean(dim=1)
 
     def correct(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -268,6 +275,7 @@ def continued(states: Tensor, coefficients: Tensor, steps: int, modulus: int) ->
     delay = states.shape[1]
     columns = list(states.unbind(dim=1))
     for _ in range(steps):
+        # The remainder has the sign of the modulus, so that a negative sum gives a symbol, too.
         columns.append((coefficients[:, 0] * columns[-1] + coefficients[:, 1] * columns[-delay]) % modulus)
     return torch.stack(columns, dim=1)
 
@@ -285,6 +293,7 @@ def split_states(modulus: int, delay: int, wanted: Mapping[str, int], seed: int)
     else:
         parts = {"test": [], "validation": [], "train": []}
         for state in drawn(modulus, delay, seed):
+            # The digest alone decides the part of a state, whatever was drawn before it.
             share = 10 * digest(state) / 2.0**64
             part = parts["test" if share < 1 else "validation" if share < 2 else "train"]
             part.append(state)

@@ -76,6 +76,7 @@ class Splits:
         for split in (self.train, self.validation, self.test):
             for tensor in (split.inputs, split.targets):
                 digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+                # The buffer itself: a copy of a set that is mapped from the disk may not fit into memory.
                 digest.update(tensor.cpu().contiguous().numpy().data)
         return digest.hexdigest()
 
@@ -83,6 +84,7 @@ class Splits:
         """The same splits on ``device``."""
         parts = {name: getattr(self, name).to(device) for name in ("train", "validation", "test")}
         moved = replace(self, **parts)
+        # Moving changes no value, so the digest need not be computed again.
         moved.__dict__["digest"] = self.digest
         return moved
 

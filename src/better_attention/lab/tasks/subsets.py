@@ -35,6 +35,7 @@ def cut(task: Task, train: int, test: int) -> tuple[Tensor, Tensor, Tensor]:
         ValueError: a part would be empty.
     """
     generator = torch.Generator().manual_seed(task.data_seed)
+    # Both draw from one generator: the order of these two lines is part of the split and must never change.
     rows = torch.randperm(train, generator=generator)
     tests = torch.randperm(test, generator=generator)[: task.test_samples].sort().values
     size = train if task.train_samples is None else min(task.train_samples, train)

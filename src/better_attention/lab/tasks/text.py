@@ -56,6 +56,7 @@ class TextTask(Task):
             return Split(torch.from_numpy(vocabulary.encode(part.texts, self.length)), part.targets)
 
         train = split(parts["train"])
+        # Padding is on the left, so a text fills its row exactly if the first number is not padding.
         full = int((train.inputs[:, 0] != 0).sum())
         cut_off = (
             f"{full:,} of {len(train):,} training texts have {self.length} words or more: the last {self.length} of a "

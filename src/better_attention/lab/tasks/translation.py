@@ -84,6 +84,7 @@ class TranslationTask(Task):
         rows = cut_pairs(self, [source for source, _ in pairs])
         parts = [[pairs[row] for row in part] for part in rows]
         source_words = Vocabulary.build((source for source, _ in parts[0]), self.vocabulary).words
+        # The words [start] and [end] take two of the target's numbers.
         target_words = Vocabulary.build((target for _, target in parts[0]), self.vocabulary - 2).words
         assets = {"source": list(source_words), "target": [START_WORD, END_WORD, *target_words]}
         train, validation, test = (self._split(part, assets) for part in parts)
@@ -110,6 +111,7 @@ class TranslationTask(Task):
 
         sources = torch.from_numpy(encode([source for source, _ in pairs], assets["source"], self.length))
         targets = torch.from_numpy(
+            # One more than the model reads, because input and target are the same words shifted by one.
             encode([target for _, target in pairs], assets["target"], self.length + 1, framed=True)
         )
         return Split(torch.cat([sources, targets[:, :-1]], dim=1), targets[:, 1:].contiguous())
@@ -153,6 +155,7 @@ class TranslationTask(Task):
 
     def losses(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy of each sample, (B,), the mean over its tokens, from logits (B, T, V) and targets (B, T)."""
+        # Padding has a loss of zero here; the mean over the tokens then leaves it out.
         each = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=PADDING, reduction="none")
         return _token_mean(each.view_as(targets), targets)
 
@@ -197,6 +200,7 @@ class TranslationTask(Task):
             if not normalise(text):
                 raise ValueError(f"task {self.name!r} translates words; {text!r} holds none.")
         rows = self._split([(normalise(text), "") for text in texts], assets).inputs
+        # Even an empty translation is framed: [start] stays, its [end] must not reach the decoder.
         rows[:, self.length + 1 :] = PADDING
         return rows
 
@@ -225,6 +229,8 @@ class TranslationTask(Task):
         sources, targets = splits.test.inputs[:, : self.length], splits.test.targets
         lengths = (sources != PADDING).sum(dim=1)
         whole = (lengths < self.length) & (targets == END).any(dim=1)
+        # Pairs that were cut off get a length below zero and so come after all whole ones. More rows than wanted are
+        # kept, since several may have the same source.
         order = torch.where(whole, lengths, lengths - self.length).argsort(descending=True, stable=True)[: 20 * number]
         read = sentences(sources[order], splits.assets["source"])
         meant = sentences(targets[order], splits.assets["target"])

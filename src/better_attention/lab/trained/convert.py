@@ -77,6 +77,7 @@ def convert_trained(
     if settings.calibrate and samples is None:
         raise ValueError("a calibration needs samples: name a file with one text in each line with --texts.")
     batches = samples.train(settings.calibrate) if samples and settings.calibrate else None
+    # Measured first, because the conversion changes the model in place.
     before = samples.accuracy(trained.model) if samples else None
     report = convert(
         trained.model,
@@ -121,6 +122,7 @@ def write(trained: Trained, model: nn.Module, folder: Path, story: Mapping[str, 
         story: plain values, see :func:`story_of`.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    # The manifest would be wrong until all files are written.
     manifest.remove(folder, FILES)
     with torch.no_grad():
         save_converted(model.cpu(), folder)

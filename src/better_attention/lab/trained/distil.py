@@ -86,10 +86,12 @@ def distil_trained(
         DivergedError: a loss was not finite.
         ValueError: settings out of range, or checkpoints of another distillation.
     """
+    # Before the training, which a damaged file should not cost.
     story = read_story(student.path)
     before = samples.accuracy(student.model)
     stop = Stop()
     try:
+        # Only during the training: before and after it nothing is lost where a signal ends the command at once.
         with stop.listening():
             result = distil(
                 student.model,
@@ -106,13 +108,16 @@ def distil_trained(
                 stop=stop,
             )
     except Interrupted as error:
+        # The error itself does not know which signal it was, and the exit status depends on it.
         error.signal = stop.signal or error.signal
         raise
+    # The accuracy is computed on the CPU.
     student.model.cpu().eval()
     accuracy = Accuracy(before, samples.accuracy(student.model))
     if is_first():
         record = {"command": command, "settings": asdict(settings), "losses": result.as_dict()}
         write(student, student.model, out, story | {"distillation": record | {"accuracy": asdict(accuracy)}})
+        # Only now that the result is written can the checkpoints go.
         checkpoint.clear(out / CHECKPOINTS)
         (out / CHECKPOINTS).rmdir()
     return result, accuracy

@@ -17,6 +17,7 @@ from better_attention.lab.trained.model import Trained
 from better_attention.lab.trained.origin import RunOrigin
 from better_attention.lab.trained.samples import Samples
 
+# More than one, because torch.export fixes dimensions of size 0 and 1 in the program that it makes.
 EXAMPLES = 3
 """Samples that the model is exported with."""
 
@@ -82,6 +83,7 @@ def export_trained(trained: Trained, path: Path, samples: Samples, settings: Set
         parity, int8 = _float32(trained, path, samples, settings), None
     else:
         with tempfile.TemporaryDirectory() as folder:
+            # Only a step towards the int8 file, so it goes with the temporary folder.
             whole = Path(folder) / "float32.onnx"
             parity = _float32(trained, whole, samples, settings)
             batches = samples.held_out(settings.samples)
@@ -124,4 +126,5 @@ class OnnxModel(nn.Module):
 
 def is_onnx(content: bytes) -> bool:
     """Whether the bytes are those of a file that an export wrote."""
+    # The name of the producer is among the first fields of an ONNX file.
     return any(producer in content[:64] for producer in (b"pytorch", b"onnx.quantize"))

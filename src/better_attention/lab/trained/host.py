@@ -55,6 +55,7 @@ def load(folder: Path) -> nn.Module:
     model, report = _class(library, folder).from_pretrained(
         folder, local_files_only=True, use_safetensors=True, output_loading_info=True
     )
+    # transformers fills in random values for what is missing and only logs that it did.
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"{folder} lacks weights of {type(model).__name__}: {', '.join(missing[:5])}.")
     found: nn.Module = model
@@ -75,8 +76,10 @@ def tokenised(folder: Path, texts: Sequence[str], length: int | None) -> dict[st
     """
     tokeniser = _tokeniser(folder)
     if tokeniser.pad_token is None:
+        # The tokeniser of GPT-2, for example, has no token for padding. Any will do, as the mask hides it.
         tokeniser.pad_token = tokeniser.eos_token
     batch = tokeniser(list(texts), padding=True, truncation=True, max_length=length, return_tensors="pt")
+    # Other entries, such as token_type_ids, have defaults that suit single texts.
     return {name: batch[name] for name in ("input_ids", "attention_mask")}
 
 
@@ -120,6 +123,7 @@ def _transformers() -> Any:
 
 def _class(library: Any, folder: Path) -> Any:
     names = read_json(folder / "config.json").get("architectures") or ["AutoModel"]
+    # Looked up in the library alone: the name comes from a file, which must not decide what code is imported.
     found = getattr(library, str(names[0]), None)
     if found is None or not isinstance(names[0], str) or not hasattr(found, "from_pretrained"):
         raise ValueError(

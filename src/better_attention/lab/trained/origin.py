@@ -92,6 +92,7 @@ class RunOrigin(Origin):
 
     def build(self) -> nn.Module:
         """See :meth:`Origin.build`."""
+        # Building draws random numbers, which must not disturb the generator of the caller.
         with torch.random.fork_rng(devices=[]):
             return self.task.build(self.variant, self.heads).eval()
 

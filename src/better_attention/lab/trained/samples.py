@@ -94,6 +94,7 @@ class RunSamples(Samples):
 
     def accuracy(self, model: nn.Module) -> float | None:
         """See :meth:`Samples.accuracy`."""
+        # On the CPU, where models that were read from the disk lie.
         return evaluate(Accelerator(cpu=True), model, self.origin.task, self.splits.test)["accuracy"]
 
     @property
@@ -125,6 +126,7 @@ class TextSamples(Samples):
             OSError: it cannot be read.
         """
         try:
+            # Editors on Windows put a byte order mark in front, which would become a part of the first text.
             lines = file.read_text("utf-8-sig").splitlines()
         except UnicodeDecodeError as error:
             raise ValueError(f"{file} is not UTF-8 text ({error}). Convert it first.") from None
@@ -192,6 +194,7 @@ def samples_of(origin: Origin, data: Path | None, texts: Path | None) -> Samples
 def class_divergence(student: Any, teacher: Any, batch: Any) -> Tensor:
     """Divergence of the student's class probabilities from the teacher's, logits (..., K); K = 1 is two classes."""
     if student.shape[-1] == 1:
+        # One logit x of class 1 is the same as the logits (0, x) of two classes: sigmoid(x) = softmax((0, x))[1].
         student, teacher = (torch.cat([torch.zeros_like(x), x], dim=-1) for x in (student, teacher))
     return logits_loss(student, teacher, None, temperature=1.0)
 

@@ -136,6 +136,7 @@ class Settings:
 
 
 def _batches(data: object) -> list[Any]:
+    # A tensor, a dict or a text can be iterated over as well, but none of them is a list of batches.
     if isinstance(data, Tensor | Mapping | str) or not isinstance(data, Iterable):
         raise TypeError(f"data must be a list of batches of what the models take, received {describe(data)}.")
     batches = list(data)
@@ -163,12 +164,15 @@ class Distillation:
         self.layers = converted_layers(self.student)
         if not self.layers:
             raise ValueError(f"{type(self.student).__name__} has no converted layer: convert() it first.")
+        # A layer that is used in two places has two names, and the conversion may have recorded either of them.
         there = {name for name, _ in self.teacher.named_modules(remove_duplicate=False)}
         missing = [name for name in self.layers if name not in there]
         if missing:
             raise ValueError(f"the teacher has no {missing[0]}: it must be the model that was converted.")
         if not any(p.requires_grad for p in self.student.parameters()):
             raise ValueError("nothing in the student requires a gradient: unfreeze what is to learn.")
+        # All processes make the same number of updates, or they would wait for each other's gradients for ever. The
+        # batches that remain are skipped; the order is drawn anew in every epoch, so they are not always the same.
         self.per_epoch = len(self.batches) // self.accelerator.num_processes
         if not self.per_epoch:
             raise ValueError(
@@ -189,9 +193,11 @@ class Distillation:
         """Continue where a checkpoint says, or start, and train to the end."""
         device = self.accelerator.device
         self.teacher_mode = self.teacher.training
+        # Dropout in the teacher would only add noise to the targets.
         self.teacher.to(device).eval()
         self.parallel = self.accelerator.prepare(self.student)
         self.trained = [p for p in self.student.parameters() if p.requires_grad]
+        # Before restore(), which also fills the moments of the optimiser.
         self.optimiser = self._new_optimiser()
         self.restore()
         self.parallel.train()
@@ -212,6 +218,7 @@ class Distillation:
             self.optimiser = self._new_optimiser()  # the second stage has another loss, and other moments
         hidden = self.step < first
         begin, end = (0, first) if hidden else (first, last)
+        # Computed from the position and not by a scheduler, whose state would have to be in every checkpoint.
         for group in self.optimiser.param_groups:
             group["lr"] = self.settings.lr * schedule(self.step - begin, end - begin)
         losses = self.losses(hidden)
@@ -220,6 +227,7 @@ class Distillation:
         if hidden:
             self.forget_unreached()
         numbers = losses.detach().cpu()
+        # Checked before the step, which would carry a NaN into all the weights.
         if not bool(numbers.isfinite().all()):
             raise DivergedError(
                 f"distillation: update {self.step + 1} of {last}: loss {float(numbers.mean())}. Try a lower lr."
@@ -232,18 +240,21 @@ class Distillation:
         stopped = self.stop()
         if stopped or time.monotonic() - self.saved_at >= self.checkpoint_seconds:
             self.save()
+        # After the last update there is nothing left to interrupt.
         if stopped and self.step < last:
             raise Interrupted(f"distillation: saved after update {self.step} of {last}.")
 
     def losses(self, hidden: bool) -> Tensor:
         """The loss of each layer, or that of the outputs, on the batch of this process."""
         batch = self._batch()
+        # Seeded by the position, so that a resumed distillation draws the dropout that it would have drawn anyway.
         reseed(
             self.accelerator.device,
             derive("distillation", self.settings.seed, self.step, self.accelerator.process_index),
         )
         with torch.no_grad(), recorded(self.teacher, self.layers if hidden else []) as wanted:
             teacher = run(self.teacher, batch)
+        # The hooks sit on the plain model: the wrapper that shares gradients calls the same modules.
         with recorded(self.student, self.layers if hidden else []) as got:
             student = run(self.parallel, batch)
         if hidden:
@@ -261,15 +272,18 @@ class Distillation:
 
     def _batch(self) -> Any:
         epoch, number = divmod(self.step, self.per_epoch)
+        # Every process computes the same order and takes its own entry of it, so nothing has to be exchanged.
         order = epoch_order(len(self.batches), self.settings.seed, epoch)
         mine = int(order[number * self.accelerator.num_processes + self.accelerator.process_index])
         return _moved(self.batches[mine], self.accelerator.device)
 
     def note(self, losses: Tensor, hidden: bool) -> None:
         """Add the losses of an update to those of its epoch, and close the epoch after its last one."""
+        # The second stage has a single loss, which uses the first entry.
         self.totals[: len(losses)] += losses
         if self.step % self.per_epoch:
             return
+        # On the accelerator's device, because NCCL reduces no tensors in main memory.
         means = (self.accelerator.reduce(self.totals.to(self.accelerator.device), "mean") / self.per_epoch).tolist()
         if hidden:
             self.result.hidden.append(means)
@@ -281,11 +295,13 @@ class Distillation:
 
     def identity(self) -> dict[str, Any]:
         """What must be the same for a checkpoint to be of this distillation."""
+        # Frozen parameters have no moments in a checkpoint, so which ones are frozen is a part of the identity.
         names = sorted(f"{n} {tuple(p.shape)} {p.requires_grad}" for n, p in self.student.named_parameters())
         return {
             "settings": asdict(self.settings),
             "layers": self.layers,
             "batches": len(self.batches),
+            # It decides how many updates an epoch has, and which batch belongs to which update.
             "processes": self.accelerator.num_processes,
             "student": sha256("\n".join(names).encode()).hexdigest(),
         }
@@ -322,6 +338,7 @@ def schedule(step: int, steps: int) -> float:
     """Share of the learning rate in update ``step`` of a stage: a rise, then a half cosine down to zero."""
     rise = max(1, round(WARM_UP * steps))
     if step < rise:
+        # Neither 0 nor 1: the first update already learns, and the cosine begins with the full rate.
         return (step + 1) / (rise + 1)
     return 0.5 * (1.0 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
 

@@ -19,10 +19,12 @@ def evaluate(accelerator: Accelerator, model: nn.Module, task: Task, split: Spli
         RuntimeError: a sample was lost or counted twice.
     """
     loss = correct = seen = 0.0
+    # train_epoch() switches back to training mode.
     model.eval()
     with torch.inference_mode():
         for x, y in split.batches(EVALUATION_BATCH, accelerator.process_index, accelerator.num_processes):
             logits = model(x)
+            # Sums rather than means, because batches and the shares of the processes differ in size.
             loss += float(task.losses(logits, y).sum())
             correct += float(task.correct(logits, y).sum())
             seen += len(y)
@@ -36,5 +38,6 @@ def total(accelerator: Accelerator, *values: float) -> list[float]:
     """The sum of each value over the processes."""
     if accelerator.num_processes == 1:
         return list(values)
+    # float64 keeps counts exact up to 2^53; float32 would lose single samples beyond 2^24.
     sums: Tensor = accelerator.reduce(torch.tensor(values, dtype=torch.float64, device=accelerator.device), "sum")
     return [float(value) for value in sums.tolist()]

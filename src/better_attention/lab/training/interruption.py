@@ -36,6 +36,7 @@ class Stop:
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
+        # First of all: should showing the message block, a second signal still ends the process.
         self._restore()
         self.notify(Stopping())
 
@@ -46,6 +47,7 @@ class Stop:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Listen while the block runs. Outside the main thread, which alone receives signals, nothing changes."""
+        # In any other thread signal.signal raises ValueError.
         if threading.current_thread() is not threading.main_thread():
             yield
             return

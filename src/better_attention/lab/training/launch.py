@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 
+# torchrun and accelerate set the first, MPICH, Open MPI and MVAPICH2 one of the others.
 _SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
@@ -56,12 +57,15 @@ def first_to_say(message: str, environment: Mapping[str, str] = os.environ) -> b
     """
     if launched(environment) == 1 or not (errors := environment.get("TORCHELASTIC_ERROR_FILE")):
         return True
+    # The error file of a process is .../attempt_N/RANK/error.json; the folder two levels up is common to all ranks.
     note = Path(errors).parent.parent / f"said-{sha256(message.encode('utf-8', 'replace')).hexdigest()[:32]}"
+    # The file is created exclusively, so of several processes exactly one succeeds.
     try:
         note.touch(exist_ok=False)
     except FileExistsError:
         return False
     except OSError:
+        # Saying it twice is better than not saying it at all.
         return True
     return True
 
@@ -73,4 +77,5 @@ def is_first(environment: Mapping[str, str] = os.environ) -> bool:
 
 def count_in(text: str | None) -> int:
     """The number in an environment variable; 1 where it holds no positive number."""
+    # isdigit() alone accepts characters such as a superscript two, which int() refuses.
     return int(text) if text and text.isascii() and text.isdigit() and int(text) > 0 else 1

@@ -101,6 +101,7 @@ class Training:
             self.folder.begin(self.job.describe(self.splits.digest, device), self.command)
             if not self.folder.is_finished:
                 self.write_assets()
+        # The others must not look at the folder before the first process has created and completed it.
         self.accelerator.wait_for_everyone()
         record = self.folder.record()
         if record is not None:
@@ -111,6 +112,8 @@ class Training:
 
     def finish(self) -> RunRecord:
         """Train what is left, then test. The folder was opened before, see :meth:`open`."""
+        # Kept open during training: the identity of this file is how check_folder() notices that the folder was
+        # replaced.
         with open_regular(self.folder.path / "config.json") as config:
             return self.train(config)
 
@@ -138,6 +141,8 @@ class Training:
             self.write_curve()
             self.write(WEIGHTS, weights)
             text = json_text(record)
+            # The record is not on the disk yet, so its digest comes from the text. The manifest must be there before
+            # the record, because a run with a record counts as finished and is checked against its manifest.
             digests = {name: digest(self.folder.path / name) for name in FILES if name != "result.json"}
             digests["result.json"] = sha256(text.encode("utf-8")).hexdigest()
             manifest.write(self.folder.path, digests, make_folder=False)
@@ -151,9 +156,11 @@ class Training:
         path = self.folder.path / "assets.json"
         try:
             known = read_json(path)
+        # A damaged file is no obstacle, since the data give its content again.
         except (OSError, ValueError):
             known = None
         assets = self.task.stored(self.splits)
+        # Compared as text, because JSON turns tuples into lists.
         if known is None or json_text(known) != json_text(assets):
             write_json(path, assets)
 
@@ -206,6 +213,7 @@ class Training:
         sessions, threads = self.position.sessions, torch.get_num_threads()
         session = {"commit": commit(), "threads": threads, "processes": self.accelerator.num_processes}
         before, processes = (sessions[-1][key] if sessions else session[key] for key in ("threads", "processes"))
+        # A session like the one before adds nothing that a reader of the record could use.
         if not sessions or sessions[-1] != session:
             sessions.append(session)
         if processes != session["processes"] and self.main:
@@ -216,6 +224,7 @@ class Training:
                 f"Start it with `{torchrun(processes)} ...` to reproduce it.",
                 stacklevel=2,
             )
+        # Sums on a GPU do not depend on the number of CPU threads.
         if before != threads and self.main and self.accelerator.device.type == "cpu":
             warnings.warn(
                 f"{self.folder.path}: trained with {plural(before, 'thread')} so far, continues with {threads}. "
@@ -228,6 +237,8 @@ class Training:
         """One forward and backward pass without an update, so that no epoch's seconds include one-time costs."""
         batch = slice(self.task.batch_size)
         self.parallel.train()
+        # What augmentation and dropout draw here has no consequences: the generators are seeded anew before each
+        # update.
         inputs, targets = self.splits.train.batch(batch)
         logits = self.parallel(self.task.augment(inputs))
         self.accelerator.backward(self.task.losses(logits, targets).sum())
@@ -243,6 +254,7 @@ class Training:
         while position.step < steps:
             began = time.perf_counter()
             batch = order[position.step * task.batch_size : (position.step + 1) * task.batch_size]
+            # In a short last batch a process may get no sample at all. It takes part nevertheless, with a loss of zero.
             mine = batch[rank::processes]
             reseed(self.accelerator.device, derive("dropout", self.job.seed, position.epoch, position.step, rank))
             inputs, targets = train.batch(mine)
@@ -252,10 +264,14 @@ class Training:
             loss = task.losses(logits, targets).sum()
             # Processes average their gradients: scaled like this, the average is that of the whole batch.
             self.accelerator.backward(loss * (processes / len(batch)))
+            # Taken after backward(), when the gradients are those of the whole batch. The norm is finite only if all of
+            # them are.
             norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
             correct = task.correct(logits.detach(), targets).sum()
             numbers = torch.stack([loss.detach(), norm, correct.to(norm.dtype)]).tolist()  # one wait for the device
             due = time.monotonic() - self.saved_at >= self.checkpoint_seconds
+            # One exchange answers all three questions. Clocks and signals differ between processes, but they must act
+            # alike.
             failed, due, stopped = self.any_process(not all(map(math.isfinite, numbers)), due, self.stop())
             if failed:
                 raise DivergedError(
@@ -271,6 +287,7 @@ class Training:
             position.seconds += time.perf_counter() - began
             position.waiting += ready - began
             self.progress(position, steps)
+            # After the last update of an epoch, validate() decides about a checkpoint.
             if stopped or (due and position.step < steps):
                 self.save()
             if stopped:
@@ -300,6 +317,7 @@ class Training:
         )
         if validation["loss"] < position.best_loss:
             position.best_epoch, position.best_loss = position.epoch, validation["loss"]
+            # A copy, because the optimiser changes the parameters in place.
             self.best = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
         position.epoch += 1
         position.step, position.loss, position.correct = 0, 0.0, 0.0
@@ -310,9 +328,12 @@ class Training:
 
     def save(self) -> None:
         """Write a checkpoint and the curve."""
+        # A collective operation: all processes call save() after the same update, or this line waits for ever.
         loss, correct = self.total(self.position.loss, self.position.correct)
         if self.main:
             tensors = {f"model.{name}": t for name, t in self.model.state_dict().items()}
+            # Beside the current weights, because the best epoch may lie behind by as many epochs as the patience
+            # allows.
             tensors |= {f"best.{name}": t for name, t in self.best.items()}
             tensors |= {f"optimiser.{name}": t for name, t in checkpoint.optimiser_tensors(self.optimiser).items()}
             state = asdict(self.position) | {"loss": loss, "correct": correct}

@@ -28,10 +28,12 @@ def recorded(model: nn.Module, names: list[str]) -> Iterator[dict[str, list[Tens
     """What the modules called ``names`` return while the block runs: for each, one tensor per call."""
     seen: dict[str, list[Tensor]] = {name: [] for name in names}
 
+    # A function of its own for each name: lambdas within the comprehension would all see the last one.
     def keep(name: str) -> Callable[..., None]:
         return lambda module, args, output: seen[name].append(_hidden(output))
 
     # torch's encoder computes past its layers in evaluation mode, unless it is told not to.
+    # A switch of the whole process, so it is set back even after an error.
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     handles = [model.get_submodule(name).register_forward_hook(keep(name)) for name in names]
@@ -59,6 +61,7 @@ def hidden_losses(
     """
     losses = []
     for name, wanted in teacher.items():
+        # A layer that is called several times has one output per call; both models must call it equally often.
         pairs = list(zip(student[name], wanted, strict=True))
         if not pairs:
             raise ValueError(f"the layer {name} is not called in this batch: leave it out of the conversion.")
@@ -69,12 +72,14 @@ def hidden_losses(
 def _relative(got: Tensor, want: Tensor, tokens_BL: Tensor | None) -> Tensor:
     if tokens_BL is not None and tokens_BL.shape == got.shape[:2]:
         got, want = got[tokens_BL], want[tokens_BL]
+    # Relative to the target, so that layers with large outputs do not outweigh the others; clamped for outputs of zero.
     return F.mse_loss(got, want) / want.square().mean().clamp_min(1e-12)
 
 
 def tokens_of(batch: Any) -> Tensor | None:
     """Which positions of a batch are tokens: its ``attention_mask``, or None where it has none."""
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    # A mask of more dimensions says who may attend to whom, not which positions are tokens.
     return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
@@ -96,8 +101,11 @@ def logits_loss(student: Tensor, teacher: Tensor, tokens_BL: Tensor | None, temp
     """
     if tokens_BL is not None and tokens_BL.shape == student.shape[:-1]:
         student, teacher = student[tokens_BL], teacher[tokens_BL]
+    # One row per position: "batchmean" divides by the number of rows, so the loss does not grow with the length.
     got, want = (x.flatten(0, -2) / temperature for x in (student, teacher.detach()))
+    # Logarithms of both: a probability that underflows to 0 has none.
     log_got, log_want = got.log_softmax(-1), want.log_softmax(-1)
+    # Gradients of softened logits shrink with the square of the temperature, which the factor undoes.
     return F.kl_div(log_got, log_want, reduction="batchmean", log_target=True) * temperature**2
 
 

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 
 from better_attention.lab.training.launch import PeerLostError, count_in, in_words, launched, torchrun
 
+# gloo raises a plain RuntimeError, so that only its text shows that a connection was lost.
 _LOST = re.compile(
     r"gloo/|NCCL|nccl|TCPStore|Connection (?:closed|reset|refused)|Broken pipe|Timed out waiting|Socket Timeout"
 )
@@ -32,6 +33,7 @@ def make_accelerator(device: str) -> Accelerator:
     # accelerate looks for several processes on a CPU only where it is told to use the CPU.
     cpu = device == "cpu" or (device == "auto" and several and not torch.cuda.is_available())
     here, devices = count_in(os.environ.get("LOCAL_WORLD_SIZE")), torch.cuda.device_count()
+    # NCCL refuses two processes on one GPU ("Duplicate GPU detected"), but only at the first exchange.
     if several and not cpu and 0 < devices < here:
         raise ValueError(
             f"--device {device}: {in_words(here)} were launched on this machine, which has {devices} CUDA "

@@ -39,5 +39,6 @@ class Position:
         """Whether all epochs are used, ``task.patience`` of them brought no improvement, or the task is solved."""
         if self.curve and task.solved(self.curve[-1]):
             return True
+        # The epoch in progress does not count as waited for.
         waited = self.epoch - 1 - self.best_epoch
         return self.epoch > task.epochs or (task.patience > 0 and waited >= task.patience)

@@ -17,9 +17,11 @@ def initial_model(task: Task, variant: Variant, heads: int, seed: int) -> nn.Mod
     Every tensor that the standard model has under the same name and in the same shape starts from the same
     values, so that mechanisms differ in what they compute and not in their luck.
     """
+    # Without devices: models are built on the CPU, and saving the state of a GPU's generator would initialise CUDA.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive("standard", seed))
         standard = task.build("standard", heads).state_dict()
+        # A stream of its own, so that the variant does not depend on how many numbers the standard model has drawn.
         torch.manual_seed(derive("own", seed))
         model = task.build(variant, heads)
     initial = model.state_dict()
@@ -30,6 +32,7 @@ def initial_model(task: Task, variant: Variant, heads: int, seed: int) -> nn.Mod
 
 def epoch_order(samples: int, seed: int, epoch: int) -> Tensor:
     """The order of the samples in an epoch, int64 (samples,): the same for every mechanism."""
+    # A generator of the CPU even for training on a GPU, whose generator would give another order.
     return torch.randperm(samples, generator=torch.Generator().manual_seed(derive("order", seed, epoch)))
 
 
@@ -49,4 +52,6 @@ def derive(*parts: str | int) -> int:
     >>> derive("order", 0, 1) != derive("order", 1, 0)
     True
     """
+    # A digest and not hash(), which gives another value for the same text in every process. The shift leaves 63 bits,
+    # which fit a signed 64-bit integer.
     return int.from_bytes(sha256(repr(parts).encode()).digest()[:8]) >> 1

@@ -71,6 +71,7 @@ def measure(
         quick: for an estimate of many models: one update of ours alone, after one of a single sample, without the
             optimiser's step, which takes a fiftieth of it and makes torch import its compiler (seconds).
     """
+    # The models that are thrown away draw random numbers, which must not disturb those of the run.
     with torch.random.fork_rng(devices=[]):
         model = task.build(variant, heads)
         updates = {"ours": _updates(task, model, splits.train, device, not quick)}
@@ -105,6 +106,7 @@ def _updates(task: Task, model: nn.Module, train: Split, device: torch.device, l
         if optimiser is not None:
             optimiser.step()
         model.zero_grad()
+        # Asking for the number waits until the device has computed it.
         loss.item()
         if device.type == "cuda":
             torch.cuda.synchronize(device)

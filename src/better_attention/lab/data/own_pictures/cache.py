@@ -138,6 +138,7 @@ def _mapped(path: Path, shape: tuple[int, ...]) -> UInt8 | None:
 def _write(path: Path, shape: tuple[int, ...], contents: Contents) -> None:
     """Decode all pictures into a new file. Written, not mapped: a full disk is then an error and not a crash."""
     each = int(np.prod(shape[1:]))
+    # Before decoding, which may take many minutes.
     free = shutil.disk_usage(path.parent).free
     if each * shape[0] > free:
         raise DataError(
@@ -149,6 +150,7 @@ def _write(path: Path, shape: tuple[int, ...], contents: Contents) -> None:
         np.lib.format.write_array_header_1_0(file, header)
         start = file.tell()
         for row, picture in _pictures(shape, contents):
+            # Pictures come in the order of an archive, which is not that of the rows.
             file.seek(start + row * each)
             file.write(picture.tobytes())
 
@@ -185,6 +187,7 @@ def _attempts(contents: Contents, size: int, channels: int) -> Iterator[tuple[in
     """Row and pixels of every picture, or what is wrong with it, decoded on all cores."""
     with ThreadPoolExecutor(_workers()) as pool, quiet():
         waiting = _readable(contents)
+        # Batches bound the number of undecoded files that lie in memory at once.
         while batch := list(islice(waiting, _BATCH)):
             pictures = pool.map(lambda entry: _attempt(entry[1], entry[2], size, channels), batch)
             for (row, _, _), picture in zip(batch, pictures, strict=True):

@@ -128,6 +128,7 @@ def fit(image: Image.Image, size: int, channels: int, orientation: int = 1) -> U
     left, top = (plain.width - side) / 2, (plain.height - side) / 2
     square = plain.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
     turn = _TURNS.get(orientation)
+    # Turned last, when the picture is small.
     return np.asarray(square if turn is None else square.transpose(turn))
 
 
@@ -169,6 +170,7 @@ def _opened(name: str, source: bytes | Path) -> Iterator[Image.Image]:
         if size == 0:
             raise DataError(f"{name} is empty (0 bytes). Remove it, or put the picture there.")
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_FORMATS) as image:
+            # From the header: nothing has been decoded yet.
             if image.width * image.height > PIXEL_LIMIT:
                 raise DataError(
                     f"{name} has {image.width:,} × {image.height:,} pixels; at most {PIXEL_LIMIT:,} are decoded. "

@@ -66,6 +66,7 @@ def read_labels(table: str, text: str, pictures: Sequence[str]) -> Labels | None
     known = _spellings(pictures)
     width = min(max(map(len, rows), default=0), _COLUMNS)
     hits = [len({row[column] for row in rows if column < len(row)} & known.keys()) for column in range(width)]
+    # A column that names fewer than half of the pictures counts as a match by chance.
     if not hits or not max(hits) or 2 * max(hits) < len(pictures):
         return None
     at = hits.index(max(hits))

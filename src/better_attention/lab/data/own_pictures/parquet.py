@@ -44,6 +44,7 @@ class ParquetPictures:
             for batch in file.iter_batches(batch_size=_BATCH, columns=[self.image]):
                 column = batch.column(0)
                 for value in column.to_pylist():
+                    # The datasets library stores the contents together with a path, other programs the contents alone.
                     data = (value.get("bytes") if isinstance(value, dict) else value) or b""
                     total += len(data)
                     if total > limit:

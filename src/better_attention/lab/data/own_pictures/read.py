@@ -131,6 +131,7 @@ def find(place: Path) -> Pictures:
     members = {
         split: classes
         for split, classes in members.items()
+        # A test folder that has nothing but images/ in it holds pictures without classes, as Tiny ImageNet's does.
         if classes and (split == "train" or not (classes.keys() <= _GENERIC and classes.keys().isdisjoint(known)))
     }
     _check(tree, members, splits, tables)
@@ -138,6 +139,7 @@ def find(place: Path) -> Pictures:
     names: list[str] = []
     labels: list[int] = []
     parts: dict[str, Int64] = {}
+    # Split after split, so that the rows of each follow one another.
     for split, pictures_of in members.items():
         first = len(names)
         for label, folder in enumerate(folders):
@@ -301,6 +303,7 @@ def _copy_inside(classes: Mapping[str, Sequence[str]], top: str) -> tuple[str, l
 
 def _with_held_out(pictures: Pictures, top: str) -> Pictures:
     """The same pictures with a test split: those whose name hashes below a tenth, and the lowest of each class."""
+    # Without the folder of the split, so that the choice does not depend on whether the set has a train/ above it.
     own_names = [name.removeprefix(f"{top}/" if top else "") for name in pictures.names]
     hashes = np.array([_unit(name) for name in own_names])
     members = [np.flatnonzero(pictures.labels == label) for label in range(len(pictures.folders))]
@@ -313,6 +316,7 @@ def _with_held_out(pictures: Pictures, top: str) -> Pictures:
         )
     held = hashes < HELD_OUT
     for rows in members:
+        # The least hash is held out and the greatest trained on, so every class is on both sides.
         held[rows[hashes[rows].argmin()]] = True
         held[rows[hashes[rows].argmax()]] = False
     note = (
@@ -325,7 +329,9 @@ def _with_held_out(pictures: Pictures, top: str) -> Pictures:
 
 def _unit(name: str) -> float:
     """A number in 0 ... 1 that depends on the name alone, however a file system writes its accents."""
+    # A file name that is not UTF-8 reaches Python with surrogates, which this error handler turns back into its bytes.
     digest = hashlib.sha256(unicodedata.normalize("NFC", name).encode("utf-8", "surrogateescape")).digest()
+    # 48 bits, which a float holds exactly.
     return int.from_bytes(digest[:6], "big") / 2**48
 
 
@@ -363,6 +369,7 @@ def _called(tree: PictureTree, folders: Sequence[str]) -> tuple[str, ...]:
     often = Counter(said.get(folder, folder) for folder in folders)
     names = [said.get(folder, folder) for folder in folders]
     unique = [name if often[name] == 1 else f"{name} ({folder})" for name, folder in zip(names, folders, strict=True)]
+    # Bytes that are not UTF-8 become replacement characters: the name will be written into JSON and HTML.
     return tuple(name.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for name in unique)
 
 

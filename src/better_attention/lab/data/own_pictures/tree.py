@@ -82,6 +82,7 @@ class PictureTree:
                 row = waiting.pop(on + member.removeprefix(off), None)
                 if row is not None:
                     yield row, f"{archive}: {member}", stream.read(-1)
+                # What follows in the archive need not be decompressed.
                 if not waiting:
                     break
 
@@ -142,6 +143,7 @@ def _of_parquet(place: Path, files: Sequence[Path]) -> PictureTree:
     tables: dict[str, ParquetPictures] = {}
     for file, top in zip(files, tops, strict=True):
         about = file.stat()
+        # The time of the last change of the inode, too: tools that copy files often restore only that of the contents.
         stamps.append(f"{file.resolve()} {about.st_size} {about.st_mtime_ns} {about.st_ctime_ns}")
         tables[file.stem] = parquet = read_parquet(file)
         base = f"{top}/" if several else ""
@@ -189,6 +191,7 @@ def _of_archives(place: Path, archives: Mapping[Path, str]) -> PictureTree:
         about = archive.stat()
         stamp = f"{archive.resolve()} {about.st_size} {about.st_mtime_ns} {about.st_ctime_ns}"
         key = hashlib.sha256(f"4 members {stamp}".encode("utf-8", "surrogateescape")).hexdigest()[:32]
+        # Listing a compressed archive means decompressing it, hence the list is kept.
         listed = remembered(key, partial(_listed, archive))
         members = [str(name) for name in listed["pictures"]]
         unread.update({str(kind): int(number) for kind, number in listed["unread"].items()})
@@ -284,9 +287,11 @@ def _of_folder(place: Path) -> PictureTree:
         prefix, folder, above = waiting.pop()
         about = folder.stat()
         identity = (about.st_dev, about.st_ino)
+        # A folder that is its own ancestor came by a link, and following it would never end.
         if identity in above:
             continue
         with os.scandir(folder) as entries:
+            # Sorted, because a file system lists names in any order and the digest depends on it.
             for entry in sorted(entries, key=lambda entry: entry.name):
                 name = prefix + entry.name
                 if entry.name.startswith(".") or entry.name == "__MACOSX":

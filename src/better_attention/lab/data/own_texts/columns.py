@@ -102,6 +102,7 @@ class Columns:
 def _find(names: Sequence[str], asked: str, usual: Sequence[str]) -> str | None:
     if asked and asked in names:
         return asked
+    # Reversed, so that the first of several equal names is the one that stays.
     folded = {name.strip().casefold(): name for name in reversed(names)}
     return next((folded[name] for name in ((asked.casefold(),) if asked else usual) if name in folded), None)
 
@@ -153,10 +154,12 @@ def read_table(path: Path, columns: Columns) -> Table:
     faults = Faults(unit)
     notes: list[str] = []
     rows = _ROWS[kind](path, columns, faults, notes)
+    # The first thing that each reader yields is the names of its two columns.
     names = next(rows, (0, "", ""))[1:]
     table = Table(path, unit, names, [], [], [], notes=notes)
     unlabelled = trimmed = 0
     for line, text, label in rows:
+        # Before the checks, whose messages look up the line of the row.
         table.lines.append(line)
         try:
             table.texts.append(_text(text, table, len(table.lines) - 1))
@@ -168,6 +171,7 @@ def read_table(path: Path, columns: Columns) -> Table:
     try:
         faults.check()
     except DataError as error:
+        # Where no row has a label the file is a test set without answers, which the caller may leave out.
         raise NoLabelsError(str(error)) if unlabelled == len(table.lines) else error from None
     if trimmed:
         notes.append(f"{path.name}: spaces around {plural(trimmed, 'label')} are cut off")
@@ -205,6 +209,7 @@ def _csv_rows(path: Path, columns: Columns, faults: Faults, notes: list[str]) ->
         delimiter = _delimiter(start[-1] if start else "", columns)
         quoted = True
         if delimiter == "\t":
+            # Whether quotes enclose fields shows in the whole file alone, so all of it is read first.
             start.extend(source)
             quoted = quotes_enclose(start)
         if not quoted:
@@ -217,6 +222,7 @@ def _csv_rows(path: Path, columns: Columns, faults: Faults, notes: list[str]) ->
         text, label = columns.pick(f"{path}, line {line} (separated by {DELIMITERS[delimiter]}s)", names)
         yield line, text, label
         at_text, at_label = names.index(text), names.index(label)
+        # A column without a name behind the two may hold the rest of a text that was cut at a separator.
         nameless = [at for at, name in enumerate(names) if at > max(at_text, at_label) and _NAMELESS.fullmatch(name)]
         broken, beyond = [], []
         for line, fields in records:
@@ -256,6 +262,7 @@ def _delimiter(header: str, columns: Columns) -> str:
         names = next(csv.reader(start, delimiter=delimiter), [])
         return sum(column is not None for column in columns.of(names)), len(names)
 
+    # The comma comes first and wins where others are as good.
     return max(DELIMITERS, key=merit)
 
 
@@ -307,6 +314,7 @@ def near_equal(labels: Iterable[str]) -> list[tuple[str, ...]]:
     """
     groups: dict[object, list[str]] = {}
     for label in sorted(set(labels)):
+        # Case folding can leave the normal form, so it is applied once more.
         folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", label).casefold())
         seen = "".join(sign for sign in folded if unicodedata.category(sign) != "Cf")
         key: object = " ".join(seen.split())
@@ -356,10 +364,12 @@ def _text(value: object, table: Table, row: int) -> str:
 
 def _label(value: object, table: Table, row: int) -> str:
     """The class's name: numbers without a needless ``.0``, truth values as in JSON."""
+    # The last condition is NaN, by which pandas marks a missing value: nothing else differs from itself.
     if value is None or (isinstance(value, str) and not value.strip()) or (isinstance(value, float) and value != value):
         raise NoLabelsError(
             f"{table.place(row)}: no label in column {table.columns[1]!r}. Add it, or remove that record."
         )
+    # Before int, of which bool is a subclass.
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int):

@@ -126,6 +126,7 @@ def _text(file: Path) -> tuple[str, bool]:
     if file.stat().st_size > _LIMIT:
         raise DataError(f"{file} has {file.stat().st_size:,} bytes; a text has at most {_LIMIT:,}.")
     data = file.read_bytes()
+    # Text in UTF-16 and binary files have such bytes, and as Latin-1 they would pass for text.
     if b"\0" in data:
         raise DataError(f"{file} is no text: it holds a byte 0. Remove it, or save it as UTF-8.")
     unicode = True

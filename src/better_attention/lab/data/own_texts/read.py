@@ -56,6 +56,7 @@ def read(place: Path, text_column: str = "", label_column: str = "") -> Texts:
     columns = Columns(text_column, label_column)
     tables, left_out = _tables(place, columns)
     train = tables["train"]
+    # Computed once: the split and the notes on repeated and shared texts all need them.
     keys = [text_key(text) for text in train.texts]
     classes = classes_of(train, keys)
     texts = {part: table.texts for part, table in tables.items()}
@@ -197,6 +198,7 @@ def check_shards(place: Path, part: str, files: Sequence[Path]) -> None:
     if len({(name, count) for name, _, count in shards}) > 1 or (shards[0][2] == 0 and len(files) > 1):
         raise DataError(f"{place} has two {part} files, {files[0].name} and {files[1].name}. Remove one.")
     numbers, count = [number for _, number, _ in shards], shards[0][2]
+    # table_files() has sorted them by number, so a complete set counts up from 0.
     if numbers != list(range(max(1, count))):
         raise DataError(
             f"{place}: a {part} table in {count} files needs each of the numbers 0 to {count - 1} once; there are "

@@ -85,6 +85,7 @@ def lines(path: Path | str, stream: Readable) -> Iterator[str]:
     Raises:
         DataError: a line is not UTF-8; says which.
     """
+    # A binary file is cut at line feeds alone; splitlines() would also cut at separators within a text.
     for number, data in enumerate(io.BufferedReader(_Raw(stream), _CHUNK), start=1):
         line = data.removeprefix(codecs.BOM_UTF8) if number == 1 else data
         try:
@@ -141,10 +142,12 @@ def csv_records(
     [(1, ['text', 'label']), (2, ['two\\nlines', '1']), (4, ['one', '2'])]
     """
     quoting: Any = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
+    # strict: otherwise a misplaced quote is read leniently, and the records up to the next one become one field.
     reader = csv.reader(source, delimiter=delimiter, strict=True, quoting=quoting)
     width = first = 0
     with _long_fields():
         while True:
+            # Noted before reading, because a quoted field may take the reader over several lines.
             line = reader.line_num + 1
             try:
                 fields = next(reader)
@@ -212,6 +215,7 @@ def quotes_enclose(lines: Sequence[str]) -> bool:
                 continue
             enclosed = False
             if inside or entry.startswith('"'):
+                # An odd number of quotes opens a field or closes it.
                 inside ^= entry.count('"') % 2 == 1
         others += not record
         swallowed += before and inside and record
@@ -220,6 +224,7 @@ def quotes_enclose(lines: Sequence[str]) -> bool:
 
 @contextmanager
 def _long_fields() -> Iterator[None]:
+    # A setting of the whole process, so it is set back.
     before = csv.field_size_limit(_FIELD)
     try:
         yield
@@ -287,6 +292,8 @@ def parquet_records(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, t
     """
     with _parquet(path, columns) as file:
         groups = range(file.metadata.num_row_groups)
+        # What the file says of itself, before anything is decompressed. It may say less than it holds, hence the count
+        # below.
         size = sum(file.metadata.row_group(group).total_byte_size for group in groups)
         if size > _LIMIT:
             raise DataError(f"{path} holds {size:,} bytes; at most {_LIMIT:,} are read into memory. Take a part of it.")

@@ -37,11 +37,15 @@ def partition(keys: Sequence[bytes], strata: Sequence[Any], held_out: Sequence[s
         rows[key].append(row)
     members: dict[Any, list[bytes]] = defaultdict(list)
     for key, group in rows.items():
+        # Equal texts with different labels stay one group, in the stratum of the least label, so that they cannot be
+        # parted.
         members[min(strata[row] for row in group)].append(key)
     parts: dict[str, list[int]] = {name: [] for name in ("train", *held_out)}
     for stratum in members.values():
+        # A tenth, rounded to the nearest whole number in integers.
         tenth = (sum(len(rows[key]) for key in stratum) + 5) // 10
         room = dict.fromkeys(held_out, tenth)
+        # The order of the hashes is as good as random, and does not depend on the order of the rows.
         for key in sorted(stratum):
             part = next((name for name in held_out if len(rows[key]) <= room[name]), None)
             if part is None:

@@ -88,6 +88,7 @@ def read_official(files: Sequence[Path]) -> Texts:
             except DataError as error:
                 faults.add(line, str(error))
                 continue
+            # Last, so that texts and stars stay in step where a line is left out as faulty.
             stars.append(int(fields[0]))
         faults.check()
         splits[part] = texts, np.frombuffer(stars, dtype=np.uint8).astype(np.int64) - 1
@@ -183,6 +184,7 @@ def _fields(record: dict[str, Any], place: str) -> tuple[str, str, int, str]:
     if missing:
         raise DataError(f"{place} has no {missing[0]!r}. Every line needs {', '.join(_FIELDS)}.")
     stars, title, text, origin = (record[name] for name in _FIELDS)
+    # isinstance() would accept `true`, since bool is a subclass of int.
     if type(stars) is not int or not 1 <= stars <= 5:
         raise DataError(f"{place}: stars must be a whole number from 1 to 5, received {stars!r:.40}.")
     for name, value in (("title", title), ("text", text), ("source", origin)):

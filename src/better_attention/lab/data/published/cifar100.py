@@ -92,6 +92,7 @@ def read(files: Sequence[Path]) -> Images:
     if missing:
         raise DataError(f"{place} has no {', '.join(f'{_FOLDER}/{name}' for name in missing)}: expected {LAYOUT}.")
     digests = {name: (hashlib.sha256(contents[name]).hexdigest(), theirs) for name, theirs in DIGESTS.items()}
+    # pop() lets the 150 MB of raw records go as soon as their pixels are copied.
     train_images, train_labels = _records(place, "train.bin", contents.pop("train.bin"))
     test_images, test_labels = _records(place, "test.bin", contents.pop("test.bin"))
     unlike = departures("CIFAR-100", (len(train_labels), len(test_labels)), OFFICIAL, digests)
@@ -115,6 +116,7 @@ def members(folder: Path) -> Iterator[tuple[str, Path]]:
     """
     for name in sorted(_FILES):
         file = folder / name
+        # Packed into an archive, a link would point at something else on another machine.
         if file.is_symlink() or not file.is_file():
             raise DataError(f"{file} is a link or no regular file. Put the file itself there.")
         yield f"{_FOLDER}/{name}", file
@@ -142,6 +144,7 @@ def _records(place: Path, name: str, data: bytes) -> tuple[UInt8, Int64]:
             f"cut short, or not CIFAR-100. {AGAIN}"
         )
     records = np.frombuffer(data, dtype=np.uint8).reshape(-1, RECORD)
+    # The coarse label is not used, but a wrong one shows that the record is damaged.
     for column, kind, classes in ((0, "coarse", COARSE), (1, "fine", FINE)):
         wrong = np.flatnonzero(records[:, column] >= classes)
         if len(wrong):
@@ -149,6 +152,7 @@ def _records(place: Path, name: str, data: bytes) -> tuple[UInt8, Int64]:
                 f"{place}: {name}, record {wrong[0]}: {kind} label {records[wrong[0], column]}; they run from 0 "
                 f"to {classes - 1}. {AGAIN}"
             )
+    # The file has one plane per colour; pictures have their channels last here.
     planes = records[:, 2:].reshape(-1, 3, SIDE, SIDE)
     return np.ascontiguousarray(planes.transpose(0, 2, 3, 1)), records[:, 1].astype(np.int64)
 

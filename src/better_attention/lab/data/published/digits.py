@@ -28,6 +28,7 @@ def read() -> Images:
     Raises:
         ImportError: scikit-learn is missing.
     """
+    # Imported here, because scikit-learn is an optional dependency that no other data set needs.
     from sklearn.datasets import load_digits
 
     bunch = load_digits()

@@ -115,6 +115,7 @@ def read(files: Sequence[Path]) -> Texts:
                     f"{place} has no review aclImdb/{split}/{word}/<index>_<rating>.txt: the data is incomplete or of "
                     f"another layout. {AGAIN}"
                 )
+        # Archives list their members in any order; sorted, equal reviews give equal fingerprints.
         rows.sort()
     train, test = ([row[3] for row in reviews[split]] for split in ("train", "test"))
     return Texts(

@@ -141,6 +141,7 @@ def read_idx(path: Path, dimensions: int) -> UInt8:
                 f"hold. {AGAIN}"
             )
         values = bytearray()
+        # One byte more than promised, so that a longer file is noticed without reading it to its end.
         while data := stream.read(count + 1 - len(values)):
             values += data
             if len(values) > count:

@@ -109,6 +109,7 @@ def read(files: Sequence[Path]) -> Pairs:
             continue
         part, empty = reader(files_there)
         pairs += part
+        # Pairs with an empty side count as well, since the official number includes them.
         if len(part) + empty != OFFICIAL[name]:
             notes += (f"{len(part) + empty:,} pairs of {name}, where the official set has {OFFICIAL[name]:,}",)
         if empty:
@@ -166,6 +167,7 @@ def _read_europarl(files: Sequence[Path]) -> tuple[Sentences, int]:
     missing = [name for name in _EUROPARL_FILES if name not in halves]
     if missing:
         raise DataError(f"{files[0]} does not hold {' and '.join(missing)}: incomplete, or of another layout. {AGAIN}")
+    # pop() frees the bytes of one half, about 300 MiB, before the other half is decoded.
     (english, spanish) = ([line.strip() for _, line in _lines(*halves.pop(name))] for name in _EUROPARL_FILES)
     if len(english) != len(spanish):
         raise DataError(
@@ -192,6 +194,7 @@ def _lines(where: str, data: bytes) -> Iterator[tuple[int, str]]:
         raise DataError(
             f"{where}, line {number}: not UTF-8 text (byte {data[error.start]:#04x}). Convert the file to UTF-8."
         ) from None
+    # A line end at the end of the file does not begin another line.
     yield from enumerate(text.removesuffix("\n").split("\n"), start=1)
 
 
