@@ -11,15 +11,13 @@ from pathlib import Path
 
 import torch
 
-from better_attention.lab.tasks.catalogue import TASKS
-
 from . import lab_models, minilm, records, tables
 from .records import Stage
 from .study import Setting, Subject, judged, study
 
 MECHANISMS = ("optimised", "efficient", "super", "expressive")
-TARGETS = ("mnist", "imdb", "minilm")
-SIZES = {"mnist": (512, 4096), "imdb": (1024, 22_500), "minilm": (1024, 4096)}
+TASKS = ("mnist", "imdb", "minilm")
+SIZES = {"mnist": (512, 2048), "imdb": (1024, 22_500), "minilm": (1024, 2048)}
 """Samples of the calibration and of the distillation."""
 QUICK_SIZES = {"mnist": (256, 256), "imdb": (512, 512), "minilm": (512, 256)}
 SETTINGS = {
@@ -33,7 +31,7 @@ SENTENCES_IN_A_BATCH = 32
 def parse() -> argparse.Namespace:
     """The arguments."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.conversion", description=__doc__)
-    parser.add_argument("--tasks", default=",".join(TARGETS), help="of " + ", ".join(TARGETS))
+    parser.add_argument("--tasks", default=",".join(TASKS), help="of " + ", ".join(TASKS))
     parser.add_argument("--mechanisms", default=",".join(MECHANISMS))
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--data", type=Path, default=os.environ.get("BETTER_ATTENTION_DATA"), help="with sts/ in it")
@@ -84,8 +82,7 @@ def make_subject(args: argparse.Namespace, task: str, heads: int, seed: int) -> 
         return minilm.subject(args.data, seed, sizes, SENTENCES_IN_A_BATCH, limit=100 if args.quick else None)
     if not (args.work / task / f"standard-h{heads}-s{seed}" / "result.json").exists():
         lab_models.train(task, 1 + max(map(int, args.seeds.split(","))), args.work, args.data, quick=args.quick)
-    splits = TASKS[task]("smoke" if args.quick else "small").load(args.data)
-    return lab_models.subject(task, heads, seed, args.work, splits, sizes)
+    return lab_models.subject(task, heads, seed, args.work, args.data, sizes)
 
 
 def original(subject: Subject, work: Path) -> Stage:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import better_attention as ba
 from better_attention.cli.main import main
 from better_attention.lab.tasks.base import Task
-from better_attention.lab.tasks.splits import Split, Splits
+from better_attention.lab.tasks.splits import Split
 from better_attention.lab.training.evaluation import evaluate
 
 from .study import Subject
@@ -22,7 +22,8 @@ from .study import Subject
 INPUTS = {"mnist": "images", "imdb": "tokens_BL"}
 """What the models call their argument."""
 HEADS = {"mnist": (4,), "imdb": (4, 1)}
-EPOCHS = {"mnist": 3, "imdb": 3}
+SETTINGS = {"mnist": ["--epochs", "3", "--set", "test_samples=2000"], "imdb": []}
+"""What differs from the task's setting at the scale "small"."""
 BATCH = 64
 
 
@@ -35,20 +36,21 @@ def train(task: str, seeds: int, work: Path, data: Path, *, quick: bool) -> None
     heads = ",".join(map(str, HEADS[task]))
     arguments = ["compare", task, "--scale", "smoke" if quick else "small", "--mechanisms", "standard"]
     arguments += ["--heads", heads, "--seeds", str(seeds), "--out", str(work / task), "--data", str(data)]
-    if main([*arguments, *([] if quick else ["--epochs", str(EPOCHS[task])])]):
+    if main([*arguments, *([] if quick else SETTINGS[task])]):
         raise RuntimeError(f"the models of {task} were not trained: see above.")
 
 
-def subject(task: str, heads: int, seed: int, work: Path, splits: Splits, sizes: tuple[int, int]) -> Subject:
+def subject(task: str, heads: int, seed: int, work: Path, data: Path, sizes: tuple[int, int]) -> Subject:
     """A trained model, with training samples to calibrate and distil it.
 
     Args:
         task, heads, seed: of the run.
         work: where the runs are.
-        splits: the data.
+        data: the folder with the data set.
         sizes: samples of the calibration and of the distillation, drawn by the seed.
     """
     run = ba.load_run(work / task / f"standard-h{heads}-s{seed}")
+    splits = run.task.load(data)
     order = torch.randperm(len(splits.train), generator=torch.Generator().manual_seed(seed))
 
     def batches(rows: Tensor) -> list[dict[str, Tensor]]:
