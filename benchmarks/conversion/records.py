@@ -84,9 +84,9 @@ class Record:
         write_json(folder / f"{self.name}.json", asdict(self))
 
 
-def command() -> str:
+def command(module: str = "benchmarks.conversion") -> str:
     """The command line of this process, from the root of the checkout."""
-    return "python -m benchmarks.conversion " + " ".join(sys.argv[1:])
+    return " ".join(["python -m", module, *sys.argv[1:]])
 
 
 def read(folder: Path) -> list[Record]:
