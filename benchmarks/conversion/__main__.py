@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from better_attention.lab.runs.provenance import commit
+
 from . import lab_models, minilm, records, tables
 from .records import Stage
 from .study import Setting, Subject, judged, study
@@ -51,6 +53,7 @@ def main() -> None:
     """Measure what is missing, seeds outermost, and write the results."""
     args = parse()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    commit()  # kept for the records: later commits do not change what runs
     seeds = [int(seed) for seed in args.seeds.split(",")]
     for seed in [] if args.gather else seeds:
         for task in args.tasks.split(","):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from better_attention.lab.analysis.estimates import estimate, number
 from better_attention.lab.files import write_atomic
@@ -21,7 +23,9 @@ def write(records: Sequence[Record], out: Path) -> None:
     path = out / "README.md"
     text = path.read_text("utf-8") if path.exists() else f"# Conversion of trained models\n\n{BEGIN}\n{END}\n"
     head, tail = text.split(BEGIN)[0], text.split(END)[1]
-    write_atomic(path, f"{head}{BEGIN}\n\n{document(records)}\n{END}{tail}")
+    timings = out / "speed.json"
+    timed = speed(json.loads(timings.read_text("utf-8"))) if timings.exists() else ""
+    write_atomic(path, f"{head}{BEGIN}\n\n{document(records)}{timed}\n{END}{tail}")
 
 
 def document(records: Sequence[Record]) -> str:
@@ -149,3 +153,30 @@ def _origin(records: list[Record]) -> str:
         f"{records[0].environment['cpu']}, {records[0].environment['threads']} thread. "
         f"{'Commands' if len(commands) > 1 else 'Command'}: {'; '.join(f'`{c}`' for c in commands)}.\n"
     )
+
+
+def speed(found: Mapping[str, Any]) -> str:
+    """The table of ``speed.json``: seconds of a batch and ratios of them, median (10th to 90th percentile)."""
+    machine, rows = found["machine"], []
+    for row in found["rows"]:
+        rows.append(
+            [
+                *(row["runtime"], row["model"], _spread(row["seconds"], 3)),
+                *(_spread(row[key], 2) for key in ("times_as_fast", "times_as_fast_same_runtime")),
+                *(number(row["parameters"], 0), number(row["bytes"] / 1e6, 1)),
+                f"{row['difference_to_pytorch']:.0e}",
+            ]
+        )
+    header = ["runtime", "model", "seconds", "times as fast as the host in PyTorch", "as the host in the same runtime"]
+    header += ["parameters", "megabytes", "difference to PyTorch"]
+    return (
+        f"\n### minilm: speed and size, batch {found['batch']}, length {found['length']}, "
+        f"{machine['threads']} threads\n\n"
+        f"{table(header, rows)}\n{found['rounds']} rounds. Commit {machine['commit'][:7]}, {machine['cpu']}, load "
+        f"{machine['load_average_at_timing']:.1f} on {machine['cores']} cores when timing began. "
+        f"Command: `{machine['command']}`.\n"
+    )
+
+
+def _spread(spread: Mapping[str, float], digits: int) -> str:
+    return f"{spread['median']:.{digits}f} ({spread['low']:.{digits}f} to {spread['high']:.{digits}f})"
