@@ -49,7 +49,10 @@ def _by_mechanism(records: list[Record]) -> list[tuple[str, list[Record]]]:
 
 
 def _mean(values: Sequence[float], digits: int = 2, *, sign: bool = False) -> str:
-    return estimate(values).format(digits, sign=sign) if values else "–"
+    if not values:
+        return "–"
+    same = len(set(values)) == 1  # one model, or a step without chance: no interval
+    return number(values[0], digits, sign=sign) if same else estimate(values).format(digits, sign=sign)
 
 
 def _at(records: list[Record], stage: str) -> list[float]:
