@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 import better_attention as ba
 from better_attention.cli.main import main
 from better_attention.lab.tasks.base import Task
-from better_attention.lab.tasks.splits import Split
+from better_attention.lab.tasks.splits import Split, Splits
 from better_attention.lab.training.evaluation import evaluate
 
 from .study import Subject
@@ -50,7 +51,7 @@ def subject(task: str, heads: int, seed: int, work: Path, data: Path, sizes: tup
         sizes: samples of the calibration and of the distillation, drawn by the seed.
     """
     run = ba.load_run(work / task / f"standard-h{heads}-s{seed}")
-    splits = run.task.load(data)
+    splits = load(run.task, data)
     order = torch.randperm(len(splits.train), generator=torch.Generator().manual_seed(seed))
 
     def batches(rows: Tensor) -> list[dict[str, Tensor]]:
@@ -65,6 +66,12 @@ def subject(task: str, heads: int, seed: int, work: Path, data: Path, sizes: tup
         loss=divergence,
         output=lambda logits: logits,
     )
+
+
+@cache
+def load(task: Task, data: Path) -> Splits:
+    """The data of a task, read once."""
+    return task.load(data)
 
 
 def accuracy(task: Task, split: Split) -> Callable[[nn.Module], float]:
