@@ -18,6 +18,8 @@ from .conversion.recipe import load_converted, save_converted
 from .conversion.report import ConversionReport
 from .conversion.revert import revert
 from .cost import Cost, cost
+from .export.onnx import OnnxReport, export_onnx
+from .export.quantise import Quantised, quantise
 from .functional import Explanation, attention, explain
 from .layer.multihead import MultiheadAttention
 from .mechanism import MECHANISMS, Mechanism
@@ -35,12 +37,16 @@ __all__ = [
     "Explanation",
     "Mechanism",
     "MultiheadAttention",
+    "OnnxReport",
+    "Quantised",
     "assert_causal",
     "attention",
     "convert",
     "cost",
     "explain",
+    "export_onnx",
     "load_converted",
+    "quantise",
     "revert",
     "save_converted",
 ]  # and distil and load_run, which need the extras: a star import must not

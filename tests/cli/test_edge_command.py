@@ -178,7 +178,7 @@ def test_int8_without_torchao_is_told(capsys: pytest.CaptureFixture[str], monkey
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     assert run(*SHORT) == 0
     out = capsys.readouterr().out
-    assert "pip install torchao" in out
+    assert "better-attention[edge]" in out
     timed = [t for t in json.loads(Path("runs/edge/edge.json").read_text())["timings"] if t["rounds"]]
     assert {t["precision"] for t in timed} == {"float32"}
 
@@ -196,7 +196,7 @@ def test_what_was_not_quantised_is_not_called_int8(monkeypatch: pytest.MonkeyPat
     (timed,) = timing.measure_group(tiny.task(), ["standard"], 3, "int8", Settings(samples=16, batch_size=16))
     assert timed.rounds == 0
     # a tiny ViT: patches, 2 layers of 4 + 2 maps, head
-    assert timed.reason == "torchao left 14 of 14 linear maps in float32"
+    assert timed.reason == "torchao left 14 of 14 linear maps in floating point"
 
 
 def test_wrong_int8_numbers_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,7 +49,7 @@ LIBRARY_ROOMS = (
     {"positions", "functional", "causality"},
     {"layer"},
     {"cost", "inspect"},
-    {"adapters"},
+    {"adapters", "export"},
     {"conversion"},
 )
 """From the values that describe a call to the layer that people build models with."""
@@ -57,7 +57,11 @@ LIBRARY_ROOMS = (
 LIGHT = {"torch"}
 """What the library may import beside the standard library; NumPy too is an extra."""
 HEAVY = {"numpy", "scipy", "sklearn", "matplotlib", "accelerate", "safetensors", "jinja2", "pooch"}
-EXTRAS = {"conversion.recipe": {"safetensors"}}
+EXTRAS = {
+    "conversion.recipe": {"safetensors"},
+    "export.onnx": {"onnxruntime", "onnxscript"},
+    "export.quantise": {"onnx", "onnxruntime", "torchao"},
+}
 """What a module of the library may import inside its functions: an extra, whose absence it reports."""
 GATES = {"adapters.transformers": {"transformers"}}
 """Modules that users of another library import, and nothing else does: they may import that library."""

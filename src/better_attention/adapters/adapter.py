@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
 from better_attention.errors import choices
 
@@ -121,6 +121,10 @@ def linear_refusals(module: nn.Module, *names: str) -> list[str]:
         weight = getattr(linear, "weight", None)
         if type(linear) is not nn.Linear:
             reasons.append(f"{name} is a {type(linear).__name__}, not a plain nn.Linear: merge or remove what wraps it")
-        elif not isinstance(weight, Tensor) or not weight.is_floating_point():
-            reasons.append(f"{name}.weight is {getattr(weight, 'dtype', type(weight).__name__)}, not floating point")
+        elif not isinstance(weight, nn.Parameter):
+            reasons.append(f"{name}.weight is computed from other parameters: remove that first")
+        elif not weight.is_floating_point():
+            reasons.append(f"{name}.weight is {weight.dtype}, not floating point")
+        elif linear._forward_hooks or linear._forward_pre_hooks:
+            reasons.append(f"{name} has hooks, which would be lost: remove them first")
     return reasons

@@ -33,6 +33,7 @@ class Probe:
         query_BLD: what W_Q receives.
         key_BSK: what W_K returns, heads side by side; the key input itself without W_K.
         weights_BNLS: the weights; None if they were not asked for.
+        value_BSV: what W_A receives, heads side by side, padding set to zero; the values where there is no W_A.
         mixed_BLM: the mixed values, heads side by side: what W_O receives.
         output_BLD: what W_O returns.
     """
@@ -40,6 +41,7 @@ class Probe:
     query_BLD: Tensor
     key_BSK: Tensor
     weights_BNLS: Tensor | None
+    value_BSV: Tensor
     mixed_BLM: Tensor
     output_BLD: Tensor
 
@@ -66,7 +68,9 @@ def probe(core: nn.Module, call: CoreCall, *, need_weights: bool) -> Probe:
             core(*call.args, **call.kwargs)
     batch_first = core.batch_first if isinstance(core, MultiheadAttention) else True
     joined = (_batch_first(seen[name], batch_first) for name in ("mixed", "output"))
-    return Probe(seen["query"], seen["key"], seen.get("weights"), *joined)
+    # Where keys and values are the same slices, a host's layer takes them once.
+    value = seen.get("aligned", seen.get("value", seen["key"]))
+    return Probe(seen["query"], seen["key"], seen.get("weights"), value, *joined)
 
 
 def angles(core: nn.Module, call: CoreCall) -> tuple[Tensor, Tensor]:
@@ -103,10 +107,12 @@ def _watched(core: nn.Module, seen: dict[str, Tensor], need_weights: bool) -> It
         assert found is not None  # noqa: S101 - for the type checker
         seen["weights"] = found.detach()
 
-    parts = {name: core.get_submodule(name) for name in ("q_proj", "k_proj", "out_proj")}
+    parts = {name: core.get_submodule(name) for name in ("q_proj", "k_proj", "v_proj", "align", "out_proj")}
     handles = [
         parts["q_proj"].register_forward_pre_hook(enters("query")),
         parts["k_proj"].register_forward_hook(leaves("key")),
+        parts["v_proj"].register_forward_hook(leaves("value")),
+        parts["align"].register_forward_pre_hook(enters("aligned")),
         parts["out_proj"].register_forward_pre_hook(enters("mixed")),
         parts["out_proj"].register_forward_hook(leaves("output")),
     ]

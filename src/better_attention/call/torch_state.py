@@ -10,7 +10,9 @@ are in :mod:`.torch_private`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
@@ -163,6 +165,29 @@ def exporting_onnx() -> bool:
 @constant_while_compiling  # torch.compile takes torch's own function to be False, strict torch.export too
 def _in_onnx_export() -> bool:
     return torch.onnx.is_in_onnx_export()
+
+
+_onnx_attention = ContextVar("whether ONNX exports in progress may use the operator Attention", default=False)
+
+
+@contextmanager
+def onnx_attention_operator(there: bool) -> Iterator[None]:
+    """Say, while the context lasts, whether exports to ONNX may use the operator ``Attention`` of opset 23."""
+    token = _onnx_attention.set(there)
+    try:
+        yield
+    finally:
+        _onnx_attention.reset(token)
+
+
+def exporting_onnx_attention() -> bool:
+    """Whether a model is being exported to an ONNX opset that has the operator ``Attention``."""
+    return exporting_onnx() and _has_onnx_attention()
+
+
+@constant_while_compiling
+def _has_onnx_attention() -> bool:
+    return _onnx_attention.get()
 
 
 def with_tangents(tensors: Mapping[str, Tensor | None]) -> list[str]:

@@ -16,6 +16,7 @@ from better_attention.errors import describe
 from better_attention.text import plural
 
 from .fit import KeyRegression, OutputRegression, relative_error
+from .fit_kernel import KernelFit, Mixing
 from .fold import Folded, key_blocks, query_times
 from .report import HeadFit
 from .sites import Site
@@ -149,7 +150,11 @@ class Fit:
             source = source.with_maps(q=query_times(self.source, self.source.q, B_NHH, source.q.trains))
             folded.note("q_proj", "approximated", "fitted to the calibration inputs, without W_K")
         folded.note("out_proj", "approximated", "fitted to the calibration inputs")
-        return replace(folded, source=self._with_output(source))
+        source = self._with_output(source)
+        if source.align is not None and self.source.align is None and source.align.weight.dim() == 2:
+            folded.note("align", "new", "fitted to the calibration inputs")
+            source = self._with_output(self._with_kernel(source))
+        return replace(folded, source=source)
 
     def _build(self, source: Source) -> nn.Module:
         return self.site.adapter.build(self.site.module, source).eval()
@@ -197,6 +202,28 @@ class Fit:
         self.error_after = regression.error(weight, bias)
         dtype = start.weight.dtype
         return folded.with_maps(o=LinearMap(weight.to(dtype), None if bias is None else bias.to(dtype), start.trains))
+
+    def _with_kernel(self, folded: Source) -> Source:
+        """W_A by least squares, with the weights and W_O as they are."""
+        align, o = folded.align, folded.o
+        if align is None or o is None:
+            return folded
+        new, batches = self._build(folded), []
+        for call, rows, output in zip(self.calls, self.rows, self.outputs, strict=True):
+            now = probe(new, call, need_weights=True)
+            assert now.weights_BNLS is not None  # noqa: S101 - for the type checker: they were asked for
+            values = _heads(now.value_BSV, self.source.head_dim, self.source.num_heads)
+            missing_RD = output - now.output_BLD[rows]
+            batches.append(Mixing(_wide(now.weights_BNLS), _wide(values), _wide(missing_RD), rows))
+        fit = KernelFit(batches, o.weight.detach(), align.max_len, align.causal, align.bias is not None)
+        change, shift = fit.solve()
+        weight = (align.weight.to(change.dtype) + change).to(align.weight.dtype)
+        bias = None if align.bias is None else (align.bias.to(shift.dtype) + shift).to(align.bias.dtype)
+        return folded.with_maps(align=replace(align, weight=weight, bias=bias))
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _heads(x_BSK: Tensor, head_dim: int, num_heads: int) -> Tensor:

@@ -39,8 +39,8 @@ def convert(
 
     Exact are: one head, for any mechanism of softmax; and for any number of heads the way upwards (efficient,
     optimised, standard; efficient to super, whose W_A starts as the identity). Everything else is an approximation,
-    and needs ``exact=False``: the least squares projection of the weights, or with ``calibration`` a fit of W_Q and W_O
-    to what each layer computes there, one layer after another, each on what the converted ones before it return.
+    and needs ``exact=False``: the least squares projection of the weights, or with ``calibration`` a fit of W_Q, W_O
+    and W_A to what each layer computes there, one layer after another, each on what the converted ones before return.
 
     Args:
         model: any module that holds attention which an adapter knows. Changed in place; on any error it is as it was.

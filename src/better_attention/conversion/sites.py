@@ -45,6 +45,8 @@ class Site:
                     "in another memory, load the whole model)"]  # fmt: skip
         if any(type(p) is not nn.Parameter for p in self.module.parameters()):
             return ["its parameters are of a special class (quantised or distributed): convert before that"]
+        if "forward" in vars(self.core):
+            return ["its forward method was replaced, as accelerate's hooks do: take them off first"]
         return self.adapter.refusals(self.module)
 
 

@@ -14,7 +14,14 @@ from torch import Tensor
 
 from better_attention.call.call import Call, triangle
 from better_attention.call.torch_private import transformed
-from better_attention.call.torch_state import autocast_dtype, exporting, exporting_onnx, is_known_finite, zero_rows
+from better_attention.call.torch_state import (
+    autocast_dtype,
+    exporting,
+    exporting_onnx,
+    exporting_onnx_attention,
+    is_known_finite,
+    zero_rows,
+)
 from better_attention.scores import SCORES
 
 from . import IMPLEMENTATIONS, sdpa
@@ -86,7 +93,7 @@ def _unfit_for_export(name: str) -> str | None:
     """Why ``impl="auto"`` keeps an implementation out of exported programs; None where it does not."""
     if not IMPLEMENTATIONS[name].portable:
         return f"the exported program would need better-attention to run; impl={name!r} exports it all the same"
-    if name == "sdpa" and exporting_onnx():
+    if name == "sdpa" and exporting_onnx() and not exporting_onnx_attention():
         return "in ONNX a query from which every key is hidden gets the mean of the values from it instead of zero"
     return None
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from better_attention.call.call import Call, additive
-from better_attention.call.torch_state import with_tangents
+from better_attention.call.torch_state import exporting_onnx_attention, with_tangents
 
 SCORE = "softmax"
 """The only score of ``F.scaled_dot_product_attention``."""
@@ -53,6 +53,8 @@ def compute(call: Call) -> tuple[Tensor, None]:
 
 
 def _merged_elements(call: Call) -> int:
+    if exporting_onnx_attention():
+        return 0  # the operator is faster than the formula all the same, which merges them too
     if torch.compiler.is_compiling():
         return MERGE_LIMIT + 1  # a comparison of symbolic lengths would pin them
     (_, _, L, _), S = call.q_BNLH.shape, call.k_BNSH.shape[2]
@@ -62,6 +64,14 @@ def _merged_elements(call: Call) -> int:
 
 def _merge(call: Call) -> Tensor | None:
     """All masks as one, or None where SDPA's own flag is enough."""
+    merged = _merged(call)
+    if merged is not None and exporting_onnx_attention():
+        # ONNX Runtime takes the operator's masks with every query and every sample, and spreads them over heads alone.
+        return merged.expand(call.q_BNLH.shape[0], -1, call.q_BNLH.shape[2], call.k_BNSH.shape[2])
+    return merged
+
+
+def _merged(call: Call) -> Tensor | None:
     parts = call.masks
     if call.causal and parts:
         (_, _, L, _), S = call.q_BNLH.shape, call.k_BNSH.shape[2]

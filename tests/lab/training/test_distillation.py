@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -193,3 +195,41 @@ def test_a_loss_of_your_own() -> None:
     assert len(seen) == 40
     assert result.hidden == []
     assert result.output[-1] < result.output[0]
+
+
+TOGETHER = """
+import sys
+import torch
+import better_attention as ba
+from better_attention.lab.training.processes import make_accelerator
+from torch import nn
+
+torch.manual_seed(0)
+layer = nn.TransformerEncoderLayer(8, 2, 11, batch_first=True)
+teacher, student = (nn.TransformerEncoder(layer, 2, enable_nested_tensor=False) for _ in range(2))
+student.load_state_dict(teacher.state_dict())
+ba.convert(student, "efficient", exact=False)
+data = [torch.randn(4, 5, 8) for _ in range(6)]
+accelerator = make_accelerator("cpu")
+start = student.layers[-1].linear2.weight.clone()
+result = ba.distil(student, teacher, data, hidden_epochs=2, output_epochs=0, accelerator=accelerator)
+assert torch.equal(student.layers[-1].linear2.weight, start)  # behind the last attention: no loss reaches it
+stages = {"hidden_epochs": 2, "output_epochs": 2}
+result = ba.distil(student, teacher, data, **stages, accelerator=accelerator, folder=sys.argv[1])
+weights = torch.cat([p.detach().flatten() for p in student.parameters()])
+everywhere = accelerator.gather(weights[None])
+assert torch.equal(everywhere[0], everywhere[1])
+print("processes", accelerator.num_processes, len(result.hidden), len(result.output), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_batches_and_end_with_one_student(tmp_path: Path) -> None:
+    script = tmp_path / "together.py"
+    script.write_text(TOGETHER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*command, str(script), str(tmp_path / "checkpoints")], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("processes 2 2 2") == 2

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 import better_attention as ba
 from better_attention.adapters.host_attention import HostAttention
@@ -129,6 +130,17 @@ def test_several_heads_are_approximated_on_request_and_go_upwards_exactly(name: 
     assert torch.equal(case.output(model(**inputs)), before)
 
 
+@pytest.mark.parametrize("mechanism", ["optimised", "super"])
+@pytest.mark.parametrize("name", list(CASES))
+def test_calibration_comes_closer(name: str, mechanism: str) -> None:
+    case = CASES[name]
+    model, samples = case.make(width=24, heads=3).eval(), [case.inputs() for _ in range(6)]
+    max_len = case.tokens if mechanism == "super" else None
+    report = ba.convert(model, mechanism, exact=False, calibration=samples, max_len=max_len)
+    assert report.length == case.tokens
+    assert all(0 < row.error_after < 0.95 * row.error_before for row in report.layers)
+
+
 @pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("mechanism", ["efficient", "super", "efficient+expressive"])
@@ -185,12 +197,30 @@ def test_dropout_behind_the_output_stays() -> None:
     assert torch.equal(model.eval()(x), model(x))
 
 
+def whole_numbers() -> nn.Parameter:
+    return nn.Parameter(torch.zeros(24, 24, dtype=torch.int8), requires_grad=False)
+
+
+def changed(what: Callable[[nn.Module], object], *, forward: object = None) -> nn.Module:
+    """A DistilBERT whose first W_Q was changed, or whose first forward method was replaced."""
+    model = hosts.distilbert(width=24, heads=1)
+    attention = model.transformer.layer[0].attention
+    what(attention.q_lin)
+    if forward is not None:
+        attention.forward = forward
+    return model
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
         (lambda: hosts.timm_vit(width=24, heads=1, qk_norm=True), "q_norm"),
         (lambda: hosts.flash(hosts.bert(width=24, heads=1)), "flash_attention_2"),
         (lambda: hosts.wrapped(hosts.vit(width=24, heads=1)), "q_proj is a Wrapped"),
+        (lambda: changed(lambda q: q.register_forward_hook(print)), "q_lin has hooks"),
+        (lambda: changed(lambda q: weight_norm(q)), "q_lin"),
+        (lambda: changed(lambda q: setattr(q, "weight", whole_numbers())), "int8"),
+        (lambda: changed(lambda q: None, forward=print), "forward method was replaced"),
     ],
 )
 def test_what_our_layer_cannot_do_is_refused(make: Callable[[], nn.Module], words: str) -> None:
@@ -198,6 +228,21 @@ def test_what_our_layer_cannot_do_is_refused(make: Callable[[], nn.Module], word
     modules = dict(model.named_modules())
     refused(lambda: ba.convert(model, "standard"), words, kind=ValueError)
     assert dict(model.named_modules()) == modules
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", list(CASES))
+def test_half_precision_stays(name: str, dtype: torch.dtype) -> None:
+    case = CASES[name]
+    wide = case.make(width=24, heads=1).eval()
+    model = copy.deepcopy(wide).to(dtype)
+    inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in case.inputs().items()}
+    want = case.output(model(**inputs))
+    ba.convert(model, "efficient")
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    got = case.output(model(**inputs))
+    assert got.dtype == dtype
+    assert (got - want).norm() < 0.1 * want.norm()
 
 
 def test_masks_of_flash_attention_are_refused_in_the_forward_pass() -> None:

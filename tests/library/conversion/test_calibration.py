@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 import better_attention as ba
 from better_attention.conversion.fit import RIDGE, KeyRegression, OutputRegression, relative_error
+from better_attention.conversion.fit_kernel import RIDGE as KERNEL_RIDGE
+from better_attention.conversion.fit_kernel import KernelFit, Mixing
 from helpers.layers import padding, refused, tokens, triangle
 
 B, N, L, S, H, E = 3, 2, 5, 7, 4, 8
@@ -79,6 +81,54 @@ def test_directions_that_the_inputs_do_not_show_stay_as_they_were() -> None:
     torch.testing.assert_close(regression.solve()[0][:, 5:], start[:, 5:])
 
 
+def mixing(samples: int) -> tuple[Mixing, Tensor]:
+    """A batch whose last sample does not count, and W_O."""
+    rows = torch.ones(samples, L, dtype=torch.bool)
+    rows[-1] = False
+    output = tokens(E, N * H)
+    found = torch.rand(samples, N, L, S, dtype=torch.float64).softmax(dim=-1)
+    return Mixing(found, tokens(samples, N, S, H), tokens(int(rows.sum()), E), rows), output
+
+
+def effect(batch: Mixing, output: Tensor, change: Tensor, shift: Tensor) -> Tensor:
+    """What the output gains, from the definition."""
+    mixed = batch.weights_BNLS @ (change[:S, :S] @ batch.values_BNSH + shift[:S, None])
+    return (mixed.transpose(1, 2).flatten(2) @ output.T)[batch.rows_BL]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_kernel_fit_solves_the_normal_equations(causal: bool, bias: bool) -> None:
+    """Against the dense matrix, column by column; positions that no input has stay as they were."""
+    (batch, output), l = mixing(9), S + 2
+    change, shift = KernelFit([batch], output, l, causal, bias, steps=500, enough=1e-13).solve()
+    columns, free = [], []
+    for i in range(l + 1):
+        for j in range(l):
+            if (i < l and not (causal and j > i)) or (i == l and bias):
+                unit = torch.zeros(l + 1, l, dtype=torch.float64)
+                unit[i, j] = 1.0
+                free.append((i, j))
+                columns.append(effect(batch, output, unit[:-1], unit[-1]).flatten())
+    X = torch.stack(columns, dim=1)
+    pull = KERNEL_RIDGE * batch.values_BNSH.square().sum() * output.square().mean() / l
+    gram = X.T @ X + pull * torch.eye(X.shape[1], dtype=torch.float64)
+    best = torch.linalg.solve(gram, X.T @ batch.missing_RD.flatten())
+    found = torch.stack([change[i, j] if i < l else shift[j] for i, j in free])
+    torch.testing.assert_close(found, best, rtol=1e-6, atol=1e-8)
+    assert not change[S:].any()
+    assert not change[:, S:].any()
+    assert not (causal and change.triu(1).any())
+    assert bool(shift.any()) == bias
+
+
+def test_few_steps_find_a_planted_kernel() -> None:
+    (batch, output), change, shift = mixing(40), tokens(S, S), tokens(S)
+    planted = Mixing(batch.weights_BNLS, batch.values_BNSH, effect(batch, output, change, shift), batch.rows_BL)
+    found = effect(batch, output, *KernelFit([planted], output, S, causal=False, bias=True).solve())
+    assert relative_error([found], [planted.missing_RD]) < 0.1
+
+
 # --- whole models -----------------------------------------------------------------------------------------------------
 
 
@@ -111,6 +161,15 @@ def test_the_fit_comes_closer_and_is_reported(mechanism: str, batch_first: bool)
         assert [head.rank for head in row.heads] == [H] * N * lost_keys
         assert all(0.0 < head.residual < 1.0 for head in row.heads)
     assert f"{report.layers[0].error_after:.2g}" in str(report)
+
+
+def test_the_kernel_of_super_is_fitted_too() -> None:
+    model, samples = encoder(), batches()
+    twin = copy.deepcopy(model)
+    efficient = ba.convert(twin, "efficient", exact=False, calibration=samples, layers=0)
+    report = ba.convert(model, "super", exact=False, calibration=samples, layers=0, max_len=L)
+    assert report.layers[0].error_after < 0.99 * efficient.layers[0].error_after
+    assert {c.tensor: c.note for c in report.layers[0].changes}["align"] == "fitted to the calibration inputs"
 
 
 @pytest.mark.parametrize("masks", ["none", "padding", "causal"])

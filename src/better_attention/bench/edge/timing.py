@@ -7,7 +7,6 @@ the machine affects both sides of it.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from better_attention.bench.runner import Spread, no_garbage_collection
+from better_attention.export.quantise import quantise_linears
 from better_attention.lab import published
 from better_attention.lab.tasks.base import Task
 from better_attention.lab.tasks.catalogue import TASKS
@@ -204,36 +204,14 @@ def prepare(task: Task, mechanism: str, heads: int, precision: str, probe: Tenso
         return model, 0
     with torch.inference_mode():
         exact = model(probe)
-        quantised = quantise(model)
+        try:
+            quantised = quantise_linears(model)
+        except (ImportError, RuntimeError) as error:
+            raise Unusable(str(error)) from None
         off = float((model(probe) - exact).abs().max() / exact.abs().max())
     if not off <= INT8_BOUND:  # NaN too
         raise Unusable(f"int8 outputs are off by {off:.1e} of the largest float32 output, allowed {INT8_BOUND:.0e}")
     return model, quantised
-
-
-def quantise(model: nn.Module) -> int:
-    """Turn every ``nn.Linear`` into torchao's dynamic int8, in place; returns how many. W_A stays as it is.
-
-    Raises:
-        Unusable: torchao is not installed, or cannot do it with this torch.
-    """
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # what torchao misses at import is for GPUs
-    try:
-        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
-    except ImportError as error:
-        raise Unusable(f"int8 needs torchao ({error}): pip install torchao") from None
-    finally:
-        logging.disable(before)
-    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    try:
-        quantize_(model, Int8DynamicActivationInt8WeightConfig())
-    except (RuntimeError, NotImplementedError, AttributeError, TypeError) as error:
-        raise Unusable(f"torchao cannot quantise with torch {torch.__version__}: {error}") from None
-    done = sum(type(linear.weight) not in (Tensor, nn.Parameter) for linear in linears)
-    if done < len(linears):
-        raise Unusable(f"torchao left {len(linears) - done} of {len(linears)} linear maps in float32")
-    return done
 
 
 def how_many(settings: Settings, batch_seconds: float) -> int:

@@ -18,7 +18,7 @@ from better_attention.conversion.revert import converted_layers
 from better_attention.errors import check_float, check_int, describe
 from better_attention.lab.runs import checkpoint
 
-from .matching import OutputLoss, default_loss, hidden_losses, recorded, run, tokens_of
+from .matching import OutputLoss, default_loss, hidden_losses, output_tensor, recorded, run, tokens_of
 from .processes import make_accelerator
 from .progress import DivergedError, Interrupted
 from .randomness import derive, epoch_order, reseed
@@ -217,6 +217,8 @@ class Distillation:
         losses = self.losses(hidden)
         loss = losses.mean()
         self.accelerator.backward(loss)
+        if hidden:
+            self.forget_unreached()
         numbers = losses.detach().cpu()
         if not bool(numbers.isfinite().all()):
             raise DivergedError(
@@ -245,8 +247,17 @@ class Distillation:
         with recorded(self.student, self.layers if hidden else []) as got:
             student = run(self.parallel, batch)
         if hidden:
-            return hidden_losses(got, wanted, tokens_of(batch))
+            losses = hidden_losses(got, wanted, tokens_of(batch))
+            several = self.accelerator.num_processes > 1
+            # Processes that share gradients wait for one of every parameter, reached by the loss or not.
+            return losses + 0.0 * output_tensor(student).sum() if several else losses
         return self.loss(student, teacher, batch)[None]
+
+    def forget_unreached(self) -> None:
+        """Take the gradients of zeros away, so that weight decay does not touch what the loss does not reach."""
+        for parameter in self.trained:
+            if parameter.grad is not None and not bool(parameter.grad.any()):
+                parameter.grad = None
 
     def _batch(self) -> Any:
         epoch, number = divmod(self.step, self.per_epoch)

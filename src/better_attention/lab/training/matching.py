@@ -102,16 +102,17 @@ def logits_loss(student: Tensor, teacher: Tensor, tokens_BL: Tensor | None, temp
 
 
 def output_tensor(output: Any) -> Tensor:
-    """The tensor that a model returns: itself, ``last_hidden_state``, or the first of several.
+    """The tensor that a model returns: itself, ``last_hidden_state``, ``logits``, or the first of several.
 
     Raises:
         TypeError: none of these.
     """
     if isinstance(output, Tensor):
         return output
-    if hasattr(output, "last_hidden_state"):
-        hidden: Tensor = output.last_hidden_state
-        return hidden
+    for name in ("last_hidden_state", "logits"):
+        found = getattr(output, name, None)
+        if isinstance(found, Tensor):
+            return found
     if isinstance(output, tuple | list) and output and isinstance(output[0], Tensor):
         return output[0]
     raise TypeError(f"no tensor to compare in what the model returns, {describe(output)}: pass loss=...")
