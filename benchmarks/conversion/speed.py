@@ -74,7 +74,7 @@ def exported(model: nn.Module, path: Path) -> Path:
 
 def runtime(path: Path, threads: int) -> Call:
     """A call of ONNX Runtime on the file."""
-    import onnxruntime  # type: ignore[import-untyped]
+    import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
