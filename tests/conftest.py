@@ -13,11 +13,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 if TYPE_CHECKING:
     from helpers.publisher import Publisher
 
 torch.set_num_threads(1)  # one summation order, on whatever machine
+
+# A deadline measures the load of the machine and not the code.
+settings.register_profile("without deadline")
+settings.load_profile("without deadline")
 
 if (
     signal.getsignal(signal.SIGINT) is signal.SIG_IGN

@@ -21,6 +21,7 @@ from .cost import Cost, cost
 from .export.onnx import OnnxReport, export_onnx
 from .export.quantise import Quantised, quantise
 from .functional import Explanation, attention, explain
+from .inspect import attention_maps
 from .layer.multihead import MultiheadAttention
 from .mechanism import MECHANISMS, Mechanism
 
@@ -41,6 +42,7 @@ __all__ = [
     "Quantised",
     "assert_causal",
     "attention",
+    "attention_maps",
     "convert",
     "cost",
     "explain",

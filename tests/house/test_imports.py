@@ -30,11 +30,13 @@ LAB_ROOMS = (
     {"tasks"},
     {"runs"},
     {"training"},
+    {"trained"},
     {"analysis"},
     {"report"},
     {"paper"},
     {"comparison"},
     {"ladder"},
+    {"inspection"},
 )
 """The rooms of the lab in the order in which data walks through them."""
 
@@ -48,9 +50,10 @@ LIBRARY_ROOMS = (
     {"impl"},
     {"positions", "functional", "causality"},
     {"layer"},
-    {"cost", "inspect"},
+    {"cost"},
     {"adapters", "export"},
     {"conversion"},
+    {"inspect"},
 )
 """From the values that describe a call to the layer that people build models with."""
 

@@ -26,7 +26,6 @@ FULL_KERNEL = [name for name in LAYERS if name not in CAUSAL]
 
 UNIT = settings(
     max_examples=100,
-    deadline=None,
     derandomize=True,
     database=None,
     suppress_health_check=list(HealthCheck),

@@ -51,6 +51,21 @@ def whole(text: str, at_least: int = 0) -> int:
     return int(text)
 
 
+def layers(text: str) -> tuple[str | int, ...]:
+    """Attention layers from a comma-separated list of numbers, names and patterns; each once."""
+    return tuple(int(word) if word.isdecimal() else word for word in words(text))
+
+
+def add_samples(parser: argparse.ArgumentParser) -> None:
+    """Declare where samples of a trained model come from."""
+    parser.add_argument(
+        "--data", type=Path, metavar="DIR", help="data of a run's task; default: where `data fetch` puts it"
+    )
+    parser.add_argument(
+        "--texts", type=Path, metavar="FILE", help="texts for a model of transformers, one in each line, UTF-8"
+    )
+
+
 def add_sizes(parser: argparse.ArgumentParser) -> None:
     """Declare the sizes of a layer; the defaults are those of the paper's MNIST model."""
     for name, (size, letter, what) in SIZES.items():

@@ -1,4 +1,4 @@
-"""``better-attention edge``: table 4 of the paper on this CPU, in float32 and in int8."""
+"""``better-attention edge``: table 4 of the paper on this CPU, in float32 and in int8; or trained models."""
 
 from __future__ import annotations
 
@@ -19,14 +19,37 @@ if TYPE_CHECKING:
     from better_attention.bench.edge.view import Report
     from better_attention.lab.tasks.base import Task
 
-HELP = "seconds for 5,000 samples on this CPU, float32 and int8, beside the paper's table 4"
+HELP = "seconds for 5,000 samples on this CPU beside the paper's table 4; or trained models and .onnx files timed"
 PRECISIONS = ("float32", "int8")
+RUNTIMES = ("eager", "compiled", "onnx", "onnx-int8")
+HEADS = (1, 4, 8)
+SAMPLES = 5000
+TABLE_4 = {
+    **{"tasks": None, "heads": HEADS, "mechanisms": tuple(MECHANISMS), "precisions": PRECISIONS},
+    **{"samples": SAMPLES, "measured": None, "again": False},
+}
+"""Options that have a meaning for table 4 alone -> their defaults."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the verb."""
+    parser.add_argument(
+        "--models",
+        type=Path,
+        nargs="+",
+        metavar="PATH",
+        help="instead of table 4: finished runs, converted models, .onnx files, or folders of them, against each "
+        "other; time of a call, memory, size",
+    )
+    parser.add_argument(
+        "--runtimes",
+        type=runtimes,
+        default=RUNTIMES,
+        metavar="A,B,...",
+        help=f"of --models; default: {','.join(RUNTIMES)}",
+    )
     parser.add_argument("--tasks", metavar="A,B,...", help="default: those of mnist,cifar100,imagenet,imdb,amazon")
-    parser.add_argument("--heads", type=numbers, default=(1, 4, 8), metavar="1,4,8", help="default: 1,4,8, the paper's")
+    parser.add_argument("--heads", type=numbers, default=HEADS, metavar="1,4,8", help="default: 1,4,8, the paper's")
     parser.add_argument(
         "--mechanisms",
         type=names,
@@ -35,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"default: {','.join(MECHANISMS)}; ratios need standard among them",
     )
     parser.add_argument("--precisions", type=precisions, default=PRECISIONS, metavar="A,B", help="float32, int8")
-    parser.add_argument("--samples", type=positive, default=5000, metavar="N", help="default: 5000")
+    parser.add_argument("--samples", type=positive, default=SAMPLES, metavar="N", help="default: 5000")
     parser.add_argument("--batch-size", type=positive, default=32, metavar="N", help="samples of one call; default: 32")
     parser.add_argument("--rounds", type=positive, default=3, metavar="N", help="passes of each model; default: 3")
     parser.add_argument(
@@ -65,8 +88,52 @@ def precisions(text: str) -> tuple[str, ...]:
     return names
 
 
+def runtimes(text: str) -> tuple[str, ...]:
+    """Runtimes from a comma-separated list; each once."""
+    names = words(text)
+    wrong = [word for word in names if word not in RUNTIMES]
+    if wrong:
+        raise argparse.ArgumentTypeError(f"expected some of {', '.join(RUNTIMES)}, received {wrong[0]!r}")
+    return names
+
+
 def run(args: argparse.Namespace) -> int:
     """Time, print, write; 0, 130 after Ctrl-C, or 143 after SIGTERM."""
+    own, other = (TABLE_4, "--models") if args.models else ({"runtimes": RUNTIMES}, "table 4")
+    for name, default in own.items():
+        if getattr(args, name) != default:
+            raise UserError(f"--{name} has no meaning for {other}: omit it.")
+    return run_models(args) if args.models else run_table_4(args)
+
+
+def run_models(args: argparse.Namespace) -> int:
+    """Time trained models against each other."""
+    from better_attention.bench import machine
+    from better_attention.bench.edge import model_table, models
+    from better_attention.bench.edge.contenders import contenders, models_in
+    from better_attention.bench.runner import threads
+    from better_attention.lab.runs.overwrite_guard import check_output
+
+    out = args.out or Path("runs") / "edge-models"
+    check_output(out, models.FILES, models.is_report)
+    paths = models_in(args.models)
+    settings = models.Settings(args.batch_size, args.rounds, 0.1 if args.quick else 0.5)
+    with threads(args.threads), terminable() as received:
+        about = machine.describe(command_line())
+        with contenders(paths, args.runtimes, args.batch_size, say) as found:
+            rows, complete = models.measure(found, settings, say)
+    report = models.Report(about, settings, rows, complete)
+    if args.json:
+        print(json.dumps(report.as_dict(), indent=2, ensure_ascii=False))
+    else:
+        model_table.print_report(report, console())
+    for path in models.write(report, out):
+        say(f"wrote {path}")
+    return 0 if complete else 143 if signal.SIGTERM in received else 130
+
+
+def run_table_4(args: argparse.Namespace) -> int:
+    """Time the paper's models beside its table."""
     from better_attention.bench.edge import view
     from better_attention.bench.runner import threads
     from better_attention.lab.runs.overwrite_guard import check_output

@@ -18,7 +18,10 @@ from better_attention import __version__, command
 from better_attention.cli import screen
 from better_attention.lab.training.launch import PeerLostError, first_to_say
 
-VERBS = ("compare", "ladder", "table", "runs", "data", "list", "show", "cost", "predict", "bench", "edge")
+VERBS = (
+    *("compare", "ladder", "table", "runs", "data", "list", "show", "cost", "predict", "inspect"),
+    *("convert", "distil", "export", "bench", "edge"),
+)
 EXTRAS = frozenset(
     {
         "accelerate",
@@ -131,6 +134,8 @@ def explain(error: Exception) -> tuple[str, int] | None:
             package = (error.name or "").partition(".")[0]
             missing = f'this needs the package {package!r}: pip install "better-attention[all]"'
             return (missing, 2) if package in EXTRAS else None
+        case ImportError(name=None):  # ours, which says what to install; Python's own has the name of a module
+            return str(error), 2
         case FileNotFoundError() | NotADirectoryError() | IsADirectoryError() | PermissionError() | FileExistsError():
             return str(error), 2
         case OSError():

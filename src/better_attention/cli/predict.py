@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from better_attention.cli import UserError, console
+from better_attention.cli.run_inputs import INPUTS, numbered_samples
 from better_attention.cli.screen import say
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "inputs",
         nargs="*",
         metavar="INPUT",
-        help="texts, text files (one text each), - for standard input (one text per line); image files or .npy",
+        help=INPUTS,
     )
     parser.add_argument("--index", type=int, action="append", metavar="N", help="test sample N of the data set, from 0")
     parser.add_argument("--data", type=Path, metavar="DIR", help="where the data set is, for --index")
@@ -100,23 +101,3 @@ def say_unlike(inputs: Sequence[NamedInput], trained: Run) -> None:
     for difference, names in titles.items():
         more = f" and {len(names) - MOST_NAMED:,} more" if len(names) > MOST_NAMED else ""
         say(f"note: {', '.join(names[:MOST_NAMED])}{more}: {difference}")
-
-
-def numbered_samples(trained: Run, rows: Sequence[int], folder: Path | None) -> list[NamedInput]:
-    """The test samples numbered ``rows`` in the data set's own order.
-
-    Raises:
-        UserError: no such sample, or other data than the run's.
-    """
-    task = trained.task
-    if not rows:
-        return []
-    if task.unnumbered:
-        raise UserError(f"--index: task {task.name!r} {task.unnumbered}")
-    splits = task.load(folder)
-    if splits.digest != trained.config["run"]["data_sha256"]:
-        raise UserError(
-            f"--index: {folder or 'the data set'} is not the data that {trained.path} was trained on. Test samples of "
-            "other data may have been trained on; to predict anyway, name the inputs themselves."
-        )
-    return task.numbered_samples(rows, splits, folder)

@@ -121,7 +121,8 @@ def export_onnx(
         output_names: names of the outputs in the file.
 
     Raises:
-        ValueError: an error above the tolerance; operators that are not standard; axes that do not fit.
+        ValueError: an error above the tolerance; operators that are not standard; axes that do not fit; an opset that
+            ONNX Runtime does not know.
         TypeError: inputs that ``model.forward`` does not take.
         ImportError: a package of the extra ``onnx`` is missing.
         torch.onnx.OnnxExporterError: torch cannot export the model.
@@ -138,7 +139,7 @@ def export_onnx(
         proto = _exported(model, named, axes, opset, output_names)
         operators = _operators(proto)
         data = proto.SerializeToString()
-        checks = list(_checks(model, data, named, axes))
+        checks = list(_checks(model, _session(data, opset), named, axes))
     report = OnnxReport(target, opset, len(data), operators, {n: dict(a) for n, a in axes.items()}, checks)
     if tolerance is not None and not report.worst <= tolerance:
         bad = ", ".join(f"{c.inputs} {c.error:.1e}" for c in checks if c.error is not None and not c.error <= tolerance)
@@ -244,10 +245,24 @@ def _operators(proto: Any) -> dict[str, int]:
     return dict(Counter(node.op_type for node in nodes).most_common())
 
 
-def _checks(model: nn.Module, data: bytes, named: dict[str, Tensor], axes: Dynamic) -> Iterator[Check]:
+def _session(data: bytes, opset: int) -> Any:
+    """The exported model in ONNX Runtime.
+
+    Raises:
+        ValueError: ONNX Runtime does not know the opset, or an operator in it.
+    """
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    try:
+        return onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its errors have no class in common
+        raise ValueError(
+            f"ONNX Runtime {onnxruntime.__version__} cannot load the exported model: {error}. Nothing was written. "
+            f"Choose another opset= than {opset}, {ATTENTION_OPSET} for example, or a newer onnxruntime."
+        ) from error
+
+
+def _checks(model: nn.Module, session: Any, named: dict[str, Tensor], axes: Dynamic) -> Iterator[Check]:
     kept = {one.name for one in session.get_inputs()}  # an input that nothing depends on is left out
     for variation in variations(named, axes):
         try:

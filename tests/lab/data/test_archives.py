@@ -276,7 +276,7 @@ def members_unless_refused(path: Path) -> dict[str, bytes] | None:
         return None
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(edits=st.lists(st.tuples(st.integers(0, len(_SEED) - 1), st.integers(0, 255)), min_size=1, max_size=6))
 def test_edited_archives_are_read_or_refused(
     tmp_path_factory: pytest.TempPathFactory, edits: list[tuple[int, int]]
@@ -290,7 +290,7 @@ def test_edited_archives_are_read_or_refused(
     assert found is None or all(WANTED.fullmatch(name) for name in found)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.sampled_from(["gz", "xz"]),
     st.lists(st.tuples(st.integers(0, 10_000), st.integers(1, 255)), min_size=1, max_size=3),

@@ -59,7 +59,7 @@ def test_words_of_every_script_keep_their_marks_and_joiners(text: str, words: li
     assert 1 not in Vocabulary.build([text], 99).encode([text], 9)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.text(st.characters(max_codepoint=127)))
 def test_ascii_words_are_those_of_published_vocabularies(text: str) -> None:
     assert tokens(text) == re.findall(r"\w+(?:'\w+)*", text.lower().replace("<br />", " "))
@@ -110,7 +110,7 @@ WORDS = st.lists(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     texts=st.lists(st.builds(lambda words, gap: gap.join(words), WORDS, st.sampled_from([" ", "", "  "])), max_size=4),
     size=st.integers(3, 9),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import better_attention as ba
+from helpers import hosts
 from helpers.layers import NAMED, layer
 
 pytestmark = [
@@ -43,8 +45,8 @@ def close(found: Tensor, expected: Tensor, share: float) -> None:
 
 
 @pytest.mark.parametrize("name", NAMED)
-def test_peft_lora(name: str) -> None:
-    peft = library("peft")
+def test_peft_lora(name: str, tmp_path: Path) -> None:
+    peft = hosts.library("peft")
     module = layer(name, E, N, spread=0.1, max_len=S).eval()
     before = outputs(module).detach()
     learned = [p for p in PROJECTIONS if isinstance(getattr(module, p), nn.Linear)]
@@ -56,6 +58,10 @@ def test_peft_lora(name: str) -> None:
     trained = [p for p in model.parameters() if p.requires_grad]
     assert len(trained) == 2 * len(learned)
     assert all(p.grad is not None for p in trained)
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+    loaded = peft.PeftModel.from_pretrained(nn.ModuleDict({"attention": copy.deepcopy(module)}), tmp_path).eval()
+    assert torch.equal(outputs(loaded.base_model.model["attention"]), adapted)
     with torch.no_grad():
         merged = model.merge_and_unload()["attention"]
         torch.testing.assert_close(outputs(merged), adapted.detach(), rtol=1e-4, atol=1e-4)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -110,7 +111,8 @@ class TextClassifier(nn.Module):
     def forward(self, tokens_BL: Tensor) -> Tensor:
         """Logits (B, K) of integer tokens (B, L), where L is the ``length`` of the model."""
         padding_BL = tokens_BL == PADDING
-        some_padding = bool(padding_BL.any())
+        # An exported program takes texts of both kinds, and the masked path is right for both.
+        some_padding = torch.compiler.is_exporting() or bool(padding_BL.any())
         x_BLD = self.tokens(tokens_BL) + self.positions.weight
         for block in self.blocks:
             x_BLD = block(x_BLD, padding_BL if some_padding else None)

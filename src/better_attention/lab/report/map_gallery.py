@@ -155,11 +155,11 @@ def _head(one: AttentionMap, place: int, album: Album) -> Head | None:
         f"(columns); greatest weight {greatest:.2g}, key {int(received.argmax()) + 1} receives most"
     )
     caption = f"head {place + 1}, up to {greatest:.2g}"
-    return Head(uris[0], uris[1] if over else None, _shades(one.tokens, received), caption, alt)
+    return Head(uris[0], uris[1] if over else None, shades(one.tokens, received), caption, alt)
 
 
-def _shades(tokens: Sequence[str] | None, received: NDArray[np.floating]) -> list[tuple[str, str]]:
-    """Each token with its share of the greatest attention received, "0.00" to "1.00"."""
+def shades(tokens: Sequence[str] | None, received: NDArray[np.floating]) -> list[tuple[str, str]]:
+    """Each token with its share of the greatest attention received, "0.00" to "1.00"; empty for no tokens."""
     greatest = received.max(initial=0.0)
     shares = received / greatest if greatest > 0 else received
     return [(token, f"{share:.2f}") for token, share in zip(tokens or (), shares, strict=False)]

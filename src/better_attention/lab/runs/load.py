@@ -92,7 +92,7 @@ def load_model(folder: RunFolder, config: RunConfig) -> tuple[Task, nn.Module]:
         ValueError: the configuration describes no model that can be built, or not that of the weights.
     """
     path, weights = folder.path / "config.json", folder.path / WEIGHTS
-    task, variant, heads = _described(config, path)
+    task, variant, heads = described(config, path)
     layers, tensors = sum(getattr(task, key, 0) for key in DEPTHS), tensor_count(weights)
     if layers > tensors:  # compared before the model is built, because each layer takes time to build
         raise ValueError(
@@ -135,7 +135,7 @@ def _check_finished(folder: RunFolder) -> None:
         )
 
 
-def _described(config: RunConfig, path: Path) -> tuple[Task, Variant, int]:
+def described(config: RunConfig, path: Path) -> tuple[Task, Variant, int]:
     """Task, variant and heads of a configuration, which may come from another version or may have been edited.
 
     Raises:

@@ -92,7 +92,7 @@ def test_every_format_holds_the_same_texts(tmp_path: Path, name: str) -> None:
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30).filter(lambda text: text.strip())
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     rows=st.lists(st.tuples(TEXT, st.sampled_from(["a", "b;,\t.", 'c"'])), min_size=1, max_size=8),
     delimiter=st.sampled_from([",", ";", "\t"]),
@@ -333,7 +333,7 @@ def class_name(label: object) -> str:
 
 
 @given(st.lists(st.text(max_size=8)))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_any_names_can_be_sorted(names: list[str]) -> None:
     turned = names[::-1]
     assert sorted(turned, key=natural) == sorted(names, key=natural)

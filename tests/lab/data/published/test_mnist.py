@@ -131,7 +131,7 @@ def test_another_kind_of_file(tmp_path: Path, head: bytes, dimensions: int) -> N
         mnist.read_idx(tmp_path / "file", dimensions)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(edits=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 255)), min_size=1, max_size=4))
 def test_edited_files_are_read_or_refused(
     tmp_path_factory: pytest.TempPathFactory, edits: list[tuple[int, int]]

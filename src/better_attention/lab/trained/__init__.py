@@ -1,0 +1,1 @@
+"""Trained models on disk (runs, converted models, models of transformers): opened, converted, distilled, exported."""
