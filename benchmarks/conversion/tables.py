@@ -149,10 +149,13 @@ def _origin(records: list[Record]) -> str:
     settings = next((r.settings for r in records if r.curve), records[0].settings)
     commits = sorted({r.environment["commit"][:7] + r.environment["commit"][40:] for r in records})
     commands = sorted({r.environment["command"] for r in records})
-    return (
+    fitted = (
         f"Calibration on {number(settings['calibration_samples'], 0)} samples; distillation on "
         f"{number(settings['distillation_samples'], 0)}, {settings['hidden_epochs']} pass for the layers and "
-        f"{settings['output_epochs']} for the outputs, learning rate {settings['lr']:g}. Commit {', '.join(commits)}, "
+        f"{settings['output_epochs']} for the outputs, learning rate {settings['lr']:g}. "
+    )
+    return (
+        f"{fitted if any(r.curve for r in records) else ''}Commit {', '.join(commits)}, "
         f"{records[0].environment['cpu']}, {records[0].environment['threads']} thread. "
         f"{'Commands' if len(commands) > 1 else 'Command'}: {'; '.join(f'`{c}`' for c in commands)}.\n"
     )
