@@ -1,0 +1,1 @@
+"""What conversion costs on trained models: the measurements behind ``results/conversion``."""
