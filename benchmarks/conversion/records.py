@@ -1,4 +1,4 @@
-"""What was measured: one JSON file for each conversion, and all of them as results.json, results.csv and tables."""
+"""What was measured: one JSON file for each conversion, and all of them together, with tables."""
 
 from __future__ import annotations
 
@@ -101,9 +101,9 @@ def read(folder: Path) -> list[Record]:
 
 
 def write(records: list[Record], out: Path) -> None:
-    """Write results.json and results.csv."""
-    write_json(out / "results.json", [asdict(record) for record in records])
-    write_csv(out / "results.csv", HEADER, _lines(records))
+    """Write conversion.json and conversion.csv."""
+    write_json(out / "conversion.json", [asdict(record) for record in records])
+    write_csv(out / "conversion.csv", HEADER, _lines(records))
 
 
 HEADER = (

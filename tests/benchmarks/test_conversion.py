@@ -104,4 +104,4 @@ def test_results_are_read_back_and_tables_leave_the_other_text_as_it_is(tmp_path
     tables.write(found[:1], tmp_path)
     tables.write(found, tmp_path)
     assert readme.read_text("utf-8") == once
-    assert len((tmp_path / "results.csv").read_text("utf-8").splitlines()) == 1 + 2 * len(records.STAGES)
+    assert len((tmp_path / "conversion.csv").read_text("utf-8").splitlines()) == 1 + 2 * len(records.STAGES)

@@ -164,8 +164,17 @@ WALK: dict[str, Callable[[Path], list[Any]]] = {
     "cost, figure": lambda at: ["cost", "--figure", "2", "--out", at / NAME / f"{NAME}.exe"],
     "predict, no run": lambda at: ["predict", at / NAME, "a"],
     "predict, damaged run": lambda at: ["predict", damaged_run(at), "a"],
+    "inspect, no run": lambda at: ["inspect", at / NAME],
+    "inspect, damaged run": lambda at: ["inspect", damaged_run(at)],
+    "convert, no run": lambda at: ["convert", at / NAME, "efficient", "--out", at / "out"],
+    "convert, damaged run": lambda at: ["convert", damaged_run(at), "efficient", "--out", at / "out"],
+    "convert, mechanism": lambda at: ["convert", damaged_run(at), NAME, "--out", at / "out"],
+    "distil, no folder": lambda at: ["distil", at / NAME, "--teacher", at / NAME],
+    "export, no run": lambda at: ["export", at / NAME, "--to", "onnx", "--out", at / "out.onnx"],
+    "export, damaged run": lambda at: ["export", damaged_run(at), "--to", "onnx", "--out", at / "out.onnx"],
     "bench": lambda _: ["bench", "--suite", NAME],
     "edge": lambda at: ["edge", "--tasks", NAME, "--out", at / NAME],
+    "edge, no model": lambda at: ["edge", "--models", at / NAME],
 }
 
 

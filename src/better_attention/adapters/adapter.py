@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from better_attention.call.torch_private import is_hooked
 from better_attention.errors import choices
 
 from .source import Source
@@ -129,6 +130,6 @@ def linear_refusals(module: nn.Module, *names: str) -> list[str]:
             reasons.append(f"{name}.weight is computed from other parameters: remove that first")
         elif not weight.is_floating_point():
             reasons.append(f"{name}.weight is {weight.dtype}, not floating point")
-        elif linear._forward_hooks or linear._forward_pre_hooks:
+        elif is_hooked(linear):
             reasons.append(f"{name} has hooks, which would be lost: remove them first")
     return reasons

@@ -172,6 +172,36 @@ def is_bare(part: nn.Module) -> bool:
     )
 
 
+_HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks",
+)  # fmt: skip
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a module has hooks on its forward pass. Assumed: it has."""
+    state = module.__dict__
+    return bool(state.get("_forward_hooks", True) or state.get("_forward_pre_hooks", True))
+
+
+def share_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Let the hooks of ``old`` be those of ``new`` too, so that removing one removes it from both.
+
+    Raises:
+        RuntimeError: this version of torch keeps them elsewhere.
+    """
+    for name in _HOOKS:
+        if name not in old.__dict__:
+            raise RuntimeError(f"torch {torch.__version__} has no {name}, where hooks were kept: they would be lost.")
+        # The same dictionaries, because a handle removes its hook from the dictionary that it was made for.
+        object.__setattr__(new, name, getattr(old, name))
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether torch.compile made a module. By name: importing its class would import the compiler."""
+    return type(module).__name__ == "OptimizedModule"
+
+
 def own_parameters(part: nn.Module) -> Mapping[str, nn.Parameter | None]:
     """The parameters of a module itself by name; those registered as None may be left out."""
     parameters: Mapping[str, nn.Parameter | None] | None = getattr(part, "_parameters", None)

@@ -10,6 +10,7 @@ from torch import nn
 
 from better_attention.adapters.adapter import names
 from better_attention.adapters.source import Source
+from better_attention.call.torch_private import own_parameters
 from better_attention.errors import check_bool, check_int
 from better_attention.mechanism import Mechanism
 from better_attention.text import plural
@@ -183,7 +184,7 @@ def _refuse_broken_ties(model: nn.Module, site: Site, new: nn.Module) -> None:
     for name, module in model.named_modules():
         if id(module) in inside:
             continue
-        for own, parameter in module._parameters.items():
+        for own, parameter in own_parameters(module).items():
             mine = [n for n, p in site.module.named_parameters() if p is parameter]
             if parameter is not None and mine and id(parameter) not in kept:
                 raise ValueError(

@@ -6,7 +6,9 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from .sites import Replacements, Site, check_model, joined, put, share_hooks
+from better_attention.call.torch_private import share_hooks
+
+from .sites import Replacements, Site, check_model, joined, put
 
 MARK = "_before_conversion"
 """Attribute of a converted module: its :class:`Original`."""

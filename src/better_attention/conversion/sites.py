@@ -11,6 +11,7 @@ from torch import nn
 
 from better_attention.adapters import hosts
 from better_attention.adapters.adapter import Adapter, adapter_for
+from better_attention.call.torch_private import is_compiled
 from better_attention.errors import choices, describe
 
 
@@ -111,19 +112,6 @@ def _fitting(sites: list[Site], one: object) -> Iterator[Site]:
         yield from (site for site in sites if any(fnmatchcase(name, one) for name in site.names))
 
 
-_HOOKS = (
-    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks",
-)  # fmt: skip
-
-
-def share_hooks(old: nn.Module, new: nn.Module) -> None:
-    """Let the hooks of ``old`` be those of ``new`` too, so that removing one removes it from both."""
-    for name in _HOOKS:
-        # The same dictionaries, because a handle removes its hook from the dictionary that it was made for.
-        object.__setattr__(new, name, getattr(old, name))
-
-
 @dataclass(slots=True)
 class Replacements:
     """Modules that were put in the place of others, in order, so that all of it can be taken back."""
@@ -161,14 +149,9 @@ def check_model(model: object) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, received {describe(model)}.")
-    wrapped = (
-        torch.jit.ScriptModule,
-        nn.parallel.DistributedDataParallel,
-        nn.DataParallel,
-        torch._dynamo.eval_frame.OptimizedModule,
-    )
     # All of these keep lists of the parameters, or programs made from them, that a replacement would leave behind.
-    if isinstance(model, wrapped):
+    wrapped = (torch.jit.ScriptModule, nn.parallel.DistributedDataParallel, nn.DataParallel)
+    if isinstance(model, wrapped) or is_compiled(model):
         raise TypeError(
             f"model is a {type(model).__name__}, which has taken note of the parameters that it had. Convert the model "
             "inside first, then compile or wrap it."

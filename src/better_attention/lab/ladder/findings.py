@@ -162,7 +162,7 @@ def duels(rows: Sequence[RungResult]) -> dict[str, list[Duel]]:
 
 def _duel(rows: Sequence[RungResult], softmax: str, expressive: str, where: str) -> Duel:
     accuracy = _compared(rows, softmax, expressive, lambda row: row.test_accuracy)
-    # Logarithms, so that half as many updates weigh as much as twice as many.
+    # Logarithms, so that halving the number of updates weighs as much as doubling it.
     updates = _compared(
         rows, softmax, expressive, lambda row: math.log2(row.updates_to_target) if row.updates_to_target else None
     )
