@@ -43,6 +43,7 @@ def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
     return said
 
 
+@pytest.mark.slow
 def test_every_model_in_every_runtime(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("onnxscript")
     capsys.readouterr()
@@ -64,6 +65,7 @@ def test_every_model_in_every_runtime(runs: Path, tmp_path: Path, capsys: pytest
     assert json.loads((tmp_path / "models.json").read_text()) == document
 
 
+@pytest.mark.slow
 def test_onnx_files_and_what_cannot_be_timed(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("onnxscript")
     files = tmp_path / "files"
@@ -125,6 +127,7 @@ def test_ctrl_c_shows_what_was_timed(runs: Path, tmp_path: Path, capsys: pytest.
     assert document["models"][0]["calls"] > 0
 
 
+@pytest.mark.slow
 def test_memory_counts_the_weights(tmp_path: Path) -> None:
     """A model with 32 MiB of weights needs at least those."""
     from better_attention.bench.edge.models import memory_of

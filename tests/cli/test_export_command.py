@@ -51,6 +51,7 @@ def through_onnx(path: Path, inputs: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(np.asarray(session.run(None, {session.get_inputs()[0].name: inputs.numpy()})[0]))
 
 
+@pytest.mark.slow
 def test_a_converted_model_computes_the_same_in_onnx_runtime(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -67,6 +68,7 @@ def test_a_converted_model_computes_the_same_in_onnx_runtime(
     assert "Attention" not in older["parity"]["operators"]
 
 
+@pytest.mark.slow
 def test_int8_below_the_agreement_is_refused_unless_forced(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -50,7 +50,7 @@ def _packages() -> None:
         pytest.importorskip(name, reason=f"{name} is not installed: it is in the extra onnx")
 
 
-QUICK = {("super", True), ("efficient+expressive", False)}
+QUICK = {("super", True)}
 CELLS = [
     pytest.param(name, causal, marks=[] if (name, causal) in QUICK else [pytest.mark.slow])
     for name in scored_mechanisms()
@@ -84,6 +84,7 @@ def test_rows_that_a_mask_hides_are_zero_in_the_operator_too(tmp_path: Path) -> 
     assert not output.any()
 
 
+@pytest.mark.slow
 def test_below_opset_23_the_formula(tmp_path: Path) -> None:
     report = ba.export_onnx(Model("standard"), tmp_path / "model.onnx", (tokens(), padding()), opset=20)
     assert "Attention" not in report.operators
@@ -91,6 +92,7 @@ def test_below_opset_23_the_formula(tmp_path: Path) -> None:
     assert report.worst <= 1e-5
 
 
+@pytest.mark.slow
 def test_an_ordinary_export_is_not_changed_by_ours(tmp_path: Path) -> None:
     ba.export_onnx(Model("standard"), tmp_path / "model.onnx", (tokens(), padding()))
     with warnings.catch_warnings():
