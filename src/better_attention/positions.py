@@ -1,7 +1,7 @@
 """Where a token stands: rotary positions, which turn queries and keys, and ALiBi, a bias on the log weights.
 
 Both depend on distances alone, have no parameters, and take an offset for generation with a cache. Shape suffixes as in
-impl/call.py: B batch, L queries, S keys, N heads, H head width; P pairs of features, H/2.
+call/call.py: B batch, L queries, S keys, N heads, H head width; P pairs of features, H/2.
 """
 
 from __future__ import annotations
