@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from better_attention.adapters.host_attention import HostAttention, Score
 from better_attention.adapters.hosts.torch_attention import TORCH
-from better_attention.conversion.calibrate import evaluating
+from better_attention.conversion.calibrate import calling_layers
 from better_attention.conversion.sites import Site, chosen, find_sites
 from better_attention.errors import check_choice, choices
 from better_attention.layer.alignment import Alignment
@@ -148,7 +148,7 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, the hooks of compiled modules heard, and the random generators as they were afterwards."""
     # Named, because fork_rng() would otherwise save the state of every GPU in the machine.
     devices = {p.device for p in model.parameters() if p.is_cuda}
-    with evaluating(model), torch.random.fork_rng(devices=devices), torch.compiler.set_stance("force_eager"):
+    with calling_layers(model), torch.random.fork_rng(devices=devices), torch.compiler.set_stance("force_eager"):
         yield
 
 

@@ -41,7 +41,7 @@ LAB_ROOMS = (
 """The rooms of the lab in the order in which data walks through them."""
 
 LIBRARY_ROOMS = (
-    {"errors", "text", "command"},
+    {"errors", "text", "evaluation", "command"},
     {"scores"},
     {"mechanism"},
     {"call"},

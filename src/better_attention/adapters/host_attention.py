@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from better_attention.errors import describe
 from better_attention.functional import attention
 from better_attention.mechanism import Mechanism
+from better_attention.scores import DEFAULT_SCORE, SCORES
 
 from .adapter import Adapter, linear_refusals, register
 from .source import MAPS, LinearMap, Source, alignment, kernel_of
@@ -279,10 +280,15 @@ def hidden_positions(mask: Tensor | None) -> Tensor | None:
     return (mask <= torch.finfo(mask.dtype).min).all(dim=2).all(dim=1)
 
 
+def implementations() -> dict[str, str]:
+    """Name of each attention implementation that :mod:`.transformers` registers there -> its score."""
+    return {("better_attention" if score == DEFAULT_SCORE else score): score for score in SCORES}
+
+
 def transformers_mechanism(module: nn.Module) -> Mechanism:
     """What a module of transformers computes: the score may be one of ours that was registered there."""
     implementation = getattr(module.config, "_attn_implementation", "sdpa")
-    return Mechanism(frozenset(MAPS), score="expressive" if implementation == "expressive" else "softmax")
+    return Mechanism(frozenset(MAPS), score=implementations().get(implementation, DEFAULT_SCORE))
 
 
 def transformers_refusals(module: nn.Module, *names: str) -> list[str]:
@@ -290,7 +296,7 @@ def transformers_refusals(module: nn.Module, *names: str) -> list[str]:
     reasons = linear_refusals(module, *names)
     config: Any = module.config
     implementation = getattr(config, "_attn_implementation", None)
-    if implementation not in (None, "eager", "sdpa", "better_attention", "expressive"):
+    if implementation not in (None, "eager", "sdpa", *implementations()):
         reasons.append(
             f"the model's attention implementation is {implementation!r}: call "
             "model.set_attn_implementation('sdpa') first"

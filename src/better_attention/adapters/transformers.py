@@ -17,11 +17,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from better_attention.functional import attention
-from better_attention.scores import DEFAULT_SCORE, SCORES
+from better_attention.scores import DEFAULT_SCORE
+
+from .host_attention import implementations, together
 
 try:
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -93,7 +94,7 @@ def attend(
         key,
         value,
         score=score,
-        attn_mask=_with_bias(attention_mask, position_bias),
+        attn_mask=together(attention_mask, position_bias),
         is_causal=causal,
         dropout_p=dropout,
         scale=scaling,
@@ -124,21 +125,9 @@ def _refuse_other_functions(module: nn.Module, mask: object, options: dict[str, 
         )
 
 
-def _with_bias(mask: Tensor | None, bias: Tensor | None) -> Tensor | None:
-    """One mask that says what the mask and the bias say together."""
-    if mask is None or bias is None:
-        return mask if bias is None else bias
-    return torch.where(mask, bias, -torch.inf) if mask.dtype == torch.bool else mask + bias
-
-
 def attention_of(score: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """:func:`attend` with a score, in the form that transformers' attention interface takes."""
     return partial(attend, score=score)
-
-
-def implementations() -> dict[str, str]:
-    """Name of each attention implementation that is registered here -> its score."""
-    return {("better_attention" if score == DEFAULT_SCORE else score): score for score in SCORES}
 
 
 def register() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from better_attention.adapters.probe import CoreCall, angles, probe, tokens
 from better_attention.adapters.source import LinearMap, Source
 from better_attention.errors import describe
+from better_attention.evaluation import evaluating
 from better_attention.text import plural
 
 from .fit import KeyRegression, OutputRegression, relative_error
@@ -63,7 +64,7 @@ def calls_of(model: nn.Module, site: Site, batches: list[Any]) -> list[CoreCall]
     core = site.core
     handles = [core.register_forward_pre_hook(note, with_kwargs=True), core.register_forward_hook(leave)]
     try:
-        with evaluating(model):
+        with calling_layers(model):
             for number, batch in enumerate(batches):
                 # The first batch runs to its end and shows how often the module is called: if once, others end there.
                 before = len(calls)
@@ -99,20 +100,15 @@ def _run(model: nn.Module, batch: Any, number: int) -> None:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients, and without the fast path of nn.TransformerEncoder, which calls no layer."""
-    # Each module's own mode, because train() on the model would switch parts that the user had frozen in eval mode.
-    modes = [(module, module.training) for module in model.modules()]
+def calling_layers(model: nn.Module) -> Iterator[None]:
+    """Evaluation, without the fast path of nn.TransformerEncoder, which calls no layer."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    model.eval()
     try:
-        with torch.no_grad():
+        with evaluating(model):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        for module, training in modes:
-            module.training = training
 
 
 class Fit:

@@ -137,12 +137,7 @@ def score_obstacles(source: Source, target: Mechanism) -> list[str]:
     """Why the weights of ``target`` cannot equal those of ``source``."""
     if source.k is None or "k" in target.projections:
         return []
-    reasons = [f"W_K cannot be dropped exactly: {why}" for why in source.obstacles]
-    if source.num_heads > 1:
-        reasons.append(
-            f"W_K cannot be folded into W_Q with {source.num_heads} heads: each sees {source.head_dim} of "
-            f"{source.width} columns of the input"
-        )
+    reasons = _slice_obstacles(source, "W_K", "W_Q")
     # The rotation by the distance of query and key stands between the two maps and need not commute with them.
     if source.rotary:
         reasons.append("rotary positions stand between W_Q and W_K")
@@ -167,16 +162,22 @@ def value_obstacles(source: Source, target: Mechanism) -> list[str]:
     """Why the values of ``target`` cannot lead to the same output."""
     if source.v is None or "v" in target.projections:
         return []
-    reasons = [f"W_V cannot be dropped exactly: {why}" for why in source.obstacles]
-    if source.num_heads > 1:
-        reasons.append(
-            f"W_V cannot be folded into W_O with {source.num_heads} heads: each sees {source.head_dim} of "
-            f"{source.width} columns of the input"
-        )
+    reasons = _slice_obstacles(source, "W_V", "W_O")
     bias = source.v.bias
     # b_V passes through the weights unchanged, because their rows sum to one; those of W_A do not.
     if source.align is not None and bias is not None and bool(bias.any()):
         reasons.append("W_A mixes the bias of W_V, and its rows do not sum to one")
+    return reasons
+
+
+def _slice_obstacles(source: Source, dropped: str, into: str) -> list[str]:
+    """Why heads that read slices of the input cannot do without the map ``dropped``, whatever it holds."""
+    reasons = [f"{dropped} cannot be dropped exactly: {why}" for why in source.obstacles]
+    if source.num_heads > 1:
+        reasons.append(
+            f"{dropped} cannot be folded into {into} with {source.num_heads} heads: each sees {source.head_dim} of "
+            f"{source.width} columns of the input"
+        )
     return reasons
 
 

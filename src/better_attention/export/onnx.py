@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import logging
 import re
 import warnings
 from collections import Counter
@@ -19,10 +18,12 @@ from torch import Tensor, nn
 
 from better_attention.call.torch_state import onnx_attention_operator
 from better_attention.errors import check_int, describe
+from better_attention.evaluation import evaluating
 from better_attention.text import plural
 
 from .compare import relative_error, tensors_of
 from .inputs import Dynamic, Inputs, by_name, check_dynamic, guess_dynamic, variations
+from .surroundings import quietly, written
 
 ATTENTION_OPSET = 23
 """The first ONNX opset with the operator ``Attention``."""
@@ -135,7 +136,7 @@ def export_onnx(
     axes = guess_dynamic(named) if dynamic is None else dynamic
     check_dynamic(named, axes)
     target = Path(path)
-    with _evaluating(model):
+    with evaluating(model):
         proto = _exported(model, named, axes, opset, output_names)
         operators = _operators(proto)
         data = proto.SerializeToString()
@@ -149,7 +150,8 @@ def export_onnx(
             f"the exported model differs from the model by more than {tolerance:.0e} of its largest output: {bad}. "
             "Nothing was written. Pass tolerance=None to write it all the same."
         )
-    _write(target, data)
+    with written(target) as part:
+        part.write_bytes(data)
     return report
 
 
@@ -166,25 +168,12 @@ def _require_packages() -> None:
         raise ImportError(EXTRA) from error
 
 
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, without gradients; every module's own mode afterwards."""
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
-
-
 def _exported(
     model: nn.Module, named: dict[str, Tensor], axes: Dynamic, opset: int, output_names: Sequence[str] | None
 ) -> Any:
     """The exported model as a protocol buffer."""
     shapes = {name: dict(axes[name]) if axes.get(name) else None for name in named}
-    with _quietly(), onnx_attention_operator(opset >= ATTENTION_OPSET), _axes_explained():
+    with _silent_exporter(), onnx_attention_operator(opset >= ATTENTION_OPSET), _axes_explained():
         program = torch.onnx.export(
             model,
             # By name only, because the dynamic axes are given by name.
@@ -219,17 +208,11 @@ def _axes_explained() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
+def _silent_exporter() -> Iterator[None]:
     """Without the exporter's notes on its own inside: what counts is checked afterwards."""
-    # The switch is the whole process's, so that it is set back to what it was.
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
+    with quietly(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _operators(proto: Any) -> dict[str, int]:
@@ -280,14 +263,3 @@ def _checks(model: nn.Module, session: Any, named: dict[str, Tensor], axes: Dyna
         feed = {name: x.detach().cpu().numpy() for name, x in variation.inputs.items() if name in kept}
         found = [torch.from_numpy(x) for x in session.run(None, feed)]
         yield Check(variation.name, relative_error(found, [x.cpu() for x in expected]))
-
-
-def _write(path: Path, data: bytes) -> None:
-    """The file at its place in one step, so that nobody reads half of it."""
-    # Beside the target, because a rename is one step only within a file system.
-    part = path.with_name(f".{path.name}.part")
-    try:
-        part.write_bytes(data)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
-import logging
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -16,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from better_attention.errors import check_bool, check_float, describe
+from better_attention.evaluation import evaluating
 
 from .compare import cosine, relative_error, same_choice, tensors_of
 from .inputs import Inputs, by_name
+from .surroundings import quietly, written
 
 AGREEMENT = 0.99
 """Least cosine similarity of outputs, in the mean over positions, that is accepted without being asked for."""
@@ -103,7 +102,7 @@ def quantise(
         raise TypeError(f"model must be an nn.Module or the path of an ONNX file, received {describe(model)}.")
     if path is None:
         raise ValueError("path must name the ONNX file to write, received None.")
-    with _written(Path(path)) as part:
+    with written(Path(path)) as part:
         return _accepted(_onnx(Path(model), given, part, Path(path)), agreement, refuse)
 
 
@@ -125,13 +124,8 @@ def _torch(model: nn.Module, batches: list[Inputs]) -> Quantised:
     small = copy.deepcopy(model).eval()
     number = quantise_linears(small)
     named = [by_name(model, batch) for batch in batches]
-    modes = {module: module.training for module in model.modules()}
-    try:
-        with torch.no_grad():
-            pairs = [(tensors_of(small(**batch)), tensors_of(model.eval()(**batch))) for batch in named]
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with evaluating(model):
+        pairs = [(tensors_of(small(**batch)), tensors_of(model(**batch))) for batch in named]
     return _result(small, pairs, number, weight_bytes(model), weight_bytes(small))
 
 
@@ -142,7 +136,7 @@ def quantise_linears(model: nn.Module) -> int:
         ImportError: torchao is missing.
         RuntimeError: torchao cannot do it with this torch, or left some maps as they were.
     """
-    with _quietly():  # what torchao misses at import is for GPUs
+    with quietly():  # what torchao misses at import is for GPUs
         try:
             from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
         except ImportError as error:
@@ -173,16 +167,6 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(size(x) for x in (*model.parameters(), *model.buffers()))
 
 
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
-
-
 # --- ONNX Runtime -----------------------------------------------------------------------------------------------------
 
 
@@ -195,7 +179,7 @@ def _onnx(source: Path, batches: list[Inputs], part: Path, target: Path) -> Quan
         raise ImportError(ONNX) from error
     if not source.is_file():
         raise FileNotFoundError(f"there is no ONNX file {source}.")
-    with _quietly():
+    with quietly():
         # Named one by one: by default an operator Attention would become one of ONNX Runtime's own that does not fit.
         quantize_dynamic(source, part, op_types_to_quantize=["MatMul", "Gemm", "Gather"], weight_type=QuantType.QInt8)
     nodes = onnx.load(part, load_external_data=False).graph.node
@@ -222,16 +206,6 @@ def _feed(session: Any, batch: Inputs) -> dict[str, Any]:
     if missing := [name for name in names if name not in named]:
         raise TypeError(f"the ONNX file takes {', '.join(names)}; {', '.join(missing)} missing.")
     return {name: x.detach().cpu().numpy() for name, x in named.items()}
-
-
-@contextlib.contextmanager
-def _written(path: Path) -> Iterator[Path]:
-    """A file to be filled in the block, which takes the name ``path`` if nothing was raised."""
-    # Beside the target, because a rename is one step only within a file system.
-    with tempfile.TemporaryDirectory(prefix=f".{path.name[:64]}.", dir=path.parent) as folder:
-        part = Path(folder) / path.name
-        yield part
-        part.replace(path)
 
 
 def _result(

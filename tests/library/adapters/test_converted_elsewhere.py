@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ from torch import Tensor, nn
 import better_attention as ba
 from better_attention.adapters.host_attention import HostAttention
 from helpers import TESTS, hosts
+from helpers.processes import run_two
 
 pytestmark = [pytest.mark.hosts, pytest.mark.filterwarnings("ignore")]  # the libraries' own warnings
 B, L, W = 3, 7, 64
@@ -203,20 +201,4 @@ dist.destroy_process_group()
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 def test_gradients_of_two_processes_are_those_of_one(how: str, tmp_path: Path) -> None:
     hosts.transformers()
-    command = [sys.executable, "-c", WORKER]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), str(tmp_path / "store"), str(TESTS), how],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        for rank in range(2)
-    ]
-    try:
-        said = [rank.communicate(timeout=300)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(said)
+    run_two(WORKER, tmp_path / "store", TESTS, how, seconds=300)

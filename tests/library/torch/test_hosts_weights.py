@@ -5,9 +5,6 @@ The layer compares its inputs with one another; whether the weights fit is for e
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 import better_attention as ba
 from helpers.layers import ALL, NAMED, layer, padding, refused
+from helpers.processes import run_two
 
 B, S, N, E = 3, 5, 2, 6
 LEARNED = [name for name in ALL if name != "no projections"]
@@ -261,19 +259,4 @@ dist.destroy_process_group()
 @pytest.mark.slow
 def test_fully_sharded_in_mixed_precision(tmp_path: Path) -> None:
     """FSDP2 over two processes, each module computing in bfloat16 from float32 shards."""
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(rank), str(tmp_path / "store")],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        for rank in range(2)
-    ]
-    try:
-        said = [rank.communicate(timeout=180)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(said)
+    run_two(WORKER, tmp_path / "store", seconds=180)
