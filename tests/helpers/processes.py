@@ -8,7 +8,7 @@ import sys
 
 
 def run_two(program: str, *arguments: object, seconds: float) -> None:
-    """Run ``program`` twice at once, its first argument 0 and 1; both must succeed, or the error is what they printed."""
+    """Run ``program`` twice at once, its first argument 0 and 1; both must succeed."""
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", program, str(rank), *map(str, arguments)],
