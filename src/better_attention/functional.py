@@ -25,6 +25,8 @@ def attention(
     score: str = ...,
     attn_mask: Tensor | None = ...,
     is_causal: bool = ...,
+    offset: int = ...,
+    window: int | None = ...,
     dropout_p: float = ...,
     scale: float | None = ...,
     enable_gqa: bool = ...,
@@ -42,6 +44,8 @@ def attention(
     score: str = ...,
     attn_mask: Tensor | None = ...,
     is_causal: bool = ...,
+    offset: int = ...,
+    window: int | None = ...,
     dropout_p: float = ...,
     scale: float | None = ...,
     enable_gqa: bool = ...,
@@ -58,6 +62,8 @@ def attention(
     score: str = "softmax",
     attn_mask: Tensor | None = None,
     is_causal: bool = False,
+    offset: int = 0,
+    window: int | None = None,
     dropout_p: float = 0.0,
     scale: float | None = None,
     enable_gqa: bool = False,
@@ -77,7 +83,10 @@ def attention(
         attn_mask: broadcastable to (..., N, L, S). bool: True = attend (as in
             ``F.scaled_dot_product_attention``, the opposite of ``nn.MultiheadAttention``). float: b, added in
             log-weight space; -inf hides, and for the expressive score so does anything <= ``finfo(dtype).min``.
-        is_causal: query l sees keys s <= l. Together with ``attn_mask`` both apply.
+        is_causal: query l sees keys s <= l + offset. Together with ``attn_mask`` both apply.
+        offset: position of the first query among the keys, such as the number of keys that a cache held before; needs
+            ``is_causal``.
+        window: a query sees its own position and at most ``window`` - 1 before it; needs ``is_causal``. None: all.
         dropout_p: probability of dropping a weight; applies always, so pass 0.0 outside training.
         scale: factor on q.k; None means 1/sqrt(H).
         enable_gqa: allow query heads to be a multiple of the key and value heads.
@@ -121,6 +130,8 @@ def attention(
                 "score": score,
                 "attn_mask": attn_mask,
                 "is_causal": is_causal,
+                "offset": offset,
+                "window": window,
                 "dropout_p": dropout_p,
                 "scale": scale,
                 "enable_gqa": enable_gqa,
@@ -129,7 +140,9 @@ def attention(
             },
         )
     check_choice(impl, "impl", IMPLS)
-    call, lead = prepare(query, key, value, score, attn_mask, is_causal, dropout_p, scale, enable_gqa, need_weights)
+    call, lead = prepare(
+        query, key, value, score, attn_mask, is_causal, offset, window, dropout_p, scale, enable_gqa, need_weights
+    )
     heads_BNLH, weights_BNLS = attend(call, impl)
     output = lead.unfold(heads_BNLH)
     if not need_weights:
@@ -172,6 +185,8 @@ def explain(
     score: str = "softmax",
     attn_mask: Tensor | None = None,
     is_causal: bool = False,
+    offset: int = 0,
+    window: int | None = None,
     dropout_p: float = 0.0,
     scale: float | None = None,
     enable_gqa: bool = False,
@@ -181,8 +196,8 @@ def explain(
     """Which implementation :func:`attention` would take for the same arguments, and why not the others.
 
     Args:
-        query, key, value, score, attn_mask, is_causal, dropout_p, scale, enable_gqa, need_weights, impl:
-            as for :func:`attention`.
+        query, key, value, score, attn_mask, is_causal, offset, window, dropout_p, scale, enable_gqa, need_weights,
+            impl: as for :func:`attention`.
 
     Raises:
         TypeError, ValueError: as for :func:`attention`, but not for an ``impl`` that cannot compute the call.
@@ -198,7 +213,12 @@ def explain(
       reference: impl='sdpa' was requested
     """
     check_choice(impl, "impl", IMPLS)
-    call, _ = prepare(query, key, value, score, attn_mask, is_causal, dropout_p, scale, enable_gqa, need_weights)
+    call, _ = prepare(
+        query, key, value, score, attn_mask, is_causal, offset, window, dropout_p, scale, enable_gqa, need_weights
+    )
+    inputs = summary(call)
+    # What is chosen for is the call without the keys that nobody sees.
+    call = call.trimmed()
     chosen = choose(call, impl)
     reasons = {}
     for name, implementation in IMPLEMENTATIONS.items():
@@ -207,4 +227,4 @@ def explain(
             # It could, so that the reason is the choice itself.
             why = [passed_over(chosen, name, impl)]
         reasons[name] = why
-    return Explanation(chosen, reasons, summary(call))
+    return Explanation(chosen, reasons, inputs)

@@ -100,12 +100,23 @@ def align(v: Array, kernel: Array, bias: Array | None, causal: bool) -> Array:
     return mixed
 
 
-def see(length: int, keys: int, causal: bool, keep: Array | None, present: Array | None) -> Array:
-    """Which key each query sees, (L, S). Causal is the top-left triangle: query i sees keys 0 ... i."""
+def see(
+    length: int,
+    keys: int,
+    causal: bool,
+    keep: Array | None,
+    present: Array | None,
+    offset: int = 0,
+    window: int | None = None,
+) -> Array:
+    """Which key each query sees, (L, S). Causal: query i stands at i + offset and sees up to there, ``window`` keys."""
     visible = np.ones((length, keys), dtype=bool)
     for i in range(length):
         if causal:
-            visible[i, i + 1 :] = False
+            here = i + offset
+            visible[i, here + 1 :] = False
+            if window is not None:
+                visible[i, : max(0, here - window + 1)] = False
         if keep is not None:
             visible[i] &= keep[i]
         if present is not None:
@@ -177,6 +188,8 @@ def attention(
     keep: Array | None = None,
     bias: Array | None = None,
     causal: bool = False,
+    offset: int = 0,
+    window: int | None = None,
     scale: float | None = None,
 ) -> tuple[Array, Array]:
     """The inner function alone. query (B, N, L, H), key (B, M, S, H), value (B, M, S, Hv); keep and bias (B, N, L, S).
@@ -191,7 +204,7 @@ def attention(
     weights = np.zeros((batch, heads, length, keys))
     for b in range(batch):
         for n in range(heads):
-            visible = see(length, keys, causal, None if keep is None else keep[b, n], None)
+            visible = see(length, keys, causal, None if keep is None else keep[b, n], None, offset, window)
             log_bias = np.zeros((length, keys)) if bias is None else np.asarray(bias[b, n], dtype=np.float64)
             output[b, n], weights[b, n] = one_head(
                 query[b, n],

@@ -22,7 +22,9 @@ class Call:
             heads, and N is a multiple of theirs. The head width of v may differ.
         mask_BNLS: broadcastable to (B, N, L, S); bool, True = attend, or a float added in log-weight space.
         padding_B11S: the same for whole keys, (B, 1, 1, S); kept apart so that merging never needs (B, N, L, S).
-        causal: query l sees keys s <= l (top-left triangle), besides what the masks allow.
+        causal: query l sees keys s <= l + offset only, besides what the masks allow.
+        offset: position of the first query among the keys; 0 without ``causal``.
+        window: under ``causal``, how many keys a query sees at most, its own position the last; None: any number.
         score: a key of :data:`better_attention.scores.SCORES`.
         scale: factor on q.k.
         dropout_p: probability of dropping a weight.
@@ -35,6 +37,8 @@ class Call:
     mask_BNLS: Tensor | None = None
     padding_B11S: Tensor | None = None
     causal: bool = False
+    offset: int = 0
+    window: int | None = None
     score: str = DEFAULT_SCORE
     scale: float = 1.0
     dropout_p: float = 0.0
@@ -44,6 +48,11 @@ class Call:
     def restricted(self) -> bool:
         """Whether any key may be hidden from any query."""
         return self.causal or self.mask_BNLS is not None or self.padding_B11S is not None
+
+    @property
+    def banded(self) -> bool:
+        """Whether the triangle is another than the top-left one of all keys."""
+        return self.offset != 0 or self.window is not None
 
     @property
     def masks(self) -> list[Tensor]:
@@ -60,6 +69,31 @@ class Call:
             "attn_mask": self.mask_BNLS,
             "key_padding_mask": self.padding_B11S,
         }
+
+    def trimmed(self) -> Call:
+        """The same call without the keys that no query can see, and without a triangle that hides nothing.
+
+        One query at the end of a cache, the usual step of a decoder, becomes a call without restrictions. Calls that
+        want the weights of all keys stay as they are.
+        """
+        if not self.banded or self.need_weights:
+            return self
+        L, S = self.q_BNLH.shape[2], self.k_BNSH.shape[2]
+        first = 0 if self.window is None else min(S, max(0, self.offset - self.window + 1))
+        last = min(S, self.offset + L)
+        # Nothing is hidden where the first query sees the last key, and the last query the first key.
+        hides = last - 1 > self.offset or (self.window is not None and self.offset + L - self.window > first)
+        k_BNSH = self.k_BNSH[:, :, first:last]
+        return replace(
+            self,
+            k_BNSH=k_BNSH,
+            v_BNSH=k_BNSH if self.v_BNSH is self.k_BNSH else self.v_BNSH[:, :, first:last],
+            mask_BNLS=_columns(self.mask_BNLS, first, last),
+            padding_B11S=_columns(self.padding_B11S, first, last),
+            causal=hides,
+            offset=self.offset - first if hides else 0,
+            window=self.window if hides else None,
+        )
 
     def with_repeated_heads(self) -> Call:
         """The same call with k and v repeated to N heads (a no-op without grouped queries)."""
@@ -96,6 +130,18 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
-def triangle(rows: Tensor, length: int) -> Tensor:
-    """Bool (len(rows), length), True where key s may be seen by query ``rows[i]``, that is s <= rows[i]."""
-    return torch.arange(length, device=rows.device) <= rows[:, None]
+def _columns(mask: Tensor | None, first: int, last: int) -> Tensor | None:
+    """A mask for keys ``first`` to ``last`` alone; one that is the same for all keys serves as it is."""
+    return mask if mask is None or mask.shape[-1] == 1 else mask[..., first:last]
+
+
+def band(places: Tensor, keys: Tensor, window: int | None) -> Tensor:
+    """Bool (len(places), len(keys)), True where the query at ``places[i]`` sees key ``keys[j]`` under the triangle.
+
+    Args:
+        places: positions of queries among all keys.
+        keys: positions of keys.
+        window: see :class:`Call`.
+    """
+    seen = keys <= places[:, None]
+    return seen if window is None else seen & (keys > places[:, None] - window)

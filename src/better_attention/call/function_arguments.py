@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from better_attention.errors import check_bool, check_choice, check_float, describe, floating_tensor
+from better_attention.errors import check_bool, check_choice, check_float, check_int, describe, floating_tensor
 from better_attention.scores import SCORES
 
 from .call import Call
@@ -58,6 +58,8 @@ def prepare(
     score: str,
     attn_mask: Tensor | None,
     is_causal: bool,
+    offset: int,
+    window: int | None,
     dropout_p: float,
     scale: float | None,
     enable_gqa: bool,
@@ -66,6 +68,7 @@ def prepare(
     """The call in its one internal form, and the leading dimensions (..., N) that its result goes back to."""
     check_choice(score, "score", SCORES)
     check_bool(is_causal, "is_causal")
+    offset, window = check_band(is_causal, offset, window)
     check_bool(enable_gqa, "enable_gqa")
     check_bool(need_weights, "need_weights")
     query, key, value = (floating_tensor(x, n) for x, n in ((query, "query"), (key, "key"), (value, "value")))
@@ -81,6 +84,8 @@ def prepare(
         *_four_dimensional(query, key, value, lead, enable_gqa),
         mask_BNLS=None if attn_mask is None else _mask(attn_mask, lead),
         causal=is_causal,
+        offset=offset,
+        window=window,
         score=score,
         # Heads of width 0 are allowed; all their scores are 0, whatever the scale.
         scale=1.0 / math.sqrt(max(1, query.shape[-1])) if scale is None else check_float(scale, "scale"),
@@ -88,6 +93,24 @@ def prepare(
         need_weights=need_weights,
     )
     return call, lead
+
+
+def check_band(is_causal: bool, offset: int, window: int | None) -> tuple[int, int | None]:
+    """Offset and window if they mean something.
+
+    Raises:
+        TypeError, ValueError: no whole numbers in range; or given without ``is_causal=True``.
+    """
+    if offset == 0 and window is None:  # the most frequent call needs no more
+        return 0, None
+    offset = check_int(offset, "offset", at_least=0)
+    window = None if window is None else check_int(window, "window")
+    if not is_causal:
+        raise ValueError(
+            f"offset={offset} and window={window} say which earlier keys a query sees, which needs is_causal=True. "
+            "Pass is_causal=True, or leave them out and pass an attn_mask."
+        )
+    return offset, window
 
 
 def same_dtype(query: Tensor, key: Tensor, value: Tensor, *, projected: bool = False) -> tuple[Tensor, Tensor, Tensor]:

@@ -21,7 +21,7 @@ class Arguments(NamedTuple):
         v: (B, G, S, W); None: k serves as v, too, and the gradient of k is that of both.
         mask, padding: as in :class:`Call`.
         seed: the number from which follows what is dropped, (), int64; None: nothing is.
-        causal, score, scale, dropout_p: as in :class:`Call`.
+        causal, offset, window, score, scale, dropout_p: as in :class:`Call`.
     """
 
     q: Tensor
@@ -31,6 +31,8 @@ class Arguments(NamedTuple):
     padding: Tensor | None
     seed: Tensor | None
     causal: bool
+    offset: int
+    window: int | None
     score: str
     scale: float
     dropout_p: float
@@ -53,6 +55,8 @@ class Arguments(NamedTuple):
             # A tensor: a number drawn in Python would become a constant of a compiled program, one mask for ever.
             torch.randint(2**63 - 1, (), device="cpu") if call.dropout_p > 0.0 else None,
             call.causal,
+            call.offset,
+            call.window,
             call.score,
             call.scale,
             call.dropout_p,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from better_attention import operators
-from better_attention.call.call import Call, additive, compute_dtype, triangle
+from better_attention.call.call import Call, additive, band, compute_dtype
 from better_attention.call.torch_private import transformed
 from better_attention.call.torch_state import operator_obstacles
 from better_attention.scores import SCORES, Tiles
@@ -66,16 +66,26 @@ class _Tile(NamedTuple):
         return self.batch, self.heads, self.columns
 
 
-def _cover(B: int, N: int, L: int, S: int, causal: bool) -> Iterator[_Tile]:
-    """Cover (B, N, L) in tiles of about ``TILE`` weights; under the triangle a tile stops at its last visible key."""
-    # Rows come first, 128 at least even where that exceeds TILE; then as many heads, then samples, as fit.
-    rows = max(1, min(L, max(128, TILE // max(1, N * S))))
-    heads = max(1, min(N, TILE // max(1, rows * S)))
-    batch = max(1, min(B, TILE // max(1, rows * S * N))) if heads == N else 1
+def _cover(a: Arguments) -> Iterator[_Tile]:
+    """Cover (B, N, L) in tiles of about ``TILE`` weights; under the triangle a tile has only the keys it may see.
+
+    A tile that may see none is left out: its results are zero.
+    """
+    (B, N, L, _), S = a.q.shape, a.k.shape[2]
+    # Rows come first, 128 at least even where that exceeds TILE; then as many heads, then samples, as fit. With a
+    # window no more rows than it is wide, because a tile's keys are those of all its rows.
+    rows = max(1, min(L, max(128, TILE // max(1, N * S)), L if a.window is None else max(128, a.window)))
+    span = S if a.window is None else min(S, rows + a.window)
+    heads = max(1, min(N, TILE // max(1, rows * span)))
+    batch = max(1, min(B, TILE // max(1, rows * span * N))) if heads == N else 1
     for l0 in range(0, L, rows):
         l1 = min(L, l0 + rows)
         # No query of these rows sees a key from l1 on, which saves about half of the work.
-        columns = slice(0, min(S, l1) if causal else S)
+        last = min(S, l1 + a.offset) if a.causal else S
+        first = 0 if a.window is None else min(last, max(0, l0 + a.offset - a.window + 1))
+        if first == last:
+            continue
+        columns = slice(first, last)
         for b0 in range(0, B, batch):
             for n0 in range(0, N, heads):
                 yield _Tile(slice(b0, min(B, b0 + batch)), slice(n0, min(N, n0 + heads)), slice(l0, l1), columns)
@@ -100,8 +110,10 @@ def _restrictions(a: Arguments, tile: _Tile, like: Tensor) -> tuple[Tensor | Non
             finite = additive(cut.masked_fill(here, 0.0), like.dtype)
             bias = finite if bias is None else bias + finite
     if a.causal:
-        later = ~triangle(torch.arange(tile.rows.start, tile.rows.stop, device=like.device), tile.columns.stop)
-        hide = later if hide is None else hide | later
+        places = torch.arange(tile.rows.start, tile.rows.stop, device=like.device) + a.offset
+        keys = torch.arange(tile.columns.start, tile.columns.stop, device=like.device)
+        outside = ~band(places, keys, a.window)
+        hide = outside if hide is None else hide | outside
     return hide, bias
 
 
@@ -143,7 +155,7 @@ def _forward(a: Arguments) -> Tensor:
         return heads
     dropout = _Dropout(a.seed, a.dropout_p, a.q.device)
     tiles = _tiles_of(a.score)(q_BNLH, k_BNSH)
-    for tile in _cover(B, N, L, S, a.causal):
+    for tile in _cover(a):
         hide, bias = _restrictions(a, tile, q_BNLH)
         weights, total = tiles.weights(tile.queries, tile.keys, bias, hide)
         kept = dropout.next(weights)
@@ -155,7 +167,7 @@ def _forward(a: Arguments) -> Tensor:
 
 def _backward(grad: Tensor, a: Arguments, mask_wanted: Sequence[bool]) -> Sequence[Tensor | None]:
     """Gradients of q, k, v and of the two masks; where k serves as v, of both in the second one."""
-    (B, N, L, _), S, v = a.q.shape, a.k.shape[2], a.values
+    S, v = a.k.shape[2], a.values
     dtype = compute_dtype(a.q.dtype)
     mask_grads = [
         torch.zeros_like(m, dtype=dtype) if m is not None and wish else None
@@ -165,7 +177,7 @@ def _backward(grad: Tensor, a: Arguments, mask_wanted: Sequence[bool]) -> Sequen
     dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (a.q, a.k, v))
     dropout = _Dropout(a.seed, a.dropout_p, a.q.device)
     tiles = _tiles_of(a.score)(q_BNLH, k_BNSH)
-    for tile in _cover(B, N, L, S, a.causal) if S else ():
+    for tile in _cover(a) if S else ():
         hide, bias = _restrictions(a, tile, q_BNLH)
         weights, slope = tiles.slopes(tile.queries, tile.keys, bias, hide)
         kept = dropout.next(weights)

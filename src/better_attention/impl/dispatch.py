@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from better_attention.call.call import Call, triangle
+from better_attention.call.call import Call, band
 from better_attention.call.torch_private import transformed
 from better_attention.call.torch_state import (
     autocast_dtype,
@@ -162,6 +162,8 @@ def summary(call: Call) -> str:
         if mask is not None:
             parts.append(f"{name}={str(mask.dtype).removeprefix('torch.')} {tuple(mask.shape)}")
     parts += ["is_causal=True"] * call.causal
+    parts += [f"offset={call.offset}"] * (call.offset != 0)
+    parts += [f"window={call.window}"] * (call.window is not None)
     parts += [f"dropout_p={call.dropout_p:g}"] * (call.dropout_p > 0.0)
     parts += ["need_weights=True"] * call.need_weights
     return ", ".join(parts)
@@ -179,6 +181,7 @@ def attend(call: Call, impl: str) -> tuple[Tensor, Tensor | None]:
     Raises:
         ValueError: ``impl`` cannot compute the call.
     """
+    call = call.trimmed()
     chosen = choose(call, impl)
     if chosen is None:
         raise ValueError(refusal(call, impl))
@@ -235,7 +238,8 @@ def _sees(call: Call, keys_BNS: Tensor, rows: int = 256) -> Tensor:
             cut = mask[:, :, start:stop] if mask.shape[2] > 1 else mask
             seen = seen & ~hides(cut)
         if call.causal:
-            seen = seen & triangle(torch.arange(start, stop, device=seen.device), S)
+            places = torch.arange(start, stop, device=seen.device) + call.offset
+            seen = seen & band(places, torch.arange(S, device=seen.device), call.window)
         # Expanded, because without a mask per query `seen` has a single row for all of them.
         parts.append(seen.any(dim=-1, keepdim=True).expand(B, N, stop - start, 1))
     return torch.cat(parts, dim=2)

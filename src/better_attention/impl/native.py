@@ -40,6 +40,8 @@ def unsupported(call: Call) -> list[str]:
         reasons.append(f"its kernels are for the CPU, not {q_BNLH.device.type!r}")
     if q_BNLH.dtype not in (torch.float32, torch.bfloat16):
         reasons.append(f"it computes in float32 and bfloat16, not {str(q_BNLH.dtype).removeprefix('torch.')}")
+    if call.banded:
+        reasons.append("its triangle begins at the first key and has no window")
     if q_BNLH.shape[-1] == 0:
         reasons.append("heads of width 0 have no scores")
     if call.need_weights:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from better_attention.call.call import Call, additive, compute_dtype, triangle
+from better_attention.call.call import Call, additive, band, compute_dtype
 from better_attention.scores import SCORES
 
 
@@ -51,6 +51,8 @@ def _bias_and_hidden(call: Call, dtype: torch.dtype) -> tuple[Tensor | None, Ten
             finite = additive(mask.masked_fill(here, 0.0), dtype)
             bias = finite if bias is None else bias + finite
     if call.causal:
-        later = ~triangle(torch.arange(call.q_BNLH.shape[2], device=call.q_BNLH.device), call.k_BNSH.shape[2])
-        hide = later if hide is None else hide | later
+        L, S, device = call.q_BNLH.shape[2], call.k_BNSH.shape[2], call.q_BNLH.device
+        places = torch.arange(L, device=device) + call.offset
+        outside = ~band(places, torch.arange(S, device=device), call.window)
+        hide = outside if hide is None else hide | outside
     return bias, hide

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from better_attention.call.call import Call, additive
+from better_attention.call.call import Call, additive, band
 from better_attention.call.torch_state import exporting_onnx_attention, with_tangents
 
 SCORE = "softmax"
@@ -22,8 +22,8 @@ def unsupported(call: Call) -> list[str]:
         reasons.append(f"it computes {SCORE} weights only, not {call.score!r}")
     if call.need_weights:
         reasons.append("it does not return weights")
-    if len(masks) + call.causal > 1 and _merged_elements(call) > MERGE_LIMIT:
-        reasons.append("mask, padding and triangle together would have to be merged into one (B, N, L, S) mask")
+    if (len(masks) + call.causal > 1 or call.banded) and _merged_elements(call) > MERGE_LIMIT:
+        reasons.append("mask, padding, triangle and window would have to be merged into one (B, N, L, S) mask")
     if call.q_BNLH.dtype == torch.float16 and any(m.dtype not in (torch.bool, torch.float16) for m in masks):
         reasons.append("it takes masks in float16 only, which has no room for large biases")
     if masks and any(m.requires_grad for m in masks):
@@ -75,9 +75,10 @@ def _merge(call: Call) -> Tensor | None:
 def _merged(call: Call) -> Tensor | None:
     # A new list at each access: appending to it leaves the call as it is.
     parts = call.masks
-    if call.causal and parts:
-        (_, _, L, _), S = call.q_BNLH.shape, call.k_BNSH.shape[2]
-        parts.append(torch.ones(L, S, dtype=torch.bool, device=call.q_BNLH.device).tril()[None, None])
+    if call.causal and (parts or call.banded):
+        (_, _, L, _), S, device = call.q_BNLH.shape, call.k_BNSH.shape[2], call.q_BNLH.device
+        places = torch.arange(L, device=device) + call.offset
+        parts.append(band(places, torch.arange(S, device=device), call.window)[None, None])
     if not parts:
         return None
     dtype = call.q_BNLH.dtype

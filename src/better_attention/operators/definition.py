@@ -12,7 +12,15 @@ A = TypeVar("A", bound=tuple[Any, ...])
 """The ``NamedTuple`` of an operator's arguments."""
 Tensors = tuple[Tensor, ...]
 
-_SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", bool: "bool", str: "str", float: "float"}
+_SCHEMA_TYPES = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    bool: "bool",
+    str: "str",
+    float: "float",
+    int: "SymInt",
+    int | None: "int?",
+}
 
 
 class Definition(ABC, Generic[A]):
@@ -21,7 +29,7 @@ class Definition(ABC, Generic[A]):
     Attributes:
         name: below ``torch.ops.better_attention``. The operator of its derivative is called ``NAME_backward``.
         arguments: the ``NamedTuple`` A: first the tensors, ``Tensor | None`` where one is optional, then settings of
-            type bool, str or float.
+            type bool, int, str or float.
         differentiable: the fields of A that have a gradient.
         saves_results: whether :meth:`backward` reads the results.
         results: how many tensors :meth:`forward` returns. The first is the result; the others have no derivative.

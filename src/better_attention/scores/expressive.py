@@ -116,8 +116,17 @@ class Tiles:
             a = _plain(self._given_q[rows] @ self._given_k[keys].transpose(-1, -2), hide)
             total = _divisor(a)
             # An infinite divisor marks a row of zeros, which may be one whose squares have all underflowed.
-            if not bool(((total < self._faint) | (total == math.inf)).any()):
+            faint = (total < self._faint) | (total == math.inf)
+            if not bool(faint.any()):
                 return a, total
+            # Row by row: the bits of a row must not depend on what another one sees.
+            careful, careful_total = self._careful_weights(rows, keys, bias, hide)
+            return torch.where(faint, careful, a), torch.where(faint, careful_total, total)
+        return self._careful_weights(rows, keys, bias, hide)
+
+    def _careful_weights(
+        self, rows: Slices, keys: Slices, bias: Tensor | None, hide: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         z, units = self._scores(rows, keys)
         a = _careful(z, units, bias, hide)
         return a, _divisor(a)

@@ -347,6 +347,11 @@ FUNCTION_ARGUMENTS: dict[str, dict[str, Callable[[], Arguments]]] = {
         "learned": lambda: {"attn_mask": drawn(L, S).requires_grad_()},
     },
     "is_causal": {"True": lambda: {"is_causal": True}},
+    "offset": {"two keys before": lambda: {"is_causal": True, "offset": 2}},
+    "window": {
+        "two keys": lambda: {"is_causal": True, "window": 2},
+        "and offset": lambda: {"is_causal": True, "offset": 1, "window": 3},
+    },
     "dropout_p": {"everything": lambda: {"dropout_p": 1.0}},
     "scale": {"another": lambda: {"scale": -0.9}},
     "enable_gqa": {"one key head": lambda: {"enable_gqa": True, "key": drawn(B, 1, S, H), "value": drawn(B, 1, S, V)}},
@@ -416,6 +421,8 @@ def function_refusal(path: str, argument: str, form: str) -> str | None:
     learns, path = path.startswith("training"), path.removeprefix("training ")
     if learns and form == "float" and path in ("native", "sdpa"):
         return "differentiate"
+    if path == "native" and argument in ("offset", "window"):
+        return "window"
     if path == "sdpa" and argument == "score":
         return "softmax weights only"
     if path in IMPLS and path != "reference" and argument == "need_weights":
@@ -437,6 +444,8 @@ def function_by_oracle(given: Arguments) -> list[np.ndarray]:
         *(array(given[name]) for name in ("query", "key", "value")),
         score=given.get("score", "softmax"),
         causal=given.get("is_causal", False),
+        offset=given.get("offset", 0),
+        window=given.get("window"),
         scale=given.get("scale"),
         **options,
     )

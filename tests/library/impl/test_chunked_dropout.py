@@ -103,7 +103,7 @@ def test_long_sequences_under_dropout_keep_no_weights(score: str, monkeypatch: p
 @scores
 def test_opcheck(score: str) -> None:
     q, k, v = (tokens(2, 2, n, 4, requires_grad=True) for n in (5, 7, 7))
-    arguments = (q, k, v, None, None, torch.tensor(12345), False, score, 0.5, 0.25)
+    arguments = (q, k, v, None, None, torch.tensor(12345), False, 0, None, score, 0.5, 0.25)
     torch.library.opcheck(torch.ops.better_attention.chunked.default, arguments)
 
 
@@ -111,7 +111,7 @@ def test_opcheck(score: str) -> None:
 def test_one_tensor_can_be_key_and_value_of_the_operator(score: str) -> None:
     """``impl="chunked"`` passes it twice; the operator takes None for v, as that of the kernels, and sums gradients."""
     q, k = (tokens(2, 2, n, 4, requires_grad=True) for n in (5, 7))
-    operator, settings = torch.ops.better_attention.chunked, (None, None, None, True, score, 0.5, 0.0)
+    operator, settings = torch.ops.better_attention.chunked, (None, None, None, True, 0, None, score, 0.5, 0.0)
     once, twice = operator(q, k, None, *settings), operator(q, k, k, *settings)
     torch.testing.assert_close(once, twice)
     for ours, expected in zip(

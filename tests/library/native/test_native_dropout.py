@@ -163,7 +163,7 @@ def test_output_and_gradients(case: Case, dtype: torch.dtype, score: str, isa: s
     upstream = normal(rng, B, N, L, W, dtype=dtype)
     torch.manual_seed(state)
     call = Call(
-        leaves[0], leaves[1], leaves[-1], mask, padding, case.causal, score, scale, dropout_p=p
+        leaves[0], leaves[1], leaves[-1], mask, padding, causal=case.causal, score=score, scale=scale, dropout_p=p
     )  # fmt: skip
     with native.instruction_set(isa), poisoned():
         assert native.unsupported(call) == []
@@ -406,7 +406,7 @@ def test_many_gradients_at_once_are_those_of_the_mask_drawn(
 @scores
 def test_opcheck(score: str, rng: np.random.Generator) -> None:
     q, k, v = (normal(rng, 2, 2, n, 8).requires_grad_() for n in (5, 7, 7))
-    arguments = (q, k, v, None, None, torch.tensor(12345), False, score, 0.5, 0.25)
+    arguments = (q, k, v, None, None, torch.tensor(12345), False, 0, None, score, 0.5, 0.25)
     torch.library.opcheck(torch.ops.better_attention.native.default, arguments)
 
 
