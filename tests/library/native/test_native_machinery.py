@@ -19,7 +19,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.export import Dim
@@ -33,6 +32,7 @@ from better_attention.impl import native
 from better_attention.layer.alignment import Alignment
 from helpers import TESTS
 from helpers.bridge import array, assert_close, assert_within_rounding, plain_module
+from helpers.compiler import Programs
 from helpers.layers import ALL, CAUSAL, LAYERS, NAMED, layer, padding, refused, tokens
 from helpers.native_cases import (
     DTYPES,
@@ -389,7 +389,7 @@ def check_compiled_function(score: str, backend: str, dynamic: bool | None) -> N
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         return ba.attention(q, k, v, score=score, attn_mask=mask, is_causal=True, enable_gqa=True, impl="native")
 
-    counter = CompileCounterWithBackend(backend)
+    counter = Programs(backend)
     compiled = torch.compile(attend, fullgraph=True, dynamic=dynamic, backend=counter)
     for length, keys in LENGTHS:
         shapes = ((3, 4, length, 8), (3, 2, keys, 8), (3, 2, keys, 6))
@@ -401,7 +401,7 @@ def check_compiled_function(score: str, backend: str, dynamic: bool | None) -> N
             results.append([output, *torch.autograd.grad(output.square().sum(), leaves)])
         torch.testing.assert_close(results[1], results[0])
         assert same_bits(results[1][:1], results[0][:1])
-    assert counter.frame_count <= 2, f"{counter.frame_count} compilations of {len(LENGTHS)} lengths"
+    assert counter.count <= 2, f"{counter.count} compilations of {len(LENGTHS)} lengths"
 
 
 @needs_native
@@ -438,14 +438,14 @@ def step(module: nn.Module, call: nn.Module, x: Tensor, arguments: dict[str, obj
 @pytest.mark.parametrize("name", ALL)
 def test_layers(name: str) -> None:
     module = layer(name, 16, 2, max_len=13, impl="native")
-    counter = CompileCounterWithBackend("aot_eager")
+    counter = Programs("aot_eager")
     compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=counter)
     for length in (5, 3, 11, 13):
         arguments = {"key_padding_mask": padding(2, length), "is_causal": name in CAUSAL}
         x = tokens(2, length, 16, dtype=torch.float32)
         found, expected = (step(module, call, x, arguments) for call in (compiled, module))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    assert counter.frame_count <= 2
+    assert counter.count <= 2
 
 
 class SelfAttention(nn.Module):

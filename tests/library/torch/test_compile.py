@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim
 
+from helpers.compiler import Programs
 from helpers.layers import ALL, CAUSAL, MASKS, NAMED, layer, masks_for, padding, tokens
 
 B, N, E, MAX_LEN = 2, 2, 6, 13
@@ -38,7 +38,7 @@ def check_compiled(
     name: str, mask: str, need_weights: bool, backend: str, *, lengths: tuple[int, ...] = LENGTHS
 ) -> None:
     module = layer(name, E, N, max_len=MAX_LEN).double()
-    counter = CompileCounterWithBackend(backend)
+    counter = Programs(backend)
     compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=counter)
     for length in lengths:
         arguments = {"need_weights": need_weights, **MASKS[mask](B, length, length, N, torch.float64)}
@@ -46,7 +46,7 @@ def check_compiled(
         torch.testing.assert_close(
             step(module, x, arguments, compiled), step(module, x, arguments, module), rtol=1e-10, atol=1e-12
         )
-    assert 1 <= counter.frame_count <= 2, f"{counter.frame_count} compilations for lengths {lengths}"
+    assert 1 <= counter.count <= 2, f"{counter.count} compilations for lengths {lengths}"
 
 
 # --- torch.compile ------------------------------------------------------------------------------------------------
@@ -86,12 +86,12 @@ def test_inductor(name: str, mask: str) -> None:
 @pytest.mark.parametrize("name", NAMED)
 def test_cross_attention_with_both_lengths_free(name: str) -> None:
     module = layer(name, E, N, max_len=MAX_LEN).double()
-    counter = CompileCounterWithBackend("aot_eager")
+    counter = Programs("aot_eager")
     compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=counter)
     for L, S in [(3, 5), (5, 3), (7, MAX_LEN), (11, 2), (2, 11)]:
         q, k = tokens(B, L, E), tokens(B, S, E)
         torch.testing.assert_close(compiled(q, k, k, need_weights=False), module(q, k, k, need_weights=False))
-    assert counter.frame_count <= 2
+    assert counter.count <= 2
 
 
 @pytest.mark.slow
