@@ -12,6 +12,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from . import command as command  # first of all: it ends the process quietly if Ctrl-C comes while torch is imported
+from .cache.kv_cache import KVCache
+from .cache.model_cache import ModelCache
 from .causality import assert_causal
 from .conversion.convert import convert
 from .conversion.recipe import load_converted, save_converted
@@ -36,7 +38,9 @@ __all__ = [
     "ConversionReport",
     "Cost",
     "Explanation",
+    "KVCache",
     "Mechanism",
+    "ModelCache",
     "MultiheadAttention",
     "OnnxReport",
     "Quantised",

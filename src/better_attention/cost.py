@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .cache.streams import streams
 from .errors import check_bool, check_choice, check_int
 from .layer.part import Sizes
 from .layer.parts import parts_of
@@ -23,8 +24,8 @@ class Cost:
             optimised and super, 9 efficient. It is linear in d, so it is not the count of a real layer.
         flops: floating-point operations of the matrix products, a multiply-add counted as two.
         weight_bytes: memory of the parameters.
-        cache_bytes_per_token: key/value cache per token while generating: one tensor where key and value are both the
-            input itself (efficient), else two.
+        cache_bytes_per_token: of a :class:`better_attention.KVCache`: one tensor where key and value are both the
+            input itself (efficient), two for most, three where W_A mixes projected values.
     """
 
     mechanism: str
@@ -87,7 +88,6 @@ def cost(
     # Two products of 2 n^2 d operations over all heads: queries with keys, and weights with values.
     scores_and_mix = 4 * n * n * d
     forward = scores_and_mix + sum(part.flops(sizes) for part in parts)
-    one_tensor = not any(part.stream in ("k", "v") for part in parts)
     return Cost(
         mechanism=row.name,
         params=params,
@@ -96,5 +96,5 @@ def cost(
         # Each product has two factors, whose gradients are a product of the same size each.
         flops=B * forward * (3 if backward else 1),
         weight_bytes=params * dtype.itemsize,
-        cache_bytes_per_token=(1 if one_tensor else 2) * d * dtype.itemsize,
+        cache_bytes_per_token=len(streams(row)) * d * dtype.itemsize,
     )

@@ -59,6 +59,7 @@ def oracle_weights(
         **arrays,
         align_causal=align_causal,
         zero_key=add_zero_attn,
+        window=module.window,
         score=module.mechanism.score,
         scale=scale if learned is None else np.exp(array(learned)),
     )

@@ -25,6 +25,17 @@ LAYERS: dict[str, dict[str, object]] = {
 }
 """Every mechanism of the table, and the corners of the three axes that could break by themselves."""
 
+WINDOWED: dict[str, dict[str, object]] = {
+    "efficient window": {"mechanism": "efficient", "window": 3},
+    "super window": {"mechanism": "super", "window": 3},
+    "standard+align+expressive window": {
+        "mechanism": "standard+align+expressive",
+        "window": 4,
+        "align_heads": "per_head",
+    },
+}
+"""Layers whose queries see the last few tokens alone, causal whatever is asked for."""
+
 NAMED = list(ba.MECHANISMS)
 ALL = list(LAYERS)
 CAUSAL = [name for name, o in LAYERS.items() if o.get("align_causal") or not ba.Mechanism.of(o["mechanism"]).aligned]
@@ -35,8 +46,8 @@ def layer(
     name: str, embed_dim: int = 6, num_heads: int = 2, *, max_len: int = 7, spread: float = 0.4, **options: object
 ) -> ba.MultiheadAttention:
     """The layer called ``name``; every parameter is random (a bias of zero would hide that it is ignored)."""
-    chosen: dict[str, object] = {"batch_first": True, **LAYERS[name], **options}
-    if ba.Mechanism.of(chosen["mechanism"]).aligned:
+    chosen: dict[str, object] = {"batch_first": True, **(LAYERS | WINDOWED)[name], **options}
+    if ba.Mechanism.of(chosen["mechanism"]).aligned and "window" not in chosen:
         chosen["max_len"] = max_len
     module = ba.MultiheadAttention(embed_dim, num_heads, **chosen)
     with torch.no_grad():

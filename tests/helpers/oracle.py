@@ -35,6 +35,7 @@ class Weights:
     extra_k: Array | None = None  # (E,): one more key and value, after projection and W_A, which every query sees
     extra_v: Array | None = None
     zero_key: bool = False  # a last key and value of zeros
+    window: int | None = None  # queries see the last so many keys, and W_A (window, window) acts on these
     score: str = "softmax"
     scale: float | Array | None = None  # None: 1/sqrt(E/h); an array holds one number for each head
 
@@ -100,6 +101,27 @@ def align(v: Array, kernel: Array, bias: Array | None, causal: bool) -> Array:
     return mixed
 
 
+def windowed(weights: Array, v: Array, kernel: Array, bias: Array | None) -> Array:
+    """s_t (W_A V_window + a) for each query of self-attention: weights (s, s), v (s, H), kernel (w, w) -> (s, H).
+
+    The last row and column of the kernel belong to the query's own position.
+    """
+    size = kernel.shape[0]
+    output = np.zeros_like(v)
+    for t in range(v.shape[0]):
+        window = np.zeros((size, v.shape[1]))
+        s = np.zeros(size)
+        for place in range(size):
+            key = t - (size - 1) + place
+            if key >= 0:
+                window[place], s[place] = v[key], weights[t, key]
+        mixed = kernel @ window
+        if bias is not None:
+            mixed = mixed + bias[:, None]
+        output[t] = s @ mixed
+    return output
+
+
 def see(
     length: int,
     keys: int,
@@ -157,12 +179,18 @@ def multihead(
         for n in range(w.heads):
             columns = slice(n * width, (n + 1) * width)
             k_n, v_n = k[:, columns], v[:, columns]
+            kernel, shift = w.align, w.align_bias
             if w.align is not None:
                 kernel = w.align if w.align.ndim == 2 else w.align[n]
                 shift = w.align_bias if w.align_bias is None or w.align_bias.ndim == 1 else w.align_bias[n]
-                v_n = align(v_n, kernel, shift, w.align_causal)
+                v_n = v_n if w.window is not None else align(v_n, kernel, shift, w.align_causal)
             visible = see(
-                length, keys, causal, None if keep is None else keep[b, n], None if present is None else present[b]
+                length,
+                keys,
+                causal or w.window is not None,
+                None if keep is None else keep[b, n],
+                None if present is None else present[b],
+                window=w.window,
             )
             log_bias = np.zeros((length, keys)) if bias is None else np.asarray(bias[b, n], dtype=np.float64)
             if w.extra_k is not None:
@@ -175,6 +203,8 @@ def multihead(
             joined[:, columns], weights[b, n] = one_head(
                 q[:, columns], k_n, v_n, visible, log_bias, float(scale), w.score
             )
+            if w.align is not None and w.window is not None:
+                joined[:, columns] = windowed(weights[b, n], v_n, kernel, shift)
         output[b] = linear(joined, w.o, w.o_bias)
     return output, weights
 

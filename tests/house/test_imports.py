@@ -44,6 +44,7 @@ LIBRARY_ROOMS = (
     {"errors", "text", "evaluation", "command"},
     {"scores"},
     {"mechanism"},
+    {"cache"},
     {"call"},
     {"operators"},
     {"native"},

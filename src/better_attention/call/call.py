@@ -81,19 +81,19 @@ class Call:
         L, S = self.q_BNLH.shape[2], self.k_BNSH.shape[2]
         first = 0 if self.window is None else min(S, max(0, self.offset - self.window + 1))
         last = min(S, self.offset + L)
-        # Nothing is hidden where the first query sees the last key, and the last query the first key.
-        hides = last - 1 > self.offset or (self.window is not None and self.offset + L - self.window > first)
         k_BNSH = self.k_BNSH[:, :, first:last]
-        return replace(
+        cut = replace(
             self,
             k_BNSH=k_BNSH,
             v_BNSH=k_BNSH if self.v_BNSH is self.k_BNSH else self.v_BNSH[:, :, first:last],
             mask_BNLS=_columns(self.mask_BNLS, first, last),
             padding_B11S=_columns(self.padding_B11S, first, last),
-            causal=hides,
-            offset=self.offset - first if hides else 0,
-            window=self.window if hides else None,
+            offset=self.offset - first,
         )
+        # Something is hidden unless the first query sees the last key, and the last query the first key.
+        if last - 1 > self.offset or (self.window is not None and self.offset + L - self.window > first):
+            return cut
+        return replace(cut, causal=False, offset=0, window=None)
 
     def with_repeated_heads(self) -> Call:
         """The same call with k and v repeated to N heads (a no-op without grouped queries)."""

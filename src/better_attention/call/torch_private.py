@@ -4,7 +4,7 @@ A private name can disappear in any version. The assumed answer always takes the
 wrong. Names are looked up once, at import; ``PRIVATE_NAMES`` lists them, and a test removes them one by one.
 
 The opposite direction cannot be looked up: what torch reads of the layer by a private name (``_qkv_same_embed_dim``,
-``_reset_parameters``, ``_load_from_state_dict``) is defined in ``layer/drop_in.py``.
+``_reset_parameters``, ``_load_from_state_dict``) is defined in ``layer/imitation/drop_in.py``.
 """
 
 from __future__ import annotations

@@ -85,18 +85,20 @@ class Alignment(nn.Module):
     def reset_parameters(self) -> None:
         """Draw W_A anew; its bias starts at zero."""
         with torch.no_grad():
-            if self.init == "identity":
-                self.weight.copy_(torch.eye(self.max_len, dtype=self.weight.dtype, device=self.weight.device))
-            else:
-                bound = math.sqrt(6.0 / (2 * self.max_len))  # per kernel; nn.init would count the heads as inputs
-                self.weight.uniform_(-bound, bound)
+            draw(self.weight, self.init)
             if self.causal:
                 self.weight.tril_()
             if self.bias is not None:
                 self.bias.zero_()
 
-    def forward(self, value_BSD: Tensor) -> Tensor:
-        """Mix the positions of (B, S, D) values, D = heads x head width, head after head."""
+    def forward(self, value_BSD: Tensor, first: int = 0) -> Tensor:
+        """Mix the positions of (B, S, D) values, D = heads x head width, head after head.
+
+        Args:
+            value_BSD: the values, (B, S, D).
+            first: the first position that is wanted: the result is (B, S - first, D). Only a lower triangular W_A has
+                results for a part of the positions that do not change when more are added.
+        """
         S = value_BSD.shape[1]
         if self.max_len < S:
             raise ValueError(
@@ -104,14 +106,16 @@ class Alignment(nn.Module):
                 f"(shape {tuple(value_BSD.shape)}). Build with max_len >= {S}, shorten the input, "
                 "or use 'efficient', which has no fixed length."
             )
-        aligned_BSD = self._mix(value_BSD)
+        aligned_BSD = self._mix(value_BSD, first)
         # A full W_A mixes every position into every other: there NaN belongs everywhere.
         if self.causal and not is_known_finite(aligned_BSD):
-            aligned_BSD = self._keep_apart(value_BSD)
+            aligned_BSD = self._keep_apart(value_BSD, first)
         return aligned_BSD
 
-    def _mix(self, value_BSD: Tensor) -> Tensor:
+    def _mix(self, value_BSD: Tensor, first: int) -> Tensor:
         S = value_BSD.shape[1]
+        if first > 0:
+            return self._mix_rows(value_BSD, first)
         weight, bias = self.sliced_to(S)
         if self._kernels_serve(weight, value_BSD):
             shared = weight.dim() == 2
@@ -130,6 +134,23 @@ class Alignment(nn.Module):
         if bias is not None:
             aligned_NSC = aligned_NSC + bias
         return aligned_NSC.reshape(N, S, B, D // N).permute(2, 1, 0, 3).reshape(B, S, D)
+
+    def _mix_rows(self, value_BSD: Tensor, first: int) -> Tensor:
+        """Positions from ``first`` on, (B, S - first, D): their rows of W_A alone, and no copy of the values."""
+        S = value_BSD.shape[1]
+        weight, bias = self.sliced_to(S)
+        rows = weight[..., first:, :]
+        if self.causal and S - first > 1:  # one row ends with its own position
+            rows = rows.tril(first)
+        column = None if bias is None else bias[..., first:, :]
+        if self.heads == "shared":
+            aligned_BLD: Tensor = rows @ value_BSD
+            return aligned_BLD if column is None else aligned_BLD + column
+        # Head after head, because one product over all of them would first copy the values.
+        parts = [row @ part for row, part in zip(rows, value_BSD.chunk(self.num_heads, dim=-1), strict=True)]
+        if column is not None:
+            parts = [part + c for part, c in zip(parts, column, strict=True)]
+        return torch.cat(parts, dim=-1)
 
     def _kernels_serve(self, weight: Tensor, value_BSD: Tensor) -> bool:
         if not self.compiled or not align.supported(weight, self.bias, value_BSD):
@@ -159,12 +180,12 @@ class Alignment(nn.Module):
         weight = self.weight.index_select(-2, positions).index_select(-1, positions)
         return weight, None if self.bias is None else self.bias.index_select(-1, positions)[..., None]
 
-    def _keep_apart(self, value_BSD: Tensor) -> Tensor:
+    def _keep_apart(self, value_BSD: Tensor, first: int) -> Tensor:
         """With numbers that are not finite, 0 * NaN would carry them backwards: positions before them stay clean."""
         # Zeroing a position and marking its successors is enough: in a lower triangular W_A only those can receive it.
         bad_BS = ~value_BSD.isfinite().all(dim=-1)
-        clean_BSD = self._mix(zero_rows(value_BSD, bad_BS))
-        return clean_BSD.masked_fill((bad_BS.cumsum(dim=-1) > 0)[..., None], math.nan)
+        clean_BSD = self._mix(zero_rows(value_BSD, bad_BS), first)
+        return clean_BSD.masked_fill((bad_BS.cumsum(dim=-1) > 0)[:, first:, None], math.nan)
 
     def extra_repr(self) -> str:
         """Settings for ``print(module)``."""
@@ -174,17 +195,37 @@ class Alignment(nn.Module):
         )
 
 
-def check_alignment(mechanism: Mechanism, max_len: int | None, heads: str, causal: bool, init: str) -> None:
-    """Refuse settings of W_A where there is none, and a W_A without its size.
+def draw(weight: Tensor, init: str) -> None:
+    """Draw W_A, or one for each head, (..., S, S): Glorot uniform or the identity. Without gradients."""
+    size = weight.shape[-1]
+    if init == "identity":
+        weight.copy_(torch.eye(size, dtype=weight.dtype, device=weight.device))
+        return
+    bound = math.sqrt(6.0 / (2 * size))  # per kernel; nn.init would count the heads as inputs
+    weight.uniform_(-bound, bound)
+
+
+def check_alignment(
+    mechanism: Mechanism, max_len: int | None, window: int | None, heads: str, causal: bool, init: str
+) -> None:
+    """Refuse settings of W_A where there is none, a W_A without its size, and one with two sizes.
 
     Raises:
-        ValueError: either of them.
+        ValueError: any of them.
     """
+    if mechanism.aligned and window is not None:
+        if max_len is not None or causal:
+            given = f"max_len={max_len}" if max_len is not None else "align_causal=True"
+            raise ValueError(
+                f"{given} and window={window} exclude each other: the W_A of a window is window x window, has no "
+                "fixed length, and looks at no later token. Leave one of them out."
+            )
+        return
     if mechanism.aligned:
         if max_len is None:
             raise ValueError(
                 f"mechanism {mechanism.name!r} needs max_len, the size of W_A: the longest value sequence. "
-                "Pass max_len=..., or use 'efficient', which has no fixed length."
+                "Pass max_len=..., or window=... for any length, or use 'efficient', which has no fixed length."
             )
         return
     defaults = {"max_len": None, "align_heads": "shared", "align_causal": False, "align_init": "xavier"}

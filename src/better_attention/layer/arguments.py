@@ -43,7 +43,8 @@ class Inputs(NamedTuple):
         mask_BNLS: bool, True = attend, or a float added to the log weights; broadcastable to (B, N, L, S).
         padding_B11S: the same for whole keys.
         padded_BS1: True where W_V's bias makes a padded value non-zero again before W_A mixes it into others.
-        causal: whether query l sees keys s <= l only.
+        causal: whether query l sees keys s <= l + offset only.
+        offset: position of the first query among the keys.
         need_weights: whether the weights are wanted.
         average: whether the weights are wanted averaged over heads.
         is_self: whether query, key and value were one tensor.
@@ -58,6 +59,7 @@ class Inputs(NamedTuple):
     padding_B11S: Tensor | None
     padded_BS1: Tensor | None
     causal: bool
+    offset: int
     need_weights: bool
     average: bool
     is_self: bool
@@ -114,7 +116,9 @@ def read(layer: MultiheadAttention, given: Arguments) -> Inputs:
         mask_BNLS,
         padding_B11S,
         padded_BS1,
-        given.is_causal,
+        # A window is one of earlier tokens.
+        given.is_causal or layer.window is not None,
+        0,
         given.need_weights,
         given.average_attn_weights,
         key is query and value is key,

@@ -10,13 +10,14 @@ from better_attention.call.torch_state import autocast_dtype
 from better_attention.errors import FLOATING
 
 
-def called(part: nn.Module, x: Tensor, name: str) -> Tensor:
-    """``part(x)``, with an error that says so where its weights are of another dtype or on another device.
+def called(part: nn.Module, x: Tensor, name: str, *settings: int) -> Tensor:
+    """``part(x, *settings)``, with an error that says so where its weights are of another dtype or on another device.
 
     Args:
         part: a sub-module of the layer that takes one tensor.
         x: its input.
         name: what messages call it.
+        settings: further arguments of its forward.
 
     Raises:
         TypeError: its parameters are of another dtype, and it did not convert either side.
@@ -28,7 +29,7 @@ def called(part: nn.Module, x: Tensor, name: str) -> Tensor:
         raise _mismatch(name, weight, x)
     try:
         # The call, and not its forward: hooks, offloading and sharding act on calls.
-        result: Tensor = part(x)
+        result: Tensor = part(x, *settings)
     except RuntimeError as error:
         if type(error) is RuntimeError:  # its subclasses are other problems: out of memory, for example
             for parameter in own_parameters(part).values():

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from better_attention.call.call import band
+
 from .calling import called
 
 if TYPE_CHECKING:
@@ -60,10 +62,15 @@ def append(layer: MultiheadAttention, k_BSD: Tensor, v_BSD: Tensor, x: Inputs) -
     mask_BNLS = x.mask_BNLS
     if x.causal:
         # Written out: the triangle of an implementation would hide the added keys, which stand behind the sequence.
-        L = x.query_BLD.shape[1]
-        mask_BNLS = _with_triangle(mask_BNLS, torch.ones(L, S, dtype=torch.bool, device=x.query_BLD.device).tril())
+        L, device = x.query_BLD.shape[1], x.query_BLD.device
+        places = torch.arange(L, device=device) + x.offset
+        mask_BNLS = _with_triangle(mask_BNLS, band(places, torch.arange(S, device=device), layer.window))
     padding_B11S = _widened(x.padding_B11S, added)
-    return k_BSD, v_BSD, x._replace(mask_BNLS=_widened(mask_BNLS, added), padding_B11S=padding_B11S, causal=False)
+    return (
+        k_BSD,
+        v_BSD,
+        x._replace(mask_BNLS=_widened(mask_BNLS, added), padding_B11S=padding_B11S, causal=False, offset=0),
+    )
 
 
 def _with_triangle(mask_BNLS: Tensor | None, triangle_LS: Tensor) -> Tensor:

@@ -45,13 +45,13 @@ def check_rotary(rotary: bool | float | None, head_dim: int) -> float | None:
     return BASE if rotary is True else check_float(rotary, "rotary", low=1.0)
 
 
-def rotated(x_BLD: Tensor, num_heads: int, base: float | None) -> Tensor:
-    """Every head's pairs of features rotated by the position; as they are where ``base`` is None."""
+def rotated(x_BLD: Tensor, num_heads: int, base: float | None, first: int = 0) -> Tensor:
+    """Every head's pairs of features rotated by the position, from ``first`` on; as they are where ``base`` is None."""
     if base is None:
         return x_BLD
     B, L, D = x_BLD.shape
     # Before the heads are split off: the angles are the same for each head and broadcast over them.
-    positions_L = torch.arange(L, device=x_BLD.device)
+    positions_L = torch.arange(L, device=x_BLD.device) + first
     cos_LP, sin_LP = rotary_angles(positions_L, D // num_heads, base=base, dtype=compute_dtype(x_BLD.dtype))
     heads_BLNH = x_BLD.view(B, L, num_heads, D // num_heads)
     return rotate(heads_BLNH, cos_LP[:, None], sin_LP[:, None]).flatten(2)

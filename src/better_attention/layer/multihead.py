@@ -11,22 +11,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from better_attention.cache.kv_cache import KVCache
+from better_attention.cache.streams import streams
 from better_attention.call.call import Call
 from better_attention.call.function_arguments import same_dtype
 from better_attention.call.tracing import is_symbolic, module_node
 from better_attention.errors import check_bool, check_choice, check_float, check_int, floating_dtype
-from better_attention.impl.dispatch import IMPLS, attend
+from better_attention.impl.dispatch import IMPLS
 from better_attention.mechanism import Mechanism
 
-from . import extra_keys, fast_path, nested
+from . import cached, extra_keys, fast_path, window
 from .alignment import Alignment, check_alignment
 from .arguments import Arguments, Inputs, read
 from .calling import called
-from .drop_in import DropIn
 from .extra_keys import ExtraPosition
 from .heads import check_rotary, join, rotated, split
+from .imitation import nested
+from .imitation.drop_in import DropIn
 from .projections import check_input_width, projection
 from .scale import LearnedScale, check_scale, fixed_scale, scaled
+from .window import WindowAlignment, check_window
 
 
 class MultiheadAttention(DropIn):
@@ -47,7 +51,8 @@ class MultiheadAttention(DropIn):
         batch_first: inputs are (B, L, D) rather than (L, B, D).
         device, dtype: of the parameters.
         mechanism: a name from ``MECHANISMS``, ``"optimized"``, ``"NAME+expressive"``, or a ``Mechanism``.
-        max_len: longest value sequence, the size of W_A; required by aligned mechanisms, refused by others.
+        max_len: longest value sequence, the size of W_A; required by aligned mechanisms without a window, refused by
+            others.
         align_heads: one W_A for all heads ("shared") or one "per_head".
         align_causal: keep W_A lower triangular; needed under a causal mask.
         align_init: "xavier" or "identity".
@@ -56,6 +61,9 @@ class MultiheadAttention(DropIn):
         rotary: turn queries and keys by their positions, counted from 0 on both sides (:mod:`.positions`): True for
             base 10,000, or the base. Needs an even head width; the keys of ``add_bias_kv`` and ``add_zero_attn`` have
             no position and are not turned.
+        window: each query sees its own token and at most ``window`` - 1 before it, for sequences of any length, in
+            time O(L window). W_A is then window x window and acts on the tokens of each window
+            (:mod:`.layer.window`); it takes the place of ``max_len``.
         impl: who computes, see :func:`better_attention.attention`.
 
     Raises:
@@ -97,6 +105,7 @@ class MultiheadAttention(DropIn):
         align_init: str = "xavier",
         scale: float | str | None = None,
         rotary: bool | float | None = None,
+        window: int | None = None,
         impl: str = "auto",
     ) -> None:
         super().__init__()
@@ -116,7 +125,9 @@ class MultiheadAttention(DropIn):
         self.impl = check_choice(impl, "impl", IMPLS)
         check_bool(bias, "bias")
         check_bool(add_bias_kv, "add_bias_kv")
-        check_alignment(self.mechanism, max_len, align_heads, align_causal, align_init)
+        self.window = None if window is None else check_int(window, "window")
+        check_alignment(self.mechanism, max_len, self.window, align_heads, align_causal, align_init)
+        check_window(self.mechanism, self.window, extra=add_bias_kv or self.add_zero_attn)
         if dtype is not None:
             floating_dtype(dtype, "dtype")
 
@@ -129,7 +140,11 @@ class MultiheadAttention(DropIn):
         self.v_proj = projection("v" in learned, self.vdim, D, bias, **factory)
         self.align = nn.Identity()
         # check_alignment() has refused a size without W_A and a W_A without its size.
-        if max_len is not None:
+        if self.mechanism.aligned and self.window is not None:
+            self.align = WindowAlignment(
+                self.window, self.num_heads, heads=align_heads, init=align_init, bias=bias, **factory
+            )
+        elif max_len is not None:
             self.align = Alignment(
                 max_len,
                 self.num_heads,
@@ -158,6 +173,8 @@ class MultiheadAttention(DropIn):
         attn_mask: Tensor | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
+        *,
+        cache: KVCache | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend; arguments and result are those of ``torch.nn.MultiheadAttention.forward``.
 
@@ -169,7 +186,10 @@ class MultiheadAttention(DropIn):
             attn_mask: (L, S) or (B h, L, S), unbatched (h, L, S). bool: True = hide. float: added. A float mask of 0
                 and 1 that requires no gradient is refused; as a bias, pass ``mask - 1.0``.
             average_attn_weights: average the returned weights over heads.
-            is_causal: query l sees keys s <= l; masks apply as well.
+            is_causal: query l sees keys s <= l; masks apply as well. Always so with a window or a cache.
+            cache: what the layer remembers of earlier tokens, a :class:`better_attention.KVCache`. The inputs are the
+                tokens that follow, one tensor as query, key and value; they are remembered as well. S in the other
+                arguments: of ``key_padding_mask`` the new tokens, of ``attn_mask`` all of them.
 
         Returns:
             The output in the query's layout, contiguous, and None or the weights after dropout: (B, L, S), or
@@ -182,7 +202,9 @@ class MultiheadAttention(DropIn):
         """
         given = Arguments(query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
         if is_symbolic(query):
-            return module_node(self, given._asdict())  # type: ignore[no-any-return]
+            return module_node(self, given._asdict() | {"cache": cache})  # type: ignore[no-any-return]
+        if cache is not None:
+            return cached.attend(self, given, cache)
         if nested.is_nested(query):
             return nested.attend(self, given)
         x = read(self, given)
@@ -194,8 +216,7 @@ class MultiheadAttention(DropIn):
         k_BSD = called(self.k_proj, x.key_BSD, "k_proj")
         v_BSD = called(self.v_proj, x.value_BSD, "v_proj")
         # align
-        # Called also where it is the identity, so that hooks on `align` see the values of every mechanism.
-        v_BSD = called(self.align, x.with_zero_padding(v_BSD), "align (W_A)")
+        v_BSD = window.aligned_values(self, x.with_zero_padding(v_BSD))
         # score and mix
         # Under autocast a linear map returns 16 bits, and an identity its input as it is: here they become one dtype.
         q_BLD, k_BSD, v_BSD = same_dtype(q_BLD, k_BSD, v_BSD, projected=True)
@@ -203,12 +224,12 @@ class MultiheadAttention(DropIn):
         k_BSD = rotated(k_BSD, self.num_heads, self.rotary)
         # After the rotation, because the added keys have no position.
         k_BSD, v_BSD, x = extra_keys.append(self, k_BSD, v_BSD, x)
-        heads_BNLH, weights = attend(self._call(q_BLD, k_BSD, v_BSD, x), self.impl)
+        heads_BNLH, weights = window.attend(self, self.call(q_BLD, k_BSD, v_BSD, x))
         # output
         output = called(self.out_proj, join(heads_BNLH, self.batch_first), "out_proj")
         return x.returned(output, weights)
 
-    def _call(self, q_BLD: Tensor, k_BSD: Tensor, v_BSD: Tensor, x: Inputs) -> Call:
+    def call(self, q_BLD: Tensor, k_BSD: Tensor, v_BSD: Tensor, x: Inputs) -> Call:
         """The attention call, heads apart."""
         q_BNLH = split(q_BLD, self.num_heads, self.head_dim, "q_proj")
         k_BNSH = split(k_BSD, self.num_heads, self.head_dim, "k_proj")
@@ -221,16 +242,23 @@ class MultiheadAttention(DropIn):
             mask_BNLS=x.mask_BNLS,
             padding_B11S=x.padding_B11S,
             causal=x.causal,
+            offset=x.offset,
+            window=self.window if x.causal else None,
             score=self.mechanism.score,
             scale=fixed_scale(self.scale, self.head_dim),
             dropout_p=self.dropout if self.training else 0.0,
             need_weights=x.need_weights,
         )
 
+    @property
+    def cache_streams(self) -> tuple[str, ...]:
+        """What a cache of this layer holds: see :func:`better_attention.cache.streams.streams`."""
+        return streams(self.mechanism, window=self.window is not None)
+
     def extra_repr(self) -> str:
         """Settings for ``print(module)``."""
         parts = [f"{self.embed_dim}, {self.num_heads}, mechanism={self.mechanism.name!r}"]
         defaults: dict[str, object] = {"dropout": 0.0, "batch_first": False, "add_zero_attn": False}
-        defaults |= {"scale": None, "rotary": None, "impl": "auto"}
+        defaults |= {"scale": None, "rotary": None, "window": None, "impl": "auto"}
         parts += [f"{n}={getattr(self, n)!r}" for n, default in defaults.items() if getattr(self, n) != default]
         return ", ".join(parts)

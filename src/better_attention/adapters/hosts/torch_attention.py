@@ -133,6 +133,10 @@ def _torch_refusals(module: nn.Module) -> list[str]:
 
 def _our_refusals(module: nn.Module) -> list[str]:
     layer = cast(MultiheadAttention, module)
+    if layer.window is not None:
+        return [
+            f"it has a window of {layer.window} tokens, in which a mechanism is another function than over all tokens"
+        ]
     return linear_refusals(layer, *(MAPS[letter] for letter in sorted(layer.mechanism.projections)))
 
 

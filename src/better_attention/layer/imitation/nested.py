@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .arguments import Arguments
+from better_attention.layer.arguments import Arguments
 
 if TYPE_CHECKING:
-    from .multihead import MultiheadAttention
+    from better_attention.layer.multihead import MultiheadAttention
 
 
 def is_nested(x: object) -> bool:

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from better_attention.call.tracing import refuse_script
+from better_attention.layer.alignment import Alignment
+from better_attention.layer.extra_keys import ExtraPosition
+from better_attention.layer.scale import LearnedScale
+from better_attention.layer.window import WindowAlignment
 from better_attention.mechanism import MECHANISMS, Mechanism
 from better_attention.scores import DEFAULT_SCORE
 
-from .alignment import Alignment
-from .extra_keys import ExtraPosition
 from .packed import Unpackable, assign, packed
-from .scale import LearnedScale
 from .state_dict import explain_parts, other_size, separate, to_packed, unpack, without_waiting_hook
 
 
@@ -98,7 +99,7 @@ class DropIn(nn.Module):
         for module in model.modules():
             if isinstance(module, DropIn):
                 module.reset_parameters()
-                if isinstance(module.align, Alignment):
+                if isinstance(module.align, Alignment | WindowAlignment):
                     module.align.reset_parameters()
 
     # --- attributes of torch's layer ---------------------------------------------------------------------------------

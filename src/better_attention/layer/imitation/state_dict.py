@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from better_attention.call.torch_private import load_hooks, set_load_hooks
+from better_attention.layer.part import Part
+from better_attention.layer.parts import PARTS, mechanism_with, parts_of
 from better_attention.mechanism import MECHANISMS, Mechanism
-
-from .part import Part
-from .parts import PARTS, mechanism_with, parts_of
 
 _EARLIER = {"bias_k": "extra_k.weight", "bias_v": "extra_v.weight", "log_scale": "scaling.log_scale"}
 """Names of torch and of earlier versions of this library, and where these parameters are now."""

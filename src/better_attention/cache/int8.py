@@ -1,0 +1,60 @@
+"""A cache of one byte a number: keys and values rounded to 255 steps, with a scale for each token and head."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .rows import Rows
+
+STEPS = 127
+"""The largest code; the smallest is its negative, so that zero is a code and both signs are alike."""
+
+
+def quantised(x_BSD: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
+    """Codes (B, S, D), int8, and scales (B, S, N), float32: head n's numbers are its codes times its scale.
+
+    The largest number of a head becomes 127 or -127, so that no number errs by more than half its scale.
+    """
+    heads_BSNH = x_BSD.unflatten(2, (num_heads, -1)).float()
+    scale_BSN = heads_BSNH.abs().amax(dim=-1) / STEPS
+    # A head of zeros has scale 0, and its codes are zero as well.
+    codes = (heads_BSNH / scale_BSN.masked_fill(scale_BSN == 0.0, 1.0)[..., None]).round()
+    return codes.to(torch.int8).flatten(2), scale_BSN
+
+
+def dequantised(codes_BSD: Tensor, scale_BSN: Tensor, dtype: torch.dtype) -> Tensor:
+    """The numbers (B, S, D) that codes and scales stand for."""
+    heads_BSNH: Tensor = codes_BSD.unflatten(2, (scale_BSN.shape[2], -1)) * scale_BSN[..., None]
+    return heads_BSNH.flatten(2).to(dtype)
+
+
+class Int8Rows(Rows):
+    """:class:`.rows.Rows` in codes and scales, each stream in two tensors.
+
+    Args:
+        limit, window, extra: as for :class:`.rows.Rows`.
+        num_heads: heads whose numbers share a scale.
+    """
+
+    def __init__(self, limit: int | None, window: int | None, extra: int, num_heads: int) -> None:
+        super().__init__(limit, window, extra)
+        self.num_heads, self.dtype = num_heads, torch.float32
+
+    def write(self, name: str, new: Tensor) -> Tensor:
+        """``new`` in codes behind the rows in use; returns the numbers that both stand for."""
+        if new.dtype == torch.bool:
+            return super().write(name, new)
+        self.dtype = new.dtype
+        codes, scale = quantised(new, self.num_heads)
+        super().write(name, codes)
+        super().write(_scale(name), scale)
+        return self.read(name, new.shape[1])
+
+    def read(self, name: str, ahead: int = 0) -> Tensor:
+        """The numbers of a stream, in the dtype in which the newest came."""
+        return dequantised(self.used(name, ahead), self.used(_scale(name), ahead), self.dtype)
+
+
+def _scale(name: str) -> str:
+    return f"{name} scale"

@@ -1,0 +1,274 @@
+"""The memory of one attention layer while a sequence is generated."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from better_attention.errors import check_int, describe, floating_dtype
+
+from .int8 import Int8Rows
+from .rows import Rows
+
+SHOWN = "shown"
+"""The rows that say which tokens are none of padding, (B, S), bool; there only once some are padding."""
+
+
+class CachedLayer(Protocol):
+    """What a cache has to know of its layer."""
+
+    window: int | None
+    num_heads: int
+
+    @property
+    def cache_streams(self) -> tuple[str, ...]:
+        """The names of the tensors to remember."""
+
+
+class KVCache:
+    """Keys and values of the tokens that a layer has seen: ``layer(x, x, x, cache=cache)`` attends to them too.
+
+    It holds as few tensors (B, S, D) as the mechanism allows: one where key and value are both the layer's input
+    (efficient), the projected key and the input (optimised), the input and its aligned values (super), key and value
+    (standard). Projected keys of a rotary layer are stored rotated; an input that serves as key is stored as it is
+    and rotated when it is read. A layer with a window remembers that many tokens and forgets older ones.
+
+    Args:
+        layer: the :class:`better_attention.MultiheadAttention` whose tokens it holds; no other layer takes it.
+        batch_size: number of sequences.
+        max_len: most tokens; the memory is allocated at once. None: it grows, by doubling.
+        dtype: of the tensors; None: that of the first keys. ``torch.int8`` stores one byte a number and a scale for
+            each token and head.
+        device: where they are; None: where the first keys are.
+        rewind_room: with a window, how many tokens more to keep, so that :meth:`rewind` can go back as far.
+
+    Attributes:
+        length: number of tokens seen, padding included; the position of the next one.
+
+    Raises:
+        TypeError, ValueError: no layer that can be cached; a number out of range.
+
+    >>> import torch, better_attention as ba
+    >>> layer = ba.MultiheadAttention(32, 4, batch_first=True, mechanism="efficient").eval()
+    >>> cache = ba.KVCache(layer, batch_size=2, max_len=64)
+    >>> with torch.no_grad():
+    ...     for x in torch.randn(2, 7, 32).split([5, 1, 1], dim=1):
+    ...         _ = layer(x, x, x, cache=cache, need_weights=False)
+    >>> cache.length, cache.nbytes == 2 * 64 * 32 * 4
+    (7, True)
+    """
+
+    def __init__(
+        self,
+        layer: CachedLayer,
+        batch_size: int,
+        *,
+        max_len: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        rewind_room: int = 0,
+    ) -> None:
+        names = getattr(layer, "cache_streams", None)
+        if not isinstance(names, tuple):
+            raise TypeError(
+                f"layer must be a better_attention.MultiheadAttention, received {type(layer).__name__}. For all layers "
+                "of a model use better_attention.ModelCache(model, batch_size)."
+            )
+        self.batch_size = check_int(batch_size, "batch_size")
+        self.max_len = None if max_len is None else check_int(max_len, "max_len")
+        self.dtype = dtype if dtype in (None, torch.int8) else floating_dtype(dtype, "dtype")
+        self.device = None if device is None else torch.device(device)
+        room = check_int(rewind_room, "rewind_room", at_least=0)
+        self.streams, self.window = names, layer.window
+        self._layer: weakref.ref[Any] | None = weakref.ref(layer)
+        self._rows = Rows(self.max_len, self.window, room)
+        if dtype == torch.int8:
+            self._rows = Int8Rows(self.max_len, self.window, room, layer.num_heads)
+        self.length = 0
+
+    @classmethod
+    def of(cls, layer: CachedLayer, tensors: Sequence[Tensor]) -> KVCache:
+        """A cache that holds ``tensors``, as :attr:`tensors` gave them: the way through ``torch.export``.
+
+        A program takes tensors and returns tensors; inside, a cache is made of them, used, and taken apart again:
+
+        >>> import torch, better_attention as ba
+        >>> class Step(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.attention = ba.MultiheadAttention(8, 2, batch_first=True)
+        ...     def forward(self, x, key, value):
+        ...         cache = ba.KVCache.of(self.attention, (key, value))
+        ...         output, _ = self.attention(x, x, x, cache=cache, need_weights=False)
+        ...         return output, *cache.tensors
+        >>> x = torch.randn(1, 1, 8)
+        >>> output, key, value = Step().eval().requires_grad_(False)(x, torch.zeros(1, 0, 8), torch.zeros(1, 0, 8))
+        >>> key.shape
+        torch.Size([1, 1, 8])
+
+        Args:
+            layer: the layer.
+            tensors: one (B, S, D) for each of the layer's streams, in their order.
+
+        Raises:
+            ValueError: another number of tensors, or tensors of different lengths.
+        """
+        tensors = tuple(tensors)
+        sizes = [tuple(x.shape[:2]) for x in tensors]
+        if len(tensors) != len(layer.cache_streams) or any(size != sizes[0] for size in sizes):
+            raise ValueError(
+                f"tensors must be {len(layer.cache_streams)} of one batch size and length, for "
+                f"{' and '.join(layer.cache_streams)}; received {', '.join(map(describe, tensors)) or 'none'}."
+            )
+        cache = cls(layer, max(1, int(sizes[0][0])))
+        cache._rows.tensors = dict(zip(cache.streams, tensors, strict=True))
+        cache._rows.last = cache.length = sizes[0][1]
+        return cache
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What is remembered, one (B, S, D) for each stream, in their order; views."""
+        return tuple(self._rows.read(name) for name in self.streams) if self._rows.tensors else ()
+
+    @property
+    def kept(self) -> int:
+        """Number of tokens that are still remembered: ``length`` without a window."""
+        return self._rows.count
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are allocated; 0 before the first token."""
+        return self._rows.nbytes
+
+    # --- what a decoder does with it ---------------------------------------------------------------------------------
+
+    def rewind(self, tokens: int) -> None:
+        """Forget the last ``tokens`` tokens, as if they had never come.
+
+        Raises:
+            ValueError: more than there are; or, with a window, more than can go while the tokens that
+                later ones look at are still there (see ``rewind_room``).
+        """
+        self.check_rewind(tokens)
+        self._rows.drop_last(tokens)
+        self.length -= tokens
+
+    def check_rewind(self, tokens: int) -> None:
+        """Whether :meth:`rewind` can take ``tokens`` back; the errors are its own."""
+        most = self.kept if self.window is None else self._rewindable()
+        if check_int(tokens, "tokens", at_least=0) > most:
+            hint = "" if self.window is None else " Build the cache with rewind_room=... to go back further."
+            raise ValueError(f"this cache can take back {most} of its {self.length} tokens, received {tokens}.{hint}")
+
+    def _rewindable(self) -> int:
+        """How many tokens can go so that what is left holds the window before the next token, or everything."""
+        assert self.window is not None  # noqa: S101 - for the type checker
+        return self.kept if self.kept == self.length else max(0, self.kept - (self.window - 1))
+
+    def branch(self) -> KVCache:
+        """A copy with memory of its own, to continue the same beginning in another way."""
+        other: KVCache = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other._rows = self._rows.branch()
+        return other
+
+    def reorder(self, index: Tensor) -> None:
+        """Sample b becomes what sample ``index[b]`` was, as beams are kept and dropped; the batch size may change.
+
+        Args:
+            index: (new batch size,), whole numbers below the batch size.
+
+        Raises:
+            TypeError, ValueError: anything else.
+        """
+        if not isinstance(index, Tensor) or index.dim() != 1 or index.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"index must be a tensor (batch,) of int64 or int32, received {describe(index)}.")
+        if len(index) == 0 or bool((index < 0).any()) or bool((index >= self.batch_size).any()):
+            raise ValueError(
+                f"index must name samples 0 ... {self.batch_size - 1} of the batch, received {index.tolist()}."
+            )
+        self._rows.select(index)
+        self.batch_size = len(index)
+
+    def reset(self) -> None:
+        """Forget everything; the memory stays allocated."""
+        self._rows.first = self._rows.last = self.length = 0
+        self._rows.tensors = {name: x for name, x in self._rows.tensors.items() if name != SHOWN}
+
+    # --- what the layer does with it -------------------------------------------------------------------------------
+
+    def check(self, layer: CachedLayer, new: Tensor) -> None:
+        """Whether ``layer`` may append tokens like ``new`` (B, L, D).
+
+        Raises:
+            ValueError: a cache of another layer, another batch size, too many tokens, another device.
+            TypeError: another dtype.
+        """
+        # A compiler cannot follow a weak reference; the sizes below are compared all the same.
+        if not torch.compiler.is_compiling() and self._layer is not None and self._layer() is not layer:
+            raise ValueError(
+                "this cache belongs to another layer. Make one for each layer, or better_attention.ModelCache(model, "
+                "batch_size) for all of them, and pass cache[layer]."
+            )
+        B, L = new.shape[:2]
+        if self.batch_size != B:
+            raise ValueError(
+                f"this cache holds {self.batch_size} sequences, received {B} (shape {tuple(new.shape)}). Use "
+                "cache.reorder(index) to keep or repeat samples, or make a new cache."
+            )
+        if self.max_len is not None and self.length + L > self.max_len:
+            raise ValueError(
+                f"this cache was built for max_len={self.max_len} and holds {self.length} tokens, received {L} more. "
+                "Build it with a larger max_len, or with max_len=None, which grows."
+            )
+
+    def write(self, name: str, new: Tensor) -> Tensor:
+        """``new`` (B, L, D) behind what is remembered; returns both, (B, S + L, D). :meth:`commit` makes it last.
+
+        Raises:
+            ValueError: another device; or a tensor that requires a gradient, which memory does not carry.
+            TypeError: another dtype.
+        """
+        if torch.is_grad_enabled() and new.requires_grad:
+            raise ValueError(
+                "a cache is for inference: it does not carry gradients. Call the layer under torch.no_grad() or "
+                "torch.inference_mode()."
+            )
+        held = self._rows.tensors.get(name)
+        dtype = self.dtype if held is None else held.dtype
+        device = self.device if held is None else held.device
+        if device is not None and new.device != device:
+            raise ValueError(f"this cache is on {device}, its layer's {name} is on {new.device}. Make a new cache.")
+        if torch.int8 not in (dtype, self.dtype) and dtype is not None and new.dtype != dtype:
+            raise TypeError(
+                f"this cache is {dtype}, its layer's {name} is {new.dtype}. Make a cache with dtype={new.dtype}, or "
+                "call the layer as it was called before (under autocast, or not)."
+            )
+        return self._rows.write(name, new)
+
+    def show(self, shown_BL: Tensor | None, L: int) -> Tensor | None:
+        """Which tokens are no padding, (B, S + L), with ``shown_BL`` for the new ones; None if none ever was."""
+        if shown_BL is None and SHOWN not in self._rows.tensors:
+            return None
+        stored = self._rows.tensors[self.streams[0]]
+        if shown_BL is None:
+            shown_BL = torch.ones(self.batch_size, L, dtype=torch.bool, device=stored.device)
+        if SHOWN not in self._rows.tensors:
+            # From now on, for as many rows as the streams have: what came before was no padding.
+            self._rows.hold(SHOWN, torch.ones(stored.shape[:2], dtype=torch.bool, device=stored.device))
+        return self._rows.write(SHOWN, shown_BL)
+
+    def commit(self, L: int) -> None:
+        """The ``L`` tokens that were written are remembered from now on."""
+        self._rows.commit(L)
+        self.length += L
+
+    def __repr__(self) -> str:
+        return (
+            f"KVCache({', '.join(self.streams)}: {self.batch_size} sequences, {self.length} tokens"
+            f"{'' if self.max_len is None else f' of {self.max_len}'}, {self.nbytes / 2**20:.1f} MiB)"
+        )

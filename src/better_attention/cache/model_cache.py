@@ -1,0 +1,123 @@
+"""The caches of all attention layers of a model as one thing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from better_attention.errors import describe
+
+from .kv_cache import KVCache
+
+
+class ModelCache:
+    """One :class:`KVCache` for each :class:`better_attention.MultiheadAttention` in a model: ``cache[layer]``.
+
+    Args:
+        model: a module that contains such layers, or is one.
+        batch_size, max_len, dtype, device, rewind_room: as for :class:`KVCache`.
+
+    Raises:
+        ValueError: a model without such layers.
+        TypeError: no module.
+
+    >>> import torch, better_attention as ba
+    >>> model = torch.nn.ModuleList(ba.MultiheadAttention(8, 2, batch_first=True) for _ in range(3))
+    >>> cache = ba.ModelCache(model, batch_size=1)
+    >>> x = torch.randn(1, 4, 8)
+    >>> with torch.no_grad():
+    ...     for layer in model:
+    ...         x, _ = layer(x, x, x, cache=cache[layer], need_weights=False)
+    >>> len(cache), cache.length
+    (3, 4)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batch_size: int,
+        *,
+        max_len: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        rewind_room: int = 0,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, received {describe(model)}.")
+        # By identity, because modules are compared so; in the order in which the model holds them.
+        self._caches: dict[nn.Module, KVCache] = {
+            module: KVCache(
+                cast(Any, module), batch_size, max_len=max_len, dtype=dtype, device=device, rewind_room=rewind_room
+            )
+            for module in model.modules()
+            if isinstance(getattr(module, "cache_streams", None), tuple)
+        }
+        if not self._caches:
+            raise ValueError(
+                f"{type(model).__name__} contains no better_attention.MultiheadAttention, so there is nothing to cache."
+            )
+
+    def __getitem__(self, layer: nn.Module) -> KVCache:
+        """The cache of a layer.
+
+        Raises:
+            KeyError: a layer of another model.
+        """
+        try:
+            return self._caches[layer]
+        except KeyError:
+            raise KeyError(
+                f"this cache was made for a model that does not contain the given {type(layer).__name__}; make it with "
+                "better_attention.ModelCache(model, batch_size)."
+            ) from None
+
+    def __iter__(self) -> Iterator[KVCache]:
+        return iter(self._caches.values())
+
+    def __len__(self) -> int:
+        return len(self._caches)
+
+    @property
+    def batch_size(self) -> int:
+        """Number of sequences."""
+        return next(iter(self)).batch_size
+
+    @property
+    def length(self) -> int:
+        """Number of tokens that every layer has seen; the position of the next one."""
+        return min(cache.length for cache in self)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are allocated, over all layers."""
+        return sum(cache.nbytes for cache in self)
+
+    def rewind(self, tokens: int) -> None:
+        """Forget the last ``tokens`` tokens in every layer; see :meth:`KVCache.rewind`."""
+        for cache in self:
+            cache.check_rewind(tokens)  # all of them first, so that an error leaves every layer as it was
+        for cache in self:
+            cache.rewind(tokens)
+
+    def branch(self) -> ModelCache:
+        """A copy with memory of its own."""
+        other: ModelCache = object.__new__(type(self))
+        other._caches = {layer: cache.branch() for layer, cache in self._caches.items()}
+        return other
+
+    def reorder(self, index: Tensor) -> None:
+        """Sample b becomes what sample ``index[b]`` was, in every layer; see :meth:`KVCache.reorder`."""
+        for cache in self:
+            cache.reorder(index)
+
+    def reset(self) -> None:
+        """Forget everything; the memory stays allocated."""
+        for cache in self:
+            cache.reset()
+
+    def __repr__(self) -> str:
+        size = f"{self.batch_size} sequences, {self.length} tokens, {self.nbytes / 2**20:.1f} MiB"
+        return f"ModelCache({len(self)} layers: {size})"

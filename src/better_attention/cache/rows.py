@@ -1,0 +1,143 @@
+"""Tensors that grow by rows: (B, S, width), of which a part is in use."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor
+
+SPARE = 256
+"""Rows by which a sliding cache is longer than its window, so that its rows are moved once in that many steps."""
+
+
+class Rows:
+    """The memory of a cache: some tensors (B, capacity, width) and one range of rows that is in use in all of them.
+
+    New rows are written behind that range; :meth:`commit` makes them part of it, so that a step that fails leaves
+    everything as it was.
+
+    Args:
+        limit: number of rows to allocate at once, beyond which nothing fits; None: the memory grows.
+        window: how many rows of the past are ever looked at again; None: all.
+        extra: rows more than that to keep, for :meth:`drop_last`.
+    """
+
+    def __init__(self, limit: int | None, window: int | None, extra: int) -> None:
+        self.limit, self.window, self.extra = limit, window, extra
+        self.tensors: dict[str, Tensor] = {}
+        self.first = self.last = 0
+
+    @property
+    def count(self) -> int:
+        """Rows in use."""
+        return self.last - self.first
+
+    @property
+    def capacity(self) -> int:
+        """Rows that are allocated."""
+        return next((x.shape[1] for x in self.tensors.values()), 0)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are allocated."""
+        return sum(x.numel() * x.element_size() for x in self.tensors.values())
+
+    def used(self, name: str, ahead: int = 0) -> Tensor:
+        """The rows of a tensor that are in use, and ``ahead`` more that were written behind them; a view."""
+        return self.tensors[name][:, self.first : self.last + ahead]
+
+    def read(self, name: str, ahead: int = 0) -> Tensor:
+        """The rows in use as numbers; here what is stored."""
+        return self.used(name, ahead)
+
+    def write(self, name: str, new: Tensor) -> Tensor:
+        """``new`` (B, L, width) behind the rows in use; returns both together, a view."""
+        L = new.shape[1]
+        held = self.tensors.get(name)
+        if self._by_new_tensors():
+            old = new[:, :0] if held is None else self.used(name)[:, self._dropped() :]
+            return self.hold(name, torch.cat([old, new], dim=1))
+        if held is None:
+            held = self.hold(name, self._allocate(new, max(self.capacity, self._wanted(L))))
+        elif self.last + L > held.shape[1]:
+            self._make_room(L)
+            held = self.tensors[name]
+        held[:, self.last : self.last + L] = new
+        return self.used(name, L)
+
+    def commit(self, L: int) -> None:
+        """The ``L`` rows that were written are in use from now on."""
+        if self._by_new_tensors():
+            self.first, self.last = 0, self.count - self._dropped() + L
+        else:
+            self.last += L
+
+    def drop_last(self, count: int) -> None:
+        """The last ``count`` rows are not in use any more."""
+        self.last -= count
+
+    def select(self, index_B: Tensor) -> None:
+        """Samples ``index_B`` of the batch, in that order, in new memory."""
+        self.tensors = {name: x.index_select(0, index_B) for name, x in self.tensors.items()}
+
+    def branch(self) -> Rows:
+        """The same with memory of its own."""
+        other = copy.copy(self)
+        other.tensors = {name: x.clone() for name, x in self.tensors.items()}
+        return other
+
+    def hold(self, name: str, x: Tensor) -> Tensor:
+        """Keep ``x`` as the tensor of that name, and return it."""
+        # A new dictionary, because torch.compile does not follow changes of one that came from outside.
+        self.tensors = {**self.tensors, name: x}
+        return x
+
+    def _by_new_tensors(self) -> bool:
+        """Whether tensors are replaced by longer ones: a program's sizes are then plain functions of its inputs'."""
+        return torch.compiler.is_compiling() and self.limit is None
+
+    def _dropped(self) -> int:
+        """Rows in use that no later query looks at."""
+        return 0 if self.window is None else max(0, self.count - (self.window - 1 + self.extra))
+
+    def _wanted(self, L: int) -> int:
+        """Rows to allocate where ``L`` are to be added."""
+        if self.limit is not None and self.window is None:
+            return self.limit
+        if self.window is not None:
+            # The window, what may be dropped again, the new ones, and room to slide.
+            least = min(self.count, self.window + self.extra) + L
+            room = max(self.window + self.extra + SPARE, least)
+            return room if self.limit is None else min(max(self.limit, least), room)
+        return max(self.last + L, 2 * self.capacity, 64)
+
+    def _allocate(self, like: Tensor, rows: int) -> Tensor:
+        sizes = (like.shape[0], rows, *like.shape[2:])
+        if torch.compiler.is_compiling():
+            return torch.empty(sizes, dtype=like.dtype, device=like.device)
+        # Outside inference mode, because what is allocated inside cannot be written to outside.
+        with torch.inference_mode(False):
+            return torch.empty(sizes, dtype=like.dtype, device=like.device)
+
+    def _make_room(self, L: int) -> None:
+        """Room for ``L`` rows behind those in use: by sliding where there is a window, else by growing."""
+        if self.window is not None:
+            self.first += self._dropped()
+            keep = self.count
+            if keep + L <= self.capacity:
+                for x in self.tensors.values():
+                    _move_down(x, self.first, keep)
+                self.first, self.last = 0, keep
+                return
+        rows = self._wanted(L)
+        for name, x in self.tensors.items():
+            self.hold(name, self._allocate(x, rows))[:, : self.count] = x[:, self.first : self.last]
+        self.first, self.last = 0, self.count
+
+
+def _move_down(x: Tensor, start: int, count: int) -> None:
+    """Rows ``start`` and following to the beginning, in pieces that do not overlap their destination."""
+    for done in range(0, count, max(1, start)):
+        piece = min(start, count - done)
+        x[:, done : done + piece] = x[:, start + done : start + done + piece]
