@@ -35,6 +35,7 @@ EXTRAS = frozenset(
         "safetensors",
         "scipy",
         "sklearn",
+        "tokenizers",
     }
 )
 
