@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from better_attention import MECHANISMS, MultiheadAttention, assert_causal
+from better_attention import MECHANISMS, ModelCache, MultiheadAttention, assert_causal
 from better_attention.lab.models.causal_decoder import POSITIONS
 from better_attention.lab.models.language_model import LanguageModel, hidden_width, language_model_size
 from better_attention.positions import alibi_slopes
@@ -100,18 +100,19 @@ def test_the_model_is_that_of_the_equations(mechanism: str, positions: str) -> N
 # --- causality, padding -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("mechanism", NAMES)
-def test_no_logit_knows_a_later_token(mechanism: str, positions: str) -> None:
-    model = build(mechanism, positions=positions)
+def test_no_logit_knows_a_later_token(mechanism: str, positions: str, window: int | None) -> None:
+    model = build(mechanism, positions=positions, window=window)
     assert_causal(model, tokens())
     assert_causal(model.float(), tokens())
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
-@pytest.mark.parametrize("mechanism", ["standard", "efficient+expressive"])
+@pytest.mark.parametrize("mechanism", ["standard", "efficient+expressive", "super"])
 def test_padding_in_front_changes_nothing(mechanism: str, positions: str) -> None:
-    model, texts = build(mechanism, positions=positions), tokens(3, 6)
+    model, texts = build(mechanism, positions=positions, window=4 if mechanism == "super" else None), tokens(3, 6)
     padded = torch.cat([torch.randint(VOCABULARY, (3, 4)), texts], dim=1)
     padding = torch.arange(10).expand(3, -1) < 4
     torch.testing.assert_close(model(padded, padding_BL=padding)[:, 4:], model(texts))
@@ -120,23 +121,87 @@ def test_padding_in_front_changes_nothing(mechanism: str, positions: str) -> Non
 
 
 def test_padding_is_refused_where_w_a_counts_it() -> None:
-    model = build("super")
-    with pytest.raises(ValueError, match=r"W_A counts places .* Pass texts of one length, or build the model with win"):
-        model(tokens(), padding_BL=torch.arange(LENGTH).expand(3, -1) < 2)
-    nothing = torch.zeros(3, LENGTH, dtype=torch.bool)
-    x = tokens()
-    torch.testing.assert_close(model(x, padding_BL=nothing), model(x))
+    model, x = build("super").requires_grad_(False), tokens()
+    places = torch.arange(LENGTH).expand(3, -1)
+    message = r"W_A counts places .* Pass texts of one length, or build the model with win"
+    with pytest.raises(ValueError, match=message):
+        model(x, padding_BL=places < 2)
+    torch.testing.assert_close(model(x, padding_BL=places < 0), model(x))
+    # Behind a text it changes nothing, as long as no token follows it.
+    torch.testing.assert_close(model(x, padding_BL=places > 6)[:, :7], model(x)[:, :7])
+    with pytest.raises(ValueError, match=message):
+        model(x, padding_BL=places > 6, cache=ModelCache(model, 3))
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("mechanism", NAMES)
+def test_one_layer_with_a_window_knows_no_earlier_token(mechanism: str, positions: str) -> None:
+    model, x = build(mechanism, positions=positions, window=4, layers=1), tokens()
+    other = torch.cat([(x[:, :1] + 1) % VOCABULARY, x[:, 1:]], dim=1)
+    assert torch.equal(model(x)[:, 4:], model(other)[:, 4:])
+    assert not torch.allclose(model(x)[:, 3], model(other)[:, 3])
+
+
+# --- the cache --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7])
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("mechanism", NAMES)
+def test_with_a_cache_as_in_one_pass(mechanism: str, positions: str, window: int | None, chunk: int) -> None:
+    model, x = build(mechanism, positions=positions, window=window).requires_grad_(False), tokens()
+    cache = ModelCache(model, 3)
+    parts = [model(part, cache=cache) for part in x.split(chunk, dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), model(x))
+    assert cache.length == LENGTH
+
+
+@pytest.mark.parametrize("mechanism", NAMES)
+def test_after_a_rewind_and_in_a_branch(mechanism: str) -> None:
+    model, x = build(mechanism).requires_grad_(False), tokens()
+    cache = ModelCache(model, 3)
+    model(x[:, :8], cache=cache)
+    branch = cache.branch()
+    model(tokens(3, 3), cache=cache)
+    cache.rewind(6)
+    torch.testing.assert_close(model(x[:, 5:], cache=cache), model(x)[:, 5:])
+    torch.testing.assert_close(model(x[:, 8:], cache=branch), model(x)[:, 8:])
+
+
+def test_a_cache_holds_what_the_mechanism_needs() -> None:
+    """Bytes of a token in float64: two tensors of width 12 in each of two layers, one for efficient."""
+    for mechanism, tensors in (("standard", 2), ("optimised", 2), ("efficient", 1), ("super", 2)):
+        model = build(mechanism).requires_grad_(False)
+        cache = ModelCache(model, 3, max_len=LENGTH)
+        model(tokens(), cache=cache)
+        assert cache.nbytes == 3 * LENGTH * LAYERS * tensors * WIDTH * 8, mechanism
+
+
+def test_a_cache_stops_at_the_longest() -> None:
+    model = build("super").requires_grad_(False)
+    cache = ModelCache(model, 3)
+    model(tokens(), cache=cache)
+    with pytest.raises(ValueError, match="at most 11 tokens, received 12"):
+        model(tokens(3, 1), cache=cache)
 
 
 # --- lengths ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("mechanism", "positions", "longest"),
-    [("standard", "rotary", None), ("efficient", "alibi", None), ("efficient", "learned", 11), ("super", "rotary", 11)],
+    ("mechanism", "positions", "window", "longest"),
+    [
+        ("standard", "rotary", None, None),
+        ("efficient", "alibi", None, None),
+        ("efficient", "learned", None, 11),
+        ("super", "rotary", None, 11),
+        ("super", "rotary", 4, None),
+        ("super", "learned", 4, 11),
+    ],
 )
-def test_what_can_be_read(mechanism: str, positions: str, longest: int | None) -> None:
-    model = build(mechanism, positions=positions)
+def test_what_can_be_read(mechanism: str, positions: str, window: int | None, longest: int | None) -> None:
+    model = build(mechanism, positions=positions, window=window)
     assert model.longest == longest
     torch.testing.assert_close(model(x := tokens())[:, :4], model(x[:, :4]))
     if longest is None:
@@ -152,6 +217,7 @@ def test_what_can_be_read(mechanism: str, positions: str, longest: int | None) -
 CASES: list[tuple[str, dict[str, Any]]] = [
     *((mechanism, {}) for mechanism in NAMES),
     *(("super", {"positions": positions, "scale": "learned", "width": 36}) for positions in POSITIONS),
+    *((mechanism, {"window": 4}) for mechanism in NAMES),
 ]
 
 

@@ -230,6 +230,8 @@ def test_a_language_is_learned_and_measured(learned: Path, splits: Splits) -> No
     assert RunRecord.read(learned / "result.json").test_bits_per_character == result["test_bits_per_character"]
     seconds = result["epoch_seconds"]
     assert result["tokens_per_second"] == pytest.approx(len(splits.train) * 23 / seconds)
+    assert result["decoded_per_second"] > 0
+    assert result["cache_bytes_per_token"] == 2 * 32 * 4  # two layers, one tensor of width 32 in float32
 
 
 def test_the_learned_model_predicts(learned: Path) -> None:

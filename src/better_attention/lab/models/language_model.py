@@ -161,38 +161,47 @@ class LanguageModel(nn.Module):
             ValueError: more tokens than :attr:`longest`; padding where W_A counts it.
         """
         start = 0 if cache is None else cache.length
-        self._check(start + tokens_BL.shape[1], padding_BL)
+        if self.places_matter:
+            self._check_places(start + tokens_BL.shape[1], padding_BL, cache)
         x_BLD = self.tokens(tokens_BL)
         if self.positions is not None:
-            x_BLD = x_BLD + self.positions(
-                _numbered(tokens_BL, padding_BL, start) if positions_BL is None else positions_BL
-            )
+            x_BLD = x_BLD + self.positions(self._numbers(tokens_BL, padding_BL, positions_BL, start))
         x_BLD = F.dropout(x_BLD, self.dropout, self.training)
         bias = alibi_mask(x_BLD, self.heads, start) if self.alibi else None  # once for all blocks
         for block in self.blocks:
             x_BLD = block(x_BLD, padding_BL, bias, cache)
         return F.linear(self.norm(x_BLD), self.tokens.weight)
 
-    def _check(self, tokens: int, padding_BL: Tensor | None) -> None:
+    def _numbers(self, tokens_BL: Tensor, padding_BL: Tensor | None, positions_BL: Tensor | None, start: int) -> Tensor:
+        """The number of each token in its text, (L,) or (B, L); that of padding is 0."""
+        if positions_BL is None and padding_BL is None:
+            self._check_length(start + tokens_BL.shape[1])
+            return torch.arange(start, start + tokens_BL.shape[1], device=tokens_BL.device)
+        if positions_BL is None and start:
+            raise ValueError("padding behind cached tokens: pass positions_BL, the number of each token in its text.")
+        if positions_BL is None:
+            positions_BL = ((~padding_BL).cumsum(dim=1) - 1).clamp(min=0)
+        self._check_length(int(positions_BL.max()) + 1 if positions_BL.numel() else 0)
+        return positions_BL
+
+    def _check_length(self, tokens: int) -> None:
         if self.longest is not None and tokens > self.longest:
             raise ValueError(
                 f"this model reads at most {self.longest} tokens, received {tokens}. Shorten the input, or build the "
                 "model with rotary positions or ALiBi and, for a mechanism with W_A, with window=."
             )
-        if self.places_matter and padding_BL is not None and bool(padding_BL.any()):
+
+    def _check_places(self, tokens: int, padding_BL: Tensor | None, cache: Any | None) -> None:
+        """Refuse too many tokens, and padding that a token follows or, with a cache, may follow."""
+        self._check_length(tokens)
+        if padding_BL is None:
+            return
+        followed = padding_BL if cache is not None else padding_BL[:, :-1] & ~padding_BL[:, 1:]
+        if bool(followed.any()):
             raise ValueError(
                 "W_A counts places from the first of a row, so that padding in front of a text would change what it "
                 "means to this model. Pass texts of one length, or build the model with window=."
             )
-
-
-def _numbered(tokens_BL: Tensor, padding_BL: Tensor | None, start: int) -> Tensor:
-    """The number of each token in its text, (L,) or (B, L); that of padding is 0."""
-    if padding_BL is None:
-        return torch.arange(start, start + tokens_BL.shape[1], device=tokens_BL.device)
-    if start:
-        raise ValueError("padding behind cached tokens: pass positions_BL, the number of each token in its text.")
-    return ((~padding_BL).cumsum(dim=1) - 1).clamp(min=0)
 
 
 def language_model_size(

@@ -233,8 +233,17 @@ class LanguageTask(Task):
         return {"bits_per_character": bits, "perplexity": math.exp(min(loss, 100.0))}
 
     def costs(self, model: nn.Module, splits: Splits, epoch_seconds: float) -> dict[str, float]:
-        """See :meth:`Task.costs`: tokens a second in training."""
-        return {"tokens_per_second": len(splits.train) * self.length / epoch_seconds}
+        """See :meth:`Task.costs`: tokens a second in training and in decoding one text; bytes of the cache a token."""
+        from better_attention.lab.generation.speed import decoding_speed
+
+        prompt = splits.test.inputs[0].tolist()[: max(1, self.length // 2)]
+        decoding = decoding_speed(model, prompt, self.length)  # type: ignore[arg-type] # as :meth:`model` makes it
+        found = {
+            "tokens_per_second": len(splits.train) * self.length / epoch_seconds,
+            "decoded_per_second": decoding.tokens_per_second,
+            "cache_bytes_per_token": decoding.cache_bytes_per_token,
+        }
+        return {key: value for key, value in found.items() if value is not None}
 
     def predictions(self, model: nn.Module, inputs: Tensor, assets: Mapping[str, Any]) -> list[Prediction]:
         """The likeliest token after each text."""
