@@ -211,6 +211,12 @@ def test_what_can_be_read(mechanism: str, positions: str, window: int | None, lo
             model(tokens(1, 12))
 
 
+def test_logits_of_the_last_tokens_alone() -> None:
+    model, x = build("efficient"), tokens()
+    torch.testing.assert_close(model(x, last=3), model(x)[:, -3:])
+    torch.testing.assert_close(model(x, last=100), model(x))
+
+
 # --- size, initial weights, training ----------------------------------------------------------------------------------
 
 

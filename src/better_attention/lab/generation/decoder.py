@@ -105,13 +105,14 @@ class Decoder:
         # Counted backwards from the last token, so that the padding in front has negative numbers.
         numbers_BL = self._lengths_B[:, None] - L + torch.arange(L, device=self._lengths_B.device)
         padding_BL = numbers_BL < 0
-        logits_BLV = self.model(
+        logits_B1V = self.model(
             self._unread_BL,
             padding_BL=padding_BL if L > 1 and bool(padding_BL.any()) else None,
             positions_BL=numbers_BL.clamp(min=0),
             cache=self._cache,
+            last=1,
         )
-        last_BV: Tensor = logits_BLV[:, -1]
+        last_BV: Tensor = logits_B1V[:, -1]
         return last_BV
 
 

@@ -42,12 +42,12 @@ def decoding_speed(model: LanguageModel, prompt: Sequence[int], tokens: int) -> 
     """
     cache = ModelCache(model, 1, max_len=tokens)
     device = model.tokens.weight.device
-    logits_BLV = model(torch.tensor([list(prompt)], device=device), cache=cache)
+    logits_B1V = model(torch.tensor([list(prompt)], device=device), cache=cache, last=1)
     seconds = []
     while cache.length < tokens:
         began = time.perf_counter()
-        logits_BLV = model(logits_BLV[:, -1:].argmax(dim=-1), cache=cache)
-        logits_BLV[0, -1, 0].item()  # waits until the device has computed it
+        logits_B1V = model(logits_B1V.argmax(dim=-1), cache=cache, last=1)
+        logits_B1V[0, 0, 0].item()  # waits until the device has computed it
         seconds.append(time.perf_counter() - began)
     timed = seconds[UNTIMED:] or seconds
     return DecodingSpeed(1 / median(timed) if timed else None, cache.nbytes / tokens, tokens)

@@ -46,7 +46,11 @@ def gpt2_(module: nn.Module, *, residual: Collection[str], layers: int) -> None:
     """
     for name, child in module.named_modules():
         if isinstance(child, nn.Linear | nn.Embedding):
-            adds = name.rpartition(".")[2] in residual
-            nn.init.normal_(child.weight, std=GPT2_STD / math.sqrt(2 * layers) if adds else GPT2_STD)
-        if isinstance(child, nn.Linear) and child.bias is not None:
-            nn.init.zeros_(child.bias)
+            gpt2_map_(child, adds=layers if name.rpartition(".")[2] in residual else 0)
+
+
+def gpt2_map_(module: nn.Linear | nn.Embedding, *, adds: int) -> None:
+    """Initialise one map or table in place; ``adds``: blocks of the model if it adds to the residual stream, else 0."""
+    nn.init.normal_(module.weight, std=GPT2_STD / math.sqrt(2 * adds) if adds else GPT2_STD)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)

@@ -22,6 +22,8 @@ from better_attention.layer.multihead import MultiheadAttention
 from better_attention.mechanism import Mechanism
 
 NORM_EPS = 1e-6  # Llama's
+RESIDUAL = ("out_proj", "contract")
+"""Names of the maps whose output is added to the residual stream."""
 HIDDEN_MULTIPLE = 8
 """The MLP's width is rounded up to a multiple of this: as many float32 numbers as AVX2 processes at a time."""
 
@@ -138,7 +140,7 @@ class LanguageModel(nn.Module):
             for _ in range(layers)
         )
         self.norm = nn.RMSNorm(width, eps=NORM_EPS)
-        gpt2_(self, residual=("out_proj", "contract"), layers=layers)
+        gpt2_(self, residual=RESIDUAL, layers=layers)
 
     def forward(
         self,
@@ -147,6 +149,7 @@ class LanguageModel(nn.Module):
         padding_BL: Tensor | None = None,
         positions_BL: Tensor | None = None,
         cache: Any | None = None,
+        last: int | None = None,
     ) -> Tensor:
         """Logits (B, L, V) of the token after each of ``tokens_BL``, integers (B, L).
 
@@ -156,6 +159,7 @@ class LanguageModel(nn.Module):
             positions_BL: number of each token in its text, for learned positions; None: counted from the first one
                 that is no padding, or behind what the cache holds.
             cache: a ``better_attention.ModelCache`` of this model; the tokens follow those that it holds.
+            last: only the logits behind that many last tokens, (B, last, V); None: behind all.
 
         Raises:
             ValueError: more tokens than :attr:`longest`; padding where W_A counts it.
@@ -170,7 +174,7 @@ class LanguageModel(nn.Module):
         bias = alibi_mask(x_BLD, self.heads, start) if self.alibi else None  # once for all blocks
         for block in self.blocks:
             x_BLD = block(x_BLD, padding_BL, bias, cache)
-        return F.linear(self.norm(x_BLD), self.tokens.weight)
+        return F.linear(self.norm(x_BLD if last is None else x_BLD[:, -last:]), self.tokens.weight)
 
     def _numbers(self, tokens_BL: Tensor, padding_BL: Tensor | None, positions_BL: Tensor | None, start: int) -> Tensor:
         """The number of each token in its text, (L,) or (B, L); that of padding is 0."""
