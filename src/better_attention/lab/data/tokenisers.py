@@ -144,9 +144,13 @@ class BytePairs:
         tokenizer.train_from_iterator([text], trainer)
         return cls(json.loads(tokenizer.to_str())["model"]["merges"])
 
+    def fast(self) -> Any:
+        """The same as a ``tokenizers.Tokenizer``, a new one each time."""
+        return _empty(_tokenizers().models.BPE(vocab=self._vocabulary, merges=self.merges))
+
     @cached_property
     def _tokenizer(self) -> Any:
-        return _empty(_tokenizers().models.BPE(vocab=self._vocabulary, merges=self.merges))
+        return self.fast()
 
     def __len__(self) -> int:
         return len(self._names)

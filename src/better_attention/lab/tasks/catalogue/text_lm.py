@@ -38,23 +38,21 @@ def text_lm(scale: str = "small") -> Task:
         stride=64,
     )
     small = replace(
-        paper, scale="small", width=128, length=128, layers=4, heads=(2, 4), default_heads=4, epochs=8, stride=64
+        paper,
+        scale="small",
+        width=64,
+        length=64,
+        layers=3,
+        heads=(2, 4),
+        default_heads=4,
+        epochs=6,
+        lr=3e-3,
+        dropout=0.0,
+        threads=1,
     )
     variants: dict[str, Task] = {
-        "smoke": replace(
-            small,
-            scale="smoke",
-            width=64,
-            length=64,
-            layers=2,
-            seeds=1,
-            epochs=2,
-            lr=3e-3,
-            train_samples=1_280,
-            test_samples=200,
-            threads=1,
-        ),
-        "small": replace(small, dropout=0.1, threads=1),
+        "smoke": replace(small, scale="smoke", layers=2, seeds=1, epochs=2, train_samples=1_280, test_samples=200),
+        "small": small,
         "paper": paper,
     }
     return variants[scale]
