@@ -211,6 +211,17 @@ def test_what_can_be_read(mechanism: str, positions: str, window: int | None, lo
             model(tokens(1, 12))
 
 
+def test_numbers_of_tokens_behind_a_cache_have_to_be_given_where_there_is_padding() -> None:
+    model, x = build("efficient", positions="learned").requires_grad_(False), tokens(3, 4)
+    cache = ModelCache(model, 3)
+    model(x, cache=cache)
+    padding = torch.arange(4).expand(3, -1) < 1
+    with pytest.raises(ValueError, match="padding behind cached tokens: pass positions_BL"):
+        model(x, padding_BL=padding, cache=cache)
+    with pytest.raises(ValueError, match="at most 11 tokens, received 12"):
+        model(x, positions_BL=torch.arange(8, 12).expand(3, -1), cache=cache)
+
+
 def test_logits_of_the_last_tokens_alone() -> None:
     model, x = build("efficient"), tokens()
     torch.testing.assert_close(model(x, last=3), model(x)[:, -3:])

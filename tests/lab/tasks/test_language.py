@@ -189,9 +189,10 @@ def test_an_evaluation_holds_no_more_logits_than_fit() -> None:
 
 
 @pytest.mark.parametrize("mechanism", [*MECHANISMS, "super+per-head", "standard+align"])
+@pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("equal", [False, True])
-def test_sizes_are_computed_as_models_are_built(mechanism: str, equal: bool) -> None:
-    one = task(equal_params=equal)
+def test_sizes_are_computed_as_models_are_built(mechanism: str, equal: bool, window: int | None) -> None:
+    one = task(equal_params=equal, window=window)
     assert one.size(mechanism, 2) == sum(p.numel() for p in one.build(mechanism, 2).parameters())
 
 
@@ -268,19 +269,22 @@ def test_attention_maps_name_their_tokens(learned: Path, splits: Splits) -> None
     assert maps[2].label != maps[0].label
 
 
-@pytest.mark.parametrize("mechanism", ["standard", "super"])
-def test_an_interrupted_run_ends_with_the_same_bits(mechanism: str, tmp_path: Path, splits: Splits) -> None:
+@pytest.mark.parametrize(("mechanism", "window"), [("standard", None), ("super", None), ("super", 5)])
+def test_an_interrupted_run_ends_with_the_same_bits(
+    mechanism: str, window: int | None, tmp_path: Path, splits: Splits
+) -> None:
+    changes: dict[str, Any] = {"epochs": 2, "dropout": 0.1, "window": window}
     fewer = replace(splits, train=Split(splits.train.inputs[:160], splits.train.targets[:160]))
 
     def weights(name: str) -> str:
         return sha256((tmp_path / name / "model.safetensors").read_bytes()).hexdigest()
 
-    training(tmp_path / "straight", fewer, mechanism, epochs=2, dropout=0.1).run()
+    training(tmp_path / "straight", fewer, mechanism, **changes).run()
     stops = iter([False, False, True])
     with pytest.raises(Interrupted):
-        training(tmp_path / "broken", fewer, mechanism, epochs=2, dropout=0.1, stop=lambda: next(stops)).run()
+        training(tmp_path / "broken", fewer, mechanism, **changes, stop=lambda: next(stops)).run()
     assert not (tmp_path / "broken" / "result.json").exists()
-    training(tmp_path / "broken", fewer, mechanism, epochs=2, dropout=0.1).run()
+    training(tmp_path / "broken", fewer, mechanism, **changes).run()
     assert weights("broken") == weights("straight")
 
 

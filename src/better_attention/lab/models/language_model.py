@@ -178,12 +178,12 @@ class LanguageModel(nn.Module):
 
     def _numbers(self, tokens_BL: Tensor, padding_BL: Tensor | None, positions_BL: Tensor | None, start: int) -> Tensor:
         """The number of each token in its text, (L,) or (B, L); that of padding is 0."""
-        if positions_BL is None and padding_BL is None:
-            self._check_length(start + tokens_BL.shape[1])
-            return torch.arange(start, start + tokens_BL.shape[1], device=tokens_BL.device)
-        if positions_BL is None and start:
-            raise ValueError("padding behind cached tokens: pass positions_BL, the number of each token in its text.")
         if positions_BL is None:
+            if padding_BL is None:
+                self._check_length(start + tokens_BL.shape[1])
+                return torch.arange(start, start + tokens_BL.shape[1], device=tokens_BL.device)
+            if start:
+                raise ValueError("padding behind cached tokens: pass positions_BL, each token's number in its text.")
             positions_BL = ((~padding_BL).cumsum(dim=1) - 1).clamp(min=0)
         self._check_length(int(positions_BL.max()) + 1 if positions_BL.numel() else 0)
         return positions_BL
