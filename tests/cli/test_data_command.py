@@ -32,6 +32,16 @@ def call(*words: str | Path) -> int:
     return verb.run(parser.parse_args([str(word) for word in words]))
 
 
+def test_a_running_text_is_shown_with_its_length(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "input.txt").write_text("a text\nof two lines\n", "utf-8")
+    assert call("show", "tinyshakespeare", "--data", tmp_path) == 0
+    out = capsys.readouterr().out
+    assert "20 characters of running text, which the task splits" in out
+    assert "not the official file's" in out
+    assert call("show", "tinyshakespeare", "--data", tmp_path, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["characters"] == 20
+
+
 @pytest.mark.parametrize("words", [[], ["list"]])
 def test_the_list(cache: Path, capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
     write_mnist(cache / "mnist")
@@ -196,7 +206,8 @@ def test_fetch_draws_bars_on_a_terminal(
 
 def test_mistakes(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(
-        DataError, match="unknown data set 'minst': choose one of amazon, cifar100, digits, imdb, mnist, translation"
+        DataError,
+        match="unknown data set 'minst': choose one of amazon, cifar100",
     ):
         call("show", "minst")
     with pytest.raises(UserError, match="'images' reads your own files in place: `better-attention compare images"):

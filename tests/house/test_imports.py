@@ -27,6 +27,7 @@ LAB_ROOMS = (
     {"files", "catalogue", "timing"},
     {"lock", "csv_json"},
     {"data", "models", "published"},
+    {"generation", "hugging_face"},
     {"tasks"},
     {"runs"},
     {"training"},

@@ -29,6 +29,14 @@ SOURCE = replace(digits.SOURCE, name="doodles", title="doodles on paper")
 """
 
 
+def test_an_underscore_in_a_file_is_a_hyphen_in_its_name() -> None:
+    assert "text-lm" in TASKS
+    assert "text_lm" not in TASKS
+    assert TASKS["text-lm"]("smoke").name == "text-lm"
+    with pytest.raises(KeyError):
+        TASKS["text_lm"]
+
+
 def test_a_task_is_one_file_and_its_data_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -145,7 +145,7 @@ def _details(row: Source, folder: Path | None) -> Record:
     """Origin, terms and official files; of a data set that is here also its contents, which are read completely."""
     from better_attention.lab.data import catalogue
     from better_attention.lab.data.catalogue import read
-    from better_attention.lab.data.samples import Images, NotFetched, Pairs
+    from better_attention.lab.data.samples import Images, NotFetched, Pairs, RunningText
     from better_attention.lab.files import digest
 
     record = _state(row, folder) | {
@@ -167,6 +167,8 @@ def _details(row: Source, folder: Path | None) -> Record:
     }
     if isinstance(data, Pairs):
         return record | contents | {"pairs": len(data.pairs)}
+    if isinstance(data, RunningText):
+        return record | contents | {"characters": len(data.text)}
     contents |= {
         "train": len(data.train_labels),
         "test": len(data.test_labels),
@@ -231,6 +233,8 @@ def _print_record(out: Console, record: Record) -> None:
         shape = f" of {'×'.join(map(str, record['shape']))}, white is {record['peak']}" if "shape" in record else ""
         if "pairs" in record:
             lines.append(f"{record['pairs']:,} sentence pairs, which the task splits")
+        elif "characters" in record:
+            lines.append(f"{record['characters']:,} characters of running text, which the task splits")
         else:
             lines.append(f"{record['train']:,} training and {record['test']:,} test samples{shape}")
             lines.append(f"classes: {', '.join(record['classes'])}")

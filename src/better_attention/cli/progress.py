@@ -188,6 +188,8 @@ def where(position: Position, epochs: int, steps: int) -> str:
 def outcome(record: RunRecord) -> str:
     """The result of a run in one line."""
     bleu = "" if record.test_bleu is None else f"BLEU {record.test_bleu:.1f}, "
-    scores = f"test {bleu}{record.test_accuracy:.2f} %, loss {record.test_loss:.3f}"
+    bits = record.test_bits_per_character
+    text = "" if bits is None else f"{bits:.3f} bits per character, "
+    scores = f"test {text}{bleu}{record.test_accuracy:.2f} %, loss {record.test_loss:.3f}"
     best = f"best epoch {record.best_epoch} of {record.epochs}"
     return f"{scores}; {best}; {record.epoch_seconds:.2f} s/epoch"

@@ -11,7 +11,7 @@ Entry = TypeVar("Entry")
 
 
 class Catalogue(Mapping[str, Entry]):
-    """The entries of a folder by the names of its files, in alphabetical order.
+    """The entries of a folder by the names of its files, hyphens for underscores, in alphabetical order.
 
     A new file is a new entry: there is no list to keep. A file is imported only when its entry is asked for, so that
     the names alone (for help texts and choices) cost no import.
@@ -26,7 +26,7 @@ class Catalogue(Mapping[str, Entry]):
         self._package, self._folders, self._attribute = package, folders, attribute
 
     def __iter__(self) -> Iterator[str]:
-        return iter(sorted(module.name for module in pkgutil.iter_modules(self._folders)))
+        return iter(sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(self._folders)))
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
@@ -38,6 +38,7 @@ class Catalogue(Mapping[str, Entry]):
         # Names of files alone: import_module would follow a dotted name to somewhere else.
         if name not in self:
             raise KeyError(name)
-        module = importlib.import_module(f"{self._package}.{name}")
-        entry: Entry = getattr(module, self._attribute or name)
+        file = name.replace("-", "_")
+        module = importlib.import_module(f"{self._package}.{file}")
+        entry: Entry = getattr(module, self._attribute or file)
         return entry

@@ -118,6 +118,32 @@ def test_else_the_smallest_that_is_not_told_from_standard_with_its_interval() ->
     )
 
 
+def test_of_a_text_fewer_bits_are_better() -> None:
+    """Both differences are shown; what is lower by 2 bits is recommended, and what is higher is worse."""
+    bits = next(column for column in COLUMNS if column.key == "test_bits_per_character")
+    given = {"standard": (3.0, 3.1, 3.2), "super": (1.0, 1.11, 1.22), "efficient": (2.0, 2.11, 2.22)}
+    given["optimised"] = (5.0, 5.11, 5.22)
+    records = [
+        record(name, seed, test_bits_per_character=value, attention_params=100)
+        for name, values in given.items()
+        for seed, value in enumerate(values)
+    ]
+    rows = summarise(records)
+    assert advised_column(columns_of(rows)) == bits
+    found = cards(rows, records, bits)
+    assert {card.mechanism: card.outcome for card in found} == {
+        "standard": "",
+        "optimised": "worse",
+        "efficient": "better",
+        "super": "better",
+    }
+    assert next(card.verdict for card in found if card.mechanism == "super").startswith("Lower than standard (3 seeds")
+    assert answer(found, bits, 4).startswith(
+        "With 4 heads, use super: −1.990 ± 0.025 bits per character of the test text against standard, which is shown"
+    )
+    assert next(row.ranks[bits.key] for row in rows if row.mechanism == "super") == 1
+
+
 @pytest.mark.parametrize("other", [WORSE, runs("expressive", (91.5, 90.1, 92.9), attention_params=4000)])
 def test_what_is_worse_or_no_smaller_is_no_reason_to_leave_standard(other: list[dict[str, Any]]) -> None:
     _, text = dealt(STANDARD, other)

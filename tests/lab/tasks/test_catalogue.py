@@ -106,7 +106,7 @@ def test_numbered_samples_are_the_data_sets_own() -> None:
 @pytest.mark.parametrize("name", [name for name in TASKS if TASKS[name]("smoke").unnumbered])
 def test_samples_without_numbers_say_what_to_do(name: str) -> None:
     task = TASKS[name]("smoke")
-    with pytest.raises(ValueError, match=f"task '{name}' .* Name the (symbols|sentences) instead"):
+    with pytest.raises(ValueError, match=f"task '{name}' .* Name the (symbols|sentences|text) instead"):
         task.numbered_samples([0], Splits(*[task.random_samples(3)] * 3, assets={}))
 
 

@@ -20,9 +20,10 @@ from torch import Tensor
 from better_attention import MECHANISMS
 from better_attention.lab.runs import checkpoint
 from better_attention.lab.runs.states import run_state
+from better_attention.lab.tasks import base
 from better_attention.lab.tasks.splits import Split
 from better_attention.lab.tasks.variant import Variant
-from better_attention.lab.training import evaluation, loop
+from better_attention.lab.training import loop
 from better_attention.lab.training.evaluation import evaluate
 from better_attention.lab.training.progress import DivergedError, Interrupted, Position
 from better_attention.lab.training.randomness import derive, epoch_order, initial_model
@@ -139,7 +140,7 @@ def test_evaluation_counts_every_sample_once(monkeypatch: pytest.MonkeyPatch) ->
     """Three processes are played one after the other; their sums must be those of one process alone."""
     run = tiny.training(Path("unused"))
     model = initial_model(run.task, run.job.variant, 3, 0)
-    monkeypatch.setattr(evaluation, "EVALUATION_BATCH", 5)
+    monkeypatch.setattr(base, "EVALUATION_BATCH", 5)
     alone = evaluate(run.accelerator, model, run.task, run.splits.test)
 
     class Rank:

@@ -16,8 +16,12 @@ from better_attention.lab.runs.record import times_as_fast
 from better_attention.text import plural
 
 BASELINE = "standard"
-UNITS = {"test_accuracy": "points of test accuracy", "test_bleu": "points of test BLEU"}
-"""Key of a column that advice may rest on -> the unit of its differences."""
+UNITS = {
+    "test_bits_per_character": "bits per character of the test text",
+    "test_accuracy": "points of test accuracy",
+    "test_bleu": "points of test BLEU",
+}
+"""Key of a column that advice may rest on -> the unit of its differences; the first one that there is decides."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +35,7 @@ class Card:
         params_share: relative to those of standard; None likewise.
         speed: times as fast in training as standard; None where it was not measured.
         difference: to standard, seed by seed; None for standard itself, and where there is no pair.
-        outcome: ``"higher"``, ``"lower"``, that nothing shows or that nothing was tested; "" for standard itself.
+        outcome: ``"better"``, ``"worse"``, that nothing shows or that nothing was tested; "" for standard itself.
         verdict: one sentence on that difference.
     """
 
@@ -46,7 +50,7 @@ class Card:
 
 
 def advised_column(columns: Sequence[Column]) -> Column | None:
-    """The column that advice rests on: test accuracy where there is one, else test BLEU."""
+    """The column that advice rests on: the first of :data:`UNITS` that is there."""
     return next((column for key in UNITS for column in columns if column.key == key), None)
 
 
@@ -78,11 +82,17 @@ def cards(rows: Sequence[Row], records: Sequence[Record], column: Column) -> lis
                 params_share=params / theirs if params is not None and theirs else None,
                 speed=_speed(records, row, base),
                 difference=test.difference if test else None,
-                outcome="" if row.mechanism == BASELINE else test.verdict if test else UNTESTED,
+                outcome="" if row.mechanism == BASELINE else _outcome(test, column),
                 verdict=_verdict(row, test, base),
             )
         )
     return found
+
+
+def _outcome(test: Comparison | None, column: Column) -> str:
+    if test is None or not test.shows:
+        return test.verdict if test else UNTESTED
+    return "better" if (test.verdict == "higher") == column.higher_is_better else "worse"
 
 
 def _params(row: Row | None) -> int | None:
@@ -140,9 +150,10 @@ def answer(found: Sequence[Card], column: Column, heads: int) -> str:
         return f"{where}, nothing can be recommended: there is no comparison with standard."
     if all(card.outcome in ("", UNTESTED) for card in found):
         return f"{where}, nothing can be recommended: nothing was tested, which takes several finished runs of each."
-    better = [card for card in found if card.outcome == "higher"]
+    better = [card for card in found if card.outcome == "better"]
     if better:
-        return f"{where}, {_better(max(better, key=lambda card: card.value.mean), column)}"
+        best = max if column.higher_is_better else min
+        return f"{where}, {_better(best(better, key=lambda card: card.value.mean), column)}"
     equal = [card for card in found if card.outcome == NOTHING and (card.params_share or 1) < 1]
     if not equal:
         return f"{where}, stay with standard: nothing is shown to be better, and nothing smaller to be as good."

@@ -14,7 +14,7 @@ from better_attention.lab import published
 from better_attention.lab.analysis.estimates import number
 from better_attention.lab.analysis.paired import NOTHING, UNTESTED, p_text
 from better_attention.lab.analysis.study import Record
-from better_attention.lab.analysis.summary import COLUMNS, Column, Row
+from better_attention.lab.analysis.summary import COLUMNS, MAIN, Column, Row
 from better_attention.lab.runs.name import RunName
 from better_attention.text import plural
 
@@ -28,6 +28,8 @@ MORE_SEEDS = 3
 """How many seeds are recommended to a reader who has one: the fewest that give an interval of use."""
 
 _WORDS = {
+    "test_bits_per_character": ("test loss in bits per character", "", ""),
+    "test_perplexity": ("test perplexity", "", ""),
     "test_accuracy": ("test accuracy", " %", " points"),
     "test_loss": ("test loss", "", ""),
     "test_top5": ("test top-5 accuracy", " %", " points"),
@@ -39,14 +41,14 @@ _KEPT = "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}"
 
 
 def sentences(rows: Sequence[Row]) -> list[str]:
-    """The findings: for accuracy and BLEU a sentence a number of heads, and for every test metric what was shown.
+    """The findings: for what the task is about a sentence a number of heads, and for every test metric what was shown.
 
     Args:
         rows: those of one task and scale.
     """
     found = []
     for column in COLUMNS:
-        if column.key in ("test_accuracy", "test_bleu"):
+        if column.key in MAIN:
             blocks = [[row for row in rows if row.heads == heads] for heads in sorted({row.heads for row in rows})]
             found += [sentence for block in blocks if (sentence := finding(block, column))]
         if column.key in _WORDS and (sentence := tally(rows, column)):

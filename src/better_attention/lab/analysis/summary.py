@@ -44,10 +44,17 @@ COLUMNS = (
     Column("total_params", "All params", 0, higher_is_better=False, kind="size"),
     Column("epoch_seconds", "s/epoch", 2, higher_is_better=False, kind="time"),
     Column("times_as_fast", "times as fast as nn.MHA", 2, higher_is_better=True, kind="ratio"),
+    Column("tokens_per_second", "tokens/s, training", 0, higher_is_better=True, kind="time"),
+    Column("decoded_per_second", "tokens/s, decoding", 0, higher_is_better=True, kind="time"),
+    Column("cache_bytes_per_token", "Cache bytes/token", 0, higher_is_better=False, kind="size"),
+    Column("train_bits_per_character", "Train bits/char.", 3, higher_is_better=False),
+    Column("train_perplexity", "Train perplexity", 2, higher_is_better=False),
     Column("train_accuracy", "Train acc. %", 2, higher_is_better=True),
     Column("train_loss", "Train loss", 3, higher_is_better=False),
     Column("train_top5", "Train top 5 %", 2, higher_is_better=True),
     Column("train_bleu", "Train BLEU", 1, higher_is_better=True),
+    Column("test_bits_per_character", "Test bits/char.", 3, higher_is_better=False),
+    Column("test_perplexity", "Test perplexity", 2, higher_is_better=False),
     Column("test_accuracy", "Test acc. %", 2, higher_is_better=True),
     Column("test_loss", "Test loss", 3, higher_is_better=False),
     Column("test_top5", "Test top 5 %", 2, higher_is_better=True),
@@ -57,8 +64,14 @@ COLUMNS = (
 )
 """What is shown, in the paper's order; a column that no row has a value for is left out."""
 
-COSTS = ("attention_params", "total_params", "epoch_seconds", "times_as_fast")
+COSTS = (
+    *("attention_params", "total_params", "epoch_seconds", "times_as_fast"),
+    *("tokens_per_second", "decoded_per_second", "cache_bytes_per_token"),
+)
 """Keys of the columns that say what a mechanism costs."""
+
+MAIN = ("test_bits_per_character", "test_accuracy", "test_bleu")
+"""Keys of the columns that say what a task is about, the most telling first."""
 
 MACHINE = ("time", "ratio")
 """Kinds of column whose numbers are this machine's: not to be set against the paper's."""
@@ -265,12 +278,12 @@ def columns_of(rows: Sequence[Row]) -> list[Column]:
 def by_importance(columns: Sequence[Column]) -> list[Column]:
     """The columns in the order of a reader's questions: results of the test split, costs, speed of learning, training.
 
-    Of the test split, what the task is about comes first: accuracy where there is one, else BLEU.
+    Of the test split, what the task is about comes first, see :data:`MAIN`.
     """
 
     def place(column: Column) -> int:
         if column.tested:
-            return 0 if column.key in ("test_accuracy", "test_bleu") else 1
+            return 0 if column.key in MAIN else 1
         return 2 if column.key in COSTS else 4 if column.kind == "metric" else 3
 
     return sorted(columns, key=place)

@@ -27,7 +27,8 @@ from better_attention.lab.runs.record import RunRecord
 from better_attention.lab.training.events import Began, Ended, Event, Failed, Updated
 
 CURVE = ("train_loss", "train_accuracy", "validation_loss", "validation_accuracy")
-FINAL = tuple(f"{split}_{key}" for split in ("validation", "test") for key in ("accuracy", "loss", "top5", "bleu"))
+FIGURES = ("accuracy", "loss", "top5", "bleu", "bits_per_character", "perplexity")
+FINAL = tuple(f"{split}_{key}" for split in ("validation", "test") for key in FIGURES)
 
 
 class Tracker(Protocol):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from .home import NoHome, home
 from .published import SOURCES
-from .samples import DataError, Images, NotFetched, Pairs, Texts
+from .samples import DataError, Images, NotFetched, Pairs, RunningText, Texts
 from .source import Files, Source
 
 
@@ -43,7 +43,7 @@ def find(source: Source, folder: Path | None = None) -> Files | None:
     return source.locate(folder / source.name) or source.locate(folder)
 
 
-def read(name: str, folder: Path | None = None) -> Images | Texts | Pairs:
+def read(name: str, folder: Path | None = None) -> Images | Texts | Pairs | RunningText:
     """One data set, read and checked completely; never from the network.
 
     Args:
@@ -52,7 +52,8 @@ def read(name: str, folder: Path | None = None) -> Images | Texts | Pairs:
             data home, where ``better-attention data fetch`` and ``import`` put it.
 
     Returns:
-        :class:`Images`, :class:`Texts` or :class:`Pairs`, the same for the same data on every machine.
+        :class:`Images`, :class:`Texts`, :class:`Pairs` or :class:`RunningText`, the same for the same data on every
+        machine.
 
     Raises:
         NotFetched: the data is not there; the message says how to get it.

@@ -151,6 +151,34 @@ class Pairs:
         return _digest([], (text for pair in self.pairs for text in pair))
 
 
+@dataclass(frozen=True, eq=False)
+class RunningText:
+    """One long text, for language models; the task splits it by position.
+
+    Args:
+        name: the data set's name.
+        text: all of it.
+        notes: what a report should say about the data.
+        departures: why this is not the published text of that name; shown with every result.
+
+    Raises:
+        DataError: there is nothing to read.
+    """
+
+    name: str
+    text: str
+    notes: tuple[str, ...] = ()
+    departures: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.text.strip():
+            raise DataError(f"{self.name}: the text is empty.")
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the contents, 64 hexadecimal digits: equal for equal data, whatever file it came from."""
+        return _digest([], [self.text])
+
+
 def overlap_notes(train: Iterable[str], test: Iterable[str]) -> tuple[str, ...]:
     """A note if a text is in both splits: the accuracy on training texts says little about others."""
     shared = len(set(train) & set(test))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from .download import Remote
-from .samples import Images, Pairs, Texts
+from .samples import Images, Pairs, RunningText, Texts
 
 Files: TypeAlias = tuple[Path, ...]
 
@@ -32,7 +32,7 @@ class Source:
     title: str
     terms: str
     layout: str
-    load: Callable[[Files], Images | Texts | Pairs]
+    load: Callable[[Files], Images | Texts | Pairs | RunningText]
     locate: Callable[[Path], Files | None] | None = None
     remotes: tuple[Remote, ...] = ()
     members: Callable[[Path], Iterator[tuple[str, Path]]] | None = None

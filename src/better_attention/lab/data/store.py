@@ -130,7 +130,7 @@ def _stored_name(source: Source, file: Path) -> str:
     if len(source.remotes) != 1:
         return file.name
     official = source.remotes[0].name
-    if file.is_dir():
+    if file.is_dir() or not official.endswith(".gz"):
         return official
     with file.open("rb") as stream:
         # By its content, since the name may lie: a file in the xz format begins with the bytes FD 37.

@@ -116,20 +116,25 @@ class CausalDecoder(nn.Module):
         Raises:
             ValueError: more tokens than ``length``.
         """
-        B, L = tokens_BL.shape
+        L = tokens_BL.shape[1]
         if self.length < L:
             raise ValueError(f"this model was built for length={self.length}, received {L} tokens. Shorten the input.")
         x_BLD = self.tokens(tokens_BL)
         if self.positions is not None:
             x_BLD = x_BLD + self.positions.weight[:L]
-        bias = None
-        if self.alibi:  # once for all blocks
-            # A mask of three dimensions is (B N, L, L), the heads of a sample side by side, as repeating arranges them.
-            bias = alibi_bias(self.heads, L, L, device=x_BLD.device, dtype=x_BLD.dtype).repeat(B, 1, 1)
+        bias = alibi_mask(x_BLD, self.heads) if self.alibi else None  # once for all blocks
         for block in self.blocks:
             x_BLD = block(x_BLD, bias)
         logits: Tensor = self.output(self.norm(x_BLD))
         return logits
+
+
+def alibi_mask(x_BLD: Tensor, heads: int, start: int = 0) -> Tensor:
+    """ALiBi as a mask of the attention layer, (B N, L, S): for new tokens behind ``start`` others, S = start + L."""
+    B, L, _ = x_BLD.shape
+    bias = alibi_bias(heads, L, start + L, offset=start, device=x_BLD.device, dtype=x_BLD.dtype)
+    # The layer wants the heads of a sample side by side, as repeating arranges them.
+    return bias.repeat(B, 1, 1)
 
 
 def decoder_size(

@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from better_attention.lab.analysis.estimates import Estimate, number
 from better_attention.lab.analysis.study import Curve
-from better_attention.lab.analysis.summary import Row, columns_of
+from better_attention.lab.analysis.summary import MAIN, Row, columns_of
 from better_attention.lab.report import heatmaps
 from better_attention.lab.report.charts import (
     LENGTHS,
@@ -105,7 +105,7 @@ def _series(curve: Curve, key: str) -> Series | None:
 
 
 def ablation(rows: Sequence[Row], album: Album) -> tuple[list[str], list[Panel]]:
-    """Results of the test split over the number of heads: the mechanisms drawn, and a panel each of accuracy and BLEU.
+    """Results of the test split over the number of heads: the mechanisms drawn, and a panel of each main figure.
 
     Empty where fewer than two numbers of heads were run.
     """
@@ -113,7 +113,7 @@ def ablation(rows: Sequence[Row], album: Album) -> tuple[list[str], list[Panel]]
         return [], []
     panels = []
     for column in columns_of(rows):
-        if column.key not in ("test_accuracy", "test_bleu"):
+        if column.key not in MAIN:
             continue
         runs: dict[str, dict[int, Estimate]] = {}
         for row in rows:

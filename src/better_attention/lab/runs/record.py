@@ -114,7 +114,7 @@ _DESCRIBED: Mapping[str, tuple[type, str]] = MappingProxyType(
 class RunRecord:
     """``result.json``: what came of a finished run.
 
-    Accuracies are in per cent, BLEU in points; both of the weights with the best validation loss. An optional value is
+    Accuracies are in per cent, BLEU in points; all of the weights with the best validation loss. An optional value is
     None where the task has no such measure, or where the version that wrote the record did not measure it.
 
     Args:
@@ -144,6 +144,7 @@ class RunRecord:
     train_accuracy: float | None = None
     validation_accuracy: float | None = None
     test_bleu: float | None = None
+    test_bits_per_character: float | None = None
     total_params: int | None = None
     times_as_fast: float | None = None
     departures: tuple[str, ...] = ()
@@ -229,7 +230,10 @@ _WHOLE = frozenset(["heads", "seed", "epochs", "best_epoch", "total_params", "at
 _TEXTS = frozenset(["task", "scale", "mechanism", "score", "device", "commit"])
 _MAPPINGS = frozenset(["settings", "samples", "versions"])
 _ALWAYS = frozenset(f"{split}_{key}" for split in ("train", "validation", "test") for key in ("accuracy", "loss"))
-_NUMBER = re.compile(r"(?:train|validation|test)_\w+|epoch_seconds|epoch_ratio|times_as_fast|waiting_share")
+_NUMBER = re.compile(
+    r"(?:train|validation|test)_\w+|epoch_seconds|epoch_ratio|times_as_fast|waiting_share"
+    r"|tokens_per_second|decoded_per_second|cache_bytes_per_token"
+)
 
 # --- metrics.jsonl ----------------------------------------------------------------------------------------------------
 

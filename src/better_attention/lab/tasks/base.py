@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 SCALES = ("smoke", "small", "paper")
 OPTIMISERS = ("adam", "adamw", "rmsprop")
+EVALUATION_BATCH = 512
 
 
 @dataclass(frozen=True)
@@ -285,6 +286,29 @@ class Task(ABC):
         The model is in eval mode, on the device of ``split``.
         """
         return {}
+
+    def figures(self, split: str, loss: float, assets: Mapping[str, Any]) -> dict[str, float]:
+        """What follows from the mean loss of a split: ``"bits_per_character"`` and ``"perplexity"`` of a text.
+
+        Args:
+            split: ``"train"``, ``"validation"`` or ``"test"``.
+            loss: its mean loss, of a finished model.
+            assets: of the data.
+        """
+        return {}
+
+    def costs(self, model: nn.Module, splits: Splits, epoch_seconds: float) -> dict[str, float]:
+        """What a finished model costs beside parameters and the seconds of an epoch: tokens a second, bytes of a cache.
+
+        The model is in eval mode, on the device of ``splits``. Keys are those of
+        :data:`better_attention.lab.analysis.summary.COLUMNS`.
+        """
+        return {}
+
+    @property
+    def evaluation_batch(self) -> int:
+        """Samples that are evaluated at once."""
+        return EVALUATION_BATCH
 
     def scored(self, samples: int) -> int:
         """How many of a split's samples :meth:`scores` looks at."""

@@ -9,8 +9,6 @@ from torch import Tensor, nn
 from better_attention.lab.tasks.base import Task
 from better_attention.lab.tasks.splits import Split
 
-EVALUATION_BATCH = 512
-
 
 def evaluate(accelerator: Accelerator, model: nn.Module, task: Task, split: Split) -> dict[str, float]:
     """Mean loss and accuracy in per cent of ``split``, every sample counted once over all processes.
@@ -22,7 +20,7 @@ def evaluate(accelerator: Accelerator, model: nn.Module, task: Task, split: Spli
     # train_epoch() switches back to training mode.
     model.eval()
     with torch.inference_mode():
-        for x, y in split.batches(EVALUATION_BATCH, accelerator.process_index, accelerator.num_processes):
+        for x, y in split.batches(task.evaluation_batch, accelerator.process_index, accelerator.num_processes):
             logits = model(x)
             # Sums rather than means, because batches and the shares of the processes differ in size.
             loss += float(task.losses(logits, y).sum())

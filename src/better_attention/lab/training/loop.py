@@ -357,6 +357,10 @@ class Training:
         with torch.inference_mode():
             more = {name: self.task.scores(self.model, parts[name], self.splits.assets) for name in ("train", "test")}
         seconds, waiting = (sum(line[key] for line in self.position.curve) for key in ("seconds", "waiting"))
+        epoch_seconds = seconds / len(self.position.curve)
+        figures = {name: self.task.figures(name, metrics[name]["loss"], self.splits.assets) for name in parts}
+        with torch.inference_mode():
+            costs = self.task.costs(self.model, self.splits, epoch_seconds)
         attention = next(m for m in self.model.modules() if isinstance(m, MultiheadAttention))
         where = environment(self.command)
         return {
@@ -369,11 +373,13 @@ class Training:
             "settings": self.task.settings(),
             **{f"{name}_{key}": value for name, values in metrics.items() for key, value in values.items()},
             **{f"{name}_{key}": more[name].get(key) for name in more for key in ("top5", "bleu")},
+            **{f"{name}_{key}": value for name, values in figures.items() for key, value in values.items()},
             "attention_params": count(attention),
             "total_params": count(self.model),
-            "epoch_seconds": seconds / len(self.position.curve),
+            "epoch_seconds": epoch_seconds,
             "waiting_share": waiting / seconds,
             "times_as_fast": self.pace.times_as_fast if self.pace else None,
+            **costs,
             "epochs": len(self.position.curve),
             "best_epoch": self.position.best_epoch,
             "samples": self.splits.sizes,

@@ -20,7 +20,6 @@ from better_attention.lab.tasks.base import Task
 from better_attention.lab.tasks.splits import Split, Splits
 from better_attention.lab.tasks.variant import Variant
 from better_attention.lab.timing import alternate
-from better_attention.lab.training.evaluation import EVALUATION_BATCH
 from better_attention.layer.multihead import MultiheadAttention
 
 ROUNDS = (3, 25)  # at least, at most
@@ -121,7 +120,7 @@ def _evaluation(task: Task, model: nn.Module, splits: Splits) -> tuple[float, fl
     with torch.inference_mode():
         model(splits.train.batch(slice(1))[0])  # what happens only once
         began = time.perf_counter()
-        inputs, targets = splits.train.batch(slice(min(task.batch_size, EVALUATION_BATCH)))
+        inputs, targets = splits.train.batch(slice(min(task.batch_size, task.evaluation_batch)))
         task.losses(model(inputs), targets).sum().item()
         evaluated = (time.perf_counter() - began) / len(targets)
         few = Split(*splits.train.batch(slice(SCORED)))

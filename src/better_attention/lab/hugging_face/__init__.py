@@ -1,0 +1,1 @@
+"""The lab's language model as a model of Hugging Face transformers."""

@@ -1,0 +1,199 @@
+"""The lab's language model with the interface of transformers: configuration, saving, generation, Trainer.
+
+>>> from better_attention.lab.hugging_face.model import LanguageModelConfig, LanguageModelForCausalLM  # doctest: +SKIP
+>>> model = LanguageModelForCausalLM(LanguageModelConfig(vocab_size=66, mechanism="efficient"))  # doctest: +SKIP
+
+Importing this module registers both with ``AutoConfig`` and ``AutoModelForCausalLM``. ``save_pretrained`` writes
+safetensors and JSON alone; the checkpoints of ``Trainer`` also contain transformers' own pickles of the optimiser.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from better_attention.lab.models.initialisation import gpt2_map_
+from better_attention.lab.models.language_model import RESIDUAL, LanguageBlock, LanguageModel
+from better_attention.layer.alignment import Alignment
+from better_attention.layer.scale import LearnedScale
+from better_attention.layer.window import WindowAlignment
+
+from .cache import GenerationCache
+
+# After .cache, which says what to install where it is missing.
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel  # isort: skip
+from transformers.modeling_outputs import CausalLMOutputWithPast  # isort: skip
+
+
+class LanguageModelConfig(PreTrainedConfig):
+    """What a :class:`LanguageModelForCausalLM` is built from.
+
+    Args:
+        vocab_size: number of different tokens.
+        max_position_embeddings: sequence length that it is trained at: the size of W_A (without a window) and of
+            learned positions.
+        hidden_size, num_hidden_layers, num_attention_heads: model width, blocks, heads.
+        mechanism: a name from :data:`better_attention.MECHANISMS`, or one with suffixes, as ``"efficient+expressive"``.
+        attention_options: further arguments of every :class:`better_attention.MultiheadAttention`.
+        positions: ``"rotary"``, ``"learned"`` or ``"alibi"``.
+        window: each token sees the last ``window`` tokens; None: all before it.
+        scale: factor on q.k: None for 1/sqrt(head width), a number, or ``"learned"``.
+        dropout: on embeddings, attention weights, and after both halves of a block.
+    """
+
+    model_type = "better_attention_lm"
+    keys_to_ignore_at_inference = ["cache"]  # noqa: RUF012 - as transformers declares it
+
+    vocab_size: int = 512
+    max_position_embeddings: int = 1024
+    hidden_size: int = 256
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    mechanism: str = "standard"
+    attention_options: dict[str, Any] | None = None
+    positions: str = "rotary"
+    window: int | None = None
+    scale: float | str | None = None
+    dropout: float = 0.0
+    use_cache: bool = True
+    tie_word_embeddings: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+
+class LanguageModelForCausalLM(PreTrainedModel, GenerationMixin):
+    """:class:`~better_attention.lab.models.language_model.LanguageModel` as transformers' models are used.
+
+    Args:
+        config: sizes, mechanism, positions, window.
+
+    Raises:
+        ValueError: a configuration that the model refuses.
+    """
+
+    config: LanguageModelConfig
+    config_class = LanguageModelConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    _no_split_modules = [LanguageBlock.__name__]  # noqa: RUF012 - as transformers declares it
+
+    def __init__(self, config: LanguageModelConfig) -> None:
+        super().__init__(config)
+        self.model = LanguageModel(
+            vocabulary=config.vocab_size,
+            length=config.max_position_embeddings,
+            width=config.hidden_size,
+            layers=config.num_hidden_layers,
+            heads=config.num_attention_heads,
+            mechanism=config.mechanism,
+            options=config.attention_options,
+            positions=config.positions,
+            window=config.window,
+            scale=config.scale,
+            dropout=config.dropout,
+        )
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: GenerationCache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        **options: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits (B, L, V) of the token after each of ``input_ids``, and the loss where there are ``labels``.
+
+        Args:
+            input_ids: (B, L), the tokens behind those in the cache.
+            attention_mask: (B, S), 0 where there is no token; of all tokens, those in the cache included.
+            position_ids: (B, L) or (1, L), number of each token in its text; None: from ``attention_mask``.
+            cache: of a generation; None with ``use_cache``: a new one.
+            labels: (B, L), the tokens themselves; -100 where no loss is wanted. They are shifted here.
+            use_cache: return a cache.
+            logits_to_keep: logits of that many last tokens; 0: of all.
+            options: what the loss takes, such as ``num_items_in_batch``.
+
+        Raises:
+            TypeError, ValueError: another cache, a mask of another shape, or attentions and hidden states as outputs.
+        """
+        _refuse(options, attention_mask, cache)
+        if cache is None and use_cache:
+            cache = GenerationCache()
+        logits: Tensor = self.model(
+            input_ids,
+            padding_BL=_padding(attention_mask, input_ids.shape[1]),
+            positions_BL=None if position_ids is None else position_ids.expand(input_ids.shape),
+            cache=None if cache is None else cache.of(self.model, len(input_ids)),
+            last=logits_to_keep or None,
+        )
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **options)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, cache=cache)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The token embeddings, which are the output map as well."""
+        return self.model.tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replace them."""
+        self.model.tokens = value
+
+    def _init_weights(self, module: nn.Module) -> None:
+        # transformers calls this for each module of which a checkpoint lacks something, and guards torch's
+        # initialisers: what was loaded stays as it is.
+        if isinstance(module, nn.Linear | nn.Embedding):
+            adds = any(one is module for name, one in self.model.named_modules() if name.endswith(RESIDUAL))
+            gpt2_map_(module, adds=self.config.num_hidden_layers if adds else 0)
+        # W_A draws with functions of its own, which nothing guards.
+        elif isinstance(module, Alignment | WindowAlignment | LearnedScale | nn.RMSNorm) and not all(
+            getattr(parameter, "_is_hf_initialized", False) for parameter in module.parameters()
+        ):
+            module.reset_parameters()
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """Our cache instead of transformers' own, unless the caller brought one or wants none."""
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise ValueError(
+                f"cache_implementation={generation_config.cache_implementation!r} is one of transformers' own caches; "
+                "this model has another, which grows. Leave cache_implementation out."
+            )
+        if model_kwargs.get("cache") is None and generation_config.use_cache is not False:
+            assistant = bool(getattr(generation_config, "is_assistant", False))
+            model_kwargs["cache"] = GenerationCache(rewind_room=1 if assistant else 0)
+
+
+def _padding(attention_mask: Tensor | None, L: int) -> Tensor | None:
+    """Where the new tokens are padding, (B, L); None where none is."""
+    if attention_mask is None:
+        return None
+    padding_BL = attention_mask[:, -L:] == 0
+    return padding_BL if bool(padding_BL.any()) else None
+
+
+def _refuse(options: dict[str, Any], attention_mask: Tensor | None, cache: object) -> None:
+    for name in ("output_attentions", "output_hidden_states", "inputs_embeds"):
+        if options.pop(name, None):
+            raise ValueError(
+                f"this model returns no {name.removeprefix('output_')} and reads tokens alone: leave {name} out. For "
+                "the weights use better_attention.attention_maps(model, ...)."
+            )
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise ValueError(f"attention_mask must be (batch, tokens), received shape {tuple(attention_mask.shape)}.")
+    if cache is not None and not isinstance(cache, GenerationCache):
+        raise TypeError(
+            f"cache must be a GenerationCache (better_attention.lab.hugging_face.cache), received "
+            f"{type(cache).__name__}. Leave it out, and generate() makes one."
+        )
+
+
+AutoConfig.register(LanguageModelConfig.model_type, LanguageModelConfig)
+AutoModelForCausalLM.register(LanguageModelConfig, LanguageModelForCausalLM)

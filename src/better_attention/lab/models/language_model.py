@@ -1,0 +1,234 @@
+"""A small modern language model: pre-norm RMSNorm, rotary positions, SwiGLU, tied embeddings, any mechanism.
+
+The blocks are those of Llama (arXiv 2302.13971, section 2.2): RMSNorm (arXiv 1910.07467), rotary positions (arXiv
+2104.09864) and SwiGLU (arXiv 2002.05202), without biases; the initial weights are GPT-2's. Shape letters: B batch, L
+tokens, S tokens seen so far, D model width, F width inside the MLP, N heads, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from better_attention.cost import cost
+from better_attention.errors import check_choice, check_int
+from better_attention.lab.models.causal_decoder import POSITIONS, alibi_mask
+from better_attention.lab.models.initialisation import gpt2_
+from better_attention.layer.multihead import MultiheadAttention
+from better_attention.mechanism import Mechanism
+
+NORM_EPS = 1e-6  # Llama's
+RESIDUAL = ("out_proj", "contract")
+"""Names of the maps whose output is added to the residual stream."""
+HIDDEN_MULTIPLE = 8
+"""The MLP's width is rounded up to a multiple of this: as many float32 numbers as AVX2 processes at a time."""
+
+
+def hidden_width(width: int) -> int:
+    """Width F of the MLP: 8/3 D, so that three maps have the parameters of two of width 4 D, rounded up.
+
+    >>> hidden_width(384), hidden_width(64)
+    (1024, 176)
+    """
+    return -(-8 * width // (3 * HIDDEN_MULTIPLE)) * HIDDEN_MULTIPLE
+
+
+class SwiGLU(nn.Module):
+    """``contract(silu(gate(x)) * up(x))``; ``expand`` holds both maps, the gate's first (arXiv 2002.05202, eq. 6)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.expand = nn.Linear(width, 2 * hidden_width(width), bias=False)
+        self.contract = nn.Linear(hidden_width(width), width, bias=False)
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        """Map (B, L, D) to (B, L, D)."""
+        gate_BLF, up_BLF = self.expand(x_BLD).chunk(2, dim=-1)
+        mapped: Tensor = self.contract(F.silu(gate_BLF) * up_BLF)
+        return mapped
+
+
+class LanguageBlock(nn.Module):
+    """Pre-norm block: ``x + attention(norm(x))``, then ``x + SwiGLU(norm(x))``."""
+
+    def __init__(self, width: int, attention: MultiheadAttention, dropout: float) -> None:
+        super().__init__()
+        self.norm1 = nn.RMSNorm(width, eps=NORM_EPS)
+        self.attention = attention
+        self.norm2 = nn.RMSNorm(width, eps=NORM_EPS)
+        self.mlp = SwiGLU(width)
+        self.dropout = dropout
+
+    def forward(self, x_BLD: Tensor, padding_BL: Tensor | None, bias: Tensor | None, cache: Any | None) -> Tensor:
+        """Map (B, L, D) to (B, L, D).
+
+        Args:
+            x_BLD: what stands at the tokens.
+            padding_BL: True where there is no token.
+            bias: (B N, L, S), added to the log weights.
+            cache: of the whole model; None: the tokens are all there is.
+        """
+        normed = self.norm1(x_BLD)
+        # A cache attends causally by itself: its new tokens do not begin at the first key.
+        how: dict[str, Any] = {"is_causal": True} if cache is None else {"cache": cache[self.attention]}
+        mixed, _ = self.attention(
+            normed, normed, normed, key_padding_mask=padding_BL, attn_mask=bias, need_weights=False, **how
+        )
+        x_BLD = x_BLD + F.dropout(mixed, self.dropout, self.training)
+        return x_BLD + F.dropout(self.mlp(self.norm2(x_BLD)), self.dropout, self.training)
+
+
+class LanguageModel(nn.Module):
+    """Causal language model: tokens, pre-norm blocks, a norm, and the tokens' own embeddings as the output map.
+
+    Args:
+        vocabulary: number of different tokens V.
+        length: sequence length it is trained at: the size of W_A (without a window) and of learned positions, which
+            bound what it can read; see :attr:`longest`.
+        width, layers, heads: model width D, number of blocks, attention heads N.
+        mechanism: name or row of :data:`better_attention.MECHANISMS`; W_A, where there is one, is lower triangular,
+            or aligns the window.
+        options: further arguments of every :class:`~better_attention.MultiheadAttention`.
+        positions: ``"rotary"``, ``"learned"`` (a vector a position, added to the token's), or ``"alibi"``.
+        window: each token sees the last ``window`` tokens, itself included; None: all before it.
+        scale: factor on q.k: None for 1/sqrt(head width), a number, or ``"learned"``.
+        dropout: on embeddings, on attention weights, and after both halves of a block.
+
+    Raises:
+        ValueError: positions of another name; arguments that the attention layers refuse.
+
+    >>> model = LanguageModel(vocabulary=5, length=7, width=8, layers=2, heads=2, mechanism="efficient")
+    >>> model(torch.tensor([[0, 4, 1]])).shape
+    torch.Size([1, 3, 5])
+    """
+
+    def __init__(
+        self,
+        *,
+        vocabulary: int,
+        length: int,
+        width: int,
+        layers: int,
+        heads: int,
+        mechanism: str | Mechanism = "standard",
+        options: Mapping[str, Any] | None = None,
+        positions: str = "rotary",
+        window: int | None = None,
+        scale: float | str | None = None,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        check_choice(positions, "positions", POSITIONS)
+        row = Mechanism.of(mechanism)
+        self.heads, self.dropout, self.alibi = heads, dropout, positions == "alibi"
+        bounded = positions == "learned" or (row.aligned and window is None)
+        self.longest = check_int(length, "length") if bounded else None
+        """Most tokens that it can read; None: any number."""
+        self.places_matter = row.aligned and window is None
+        """Whether a token's place in its row changes what it means: W_A counts from the first token, padding too."""
+        self.tokens = nn.Embedding(vocabulary, width)
+        self.positions = nn.Embedding(length, width) if positions == "learned" else None
+        own: dict[str, Any] = {"dropout": dropout, "scale": scale, "rotary": positions == "rotary", "bias": False}
+        own |= row.layer_options(length, causal=True) if window is None else {"window": window}
+        own |= options or {}
+        self.blocks = nn.ModuleList(
+            LanguageBlock(width, MultiheadAttention(width, heads, batch_first=True, mechanism=row, **own), dropout)
+            for _ in range(layers)
+        )
+        self.norm = nn.RMSNorm(width, eps=NORM_EPS)
+        gpt2_(self, residual=RESIDUAL, layers=layers)
+
+    def forward(
+        self,
+        tokens_BL: Tensor,
+        *,
+        padding_BL: Tensor | None = None,
+        positions_BL: Tensor | None = None,
+        cache: Any | None = None,
+        last: int | None = None,
+    ) -> Tensor:
+        """Logits (B, L, V) of the token after each of ``tokens_BL``, integers (B, L).
+
+        Args:
+            tokens_BL: the new tokens.
+            padding_BL: bool, True where there is no token: in front of the shorter texts of a batch.
+            positions_BL: number of each token in its text, for learned positions; None: counted from the first one
+                that is no padding, or behind what the cache holds.
+            cache: a ``better_attention.ModelCache`` of this model; the tokens follow those that it holds.
+            last: only the logits behind that many last tokens, (B, last, V); None: behind all.
+
+        Raises:
+            ValueError: more tokens than :attr:`longest`; padding where W_A counts it.
+        """
+        start = 0 if cache is None else cache.length
+        if self.places_matter:
+            self._check_places(start + tokens_BL.shape[1], padding_BL, cache)
+        x_BLD = self.tokens(tokens_BL)
+        if self.positions is not None:
+            x_BLD = x_BLD + self.positions(self._numbers(tokens_BL, padding_BL, positions_BL, start))
+        x_BLD = F.dropout(x_BLD, self.dropout, self.training)
+        bias = alibi_mask(x_BLD, self.heads, start) if self.alibi else None  # once for all blocks
+        for block in self.blocks:
+            x_BLD = block(x_BLD, padding_BL, bias, cache)
+        return F.linear(self.norm(x_BLD if last is None else x_BLD[:, -last:]), self.tokens.weight)
+
+    def _numbers(self, tokens_BL: Tensor, padding_BL: Tensor | None, positions_BL: Tensor | None, start: int) -> Tensor:
+        """The number of each token in its text, (L,) or (B, L); that of padding is 0."""
+        if positions_BL is None:
+            if padding_BL is None:
+                self._check_length(start + tokens_BL.shape[1])
+                return torch.arange(start, start + tokens_BL.shape[1], device=tokens_BL.device)
+            if start:
+                raise ValueError("padding behind cached tokens: pass positions_BL, each token's number in its text.")
+            positions_BL = ((~padding_BL).cumsum(dim=1) - 1).clamp(min=0)
+        self._check_length(int(positions_BL.max()) + 1 if positions_BL.numel() else 0)
+        return positions_BL
+
+    def _check_length(self, tokens: int) -> None:
+        if self.longest is not None and tokens > self.longest:
+            raise ValueError(
+                f"this model reads at most {self.longest} tokens, received {tokens}. Shorten the input, or build the "
+                "model with rotary positions or ALiBi and, for a mechanism with W_A, with window=."
+            )
+
+    def _check_places(self, tokens: int, padding_BL: Tensor | None, cache: Any | None) -> None:
+        """Refuse too many tokens, and padding that a token follows or, with a cache, may follow."""
+        self._check_length(tokens)
+        if padding_BL is None:
+            return
+        followed = padding_BL if cache is not None else padding_BL[:, :-1] & ~padding_BL[:, 1:]
+        if bool(followed.any()):
+            raise ValueError(
+                "W_A counts places from the first of a row, so that padding in front of a text would change what it "
+                "means to this model. Pass texts of one length, or build the model with window=."
+            )
+
+
+def language_model_size(
+    *,
+    vocabulary: int,
+    length: int,
+    width: int,
+    layers: int,
+    heads: int,
+    mechanism: str | Mechanism = "standard",
+    per_head: bool = False,
+    positions: str = "rotary",
+    window: int | None = None,
+    scale: float | str | None = None,
+) -> int:
+    """Number of learned values of a :class:`LanguageModel`, without building it; ``per_head``: one W_A for each head.
+
+    >>> sizes = {"vocabulary": 5, "length": 7, "width": 8, "layers": 2, "heads": 2, "mechanism": "super"}
+    >>> language_model_size(**sizes) == sum(parameter.numel() for parameter in LanguageModel(**sizes).parameters())
+    True
+    """
+    kernel = "per_head" if per_head else "shared"
+    # Under a window W_A is as large as the window.
+    attention = cost(width, heads, window or length, mechanism=mechanism, align_heads=kernel, bias=False).params
+    block = attention + heads * (scale == "learned") + 3 * width * hidden_width(width) + 2 * width
+    return (vocabulary + length * (positions == "learned")) * width + layers * block + width

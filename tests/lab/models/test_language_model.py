@@ -1,0 +1,314 @@
+"""The language model against NumPy; causality, padding, size, initial weights, and one seed gives one model."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from better_attention import MECHANISMS, ModelCache, MultiheadAttention, assert_causal
+from better_attention.lab.models.causal_decoder import POSITIONS
+from better_attention.lab.models.language_model import LanguageModel, hidden_width, language_model_size
+from better_attention.positions import alibi_slopes
+from helpers import oracle
+
+VOCABULARY, LENGTH, WIDTH, HEADS, LAYERS = 7, 11, 12, 3, 2
+NAMES = (*MECHANISMS, "super+expressive", "standard+align")
+
+
+def sizes(**changes: Any) -> dict[str, Any]:
+    return {"vocabulary": VOCABULARY, "length": LENGTH, "width": WIDTH, "layers": LAYERS, "heads": HEADS} | changes
+
+
+def build(mechanism: str = "standard", **changes: Any) -> LanguageModel:
+    """A model in float64 whose parameters are all far from their start."""
+    model = LanguageModel(mechanism=mechanism, **sizes(**changes)).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+def tokens(batch: int = 3, length: int = LENGTH) -> Tensor:
+    return torch.randint(VOCABULARY, (batch, length))
+
+
+# --- the formula ------------------------------------------------------------------------------------------------------
+
+
+def rms(x: np.ndarray, gain: np.ndarray) -> np.ndarray:
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * gain
+
+
+def swiglu(x: np.ndarray, expand: np.ndarray, contract: np.ndarray) -> np.ndarray:
+    gate, up = np.split(x @ expand.T, 2, axis=-1)
+    return (gate / (1 + np.exp(-gate)) * up) @ contract.T
+
+
+def turned(x: np.ndarray) -> np.ndarray:
+    """Rotary positions as complex numbers; x (B, N, L, H)."""
+    half = x.shape[-1] // 2
+    angle = np.arange(x.shape[2])[:, None] * 10_000.0 ** (-np.arange(half) / half)
+    z = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angle)
+    return np.concatenate([z.real, z.imag], axis=-1)
+
+
+def attended(layer: dict[str, np.ndarray], x: np.ndarray, mechanism: str, positions: str) -> np.ndarray:
+    """A layer by the oracle; its queries and keys turned, or its weights biased."""
+    row, (B, L, D) = MECHANISMS[mechanism], x.shape
+    w = oracle.Weights(
+        heads=HEADS,
+        **{name: layer.get(f"{name}_proj.weight") for name in "qkv"},
+        o=layer["out_proj.weight"],
+        align=layer.get("align.weight"),
+        align_causal=True,
+        score=row.score,
+    )
+    if positions != "rotary":
+        far = np.arange(L)[:, None] - np.arange(L)
+        bias = -np.array(alibi_slopes(HEADS))[:, None, None] * far if positions == "alibi" else np.zeros((HEADS, L, L))
+        return oracle.multihead(w, x, x, x, bias=np.broadcast_to(bias, (B, HEADS, L, L)), causal=True)[0]
+    q, k, v = (oracle.linear(x, m, None) for m in (w.q, w.k, w.v))
+    if w.align is not None:
+        v = np.stack([oracle.align(one, w.align, None, True) for one in v])
+    apart = [a.reshape(B, L, HEADS, D // HEADS).transpose(0, 2, 1, 3) for a in (q, k, v)]
+    out, _ = oracle.attention(turned(apart[0]), turned(apart[1]), apart[2], score=row.score, causal=True)
+    return oracle.linear(out.transpose(0, 2, 1, 3).reshape(B, L, D), w.o, None)
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_the_model_is_that_of_the_equations(mechanism: str, positions: str) -> None:
+    model, read = build(mechanism, positions=positions), tokens()
+    w = {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
+    x = w["tokens.weight"][read.numpy()]
+    if positions == "learned":
+        x = x + w["positions.weight"]
+    for n in range(LAYERS):
+        block = {name.removeprefix(f"blocks.{n}."): value for name, value in w.items()}
+        layer = {name.removeprefix("attention."): value for name, value in block.items()}
+        x = x + attended(layer, rms(x, block["norm1.weight"]), mechanism, positions)
+        x = x + swiglu(rms(x, block["norm2.weight"]), block["mlp.expand.weight"], block["mlp.contract.weight"])
+    expected = rms(x, w["norm.weight"]) @ w["tokens.weight"].T
+    np.testing.assert_allclose(model(read).detach().numpy(), expected, rtol=1e-9, atol=1e-9)
+
+
+# --- causality, padding -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("mechanism", NAMES)
+def test_no_logit_knows_a_later_token(mechanism: str, positions: str, window: int | None) -> None:
+    model = build(mechanism, positions=positions, window=window)
+    assert_causal(model, tokens())
+    assert_causal(model.float(), tokens())
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("mechanism", ["standard", "efficient+expressive", "super"])
+def test_padding_in_front_changes_nothing(mechanism: str, positions: str) -> None:
+    model, texts = build(mechanism, positions=positions, window=4 if mechanism == "super" else None), tokens(3, 6)
+    padded = torch.cat([torch.randint(VOCABULARY, (3, 4)), texts], dim=1)
+    padding = torch.arange(10).expand(3, -1) < 4
+    torch.testing.assert_close(model(padded, padding_BL=padding)[:, 4:], model(texts))
+    if positions == "learned":
+        assert not torch.allclose(model(padded, padding_BL=padding, positions_BL=torch.arange(10))[:, 4:], model(texts))
+
+
+def test_padding_is_refused_where_w_a_counts_it() -> None:
+    model, x = build("super").requires_grad_(False), tokens()
+    places = torch.arange(LENGTH).expand(3, -1)
+    message = r"W_A counts places .* Pass texts of one length, or build the model with win"
+    with pytest.raises(ValueError, match=message):
+        model(x, padding_BL=places < 2)
+    torch.testing.assert_close(model(x, padding_BL=places < 0), model(x))
+    # Behind a text it changes nothing, as long as no token follows it.
+    torch.testing.assert_close(model(x, padding_BL=places > 6)[:, :7], model(x)[:, :7])
+    with pytest.raises(ValueError, match=message):
+        model(x, padding_BL=places > 6, cache=ModelCache(model, 3))
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("mechanism", NAMES)
+def test_one_layer_with_a_window_knows_no_earlier_token(mechanism: str, positions: str) -> None:
+    model, x = build(mechanism, positions=positions, window=4, layers=1), tokens()
+    other = torch.cat([(x[:, :1] + 1) % VOCABULARY, x[:, 1:]], dim=1)
+    assert torch.equal(model(x)[:, 4:], model(other)[:, 4:])
+    assert not torch.allclose(model(x)[:, 3], model(other)[:, 3])
+
+
+# --- the cache --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7])
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("mechanism", NAMES)
+def test_with_a_cache_as_in_one_pass(mechanism: str, positions: str, window: int | None, chunk: int) -> None:
+    model, x = build(mechanism, positions=positions, window=window).requires_grad_(False), tokens()
+    cache = ModelCache(model, 3)
+    parts = [model(part, cache=cache) for part in x.split(chunk, dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), model(x))
+    assert cache.length == LENGTH
+
+
+@pytest.mark.parametrize("mechanism", NAMES)
+def test_after_a_rewind_and_in_a_branch(mechanism: str) -> None:
+    model, x = build(mechanism).requires_grad_(False), tokens()
+    cache = ModelCache(model, 3)
+    model(x[:, :8], cache=cache)
+    branch = cache.branch()
+    model(tokens(3, 3), cache=cache)
+    cache.rewind(6)
+    torch.testing.assert_close(model(x[:, 5:], cache=cache), model(x)[:, 5:])
+    torch.testing.assert_close(model(x[:, 8:], cache=branch), model(x)[:, 8:])
+
+
+def test_a_cache_holds_what_the_mechanism_needs() -> None:
+    """Bytes of a token in float64: two tensors of width 12 in each of two layers, one for efficient."""
+    for mechanism, tensors in (("standard", 2), ("optimised", 2), ("efficient", 1), ("super", 2)):
+        model = build(mechanism).requires_grad_(False)
+        cache = ModelCache(model, 3, max_len=LENGTH)
+        model(tokens(), cache=cache)
+        assert cache.nbytes == 3 * LENGTH * LAYERS * tensors * WIDTH * 8, mechanism
+
+
+def test_a_cache_stops_at_the_longest() -> None:
+    model = build("super").requires_grad_(False)
+    cache = ModelCache(model, 3)
+    model(tokens(), cache=cache)
+    with pytest.raises(ValueError, match="at most 11 tokens, received 12"):
+        model(tokens(3, 1), cache=cache)
+
+
+# --- lengths ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "positions", "window", "longest"),
+    [
+        ("standard", "rotary", None, None),
+        ("efficient", "alibi", None, None),
+        ("efficient", "learned", None, 11),
+        ("super", "rotary", None, 11),
+        ("super", "rotary", 4, None),
+        ("super", "learned", 4, 11),
+    ],
+)
+def test_what_can_be_read(mechanism: str, positions: str, window: int | None, longest: int | None) -> None:
+    model = build(mechanism, positions=positions, window=window)
+    assert model.longest == longest
+    torch.testing.assert_close(model(x := tokens())[:, :4], model(x[:, :4]))
+    if longest is None:
+        assert model(tokens(1, 3 * LENGTH)).shape == (1, 3 * LENGTH, VOCABULARY)
+    else:
+        with pytest.raises(ValueError, match="at most 11 tokens, received 12"):
+            model(tokens(1, 12))
+
+
+def test_numbers_of_tokens_behind_a_cache_have_to_be_given_where_there_is_padding() -> None:
+    model, x = build("efficient", positions="learned").requires_grad_(False), tokens(3, 4)
+    cache = ModelCache(model, 3)
+    model(x, cache=cache)
+    padding = torch.arange(4).expand(3, -1) < 1
+    with pytest.raises(ValueError, match="padding behind cached tokens: pass positions_BL"):
+        model(x, padding_BL=padding, cache=cache)
+    with pytest.raises(ValueError, match="at most 11 tokens, received 12"):
+        model(x, positions_BL=torch.arange(8, 12).expand(3, -1), cache=cache)
+
+
+def test_logits_of_the_last_tokens_alone() -> None:
+    model, x = build("efficient"), tokens()
+    torch.testing.assert_close(model(x, last=3), model(x)[:, -3:])
+    torch.testing.assert_close(model(x, last=100), model(x))
+
+
+# --- size, initial weights, training ----------------------------------------------------------------------------------
+
+
+CASES: list[tuple[str, dict[str, Any]]] = [
+    *((mechanism, {}) for mechanism in NAMES),
+    *(("super", {"positions": positions, "scale": "learned", "width": 36}) for positions in POSITIONS),
+    *((mechanism, {"window": 4}) for mechanism in NAMES),
+]
+
+
+@pytest.mark.parametrize(("mechanism", "changes"), CASES)
+def test_the_size_is_that_of_the_model(mechanism: str, changes: dict[str, Any]) -> None:
+    shape = sizes(**changes) | {"mechanism": mechanism}
+    assert language_model_size(**shape) == sum(p.numel() for p in LanguageModel(**shape).parameters())
+    if "super" in mechanism:
+        model = LanguageModel(**shape, options={"align_heads": "per_head"})
+        assert language_model_size(**shape, per_head=True) == sum(p.numel() for p in model.parameters())
+
+
+def test_the_number_of_parameters_by_hand() -> None:
+    """Four maps, an MLP of three maps of width 32, two norms a block; a norm and one table, used twice."""
+    assert hidden_width(12) == 32
+    assert language_model_size(**sizes()) == 2 * (4 * 144 + 3 * 12 * 32 + 2 * 12) + 12 + 7 * 12
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_every_parameter_is_trained(mechanism: str, positions: str) -> None:
+    model = build(mechanism, positions=positions, scale="learned")
+    model(tokens()).pow(2).sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().max() > 0, name
+
+
+def test_initial_weights_are_gpt2s() -> None:
+    """Standard deviation 0.02, of what is added to the residual stream 0.02 / sqrt(2 · 8); norms are 1."""
+    model = LanguageModel(vocabulary=97, length=64, width=128, layers=8, heads=4, positions="learned")
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            assert (parameter == 1).all()
+        else:
+            expected = 0.02 / 4 if name.endswith(("out_proj.weight", "contract.weight")) else 0.02
+            deviation = float(parameter.detach().std()) / expected
+            assert abs(deviation - 1) < 5 / math.sqrt(2 * parameter.numel()), name  # five of its own deviations
+    layer = LanguageModel(**sizes(), mechanism="super", options={"align_init": "identity"}).blocks[0].attention
+    assert isinstance(layer, MultiheadAttention)
+    assert torch.equal(layer.align.weight, torch.eye(LENGTH))
+
+
+def test_one_seed_gives_one_model() -> None:
+    models = []
+    for seed in (5, 5, 6):
+        torch.manual_seed(seed)
+        models.append(LanguageModel(**sizes(), mechanism="super"))
+    x = tokens()
+    assert torch.equal(models[0](x), models[1](x))
+    assert not torch.equal(models[0](x), models[2](x))
+
+
+def test_options_scale_and_dropout_arrive() -> None:
+    model = build("super", dropout=0.4, scale=1.0, options={"align_heads": "per_head"})
+    layers = [m for m in model.modules() if isinstance(m, MultiheadAttention)]
+    assert [(a.dropout, a.scale, a.rotary, a.align.weight.shape) for a in layers] == [
+        (0.4, 1.0, 10_000.0, (HEADS, LENGTH, LENGTH))
+    ] * LAYERS
+    assert all(isinstance(m, nn.Identity) or m.bias is None for a in layers for m in (a.q_proj, a.k_proj, a.out_proj))
+    x = tokens()
+    assert torch.equal(model(x), model(x))
+    model.train()
+    assert not torch.equal(model(x), model(x))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"positions": "sine"}, "positions must be one of"),
+        ({"width": 9}, "must be even"),
+        ({"positions": "learned", "length": 0}, "length must be >= 1"),
+    ],
+)
+def test_what_cannot_be_built(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(**change)
