@@ -19,6 +19,7 @@ from better_attention.impl.dispatch import IMPLS, attend
 from better_attention.mechanism import Mechanism
 
 from . import extra_keys, fast_path, nested
+from .alibi import check_alibi, placed
 from .alignment import Alignment, check_alignment
 from .arguments import Arguments, Inputs, read
 from .calling import called
@@ -56,6 +57,8 @@ class MultiheadAttention(DropIn):
         rotary: turn queries and keys by their positions, counted from 0 on both sides (:mod:`.positions`): True for
             base 10,000, or the base. Needs an even head width; the keys of ``add_bias_kv`` and ``add_zero_attn`` have
             no position and are not turned.
+        alibi: bias every key by its distance, "weight" (on the log weights, as ALiBi has it) or "score" (inside the
+            score, needs ``is_causal=True``); see alibi.py. None: not at all.
         impl: who computes, see :func:`better_attention.attention`.
 
     Raises:
@@ -97,6 +100,7 @@ class MultiheadAttention(DropIn):
         align_init: str = "xavier",
         scale: float | str | None = None,
         rotary: bool | float | None = None,
+        alibi: str | None = None,
         impl: str = "auto",
     ) -> None:
         super().__init__()
@@ -113,6 +117,7 @@ class MultiheadAttention(DropIn):
         self.add_zero_attn = check_bool(add_zero_attn, "add_zero_attn")
         self.scale = check_scale(scale)
         self.rotary = check_rotary(rotary, self.head_dim)
+        self.alibi = check_alibi(alibi, add_bias_kv or add_zero_attn)
         self.impl = check_choice(impl, "impl", IMPLS)
         check_bool(bias, "bias")
         check_bool(add_bias_kv, "add_bias_kv")
@@ -214,7 +219,7 @@ class MultiheadAttention(DropIn):
         k_BNSH = split(k_BSD, self.num_heads, self.head_dim, "k_proj")
         # With neither W_K nor W_V one tensor is both; it stays one, so that the kernels read it once.
         shared = v_BSD is k_BSD
-        return Call(
+        call = Call(
             scaled(self.scaling, q_BNLH),
             k_BNSH,
             k_BNSH if shared else split(v_BSD, self.num_heads, self.head_dim, "v_proj"),
@@ -226,11 +231,12 @@ class MultiheadAttention(DropIn):
             dropout_p=self.dropout if self.training else 0.0,
             need_weights=x.need_weights,
         )
+        return placed(self.alibi, call)
 
     def extra_repr(self) -> str:
         """Settings for ``print(module)``."""
         parts = [f"{self.embed_dim}, {self.num_heads}, mechanism={self.mechanism.name!r}"]
         defaults: dict[str, object] = {"dropout": 0.0, "batch_first": False, "add_zero_attn": False}
-        defaults |= {"scale": None, "rotary": None, "impl": "auto"}
+        defaults |= {"scale": None, "rotary": None, "alibi": None, "impl": "auto"}
         parts += [f"{n}={getattr(self, n)!r}" for n, default in defaults.items() if getattr(self, n) != default]
         return ", ".join(parts)
