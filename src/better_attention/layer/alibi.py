@@ -59,7 +59,7 @@ def placed(alibi: str | None, call: Call) -> Call:
 def _on_the_weight(call: Call) -> Call:
     q_BNLH, mask = call.q_BNLH, call.mask_BNLS
     sizes = q_BNLH.shape[1], q_BNLH.shape[2], call.k_BNSH.shape[2]
-    bias_NLS = alibi_bias(*sizes, device=q_BNLH.device, dtype=compute_dtype(q_BNLH.dtype))
+    bias_NLS = alibi_bias(*sizes, offset=call.offset, device=q_BNLH.device, dtype=compute_dtype(q_BNLH.dtype))
     if mask is not None and mask.dtype != torch.bool:
         # What hides by being the lowest number of its dtype would be an ordinary one in the sum's.
         mask = mask.masked_fill(SCORES[call.score].hides(mask), -math.inf)
@@ -72,5 +72,5 @@ def _inside(call: Call) -> Call:
             "alibi='score' counts distances with a sign, -m (l - s), which has a meaning for keys s <= l alone: call "
             "the layer with is_causal=True (masks apply as well), or build it with alibi='weight'."
         )
-    q_BNLH, k_BNSH = alibi_features(call.q_BNLH, call.k_BNSH, scale=call.scale)
+    q_BNLH, k_BNSH = alibi_features(call.q_BNLH, call.k_BNSH, scale=call.scale, offset=call.offset)
     return replace(call, q_BNLH=q_BNLH, k_BNSH=k_BNSH, scale=1.0)

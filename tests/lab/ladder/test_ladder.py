@@ -472,7 +472,7 @@ def test_the_page_holds_the_numbers(tmp_path: Path) -> None:
     assert "rotary-l1" not in text
     assert "What is asked Accuracy by delay and number of symbols How high" in text  # contents
     assert "1/√d k , rotary, 1 layer" in text  # k set low
-    assert "raw q·k, ALiBi, 2 layers" in text
+    assert "raw q·k, ALiBi on the weight, 2 layers" in text
     assert "by their hash" in text
     assert page.tags["script"] == page.tags["link"] == page.tags["img"] == 0
     html = ladder_page.render(report(ladder(tmp_path), rows))

@@ -79,7 +79,7 @@ def test_the_place_of_alibi_is_a_matter_of_the_expressive_score_alone() -> None:
 def test_one_hot_tokens_are_unit_vectors_that_are_not_trained() -> None:
     model = build(embedding="one-hot", positions="rotary")
     learned = build(positions="rotary")
-    assert torch.equal(model.tokens(torch.tensor([[2, 0]])), torch.eye(VOCABULARY, WIDTH)[[[2, 0]]].double())
+    assert torch.equal(model.tokens(torch.tensor([[2, 0]])), torch.eye(VOCABULARY, WIDTH)[None, [2, 0]].double())
     assert set(model.state_dict()) == set(learned.state_dict()) - {"tokens.weight"}
     with torch.no_grad():
         learned.load_state_dict(model.state_dict() | {"tokens.weight": torch.eye(VOCABULARY, WIDTH)})
