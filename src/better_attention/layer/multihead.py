@@ -19,13 +19,12 @@ from better_attention.impl.dispatch import IMPLS, attend
 from better_attention.mechanism import Mechanism
 
 from . import extra_keys, fast_path, nested
-from .alibi import check_alibi, placed
 from .alignment import Alignment, check_alignment
 from .arguments import Arguments, Inputs, read
 from .calling import called
 from .drop_in import DropIn
 from .extra_keys import ExtraPosition
-from .heads import check_rotary, join, rotated, split
+from .heads import biased, check_alibi, check_rotary, join, rotated, split
 from .projections import check_input_width, projection
 from .scale import LearnedScale, check_scale, fixed_scale, scaled
 
@@ -58,7 +57,7 @@ class MultiheadAttention(DropIn):
             base 10,000, or the base. Needs an even head width; the keys of ``add_bias_kv`` and ``add_zero_attn`` have
             no position and are not turned.
         alibi: bias every key by its distance, "weight" (on the log weights, as ALiBi has it) or "score" (inside the
-            score, needs ``is_causal=True``); see alibi.py. None: not at all.
+            score, needs ``is_causal=True``); see heads.py. None: not at all.
         impl: who computes, see :func:`better_attention.attention`.
 
     Raises:
@@ -231,7 +230,7 @@ class MultiheadAttention(DropIn):
             dropout_p=self.dropout if self.training else 0.0,
             need_weights=x.need_weights,
         )
-        return placed(self.alibi, call)
+        return biased(self.alibi, call)
 
     def extra_repr(self) -> str:
         """Settings for ``print(module)``."""

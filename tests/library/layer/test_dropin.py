@@ -332,6 +332,7 @@ def test_signatures_are_those_of_torch() -> None:
         "align_init": "xavier",
         "scale": None,
         "rotary": None,
+        "alibi": None,
         "impl": "auto",
     }
     assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for p in own)

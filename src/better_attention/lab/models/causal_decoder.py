@@ -5,7 +5,8 @@ Shape letters: B batch, L tokens, D model width, N heads, K outputs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,9 +19,9 @@ from better_attention.layer.multihead import MultiheadAttention
 from better_attention.mechanism import Mechanism
 
 POSITIONS = ("learned", "rotary", "alibi-weight", "alibi-score")
-"""How a decoder knows where a token stands; ALiBi in one of its two places, see layer/alibi.py."""
+"""How a decoder knows where a token stands; ALiBi in one of its two places, see layer/heads.py."""
 EMBEDDINGS = ("learned", "one-hot")
-ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu}
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType({"gelu": F.gelu, "relu": F.relu})
 EMBEDDING_STD = 0.02  # GPT-2's
 
 
@@ -144,6 +145,8 @@ class CausalDecoder(nn.Module):
 
 class OneHot(nn.Module):
     """Token i as the unit vector i: what an embedding fixed to the identity gives, without its parameters."""
+
+    table: Tensor
 
     def __init__(self, vocabulary: int, width: int) -> None:
         super().__init__()
