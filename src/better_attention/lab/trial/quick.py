@@ -58,7 +58,8 @@ def train(job: Job, splits: Splits, updates: int, every: int) -> tuple[Outcome, 
     began = time.perf_counter()
     for step, batch in enumerate(batches(len(splits.train), task.batch_size, job.seed, updates), 1):
         inputs, targets = splits.train.batch(batch)
-        task.losses(model(inputs), targets).mean().backward()
+        # As a comparison's run divides: the sum by the number, so that the bits are the same.
+        (task.losses(model(inputs), targets).sum() * (1 / len(batch))).backward()
         optimiser.step()
         optimiser.zero_grad()
         if step % every and step != updates:
@@ -81,7 +82,7 @@ def train(job: Job, splits: Splits, updates: int, every: int) -> tuple[Outcome, 
 
 def batches(samples: int, size: int, seed: int, updates: int) -> Iterator[Tensor]:
     """Indices of ``updates`` batches, in the order in which a comparison's run takes them."""
-    made = epoch = 0
+    made, epoch = 0, 1
     while made < updates:
         for batch in epoch_order(samples, seed, epoch).split(size)[: updates - made]:
             yield batch

@@ -72,7 +72,11 @@ def next_cell(trial: Trial, rows: Sequence[Row], stages: Sequence[str], part: tu
 def append(folder: Path, row: Row) -> None:
     """Add the row's line to the file of ``folder``."""
     line = json.dumps(finite(asdict(row)), allow_nan=False) + "\n"
-    with locked(folder, RESULTS_LOCK_SECONDS), (folder / CELLS).open("ab") as file:
+    with locked(folder, RESULTS_LOCK_SECONDS), (folder / CELLS).open("a+b") as file:
+        file.seek(0)
+        content = file.read()
+        # What a crash left of a line would spoil the next one.
+        file.truncate(content.rfind(b"\n") + 1)
         file.write(line.encode())
         file.flush()
         os.fsync(file.fileno())
