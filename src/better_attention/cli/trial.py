@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from better_attention.lab.trial.stages import Row
 
-HELP = "expressive against softmax attention per kind of positions, in cells of seconds; the same command goes on"
+HELP = "expressive against softmax attention per kind of positions, in cells of seconds; the same command continues"
 STAGES = ("tune", "main", "group", "long", "multi")
 
 

@@ -42,7 +42,7 @@ def over_distance(model: nn.Module, split: Split, delay: int) -> dict[str, Tenso
 
 
 def picture(panels: Sequence[tuple[str, str, dict[str, Tensor]]], delay: int) -> bytes:
-    """SVG: a panel a model, a line a head, mean weight over distance; a mark where the rule reads, at 0 and tau - 1.
+    """SVG: one panel per model, one line per head, mean weight over distance; marks where the rule reads.
 
     Args:
         panels: title, mechanism and what :func:`over_distance` gives, of each model.
