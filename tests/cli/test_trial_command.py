@@ -31,6 +31,7 @@ def test_the_stages_of_the_help_are_those_of_the_grid() -> None:
         (["--part", "2"], "expected K/N"),
         (["--draw", "4x8"], "expected a size and N x τ, such as d16,4x8, received '4x8'"),
         (["--stages", "tune,last"], "--stages last: the stages are tune, main, group, long, multi."),
+        (["--sizes", "d5"], "--sizes d5: the sizes are one-hot."),
         (["--report"], "holds no finished cell yet."),
     ],
 )

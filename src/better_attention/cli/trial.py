@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import math
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--scale", choices=("smoke", "small"), default="small", help="the grid: seconds, or many hours (default)"
     )
     parser.add_argument("--stages", type=words, default=STAGES, metavar="A,B", help=f"default: {','.join(STAGES)}")
+    parser.add_argument("--sizes", type=words, default=(), metavar="A,B", help="of the grid, these alone; default: all")
     parser.add_argument(
         "--part", type=share, default=(1, 1), metavar="K/N", help="the K-th of N shares, for N processes side by side"
     )
@@ -60,21 +63,24 @@ def run(args: argparse.Namespace) -> int:
     """Train what waits, then write the tables; 0, or 130 after Ctrl-C.
 
     Raises:
-        UserError: a stage of another name; nothing to show.
+        UserError: a stage or size of another name; nothing to show.
     """
     from better_attention.lab.training.interruption import Stop
     from better_attention.lab.trial.grid import SCALES, Trial
     from better_attention.lab.trial.run import read
-    from better_attention.lab.trial.run import run as train
+    from better_attention.lab.trial.run import run as run_cells
 
     if unknown := [name for name in args.stages if name not in STAGES]:
         raise UserError(f"--stages {unknown[0]}: the stages are {', '.join(STAGES)}.")
     trial, out, screen = Trial(**SCALES[args.scale]), args.out or Path("runs") / f"trial-{args.scale}", console()
+    if missing := [name for name in args.sizes if name not in trial.sizes]:
+        raise UserError(f"--sizes {missing[0]}: the sizes are {', '.join(trial.sizes)}.")
     stop = Stop()
     if not args.report:
-        seconds = None if args.minutes is None else 60.0 * args.minutes
+        seconds = 60.0 * (args.minutes or math.inf)
+        train = partial(run_cells, sizes=args.sizes, part=args.part, seconds=seconds, stop=stop)
         with stop.listening():
-            for row in train(trial, out, args.stages, part=args.part, seconds=seconds, stop=stop):
+            for row in train(trial, out, args.stages):
                 screen.print(message(line(row)), markup=False, soft_wrap=True)
     rows = read(out)
     if not rows:

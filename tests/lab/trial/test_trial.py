@@ -24,7 +24,7 @@ from better_attention.lab.trial.findings import MARGIN, final, pairs, slope, sol
 from better_attention.lab.trial.grid import CONTESTANTS, SCALES, SCHEMES, STAGES, Size, Trial, TrialCell, small_task
 from better_attention.lab.trial.quick import Outcome, batches, train
 from better_attention.lab.trial.report import write
-from better_attention.lab.trial.run import CELLS, append, next_cell, read, run
+from better_attention.lab.trial.run import CELLS, append, read, run
 from better_attention.lab.trial.stages import Row, chosen, waiting
 
 SMOKE = Trial(**SCALES["smoke"])
@@ -199,24 +199,21 @@ def test_a_second_command_goes_on_where_the_first_ended(tmp_path: Path) -> None:
     rest = list(run(SMOKE, tmp_path, ["tune"]))
     assert len(rest) == len(CONTESTANTS) - 3
     assert [r.cell for r in first + rest] == list(waiting(SMOKE, [], ["tune"]))
-    assert next_cell(SMOKE, read(tmp_path), ["tune"], (1, 1)) is None
-    again = list(run(SMOKE, tmp_path / "other", ["tune"], seconds=None, part=(1, 2)))
+    assert not list(run(SMOKE, tmp_path, ["tune"]))
+    again = list(run(SMOKE, tmp_path / "other", ["tune"], part=(1, 2)))
     assert [r.outcome.test_accuracy for r in again] == [
         r.outcome.test_accuracy for r in first + rest if r.cell in {a.cell for a in again}
     ]
     assert 0 < len(again) < len(CONTESTANTS)
+    assert not list(run(SMOKE, tmp_path / "other", STAGES, sizes=["d16"]))
+    assert len(list(run(SMOKE, tmp_path / "other", ["tune"], sizes=["one-hot"]))) == len(CONTESTANTS) - len(again)
 
 
-def test_shares_are_disjoint_and_together_everything() -> None:
-    cells = list(waiting(WHOLE, [], ["tune"]))
-    found = [[], []]
-    for share in (1, 2):
-        rows: list[Row] = []
-        while (cell := next_cell(WHOLE, rows, ["tune"], (share, 2))) is not None:
-            rows.append(row(cell))
-        found[share - 1] = [r.cell for r in rows]
-    assert sorted(map(str, found[0] + found[1])) == sorted(map(str, cells))
-    assert 90 < len(found[0]) < 162
+def test_shares_are_disjoint_and_together_everything(tmp_path: Path) -> None:
+    found = [[r.cell for r in run(SMOKE, tmp_path / str(k), ["tune"], part=(k, 3))] for k in (1, 2, 3)]
+    together = [cell for share in found for cell in share]
+    assert sorted(map(str, together)) == sorted(map(str, waiting(SMOKE, [], ["tune"])))
+    assert max(map(len, found)) < len(together)
 
 
 def test_a_line_that_is_no_row_is_named(tmp_path: Path) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +34,9 @@ def run(
     folder: Path,
     stages: Sequence[str],
     *,
+    sizes: Sequence[str] = (),
     part: tuple[int, int] = (1, 1),
-    seconds: float | None = None,
+    seconds: float = math.inf,
     stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Row]:
     """Train what is not yet trained; yields each row once it is on the disk.
@@ -42,16 +45,18 @@ def run(
         trial: the grid.
         folder: where :data:`CELLS` lies or will lie.
         stages: which, in this order.
+        sizes: these alone; empty for all.
         part: (k, n): only the k-th of n shares, for n processes side by side.
         seconds: begin no cell after that.
         stop: asked before each cell.
     """
+    kept = partial(_is_wanted, sizes, part)
     loaded: dict[tuple[object, ...], Splits] = {}
     began = time.monotonic()
     with limited_threads(trial.task.threads):
         # Read anew before each cell: what another process has finished may decide what comes next.
-        while (cell := next_cell(trial, read(folder), stages, part)) is not None:
-            if stop() or (seconds is not None and time.monotonic() - began > seconds):
+        while (cell := next_cell(trial, read(folder), stages, kept)) is not None:
+            if stop() or time.monotonic() - began > seconds:
                 return
             job = trial.job(cell)
             assert isinstance(job.task, RecurrenceTask)  # noqa: S101 - for the type checker
@@ -62,11 +67,16 @@ def run(
             yield row
 
 
-def next_cell(trial: Trial, rows: Sequence[Row], stages: Sequence[str], part: tuple[int, int]) -> TrialCell | None:
-    """The first cell of this share that waits; None where none does."""
+def next_cell(
+    trial: Trial, rows: Sequence[Row], stages: Sequence[str], wanted: Callable[[TrialCell], bool]
+) -> TrialCell | None:
+    """The first wanted cell that waits; None where none does."""
+    return next(filter(wanted, waiting(trial, rows, stages)), None)
+
+
+def _is_wanted(sizes: Sequence[str], part: tuple[int, int], cell: TrialCell) -> bool:
     own, of = part
-    mine = (c for c in waiting(trial, rows, stages) if derive(*map(str, asdict(c).values())) % of == own - 1)
-    return next(mine, None)
+    return (not sizes or cell.size in sizes) and derive(*map(str, asdict(cell).values())) % of == own - 1
 
 
 def append(folder: Path, row: Row) -> None:
