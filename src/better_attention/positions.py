@@ -1,7 +1,7 @@
-"""Where a token stands: rotary positions, which turn queries and keys, and ALiBi, a bias on the log weights.
+"""Where a token stands: rotary positions, which turn queries and keys, and ALiBi, on the log weights or in the score.
 
 Both depend on distances alone, have no parameters, and take an offset for generation with a cache. Shape suffixes as in
-call/call.py: B batch, L queries, S keys, N heads, H head width; P pairs of features, H/2.
+call/call.py: B batch, L queries, S keys, N heads, H head width, G key heads; P pairs of features, H/2.
 """
 
 from __future__ import annotations
@@ -160,3 +160,89 @@ def alibi_bias(
     distance_LS = (queries_L[:, None] - torch.arange(S, device=device)).abs()
     # Distances stay integers until here, so that they are rounded once.
     return (-distance_LS).to(dtype) * slopes_N[:, None, None]
+
+
+NARROW_DIGIT = 256
+"""Whole numbers up to it are exact in float16 and bfloat16: longer positions are written in two digits of this base."""
+
+
+def alibi_features(
+    q_BNLH: Tensor, k_BGSH: Tensor, *, scale: float | None = None, offset: int | Tensor = 0
+) -> tuple[Tensor, Tensor]:
+    r"""Queries and keys with a few features more, whose product is the score with ALiBi inside. Attend with scale 1.
+
+    .. math:: q'_l \cdot k'_s = scale \, q_l \cdot k_s - m (l - s), \quad
+              q'_l = [scale \, q_l, -m l, m], \quad k'_s = [k_s, 1, s]
+
+    with the head's slope m and positions counted from the first query. The bias has rank two in l and s, so that it
+    passes through every implementation and kernel, at the cost of two features and without a mask. For softmax this is
+    :func:`alibi_bias` under the causal triangle. Any other score treats what stands inside it as its own argument: the
+    expressive one, :math:`z^2 / (1 + z^2)`, gives far keys *more* weight.
+
+    Distances have a sign here: a key behind the query counts as a negative distance, so hide those with
+    ``is_causal=True``.
+
+    Args:
+        q_BNLH: (..., N, L, H), floating point.
+        k_BGSH: (..., G, S, H), dtype and device of the queries; N is a multiple of G.
+        scale: factor on q.k, never on the bias; None means 1/sqrt(H).
+        offset: position of the first query among the keys: the number of tokens in the cache while generating.
+
+    Returns:
+        Queries and keys of width H + 2. In float16 and bfloat16 a position is written in two digits and its product
+        with the slope as two numbers: width H + 6, and the bias is exact for the slope as that dtype holds it.
+
+    Raises:
+        TypeError, ValueError: no floating-point heads, or in 16 bits more than 65,536 positions.
+
+    Source: arXiv 2108.12409, section 3, for the bias; that it stands inside the square is how public code from the
+    group behind arXiv 2407.18601 combines the two. The factors are our own derivation.
+
+    >>> q, k = alibi_features(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 3, 4), offset=1)
+    >>> (q @ k.mT)[0, 0] * 256
+    tensor([[-1.,  0.,  1.],
+            [-2., -1.,  0.]])
+    """
+    for x, name in ((q_BNLH, "query"), (k_BGSH, "key")):
+        floating_tensor(x, name)
+        if x.dim() < 3:
+            raise ValueError(f"{name} must be (..., heads, length, head width), received {describe(x)}.")
+    N, L, H = q_BNLH.shape[-3:]
+    S, dtype = k_BGSH.shape[-2], q_BNLH.dtype
+    if dtype != compute_dtype(dtype) and max(L, S) > NARROW_DIGIT**2:
+        raise ValueError(
+            f"positions beyond {NARROW_DIGIT**2:,} are not exact in {str(dtype).removeprefix('torch.')}, received "
+            f"{L:,} queries and {S:,} keys. Use float32, or pass alibi_bias() as a mask."
+        )
+    slopes_N = torch.tensor(alibi_slopes(N), device=q_BNLH.device, dtype=dtype)
+    # Counted from the first query, the large numbers are those of far keys, where a rounding matters least.
+    query_LF, key_SF = [], []
+    queries_L = _digits(torch.arange(L, device=q_BNLH.device), dtype)
+    keys_S = _digits(torch.arange(S, device=q_BNLH.device) - offset, dtype)
+    for (unit, queries), (_, keys) in zip(queries_L, keys_S, strict=True):
+        slopes_N1 = (unit * slopes_N)[:, None]
+        products = _exact_sum(-slopes_N1.to(queries.dtype) * queries, dtype)
+        query_LF += [*products, slopes_N1.expand(N, L)]
+        key_SF += [*[torch.ones_like(keys)] * len(products), keys]
+    scaled = q_BNLH * (1.0 / math.sqrt(H) if scale is None else scale)
+    return _widened(scaled, torch.stack(query_LF, dim=-1)), _widened(k_BGSH, torch.stack(key_SF, dim=-1).to(dtype))
+
+
+def _digits(places: Tensor, dtype: torch.dtype) -> list[tuple[int, Tensor]]:
+    """Whole numbers as a sum of unit times digit, each exact in ``dtype``: one digit for a wide dtype, else two."""
+    wide = compute_dtype(dtype)
+    if wide == dtype:
+        return [(1, places.to(wide))]
+    high = places.div(NARROW_DIGIT, rounding_mode="floor")
+    return [(NARROW_DIGIT, high.to(wide)), (1, (places - NARROW_DIGIT * high).to(wide))]
+
+
+def _exact_sum(x: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """``x`` as one tensor of ``dtype``, or as two where that is narrower: what the first one rounds away, and it."""
+    first = x.to(dtype)
+    return [first] if x.dtype == dtype else [first, (x - first.to(x.dtype)).to(dtype)]
+
+
+def _widened(x: Tensor, features: Tensor) -> Tensor:
+    """``x`` (..., H) with ``features`` (..., F), which broadcast over its other dimensions, behind its own."""
+    return torch.cat([x, features.expand(*x.shape[:-1], features.shape[-1])], dim=-1)

@@ -28,7 +28,7 @@ def test_without_arguments_it_is_the_declared_grid() -> None:
     made = ladder.make_ladder(parse())
     grid = SCALES["small"]
     assert tuple(made.rungs) == grid["rungs"]
-    assert len(made.settings) == 3 * 3 * 2
+    assert len(made.settings) == 3 * 4 * 2
     assert [v.name for v in made.variants] == ["standard", "expressive", "efficient", "efficient+expressive"]
     assert (made.seeds, made.heads, made.out, made.device) == (3, 2, Path("runs/ladder-small"), "cpu")
     assert (made.task.equal_params, made.task.epochs * 50, made.task.target_accuracy) == (True, grid["updates"], 99.0)
@@ -37,14 +37,17 @@ def test_without_arguments_it_is_the_declared_grid() -> None:
 
 
 def test_every_argument_arrives() -> None:
-    options = (
-        "--scale smoke --mechanisms super,super+expressive --rungs 4x5,8x5 --scalings raw,learned --positions alibi"
-    )
-    more = "--layers 2,3 --heads 4 --seeds 7 --updates 120 --screen --equal-width --out here --device auto"
-    setting = "--set width=16 --set steps=9"
+    options = "--scale smoke --mechanisms super,super+expressive --rungs 4x5,8x5 --scalings raw,learned"
+    more = "--positions alibi-score --layers 2,3 --heads 4 --seeds 7 --updates 120 --screen"
+    setting = "--equal-width --out here --device auto --set width=16 --set steps=9"
     made = ladder.make_ladder(parse(*options.split(), *more.split(), *setting.split()))
     assert made.rungs == ((4, 5), (8, 5))
-    assert [str(s) for s in made.settings] == ["raw-alibi-l2", "raw-alibi-l3", "learned-alibi-l2", "learned-alibi-l3"]
+    assert [str(s) for s in made.settings] == [
+        "raw-alibi-score-l2",
+        "raw-alibi-score-l3",
+        "learned-alibi-score-l2",
+        "learned-alibi-score-l3",
+    ]
     assert [v.name for v in made.variants] == ["super", "super+expressive"]
     assert (made.heads, made.seeds, made.screen, made.out, made.device) == (4, 7, True, Path("here"), "auto")
     assert (made.task.equal_params, made.task.epochs, made.task.width, made.task.steps) == (False, 2, 16, 9)

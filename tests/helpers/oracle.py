@@ -2,7 +2,7 @@
 
 It imports no torch and shares no line with the library. Everything here means what it says in one way only:
 ``keep`` is True where a query may attend, ``present`` is True where a token is real and False where it is padding,
-``bias`` is added to the logarithm of the un-normalised weight.
+``bias`` is added to the logarithm of the un-normalised weight, ``inside`` to the scaled product that a score reads.
 
 Source: arXiv 2403.01643, definitions 1-4 (projections, alignment kernel W_A); arXiv 2407.18601 (expressive score).
 """
@@ -69,17 +69,25 @@ ROWS = {"softmax": softmax_row, "expressive": expressive_row}
 
 
 def one_head(
-    q: Array, k: Array, v: Array, visible: Array, bias: Array, scale: float, score: str
+    q: Array,
+    k: Array,
+    v: Array,
+    visible: Array,
+    bias: Array,
+    scale: float,
+    score: str,
+    inside: Array | None = None,
 ) -> tuple[Array, Array]:
-    """One head. q (L, H), k (S, H), v (S, Hv), visible and bias (L, S) -> output (L, Hv), weights (L, S)."""
+    """One head. q (L, H), k (S, H), v (S, Hv), visible, bias, inside (L, S) -> output (L, Hv), weights (L, S)."""
     length, keys = visible.shape
+    inside = np.zeros((length, keys)) if inside is None else inside
     weights = np.zeros((length, keys))
     output = np.zeros((length, v.shape[1]))
     for i in range(length):
         seen = np.flatnonzero(visible[i])
         if seen.size == 0:
             continue  # nothing to attend to: weights 0, output 0
-        weights[i, seen] = ROWS[score](k[seen] @ q[i] * scale, bias[i, seen])
+        weights[i, seen] = ROWS[score](k[seen] @ q[i] * scale + inside[i, seen], bias[i, seen])
         output[i] = weights[i, seen] @ v[seen]
     return output, weights
 
@@ -154,12 +162,13 @@ def multihead(
     *,
     keep: Array | None = None,
     bias: Array | None = None,
+    inside: Array | None = None,
     present: Array | None = None,
     causal: bool = False,
 ) -> tuple[Array, Array]:
     """A whole layer.
 
-    query (B, L, .), key (B, S, .), value (B, S, .); keep and bias (B, h, L, S); present (B, S)
+    query (B, L, .), key (B, S, .), value (B, S, .); keep and bias (B, h, L, S); inside (h, L, S); present (B, S)
     -> output (B, L, E), weights (B, h, L, S), S growing by one for an extra key and by one for a zero key.
     """
     query, key, value = (np.asarray(x, dtype=np.float64) for x in (query, key, value))
@@ -201,7 +210,7 @@ def multihead(
             log_bias = np.hstack([log_bias, np.zeros((length, extras))])
             scale = width**-0.5 if w.scale is None else np.broadcast_to(w.scale, (w.heads,))[n]
             joined[:, columns], weights[b, n] = one_head(
-                q[:, columns], k_n, v_n, visible, log_bias, float(scale), w.score
+                q[:, columns], k_n, v_n, visible, log_bias, float(scale), w.score, None if inside is None else inside[n]
             )
             if w.align is not None and w.window is not None:
                 joined[:, columns] = windowed(weights[b, n], v_n, kernel, shift)
@@ -217,6 +226,7 @@ def attention(
     score: str = "softmax",
     keep: Array | None = None,
     bias: Array | None = None,
+    inside: Array | None = None,
     causal: bool = False,
     offset: int = 0,
     window: int | None = None,
@@ -224,7 +234,8 @@ def attention(
 ) -> tuple[Array, Array]:
     """The inner function alone. query (B, N, L, H), key (B, M, S, H), value (B, M, S, Hv); keep and bias (B, N, L, S).
 
-    N is a multiple of M: query head n reads key head n // (N/M) -> output (B, N, L, Hv), weights (B, N, L, S).
+    inside is (N, L, S). N is a multiple of M: query head n reads key head n // (N/M) -> output (B, N, L, Hv), weights
+    (B, N, L, S).
     """
     query, key, value = (np.asarray(x, dtype=np.float64) for x in (query, key, value))
     batch, heads, length, width = query.shape
@@ -244,5 +255,6 @@ def attention(
                 log_bias,
                 width**-0.5 if scale is None else scale,
                 score,
+                None if inside is None else inside[n],
             )
     return output, weights

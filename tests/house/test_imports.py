@@ -37,6 +37,7 @@ LAB_ROOMS = (
     {"paper"},
     {"comparison"},
     {"ladder"},
+    {"trial"},
     {"inspection"},
 )
 """The rooms of the lab in the order in which data walks through them."""

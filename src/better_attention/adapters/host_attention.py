@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Self, cast
 import torch
 from torch import Tensor, nn
 
+from better_attention.call.masks import together
 from better_attention.errors import describe
 from better_attention.functional import attention
 from better_attention.mechanism import Mechanism
@@ -260,14 +261,6 @@ def check_mask(mask: object) -> None:
             f"a converted layer takes masks (B, heads, L, S), received {describe(mask)}: choose the attention "
             "implementation 'sdpa' or 'eager' of the host."
         )
-
-
-def together(mask: Tensor | None, bias: Tensor | None) -> Tensor | None:
-    """One mask from a mask and an additive bias."""
-    if mask is None or bias is None:
-        return bias if mask is None else mask
-    # A bool mask says True = attend here, as in transformers' masks for SDPA.
-    return bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
 
 
 def hidden_positions(mask: Tensor | None) -> Tensor | None:

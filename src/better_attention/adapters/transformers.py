@@ -19,10 +19,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from better_attention.call.masks import together
 from better_attention.functional import attention
 from better_attention.scores import DEFAULT_SCORE
 
-from .host_attention import implementations, together
+from .host_attention import implementations
 
 try:
     from transformers import AttentionInterface, AttentionMaskInterface

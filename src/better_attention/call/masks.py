@@ -93,6 +93,13 @@ def _zeros_and_ones(mask: Tensor) -> bool:
         return False
 
 
+def together(mask: Tensor | None, bias: Tensor | None) -> Tensor | None:
+    """One mask from a mask (bool: True = attend) and an additive bias."""
+    if mask is None or bias is None:
+        return bias if mask is None else mask
+    return bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
+
+
 NEARLY_HIDDEN = -1e3
 """Biases at or below this are what people write instead of -inf (-1e4, -1e9, finfo.min). They hide from W_A too."""
 

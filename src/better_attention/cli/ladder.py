@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--rungs", type=rungs, metavar="2x4,8x4", help="N x τ, rising in difficulty")
     parser.add_argument("--scalings", type=words, metavar="A,B", help="sqrt (1/√d_k), raw (1), learned (per head)")
-    parser.add_argument("--positions", type=words, metavar="A,B", help="learned, rotary, alibi")
+    parser.add_argument("--positions", type=words, metavar="A,B", help="learned, rotary, alibi-weight, alibi-score")
     parser.add_argument("--layers", type=numbers, metavar="1,2", help="depths of the model")
     parser.add_argument("--heads", type=positive, metavar="N", help="default: the task's")
     parser.add_argument("--seeds", type=positive, metavar="N", help="seeds 0 ... N-1")

@@ -19,7 +19,7 @@ from better_attention.cli import screen
 from better_attention.lab.training.launch import PeerLostError, first_to_say
 
 VERBS = (
-    *("compare", "ladder", "table", "runs", "data", "list", "show", "cost", "predict", "generate", "inspect"),
+    *("compare", "ladder", "trial", "table", "runs", "data", "list", "show", "cost", "predict", "generate", "inspect"),
     *("convert", "distil", "export", "bench", "edge"),
 )
 EXTRAS = frozenset(

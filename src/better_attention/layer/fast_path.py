@@ -76,6 +76,7 @@ def _is_simple(layer: MultiheadAttention) -> bool:
         and not layer.add_zero_attn
         and layer.scaling is None
         and layer.rotary is None
+        and layer.alibi is None
         and not (layer.training and layer.dropout > 0.0)
         and autocast_dtype("cpu") is None
         and is_unpatched()

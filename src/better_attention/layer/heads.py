@@ -1,13 +1,23 @@
-"""Heads apart, turned by their positions, and joined. Shape suffixes as in arguments.py; P pairs of features, H/2."""
+"""Heads apart, turned or biased by their positions, and joined.
+
+Shape suffixes as in arguments.py; P pairs of features, H/2.
+"""
 
 from __future__ import annotations
+
+import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from better_attention.call.call import compute_dtype
-from better_attention.errors import check_float
-from better_attention.positions import BASE, check_even_width, rotary_angles, rotate
+from better_attention.call.call import Call, compute_dtype
+from better_attention.call.masks import together
+from better_attention.errors import check_choice, check_float
+from better_attention.positions import BASE, alibi_bias, alibi_features, check_even_width, rotary_angles, rotate
+from better_attention.scores import SCORES
+
+ALIBI_PLACES = ("score", "weight")
 
 
 def split(x_BLD: Tensor, num_heads: int, head_dim: int, name: str) -> Tensor:
@@ -55,3 +65,62 @@ def rotated(x_BLD: Tensor, num_heads: int, base: float | None, first: int = 0) -
     cos_LP, sin_LP = rotary_angles(positions_L, D // num_heads, base=base, dtype=compute_dtype(x_BLD.dtype))
     heads_BLNH = x_BLD.view(B, L, num_heads, D // num_heads)
     return rotate(heads_BLNH, cos_LP[:, None], sin_LP[:, None]).flatten(2)
+
+
+def check_alibi(alibi: str | None, added_keys: bool) -> str | None:
+    """``alibi`` if it is None or a place.
+
+    Args:
+        alibi: the layer's argument.
+        added_keys: whether the layer adds keys that have no position.
+
+    Raises:
+        ValueError: another name, or added keys.
+    """
+    if alibi is None:
+        return None
+    if added_keys:
+        raise ValueError(
+            f"alibi={alibi!r} biases every key by its distance, and the keys of add_bias_kv and add_zero_attn have "
+            "none: leave one of the two out."
+        )
+    return check_choice(alibi, "alibi", ALIBI_PLACES)
+
+
+def biased(alibi: str | None, call: Call) -> Call:
+    """``call`` with ALiBi where the layer has it.
+
+    With z = scale q.k, the head's slope m and the distance l - s of query and key, the un-normalised weight is
+
+        "weight":  f(z) e^{-m |l - s|}        "score":  f(z - m (l - s))
+
+    where f(z) is exp(z) for softmax and z^2 / (1 + z^2) for the expressive score. For softmax under the causal triangle
+    both are one function. For the expressive score they are opposites: the first lets the weight of far keys fall, the
+    second lets it grow. Source: arXiv 2108.12409, section 3; see :func:`better_attention.positions.alibi_features`.
+
+    Raises:
+        ValueError: inside the score without the causal triangle.
+    """
+    if alibi is None:
+        return call
+    return _inside(call) if alibi == "score" else _on_the_weight(call)
+
+
+def _on_the_weight(call: Call) -> Call:
+    q_BNLH, mask = call.q_BNLH, call.mask_BNLS
+    sizes = q_BNLH.shape[1], q_BNLH.shape[2], call.k_BNSH.shape[2]
+    bias_NLS = alibi_bias(*sizes, offset=call.offset, device=q_BNLH.device, dtype=compute_dtype(q_BNLH.dtype))
+    if mask is not None and mask.dtype != torch.bool:
+        # What hides by being the lowest number of its dtype would be an ordinary one in the sum's.
+        mask = mask.masked_fill(SCORES[call.score].hides(mask), -math.inf)
+    return replace(call, mask_BNLS=together(mask, bias_NLS[None]))
+
+
+def _inside(call: Call) -> Call:
+    if not call.causal:
+        raise ValueError(
+            "alibi='score' counts distances with a sign, -m (l - s), which has a meaning for keys s <= l alone: call "
+            "the layer with is_causal=True (masks apply as well), or build it with alibi='weight'."
+        )
+    q_BNLH, k_BNSH = alibi_features(call.q_BNLH, call.k_BNSH, scale=call.scale, offset=call.offset)
+    return replace(call, q_BNLH=q_BNLH, k_BNSH=k_BNSH, scale=1.0)

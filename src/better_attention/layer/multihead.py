@@ -25,7 +25,7 @@ from .alignment import Alignment, check_alignment
 from .arguments import Arguments, Inputs, read
 from .calling import called
 from .extra_keys import ExtraPosition
-from .heads import check_rotary, join, rotated, split
+from .heads import biased, check_alibi, check_rotary, join, rotated, split
 from .imitation import nested
 from .imitation.drop_in import DropIn
 from .projections import check_input_width, projection
@@ -64,6 +64,8 @@ class MultiheadAttention(DropIn):
         window: each query sees its own token and at most ``window`` - 1 before it, for sequences of any length, in
             time O(L window). W_A is then window x window and acts on the tokens of each window
             (:mod:`.layer.window`); it takes the place of ``max_len``.
+        alibi: bias every key by its distance, "weight" (on the log weights, as ALiBi has it) or "score" (inside the
+            score, needs ``is_causal=True``); see heads.py. None: not at all.
         impl: who computes, see :func:`better_attention.attention`.
 
     Raises:
@@ -106,6 +108,7 @@ class MultiheadAttention(DropIn):
         scale: float | str | None = None,
         rotary: bool | float | None = None,
         window: int | None = None,
+        alibi: str | None = None,
         impl: str = "auto",
     ) -> None:
         super().__init__()
@@ -122,6 +125,7 @@ class MultiheadAttention(DropIn):
         self.add_zero_attn = check_bool(add_zero_attn, "add_zero_attn")
         self.scale = check_scale(scale)
         self.rotary = check_rotary(rotary, self.head_dim)
+        self.alibi = check_alibi(alibi, add_bias_kv or add_zero_attn)
         self.impl = check_choice(impl, "impl", IMPLS)
         check_bool(bias, "bias")
         check_bool(add_bias_kv, "add_bias_kv")
@@ -235,7 +239,7 @@ class MultiheadAttention(DropIn):
         k_BNSH = split(k_BSD, self.num_heads, self.head_dim, "k_proj")
         # With neither W_K nor W_V one tensor is both; it stays one, so that the kernels read it once.
         shared = v_BSD is k_BSD
-        return Call(
+        call = Call(
             scaled(self.scaling, q_BNLH),
             k_BNSH,
             k_BNSH if shared else split(v_BSD, self.num_heads, self.head_dim, "v_proj"),
@@ -249,6 +253,7 @@ class MultiheadAttention(DropIn):
             dropout_p=self.dropout if self.training else 0.0,
             need_weights=x.need_weights,
         )
+        return biased(self.alibi, call)
 
     @property
     def cache_streams(self) -> tuple[str, ...]:
@@ -259,6 +264,6 @@ class MultiheadAttention(DropIn):
         """Settings for ``print(module)``."""
         parts = [f"{self.embed_dim}, {self.num_heads}, mechanism={self.mechanism.name!r}"]
         defaults: dict[str, object] = {"dropout": 0.0, "batch_first": False, "add_zero_attn": False}
-        defaults |= {"scale": None, "rotary": None, "window": None, "impl": "auto"}
+        defaults |= {"scale": None, "rotary": None, "window": None, "alibi": None, "impl": "auto"}
         parts += [f"{n}={getattr(self, n)!r}" for n, default in defaults.items() if getattr(self, n) != default]
         return ", ".join(parts)

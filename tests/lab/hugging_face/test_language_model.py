@@ -60,7 +60,7 @@ def test_with_our_cache_as_without_one(hf: Any, mechanism: str, window: int | No
     assert found.cache.get_seq_length() == 5 + 12 - 1
 
 
-@pytest.mark.parametrize("positions", ["rotary", "learned", "alibi"])
+@pytest.mark.parametrize("positions", ["rotary", "learned", "alibi-weight"])
 @pytest.mark.parametrize(("mechanism", "window"), [("standard", None), ("efficient", None), ("super", 4)])
 def test_padded_in_front_as_each_alone(hf: Any, mechanism: str, window: int | None, positions: str) -> None:
     model = build(hf, mechanism, window=window, positions=positions)
@@ -148,7 +148,7 @@ def test_another_cache_or_mask_is_refused(hf: Any) -> None:
         ("standard", {}),
         ("super", {"attention_options": {"align_heads": "per_head"}, "scale": "learned"}),
         ("efficient+expressive", {"window": 4, "positions": "learned"}),
-        ("super", {"window": 4, "positions": "alibi"}),
+        ("super", {"window": 4, "positions": "alibi-weight"}),
     ],
 )
 def test_what_is_saved_is_loaded(hf: Any, tmp_path: Path, mechanism: str, changes: dict[str, Any]) -> None:

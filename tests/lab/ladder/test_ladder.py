@@ -38,7 +38,7 @@ from better_attention.lab.training import step_time
 from better_attention.lab.training.events import Ended, Estimated, Event, Updated, ignore
 from better_attention.lab.training.progress import Interrupted
 
-SQRT, RAW = Setting("sqrt", "rotary", 1), Setting("raw", "alibi", 2)
+SQRT, RAW = Setting("sqrt", "rotary", 1), Setting("raw", "alibi-weight", 2)
 PAIR = ("standard", "expressive")
 
 
@@ -120,7 +120,7 @@ def test_the_declared_grids_are_ladders(scale: str) -> None:
     assert all(N**delay >= 256 for N, delay in made.rungs)
     if scale != "smoke":
         assert set(grid["scalings"]) == {"sqrt", "raw", "learned"}
-        assert set(grid["positions"]) == {"learned", "rotary", "alibi"}
+        assert set(grid["positions"]) == {"learned", "rotary", "alibi-weight", "alibi-score"}
         assert grid["layers"] == (1, 2)
     if scale == "paper":
         assert {n for rung in made.rungs for n in rung} == {2, 4, 8, 16, 32, 64}
@@ -191,7 +191,7 @@ def test_every_cell_has_its_folder_and_its_row(tmp_path: Path) -> None:
     assert notes.ended[:3] == [
         "n4-t4/sqrt-rotary-l1/standard-h2-s0",
         "n4-t4/sqrt-rotary-l1/expressive-h2-s0",
-        "n4-t4/raw-alibi-l2/standard-h2-s0",
+        "n4-t4/raw-alibi-weight-l2/standard-h2-s0",
     ]
     assert len(notes.ended) == len(climb.rows) == len(of.cells) == 8
     ((seconds, runs),) = notes.estimates
@@ -203,7 +203,7 @@ def test_every_cell_has_its_folder_and_its_row(tmp_path: Path) -> None:
     assert (first.updates, first.updates_to_target) == (3, None)
     config = json.loads((tmp_path / notes.ended[2] / "config.json").read_text())["run"]["settings"]
     assert (config["modulus"], config["delay"], config["scaling"]) == (4, 4, "raw")
-    assert (config["positions"], config["layers"]) == ("alibi", 2)
+    assert (config["positions"], config["layers"]) == ("alibi-weight", 2)
     assert set(climb.notes) == {(4, 4), (8, 4)}
 
 
@@ -472,7 +472,7 @@ def test_the_page_holds_the_numbers(tmp_path: Path) -> None:
     assert "rotary-l1" not in text
     assert "What is asked Accuracy by delay and number of symbols How high" in text  # contents
     assert "1/√d k , rotary, 1 layer" in text  # k set low
-    assert "raw q·k, ALiBi, 2 layers" in text
+    assert "raw q·k, ALiBi on the weight, 2 layers" in text
     assert "by their hash" in text
     assert page.tags["script"] == page.tags["link"] == page.tags["img"] == 0
     html = ladder_page.render(report(ladder(tmp_path), rows))

@@ -49,26 +49,56 @@ def test_every_parameter_is_trained(mechanism: str, positions: str) -> None:
 def test_the_number_of_parameters() -> None:
     block = 4 * (12 * 12 + 12) + 2 * 24 + (12 * 48 + 48) + (48 * 12 + 12)
     rest = 7 * 12 + 24 + (12 * 7 + 7)
-    for positions, more in (("learned", 11 * 12), ("rotary", 0), ("alibi", 0)):
+    for positions, more in (("learned", 11 * 12), ("rotary", 0), ("alibi-weight", 0), ("alibi-score", 0)):
         model = build(positions=positions)
         assert sum(p.numel() for p in model.parameters()) == 2 * block + rest + more
 
 
-def test_alibi_is_a_falling_bias_and_rotary_a_turning_of_the_layer() -> None:
-    seen = []
-    model = build(positions="alibi")
-    layer = next(m for m in model.modules() if isinstance(m, MultiheadAttention))
-    layer.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)
-    model(tokens(2, 5))
-    (call,) = seen
-    assert call["is_causal"]
-    assert not call["need_weights"]
-    bias = call["attn_mask"].view(2, HEADS, 5, 5)
-    assert torch.equal(bias[0], bias[1])
-    assert bias[0, 0, 4].tolist() == [-4 / 16, -3 / 16, -2 / 16, -1 / 16, 0]  # slopes of 3 heads: 1/16, 1/256, 1/4
-    assert bias[0, 2, 4, 0] == -1.0
-    assert layer.rotary is None
-    assert all(m.rotary == 10_000.0 for m in build(positions="rotary").modules() if isinstance(m, MultiheadAttention))
+@pytest.mark.parametrize(
+    ("positions", "rotary", "alibi"),
+    [
+        ("learned", None, None),
+        ("rotary", 10_000.0, None),
+        ("alibi-weight", None, "weight"),
+        ("alibi-score", None, "score"),
+    ],
+)
+def test_positions_that_are_not_learned_are_the_layers(positions: str, rotary: float | None, alibi: str | None) -> None:
+    layers = [m for m in build(positions=positions).modules() if isinstance(m, MultiheadAttention)]
+    assert [(m.rotary, m.alibi) for m in layers] == [(rotary, alibi)] * 2
+
+
+def test_the_place_of_alibi_is_a_matter_of_the_expressive_score_alone() -> None:
+    x = tokens()
+    for mechanism, same in (("standard", True), ("expressive", False)):
+        one, two = (build(mechanism, positions=f"alibi-{place}") for place in ("score", "weight"))
+        two.load_state_dict(one.state_dict())
+        assert torch.allclose(one(x), two(x), atol=1e-10) == same
+
+
+def test_one_hot_tokens_are_unit_vectors_that_are_not_trained() -> None:
+    model = build(embedding="one-hot", positions="rotary")
+    learned = build(positions="rotary")
+    assert torch.equal(model.tokens(torch.tensor([[2, 0]])), torch.eye(VOCABULARY, WIDTH)[None, [2, 0]].double())
+    assert set(model.state_dict()) == set(learned.state_dict()) - {"tokens.weight"}
+    with torch.no_grad():
+        learned.load_state_dict(model.state_dict() | {"tokens.weight": torch.eye(VOCABULARY, WIDTH)})
+    x = tokens()
+    assert torch.equal(model(x), learned(x))
+
+
+def test_relu_is_another_mlp() -> None:
+    gelu, relu = build(), build(activation="relu")
+    relu.load_state_dict(gelu.state_dict())
+    x = tokens()
+    assert not torch.allclose(gelu(x), relu(x))
+    block = relu.blocks[0]
+    inner = block.norm2(y := torch.randn(2, 3, WIDTH, dtype=torch.float64))
+    mixed, _ = block.attention(*[block.norm1(y)] * 3, is_causal=True)
+    with torch.no_grad():
+        inner = block.norm2(y + mixed)
+        expected = y + mixed + block.contract(block.expand(inner).clamp(min=0))
+    torch.testing.assert_close(block(y), expected)
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
@@ -107,7 +137,13 @@ def test_shorter_sequences_are_read_and_longer_ones_refused() -> None:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"positions": "sine"}, "positions must be one of"), ({"positions": "rotary", "width": 9}, "must be even")],
+    [
+        ({"positions": "sine"}, "positions must be one of"),
+        ({"positions": "rotary", "width": 9}, "must be even"),
+        ({"embedding": "one-hot", "width": 6}, "7 tokens need a width of at least that, received 6"),
+        ({"embedding": "random"}, "embedding must be one of"),
+        ({"activation": "tanh"}, "activation must be one of"),
+    ],
 )
 def test_what_cannot_be_built(change: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -70,8 +70,13 @@ def attended(layer: dict[str, np.ndarray], x: np.ndarray, mechanism: str, positi
     )
     if positions != "rotary":
         far = np.arange(L)[:, None] - np.arange(L)
-        bias = -np.array(alibi_slopes(HEADS))[:, None, None] * far if positions == "alibi" else np.zeros((HEADS, L, L))
-        return oracle.multihead(w, x, x, x, bias=np.broadcast_to(bias, (B, HEADS, L, L)), causal=True)[0]
+        bias = -np.array(alibi_slopes(HEADS))[:, None, None] * far
+        places = {
+            "learned": {},
+            "alibi-weight": {"bias": np.broadcast_to(bias, (B, HEADS, L, L))},
+            "alibi-score": {"inside": bias},
+        }
+        return oracle.multihead(w, x, x, x, causal=True, **places[positions])[0]
     q, k, v = (oracle.linear(x, m, None) for m in (w.q, w.k, w.v))
     if w.align is not None:
         v = np.stack([oracle.align(one, w.align, None, True) for one in v])
@@ -193,7 +198,7 @@ def test_a_cache_stops_at_the_longest() -> None:
     ("mechanism", "positions", "window", "longest"),
     [
         ("standard", "rotary", None, None),
-        ("efficient", "alibi", None, None),
+        ("efficient", "alibi-weight", None, None),
         ("efficient", "learned", None, 11),
         ("super", "rotary", None, 11),
         ("super", "rotary", 4, None),

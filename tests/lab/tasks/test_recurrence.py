@@ -116,7 +116,10 @@ def test_the_split_is_by_the_hash_of_the_state() -> None:
 def test_the_data_depend_on_their_settings_alone() -> None:
     first = task(modulus=16, delay=12).load()
     torch.manual_seed(5)
-    assert first.digest == task(modulus=16, delay=12, lr=1.0, scaling="raw", positions="alibi", layers=2).load().digest
+    assert (
+        first.digest
+        == task(modulus=16, delay=12, lr=1.0, scaling="raw", positions="alibi-score", layers=2).load().digest
+    )
     assert first.digest != task(modulus=16, delay=12, data_seed=1).load().digest
     assert "our own definition" in first.notes[0]
     assert "our own definition" in task().source
@@ -162,7 +165,7 @@ def test_what_can_be_known_counts_and_nothing_else() -> None:
 
 @pytest.mark.parametrize("mechanism", [*MECHANISMS, "super+expressive"])
 def test_the_models_do_not_look_ahead(mechanism: str) -> None:
-    of = task(positions="alibi", layers=2)
+    of = task(positions="alibi-score", layers=2)
     assert_causal(of.build(mechanism, 2).eval(), of.load().test.inputs)
 
 
@@ -193,8 +196,35 @@ def test_the_length_follows_from_the_rest() -> None:
     assert task().with_settings(json.loads(json.dumps(replace(of, delay=30).settings()))).length == 36
 
 
+def test_the_setting_of_one_hot_tokens_relu_and_momentum_arrives() -> None:
+    of = task(embedding="one-hot", activation="relu", optimiser="sgd", lr=0.01, width=8, heads=(1,))
+    model = of.build("expressive", 1)
+    assert torch.equal(model.tokens(torch.arange(5)), torch.eye(5, 8))
+    assert model.blocks[0].activation is torch.nn.functional.relu
+    assert (
+        of.size("expressive", 1) == sum(p.numel() for p in model.parameters()) == task().size("expressive", 1) - 5 * 8
+    )
+    made = of.make_optimiser(model)
+    assert (type(made), made.defaults["momentum"], made.defaults["lr"]) == (torch.optim.SGD, 0.7, 0.01)
+    assert of.with_settings(json.loads(json.dumps(of.settings()))) == of
+
+
+def test_momentum_comes_back_exactly_from_a_checkpoint(tmp_path: Path) -> None:
+    """An interrupted run of SGD ends with the numbers of an uninterrupted one."""
+    changes: dict[str, Any] = {"optimiser": "sgd", "lr": 0.05, "embedding": "one-hot", "activation": "relu"}
+    whole = training(tmp_path / "whole", **changes)
+    whole.run()
+    count = iter(range(100))
+    with pytest.raises(Interrupted):
+        training(tmp_path / "cut", stop=lambda: next(count) == 7, **changes).run()
+    resumed = training(tmp_path / "cut", **changes)
+    resumed.run()
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], tensor), name
+
+
 @pytest.mark.parametrize("rules", [("plus",), ("plus", "back")])
-@pytest.mark.parametrize("positions", ["learned", "rotary", "alibi"])
+@pytest.mark.parametrize("positions", ["learned", "rotary", "alibi-weight"])
 @pytest.mark.parametrize("scaling", ["sqrt", "learned"])
 @pytest.mark.parametrize("name", [*MECHANISMS, "super+per-head", "efficient+expressive"])
 def test_the_computed_size_is_that_of_the_model(

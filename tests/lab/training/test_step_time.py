@@ -99,12 +99,12 @@ def test_a_causal_layer_gets_the_mask_that_torch_wants(need_weights: bool) -> No
     assert (ours - free).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("options", [{"scale": 0.5}, {"scale": "learned"}, {"rotary": True}])
+@pytest.mark.parametrize("options", [{"scale": 0.5}, {"scale": "learned"}, {"rotary": True}, {"alibi": "weight"}])
 def test_what_torch_cannot_compute_has_no_rival(options: dict[str, Any]) -> None:
     assert on_torch(vit(options=options)) is None
 
 
-@pytest.mark.parametrize("positions", ["rotary", "alibi", "learned"])
+@pytest.mark.parametrize("positions", ["rotary", "alibi-weight", "alibi-score", "learned"])
 @pytest.mark.parametrize("scaling", ["sqrt", "learned"])
 def test_a_recurrence_has_a_pace_beside_torchs_layer(positions: str, scaling: str) -> None:
     """With learned positions and torch's own scale where its layer knows no others."""

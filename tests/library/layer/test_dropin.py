@@ -333,6 +333,7 @@ def test_signatures_are_those_of_torch() -> None:
         "scale": None,
         "rotary": None,
         "window": None,
+        "alibi": None,
         "impl": "auto",
     }
     assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for p in own)

@@ -88,6 +88,7 @@ def _build(old: nn.Module, target: Source) -> nn.Module:
         mechanism=target.mechanism,
         scale=host.scale if ours else None,
         rotary=host.rotary if ours else None,
+        alibi=host.alibi if ours else None,
         impl=host.impl if ours else "auto",
         **options,  # type: ignore[arg-type]
     )

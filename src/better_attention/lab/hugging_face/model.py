@@ -36,7 +36,7 @@ class LanguageModelConfig(PreTrainedConfig):
         hidden_size, num_hidden_layers, num_attention_heads: model width, blocks, heads.
         mechanism: a name from :data:`better_attention.MECHANISMS`, or one with suffixes, as ``"efficient+expressive"``.
         attention_options: further arguments of every :class:`better_attention.MultiheadAttention`.
-        positions: ``"rotary"``, ``"learned"`` or ``"alibi"``.
+        positions: ``"rotary"``, ``"learned"``, ``"alibi-weight"`` or ``"alibi-score"``.
         window: each token sees the last ``window`` tokens; None: all before it.
         scale: factor on q.k: None for 1/sqrt(head width), a number, or ``"learned"``.
         dropout: on embeddings, attention weights, and after both halves of a block.

@@ -57,7 +57,11 @@ class Setting:
         'learned scale, learned positions, 1 layer'
         """
         scale = {"sqrt": "1/√d_k", "raw": "raw q·k", "learned": "learned scale"}[self.scaling]
-        names = {"alibi": "ALiBi", "learned": "learned positions"}
+        names = {
+            "alibi-score": "ALiBi in the score",
+            "alibi-weight": "ALiBi on the weight",
+            "learned": "learned positions",
+        }
         return f"{scale}, {names.get(self.positions, self.positions)}, {plural(self.layers, 'layer')}"
 
 
@@ -162,8 +166,8 @@ class RungResult:
         update_flops: of the matrix products of one update, forward and backward.
         params: learned values of the model.
         seconds: of training.
-        times_as_fast: time of an update of the same model on torch's own layer, which has learned positions where ours
-            are rotary, over that of this model: above 1 is faster.
+        times_as_fast: time of an update of the same model on torch's own layer, which has learned positions, over that
+            of this model: above 1 is faster.
         commit: of the program that trained it.
     """
 
@@ -258,7 +262,7 @@ SCALES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "small": {
             "rungs": _rungs(4, 16, 64),
             "scalings": ("sqrt", "raw", "learned"),
-            "positions": ("learned", "rotary", "alibi"),
+            "positions": ("learned", "rotary", "alibi-weight", "alibi-score"),
             "layers": (1, 2),
             "seeds": 3,
             "updates": 1_000,
@@ -266,7 +270,7 @@ SCALES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "paper": {
             "rungs": _rungs(2, 4, 8, 16, 32, 64),
             "scalings": ("sqrt", "raw", "learned"),
-            "positions": ("learned", "rotary", "alibi"),
+            "positions": ("learned", "rotary", "alibi-weight", "alibi-score"),
             "layers": (1, 2),
             "seeds": 5,
             "updates": 10_000,

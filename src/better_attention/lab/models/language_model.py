@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from better_attention.cost import cost
 from better_attention.errors import check_choice, check_int
-from better_attention.lab.models.causal_decoder import POSITIONS, alibi_mask
+from better_attention.lab.models.causal_decoder import POSITIONS
 from better_attention.lab.models.initialisation import gpt2_
 from better_attention.layer.multihead import MultiheadAttention
 from better_attention.mechanism import Mechanism
@@ -63,21 +63,18 @@ class LanguageBlock(nn.Module):
         self.mlp = SwiGLU(width)
         self.dropout = dropout
 
-    def forward(self, x_BLD: Tensor, padding_BL: Tensor | None, bias: Tensor | None, cache: Any | None) -> Tensor:
+    def forward(self, x_BLD: Tensor, padding_BL: Tensor | None, cache: Any | None) -> Tensor:
         """Map (B, L, D) to (B, L, D).
 
         Args:
             x_BLD: what stands at the tokens.
             padding_BL: True where there is no token.
-            bias: (B N, L, S), added to the log weights.
             cache: of the whole model; None: the tokens are all there is.
         """
         normed = self.norm1(x_BLD)
         # A cache attends causally by itself: its new tokens do not begin at the first key.
         how: dict[str, Any] = {"is_causal": True} if cache is None else {"cache": cache[self.attention]}
-        mixed, _ = self.attention(
-            normed, normed, normed, key_padding_mask=padding_BL, attn_mask=bias, need_weights=False, **how
-        )
+        mixed, _ = self.attention(normed, normed, normed, key_padding_mask=padding_BL, need_weights=False, **how)
         x_BLD = x_BLD + F.dropout(mixed, self.dropout, self.training)
         return x_BLD + F.dropout(self.mlp(self.norm2(x_BLD)), self.dropout, self.training)
 
@@ -93,7 +90,8 @@ class LanguageModel(nn.Module):
         mechanism: name or row of :data:`better_attention.MECHANISMS`; W_A, where there is one, is lower triangular,
             or aligns the window.
         options: further arguments of every :class:`~better_attention.MultiheadAttention`.
-        positions: ``"rotary"``, ``"learned"`` (a vector a position, added to the token's), or ``"alibi"``.
+        positions: ``"rotary"``, ``"learned"`` (a vector a position, added to the token's), ``"alibi-weight"`` or
+            ``"alibi-score"``, see :class:`~better_attention.MultiheadAttention`.
         window: each token sees the last ``window`` tokens, itself included; None: all before it.
         scale: factor on q.k: None for 1/sqrt(head width), a number, or ``"learned"``.
         dropout: on embeddings, on attention weights, and after both halves of a block.
@@ -124,7 +122,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         check_choice(positions, "positions", POSITIONS)
         row = Mechanism.of(mechanism)
-        self.heads, self.dropout, self.alibi = heads, dropout, positions == "alibi"
+        self.dropout = dropout
         bounded = positions == "learned" or (row.aligned and window is None)
         self.longest = check_int(length, "length") if bounded else None
         """Most tokens that it can read; None: any number."""
@@ -133,6 +131,7 @@ class LanguageModel(nn.Module):
         self.tokens = nn.Embedding(vocabulary, width)
         self.positions = nn.Embedding(length, width) if positions == "learned" else None
         own: dict[str, Any] = {"dropout": dropout, "scale": scale, "rotary": positions == "rotary", "bias": False}
+        own |= {"alibi": positions.removeprefix("alibi-") if positions.startswith("alibi-") else None}
         own |= row.layer_options(length, causal=True) if window is None else {"window": window}
         own |= options or {}
         self.blocks = nn.ModuleList(
@@ -171,9 +170,8 @@ class LanguageModel(nn.Module):
         if self.positions is not None:
             x_BLD = x_BLD + self.positions(self._numbers(tokens_BL, padding_BL, positions_BL, start))
         x_BLD = F.dropout(x_BLD, self.dropout, self.training)
-        bias = alibi_mask(x_BLD, self.heads, start) if self.alibi else None  # once for all blocks
         for block in self.blocks:
-            x_BLD = block(x_BLD, padding_BL, bias, cache)
+            x_BLD = block(x_BLD, padding_BL, cache)
         return F.linear(self.norm(x_BLD if last is None else x_BLD[:, -last:]), self.tokens.weight)
 
     def _numbers(self, tokens_BL: Tensor, padding_BL: Tensor | None, positions_BL: Tensor | None, start: int) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from better_attention.errors import check_choice, check_float, check_int
 from better_attention.lab.tasks.inputs import NamedInput, StandardInput, read_texts
-from better_attention.lab.tasks.optimisers import RMSprop
+from better_attention.lab.tasks.optimisers import OPTIMISERS, optimiser_of
 from better_attention.lab.tasks.splits import Split, Splits
 from better_attention.lab.tasks.variant import Variant
 from better_attention.mechanism import Mechanism
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 SCALES = ("smoke", "small", "paper")
-OPTIMISERS = ("adam", "adamw", "rmsprop")
 EVALUATION_BATCH = 512
 
 
@@ -70,7 +69,8 @@ class Task(ABC):
         epochs: most epochs of a run.
         patience: epochs without a better validation loss after which a run stops; 0: never.
         batch_size: samples of one update, over all processes together.
-        optimiser, lr, weight_decay: ``"adam"``, ``"adamw"`` or ``"rmsprop"`` (as in Keras), and its parameters.
+        optimiser, lr, weight_decay: ``"adam"``, ``"adamw"``, ``"rmsprop"`` (as in Keras) or ``"sgd"`` (momentum 0.7),
+            and its parameters.
         dropout: rate inside the blocks.
         validation_share: share of the training split that is held out as validation.
         train_samples, test_samples: random subsets for the smaller scales; None: everything.
@@ -353,11 +353,7 @@ class Task(ABC):
 
     def make_optimiser(self, model: nn.Module) -> torch.optim.Optimizer:
         """The task's optimiser over all parameters of ``model``."""
-        if self.optimiser == "rmsprop":
-            return RMSprop(model.parameters(), lr=self.lr, weight_decay=self.weight_decay)
-        make = torch.optim.AdamW if self.optimiser == "adamw" else torch.optim.Adam
-        # A single kernel for all values; by default torch loops over the tensors in Python on a CPU.
-        return make(model.parameters(), lr=self.lr, weight_decay=self.weight_decay, fused=True)
+        return optimiser_of(self.optimiser, model.parameters(), lr=self.lr, weight_decay=self.weight_decay)
 
     def settings(self) -> dict[str, Any]:
         """Every field as a plain JSON value."""

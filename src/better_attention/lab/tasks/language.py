@@ -36,7 +36,7 @@ class LanguageTask(Task):
     Args:
         tokeniser: ``"characters"``, or ``"bpe"`` (byte-pair encoding learned from the training part).
         vocabulary: most tokens; of characters there are as many as the training part has, and one for unknown ones.
-        positions: ``"rotary"``, ``"learned"`` or ``"alibi"``.
+        positions: ``"rotary"``, ``"learned"``, ``"alibi-weight"`` or ``"alibi-score"``.
         window: each token sees the last ``window`` tokens; None: all of its sample that come before it.
         stride: tokens between the beginnings of two training samples; None: ``length``, so that none overlap.
         test_share: share of the text that is held out as test; ``validation_share`` is one of the text as well.

@@ -1,4 +1,4 @@
-"""RMSprop as Keras computes it, with which keras.io's translation example trains."""
+"""Optimisers by name: torch's, and RMSprop as Keras computes it, with which keras.io's translation example trains."""
 
 from __future__ import annotations
 
@@ -7,6 +7,21 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
+
+OPTIMISERS = ("adam", "adamw", "rmsprop", "sgd")
+MOMENTUM = 0.7
+"""Of ``"sgd"``: what public code from the group behind arXiv 2407.18601 trains with, at a learning rate of 0.01."""
+
+
+def optimiser_of(name: str, params: Iterable[nn.Parameter], *, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """The optimiser called ``name``, one of :data:`OPTIMISERS`."""
+    if name == "rmsprop":
+        return RMSprop(params, lr=lr, weight_decay=weight_decay)
+    # A single kernel for all values; by default torch loops over the tensors in Python on a CPU.
+    if name == "sgd":
+        return torch.optim.SGD(params, lr=lr, momentum=MOMENTUM, weight_decay=weight_decay, fused=True)
+    make = torch.optim.AdamW if name == "adamw" else torch.optim.Adam
+    return make(params, lr=lr, weight_decay=weight_decay, fused=True)
 
 
 class RMSprop(torch.optim.Optimizer):

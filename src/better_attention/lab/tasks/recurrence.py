@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from better_attention.errors import check_choice, check_float, check_int
-from better_attention.lab.models.causal_decoder import POSITIONS, CausalDecoder, decoder_size
+from better_attention.lab.models.causal_decoder import ACTIVATIONS, EMBEDDINGS, POSITIONS, CausalDecoder, decoder_size
 from better_attention.lab.tasks.base import Shown, Task
 from better_attention.lab.tasks.splits import Split, Splits
 from better_attention.lab.tasks.variant import Variant
@@ -55,7 +55,10 @@ class RecurrenceTask(Task):
         delay: τ, at least 2.
         steps: symbols that follow the initial state.
         rules: names from :data:`RULES`, different ones modulo N; several make the multi-task case.
-        positions: ``"learned"``, ``"rotary"`` or ``"alibi"``.
+        positions: ``"learned"``, ``"rotary"``, ``"alibi-weight"`` or ``"alibi-score"``.
+        embedding: ``"learned"``, or ``"one-hot"``: symbol i is the unit vector i, not trained; the width is at least
+            the number of tokens.
+        activation: of the MLP, ``"gelu"`` or ``"relu"``.
         scaling: key of :data:`SCALINGS`.
         target_accuracy: per cent of the validation symbols at which a run has solved its task and stops.
         train_samples, test_samples: sequences of an epoch, drawn once; most test (and most validation) sequences.
@@ -72,6 +75,8 @@ class RecurrenceTask(Task):
     steps: int
     rules: tuple[str, ...] = ("plus",)
     positions: str = "rotary"
+    embedding: str = "learned"
+    activation: str = "gelu"
     scaling: str = "sqrt"
     target_accuracy: float | None = 99.0
 
@@ -83,6 +88,8 @@ class RecurrenceTask(Task):
         for name in ("train_samples", "test_samples"):
             check_int(getattr(self, name), name)
         check_choice(self.positions, "positions", POSITIONS)
+        check_choice(self.embedding, "embedding", EMBEDDINGS)
+        check_choice(self.activation, "activation", ACTIVATIONS)
         check_choice(self.scaling, "scaling", SCALINGS)
         if self.target_accuracy is not None:
             check_float(self.target_accuracy, "target_accuracy", low=0.0, high=100.0)
@@ -159,7 +166,11 @@ class RecurrenceTask(Task):
     def model(self, variant: Variant, heads: int) -> nn.Module:
         """See :meth:`Task.model`."""
         return CausalDecoder(
-            mechanism=variant.mechanism, options=variant.options, dropout=self.dropout, **self._shape(heads)
+            mechanism=variant.mechanism,
+            options=variant.options,
+            dropout=self.dropout,
+            activation=self.activation,
+            **self._shape(heads),
         )
 
     def size(self, variant: str | Mechanism | Variant, heads: int) -> int:
@@ -178,6 +189,7 @@ class RecurrenceTask(Task):
             "layers": self.layers,
             "heads": heads,
             "positions": self.positions,
+            "embedding": self.embedding,
             "scale": SCALINGS[self.scaling],
         }
 
@@ -193,10 +205,8 @@ class RecurrenceTask(Task):
         return torch.randint(self.modulus, (samples, self.steps), generator=generator)
 
     def torch_twin(self) -> Self:
-        """Learned positions instead of rotary ones and 1/sqrt(d_k): torch's layer knows no others."""
-        # ALiBi stays, because torch's layer takes it as an additive mask.
-        positions = "learned" if self.positions == "rotary" else self.positions
-        return replace(self, positions=positions, scaling="sqrt")
+        """Learned positions and 1/sqrt(d_k): torch's layer knows no others."""
+        return replace(self, positions="learned", scaling="sqrt")
 
     def width_step(self, heads: int) -> int:
         """Even head widths: rotary positions turn pairs of features, and the others are compared at the same widths."""

@@ -37,6 +37,7 @@ class DropIn(nn.Module):
     vdim: int
     scale: float | str | None
     rotary: float | None
+    alibi: str | None
     q_proj: nn.Module
     k_proj: nn.Module
     v_proj: nn.Module
@@ -161,7 +162,7 @@ class DropIn(nn.Module):
 
     def _packed(self, kind: str) -> Tensor | Unpackable | None:
         ours = self.mechanism.aligned or self.mechanism.score != DEFAULT_SCORE or self.scale is not None
-        torchs = not ours and self.rotary is None
+        torchs = not ours and self.rotary is None and self.alibi is None
         return packed((self.q_proj, self.k_proj, self.v_proj), kind, self.mechanism.name, torchs)
 
     # --- state dicts, copies and scripts ---------------------------------------------------------------------------
@@ -172,11 +173,12 @@ class DropIn(nn.Module):
         Raises:
             ValueError: the layer computes what torch's class cannot.
         """
-        if self.mechanism != MECHANISMS["standard"] or self.scale is not None or self.rotary is not None:
+        settings = self.scale, self.rotary, self.alibi
+        if self.mechanism != MECHANISMS["standard"] or settings != (None, None, None):
             raise ValueError(
                 f"torch.nn.MultiheadAttention computes 'standard' attention with scale=None and without rotary "
-                f"positions only; this layer is {self.mechanism.name!r} with scale={self.scale!r}, "
-                f"rotary={self.rotary!r}."
+                f"positions and ALiBi only; this layer is {self.mechanism.name!r} with scale={self.scale!r}, "
+                f"rotary={self.rotary!r}, alibi={self.alibi!r}."
             )
         return to_packed(self.state_dict(), packed=self.kdim == self.vdim == self.embed_dim)
 

@@ -1,0 +1,1 @@
+"""The trial of expressive attention's claim, per kind of positions."""
