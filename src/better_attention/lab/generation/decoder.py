@@ -62,7 +62,7 @@ class Decoder:
         """Tokens that the model has yet to read: the prompts, later the newest token of each sequence."""
 
     def step(self) -> dict[int, int]:
-        """One more token for each sequence that goes on: its number in ``prompts`` -> the token.
+        """One more token for each sequence that continues: its number in ``prompts`` -> the token.
 
         Raises:
             ValueError: a sequence has more tokens than the model can read, see :attr:`full`.

@@ -27,7 +27,7 @@ class Written:
         prompt: the text that was continued.
         text: what the model wrote behind it, without the stop string.
         tokens: how many tokens it generated.
-        ended: ``"stop"``, a stop string came; ``"max_tokens"``, so many were asked for; ``"length"``, the model reads
+        ended: ``"stop"``, a stop string came; ``"max_tokens"``, that many were asked for; ``"length"``, the model reads
             no more.
     """
 
