@@ -21,7 +21,6 @@ from better_attention.cli.progress import LiveProgress, PlainProgress, make_prog
 from better_attention.lab.runs.record import RunRecord
 from better_attention.lab.tasks.catalogue import TASKS
 from better_attention.lab.tasks.text import OwnTextTask
-from better_attention.lab.training import step_time
 from better_attention.lab.training.events import Began, Ended, Estimated, Failed, Stopping, Updated
 from better_attention.lab.training.progress import DivergedError, Position
 from helpers import studies
@@ -174,7 +173,6 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
 def test_json_stands_alone_on_standard_output(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(step_time, "BUDGET", 0.0)
     options = ["--scale", "smoke", "--mechanisms", "standard", "--epochs", "1", "--device", "cpu", "--json"]
     assert main.main(["compare", *options, "--out", str(tmp_path)]) == 0
     said = capsys.readouterr()

@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from better_attention import MultiheadAttention
-from better_attention.lab.comparison import compare as module
-from better_attention.lab.comparison.compare import compare
+from better_attention.lab.comparison.gather import gather
 from better_attention.lab.comparison.plan import Plan
 from better_attention.lab.models.text_classifier import TextClassifier
 from better_attention.lab.models.vision_transformer import VisionTransformer
+from better_attention.lab.runs.snapshot import Snapshot
 from better_attention.lab.tasks.catalogue import TASKS
 from better_attention.lab.tasks.recurrence import RecurrenceTask
 from better_attention.lab.tasks.variant import Variant
@@ -165,16 +165,14 @@ def test_the_ratio_is_the_median_over_neighbouring_pairs(monkeypatch: pytest.Mon
         return iter(next(times)).__next__
 
     monkeypatch.setattr(step_time, "_updates", updates)
-    monkeypatch.setattr(step_time, "BUDGET", 0.0)
-    found = measure(tiny.task(), tiny.splits(), Variant.of("super"), 3, torch.device("cpu"))
+    found = measure(tiny.task(), tiny.splits(), Variant.of("super"), 3, torch.device("cpu"), seconds=0.0)
     assert (found.seconds, found.times_as_fast) == (3.0, 1.0)
     assert 0 < found.evaluated < 1
 
 
-def test_measuring_draws_no_random_number_and_trains_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step_time, "BUDGET", 0.0)
+def test_measuring_draws_no_random_number_and_trains_nothing() -> None:
     before = torch.get_rng_state()
-    found = measure(tiny.task(), tiny.splits(), Variant.of("super"), 3, torch.device("cpu"))
+    found = measure(tiny.task(), tiny.splits(), Variant.of("super"), 3, torch.device("cpu"), seconds=0.0)
     assert torch.equal(torch.get_rng_state(), before)
     assert found.seconds > 0
     assert found.times_as_fast is not None
@@ -184,13 +182,13 @@ def test_measuring_draws_no_random_number_and_trains_nothing(monkeypatch: pytest
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_the_watcher_hears_the_sum_over_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_watcher_hears_the_sum_over_what_is_left(tmp_path: Path) -> None:
     """Two mechanisms, two seeds, 6 updates, 2 epochs: 2 (0.5 + 0.25) 12 = 18 s; of one run that is left, 3 s."""
     speeds = {"standard": Pace(0.5, 1.1), "super": Pace(0.25, 0.9)}
     asked: list[str] = []
     heard: list[tuple[float, int]] = []
 
-    def fake(task: Any, train: Any, variant: Variant, *rest: Any) -> Pace:
+    def known(task: Any, train: Any, variant: Variant, *rest: Any, **options: Any) -> Pace:
         asked.append(variant.name)
         return speeds[variant.name]
 
@@ -198,19 +196,18 @@ def test_the_watcher_hears_the_sum_over_what_is_left(tmp_path: Path, monkeypatch
         if isinstance(event, Estimated):
             heard.append((event.seconds, event.runs))
 
-    monkeypatch.setattr(module, "measure", fake)
-    monkeypatch.setattr(module, "write", lambda *arguments: None)
     variants = [Variant.of(name) for name in speeds]
     plan = Plan(tiny.task(epochs=2), variants, (3,), 2, tmp_path, device="cpu")
-    compare(plan, listen)
+    tiny.train(plan, listen, known)
     assert heard == [(pytest.approx(18.0), 4)]
     assert asked == ["standard", "super"]  # once for all seeds
     (tmp_path / "super-h3-s1" / "result.json").unlink()
-    study, _ = compare(plan, listen)
+    tiny.train(plan, listen, known)
     assert heard[1:] == [(pytest.approx(3.0), 1)]
     assert asked[2:] == ["super"]
-    assert {r["mechanism"]: r["times_as_fast"] for r in study.records} == {"standard": 1.1, "super": 0.9}
-    for record in study.records:
+    records = gather(plan, Snapshot.read(tmp_path), tiny.splits()).records
+    assert {r["mechanism"]: r["times_as_fast"] for r in records} == {"standard": 1.1, "super": 0.9}
+    for record in records:
         assert 0 <= record["waiting_share"] < 1  # type: ignore[operator]
-    compare(plan, listen)
+    tiny.train(plan, listen, known)
     assert len(heard) == 2  # nothing is left: nothing is said

@@ -12,8 +12,14 @@ from better_attention.lab.tasks.splits import Split
 EVALUATION_BATCH = 512
 
 
-def evaluate(accelerator: Accelerator, model: nn.Module, task: Task, split: Split) -> dict[str, float]:
+def evaluate(
+    accelerator: Accelerator, model: nn.Module, task: Task, split: Split, batch: int = EVALUATION_BATCH
+) -> dict[str, float]:
     """Mean loss and accuracy in per cent of ``split``, every sample counted once over all processes.
+
+    Args:
+        accelerator, model, task, split: what is evaluated, and on which processes.
+        batch: samples of one forward pass of a process; the result does not depend on it but for rounding.
 
     Raises:
         RuntimeError: a sample was lost or counted twice.
@@ -22,7 +28,7 @@ def evaluate(accelerator: Accelerator, model: nn.Module, task: Task, split: Spli
     # train_epoch() switches back to training mode.
     model.eval()
     with torch.inference_mode():
-        for x, y in split.batches(EVALUATION_BATCH, accelerator.process_index, accelerator.num_processes):
+        for x, y in split.batches(batch, accelerator.process_index, accelerator.num_processes):
             logits = model(x)
             # Sums rather than means, because batches and the shares of the processes differ in size.
             loss += float(task.losses(logits, y).sum())
