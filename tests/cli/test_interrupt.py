@@ -127,7 +127,7 @@ def test_between_the_runs_of_a_ladder_a_measurement_is_cut_short() -> None:
             stop.signal = signal.SIGINT
         return ImageTask.losses(task, logits, targets)
 
-    task = tiny.with_losses(tiny.task(), losses)
+    task = tiny.overriding(tiny.task(), losses=losses)
     step_time.measure(task, tiny.splits(), Variant.of("super"), 3, torch.device("cpu"), stop=stop)
     assert len(updates) == 4  # ours and torch's, once to get ready and once for the time
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from torch import Tensor
 
 from better_attention.lab.comparison import compare
 from better_attention.lab.comparison.plan import Plan
@@ -53,9 +52,9 @@ def train(plan: Plan, notify: Notify = ignore, measure: Measure = pace) -> list[
     return compare.train(plan, stored, compare.load(plan, accelerator), accelerator, notify, measure)
 
 
-def with_losses(task: ImageTask, losses: Callable[[ImageTask, Tensor, Tensor], Tensor]) -> ImageTask:
-    """The same task, its losses computed by ``losses(task, logits, targets)``."""
-    kind: type[ImageTask] = type("Changed", (type(task),), {"losses": losses})
+def overriding(task: ImageTask, **methods: Callable[..., Any]) -> ImageTask:
+    """The same task with other methods, such as ``losses(task, logits, targets)``."""
+    kind: type[ImageTask] = type("Changed", (type(task),), methods)
     return kind(**{each.name: getattr(task, each.name) for each in fields(task) if each.init})
 
 

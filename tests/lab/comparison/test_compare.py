@@ -215,7 +215,7 @@ def poisoned(plan: Plan, run: str, diary: Diary) -> Plan:
         return found * math.nan if diary.begun and diary.begun[-1].endswith(run) else found
 
     assert isinstance(plan.task, ImageTask)
-    return replace(plan, task=tiny.with_losses(plan.task, losses))
+    return replace(plan, task=tiny.overriding(plan.task, losses=losses))
 
 
 def test_a_run_that_fails_does_not_take_the_others_along(tmp_path: Path) -> None:
@@ -347,7 +347,7 @@ def test_all_mechanisms_see_the_samples_in_the_same_order(tmp_path: Path) -> Non
             seen[note.name].append(targets.tolist())
         return real(self, logits, targets)
 
-    plan = replace(tiny.plan(tmp_path, seeds=2), task=tiny.with_losses(tiny.task(epochs=1), losses))
+    plan = replace(tiny.plan(tmp_path, seeds=2), task=tiny.overriding(tiny.task(epochs=1), losses=losses))
     compare(plan, note, measure=tiny.pace)
     assert seen["standard-h3-s0"] == seen["super-h3-s0"]
     assert seen["standard-h3-s1"] == seen["super-h3-s1"]

@@ -281,13 +281,14 @@ def test_pictures_on_both_sides_are_counted(photos: Path, tmp_path: Path, monkey
                     (tmp_path / top / name / f"{top}-{number}.png").write_bytes(picture)
     (tmp_path / "test" / "bees" / "2.png").write_bytes((photos / "bees" / "2.png").read_bytes())
     task = small(image_size=16).fitted(tmp_path)
-    notes = [note for note in task.load(tmp_path).notes if "pixel by pixel" in note]
+    splits = task.load(tmp_path)
+    notes = [note for note in splits.notes if "pixel by pixel" in note]
+    assert picture_notes.overlap_notes(splits) == tuple(notes)
     assert notes == [
         "1 of 10 validation pictures are training pictures too, pixel by pixel",
         "3 of 12 test pictures are training pictures too, pixel by pixel",
     ]
-    monkeypatch.setattr(picture_notes, "SEARCHED_BYTES", 1000)
-    assert not any("pixel by pixel" in note for note in task.load(tmp_path).notes)
+    assert picture_notes.overlap_notes(splits, searched=1000) == ()
 
 
 def test_the_digits_have_none_on_both_sides_and_say_nothing() -> None:
@@ -340,12 +341,13 @@ def test_nearly_black_pictures_are_told(tmp_path: Path, monkeypatch: pytest.Monk
             values = random.integers(0, 4096, (10, 10), dtype=np.uint16) * (16 if number < 5 else 1)
             Image.fromarray(values).save(tmp_path / f"class{label}" / f"{number}.png")
     task = small().fitted(tmp_path)
-    assert [note for note in task.load(tmp_path).notes if "nearly black" in note] == [
+    splits = task.load(tmp_path)
+    assert [note for note in splits.notes if "nearly black" in note] == [
         "30 of 40 pictures are nearly black, no pixel brighter than 31 of 255: files of 16 bits that use 12 or fewer "
         "look like this; scale their values up to white before training"
     ]
-    monkeypatch.setattr(picture_notes, "SEARCHED_BYTES", 1000)
-    assert not any("nearly black" in note for note in task.load(tmp_path).notes)
+    assert len(picture_notes.dark_notes(splits)) == 1
+    assert picture_notes.dark_notes(splits, searched=1000) == ()
 
 
 def test_bright_pictures_are_not_called_nearly_black(photos: Path) -> None:

@@ -113,7 +113,7 @@ def test_the_best_weights_are_kept_and_not_the_last(tmp_path: Path) -> None:
             return ImageTask.losses(task, logits, targets)
         return torch.full((len(targets),), abs(run.position.epoch - 2.0))
 
-    run = tiny.training(tmp_path, task=tiny.with_losses(tiny.task(epochs=4), losses))
+    run = tiny.training(tmp_path, task=tiny.overriding(tiny.task(epochs=4), losses=losses))
 
     def note(position: Position, steps: int) -> None:
         after[position.epoch] = run.model.state_dict()["head.weight"].clone()
@@ -134,7 +134,7 @@ def test_the_test_split_is_touched_once_and_last(tmp_path: Path) -> None:
             seen.append(len(targets))
         return ImageTask.losses(task, logits, targets)
 
-    tiny.training(tmp_path, task=tiny.with_losses(tiny.task(), losses)).run()
+    tiny.training(tmp_path, task=tiny.overriding(tiny.task(), losses=losses)).run()
     assert seen[:3] == [10] * 3
     assert sorted(seen[3:-1]) == [10, 90]
     assert seen[-1] == 37
@@ -307,7 +307,7 @@ def test_what_is_not_finite_stops_the_run_before_the_update(kind: str, tmp_path:
     def note(position: Position, steps: int) -> None:
         good.update({name: tensor.clone() for name, tensor in run.model.state_dict().items()})
 
-    task = tiny.with_losses(tiny.task(), poisoned)
+    task = tiny.overriding(tiny.task(), losses=poisoned)
     run = tiny.training(tmp_path, task=task, checkpoint_seconds=0.0, progress=note)
     with pytest.raises(DivergedError, match=r"epoch 2, step 4 of 6: loss \S+, gradient norm (nan|inf)"):
         run.run()

@@ -18,6 +18,7 @@ from better_attention.lab.models.text_classifier import TextClassifier
 from better_attention.lab.models.vision_transformer import VisionTransformer
 from better_attention.lab.runs.snapshot import Snapshot
 from better_attention.lab.tasks.catalogue import TASKS
+from better_attention.lab.tasks.image import ImageTask
 from better_attention.lab.tasks.recurrence import RecurrenceTask
 from better_attention.lab.tasks.variant import Variant
 from better_attention.lab.training import step_time
@@ -152,22 +153,25 @@ def test_what_a_sample_costs_is_measured_on_a_batch(monkeypatch: pytest.MonkeyPa
         return {}
 
     monkeypatch.setattr(step_time.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(type(tiny.task()), "scores", scores)
-    found = step_time._evaluation(tiny.task(batch_size=16), Slow(), tiny.splits())
+    task = tiny.overriding(tiny.task(batch_size=16), scores=scores)
+    found = step_time._evaluation(task, Slow(), tiny.splits())
     assert found == (3 / 16, 0.25)
 
 
 def test_the_ratio_is_the_median_over_neighbouring_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ours 9, then 2, 8, 3 after the first call, theirs 9, then 4, 2, 3: the median of 0.5, 4, 1."""
-    times = iter([[9.0, 2.0, 8.0, 3.0], [9.0, 4.0, 2.0, 3.0]])
+    now = [0.0]
+    seconds = iter([9.0, 9.0, 2.0, 4.0, 2.0, 8.0, 3.0, 3.0])  # every second round begins with theirs
 
-    def updates(*arguments: Any) -> Any:
-        return iter(next(times)).__next__
+    def losses(task: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        now[0] += next(seconds) if torch.is_grad_enabled() else 0.5
+        return ImageTask.losses(task, logits, targets)
 
-    monkeypatch.setattr(step_time, "_updates", updates)
-    found = measure(tiny.task(), tiny.splits(), Variant.of("super"), 3, torch.device("cpu"), seconds=0.0)
+    monkeypatch.setattr(step_time.time, "perf_counter", lambda: now[0])
+    task = tiny.overriding(tiny.task(), losses=losses)
+    found = measure(task, tiny.splits(), Variant.of("super"), 3, torch.device("cpu"), seconds=0.0)
     assert (found.seconds, found.times_as_fast) == (3.0, 1.0)
-    assert 0 < found.evaluated < 1
+    assert found.evaluated == 0.5 / 16
 
 
 def test_measuring_draws_no_random_number_and_trains_nothing() -> None:

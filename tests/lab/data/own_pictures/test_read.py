@@ -10,7 +10,8 @@ import os
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -303,14 +304,14 @@ def test_a_large_picture_that_is_not_read_is_no_hindrance(tmp_path: Path, monkey
     assert sorted(find(tmp_path / "photos.zip").names) == sorted(photos())
 
 
-def test_what_the_user_may_not_read_is_not_blamed_on_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_user_may_not_read_is_not_blamed_on_the_cache(tmp_path: Path) -> None:
+    class Refused(tree.PictureTree):
+        def contents(self, rows: Mapping[str, int]) -> Iterator[tuple[int, str, bytes | Path]]:
+            yield from ()  # the error comes when the first picture is asked for
+            raise PermissionError(errno.EACCES, "Permission denied", "photos.tar")
+
     found = find(write(tmp_path / "photos", photos()))
-
-    def refused(self: object, rows: object) -> object:
-        raise PermissionError(errno.EACCES, "Permission denied", "photos.tar")
-        yield
-
-    monkeypatch.setattr(tree.PictureTree, "contents", refused)
+    found = replace(found, tree=Refused(**vars(found.tree)))
     with pytest.raises(DataError, match=r"^photos\.tar cannot be read \(Permission denied\)\.$"):
         found.pixels(np.arange(3), 4, 3)
 
