@@ -26,6 +26,7 @@ from better_attention.lab import published
 from better_attention.lab.tasks.catalogue import TASKS
 from helpers import tiny
 
+pytestmark = pytest.mark.usefixtures("settled_heap")
 SHORT = ["--tasks", "imdb", "--heads", "1,8", "--mechanisms", "standard,super"]
 SHORT += ["--samples", "50", "--batch-size", "20", "--rounds", "3"]
 FP32 = [*SHORT, "--precisions", "float32"]

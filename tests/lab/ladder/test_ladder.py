@@ -471,11 +471,15 @@ PAYLOADS = (
 )  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def benign() -> Page:
+    """A page without a payload."""
+    return Page(ladder_page.render(report(ladder(Path("out")), many(3.0))))
+
+
 @pytest.mark.parametrize("payload", PAYLOADS)
-def test_nothing_hostile_becomes_more_than_text(payload: str, tmp_path: Path) -> None:
-    rows = many(3.0)
-    benign = Page(ladder_page.render(report(ladder(tmp_path), rows)))
-    page = Page(ladder_page.render(report(ladder(tmp_path), rows, payload)))
+def test_nothing_hostile_becomes_more_than_text(payload: str, benign: Page) -> None:
+    page = Page(ladder_page.render(report(ladder(Path("out")), many(3.0), payload)))
     assert page.tags == benign.tags
     assert page.attributes == benign.attributes
     assert "49" not in page.text or payload != "{{7*7}}"

@@ -236,6 +236,7 @@ def kill_after(folder: Path, updates: int) -> None:
     assert ended.returncode == -signal.SIGKILL, ended.stderr
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_bits(straight: Path, tmp_path: Path) -> None:
     kill_after(tmp_path, 9)
     saved = checkpoint.load(tmp_path)
