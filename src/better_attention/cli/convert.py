@@ -66,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
     from better_attention.lab.trained.model import open_trained
     from better_attention.lab.trained.samples import samples_of
 
+    # First, because reading a model and its data may take long.
     convert.check_folder(args.out)
     trained = open_trained(args.path)
     samples = samples_of(trained.origin, args.data, args.texts)
