@@ -195,16 +195,18 @@ def test_an_interrupted_run_ends_with_the_same_bits(straight: Path, tmp_path: Pa
 @pytest.mark.parametrize("threads", [1, 2])
 def test_going_on_with_other_threads_is_told_and_put_down(tmp_path: Path, threads: int) -> None:
     before = torch.get_num_threads()
+    task = tiny.task(epochs=1, train_samples=20, test_samples=7, batch_size=9)
+    few: dict[str, Any] = {"task": task, "splits": task.load()}
     try:
         torch.set_num_threads(threads)
         with pytest.raises(Interrupted):
-            tiny.training(tmp_path, epochs=1, batch_size=45, stop=lambda: True).run()
+            tiny.training(tmp_path, **few, stop=lambda: True).run()
         torch.set_num_threads(3 - threads)
         told = "1 thread so far, continues with 2" if threads == 1 else "2 threads so far, continues with 1"
         with pytest.warns(
             UserWarning, match=rf"trained with {told}.* last bits .*OMP_NUM_THREADS={threads} to reproduce"
         ):
-            record = tiny.training(tmp_path, epochs=1, batch_size=45).run().values
+            record = tiny.training(tmp_path, **few).run().values
     finally:
         torch.set_num_threads(before)
     assert [part["threads"] for part in record["sessions"]] == [threads, 3 - threads]
