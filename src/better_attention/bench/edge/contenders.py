@@ -169,7 +169,7 @@ def example(origin: Origin, batch_size: int) -> Tensor | dict[str, Tensor]:
     if not isinstance(words, int):
         raise ValueError(f"{origin.folder} describes a model that reads no tokens: only texts are timed here.")
     length = min(LENGTH, longest(origin.folder) or LENGTH)
-    # From 1 on, because most vocabularies begin with padding, which nobody attends to.
+    # From 1 on: 0 stands for padding in most vocabularies, of which these inputs have none.
     tokens = torch.randint(1, words, (batch_size, length), generator=torch.Generator().manual_seed(0))
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
 
