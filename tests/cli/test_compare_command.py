@@ -158,9 +158,12 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
 
     words = ["compare", "--mechanisms", "super", "--scale", "smoke", "--epochs", "1000", "--patience", "0"]
     words += ["--device", "cpu", "--out", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", ["better-attention", *words])
+    # Not as the script of that name, which would leave with the default action for Ctrl-C, and so would the tests.
+    monkeypatch.setattr(sys, "argv", ["program of the tests", *words])
+    handler = signal.getsignal(signal.SIGINT)
     threading.Thread(target=press, daemon=True).start()
-    assert main.main() == 130
+    assert main.main(words) == 130
+    assert signal.getsignal(signal.SIGINT) is handler
     said = capsys.readouterr()
     assert "stopping after this step" in said.out
     assert "Interrupted. super-h4-s0: saved in epoch" in said.out
