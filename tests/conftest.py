@@ -58,6 +58,12 @@ def seed(request: pytest.FixtureRequest) -> int:
 
 
 @pytest.fixture
+def settled_heap() -> None:
+    """What earlier tests and their imports have left is out of the collector's sight, as after the collection above."""
+    gc.freeze()
+
+
+@pytest.fixture
 def rng(seed: int) -> np.random.Generator:
     """A NumPy generator started from the test's seed."""
     return np.random.default_rng(seed)

@@ -23,6 +23,7 @@ from better_attention.bench.suites import SUITES, decode, kernel, layer, model
 from better_attention.impl import IMPLEMENTATIONS
 from better_attention.scores import SCORES
 
+pytestmark = pytest.mark.usefixtures("settled_heap")
 TINY = Shape(3, 11, 10, 2)
 LIMITS = Limits({"float32": 100.0}, 64, {"sum, float32": 10.0, "dot, float32": 8.0}, 1 << 20)
 

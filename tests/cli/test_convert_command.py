@@ -57,6 +57,25 @@ def test_upwards_is_exact_and_loses_nothing(runs: Path, tmp_path: Path, capsys: 
     torch.testing.assert_close(opened.model(inputs), expected, rtol=0, atol=1e-5)
 
 
+def test_an_exact_conversion_needs_no_data(
+    runs: Path, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run is made to be one of MNIST, which is not here; its weights do not change by that."""
+    shutil.copytree(runs / "efficient", run := tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    config["run"]["settings"]["dataset"] = "mnist"
+    (run / "config.json").write_text(json.dumps(config))
+    tiny.sign(run)
+    assert main.main(["convert", str(run), "standard", "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr()
+    assert "note: the accuracy is not measured: data set 'mnist' is not in" in said.err
+    assert "accuracy" not in said.out
+    assert json.loads((tmp_path / "out" / "conversion.json").read_text())["accuracy"] == {"before": None, "after": None}
+    for needs in (["--approximate"], ["--calibrate", "9"], ["--data", str(tmp_path)]):
+        told = refused(capsys, run, "standard", "--out", tmp_path / "more", *needs)
+        assert "data set 'mnist' is not in" in told
+
+
 def attention(model: torch.nn.Module) -> list[ba.MultiheadAttention]:
     return [module for module in model.modules() if isinstance(module, ba.MultiheadAttention)]
 

@@ -26,6 +26,7 @@ from better_attention.lab import published
 from better_attention.lab.tasks.catalogue import TASKS
 from helpers import tiny
 
+pytestmark = pytest.mark.usefixtures("settled_heap")
 SHORT = ["--tasks", "imdb", "--heads", "1,8", "--mechanisms", "standard,super"]
 SHORT += ["--samples", "50", "--batch-size", "20", "--rounds", "3"]
 FP32 = [*SHORT, "--precisions", "float32"]
@@ -88,21 +89,22 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(("words", "measured"), [(["--measured", "30"], 30), (["--measured", "900"], 50)])
-def test_fewer_samples_are_scaled_and_told(
-    words: list[str], measured: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Every batch takes a second on the clock of this test: 30 of 50 samples in two batches are 3.33 seconds."""
-
-    def passes(model: nn.Module, batches: Any) -> float:
-        return float(len(batches))
-
-    monkeypatch.setattr(timing, "_pass", passes)
+def test_fewer_samples_are_told(words: list[str], measured: int, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(*FP32, *words) == 0
     out = capsys.readouterr().out
     assert ("imdb: 50 extrapolated from 30." in out) == (measured == 30)
     row = json.loads(Path("runs/edge/edge.json").read_text())["timings"][0]
     assert row["measured"] == measured
-    assert row["seconds"]["median"] == pytest.approx(2 * 50 / 30 if measured == 30 else 3.0)
+
+
+@pytest.mark.parametrize(("measured", "seconds"), [(30, 2 * 50 / 30), (900, 3.0)])
+def test_fewer_samples_are_scaled(measured: int, seconds: float) -> None:
+    """Every batch of 20 takes a second on the clock of this test: 30 of 50 samples in two batches are 3.33 seconds."""
+    fewer = Settings(samples=50, batch_size=20, rounds=1, measured=measured)
+    watch = lambda model, batches: float(len(batches))  # noqa: E731
+    (timed,) = timing.measure_group(tiny.task(), ["standard"], 3, "float32", fewer, watch=watch)
+    assert timed.seconds is not None
+    assert timed.seconds.median == pytest.approx(seconds)
 
 
 def test_quick_takes_about_a_second_a_pass() -> None:
@@ -113,7 +115,7 @@ def test_quick_takes_about_a_second_a_pass() -> None:
     assert timing.how_many(Settings(quick=True, measured=64), 1e-6) == 64
 
 
-def test_the_mechanisms_take_turns_and_ratios_are_formed_within_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_mechanisms_take_turns_and_ratios_are_formed_within_a_round() -> None:
     order: list[str] = []
     speeds = {"a": iter([1.0, 10.0, 4.0]), "b": iter([2.0, 5.0, 2.0])}
 
@@ -123,8 +125,7 @@ def test_the_mechanisms_take_turns_and_ratios_are_formed_within_a_round(monkeypa
         order.append(model)
         return next(speeds[model])
 
-    monkeypatch.setattr(timing, "_pass", passes)
-    found = timing.rounds({"a": "a", "b": "b"}, [torch.zeros(1)] * 2, 3)  # type: ignore[dict-item]
+    found = timing.rounds({"a": "a", "b": "b"}, [torch.zeros(1)] * 2, 3, passes)  # type: ignore[dict-item]
     assert order == ["a", "b", "b", "a", "a", "b"]
     assert found == {"a": [1.0, 10.0, 4.0], "b": [2.0, 5.0, 2.0]}
 
@@ -136,10 +137,15 @@ def test_a_single_round_has_no_range(capsys: pytest.CaptureFixture[str]) -> None
         assert ("(–)" in line) == told
 
 
-def test_a_quick_pass_is_sized_by_standard_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_quick_pass_is_sized_by_standard_attention() -> None:
     asked: list[Any] = []
-    monkeypatch.setattr(timing, "_pass", lambda model, batches: asked.append(model) or 0.5)  # type: ignore[func-returns-value]
-    timings = timing.measure_group(tiny.task(), ["super", "standard"], 3, "float32", Settings(64, 16, 1, quick=True))
+
+    def watch(model: nn.Module, batches: Any) -> float:
+        asked.append(model)
+        return 0.5
+
+    quick = Settings(64, 16, 1, quick=True)
+    timings = timing.measure_group(tiny.task(), ["super", "standard"], 3, "float32", quick, watch=watch)
     assert [timing.measured for timing in timings] == [32, 32]
     sizes = [sum(parameter.numel() for parameter in model.parameters()) for model in asked]
     assert sizes[:2] == [tiny.task().size("standard", 3)] * 2
@@ -156,13 +162,19 @@ def test_an_int8_timing_is_not_the_papers_row() -> None:
     ]
 
 
-def test_ratios_are_standards_time_over_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ratios_are_standards_time_over_its_own() -> None:
     """Rounds of 1, 10, 4 and 2, 5, 2 seconds: the median of 0.5, 2, 2, and not the ratio of the medians, 4 / 2."""
-    monkeypatch.setattr(
-        timing, "rounds", lambda models, *rest: {"standard": [1.0, 10.0, 4.0], "super": [2.0, 5.0, 2.0]}
-    )
     task = tiny.task()
-    timings = timing.measure_group(task, ["standard", "super"], 3, "float32", Settings(samples=16, batch_size=16))
+    sizes = {name: task.size(name, 3) for name in ("standard", "super")}
+    seconds = {sizes["standard"]: iter([1.0, 10.0, 4.0]), sizes["super"]: iter([2.0, 5.0, 2.0])}
+
+    def watch(model: nn.Module, batches: Any) -> float:
+        """The next of these for a pass of two batches; a single batch is a trial."""
+        size = sum(parameter.numel() for parameter in model.parameters())
+        return next(seconds[size]) if len(batches) == 2 else 0.0
+
+    settings = Settings(samples=16, batch_size=8)
+    timings = timing.measure_group(task, list(sizes), 3, "float32", settings, watch=watch)
     assert timings[1].times_as_fast == Spread.of([0.5, 2.0, 2.0])
     assert timings[1].seconds == Spread.of([2.0, 5.0, 2.0])
 
@@ -322,13 +334,14 @@ def test_rows_of_other_settings_are_not_overwritten(capsys: pytest.CaptureFixtur
     assert Path("mine/edge.json").read_bytes() != content
 
 
-def test_the_time_of_all_rows_is_told_before_the_first(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_time_of_all_rows_is_told_before_the_first() -> None:
     """Every batch takes 10 seconds on the clock of this test."""
-    monkeypatch.setattr(timing, "_pass", lambda model, batches: 10.0 * len(batches))
-    assert run(*FP32) == 0
-    first = capsys.readouterr().err.splitlines()[0]
+    told: list[str] = []
+    settings = Settings(samples=50, batch_size=20, rounds=3)
+    watch = lambda model, batches: 10.0 * len(batches)  # noqa: E731
+    rows = timing.measure([tiny.task()], ["standard", "super"], (1, 3), ["float32"], settings, told.append, watch=watch)
+    assert len(list(rows)) == 2
+    first = told[0]
     # 3 rounds of 3 batches and an untimed one for 4 rows, and 2 batches to see how long one takes for 2 groups
     assert first == f"about {(4 * 3 * 4 * 10 + 2 * 2 * 10) / 60:.1f} minutes in all for 4 rows at the present load"
 

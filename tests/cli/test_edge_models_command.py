@@ -21,7 +21,10 @@ from better_attention.bench.runner import Spread
 from better_attention.cli import main
 from helpers import tiny
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of torch's exporter
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # of torch's exporter
+    pytest.mark.usefixtures("settled_heap"),
+]
 QUICK = ["--quick", "--rounds", "2", "--batch-size", "4"]
 
 

@@ -13,7 +13,6 @@ import pytest
 from better_attention.cli import ladder, main
 from better_attention.lab.ladder.climb import epoch_updates
 from better_attention.lab.ladder.grid import SCALES
-from better_attention.lab.training import step_time
 from better_attention.lab.training.loop import Training
 from better_attention.lab.training.progress import Interrupted
 
@@ -108,7 +107,6 @@ TINY = ["ladder", *GRID.split(), *SIZES.split()]
 def test_it_ends_with_the_findings_and_says_where_the_files_are(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(step_time, "BUDGET", 0.0)
     assert main.main([*TINY, "--out", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     assert "our own definition" in said
@@ -129,7 +127,6 @@ def test_it_ends_with_the_findings_and_says_where_the_files_are(
 def test_json_stands_alone_on_standard_output(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(step_time, "BUDGET", 0.0)
     assert main.main([*TINY, "--rungs", "4x4", "--json", "--out", str(tmp_path)]) == 0
     said = capsys.readouterr()
     assert json.loads(said.out) == json.loads((tmp_path / "ladder.json").read_text("utf-8"))
@@ -143,7 +140,6 @@ def test_stopped_it_says_how_to_go_on(
         raise Interrupted("standard-h2-s0: saved")
 
     monkeypatch.setattr(Training, "run", stopped)
-    monkeypatch.setattr(step_time, "BUDGET", 0.0)
     assert main.main([*TINY, "--out", str(tmp_path)]) == 130
     assert "The same command continues there" in capsys.readouterr().out
 

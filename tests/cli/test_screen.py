@@ -28,7 +28,6 @@ from better_attention.cli import list as list_verb
 from better_attention.cli.progress import PlainProgress, make_progress
 from better_attention.lab.comparison.plan import Plan
 from better_attention.lab.tasks.variant import Variant
-from better_attention.lab.training import step_time
 from helpers import tiny
 
 NAME = (
@@ -200,7 +199,6 @@ def test_every_verb_is_walked() -> None:
 def test_predictions_name_classes_and_inputs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(step_time, "BUDGET", 0.0)
     data = pictures(tmp_path / NAME)
     assert main.main(["compare", "images", *SMOKE, "--data", str(data)]) == 0
     said = capsys.readouterr()

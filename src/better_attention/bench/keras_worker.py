@@ -61,6 +61,7 @@ def serve(pipe: Connection, task: Task) -> None:
 
 
 def _set_up(task: Task) -> tuple[Callable[[], object], Callable[[], dict[str, Any]], Callable[[], str]]:
+    # Before the import below: Keras and JAX read them once.
     os.environ.update(KERAS_BACKEND="jax", JAX_PLATFORMS="cpu", NPROC=str(task.threads))
     if hasattr(os, "sched_setaffinity"):  # JAX starts as many threads as there are cores it may use
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: task.threads])

@@ -103,6 +103,7 @@ def cpu_name() -> str:
 
 def cores() -> int:
     """Cores that this process may run on."""
+    # A container may allow fewer cores than the machine has.
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -164,6 +165,7 @@ def measure_limits(dtype: torch.dtype, *, size: int = 2048, read_bytes: int | No
             the memory that is free.
     """
     dtypes = dict.fromkeys((torch.float32, dtype))
+    # A buffer that fits a cache would show the bandwidth of the cache.
     if read_bytes is None:
         read_bytes = min(max(512 << 20, 2 * (last_level_cache() or 0)), (available_memory() or 8 << 30) // 8)
     product = {str(d).removeprefix("torch."): _product(d, size) for d in dtypes}
@@ -185,6 +187,7 @@ def _read(dtype: torch.dtype, size: int) -> dict[str, float]:
     matrix = torch.ones(max(2, size // dtype.itemsize // columns // 2 * 2), columns, dtype=dtype)
     vector, flat = torch.ones(columns, dtype=dtype), matrix.view(-1)
     first, second = flat.chunk(2)
+    # Which of these is fastest differs between processors and dtypes.
     operations: dict[str, Callable[[], object]] = {
         "sum": lambda: flat.sum(),
         "dot": lambda: torch.dot(first, second),
@@ -202,6 +205,7 @@ def _best(call: Callable[[], object]) -> float:
         start = perf_counter()
         call()
         seconds.append(perf_counter() - start)
+    # The least: whatever else the machine does only adds to a time.
     return min(seconds)
 
 

@@ -67,6 +67,7 @@ class Report:
 
 def stem(machine: Mapping[str, Any], suite: str, dtype: str) -> str:
     """Name of a run's files without their ending: suite, device, threads, version, dtype."""
+    # Intel(R) Core(TM) becomes intel-core, and not intel-r-core-tm.
     cpu = re.sub(r"\((r|tm)\)", " ", machine["cpu"].lower())
     cpu = re.sub(r"[^a-z0-9]+", "-", cpu).strip("-")[:48]
     version = re.sub(r"[^A-Za-z0-9.+]", "", machine["versions"]["torch"])
@@ -86,6 +87,7 @@ def rates(result: Result, limits: Limits) -> dict[str, float | None]:
         numbers |= {"gflops": rate, "product_share": rate / limits.product[_dtype(result)]}
     if work.bytes:
         rate = work.bytes / seconds / 1e9
+        # Which way of reading is fastest differs between processors; that one is the limit.
         numbers |= {"gbytes": rate, "read_share": rate / max(limits.read.values())}
     if work.flop_ratio and result.ratio:
         numbers |= {"flop_ratio": work.flop_ratio, "ratio_over_flop_ratio": result.ratio.median / work.flop_ratio}
@@ -122,6 +124,7 @@ def write(report: Report, folder: Path) -> list[Path]:
 
 def settings_of(settings: Settings) -> dict[str, Any]:
     """The settings as JSON values."""
+    # JSON has no sets, and in this order equal sets are equal text.
     return asdict(settings) | {"switches": sorted(settings.switches)}
 
 
@@ -138,6 +141,7 @@ def read(path: Path) -> dict[str, Any] | None:
         whole = isinstance(document["machine"], dict) and isinstance(document["settings"], dict)
         if not whole or not document["limits"]:
             raise ValueError("the machine, the settings or its limits are not described")
+        # For their errors: damage is told before hours of measuring, not after.
         stored_results(document)
         stored_limits(document)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -152,6 +156,7 @@ def stored_results(document: Mapping[str, Any]) -> list[Result]:
     """The results in a document of :func:`read`."""
     results = []
     for entry in document["rows"]:
+        # The name becomes an attribute of torch below, which has others than dtypes.
         if entry["dtype"] not in {str(dtype).removeprefix("torch.") for dtype in BOUNDS}:
             raise ValueError(f"unknown dtype {entry['dtype']!r}")
         shape = Shape(*(entry[key] for key in Shape._fields))

@@ -136,6 +136,7 @@ def measure(row: Row, contenders: Sequence[Contender], settings: Settings) -> li
             results[name] = replace(results[name], memory=run.memory())
         samples, calls = time(runs, contenders[0].name, settings)
     finally:
+        # Also after Ctrl-C: a run may hold a process of its own.
         for run in runs.values():
             run.close()
     baseline = samples.get(contenders[0].name, [])
@@ -233,6 +234,7 @@ def time(runs: Mapping[str, Run], baseline: str, settings: Settings) -> tuple[di
     A contender whose single call takes longer than ``settings.seconds`` is not called again: that call is its sample.
     """
     estimates = {name: estimate(run) for name, run in runs.items()}
+    # A single short call would be lost in the cost and the resolution of the clock.
     calls = {name: math.ceil(SAMPLE / seconds) if seconds < BATCHED_BELOW else 1 for name, seconds in estimates.items()}
     fewest = {name: 1 if seconds > LONG_CALL else FEWEST_ROUNDS for name, seconds in estimates.items()}
     most = {
@@ -240,6 +242,7 @@ def time(runs: Mapping[str, Run], baseline: str, settings: Settings) -> tuple[di
         for name, seconds in estimates.items()
     }
     for name, seconds in estimates.items():
+        # Where the baseline cannot run, nothing is slow against it.
         if seconds > SLOW * estimates.get(baseline, math.inf):
             most[name] = min(most[name], FEWEST_ROUNDS)
     samples = {
@@ -258,18 +261,21 @@ def time(runs: Mapping[str, Run], baseline: str, settings: Settings) -> tuple[di
 def estimate(run: Run) -> float:
     """About how many seconds a call takes."""
     first = run.sample(1)
+    # The least of three: whatever else the machine does only adds to a time.
     return first if first > LONG_CALL else min(run.sample(1) for _ in range(3))
 
 
 @contextmanager
 def no_garbage_collection() -> Iterator[None]:
     """Switch Python's garbage collector off in the block: it would interrupt an arbitrary contender."""
+    # What is garbage by now would otherwise stay in memory until the block ends.
     gc.collect()
     was_on = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
+        # Blocks may be nested, and the inner one must not switch it on again.
         if was_on:
             gc.enable()
 

@@ -82,6 +82,7 @@ class Session:
         if self.results:
             for path in self._write(complete=complete):
                 say(f"wrote {path}")
+        # The files hold rows of earlier commands as well; shown is what was asked for.
         order = {row: index for index, row in enumerate(self.rows)}
         asked = sorted((r for r in self.results if r.row in order), key=lambda result: order[result.row])
         return self._report(asked, len(self.rows), complete=complete)
@@ -93,6 +94,7 @@ class Session:
                 say(f"[{number}/{len(self.rows)}] {row.name}")
                 self.results += runner.measure(row, SUITES[row.suite].contenders(row), self.settings)
                 self._write(complete=False)  # whatever ends the run, even SIGKILL, the rows measured so far are kept
+        # The machine may be slower or faster than hours ago: the better of both measurements is its limit.
         if todo or len(self.limits) < 2:
             say("machine limits once more")
             self.limits = [self.limits[0], self._measure_limits()]

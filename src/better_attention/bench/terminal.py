@@ -122,6 +122,7 @@ _TIMES: dict[str, Cell] = {
     "ms": lambda result, rate: "" if result.seconds is None else f"{1e3 * result.seconds.median:.3f}",
     "10–90 %": lambda result, rate: _range(result.seconds, 1e3, 3),
     "times as fast": lambda result, rate: "" if result.ratio is None else f"{result.ratio.median:.2f}",
+    # The space tells it from the column above, and is not printed.
     "10–90 % ": lambda result, rate: _range(result.ratio),
 }
 _PRODUCT: dict[str, Cell] = {"GFLOP/s": _number("gflops", 1), "of product": _percent("product_share")}

@@ -34,6 +34,7 @@ def numbers(text: str) -> tuple[int, ...]:
 
 def folder(text: str) -> Path:
     """A folder to write into; it need not exist."""
+    # Path("") is the current folder, which nobody means by an empty variable of a shell.
     if not text.strip():
         raise argparse.ArgumentTypeError("expected the name of a folder, received nothing; . is the folder you are in")
     return Path(text)
@@ -46,6 +47,7 @@ def positive(text: str) -> int:
 
 def whole(text: str, at_least: int = 0) -> int:
     """A whole number of at least 0."""
+    # int() would also take signs, and underscores between digits.
     if not text.strip().isdecimal() or int(text) < at_least:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least {at_least}, received {text!r}")
     return int(text)

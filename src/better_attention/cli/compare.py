@@ -111,6 +111,7 @@ def run(args: argparse.Namespace) -> int:
     except Interrupted as stopped:
         text = f"Interrupted. {stopped} The same command continues there:\n  {plan.command}"
         screen.print(message(text), markup=False, soft_wrap=True)
+        # The status by which shells report a process that a signal has ended.
         return 128 + stopped.signal
     if study.finished:
         tables.print_table(tables.summarise(study.records), screen, study.threshold)

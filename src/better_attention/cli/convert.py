@@ -14,6 +14,7 @@ from better_attention.mechanism import MECHANISMS, Mechanism
 
 if TYPE_CHECKING:
     from better_attention.lab.trained.convert import Settings
+    from better_attention.lab.trained.origin import Origin
     from better_attention.lab.trained.samples import Samples
 
 HELP = "give a trained model another mechanism and keep its weights: report, accuracy before and after"
@@ -64,11 +65,11 @@ def run(args: argparse.Namespace) -> int:
     """Convert, judge, write, and print the report."""
     from better_attention.lab.trained import convert
     from better_attention.lab.trained.model import open_trained
-    from better_attention.lab.trained.samples import samples_of
 
+    # First, because reading a model and its data may take long.
     convert.check_folder(args.out)
     trained = open_trained(args.path)
-    samples = samples_of(trained.origin, args.data, args.texts)
+    samples = samples_for(args, trained.origin)
     settings = make_settings(args, samples)
     try:
         report, accuracy = convert.convert_trained(trained, args.mechanism, settings, samples)
@@ -85,6 +86,24 @@ def run(args: argparse.Namespace) -> int:
             screen.print(f"test accuracy: {accuracy.before:.2f} % before, {accuracy.after:.2f} % after")
     say(f"wrote {args.out}")
     return 0
+
+
+def samples_for(args: argparse.Namespace, origin: Origin) -> Samples | None:
+    """The samples of the model; None where there are none and an exact conversion needs none.
+
+    Raises:
+        ValueError: data that an approximation needs, or that was named, is missing or of another run.
+    """
+    from better_attention.lab.data.samples import NotFetched
+    from better_attention.lab.trained.samples import samples_of
+
+    try:
+        return samples_of(origin, args.data, args.texts)
+    except NotFetched as missing:
+        if args.approximate or args.calibrate or args.data is not None:
+            raise
+        say(f"note: the accuracy is not measured: {missing}")
+        return None
 
 
 def make_settings(args: argparse.Namespace, samples: Samples | None) -> Settings:

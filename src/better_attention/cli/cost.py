@@ -129,6 +129,7 @@ def _draw(args: argparse.Namespace) -> int:
     from better_attention.lab.paper.cost_figures import PAPER_OVERHEADS, POWERS, average_overheads, cost_figure
 
     for name, (size, *_) in SIZES.items():
+        # Refused rather than ignored: the figure would look as if it had these sizes.
         if getattr(args, name) != size:
             raise UserError(f"--figure {args.figure} has its own sizes: omit {option(name)}.")
     if args.out is None:

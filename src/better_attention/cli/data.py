@@ -132,10 +132,12 @@ def _state(row: Source, folder: Path | None) -> Record:
     try:
         files = catalogue.find(row, folder)
     except DataError as error:
+        # One damaged data set must not keep the others out of the list.
         return record | {"state": "incomplete", "problem": str(error)}
     if files is None:
         return record | {"state": "absent"}
     origin = store.origin(files[0].parent)
+    # A file that somebody has put beside those that were fetched was found, and no more.
     recorded = origin is not None and all(file.name in origin["files"] for file in files)
     how = origin["how"] if origin is not None and recorded else "found"
     return record | {"state": how, "where": str(files[0].parent), "files": [file.name for file in files]}
@@ -250,6 +252,7 @@ def _progress(*, quiet: bool) -> Iterator[Callable[[Remote, int], None] | None]:
     """How a download shows itself, on stderr: bars on a terminal, one line per file elsewhere, nothing if ``quiet``."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+    # Standard output is for the record, which may be JSON.
     err = console(stderr=True)
     tasks: dict[str, Any] = {}
     if quiet:

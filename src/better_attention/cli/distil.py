@@ -69,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
     from better_attention.lab.training.progress import DivergedError, Interrupted
 
     out = args.out or args.path.with_name(f"{args.path.name}-distilled")
+    # The student is read from there, again by the command that continues after an interruption.
     if out.resolve() == args.path.resolve():
         raise UserError(f"--out {out} is the model that is to be distilled: name another folder.")
     check_folder(out)
@@ -84,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
     except Interrupted as stopped:
         text = f"Interrupted. {stopped} The same command continues there:\n  {command}"
         screen.print(message(text), markup=False, soft_wrap=True)
+        # The status by which shells report a process that a signal has ended.
         return 128 + stopped.signal
     except DivergedError as error:
         say(f"better-attention: {error}")

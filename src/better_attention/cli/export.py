@@ -68,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
     from better_attention.lab.trained.samples import samples_of
 
     settings = make_settings(args)
+    # Before the model and its data are read, which may take long.
     check_file(args.out, "--out", is_onnx)
     trained = open_trained(args.path)
     samples = samples_of(trained.origin, args.data, args.texts)
@@ -76,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         exported = export_trained(trained, args.out, samples, settings)
     except OnnxExporterError as error:
+        # torch wraps the reason in a page of advice on its exporter.
         raise UserError(f"torch cannot export this model to ONNX: {error.__cause__ or error}") from error
     except ValueError as error:
         raise UserError(in_words_of_the_command(str(error))) from error

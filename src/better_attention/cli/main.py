@@ -131,6 +131,7 @@ def _run(arguments: Sequence[str] | None) -> int:
 def explain(error: Exception) -> tuple[str, int] | None:
     """The message and exit status for an error that needs no traceback; None for a bug."""
     match error:
+        # Before ImportError, of which it is a kind.
         case ModuleNotFoundError():
             package = (error.name or "").partition(".")[0]
             missing = f'this needs the package {package!r}: pip install "better-attention[all]"'

@@ -37,6 +37,7 @@ def output(given: Path | None, default: Path, differences: Callable[[Path], list
     """
     if given is None:
         folders = chain([default], (default.with_name(f"{default.name}-{number}") for number in count(2)))
+        # A folder that does not exist has no rows that differ, so that the search ends.
         return next(folder for folder in folders if not differences(folder))
     if not again and (differing_entries := differences(given)):
         raise UserError(

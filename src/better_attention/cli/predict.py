@@ -80,12 +80,14 @@ def print_rows(rows: Sequence[dict[str, Any]]) -> None:
 
     table = Table(
         "Input",
+        # A translation is no class, and has no probabilities of classes.
         "Class" if all(row["probabilities"] for row in rows) else "Output",
         "Probability",
         *(["Truth"] if any("truth" in row for row in rows) else []),
         box=None,
     )
     for row in rows:
+        # Names and contents come from files, and may hold what acts on a terminal.
         cells = [plain(row["input"], 60), plain(row["class"]), f"{row['probability']:.3f}"]
         table.add_row(*map(Text, [*cells, *([plain(row["truth"])] if "truth" in row else [])]))
     console().print(table)

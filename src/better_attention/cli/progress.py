@@ -54,6 +54,7 @@ class ProgressLines:
 
     def say(self, line: str) -> None:
         """Print one line; a line end in a name does not begin another."""
+        # Names of files and classes may hold brackets, which rich would take for styles.
         self.console.print(message(line), markup=False, soft_wrap=True)
 
     def show_position(self, position: Position, steps: int) -> None:
@@ -104,6 +105,7 @@ class PlainProgress(ProgressLines):
         sooner = f"; patience {self.plan.task.patience} may end a run sooner" if self.plan.task.patience else ""
         most = f"at most {plural(self.epochs, 'epoch')}"
         self.say(f"about {duration(seconds)} for {plural(runs, 'run')} of {most}{sooner}")
+        # Told before the first run, when changing one's mind costs nothing.
         if seconds > LONG_RUN_SECONDS:
             smaller = {"paper": "--scale small or smoke takes", "small": "--scale smoke takes"}
             less = smaller.get(self.plan.task.scale, "fewer --epochs, --seeds or --mechanisms take")

@@ -171,6 +171,7 @@ def make_console(*, stderr: bool) -> Console:
         force_terminal=terminal,
         color_system="auto" if terminal else "standard" if colours else None,
         force_interactive=None if terminal else False,
+        # Names of files may hold brackets and colons, which rich would take for styles and emoji.
         markup=False,
         emoji=False,
         highlight=False,

@@ -80,14 +80,12 @@ def choose(call: Call, impl: str) -> str | None:
         return next(name for name in fit if not IMPLEMENTATIONS[name].unsupported(call))
     # torch.compile makes programs for many sizes; comparing their symbolic sizes would fix them to one.
     sizes_matter = call.q_BNLH.device.type == "cpu" and not torch.compiler.is_compiling()
-    fallback = None
     # Take the first that is not slow. `unsupported` is evaluated lazily: for small calls its cost is measurable.
     for name, implementation in IMPLEMENTATIONS.items():
-        if not implementation.unsupported(call):
-            if not (sizes_matter and _slow(call, name)):
-                return name
-            fallback = fallback or name
-    return fallback
+        if not implementation.unsupported(call) and not (sizes_matter and _slow(call, name)):
+            break
+    # At the latest the last one: the reference refuses no call and is never slow.
+    return name
 
 
 def _unfit_for_export(name: str) -> str | None:

@@ -55,6 +55,8 @@ class Alignment(nn.Module):
     torch.Size([3, 5, 6])
     """
 
+    bias: nn.Parameter | None
+
     def __init__(
         self,
         max_len: int,
@@ -77,9 +79,9 @@ class Alignment(nn.Module):
         self.init = check_choice(init, "align_init", ALIGN_INITS)
         sizes = (num_heads,) if heads == "per_head" else ()
         self.weight = nn.Parameter(torch.empty(*sizes, self.max_len, self.max_len, device=device, dtype=dtype))
-        self.bias: nn.Parameter | None = None
-        if bias:
-            self.bias = nn.Parameter(torch.empty(*sizes, self.max_len, device=device, dtype=dtype))
+        column = nn.Parameter(torch.empty(*sizes, self.max_len, device=device, dtype=dtype)) if bias else None
+        # Registered where it is None too, as nn.Linear does: who looks at the parameters expects two.
+        self.register_parameter("bias", column)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -22,15 +22,14 @@ import torch
 from better_attention.inspect import alignment_kernels
 from better_attention.lab.analysis.study import Study, Threshold
 from better_attention.lab.analysis.summary import summarise
-from better_attention.lab.comparison import compare as comparison
 from better_attention.lab.comparison.compare import compare, make_accelerator
 from better_attention.lab.comparison.plan import Plan
 from better_attention.lab.lock import locked
 from better_attention.lab.runs.load import load_run
 from better_attention.lab.runs.states import run_states
 from better_attention.lab.tasks.catalogue import TASKS
+from better_attention.lab.tasks.image import ImageTask
 from better_attention.lab.tasks.variant import Variant
-from better_attention.lab.training import loop
 from better_attention.lab.training.events import Began, DataRead, Ended, Event, Failed, Stopping, Updated
 from better_attention.lab.training.progress import Interrupted
 from better_attention.lab.training.randomness import initial_model
@@ -166,10 +165,9 @@ def test_the_folder_is_read_a_fixed_number_of_times_per_run(tmp_path: Path, monk
             read["config" if "run" in value else "record" if "test_accuracy" in value else "other"] += 1
         return value
 
-    monkeypatch.setattr(comparison, "measure", lambda *arguments: Pace(0.1, None))
-    compare(tiny.plan(tmp_path, seeds=4))
+    compare(tiny.plan(tmp_path, seeds=4), measure=tiny.pace)
     monkeypatch.setattr(json, "loads", counting)
-    compare(tiny.plan(tmp_path, seeds=4))
+    compare(tiny.plan(tmp_path, seeds=4), measure=tiny.pace)
     assert read == {"config": 2 * 8, "record": 2 * 8}
 
 
@@ -208,17 +206,21 @@ def test_a_signal_saves_and_the_next_call_continues(tmp_path: Path, number: sign
     assert diary.updates == 6 - 3
 
 
-def test_a_run_that_fails_does_not_take_the_others_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = loop.Training.train_epoch
+def poisoned(plan: Plan, run: str, diary: Diary) -> Plan:
+    """The same comparison, in which the losses of one run are no numbers."""
+    real = type(plan.task).losses
 
-    def poisoned(self: loop.Training) -> None:
-        if self.job.variant.name == "standard":
-            next(self.model.parameters()).data.fill_(torch.nan)
-        real(self)
+    def losses(self: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        found = real(self, logits, targets)
+        return found * math.nan if diary.begun and diary.begun[-1].endswith(run) else found
 
-    monkeypatch.setattr(loop.Training, "train_epoch", poisoned)
+    assert isinstance(plan.task, ImageTask)
+    return replace(plan, task=tiny.overriding(plan.task, losses=losses))
+
+
+def test_a_run_that_fails_does_not_take_the_others_along(tmp_path: Path) -> None:
     diary = Diary()
-    study, failed = compare(tiny.plan(tmp_path), diary)
+    study, failed = compare(poisoned(tiny.plan(tmp_path), "standard-h3-s0", diary), diary)
     assert failed == diary.lost == ["standard-h3-s0"]
     assert [(record["mechanism"], "diverged" in record) for record in study.records] == [
         ("super", False),
@@ -228,20 +230,12 @@ def test_a_run_that_fails_does_not_take_the_others_along(tmp_path: Path, monkeyp
     assert study.finished == 1
 
 
-def test_nothing_is_claimed_of_a_mechanism_of_which_a_run_diverged(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = loop.Training.train_epoch
-
-    def poisoned(self: loop.Training) -> None:
-        if (self.job.variant.name, self.job.seed) == ("super", 2):
-            next(self.model.parameters()).data.fill_(torch.nan)
-        real(self)
-
-    whole, _ = compare(tiny.plan(tmp_path / "whole", seeds=4))
+def test_nothing_is_claimed_of_a_mechanism_of_which_a_run_diverged(tmp_path: Path) -> None:
+    diary = Diary()
+    whole, _ = compare(tiny.plan(tmp_path / "whole", seeds=4), measure=tiny.pace)
     assert summarise(whole.records)[1].tests["test_loss"].corrected_p is not None
-    monkeypatch.setattr(loop.Training, "train_epoch", poisoned)
-    study, failed = compare(tiny.plan(tmp_path / "spoilt", seeds=4))
+    spoilt_plan = poisoned(tiny.plan(tmp_path / "spoilt", seeds=4), "super-h3-s2", diary)
+    study, failed = compare(spoilt_plan, diary, measure=tiny.pace)
     assert failed == ["super-h3-s2"]
     written = json.loads((tmp_path / "spoilt" / "results.json").read_text())
     assert [(run["seed"], run["samples"]) for run in written if "diverged" in run] == [(2, whole.records[0]["samples"])]
@@ -257,18 +251,15 @@ def test_nothing_is_claimed_of_a_mechanism_of_which_a_run_diverged(
     assert "Test acc. % and Test loss of at least one run is no number; nothing is claimed of it" in page
 
 
-def test_two_commands_that_begin_at_once_do_not_mix_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_commands_that_begin_at_once_do_not_mix_settings(tmp_path: Path) -> None:
     other = replace(tiny.plan(tmp_path, ["super"]), task=tiny.task(epochs=1, lr=0.5))
-    real = comparison.measure_paces
 
-    def overtaken(*arguments: Any) -> Any:
-        monkeypatch.undo()
+    def overtaken(*_: object, **__: object) -> Pace:
         compare(tiny.plan(tmp_path, ["standard"]))  # begins and ends while the other measures
-        return real(*arguments)
+        return tiny.pace()
 
-    monkeypatch.setattr(comparison, "measure_paces", overtaken)
     with pytest.raises(ValueError, match=r"standard-h3-s0 holds a run with another configuration .*\n  lr: 0.01 there"):
-        compare(other)
+        compare(other, measure=overtaken)
     assert not (tmp_path / "super-h3-s0" / "config.json").exists()
     assert {run["mechanism"] for run in json.loads((tmp_path / "results.json").read_text())} == {"standard"}
 
@@ -339,9 +330,9 @@ def test_results_are_written_by_one_command_at_a_time(tmp_path: Path) -> None:
     assert {run["mechanism"] for run in json.loads((out / "results.json").read_text())} == {"standard", "super"}
 
 
-def test_all_mechanisms_see_the_samples_in_the_same_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_mechanisms_see_the_samples_in_the_same_order(tmp_path: Path) -> None:
     seen: dict[str, list[list[int]]] = {}
-    real = type(tiny.task()).losses
+    real = ImageTask.losses
 
     class Note(Diary):
         def __call__(self, event: Event) -> None:
@@ -352,12 +343,12 @@ def test_all_mechanisms_see_the_samples_in_the_same_order(tmp_path: Path, monkey
     note = Note()
 
     def losses(self: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled() and hasattr(note, "name"):  # after the pace was measured
+        if torch.is_grad_enabled():
             seen[note.name].append(targets.tolist())
         return real(self, logits, targets)
 
-    monkeypatch.setattr(type(tiny.task()), "losses", losses)
-    compare(tiny.plan(tmp_path, seeds=2), note)
+    plan = replace(tiny.plan(tmp_path, seeds=2), task=tiny.overriding(tiny.task(epochs=1), losses=losses))
+    compare(plan, note, measure=tiny.pace)
     assert seen["standard-h3-s0"] == seen["super-h3-s0"]
     assert seen["standard-h3-s1"] == seen["super-h3-s1"]
     assert seen["standard-h3-s0"] != seen["standard-h3-s1"]
@@ -384,13 +375,22 @@ def test_a_device_that_is_not_there_is_refused() -> None:
 
 
 def test_a_task_limits_the_threads_of_its_runs(tmp_path: Path) -> None:
+    class MeasuredError(Exception):
+        """The number of threads is known; training with two of them takes long on a busy machine."""
+
+    def measured(*_: object, **__: object) -> Pace:
+        raise MeasuredError(torch.get_num_threads())
+
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
         for threads, seen in ((None, 2), (1, 1), (5, 2)):
-            wish = replace(tiny.plan(tmp_path / str(threads), ["standard"]), task=tiny.task(epochs=1, threads=threads))
-            study, _ = compare(wish)
-            assert [record["threads"] for record in study.records] == [seen]
+            wish = replace(tiny.plan(tmp_path, ["standard"]), task=tiny.task(epochs=1, threads=threads))
+            with pytest.raises(MeasuredError, match=f"^{seen}$"):
+                tiny.train(wish, measure=measured)
             assert torch.get_num_threads() == 2
+        tiny.train(replace(tiny.plan(tmp_path, ["standard"]), task=tiny.task(epochs=1, threads=1)))
+        assert json.loads((tmp_path / "standard-h3-s0" / "result.json").read_text())["threads"] == 1
+        assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,19 +25,7 @@ from better_attention.lab.tasks.catalogue import TASKS
 from better_attention.lab.tasks.image import ImageTask
 from better_attention.lab.tasks.recurrence import RecurrenceTask
 from better_attention.lab.tasks.variant import Variant
-from better_attention.lab.training.step_time import Pace
 from helpers import tiny
-
-
-@pytest.fixture(autouse=True)
-def no_pace(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules[compare.__module__], "measure", lambda *arguments: Pace(0.1, None))
-
-
-@pytest.fixture
-def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules[compare.__module__], "write", lambda *arguments: None)
-
 
 # --- the width of equal parameters ------------------------------------------------------------------------------------
 
@@ -94,10 +81,10 @@ def test_a_model_is_built_at_the_width_of_equal_parameters() -> None:
         assert sum(p.numel() for p in task.build("standard", 4).parameters()) == size(task, "standard", 4)
 
 
-def test_a_comparison_at_equal_parameters(tmp_path: Path, no_report: None) -> None:
+def test_a_comparison_at_equal_parameters(tmp_path: Path) -> None:
     task = tiny.task(epochs=1, equal_params=True, width=24)
     variants = [Variant.of(name) for name in ("standard", "efficient")]
-    study, failed = compare(Plan(task, variants, (3,), 1, tmp_path, device="cpu"))
+    study, failed = compare(Plan(task, variants, (3,), 1, tmp_path, device="cpu"), measure=tiny.pace)
     assert failed == []
     counts = {str(record["mechanism"]): int(str(record["total_params"])) for record in study.records}
     width = equal_width(task, Variant.of("efficient"), 3)
@@ -215,10 +202,10 @@ def unfitted() -> Unfitted:
     return Unfitted(**{**tiny.task(epochs=1).__dict__, "classes": 1})
 
 
-def test_a_task_is_fitted_before_anything_is_built(tmp_path: Path, no_report: None) -> None:
+def test_a_task_is_fitted_before_anything_is_built(tmp_path: Path) -> None:
     (tmp_path / "classes.txt").write_text(" ".join("abcdefghij"))
     plan = Plan(unfitted(), [Variant.of("super")], (3,), 1, tmp_path / "out", data=tmp_path, device="cpu")
-    study, _ = compare(plan)
+    study, _ = compare(plan, measure=tiny.pace)
     config = json.loads((tmp_path / "out" / "super-h3-s0" / "config.json").read_text())
     assert config["run"]["settings"]["classes"] == 10  # what rebuilds the model
     settings = study.task["settings"]
@@ -238,11 +225,11 @@ def test_known_data_sets_are_fitted_already() -> None:
 def test_published_runs_without_weights_still_give_a_report(tmp_path: Path) -> None:
     variants = [Variant.of("standard"), Variant.of("super")]
     plan = Plan(tiny.task(epochs=1), variants, (3,), 1, tmp_path, device="cpu")
-    whole, _ = compare(plan)
+    whole, _ = compare(plan, measure=tiny.pace)
     assert {m.run for m in whole.maps} == {"standard-h3-s0", "super-h3-s0"}
     (tmp_path / "super-h3-s0" / "model.safetensors").unlink()
     (tmp_path / "report.html").unlink()
-    study, _ = compare(plan)
+    study, _ = compare(plan, measure=tiny.pace)
     assert {m.run for m in study.maps} == {"standard-h3-s0"}
     assert study.alignments == []
     assert {record["mechanism"] for record in study.records} == {"standard", "super"}

@@ -7,16 +7,14 @@ import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
 
 from better_attention.cli import main
 from better_attention.lab.comparison import trackers
-from better_attention.lab.comparison.compare import compare
 from better_attention.lab.comparison.plan import Plan
 from better_attention.lab.comparison.trackers import Tracking, check
 from better_attention.lab.files import write_atomic
@@ -24,22 +22,12 @@ from better_attention.lab.runs.folder import RunFolder
 from better_attention.lab.tasks.variant import Variant
 from better_attention.lab.training.events import Began, Event, Notify, Stopping, Updated, to_all
 from better_attention.lab.training.progress import Interrupted
-from better_attention.lab.training.step_time import Pace
 from helpers import tiny
 
 
 def plan(out: Path, epochs: int = 3, mechanisms: Sequence[str] = ("super",)) -> Plan:
     variants = [Variant.of(name) for name in mechanisms]
     return Plan(tiny.task(epochs=epochs), variants, (3,), 1, out, device="cpu", command="better-attention compare")
-
-
-@pytest.fixture(autouse=True)
-def training_alone(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither pace nor report: trackers have no part in them. The test of the whole command has both."""
-    if "capsys" not in request.fixturenames:
-        module = sys.modules[compare.__module__]
-        monkeypatch.setattr(module, "measure", lambda *arguments: Pace(0.1, None))
-        monkeypatch.setattr(module, "publish", lambda *arguments: SimpleNamespace(records=[], finished=0))
 
 
 class Notebook:
@@ -73,19 +61,18 @@ class Notebook:
 
 
 @pytest.fixture
-def notebook(monkeypatch: pytest.MonkeyPatch) -> type[Notebook]:
-    """A stand-in for wandb, under its name."""
-    kind = type("Kind", (Notebook,), {"pages": {}, "settings": {}})
-    monkeypatch.setattr(trackers, "TRACKERS", {"wandb": lambda folder, plan, run: kind(run)})
-    monkeypatch.setattr(trackers, "find_spec", lambda name: ModuleSpec(name, None, origin="here"))
-    return kind
+def notebook() -> type[Notebook]:
+    """A tracker of its own pages for the test."""
+    return type("Kind", (Notebook,), {"pages": {}, "settings": {}})
 
 
-def tracked(wish: Plan, *more: Notify, names: Sequence[str] = ("wandb",)) -> list[str]:
-    """Compare with trackers; what they said."""
+def tracked(wish: Plan, kind: type[Notebook], *more: Notify, **others: type[Notebook]) -> list[str]:
+    """Train with trackers that are called as packages are which everybody has; what they said."""
+    kinds = {**others, "json": kind}
+    makers = {name: lambda folder, plan, run, kind=kind: kind(run) for name, kind in kinds.items()}
     said: list[str] = []
-    with Tracking(wish, names, said.append) as tracking:
-        compare(wish, to_all(*more, tracking))
+    with Tracking(wish, list(makers), said.append, makers=makers) as tracking:
+        tiny.train(wish, to_all(*more, tracking))
     return said
 
 
@@ -102,7 +89,7 @@ class StopAfter:
 
 
 def test_every_epoch_and_the_final_figures(tmp_path: Path, notebook: type[Notebook]) -> None:
-    assert tracked(plan(tmp_path, mechanisms=("super", "efficient"))) == []
+    assert tracked(plan(tmp_path, mechanisms=("super", "efficient")), notebook) == []
     assert set(notebook.pages) == {"super-h3-s0", "efficient-h3-s0"}
     for run, page in notebook.pages.items():
         curve = RunFolder(tmp_path / run).curve()
@@ -125,7 +112,7 @@ def test_every_epoch_and_the_final_figures(tmp_path: Path, notebook: type[Notebo
 
 def test_epochs_are_told_while_the_run_goes_on(tmp_path: Path, notebook: type[Notebook]) -> None:
     with pytest.raises(KeyboardInterrupt):
-        tracked(plan(tmp_path), StopAfter(14))  # 6 updates an epoch
+        tracked(plan(tmp_path), notebook, StopAfter(14))  # 6 updates an epoch
     # The listener before it raises at the 14th update: the second epoch was logged at the 13th.
     assert [step for step, _ in notebook.pages["super-h3-s0"]] == [1, 2]
 
@@ -135,9 +122,9 @@ def test_a_resumed_run_has_no_epoch_twice(tmp_path: Path, notebook: type[Noteboo
     """Killed without a last checkpoint: epochs are trained again, and not told again."""
     for updates in stops:
         with pytest.raises(KeyboardInterrupt):
-            tracked(plan(tmp_path), StopAfter(updates))
-    tracked(plan(tmp_path))
-    tracked(plan(tmp_path))  # a finished comparison adds nothing
+            tracked(plan(tmp_path), notebook, StopAfter(updates))
+    tracked(plan(tmp_path), notebook)
+    tracked(plan(tmp_path), notebook)  # a finished comparison adds nothing
     page = notebook.pages["super-h3-s0"]
     assert [step for step, _ in page] == [1, 2, 3, 3]
     assert [told["validation/loss"] for _, told in page[:3]] == [
@@ -147,12 +134,12 @@ def test_a_resumed_run_has_no_epoch_twice(tmp_path: Path, notebook: type[Noteboo
 
 
 def test_a_run_that_was_deleted_and_trained_anew_has_a_log_of_its_own(tmp_path: Path, notebook: type[Notebook]) -> None:
-    tracked(plan(tmp_path))
+    tracked(plan(tmp_path), notebook)
     before = list(notebook.pages["super-h3-s0"])
     for epochs, page in ((2, "super-h3-s0-2"), (1, "super-h3-s0-3")):
         shutil.rmtree(tmp_path / "super-h3-s0")
         for _ in range(2):  # the second time there is nothing new
-            tracked(plan(tmp_path, epochs=epochs))
+            tracked(plan(tmp_path, epochs=epochs), notebook)
         assert [step for step, _ in notebook.pages[page]] == [*range(1, epochs + 1), epochs]
         assert notebook.settings[page][0]["epochs"] == epochs
     assert notebook.pages["super-h3-s0"] == before
@@ -160,9 +147,9 @@ def test_a_run_that_was_deleted_and_trained_anew_has_a_log_of_its_own(tmp_path: 
 
 
 def test_a_finished_comparison_is_told_afterwards(tmp_path: Path, notebook: type[Notebook]) -> None:
-    compare(plan(tmp_path))
+    tiny.train(plan(tmp_path))
     assert not (tmp_path / "trackers").exists()
-    tracked(plan(tmp_path))
+    tracked(plan(tmp_path), notebook)
     assert [step for step, _ in notebook.pages["super-h3-s0"]] == [1, 2, 3, 3]
 
 
@@ -171,42 +158,35 @@ def test_a_tracker_that_fails_is_given_up_and_training_goes_on(
     place: str, tmp_path: Path, notebook: type[Notebook]
 ) -> None:
     notebook.fail_at = place
-    (said,) = tracked(plan(tmp_path, mechanisms=("super", "efficient")))
-    assert said.startswith(f"wandb failed (ConnectionError: no network in {place}): nothing more is logged there")
+    (said,) = tracked(plan(tmp_path, mechanisms=("super", "efficient")), notebook)
+    assert said.startswith(f"json failed (ConnectionError: no network in {place}): nothing more is logged there")
     assert len(list(tmp_path.glob("*/result.json"))) == 2
     notebook.fail_at = ""
-    assert tracked(plan(tmp_path, mechanisms=("super", "efficient"))) == []
+    assert tracked(plan(tmp_path, mechanisms=("super", "efficient")), notebook) == []
     for run in ("super-h3-s0", "efficient-h3-s0"):  # what was missing came afterwards
         assert [step for step, _ in notebook.pages[run]][-4:] == [1, 2, 3, 3]
 
 
-def test_a_full_disk_ends_the_tracker_alone(
-    tmp_path: Path, notebook: type[Notebook], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(path: Path, value: Any) -> None:
-        raise OSError(28, "No space left on device", str(path))
-
-    monkeypatch.setattr(trackers, "write_json", full)
-    (said,) = tracked(plan(tmp_path))
-    assert "No space left on device" in said
+def test_a_disk_that_takes_nothing_ends_the_tracker_alone(tmp_path: Path, notebook: type[Notebook]) -> None:
+    (tmp_path / "trackers").mkdir()
+    (tmp_path / "trackers" / "logged").write_text("a file where the folder should be")
+    (said,) = tracked(plan(tmp_path), notebook)
+    assert said.startswith("json failed (FileExistsError")
     assert (tmp_path / "super-h3-s0" / "result.json").is_file()
 
 
-def test_a_failing_tracker_takes_no_other_along(
-    tmp_path: Path, notebook: type[Notebook], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failing_tracker_takes_no_other_along(tmp_path: Path, notebook: type[Notebook]) -> None:
     bad = type("Bad", (Notebook,), {"pages": {}, "settings": {}, "fail_at": "log"})
-    pair = {"tensorboard": lambda folder, plan, run: bad(run), **trackers.TRACKERS}
-    monkeypatch.setattr(trackers, "TRACKERS", pair)
-    (said,) = tracked(plan(tmp_path), names=("tensorboard", "wandb"))
-    assert said.startswith("tensorboard failed")
+    (said,) = tracked(plan(tmp_path), notebook, csv=bad)
+    assert said.startswith("csv failed")
     assert [step for step, _ in notebook.pages["super-h3-s0"]] == [1, 2, 3, 3]
 
 
 def test_only_the_first_process_tells(tmp_path: Path, notebook: type[Notebook]) -> None:
     wish = plan(tmp_path)
-    with Tracking(wish, ["wandb"], print, first=False) as tracking:
-        compare(wish, tracking)
+    makers = {"json": lambda folder, plan, run: notebook(run)}
+    with Tracking(wish, ["json"], print, first=False, makers=makers) as tracking:
+        tiny.train(wish, tracking)
     assert notebook.pages == {}
     assert not (tmp_path / "trackers").exists()
 
@@ -229,7 +209,7 @@ def test_names_and_packages_are_checked_before_anything_is_trained(
     short = ["compare", "--scale", "smoke", "--device", "cpu", "--out", str(tmp_path / "out")]
     assert main.main([*short, "--track", "neptune"]) == 2
     assert "unknown tracker 'neptune': choose among tensorboard, wandb." in capsys.readouterr().err
-    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "wandb", None)
     assert main.main([*short, "--track", "wandb"]) == 2
     said = capsys.readouterr().err
     assert "--track wandb needs the package 'wandb', which is not installed: pip install wandb" in said
@@ -292,9 +272,9 @@ def test_tensorboard_reads_the_curves_back(tmp_path: Path) -> None:
         with Tracking(wish, ["tensorboard"], said.append) as tracking:
             if stop:
                 with pytest.raises(Interrupted):
-                    compare(wish, to_all(StopAfter(stop, Interrupted), tracking))
+                    tiny.train(wish, to_all(StopAfter(stop, Interrupted), tracking))
             else:
-                compare(wish, tracking)
+                tiny.train(wish, tracking)
     assert said == []
     events = EventAccumulator(str(tmp_path / "trackers" / "tensorboard" / "super-h3-s0"))
     events.Reload()
@@ -320,6 +300,6 @@ def test_the_command_logs_with_the_flag_alone(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_a_damaged_memory_is_a_failure_of_the_tracker(tmp_path: Path, notebook: type[Notebook]) -> None:
-    write_atomic(tmp_path / "trackers" / "logged" / "super-h3-s0.wandb.json", "{")
-    (said,) = tracked(replace(plan(tmp_path), command="x"))
-    assert "super-h3-s0.wandb.json is damaged" in said
+    write_atomic(tmp_path / "trackers" / "logged" / "super-h3-s0.json.json", "{")
+    (said,) = tracked(replace(plan(tmp_path), command="x"), notebook)
+    assert "super-h3-s0.json.json is damaged" in said

@@ -15,7 +15,7 @@ import pytest
 import requests
 
 from better_attention.lab.data import download
-from better_attention.lab.data.download import Remote
+from better_attention.lab.data.download import Patience, Remote
 from better_attention.lab.data.samples import DataError
 from helpers import publisher as site
 from helpers.publisher import CONTENT, HOST, Publisher
@@ -214,9 +214,7 @@ def test_a_range_that_was_not_asked_for(publisher: Publisher, tmp_path: Path) ->
         fetch(publisher, tmp_path)
 
 
-def test_a_server_that_falls_silent(publisher: Publisher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(download, "_TIMEOUT", (1.0, 0.05))
-
+def test_a_server_that_falls_silent(publisher: Publisher, tmp_path: Path) -> None:
     def stall(request: site.Request) -> None:
         request.reply(200, CONTENT[:100], Content_Length=str(len(CONTENT)))
         time.sleep(0.2)
@@ -224,12 +222,11 @@ def test_a_server_that_falls_silent(publisher: Publisher, tmp_path: Path, monkey
 
     publisher.answers = [stall] * 3
     with pytest.raises(DataError, match=r"the connection broke \(ReadTimeoutError\)"):
-        fetch(publisher, tmp_path)
+        fetch(publisher, tmp_path, patience=Patience(connect=1.0, silence=0.05))
 
 
-def test_a_server_that_drips(publisher: Publisher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_drips(publisher: Publisher, tmp_path: Path) -> None:
     """Byte after byte, each in good time: the time-out never comes, and without another limit nor does the end."""
-    monkeypatch.setattr(download, "_PATIENCE", 0.05)
 
     def drip(request: site.Request) -> None:
         request.reply(206 if request.headers["Range"] else 200, b"", **_rest(request))
@@ -243,7 +240,7 @@ def test_a_server_that_drips(publisher: Publisher, tmp_path: Path, monkeypatch: 
     publisher.answers = [drip] * 3
     start = time.monotonic()
     with pytest.raises(DataError, match="sends less than 1024 bytes a second"):
-        fetch(publisher, tmp_path)
+        fetch(publisher, tmp_path, patience=Patience(after=0.05))
     assert time.monotonic() - start < 5
 
 

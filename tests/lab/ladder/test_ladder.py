@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import signal
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ import pytest
 from accelerate import Accelerator
 
 from better_attention.cost import cost
-from better_attention.lab.ladder import climb as climb_module
 from better_attention.lab.ladder import page as ladder_page
 from better_attention.lab.ladder.climb import Climb, row_of, update_flops
 from better_attention.lab.ladder.findings import at_best, duels, heights, sentence, spots, within
@@ -34,18 +34,16 @@ from better_attention.lab.runs.states import run_states
 from better_attention.lab.tasks.catalogue import TASKS
 from better_attention.lab.tasks.recurrence import RecurrenceTask
 from better_attention.lab.tasks.variant import Variant
-from better_attention.lab.training import step_time
-from better_attention.lab.training.events import Ended, Estimated, Event, Updated, ignore
+from better_attention.lab.training.events import Began, Ended, Estimated, Event, Updated, ignore
 from better_attention.lab.training.progress import Interrupted
+from better_attention.lab.training.step_time import Pace, measure
 
 SQRT, RAW = Setting("sqrt", "rotary", 1), Setting("raw", "alibi-weight", 2)
 PAIR = ("standard", "expressive")
 
 
-@pytest.fixture(autouse=True)
-def quick_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three updates of each model are enough here."""
-    monkeypatch.setattr(step_time, "BUDGET", 0.0)
+QUICK = partial(measure, seconds=0.0)
+"""Three updates of each model are enough here."""
 
 
 def base(**changes: Any) -> RecurrenceTask:
@@ -163,7 +161,7 @@ class Notes:
 
 def climbed(of: Ladder) -> tuple[Climb, Notes]:
     notes = Notes()
-    climb = Climb(of, notes.notify)
+    climb = Climb(of, notes.notify, QUICK)
     assert list(climb.run()) == list(of.rungs)
     return climb, notes
 
@@ -208,25 +206,20 @@ def test_every_cell_has_its_folder_and_its_row(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("screen", [False, True])
-def test_the_estimate_bounds_every_mechanism_in_any_order(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, screen: bool
-) -> None:
+def test_the_estimate_bounds_every_mechanism_in_any_order(tmp_path: Path, screen: bool) -> None:
     """An update takes 1, 2, 3 or 4 seconds by the mechanism, ten times that with two layers; evaluating takes none."""
     seconds = {"standard": 1.0, "expressive": 2.0, "efficient": 3.0, "super+expressive": 4.0}
     seen: list[tuple[int, int]] = []
 
-    def timed(
-        task: RecurrenceTask, splits: object, variant: Variant, *more: object, **options: object
-    ) -> step_time.Pace:
+    def known(task: Any, splits: object, variant: Variant, *more: object, **options: object) -> Pace:
         seen.append((task.modulus, task.delay))
-        return step_time.Pace(seconds[variant.name] * 10 ** (task.layers - 1), None)
+        return Pace(seconds[variant.name] * 10 ** (task.layers - 1), None)
 
-    monkeypatch.setattr(climb_module, "measure", timed)
     told = []
     for names in (list(seconds), list(reversed(seconds))):
         variants = [Variant.of(name) for name in names]
         of = ladder(tmp_path, rungs=((4, 4), (8, 6)), seeds=2, screen=screen, variants=variants, task=base(epochs=2))
-        climb = Climb(of, (notes := Notes()).notify)
+        climb = Climb(of, (notes := Notes()).notify, known)
         climb.estimate(Accelerator(cpu=True))
         told += notes.estimates
     updates = 3 * 2
@@ -237,31 +230,25 @@ def test_the_estimate_bounds_every_mechanism_in_any_order(
 
 
 class Killer(Notes):
-    """Stands for the signal, too: stops the ladder after some updates."""
-
-    signal = None
+    """Sends Ctrl-C after some updates; after none, when the first run begins."""
 
     def __init__(self, after: int) -> None:
         super().__init__()
         self.after = after
 
-    def __call__(self) -> bool:
-        return self.updates >= self.after
+    def notify(self, event: Event) -> None:
+        super().notify(event)
+        if isinstance(event, Updated if self.after else Began) and self.updates == self.after:
+            signal.raise_signal(signal.SIGINT)
 
-    def listening(self) -> AbstractContextManager[None]:
-        return nullcontext()
 
-
-def test_a_ladder_that_was_killed_goes_on_bit_by_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ladder_that_was_killed_goes_on_bit_by_bit(tmp_path: Path) -> None:
     grid: dict[str, Any] = {"rungs": ((4, 4),), "settings": (SQRT,), "seeds": 2}
     straight, heard = climbed(ladder(tmp_path / "straight", **grid))
     of = ladder(tmp_path / "again", **grid)
     for updates in (4, 11):  # of 24: in the first run's second epoch, in the second run's last
-        climb = Climb(of, (notes := Killer(updates)).notify)
-        monkeypatch.setattr(climb_module, "Stop", lambda _, notes=notes: notes)
         with pytest.raises(Interrupted):
-            list(climb.run())
-    monkeypatch.undo()
+            list(Climb(of, Killer(updates).notify, QUICK).run())
     resumed, again = climbed(of)
     assert bits(tmp_path / "again") == bits(tmp_path / "straight")
     assert untimed(resumed.rows) == untimed(straight.rows)
@@ -272,23 +259,20 @@ def test_a_ladder_that_was_killed_goes_on_bit_by_bit(tmp_path: Path, monkeypatch
     assert finished.rows == resumed.rows
 
 
-def test_a_finished_ladder_is_not_measured_again_and_listens_to_ctrl_c(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_finished_ladder_is_not_measured_again_and_listens_to_ctrl_c(tmp_path: Path) -> None:
     of = ladder(tmp_path, rungs=((4, 4),), settings=(SQRT,), seeds=1)
     first, _ = climbed(of)
 
-    def measured(*_: object, **options: object) -> None:
+    def never(*_: object, **options: object) -> Pace:
         raise AssertionError("a finished run was measured")
 
-    monkeypatch.setattr(climb_module, "measure", measured)
-    again, _ = climbed(of)
+    again = Climb(of, measure=never)
+    list(again.run())
     assert again.rows == first.rows
     (tmp_path / "ladder.csv").write_text("of a ladder that was killed before its ladder.json\n")
-    climbed(of)
-    monkeypatch.setattr(climb_module, "Stop", lambda _: Killer(0))
+    list(Climb(of, measure=never).run())
     with pytest.raises(Interrupted, match="Every run so far is saved"):
-        list(Climb(of, Notes().notify).run())
+        list(Climb(of, Killer(0).notify, never).run())
 
 
 def test_another_setting_is_refused(tmp_path: Path) -> None:
@@ -487,11 +471,15 @@ PAYLOADS = (
 )  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def benign() -> Page:
+    """A page without a payload."""
+    return Page(ladder_page.render(report(ladder(Path("out")), many(3.0))))
+
+
 @pytest.mark.parametrize("payload", PAYLOADS)
-def test_nothing_hostile_becomes_more_than_text(payload: str, tmp_path: Path) -> None:
-    rows = many(3.0)
-    benign = Page(ladder_page.render(report(ladder(tmp_path), rows)))
-    page = Page(ladder_page.render(report(ladder(tmp_path), rows, payload)))
+def test_nothing_hostile_becomes_more_than_text(payload: str, benign: Page) -> None:
+    page = Page(ladder_page.render(report(ladder(Path("out")), many(3.0), payload)))
     assert page.tags == benign.tags
     assert page.attributes == benign.attributes
     assert "49" not in page.text or payload != "{{7*7}}"

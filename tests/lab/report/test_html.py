@@ -503,12 +503,11 @@ def test_an_empty_study_is_a_page() -> None:
     assert "img" not in page.tags
 
 
-def test_pages_stay_small_and_say_what_was_left_out(monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator) -> None:
-    monkeypatch.setattr(report, "PICTURE_ROOM", 400_000)
+def test_pages_stay_small_and_say_what_was_left_out(rng: np.random.Generator) -> None:
     noise = rng.random((16, 128, 128))
     maps = [attention_map("super-h16-s0", label=str(k), weights=noise, picture=None) for k in range(3)]
     alignments = [AlignmentPicture("super-h16-s0", "a", noise[0])]
-    html = render(replace(study(), maps=maps, alignments=alignments))
+    html = render(replace(study(), maps=maps, alignments=alignments), picture_room=400_000)
     assert len(html) < 470_000
     assert re.search(r"\d+ more pictures were left out to keep the page small", html)
     assert re.search(r"[1-7] of 16 heads are shown", html)

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from fnmatch import fnmatch
 from hashlib import sha256
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,7 +25,6 @@ from better_attention.lab.files import write_atomic
 from better_attention.lab.lock import locked
 from better_attention.lab.runs import checkpoint
 from better_attention.lab.tasks.variant import Variant
-from better_attention.lab.training.step_time import Pace
 from helpers import TESTS, tiny
 
 FILES = (
@@ -183,13 +181,8 @@ def test_results_are_written_by_the_same_command_again(name: str, trained: Path,
     assert (out / name).stat().st_size > 100
 
 
-def test_the_command_says_it_in_one_sentence(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_command_says_it_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["compare", "--scale", "smoke", "--seeds", "1", "--mechanisms", "super", "--device", "cpu"]
-    module = sys.modules[compare.__module__]
-    monkeypatch.setattr(module, "measure", lambda *arguments: Pace(0.1, None))
-    monkeypatch.setattr(module, "publish", lambda *arguments: SimpleNamespace(records=[], finished=0))
     with disk_full_at("result.json", "write"):
         assert main.main([*words, "--epochs", "1", "--out", str(tmp_path)]) == 1
     said = capsys.readouterr().err

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 
 from better_attention import MECHANISMS
-from better_attention.lab.tasks import splits
 from better_attention.lab.tasks.base import SCALES
 from better_attention.lab.tasks.catalogue import TASKS
 from better_attention.lab.tasks.image import ImageTask
@@ -175,12 +174,11 @@ def test_a_cut_that_leaves_nothing_is_refused() -> None:
 
 
 @pytest.mark.parametrize("limit", [0, 2**30])
-def test_large_splits_move_batch_by_batch(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_splits_move_batch_by_batch(limit: int) -> None:
     """The device "meta" stands in for an accelerator: what was moved there is known by its device."""
-    monkeypatch.setattr(splits, "MOVED_AT_ONCE", limit)
     elsewhere = torch.device("meta")
     split = Split(torch.arange(30).reshape(10, 3), torch.arange(10))
-    moved = split.to(elsewhere)
+    moved = split.to(elsewhere, limit)
     assert moved.inputs.device.type == ("meta" if limit else "cpu")
     for rows in (torch.tensor([3, 1]), slice(2, 4)):
         inputs, targets = moved.batch(rows)

@@ -21,7 +21,6 @@ from torch import nn
 from better_attention.cli import main
 from better_attention.lab.comparison.compare import compare
 from better_attention.lab.comparison.plan import Plan
-from better_attention.lab.data.published import mnist
 from better_attention.lab.data.samples import DataError, NotFetched
 from better_attention.lab.paper import beside
 from better_attention.lab.runs.load import load_run
@@ -282,13 +281,14 @@ def test_pictures_on_both_sides_are_counted(photos: Path, tmp_path: Path, monkey
                     (tmp_path / top / name / f"{top}-{number}.png").write_bytes(picture)
     (tmp_path / "test" / "bees" / "2.png").write_bytes((photos / "bees" / "2.png").read_bytes())
     task = small(image_size=16).fitted(tmp_path)
-    notes = [note for note in task.load(tmp_path).notes if "pixel by pixel" in note]
+    splits = task.load(tmp_path)
+    notes = [note for note in splits.notes if "pixel by pixel" in note]
+    assert picture_notes.overlap_notes(splits) == tuple(notes)
     assert notes == [
         "1 of 10 validation pictures are training pictures too, pixel by pixel",
         "3 of 12 test pictures are training pictures too, pixel by pixel",
     ]
-    monkeypatch.setattr(picture_notes, "SEARCHED_BYTES", 1000)
-    assert not any("pixel by pixel" in note for note in task.load(tmp_path).notes)
+    assert picture_notes.overlap_notes(splits, searched=1000) == ()
 
 
 def test_the_digits_have_none_on_both_sides_and_say_nothing() -> None:
@@ -341,12 +341,13 @@ def test_nearly_black_pictures_are_told(tmp_path: Path, monkeypatch: pytest.Monk
             values = random.integers(0, 4096, (10, 10), dtype=np.uint16) * (16 if number < 5 else 1)
             Image.fromarray(values).save(tmp_path / f"class{label}" / f"{number}.png")
     task = small().fitted(tmp_path)
-    assert [note for note in task.load(tmp_path).notes if "nearly black" in note] == [
+    splits = task.load(tmp_path)
+    assert [note for note in splits.notes if "nearly black" in note] == [
         "30 of 40 pictures are nearly black, no pixel brighter than 31 of 255: files of 16 bits that use 12 or fewer "
         "look like this; scale their values up to white before training"
     ]
-    monkeypatch.setattr(picture_notes, "SEARCHED_BYTES", 1000)
-    assert not any("nearly black" in note for note in task.load(tmp_path).notes)
+    assert len(picture_notes.dark_notes(splits)) == 1
+    assert picture_notes.dark_notes(splits, searched=1000) == ()
 
 
 def test_bright_pictures_are_not_called_nearly_black(photos: Path) -> None:
@@ -483,7 +484,6 @@ def test_left_out_from_the_command_line(photos: Path, tmp_path: Path, capsys: py
 def test_data_that_is_not_mnist_says_so_wherever_the_result_is_shown(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mnist, "OFFICIAL", (60, 40))
     write_mnist(tmp_path / "data", mnist_arrays(60, 40, 28, 28), compress=False)
     command = ["compare", "mnist", "--scale", "smoke", "--mechanisms", "efficient", "--heads", "1", "--device", "cpu"]
     sizes = ["train_samples=30", "test_samples=20", "width=8", "layers=1"]
@@ -492,14 +492,14 @@ def test_data_that_is_not_mnist_says_so_wherever_the_result_is_shown(
     capsys.readouterr()
     (record,) = json.loads((tmp_path / "out" / "results.json").read_text("utf-8"))
     (departure,) = record["departures"]
-    assert departure.startswith("not MNIST: train-images-idx3-ubyte has SHA-256 ")
-    assert "not MNIST: train-images-idx3-ubyte" in (tmp_path / "out" / "report.html").read_text("utf-8")
+    assert departure.startswith("60 training and 40 test samples, where the official set has 60,000 and 10,000")
+    assert departure in (tmp_path / "out" / "report.html").read_text("utf-8")
     monkeypatch.setenv("COLUMNS", "300")
     assert main.main(["table", "5", str(tmp_path / "out"), "--csv", str(tmp_path / "table.csv")]) == 0
-    assert "≠ Our data: not MNIST: train-images-idx3-ubyte" in capsys.readouterr().out
-    assert "not MNIST: train-images-idx3-ubyte" in (tmp_path / "table.csv").read_text("utf-8")
+    assert f"≠ Our data: {departure}" in capsys.readouterr().out
+    assert departure in (tmp_path / "table.csv").read_text("utf-8")
     assert main.main(["runs", str(tmp_path / "out")]) == 0
-    assert "≠ efficient-h1-s0: not MNIST: train-images-idx3-ubyte" in capsys.readouterr().out
+    assert f"≠ efficient-h1-s0: {departure[:40]}" in capsys.readouterr().out
     assert main.main(["runs", str(tmp_path / "out"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[0]["departures"] == [departure]
     assert main.main(["table", "5", str(tmp_path / "out"), "--json"]) == 0

@@ -20,8 +20,7 @@ from torch import Tensor
 from better_attention import MECHANISMS
 from better_attention.lab.runs import checkpoint
 from better_attention.lab.runs.states import run_state
-from better_attention.lab.tasks import base
-from better_attention.lab.tasks.splits import Split
+from better_attention.lab.tasks.image import ImageTask
 from better_attention.lab.tasks.variant import Variant
 from better_attention.lab.training import loop
 from better_attention.lab.training.evaluation import evaluate
@@ -105,11 +104,16 @@ def test_the_record_tells_everything(straight: Path) -> None:
     assert not list(straight.glob("checkpoint-*"))
 
 
-def test_the_best_weights_are_kept_and_not_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_best_weights_are_kept_and_not_the_last(tmp_path: Path) -> None:
     """Validation is made to be best after epoch 2; the stored weights must be those of that moment."""
     after: dict[int, Tensor] = {}
-    run = tiny.training(tmp_path, epochs=4)
-    monkeypatch.setattr(loop, "evaluate", lambda *a: {"loss": abs(run.position.epoch - 2.0), "accuracy": 1.0})
+
+    def losses(task: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return ImageTask.losses(task, logits, targets)
+        return torch.full((len(targets),), abs(run.position.epoch - 2.0))
+
+    run = tiny.training(tmp_path, task=tiny.overriding(tiny.task(epochs=4), losses=losses))
 
     def note(position: Position, steps: int) -> None:
         after[position.epoch] = run.model.state_dict()["head.weight"].clone()
@@ -121,27 +125,26 @@ def test_the_best_weights_are_kept_and_not_the_last(tmp_path: Path, monkeypatch:
     assert not torch.equal(stored, after[4])
 
 
-def test_the_test_split_is_touched_once_and_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Split] = []
+def test_the_test_split_is_touched_once_and_last(tmp_path: Path) -> None:
+    """Of 37 samples, where validation has 10: after each of 3 epochs and at the end; training is evaluated once."""
+    seen: list[int] = []
 
-    def spy(accelerator: Any, model: Any, task: Any, split: Split) -> dict[str, float]:
-        seen.append(split)
-        return evaluate(accelerator, model, task, split)
+    def losses(task: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            seen.append(len(targets))
+        return ImageTask.losses(task, logits, targets)
 
-    monkeypatch.setattr(loop, "evaluate", spy)
-    run = tiny.training(tmp_path)
-    run.run()
-    validation, test = run.splits.validation, run.splits.test
-    assert [s is test for s in seen] == [False] * 5 + [True]
-    assert [s is validation for s in seen[:3]] == [True] * 3
+    tiny.training(tmp_path, task=tiny.overriding(tiny.task(), losses=losses)).run()
+    assert seen[:3] == [10] * 3
+    assert sorted(seen[3:-1]) == [10, 90]
+    assert seen[-1] == 37
 
 
-def test_evaluation_counts_every_sample_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluation_counts_every_sample_once() -> None:
     """Three processes are played one after the other; their sums must be those of one process alone."""
     run = tiny.training(Path("unused"))
     model = initial_model(run.task, run.job.variant, 3, 0)
-    monkeypatch.setattr(base, "EVALUATION_BATCH", 5)
-    alone = evaluate(run.accelerator, model, run.task, run.splits.test)
+    alone = evaluate(run.accelerator, model, run.task, run.splits.test, 5)
 
     class Rank:
         num_processes, device = 3, torch.device("cpu")
@@ -157,8 +160,8 @@ def test_evaluation_counts_every_sample_once(monkeypatch: pytest.MonkeyPatch) ->
     parts = [Rank(0), Rank(1)]
     for part in parts:
         with pytest.raises(RuntimeError, match=r"evaluation counted 1[23] samples of 37"):
-            evaluate(part, model, run.task, run.splits.test)
-    together = evaluate(Rank(2, parts[0].own + parts[1].own), model, run.task, run.splits.test)
+            evaluate(part, model, run.task, run.splits.test, 5)
+    together = evaluate(Rank(2, parts[0].own + parts[1].own), model, run.task, run.splits.test, 5)
     assert together == pytest.approx(alone, rel=1e-6)
 
 
@@ -192,16 +195,18 @@ def test_an_interrupted_run_ends_with_the_same_bits(straight: Path, tmp_path: Pa
 @pytest.mark.parametrize("threads", [1, 2])
 def test_going_on_with_other_threads_is_told_and_put_down(tmp_path: Path, threads: int) -> None:
     before = torch.get_num_threads()
+    task = tiny.task(epochs=1, train_samples=20, test_samples=7, batch_size=9)
+    few: dict[str, Any] = {"task": task, "splits": task.load()}
     try:
         torch.set_num_threads(threads)
         with pytest.raises(Interrupted):
-            tiny.training(tmp_path, epochs=1, stop=lambda: True).run()
+            tiny.training(tmp_path, **few, stop=lambda: True).run()
         torch.set_num_threads(3 - threads)
         told = "1 thread so far, continues with 2" if threads == 1 else "2 threads so far, continues with 1"
         with pytest.warns(
             UserWarning, match=rf"trained with {told}.* last bits .*OMP_NUM_THREADS={threads} to reproduce"
         ):
-            record = tiny.training(tmp_path, epochs=1).run().values
+            record = tiny.training(tmp_path, **few).run().values
     finally:
         torch.set_num_threads(before)
     assert [part["threads"] for part in record["sessions"]] == [threads, 3 - threads]
@@ -233,6 +238,7 @@ def kill_after(folder: Path, updates: int) -> None:
     assert ended.returncode == -signal.SIGKILL, ended.stderr
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_bits(straight: Path, tmp_path: Path) -> None:
     kill_after(tmp_path, 9)
     saved = checkpoint.load(tmp_path)
@@ -290,15 +296,11 @@ def test_another_configuration_is_refused_with_the_differences(straight: Path) -
 
 
 @pytest.mark.parametrize("kind", ["nan loss", "inf loss", "gradient alone"])
-def test_what_is_not_finite_stops_the_run_before_the_update(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = tiny.training(tmp_path, checkpoint_seconds=0.0)
+def test_what_is_not_finite_stops_the_run_before_the_update(kind: str, tmp_path: Path) -> None:
     good: dict[str, Tensor] = {}
-    task_losses = type(run.task).losses
 
     def poisoned(self: Any, logits: Tensor, targets: Tensor) -> Tensor:
-        losses = task_losses(self, logits, targets)
+        losses = ImageTask.losses(self, logits, targets)
         if not torch.is_grad_enabled() or (run.position.epoch, run.position.step) != (2, 3):
             return losses
         if kind == "gradient alone":
@@ -308,8 +310,8 @@ def test_what_is_not_finite_stops_the_run_before_the_update(
     def note(position: Position, steps: int) -> None:
         good.update({name: tensor.clone() for name, tensor in run.model.state_dict().items()})
 
-    monkeypatch.setattr(type(run.task), "losses", poisoned)
-    run.progress = note
+    task = tiny.overriding(tiny.task(), losses=poisoned)
+    run = tiny.training(tmp_path, task=task, checkpoint_seconds=0.0, progress=note)
     with pytest.raises(DivergedError, match=r"epoch 2, step 4 of 6: loss \S+, gradient norm (nan|inf)"):
         run.run()
     assert all(torch.equal(tensor, good[name]) for name, tensor in run.model.state_dict().items())
@@ -318,7 +320,6 @@ def test_what_is_not_finite_stops_the_run_before_the_update(
     found = run_state(tmp_path)
     assert found.state == "diverged"
     assert "epoch 2, step 4 of 6" in found.detail
-    monkeypatch.undo()
     saved = checkpoint.load(tmp_path)
     assert saved is not None
     assert (saved[1]["epoch"], saved[1]["step"]) == (2, 3)

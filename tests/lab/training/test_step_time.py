@@ -12,12 +12,13 @@ import torch
 from torch import nn
 
 from better_attention import MultiheadAttention
-from better_attention.lab.comparison import compare as module
-from better_attention.lab.comparison.compare import compare
+from better_attention.lab.comparison.gather import gather
 from better_attention.lab.comparison.plan import Plan
 from better_attention.lab.models.text_classifier import TextClassifier
 from better_attention.lab.models.vision_transformer import VisionTransformer
+from better_attention.lab.runs.snapshot import Snapshot
 from better_attention.lab.tasks.catalogue import TASKS
+from better_attention.lab.tasks.image import ImageTask
 from better_attention.lab.tasks.recurrence import RecurrenceTask
 from better_attention.lab.tasks.variant import Variant
 from better_attention.lab.training import step_time
@@ -152,29 +153,30 @@ def test_what_a_sample_costs_is_measured_on_a_batch(monkeypatch: pytest.MonkeyPa
         return {}
 
     monkeypatch.setattr(step_time.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(type(tiny.task()), "scores", scores)
-    found = step_time._evaluation(tiny.task(batch_size=16), Slow(), tiny.splits())
+    task = tiny.overriding(tiny.task(batch_size=16), scores=scores)
+    found = step_time._evaluation(task, Slow(), tiny.splits())
     assert found == (3 / 16, 0.25)
 
 
 def test_the_ratio_is_the_median_over_neighbouring_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ours 9, then 2, 8, 3 after the first call, theirs 9, then 4, 2, 3: the median of 0.5, 4, 1."""
-    times = iter([[9.0, 2.0, 8.0, 3.0], [9.0, 4.0, 2.0, 3.0]])
+    now = [0.0]
+    seconds = iter([9.0, 9.0, 2.0, 4.0, 2.0, 8.0, 3.0, 3.0])  # every second round begins with theirs
 
-    def updates(*arguments: Any) -> Any:
-        return iter(next(times)).__next__
+    def losses(task: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        now[0] += next(seconds) if torch.is_grad_enabled() else 0.5
+        return ImageTask.losses(task, logits, targets)
 
-    monkeypatch.setattr(step_time, "_updates", updates)
-    monkeypatch.setattr(step_time, "BUDGET", 0.0)
-    found = measure(tiny.task(), tiny.splits(), Variant.of("super"), 3, torch.device("cpu"))
+    monkeypatch.setattr(step_time.time, "perf_counter", lambda: now[0])
+    task = tiny.overriding(tiny.task(), losses=losses)
+    found = measure(task, tiny.splits(), Variant.of("super"), 3, torch.device("cpu"), seconds=0.0)
     assert (found.seconds, found.times_as_fast) == (3.0, 1.0)
-    assert 0 < found.evaluated < 1
+    assert found.evaluated == 0.5 / 16
 
 
-def test_measuring_draws_no_random_number_and_trains_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step_time, "BUDGET", 0.0)
+def test_measuring_draws_no_random_number_and_trains_nothing() -> None:
     before = torch.get_rng_state()
-    found = measure(tiny.task(), tiny.splits(), Variant.of("super"), 3, torch.device("cpu"))
+    found = measure(tiny.task(), tiny.splits(), Variant.of("super"), 3, torch.device("cpu"), seconds=0.0)
     assert torch.equal(torch.get_rng_state(), before)
     assert found.seconds > 0
     assert found.times_as_fast is not None
@@ -184,13 +186,13 @@ def test_measuring_draws_no_random_number_and_trains_nothing(monkeypatch: pytest
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_the_watcher_hears_the_sum_over_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_watcher_hears_the_sum_over_what_is_left(tmp_path: Path) -> None:
     """Two mechanisms, two seeds, 6 updates, 2 epochs: 2 (0.5 + 0.25) 12 = 18 s; of one run that is left, 3 s."""
     speeds = {"standard": Pace(0.5, 1.1), "super": Pace(0.25, 0.9)}
     asked: list[str] = []
     heard: list[tuple[float, int]] = []
 
-    def fake(task: Any, train: Any, variant: Variant, *rest: Any) -> Pace:
+    def known(task: Any, train: Any, variant: Variant, *rest: Any, **options: Any) -> Pace:
         asked.append(variant.name)
         return speeds[variant.name]
 
@@ -198,19 +200,18 @@ def test_the_watcher_hears_the_sum_over_what_is_left(tmp_path: Path, monkeypatch
         if isinstance(event, Estimated):
             heard.append((event.seconds, event.runs))
 
-    monkeypatch.setattr(module, "measure", fake)
-    monkeypatch.setattr(module, "write", lambda *arguments: None)
     variants = [Variant.of(name) for name in speeds]
     plan = Plan(tiny.task(epochs=2), variants, (3,), 2, tmp_path, device="cpu")
-    compare(plan, listen)
+    tiny.train(plan, listen, known)
     assert heard == [(pytest.approx(18.0), 4)]
     assert asked == ["standard", "super"]  # once for all seeds
     (tmp_path / "super-h3-s1" / "result.json").unlink()
-    study, _ = compare(plan, listen)
+    tiny.train(plan, listen, known)
     assert heard[1:] == [(pytest.approx(3.0), 1)]
     assert asked[2:] == ["super"]
-    assert {r["mechanism"]: r["times_as_fast"] for r in study.records} == {"standard": 1.1, "super": 0.9}
-    for record in study.records:
+    records = gather(plan, Snapshot.read(tmp_path), tiny.splits()).records
+    assert {r["mechanism"]: r["times_as_fast"] for r in records} == {"standard": 1.1, "super": 0.9}
+    for record in records:
         assert 0 <= record["waiting_share"] < 1  # type: ignore[operator]
-    compare(plan, listen)
+    tiny.train(plan, listen, known)
     assert len(heard) == 2  # nothing is left: nothing is said

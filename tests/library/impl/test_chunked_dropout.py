@@ -57,7 +57,8 @@ def test_gradients_are_those_of_the_mask_drawn(score: str, causal: bool) -> None
         torch.manual_seed(3)
         return attend(q, k, v, score=score, p=0.4, attn_mask=bias, is_causal=causal)
 
-    assert gradcheck(function, (q, k, v, bias))
+    # Along random directions: one input after the other, 222 of them take many times as long.
+    assert gradcheck(function, (q, k, v, bias), fast_mode=True)
 
 
 @scores

@@ -29,7 +29,9 @@ from torch.utils._pytree import tree_map
 
 import better_attention as ba
 from better_attention.impl import native
+from better_attention.layer import fast_path
 from better_attention.layer.alignment import Alignment
+from better_attention.layer.arguments import Arguments, read
 from helpers import TESTS
 from helpers.bridge import array, assert_close, assert_within_rounding, plain_module
 from helpers.compiler import Programs
@@ -631,6 +633,20 @@ def test_layers_in_inference(name: str, rng: np.random.Generator) -> None:
                 assert_within_rounding(found[impl], exact, allowed, note, cap=True)
                 again, _ = modules[impl](x, x, x, need_weights=False, **arguments)
                 assert same_bits([again[:, first:]], [found[impl]]), note
+
+
+@needs_native
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", NAMED)
+def test_a_small_layer_is_one_call_with_biases_and_without(name: str, bias: bool) -> None:
+    options = {"bias": bias, "batch_first": True, "mechanism": name, **ba.Mechanism.of(name).layer_options(5)}
+    module, stepwise = (ba.MultiheadAttention(6, 3, impl=impl, **options).eval() for impl in ("auto", "reference"))
+    stepwise.load_state_dict(module.state_dict())
+    x = torch.randn(2, 5, 6)
+    with torch.inference_mode():
+        output = fast_path.attend(module, read(module, Arguments(x, x, x, None, False, None, True, False)))
+        assert output is not None
+        torch.testing.assert_close(output, stepwise(x, x, x, need_weights=False)[0])
 
 
 def draw_layer_call(name: str, rng: np.random.Generator) -> tuple[nn.Module, list[Tensor], dict[str, object]]:

@@ -95,11 +95,6 @@ def test_onnx_with_default_settings_at_any_batch_and_length(mechanism: str, caus
     check_onnx(Model(mechanism, causal).eval(), dynamo)
 
 
-def test_onnx_by_the_default_exporter() -> None:
-    """One of the slow cases above, in the unit tests: all that a layer can have, alignment and expressive weights."""
-    check_onnx(Model("super+expressive", causal=False).eval(), dynamo=True)
-
-
 @pytest.mark.parametrize("impl", ["native", "chunked"])
 def test_an_implementation_without_translation_is_refused_by_name(impl: str) -> None:
     pytest.importorskip("onnx", reason="onnx is not installed: it is in the extra onnx")

@@ -56,6 +56,7 @@ class GPT2Attention(HostAttention):
 
 
 def _matches(module: nn.Module) -> bool:
+    # nf is what a Conv1D calls the number of its outputs.
     return has(module, "c_attn.nf", "c_proj.nf", "split_size", "attn_dropout", "resid_dropout", "scaling", "config")
 
 

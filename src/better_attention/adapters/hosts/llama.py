@@ -84,6 +84,7 @@ def _matches(module: nn.Module) -> bool:
 def _refusals(module: nn.Module) -> list[str]:
     reasons = transformers_refusals(module, "q_proj", "k_proj", "v_proj", "o_proj")
     reasons += signature_refusals(module, "hidden_states", "position_embeddings", "attention_mask", "cache")
+    # Qwen3's attention, for example, has the same maps, and norms behind them.
     reasons += [f"it normalises queries or keys ({name})" for name in ("q_norm", "k_norm") if has(module, name)]
     return reasons
 

@@ -28,6 +28,7 @@ class ViTAttention(HostAttention):
 
 def _matches(module: nn.Module) -> bool:
     names = ("q_proj", "k_proj", "v_proj", "o_proj", "num_attention_heads", "scaling", "config")
+    # Many modules have maps of these names; only one that is called like this can be imitated.
     return has(module, *names) and takes(module, "hidden_states", "attention_mask")
 
 

@@ -113,6 +113,7 @@ def contenders(
             if path.is_file():
                 made.append(Contender(str(path), _kind(path), path, batch_size, threads))
                 continue
+            # By number, because models in different folders may have the same name.
             place = Path(folder) / str(number)
             place.mkdir()
             for runtime in runtimes:
@@ -121,6 +122,7 @@ def contenders(
 
 
 def _kind(file: Path) -> str:
+    # The quantiser of ONNX Runtime names itself as the producer, which stands at the head of the file.
     return "onnx-int8" if b"onnx.quantize" in file.read_bytes()[:64] else "onnx"
 
 
@@ -133,6 +135,7 @@ def _contender(path: Path, runtime: str, place: Path, batch_size: int, threads: 
             return _exported(contender, trained, place)
         _prepare(trained.model, runtime)
     except (ValueError, ImportError, torch.onnx.OnnxExporterError) as error:
+        # An exporter's message may fill pages, and this becomes a cell of a table.
         return replace(contender, reason=" ".join(str(error).split())[:300])
     return contender
 
@@ -140,8 +143,10 @@ def _contender(path: Path, runtime: str, place: Path, batch_size: int, threads: 
 def _exported(contender: Contender, trained: Trained, place: Path) -> Contender:
     """The contender with an ONNX file in ``place``, which is written where it is not there."""
     file = place / "float32.onnx"
+    # Of several samples: torch's exporter takes a size of 1 for one that never changes.
     inputs = example(trained.origin, 3)
     length = inputs["input_ids"].shape[1] if isinstance(inputs, dict) else LENGTH
+    # The int8 file is made of the float32 one, which is exported once for both.
     if not file.exists():
         export_onnx(trained.model, file, inputs, dynamic=free_axes(trained))
     if contender.runtime == "onnx-int8":
@@ -164,6 +169,7 @@ def example(origin: Origin, batch_size: int) -> Tensor | dict[str, Tensor]:
     if not isinstance(words, int):
         raise ValueError(f"{origin.folder} describes a model that reads no tokens: only texts are timed here.")
     length = min(LENGTH, longest(origin.folder) or LENGTH)
+    # From 1 on: 0 stands for padding in most vocabularies, of which these inputs have none.
     tokens = torch.randint(1, words, (batch_size, length), generator=torch.Generator().manual_seed(0))
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
 
@@ -196,6 +202,7 @@ def switch_kernels_off(model: nn.Module) -> None:
                 "the compiled kernels cannot be switched off in a converted model of transformers alone: time it in a "
                 "process of its own, with BETTER_ATTENTION_NATIVE=off"
             )
+        # The best that PyTorch has without us: its fused kernel for softmax, plain operations for other scores.
         layer.impl = "sdpa" if layer.mechanism.score == "softmax" else "reference"
         if layer.align is not None:
             layer.align.compiled = False
@@ -215,6 +222,7 @@ def _onnx_call(file: Path, sizes: tuple[int, int], threads: int) -> Call:
     except ImportError as error:
         raise ImportError("timing .onnx files needs onnxruntime: pip install 'better-attention[onnx]'.") from error
     options = onnxruntime.SessionOptions()
+    # ONNX Runtime would take every core, however many torch may use.
     options.intra_op_num_threads = threads
     try:
         session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])

@@ -117,10 +117,12 @@ def summarised(rows: Sequence[Row], seconds: Mapping[int, Sequence[Sequence[floa
         seconds: number of a row -> for each round, the seconds of its calls.
     """
     medians = {number: [statistics.median(calls) for calls in turns] for number, turns in seconds.items()}
+    # Ratios are against the first contender that could be timed.
     base = next((medians[number] for number in sorted(medians) if medians[number]), [])
     found = list(rows)
     for number, turns in seconds.items():
         every = [second for calls in turns for second in calls]
+        # After Ctrl-C the last round may lack some of the contenders.
         ratios = [theirs / mine for theirs, mine in zip(base, medians[number], strict=False)]
         if every:
             spread = Spread.of(every)
@@ -138,10 +140,12 @@ def memory_of(contender: Contender) -> int | None:
     Raises:
         ValueError: the model cannot be read or called there.
     """
+    # Not forked: such a process has all the memory of this one from its beginning.
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(there, contender), daemon=True)
     process.start()
+    # The process then has the only other end, so that its death ends the wait for an answer.
     there.close()
     try:
         answer: int | str | None = here.recv()
@@ -209,6 +213,7 @@ def write(report: Report, folder: Path) -> list[Path]:
     """:data:`FILES` in ``folder``; returns the paths."""
     paths = [folder / name for name in FILES]
     folder.mkdir(parents=True, exist_ok=True)
+    # It would be wrong until both files are written.
     manifest.remove(folder, FILES)
     csv_json.write_json(paths[0], report.as_dict())
     flat = [_flat(row) for row in report.rows]

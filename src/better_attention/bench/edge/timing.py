@@ -87,6 +87,19 @@ def available_tasks() -> dict[str, Task]:
     return {name: TASKS[name]("paper") for name in PAPER_TASKS}
 
 
+def seconds_of_pass(model: nn.Module, batches: Sequence[Tensor]) -> float:
+    """How long ``model`` takes for all ``batches``, one after the other, without gradients."""
+    with torch.inference_mode():
+        began = perf_counter()
+        for batch in batches:
+            model(batch)
+        return perf_counter() - began
+
+
+Watch = Callable[[nn.Module, Sequence[Tensor]], float]
+"""Times a pass, as :func:`seconds_of_pass` does."""
+
+
 def measure(
     tasks: Sequence[Task],
     mechanisms: Sequence[str],
@@ -95,6 +108,7 @@ def measure(
     settings: Settings,
     say: Callable[[str], None] = lambda line: None,
     kept: Sequence[Timing] = (),
+    watch: Watch = seconds_of_pass,
 ) -> Iterator[list[Timing]]:
     """Time every combination; a list of timings for each task, number of heads and precision.
 
@@ -103,6 +117,7 @@ def measure(
         say: called with lines about the progress.
         kept: earlier timings with the same settings. A group that has all ``mechanisms`` is not timed again; one that
             lacks some is timed again together with those it has, since ratios are formed within a round.
+        watch: times a pass.
     """
     groups = [(task, h, precision) for task in tasks for h in heads for precision in precisions]
     there = {
@@ -113,16 +128,18 @@ def measure(
         (task, h, precision) for task, h, precision in groups if set(mechanisms) - {*there[task.name, h, precision]}
     ]
     if open_:
-        seconds = expected(open_, len(mechanisms), settings)
+        seconds = expected(open_, len(mechanisms), settings, watch)
         say(f"about {seconds / 60:.1f} minutes in all for {len(open_) * len(mechanisms)} rows at the present load")
     for number, (task, h, precision) in enumerate(groups, start=1):
         if (task, h, precision) in open_:
             say(f"[{number}/{len(groups)}] {task.name}, h {h}, {precision}")
             names = tuple(dict.fromkeys((*there[task.name, h, precision], *mechanisms)))
-            yield measure_group(task, names, h, precision, settings, say)
+            yield measure_group(task, names, h, precision, settings, say, watch)
 
 
-def expected(groups: Sequence[tuple[Task, int, str]], mechanisms: int, settings: Settings) -> float:
+def expected(
+    groups: Sequence[tuple[Task, int, str]], mechanisms: int, settings: Settings, watch: Watch = seconds_of_pass
+) -> float:
     """About how many seconds the groups take: standard attention of each task is timed for a batch, in float32."""
     total = 0.0
     for task in dict.fromkeys(task for task, _, _ in groups):
@@ -133,7 +150,7 @@ def expected(groups: Sequence[tuple[Task, int, str]], mechanisms: int, settings:
         began = perf_counter()
         model, _ = prepare(task, BASELINE, fitting[0][0], "float32", probe)
         built = perf_counter() - began
-        batch_seconds = min(_pass(model, [probe]) for _ in range(2))
+        batch_seconds = min(watch(model, [probe]) for _ in range(2))
         batches = math.ceil(how_many(settings, batch_seconds) / settings.batch_size)
         passes = batch_seconds * (batches + 1) * settings.rounds  # each pass follows an untimed batch
         total += len(fitting) * (mechanisms * (built + passes) + 2 * batch_seconds)
@@ -147,8 +164,9 @@ def measure_group(
     precision: str,
     settings: Settings,
     say: Callable[[str], None] = lambda line: None,
+    watch: Watch = seconds_of_pass,
 ) -> list[Timing]:
-    """Time the mechanisms in one model, in alternation."""
+    """Time the mechanisms in one model, in alternation, with ``watch``."""
     models: dict[str, nn.Module] = {}
     timings: dict[str, Timing] = {}
     probe = task.random_samples(settings.batch_size).inputs
@@ -164,13 +182,13 @@ def measure_group(
     if not models:
         return list(timings.values())
     measuring = models.get(BASELINE, next(iter(models.values())))
-    batch_seconds = min(_pass(measuring, [probe]) for _ in range(2))
+    batch_seconds = min(watch(measuring, [probe]) for _ in range(2))
     measured = how_many(settings, batch_seconds)
     duration = batch_seconds * measured / settings.batch_size * len(models) * settings.rounds
     if duration > 10:
         say(f"    about {duration / 60:.1f} minutes")
     batches = task.random_samples(measured).inputs.split(settings.batch_size)
-    samples = rounds(models, batches, settings.rounds)
+    samples = rounds(models, batches, settings.rounds, watch)
     scale = settings.samples / measured
     for name, seconds in samples.items():
         ratios = [base / mine for mine, base in zip(seconds, samples.get(BASELINE, []), strict=False)]
@@ -226,19 +244,13 @@ def how_many(settings: Settings, batch_seconds: float) -> int:
     return min(most, settings.batch_size * max(1, math.ceil(QUICK_SECONDS / batch_seconds)))
 
 
-def rounds(models: Mapping[str, nn.Module], batches: Sequence[Tensor], number: int) -> dict[str, list[float]]:
-    """Seconds of each pass over all ``batches``: for each model, one number per round."""
+def rounds(
+    models: Mapping[str, nn.Module], batches: Sequence[Tensor], number: int, watch: Watch = seconds_of_pass
+) -> dict[str, list[float]]:
+    """Seconds of each pass over all ``batches``, as ``watch`` takes them: for each model, one number per round."""
     seconds: dict[str, list[float]] = {name: [] for name in models}
     with no_garbage_collection():
         for _, name in alternate(list(models), number):
-            _pass(models[name], batches[:1])  # untimed: caches and threads are then as it leaves them itself
-            seconds[name].append(_pass(models[name], batches))
+            watch(models[name], batches[:1])  # untimed: caches and threads are then as it leaves them itself
+            seconds[name].append(watch(models[name], batches))
     return seconds
-
-
-def _pass(model: nn.Module, batches: Sequence[Tensor]) -> float:
-    with torch.inference_mode():
-        began = perf_counter()
-        for batch in batches:
-            model(batch)
-        return perf_counter() - began

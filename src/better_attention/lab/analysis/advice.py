@@ -97,6 +97,7 @@ def _outcome(test: Comparison | None, column: Column) -> str:
 
 def _params(row: Row | None) -> int | None:
     found = row.estimates.get("attention_params") if row else None
+    # Every seed has a model of the same size, so that the mean is a whole number.
     return int(found.mean) if found else None
 
 
@@ -105,6 +106,7 @@ def _speed(records: Sequence[Record], row: Row, base: Row | None) -> float | Non
     if base is None or row is base:
         return None
     ours, theirs = (_speeds(records, name, row.heads) for name in (row.mechanism, BASELINE))
+    # Ratios are averaged as logarithms: twice and half as fast cancel.
     return geometric_mean(ours) / geometric_mean(theirs) if ours and theirs else None
 
 
@@ -131,6 +133,7 @@ def _verdict(row: Row, test: Comparison | None, base: Row | None) -> str:
     start = f"Cannot be told from standard with {pairs}"
     if difference.mean == 0:
         return f"{start}: the means are equal."
+    # The level of the strictest step of Holm's correction, which the smallest p value has to pass.
     needed = pairs_needed(difference.mean, deviation, LEVEL / max(test.family, 1))
     if needed is None:
         return f"{start}, and more than {MOST:,} would be needed to decide a difference of this size."

@@ -144,6 +144,7 @@ def gaps(rows: Sequence[Row]) -> list[str]:
     found = []
     for block in {(row.task, row.scale, row.heads): None for row in rows}:
         compared = [row for row in rows if (row.task, row.scale, row.heads) == block]
+        # No plan is known here, so that what others have is what a row may lack.
         seeds = sorted({seed for row in compared for seed in row.seeds})
         for row in compared:
             who, missing = f"{row.mechanism} with {plural(row.heads, 'head')}", sorted(set(seeds) - set(row.seeds))
@@ -206,6 +207,7 @@ def waiting(records: Sequence[Record]) -> tuple[str, bool] | None:
             found.append((float(share), str(RunName.of_record(run))))
     if not found:
         return None
+    # The worst, because one run that waited makes the speeds of all comparisons doubtful.
     worst, run_name = max(found)
     text = f"at most {number(100 * worst, 1)} % of a step ({run_name})"
     if worst < WAITING:
@@ -248,6 +250,7 @@ def standings(rows: Sequence[Row]) -> list[Standing]:
     ranks: dict[str, dict[str, list[int]]] = {}
     shared = shared_heads(rows)
     for row in rows:
+        # A rank among four competitors is not the same as one among five.
         if row.heads not in shared:
             continue
         own = ranks.setdefault(row.mechanism, {})

@@ -102,6 +102,7 @@ def sentences(rows: Sequence[Row], threshold: Threshold) -> list[str]:
         reached = [row for row in block if column.key in row.estimates]
         if len(block) < 2 or not reached:
             continue
+        # Among rows in which at least one run got there; how many of them did stands in the sentence.
         first = min(reached, key=lambda row: row.estimates[column.key].mean)
         epochs = first.estimates[column.key].mean
         text = (
@@ -162,6 +163,7 @@ def lines(rows: Sequence[Row], records: Sequence[Record]) -> list[Line]:
             runs.setdefault((record.get("mechanism"), record.get("heads")), []).append(record)
     found = []
     for row in rows:
+        # In the order of the seeds, so that a line can be set beside that of another mechanism.
         own = sorted(runs.get((row.mechanism, row.heads), ()), key=lambda run: int(str(run["seed"])))
         if own:
             by_seed = [

@@ -132,10 +132,12 @@ def compare_paired(ours: Mapping[int, float], baseline: Mapping[int, float]) -> 
     if n == 0:
         return None
     found = estimate(differences.tolist())
+    # A run that diverged decides: a test of the others would choose the seeds that went well.
     if n == 1 or not np.isfinite(differences).all():
         return Comparison(found, None, None, None)
     if not differences.any():  # the same in every seed: nothing speaks against "no difference"
         return Comparison(found, 1.0, 1.0, 0.0 if n > 2 else None)
+    # Without a spread t is infinite and its p value 0, which no two or three seeds deserve.
     if np.ptp(differences) == 0:
         return Comparison(found, None, _wilcoxon(differences), None)
     effect = found.mean / float(differences.std(ddof=1)) * _hedges(n) if n > 2 else None

@@ -130,6 +130,7 @@ def summarise(records: Iterable[Record], baseline: str = "standard") -> list[Row
     groups: dict[tuple[str, str, int], dict[str, list[Record]]] = {}
     for record in records:
         missing = [key for key in ("task", "scale", "mechanism", "heads", "seed") if key not in record]
+        # Records may come from a file that somebody has edited.
         if missing:
             raise ValueError(f"a record lacks {', '.join(missing)}; it has {', '.join(map(repr, record))}.")
         group = (str(record["task"]), str(record["scale"]), _int(record["heads"]))
@@ -138,6 +139,7 @@ def summarise(records: Iterable[Record], baseline: str = "standard") -> list[Row
     for (task, scale, heads), mechanisms in sorted(groups.items()):
         printed = {(row["mechanism"], row["heads"]): row for row in published.rows(_published(task, mechanisms))}
         every = [run for runs in mechanisms.values() for run in runs]
+        # What any run was measured by counts as missing, and not as absent, where a run diverged.
         measured = [c.key for c in COLUMNS if c.kind == "metric" and any(run.get(c.key) is not None for run in every)]
         values = {
             name: _values(runs, measured, f"{task}, {name}, {heads} heads") for name, runs in _in_order(mechanisms)

@@ -36,13 +36,13 @@ from better_attention.lab.training.launch import is_first
 from better_attention.lab.training.loop import Training
 from better_attention.lab.training.processes import limited_threads, make_accelerator, watching_peers
 from better_attention.lab.training.progress import DivergedError, Interrupted
-from better_attention.lab.training.step_time import Pace, measure
+from better_attention.lab.training.step_time import Measure, Pace, measure
 
 Paces = Mapping[tuple[Variant, int], Pace]
 """The speed of each model, by variant and number of heads."""
 
 
-def compare(plan: Plan, notify: Notify = ignore) -> tuple[Study, list[str]]:
+def compare(plan: Plan, notify: Notify = ignore, *, measure: Measure = measure) -> tuple[Study, list[str]]:
     """Train what is not yet trained, then write ``results.csv``, ``results.json`` and ``report.html``.
 
     All runs share the data, the order of the samples (by seed), and the initial weights that mechanisms
@@ -52,6 +52,7 @@ def compare(plan: Plan, notify: Notify = ignore) -> tuple[Study, list[str]]:
     Args:
         plan: what is compared.
         notify: called with every event.
+        measure: finds the speed of each model before it is trained.
 
     Returns:
         The study that was written, and the names of the runs that failed. Of several processes only the first gathers
@@ -72,7 +73,7 @@ def compare(plan: Plan, notify: Notify = ignore) -> tuple[Study, list[str]]:
         splits = load(plan, accelerator)
         refuse_other_data(stored, splits.digest)
         notify(DataRead(splits, accelerator.device))
-        failed = train(plan, stored, splits, accelerator, notify)
+        failed = train(plan, stored, splits, accelerator, notify, measure)
         study = publish(plan, splits, accelerator)
     return study, failed
 
@@ -100,7 +101,14 @@ def load(plan: Plan, accelerator: Accelerator) -> Splits:
     return replace(splits, notes=notes).to(accelerator.device)
 
 
-def train(plan: Plan, stored: Snapshot, splits: Splits, accelerator: Accelerator, notify: Notify) -> list[str]:
+def train(
+    plan: Plan,
+    stored: Snapshot,
+    splits: Splits,
+    accelerator: Accelerator,
+    notify: Notify = ignore,
+    measure: Measure = measure,
+) -> list[str]:
     """Train the runs that are not finished, one after the other; the names of those that diverged.
 
     Raises:
@@ -110,7 +118,7 @@ def train(plan: Plan, stored: Snapshot, splits: Splits, accelerator: Accelerator
     jobs, failed = plan.jobs(), []
     missing = missing_everywhere(jobs, stored, accelerator)
     with limited_threads(plan.task.threads):  # nothing needs to be saved yet: a signal ends it at once
-        paces = measure_paces(plan, missing, splits, accelerator, notify)
+        paces = measure_paces(plan, missing, splits, accelerator, notify, measure)
     stop = Stop(notify)
     with limited_threads(plan.task.threads), stop.listening():
         for number, job in enumerate(jobs, start=1):
@@ -187,7 +195,7 @@ def missing_everywhere(jobs: Sequence[Job], stored: Snapshot, accelerator: Accel
 
 
 def measure_paces(
-    plan: Plan, missing: Sequence[Job], splits: Splits, accelerator: Accelerator, notify: Notify
+    plan: Plan, missing: Sequence[Job], splits: Splits, accelerator: Accelerator, notify: Notify, measure: Measure
 ) -> Paces:
     """The speed of every model that is still to be trained; reports how long all of it will take."""
     models = dict.fromkeys((job.variant, job.heads) for job in missing)

@@ -42,6 +42,7 @@ def gather(plan: Plan, stored: Snapshot, splits: Splits) -> Study:
         for run, record in runs
         if record.seed == 0 and record.heads == plan.heads[-1] and run.folder.has_weights
     ]
+    # Read once, for maps and kernels alike.
     models = {str(record.name): _model(run, record) for run, record in pictured}
     return Study(
         task={

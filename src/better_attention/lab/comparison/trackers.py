@@ -73,21 +73,25 @@ def wandb(folder: Path, plan: Plan, run: str) -> Tracker:
     return tracker
 
 
-TRACKERS: Mapping[str, Callable[[Path, Plan, str], Tracker]] = MappingProxyType(
-    {"tensorboard": tensorboard, "wandb": wandb}
-)
+Maker = Callable[[Path, Plan, str], Tracker]
+"""Makes the tracker of a run: from the folder of the trackers, the comparison and the name of the run."""
+TRACKERS: Mapping[str, Maker] = MappingProxyType({"tensorboard": tensorboard, "wandb": wandb})
 """Name on the command line, which is also that of the package -> a function that makes the tracker of a run."""
 
 
-def check(names: Sequence[str]) -> None:
+def check(names: Sequence[str], makers: Mapping[str, Maker] = TRACKERS) -> None:
     """Refuse trackers that are not available, before anything is trained.
+
+    Args:
+        names: what was asked for.
+        makers: those there are, by the name of their package.
 
     Raises:
         ValueError: an unknown name, or a package that is not installed.
     """
     for name in names:
-        if name not in TRACKERS:
-            raise ValueError(f"unknown tracker {name!r}: choose among {', '.join(TRACKERS)}.")
+        if name not in makers:
+            raise ValueError(f"unknown tracker {name!r}: choose among {', '.join(makers)}.")
         package = find_spec(name)
         if package is None or package.origin is None:  # a mere folder of that name, which wandb leaves behind
             raise ValueError(f"--track {name} needs the package {name!r}, which is not installed: pip install {name}")
@@ -98,16 +102,26 @@ class Tracking:
 
     Args:
         plan: the comparison.
-        names: keys of :data:`TRACKERS`.
+        names: keys of ``makers``.
         say: called with one line when a tracker fails.
         first: whether this is the first process of the launch, which alone logs.
+        makers: the trackers there are.
 
     Raises:
         ValueError: see :func:`check`.
     """
 
-    def __init__(self, plan: Plan, names: Sequence[str], say: Callable[[str], None], *, first: bool = True) -> None:
-        check(names)
+    def __init__(
+        self,
+        plan: Plan,
+        names: Sequence[str],
+        say: Callable[[str], None],
+        *,
+        first: bool = True,
+        makers: Mapping[str, Maker] = TRACKERS,
+    ) -> None:
+        check(names, makers)
+        self.makers = makers
         self.plan, self.names, self.say = plan, list(dict.fromkeys(names)) if first else [], say
         self.folder = plan.out / "trackers"
         self.run = ""
@@ -181,7 +195,7 @@ class Tracking:
         """The tracker of this run; started, and given the settings, when it is first needed."""
         if name not in self.open:
             attempt = self.attempts[name]
-            tracker = TRACKERS[name](self.folder, self.plan, self.run if attempt == 1 else f"{self.run}-{attempt}")
+            tracker = self.makers[name](self.folder, self.plan, self.run if attempt == 1 else f"{self.run}-{attempt}")
             tracker.start()
             self.open[name] = tracker
             if not self.logged[name]:

@@ -145,6 +145,7 @@ def decompressed(path: Path, *, limit: int, plain: bool = False) -> Iterator[Bou
             with bz2.BZ2File(file) as bzipped:
                 yield Bounded(path, bzipped, limit, size)
         elif plain:
+            # Nothing is decompressed, so that there is no ratio to keep to.
             yield Bounded(path, file, limit, None)
         elif head.startswith(_ZIP):
             raise DataError(f"{path} is a .zip archive, which is not read here. Unpack it, and name the folder.")
@@ -251,6 +252,7 @@ def zip_streams(
     if not path.is_file():
         raise DataError(f"{path} is not a file.")
     with path.open("rb") as file:
+        # An empty file or a web page is named as what it is, before zipfile calls it damaged.
         _head(path, file)
         _check_directory(path, file)
         with _damage_named(path, "zip archive"):
@@ -282,6 +284,7 @@ def zip_streams(
             with _damage_named(path, "zip archive"):
                 stream = archive.open(member)
             with stream:
+                # What comes out is counted: the sizes in the directory may be forged.
                 yield match, _ZipMember(path, Bounded(path, stream, member_limit, member.compress_size))
 
 

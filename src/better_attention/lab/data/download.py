@@ -30,9 +30,23 @@ Progress = Callable[[int], None]
 _CHUNK = 1 << 16
 _REDIRECTS = 5
 _ATTEMPTS = 3  # of one call, each going on where the last one broke off
-_TIMEOUT = (10.0, 30.0)  # seconds to connect; seconds without a byte
-_SLOWEST = 1024  # bytes a second, over ...
-_PATIENCE = 60.0  # ... at least this many seconds: a very slow server never runs into the time-out
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long a slow server is borne with before the connection counts as broken.
+
+    Args:
+        connect: seconds until it answers.
+        silence: seconds without a byte.
+        slowest: bytes a second, on average ...
+        after: ... from this many seconds on: a server that sends byte after byte never runs into ``silence``.
+    """
+
+    connect: float = 10.0
+    silence: float = 30.0
+    slowest: int = 1024
+    after: float = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +77,7 @@ def download(
     session: requests.Session | None = None,
     hosts: Collection[str] | None = None,
     progress: Progress | None = None,
+    patience: Patience = Patience(),
 ) -> Path:
     """Bring ``remote`` into ``folder``, unless it is there already with the right digest.
 
@@ -76,6 +91,7 @@ def download(
         hosts: the hosts (with port, if not 443) that may be asked, also by redirects; None: the publisher's own, in
             ``remote.url``, so that a redirect elsewhere is refused, whatever it offers.
         progress: called for every piece that arrives.
+        patience: with a slow server.
 
     Returns:
         The file.
@@ -89,7 +105,7 @@ def download(
     url, part = remote.url, folder / f"{remote.name}.part"
     hosts = {urlsplit(url).netloc} if hosts is None else hosts
     with session or requests.Session() as connection, _quiet(pooch.get_logger()), _disk_errors(folder, remote.size):
-        transport = _Transport(remote, part, connection, hosts, progress)
+        transport = _Transport(remote, part, connection, hosts, progress, patience)
         for _ in range(2):  # a part may stem from another version of the file: then once more, from the start
             try:
                 pooch.retrieve(url, f"sha256:{remote.sha256}", remote.name, folder, downloader=transport)
@@ -117,8 +133,10 @@ class _Transport:
         session: requests.Session,
         hosts: Collection[str],
         progress: Progress | None,
+        patience: Patience,
     ) -> None:
         self._remote, self._part, self._session, self._hosts = remote, part, session, hosts
+        self._patience = patience
         self._progress = progress or (lambda _: None)
         self.resumed = False
 
@@ -150,7 +168,7 @@ class _Transport:
         if have == size:
             return
         with self._get(url, have) as response, self._part.open("ab" if self._goes_on(response, have) else "wb") as file:
-            for data in _body(response):
+            for data in _body(response, self._patience):
                 # One byte beyond the published size shows that this is another file.
                 file.write(data[: size + 1 - file.tell()])
                 self._progress(file.tell())
@@ -170,10 +188,11 @@ class _Transport:
 
         # Compressed on the way, the file would have other lengths and ranges than the published one.
         headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
+        timeout = self._patience.connect, self._patience.silence
         for _ in range(_REDIRECTS + 1):
             check_address(url, self._hosts)
             try:
-                response = self._session.get(url, headers=headers, stream=True, allow_redirects=False, timeout=_TIMEOUT)
+                response = self._session.get(url, headers=headers, stream=True, allow_redirects=False, timeout=timeout)
             except requests.exceptions.SSLError as error:
                 raise DataError(f"{url}: the server's certificate is not trusted ({error}).") from None
             except requests.RequestException as error:
@@ -214,7 +233,7 @@ class _Transport:
         return goes_on
 
 
-def _body(response: requests.Response) -> Iterator[bytes]:
+def _body(response: requests.Response, patience: Patience) -> Iterator[bytes]:
     """The bytes as sent (never decoded: a .gz stays a .gz), each piece as soon as it is there."""
     import urllib3
 
@@ -231,8 +250,8 @@ def _body(response: requests.Response) -> Iterator[bytes]:
         yield data
         received += len(data)
         seconds = time.monotonic() - start
-        if seconds > _PATIENCE and received < _SLOWEST * seconds:
-            raise BrokenError(f"the server sends less than {_SLOWEST} bytes a second")
+        if seconds > patience.after and received < patience.slowest * seconds:
+            raise BrokenError(f"the server sends less than {patience.slowest} bytes a second")
 
 
 def check_address(url: str, hosts: Collection[str]) -> None:

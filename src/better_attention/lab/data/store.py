@@ -91,6 +91,7 @@ def import_from(source: Source, place: Path, folder: Path | None = None) -> Path
     sources = source.locate(place) or source.locate(place / source.name)
     if sources is None:
         raise DataError(f"{place} does not hold {source.name}: expected {source.layout}.")
+    # Before anything is written: a damaged copy must not take the place of a good one.
     source.load(sources)
 
     target = (folder or home()) / source.name

@@ -35,6 +35,7 @@ def tokens(text: str) -> list[str]:
     >>> tokens("मील, मेल")
     ['मील', 'मेल']
     """
+    # With either apostrophe it is one word.
     plain = text.lower().replace("<br />", " ").replace("’", "'")
     # ASCII text has no combining marks and a single normal form, so the simple pattern suffices.
     if plain.isascii():

@@ -200,6 +200,7 @@ def _tokens(weights_NLS: NDArray[np.floating], one: ModelInput) -> tuple[list[st
     given = list(one.tokens or ())
     keys = given if len(given) == S else [str(number) for number in range(1, S + 1)]
     seen = np.nan_to_num(weights_NLS).sum(axis=(0, 1)) > 0
+    # An empty word stands for padding, and would be left out.
     shown = [key or "·" if there else "" for key, there in zip(keys, seen, strict=True)]
     return shown, shown if L == S else [str(number) for number in range(1, L + 1)]
 

@@ -40,7 +40,7 @@ from better_attention.lab.training.interruption import Stop
 from better_attention.lab.training.loop import Training
 from better_attention.lab.training.processes import limited_threads, make_accelerator, watching_peers
 from better_attention.lab.training.progress import DivergedError, Interrupted
-from better_attention.lab.training.step_time import Pace, measure
+from better_attention.lab.training.step_time import Measure, Pace, measure
 
 
 @dataclass
@@ -50,6 +50,7 @@ class Climb:
     Args:
         ladder: what is climbed.
         notify: called with every event.
+        measure: finds the speed of each model before it is trained.
         rows: results of the cells that were run, in their order.
         notes: what is to be known of the data of each rung.
         paces: speeds of the models that were trained.
@@ -57,6 +58,7 @@ class Climb:
 
     ladder: Ladder
     notify: Notify = ignore
+    measure: Measure = measure
     rows: list[RungResult] = field(default_factory=list)
     notes: dict[Rung, str] = field(default_factory=dict)
     paces: dict[tuple[Task, Variant], Pace] = field(default_factory=dict)
@@ -159,7 +161,7 @@ class Climb:
         """The speed of a model, measured when it is first needed."""
         model = job.task, job.variant
         if model not in self.paces:
-            self.paces[model] = measure(job.task, splits, job.variant, job.heads, accelerator.device, stop=stop)
+            self.paces[model] = self.measure(*(job.task, splits, job.variant, job.heads, accelerator.device), stop=stop)
         return self.paces[model]
 
     def estimate(self, accelerator: Accelerator) -> None:
@@ -208,7 +210,7 @@ class Climb:
             # The time of an update does not depend on how many batches there are, so one batch of data suffices.
             small = replace(task, train_samples=min(task.train_samples or 1, task.batch_size), test_samples=1)
             splits = small.load().to(accelerator.device)
-            found = measure(task, splits, variant, self.ladder.heads, accelerator.device, quick=True)
+            found = self.measure(task, splits, variant, self.ladder.heads, accelerator.device, quick=True)
             held_out = task.test_samples or 0
             return found.run_seconds(task, epoch_updates(task) * task.batch_size, held_out, held_out)
 

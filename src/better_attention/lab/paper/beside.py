@@ -193,6 +193,7 @@ def printed_unit(count: int) -> int:
     (1, 1000, 10000)
     """
     zeros = len(str(count)) - len(str(count).rstrip("0"))
+    # One zero or two at the end may be the count's own.
     return 10**zeros if zeros >= 3 else 1
 
 
@@ -236,6 +237,7 @@ def find_results(paths: Sequence[Path], name: str = "results.json") -> list[Path
                 f"{path} holds no {name}, nor does a folder in it. Name the --out of the command that writes one."
             )
         found += inside if path.is_dir() else [path]
+    # A folder and a file in it may both be named.
     return list(dict.fromkeys(found))
 
 

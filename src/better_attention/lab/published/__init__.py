@@ -86,7 +86,8 @@ def rows(task: str) -> list[Row]:
     return found
 
 
-def edge_inference() -> list[Row]:
+@cache
+def edge_inference() -> tuple[Row, ...]:
     """Table 4: seconds that 5,000 samples take on an Apple M2, one row per mechanism and number of heads.
 
     >>> [row["mnist"] for row in edge_inference() if row["heads"] == 8]
@@ -97,4 +98,4 @@ def edge_inference() -> list[Row]:
         row: Row = {"mechanism": cells["mechanism"], "heads": int(cells["heads"])}
         row.update({name.removesuffix("_s"): _number(cell) for name, cell in cells.items() if name.endswith("_s")})
         found.append(row)
-    return found
+    return tuple(found)

@@ -150,6 +150,7 @@ def weights_over_angle(mechanism: str, *, dark: bool) -> bytes:
                 linestyle=(0, dashes) if dashes else "solid",
                 label=f"{length:g}",
             )
+        # exp z reaches from e⁻⁴ to e⁴, the expressive weight from 0 to 1.
         if mechanism == "standard":
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))

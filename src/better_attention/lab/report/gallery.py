@@ -45,6 +45,7 @@ class Album:
         uris = [heatmaps.data_uri(content, kind) for content in contents]
         size = sum(map(len, uris))
         if size > self.room:
+            # The room stays: a smaller picture that comes later may still fit.
             self.left_out += 1
             return None
         self.room -= size
@@ -78,6 +79,7 @@ def curve_groups(curves: Mapping[str, Curve], album: Album) -> list[CurveGroup]:
         by_heads.setdefault(run.heads, {}).setdefault(run.mechanism, []).append(curve)
     groups = []
     for heads, found in sorted(by_heads.items(), key=lambda item: item[0] or 0):
+        # In the order of the tables, whatever order the folders were read in.
         runs = {name: found[name] for name in [*MECHANISMS, *found] if name in found}
         panels = [panel for key, title in PANELS if (panel := _panel(title, key, runs, album))]
         if panels:

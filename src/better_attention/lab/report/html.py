@@ -43,13 +43,13 @@ def write_report(study: Study, path: str | Path) -> None:
     write_atomic(path, render(study))
 
 
-def render(study: Study) -> str:
-    """The report of ``study`` as HTML text."""
+def render(study: Study, picture_room: int = PICTURE_ROOM) -> str:
+    """The report of ``study`` as HTML text; pictures of more than ``picture_room`` characters are left out."""
     rows = summary.summarise(study.records)
     columns = summary.by_importance(summary.columns_of(rows))
     main = [column for column in columns if column.tested]
     run_columns = _run_columns(columns)
-    album = gallery.Album(PICTURE_ROOM)
+    album = gallery.Album(picture_room)
     compared = [column for column in summary.compared_columns(rows) if column.tested]
     # Small and about everything first: what finds no room is the last of the maps and kernels.
     ablation_names, ablation_panels = gallery.ablation(rows, album)

@@ -150,6 +150,7 @@ def _head(one: AttentionMap, place: int, album: Album) -> Head | None:
     uris = album.add(heatmaps.heat(weights), *([over] if over else []))
     if uris is None:
         return None
+    # A query that sees no key has NaN for weights in torch's own layers.
     greatest = float(np.nan_to_num(weights).max(initial=0.0))
     alt = (
         f"Attention weights of head {place + 1}, {weights.shape[0]} queries (rows) by {weights.shape[1]} keys "

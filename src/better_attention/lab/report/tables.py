@@ -104,6 +104,7 @@ def _ours(row: Row, column: Column) -> Text:
     value, rank = row.estimates.get(column.key), row.ranks.get(column.key)
     if value is None:
         return Text("never" if column.kind == "epochs" else "–")
+    # Every seed has a model of the same size, so that an interval would say nothing.
     text = number(value.mean, column.digits) if column.kind == "size" else value.format(column.digits)
     if column.kind == "epochs" and value.n < len(row.seeds):
         text = f"{text}, {value.n} of {len(row.seeds)} runs"
@@ -224,6 +225,7 @@ def _flat(row: Row, columns: Sequence[Column]) -> dict[str, object]:
     for column in columns:
         key, ours, gain = column.key, row.estimates.get(column.key), row.gains.get(column.key)
         theirs = paper_value(row, column)
+        # A mean is a float, but a number of parameters is a whole number for a spreadsheet, too.
         cells[key] = ours and (int(ours.mean) if column.kind == "size" and ours.mean.is_integer() else ours.mean)
         if column.kind == "ratio":
             cells |= {f"{key}_low": ours and ours.low, f"{key}_high": ours and ours.high}

@@ -134,10 +134,12 @@ class RunFolder:
         Raises:
             ValueError: names the first file that was changed or is missing.
         """
+        # Not only what the manifest lists: without its entry a changed file would pass.
         if names is None and (listed := manifest.read(self.path)) is not None:
             names = [*FILES, *(name for name in listed if name not in FILES)]
         if manifest.check(self.path, names, may_lack=(WEIGHTS,)):
             return True
+        # The record was written together with a manifest, so somebody has removed it.
         if record.manifest:
             raise ValueError(f"{self.path / manifest.NAME} is missing, which has the digests of its files.")
         if names is None and self.has_weights:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+# DOTALL, because names also come from files, where they may hold line breaks.
 _FORM = re.compile(r"(.+)-h(\d{1,9})-s(\d{1,9})", flags=re.DOTALL)
 _FOLDER = re.compile(r"[A-Za-z0-9._-]{1,64}")
 

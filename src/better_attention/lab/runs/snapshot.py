@@ -73,6 +73,7 @@ class Snapshot:
             ValueError: the configuration or the record of a run is damaged.
             OSError: they cannot be read.
         """
+        # Sorted, because a file system lists its folders in any order.
         folders = [RunFolder(path) for path in sorted(out.glob("*")) if RunName.names_a_folder(path.name)]
         runs = {f.path.name: StoredRun.read(f, verify=verify) for f in folders if f.has_config}
         orphans = {f.path.name: files for f in folders if (files := f.orphans)}

@@ -78,6 +78,7 @@ class RunState:
 
 def run_states(folders: Sequence[Path]) -> list[RunState]:
     """The states of the runs below ``folders``, and results that are damaged, by path; each once."""
+    # The folders may lie inside each other; each run is listed once.
     below = dict.fromkeys(one for folder in folders for one in _folders(folder, DEPTH))
     states = (run_state(path) if is_run else _damaged_results(path) for path, is_run in below)
     return [state for state in states if state is not None]
@@ -165,6 +166,7 @@ def _folders(path: Path, depth: int) -> Iterator[tuple[Path, bool]]:
     yield path, False
     if depth:
         try:
+            # A link may lead back to a folder above it.
             names = sorted(entry.name for entry in os.scandir(path) if entry.is_dir(follow_symlinks=False))
         except OSError:
             return

@@ -78,9 +78,9 @@ def unlike_training(picture: np.ndarray[Any, Any], peak: int, training: str) -> 
     ]
 
 
-def blank_notes(splits: Splits) -> tuple[str, ...]:
+def blank_notes(splits: Splits, searched: int = SEARCHED_BYTES) -> tuple[str, ...]:
     """A note on pictures of one colour, within :data:`BLANK_RANGE`; on nearly black ones see :func:`dark_notes`."""
-    if not _looked_through(splits):
+    if not _looked_through(splits, searched):
         return ()
     parts = [split.inputs.flatten(1, 2) for split in (splits.train, splits.validation, splits.test) if len(split)]
     blank = 0
@@ -95,9 +95,9 @@ def blank_notes(splits: Splits) -> tuple[str, ...]:
     )
 
 
-def dark_notes(splits: Splits) -> tuple[str, ...]:
+def dark_notes(splits: Splits, searched: int = SEARCHED_BYTES) -> tuple[str, ...]:
     """A note on pictures without a pixel brighter than :data:`NEARLY_BLACK`: a model sees next to nothing of them."""
-    if not _looked_through(splits):
+    if not _looked_through(splits, searched):
         return ()
     parts = [split.inputs for split in (splits.train, splits.validation, splits.test) if len(split)]
     dark = sum(int((part.flatten(1).amax(dim=1) <= NEARLY_BLACK).sum()) for part in parts)
@@ -109,13 +109,13 @@ def dark_notes(splits: Splits) -> tuple[str, ...]:
     )
 
 
-def overlap_notes(splits: Splits) -> tuple[str, ...]:
+def overlap_notes(splits: Splits, searched: int = SEARCHED_BYTES) -> tuple[str, ...]:
     """A note for each held-out split with pictures that are trained on too, equal in every pixel that the model reads.
 
     Accuracy on pictures that a model was trained on says little about others. Splits of more than
-    :data:`SEARCHED_BYTES` are not searched.
+    ``searched`` bytes are not searched, here and for the other notes.
     """
-    if not _looked_through(splits):
+    if not _looked_through(splits, searched):
         return ()
     known = set(_digests(splits.train.inputs))
     shared = {name: sum(digest in known for digest in _digests(getattr(splits, name).inputs)) for name in HELD_OUT}
@@ -126,9 +126,9 @@ def overlap_notes(splits: Splits) -> tuple[str, ...]:
     )
 
 
-def _looked_through(splits: Splits) -> bool:
+def _looked_through(splits: Splits, most: int) -> bool:
     """Whether the pictures are few enough for the notes that need all of them."""
-    return sum(split.inputs.nbytes for split in (splits.train, splits.validation, splits.test)) <= SEARCHED_BYTES
+    return sum(split.inputs.nbytes for split in (splits.train, splits.validation, splits.test)) <= most
 
 
 def _digests(pictures: Tensor) -> Iterator[bytes]:

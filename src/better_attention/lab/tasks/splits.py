@@ -29,9 +29,9 @@ class Split:
     def __len__(self) -> int:
         return len(self.targets)
 
-    def to(self, device: torch.device) -> Split:
-        """The same split for a model on ``device``: moved there as a whole, or batch by batch where it is large."""
-        if device.type != "cpu" and self.inputs.nbytes + self.targets.nbytes > MOVED_AT_ONCE:
+    def to(self, device: torch.device, at_once: int = MOVED_AT_ONCE) -> Split:
+        """The same split for a model on ``device``: moved as a whole, or by batches above ``at_once`` bytes."""
+        if device.type != "cpu" and self.inputs.nbytes + self.targets.nbytes > at_once:
             return replace(self, device=device)
         return Split(self.inputs.to(device), self.targets.to(device))
 

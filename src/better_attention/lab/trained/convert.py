@@ -93,6 +93,7 @@ def convert_trained(
 
 
 def _max_len(trained: Trained, target: Mechanism, given: int | None) -> int | None:
+    # W_A needs a size, and a task has inputs of one length.
     if given is None and target.aligned and isinstance(trained.origin, RunOrigin):
         return trained.origin.task.length
     return given

@@ -63,6 +63,7 @@ def _open_converted(path: Path) -> Trained:
             f"{path} holds a recipe and weights, but not what the model was built from ({FOLDER}/config.json): only "
             "folders of `better-attention convert` do. Open this one in Python, with load_converted."
         )
+    # Before the weights are read: a damaged file is then named as such, and not as a wrong shape.
     manifest.check(path)
     manifest.check(there)
     origin: Origin = HostOrigin(there) if host.is_host(there) else RunOrigin.read(there)

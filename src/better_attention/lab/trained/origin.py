@@ -121,6 +121,7 @@ class HostOrigin(Origin):
         """See :meth:`Origin.build`."""
         from better_attention.lab.trained.host import build
 
+        # Weights are drawn at random here too, although they will be replaced.
         with torch.random.fork_rng(devices=[]):
             return build(self.folder)
 

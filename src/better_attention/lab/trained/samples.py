@@ -85,6 +85,7 @@ class RunSamples(Samples):
         """See :meth:`Samples.train`."""
         split = self.splits.train
         _check_count(count, self.available)
+        # A fixed seed of its own: the same samples calibrate in every call, whatever the caller drew before.
         order = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))[:count]
         return [split.batch(rows)[0] for rows in order.split(batch_size)]
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,8 @@ from better_attention.lab.timing import alternate
 from better_attention.layer.multihead import MultiheadAttention
 
 ROUNDS = (3, 25)  # at least, at most
-BUDGET = 1.5  # seconds for the rounds beyond the least number
+BUDGET = 1.5
+"""Seconds for the rounds beyond the least number."""
 SCORED = 32  # samples that a throw-away model is scored on
 
 
@@ -52,6 +54,23 @@ class Pace:
         return self.seconds * updates + self.evaluated * evaluated + self.scored * scored
 
 
+class Measure(Protocol):
+    """How a comparison or a ladder finds the speed of a model: :func:`measure`, or what knows it already."""
+
+    def __call__(
+        self,
+        task: Task,
+        splits: Splits,
+        variant: Variant,
+        heads: int,
+        device: torch.device,
+        *,
+        stop: Callable[[], bool] = ...,
+        quick: bool = ...,
+    ) -> Pace:
+        """See :func:`measure`."""
+
+
 def measure(
     task: Task,
     splits: Splits,
@@ -59,6 +78,7 @@ def measure(
     heads: int,
     device: torch.device,
     *,
+    seconds: float = BUDGET,
     stop: Callable[[], bool] = lambda: False,
     quick: bool = False,
 ) -> Pace:
@@ -66,6 +86,7 @@ def measure(
 
     Args:
         task, splits, variant, heads, device: what is trained, on what and where.
+        seconds: no further round begins after this long, once there were as many as :data:`ROUNDS` asks for.
         stop: asked after every round; once it says yes, what was measured by then is enough.
         quick: for an estimate of many models: one update of ours alone, after one of a single sample, without the
             optimiser's step, which takes a fiftieth of it and makes torch import its compiler (seconds).
@@ -82,13 +103,13 @@ def measure(
         first = {"ours": _updates(task, model, probe, device, False)} if quick else updates
         for update in first.values():
             update()
-        seconds: dict[str, list[float]] = {name: [] for name in updates}
+        taken: dict[str, list[float]] = {name: [] for name in updates}
         least, most = (1, 1) if quick else ROUNDS
-        for _, name in alternate(list(updates), most, least=least, seconds=BUDGET, stop=stop):
-            seconds[name].append(updates[name]())
-        pairs = zip(seconds["ours"], seconds.get("torch's", ()), strict=rival is not None)
+        for _, name in alternate(list(updates), most, least=least, seconds=seconds, stop=stop):
+            taken[name].append(updates[name]())
+        pairs = zip(taken["ours"], taken.get("torch's", ()), strict=rival is not None)
         times_as_fast = None if rival is None else median(theirs / ours for ours, theirs in pairs)
-        return Pace(median(seconds["ours"]), times_as_fast, *_evaluation(task, model, splits))
+        return Pace(median(taken["ours"]), times_as_fast, *_evaluation(task, model, splits))
 
 
 def _updates(task: Task, model: nn.Module, train: Split, device: torch.device, learn: bool) -> Callable[[], float]:

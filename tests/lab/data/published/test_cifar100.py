@@ -152,19 +152,16 @@ def test_the_official_sizes_fit_the_records() -> None:
 
 @pytest.mark.parametrize("changed", ["", "train.bin", "test.bin"])
 @pytest.mark.parametrize("kind", [".gz", "folder"])
-def test_other_data_under_the_same_names_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str, kind: str
-) -> None:
+def test_other_data_under_the_same_names_is_told(tmp_path: Path, changed: str, kind: str) -> None:
     files = contents()
     official = {name: hashlib.sha256(files[name]).hexdigest() for name in ("train.bin", "test.bin")}
-    monkeypatch.setattr(cifar100, "DIGESTS", official)
-    monkeypatch.setattr(cifar100, "OFFICIAL", (13, 7))
     changes = {changed.replace(".", "_"): records(len(files[changed]) // 3074, 3).tobytes()} if changed else {}
     if kind == "folder":
         write_folder(tmp_path, **changes)
     else:
         write_archive(tmp_path / f"cifar-100-binary.tar{kind}", **changes)
-    data = read("cifar100", tmp_path)
-    assert isinstance(data, Images)
+    files = cifar100.locate(tmp_path)
+    assert files is not None
+    data = cifar100.read(files, (13, 7), official)
     assert data.departures == data.notes
     assert [note.split(" has SHA-256")[0] for note in data.notes] == ([f"not CIFAR-100: {changed}"] if changed else [])

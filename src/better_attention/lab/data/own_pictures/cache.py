@@ -72,7 +72,14 @@ def clear() -> tuple[int, int]:
     return removed
 
 
-def decoded(key: str, rows: int, contents: Callable[[], Contents], size: int, channels: int) -> UInt8:
+def decoded(
+    key: str,
+    rows: int,
+    contents: Callable[[], Contents],
+    size: int,
+    channels: int,
+    in_memory: int = IN_MEMORY,
+) -> UInt8:
     """The pixels of a set of pictures, from the cache, or decoded now, on all cores.
 
     Threads do it, not processes: Pillow decodes and scales outside Python's lock, and nothing has to be imported again
@@ -83,14 +90,15 @@ def decoded(key: str, rows: int, contents: Callable[[], Contents], size: int, ch
         rows: how many pictures there are.
         contents: gives them, each row once.
         size, channels: see :func:`~better_attention.lab.data.own_pictures.decode.read_picture`.
+        in_memory: bytes up to which the pixels are read into memory.
 
     Returns:
-        uint8 ``(rows, size, size)`` or ``(rows, size, size, 3)``; above ``IN_MEMORY`` bytes a view of the file, whose
+        uint8 ``(rows, size, size)`` or ``(rows, size, size, 3)``; above ``in_memory`` bytes a view of the file, whose
         pages are read as they are needed. Writing to it changes memory alone.
 
     Raises:
         DataError: pictures that cannot be decoded, all of them named up to ten; no room on the disk; a folder that
-            may not be written, or none at all, for more than ``IN_MEMORY`` bytes.
+            may not be written, or none at all, for more than ``in_memory`` bytes.
     """
     shape = (rows, size, size) if channels == 1 else (rows, size, size, channels)
     try:
@@ -103,13 +111,13 @@ def decoded(key: str, rows: int, contents: Callable[[], Contents], size: int, ch
                     _write(path, shape, contents())
                     array = np.lib.format.open_memmap(path, mode="c")
     except (NoHome, NotWritable):
-        if int(np.prod(shape)) > IN_MEMORY:
+        if int(np.prod(shape)) > in_memory:
             raise
         pixels = np.empty(shape, np.uint8)  # decoded again every time, but decoded
         for row, picture in _pictures(shape, contents()):
             pixels[row] = picture
         return pixels
-    return np.array(array) if array.nbytes <= IN_MEMORY else array
+    return np.array(array) if array.nbytes <= in_memory else array
 
 
 def remembered(key: str, find: Callable[[], Any]) -> Any:

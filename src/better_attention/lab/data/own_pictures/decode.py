@@ -145,6 +145,7 @@ def _opaque(image: Image.Image) -> Image.Image:
     """The picture in 8 bits without transparency."""
     if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion would clip them
         values = np.asarray(image)
+        # Files that use 12 of the 16 bits come out nearly black, which a note on the data tells.
         plain = (values >> 8).astype(np.uint8)
         if isinstance(clear := image.info.get("transparency"), int):  # the value that stands for no ink
             plain[values == clear] = 255
@@ -179,6 +180,7 @@ def _opened(name: str, source: bytes | Path) -> Iterator[Image.Image]:
             yield image
     except DataError:
         raise
+    # Pillow's own bound, which it looks at before it gives the picture out.
     except Image.DecompressionBombError:
         raise DataError(f"{name} has far more than {PIXEL_LIMIT:,} pixels. Scale it down.") from None
     except UnidentifiedImageError:

@@ -95,6 +95,7 @@ def _rows(text: str) -> list[list[str]]:
     try:
         return [[field.strip() for field in row] for row in csv.reader(lines, delimiter=delimiter, quoting=quoting)]
     except csv.Error:
+        # It is no table then, and the next file is asked.
         return []
 
 

@@ -46,6 +46,7 @@ class ParquetPictures:
                 for value in column.to_pylist():
                     # The datasets library stores the contents together with a path, other programs the contents alone.
                     data = (value.get("bytes") if isinstance(value, dict) else value) or b""
+                    # Counted, because the file's own account of its size may be wrong.
                     total += len(data)
                     if total > limit:
                         raise _expands(self.path)

@@ -30,7 +30,7 @@ from better_attention.lab.data.own_texts.columns import doubtful
 from better_attention.lab.data.samples import DataError, Int64, UInt8
 from better_attention.text import plural
 
-from .cache import decoded, remembered, unreadable
+from .cache import IN_MEMORY, decoded, remembered, unreadable
 from .decode import SUFFIXES, is_grey, quiet
 from .labels import KINDS, TABLE, Labels, read_labels
 from .tree import SPLITS, PictureTree, archives, grow
@@ -93,11 +93,11 @@ class Pictures:
 
         return 1 if remembered(_key("channels", self.tree.stamp, np.arange(0)), find) == 1 else 3
 
-    def pixels(self, rows: Int64, size: int, channels: int) -> UInt8:
-        """The pictures of some rows, in their order; :func:`.cache.decoded` holds them."""
+    def pixels(self, rows: Int64, size: int, channels: int, in_memory: int = IN_MEMORY) -> UInt8:
+        """The pictures of some rows, in their order; :func:`.cache.decoded` holds them, and explains ``in_memory``."""
         wanted = {self.names[row]: index for index, row in enumerate(rows.tolist())}
         key = _key(f"{size} {channels}", self.tree.stamp, rows)
-        return decoded(key, len(rows), lambda: self.tree.contents(wanted), size, channels)
+        return decoded(key, len(rows), lambda: self.tree.contents(wanted), size, channels, in_memory)
 
     def damaged(self, rows: Int64, size: int, channels: int) -> dict[int, str]:
         """Place in ``rows`` -> what is wrong, of the pictures that cannot be decoded; all are, to find out."""

@@ -190,6 +190,7 @@ def _of_archives(place: Path, archives: Mapping[Path, str]) -> PictureTree:
     for archive, split in archives.items():
         about = archive.stat()
         stamp = f"{archive.resolve()} {about.st_size} {about.st_mtime_ns} {about.st_ctime_ns}"
+        # The number goes up when more is listed, so that lists of earlier versions are not used.
         key = hashlib.sha256(f"4 members {stamp}".encode("utf-8", "surrogateescape")).hexdigest()[:32]
         # Listing a compressed archive means decompressing it, hence the list is kept.
         listed = remembered(key, partial(_listed, archive))
@@ -216,6 +217,7 @@ def _shared_root(members: Sequence[str], split: str) -> str:
         first = members[0][len(root) :].partition("/")[0]
         below = f"{root}{first}/"
         inside = all(name.startswith(below) and "/" in name[len(below) :] for name in members)
+        # train/ is a split, and no folder above the classes.
         if not inside or (first == "train" and not split):
             break
         root = below

@@ -136,6 +136,7 @@ class Table:
 def format_of(path: Path) -> str | None:
     """``"csv"``, ``"json"`` or ``"parquet"`` by the file's name; None for any other."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
+    # Parquet is read from its end, which no compressed stream allows.
     if len(suffixes) > 1 and suffixes[-1] in _COMPRESSED and suffixes[-2] != ".parquet":
         suffixes.pop()
     return FORMATS.get(suffixes[-1]) if suffixes else None

@@ -97,6 +97,7 @@ def _tables(place: Path, columns: Columns) -> tuple[dict[str, Table], tuple[str,
         try:
             tables[part] = read_shards(paths, columns)
         except NoLabelsError:
+            # Nothing can be learned without labels; a test file without them, as competitions have, can be spared.
             if part == "train":
                 raise
             named = ", ".join(path.name for path in paths[:10])
@@ -214,6 +215,7 @@ def natural(name: str) -> tuple[Any, ...]:
     """
     if _NUMBER.fullmatch(name):
         return 0, (float(name),), name
+    # In pieces of 18 digits, because Python refuses to read a number of thousands.
     pieces = re.split("([0-9]{1,18})", name.casefold())  # words and numbers alternate
     return 1, tuple(int(piece) if odd % 2 else piece for odd, piece in enumerate(pieces)), name
 

@@ -122,6 +122,7 @@ def _official_fields(fields: Sequence[str], place: str) -> tuple[str, str]:
             f'{place}: expected "class","title","text" with a class from 1 to 5, received {len(fields)} fields, the '
             f"first {fields[0][:20]!r}. This is not the set of five classes."
         )
+    # Its publishers write a line end within a text as a backslash and an n.
     return fields[1].replace("\\n", "\n"), fields[2].replace("\\n", "\n")
 
 

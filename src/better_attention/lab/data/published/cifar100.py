@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -77,8 +77,13 @@ def locate(place: Path) -> tuple[Path, ...] | None:
     return None
 
 
-def read(files: Sequence[Path]) -> Images:
+def read(files: Sequence[Path], sizes: tuple[int, int] = OFFICIAL, published: Mapping[str, str] = DIGESTS) -> Images:
     """CIFAR-100 from its archive or its unpacked folder.
+
+    Args:
+        files: the archive or the folder, as :func:`locate` gives it.
+        sizes, published: images to train and to test with, and the SHA-256 of each file, of the set that this is
+            expected to be; what differs is noted.
 
     Returns:
         uint8 images ``(N, 32, 32, 3)``, RGB, with the fine label of each; 50,000 and 10,000 in the official files.
@@ -91,11 +96,11 @@ def read(files: Sequence[Path]) -> Images:
     missing = [name for name in _FILES if name not in contents]
     if missing:
         raise DataError(f"{place} has no {', '.join(f'{_FOLDER}/{name}' for name in missing)}: expected {LAYOUT}.")
-    digests = {name: (hashlib.sha256(contents[name]).hexdigest(), theirs) for name, theirs in DIGESTS.items()}
+    digests = {name: (hashlib.sha256(contents[name]).hexdigest(), theirs) for name, theirs in published.items()}
     # pop() lets the 150 MB of raw records go as soon as their pixels are copied.
     train_images, train_labels = _records(place, "train.bin", contents.pop("train.bin"))
     test_images, test_labels = _records(place, "test.bin", contents.pop("test.bin"))
-    unlike = departures("CIFAR-100", (len(train_labels), len(test_labels)), OFFICIAL, digests)
+    unlike = departures("CIFAR-100", (len(train_labels), len(test_labels)), sizes, digests)
     return Images(
         name="cifar100",
         train_images=train_images,
