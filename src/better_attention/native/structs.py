@@ -9,7 +9,7 @@ import ctypes
 
 import torch
 
-ABI = 2
+ABI = 3
 """Version of the interface."""
 OK, NO_MEMORY, NO_SUCH_ISA, NO_SUCH_SCORE = range(4)
 """What a function returns."""
@@ -42,7 +42,7 @@ class Call(ctypes.Structure):
     """``ba_call``: one attention call, forward or backward."""
 
     _fields_ = (
-        *_integers("isa threads dtype score causal"),
+        *_integers("isa threads dtype score causal offset window"),
         *_numbers("scale dropout"),
         *_integers("seed B N G L S H W"),
         *_pointers("q k v"),

@@ -20,7 +20,7 @@
 extern "C" {
 #endif
 
-enum { BA_ABI = 2 };                                                     /* counts incompatible changes of this file */
+enum { BA_ABI = 3 };                                                     /* counts incompatible changes of this file */
 enum { BA_F32 = 0, BA_BF16 = 1, BA_BOOL = 2, BA_NONE = 3 };              /* element types; bool: 1 byte, 1 = attend */
 enum { BA_SOFTMAX = 0, BA_EXPRESSIVE = 1 };                              /* scores */
 enum { BA_OK = 0, BA_NO_MEMORY = 1, BA_NO_SUCH_ISA = 2, BA_NO_SUCH_SCORE = 3 }; /* what a kernel returns */
@@ -31,7 +31,8 @@ typedef struct {
     int64_t isa;                     /* BA_BEST, or one that ba_isas() reports */
     int64_t threads;                 /* at least 1 */
     int64_t dtype;                   /* of q, k, v, out and their gradients: BA_F32, BA_BF16 */
-    int64_t score, causal;           /* causal: query l sees keys s <= l */
+    int64_t score, causal;           /* causal: query l sees keys s <= l + offset */
+    int64_t offset, window;          /* and only `window` of them, its own the last; 0: any number */
     double scale;                    /* z = scale * q.k */
     double dropout;                  /* probability, 0 to 1, that a weight is dropped; 1 drops all. dropout.hpp has */
     int64_t seed;                    /* the rule that says which, by this number */

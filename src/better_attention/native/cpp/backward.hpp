@@ -36,16 +36,15 @@ struct BackPanel {
 };
 
 template <int NV, int SCORE>
-static __attribute__((noinline)) void slope_any(BackPanel& p, int mode, int64_t lane, int64_t s0, int64_t n) {
-    const int64_t first = p.hide.causal ? p.l0 + lane : BEHIND;
+static __attribute__((noinline)) void slope_any(BackPanel& p, int mode, const Edge& edge, int64_t lane, int64_t n) {
     const float scale = static_cast<float>(p.c->scale);
     float *z = p.z + lane, *dp = p.dp + lane;
     const float *tile = p.tile + lane, *inv = p.inverse + lane, *shift = p.shift + lane, *delta = p.delta + lane;
     switch (mode) {
-    case FREE: return slope<NV, SCORE, FREE>(z, dp, n, p.pitch, tile, first, s0, inv, shift, delta, scale);
-    case TRIANGLE: return slope<NV, SCORE, TRIANGLE>(z, dp, n, p.pitch, tile, first, s0, inv, shift, delta, scale);
-    case HIDING: return slope<NV, SCORE, HIDING>(z, dp, n, p.pitch, tile, first, s0, inv, shift, delta, scale);
-    default: return slope<NV, SCORE, BIASED>(z, dp, n, p.pitch, tile, first, s0, inv, shift, delta, scale);
+    case FREE: return slope<NV, SCORE, FREE>(z, dp, n, p.pitch, tile, edge, inv, shift, delta, scale);
+    case EDGE: return slope<NV, SCORE, EDGE>(z, dp, n, p.pitch, tile, edge, inv, shift, delta, scale);
+    case HIDING: return slope<NV, SCORE, HIDING>(z, dp, n, p.pitch, tile, edge, inv, shift, delta, scale);
+    default: return slope<NV, SCORE, BIASED>(z, dp, n, p.pitch, tile, edge, inv, shift, delta, scale);
     }
 }
 
@@ -62,8 +61,9 @@ template <int NV, int SCORE>
 static void back_block(BackPanel& p, int64_t lane, int64_t s0, int64_t n) {
     const State state = mask_tile(p.hide, p.l0, p.rows, s0, n, p.pitch, p.tile, p.spare);
     if (state == CLOSED) return;
-    const bool crosses = p.hide.causal && p.l0 + lane < s0 + n - 1;
-    const int mode = state == BIASES ? BIASED : state == HIDES ? HIDING : crosses ? TRIANGLE : FREE;
+    const int64_t query = p.l0 + lane;
+    const Edge edge = edge_of(p.hide, query, query + NV * LANES - 1, s0, n);
+    const int mode = state == BIASES ? BIASED : state == HIDES ? HIDING : edge.any ? EDGE : FREE;
     const int64_t H = p.c->H, W = p.c->W;
     const float *k = p.k + s0 * p.k_s, *v = p.v + s0 * p.v_s;
     for (int64_t h = 0; h < H; h += DEPTH)
@@ -76,9 +76,10 @@ static void back_block(BackPanel& p, int64_t lane, int64_t s0, int64_t n) {
         drop<NV, false>(p.drops, p.numbers + lane, s0, n, p.pitch, p.kept + lane);
         times<NV>(p.dp + lane, p.kept + lane, n, p.pitch);
     }
-    slope_any<NV, SCORE>(p, mode, lane, s0, n);
+    slope_any<NV, SCORE>(p, mode, edge, lane, n);
     if (p.drops.any) times<NV>(p.z + lane, p.kept + lane, n, p.pitch);
-    const int64_t rows = p.rows - lane;  // queries beyond the last take no part
+    const int64_t left = p.rows - lane;  // queries beyond the last take no part
+    const int64_t rows = left < NV * LANES ? left : NV * LANES;
     wide_product<false>(p.Wp / LANES, n, rows, p.z + lane, p.pitch, p.grad_rows + lane * p.grad_s,
         p.grad_s, p.dv + s0 * p.dv_s, p.dv_s, true);
     wide_product<false>(p.Hp / LANES, n, rows, p.dp + lane, p.pitch, p.q_rows + lane * p.q_s, p.q_s,
@@ -110,7 +111,7 @@ static void careful_backward(BackPanel& p, int64_t b, int64_t n, int64_t l) {
     const uint64_t row = row_of(c, b, n, l);
     double share = 0.0;
     for (int pass = 0; pass < 2; ++pass)
-        for (int64_t s = 0; s < c.S; ++s) {
+        for (int64_t s = first_key(p.hide, l); s < end_key(p.hide, l); ++s) {
             if (weights[s] == 0.0) continue;
             const void* k = shifted(c.k, b * c.k_b + g * c.k_g + s * c.k_s, bf16);
             const float* v = p.v + s * p.v_s;
@@ -187,14 +188,8 @@ static void back_panel(const Backward& f, BackPanel& p, int64_t b, int64_t n, in
         for (int r = 1; r < BA_LANES; ++r) sum += x[r];
         store(p.delta + lane, sum);
     }
-    int64_t s = 0;
-    const int64_t whole = c.causal && p.l0 < c.S ? p.l0 : c.S;
-    for (; s < whole; s += f.keys) back_block_of<SCORE>(p, vectors, 0, s, whole - s < f.keys ? whole - s : f.keys);
-    if (c.causal)
-        for (int64_t v = 0; v < vectors && p.l0 + v * LANES < c.S; ++v) {
-            const int64_t s0 = p.l0 + v * LANES;
-            back_block_of<SCORE>(p, vectors - v, v * LANES, s0, c.S - s0 < LANES ? c.S - s0 : LANES);
-        }
+    band_blocks(p.hide, p.l0, p.rows, vectors, f.keys,
+        [&](int64_t some, int64_t lane, int64_t s0, int64_t n) { back_block_of<SCORE>(p, some, lane, s0, n); });
     if (SCORE == BA_EXPRESSIVE && faint)
         for (int64_t l = 0; l < p.rows; ++l)
             if (stats[2 * l] == 0.0f) careful_backward(p, b, n, p.l0 + l);

@@ -13,7 +13,8 @@ constexpr int64_t STRETCH = 32;  // keys weighed at a time
 
 struct Decode {
     const ba_call* c;
-    int64_t group, few, chunk, chunks, Hp, Wp, state;  // state: floats of one row's partial sums
+    int64_t group, few, Hp, Wp, state;          // state: floats of one row's partial sums
+    int64_t begin, end, chunk, chunks;          // keys that any query sees, and how they are cut
     bool interleaved;                           // the heads of one key lie side by side
     float *q, *parts;                           // queries [B][G][few][Hp], sums [B][G][few][chunks][state]
 };
@@ -63,8 +64,9 @@ static void stretch(
     const bool biased = r.exponent;
     bool hides = n % LANES != 0;
     for (int64_t i = 0; i < vectors; ++i) bias[i] = V{};
-    if (hides || r.mask_type != BA_NONE || r.padding_type != BA_NONE || (r.causal && s0 + n - 1 > l)) {
-        for (int64_t s = 0; s < vectors * LANES; ++s) mask[s] = s < n && !(r.causal && s0 + s > l) ? 0.0f : -INF;
+    const int64_t begin = first_key(r, l) - s0, end = end_key(r, l) - s0;
+    if (hides || r.mask_type != BA_NONE || r.padding_type != BA_NONE || begin > 0 || end < n) {
+        for (int64_t s = 0; s < vectors * LANES; ++s) mask[s] = s < n && s >= begin && s < end ? 0.0f : -INF;
         const void* rows[2] = {r.mask, r.padding};
         const int64_t types[2] = {r.mask_type, r.padding_type}, strides[2] = {r.mask_s, r.padding_s};
         for (int i = 0; i < 2; ++i) {
@@ -152,7 +154,7 @@ static void decode_task(void* context, int64_t task, float*) {
     const int64_t heads = f.interleaved ? c.G : 1;
     const int64_t chunk = task % f.chunks, rest = task / f.chunks;
     const int64_t b = f.interleaved ? rest : rest / c.G, first = f.interleaved ? 0 : rest % c.G;
-    const int64_t start = chunk * f.chunk, end = start + f.chunk < c.S ? start + f.chunk : c.S;
+    const int64_t start = f.begin + chunk * f.chunk, end = start + f.chunk < f.end ? start + f.chunk : f.end;
     for (int64_t g = first; g < first + heads; ++g)
         for (int64_t r = 0; r < f.few; ++r) {
             float* state = f.parts + (((b * c.G + g) * f.few + r) * f.chunks + chunk) * f.state;
@@ -166,8 +168,8 @@ static void decode_task(void* context, int64_t task, float*) {
             const void* v = shifted(c.v, b * c.v_b + g * c.v_g + s0 * c.v_s, bf16);
             for (int64_t r = 0; r < f.few; ++r) {
                 const int64_t l = r % c.L, query = g * f.group + r / c.L, row = (b * c.G + g) * f.few + r;
-                if (c.causal && s0 > l) continue;
                 const Restriction hide = restriction(c, b, query);
+                if (s0 >= end_key(hide, l) || s0 + n <= first_key(hide, l)) continue;
                 float* state = f.parts + (row * f.chunks + chunk) * f.state;
                 bf16 ? stretch<true>(c, hide, k, v, l, s0, n, f.q + row * f.Hp, state)
                      : stretch<false>(c, hide, k, v, l, s0, n, f.q + row * f.Hp, state);
@@ -237,12 +239,15 @@ static int64_t decode(const ba_call& c) {
     f.group = c.N / c.G;
     f.few = f.group * c.L;
     f.interleaved = c.G > 1 && c.k_g < c.k_s;
+    const Restriction causality = restriction(c, 0, 0);
+    f.begin = first_key(causality, 0), f.end = end_key(causality, c.L - 1);
+    const int64_t keys = f.end > f.begin ? f.end - f.begin : 0;
     f.chunk = CHUNK;
     if (c.B * (f.interleaved ? 1 : c.G) < PARTS) {  // few heads to share out
-        f.chunk = (c.S / PARTS + STRETCH) / STRETCH * STRETCH;
+        f.chunk = (keys / PARTS + STRETCH) / STRETCH * STRETCH;
         if (f.chunk > CHUNK) f.chunk = CHUNK;
     }
-    f.chunks = (c.S + f.chunk - 1) / f.chunk;
+    f.chunks = (keys + f.chunk - 1) / f.chunk;
     f.Hp = (c.H + LANES - 1) / LANES * LANES;
     f.Wp = (c.W + LANES - 1) / LANES * LANES;
     f.state = ba_padded(LANES + f.Wp);
