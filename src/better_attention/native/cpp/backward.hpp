@@ -13,6 +13,7 @@ struct Backward {
     const ba_call* c;
     Panels cut;
     int64_t wide, keys, Hp, Wp, parts, run, floats;
+    int64_t together, span;  // panels that share one copy of their keys, and the most keys of one
     bool copy_k, copy_v, shared;
     bool copy_q, copy_grad;  // whether rows that serve as vectors have to be converted or filled up first
     bool direct_k, direct_v; // whether gradients of k and v are summed where they belong
@@ -32,7 +33,8 @@ struct BackPanel {
     float *z, *dp, *tile, *spare, *kept;
     float *inverse, *shift, *delta, *numbers;
     float *dk, *dv;  // rows of Hp and Wp; the same memory if k and v are one tensor
-    int64_t dk_s, dv_s;
+    int64_t dk_s, dv_s, zeroed;  // zeroed: rows of dk and dv that hold sums; what lies behind holds anything
+    float *k_copy, *v_copy;
 };
 
 template <int NV, int SCORE>
@@ -206,6 +208,31 @@ static void write_rows(const float* sums, int64_t pitch, void* rows, bool bf16, 
 
 static int64_t sums_of_part(const Backward& f) { return f.c->S * (f.Hp + (f.shared ? 0 : f.Wp)); }
 
+static void zero_sums(const Backward& f, BackPanel& p, int64_t end) {
+    for (; p.zeroed < end; ++p.zeroed) {
+        memset(p.dk + p.zeroed * p.dk_s, 0, static_cast<size_t>(f.Hp) * sizeof(float));
+        if (!f.shared) memset(p.dv + p.zeroed * p.dv_s, 0, static_cast<size_t>(f.Wp) * sizeof(float));
+    }
+}
+
+// The keys and values that a run of panels sees, and their gradients' sums.
+static void bring_keys(const Backward& f, BackPanel& p, Row k, Row v, int64_t run) {
+    const ba_call& c = *f.c;
+    const int64_t from = run * f.together, to = from + f.together < f.cut.count ? from + f.together : f.cut.count;
+    const int64_t last = to * f.cut.vectors / f.cut.count * LANES - 1;
+    const int64_t begin = first_key(p.hide, from * f.cut.vectors / f.cut.count * LANES);
+    const int64_t end = end_key(p.hide, last < c.L ? last : c.L - 1), count = end > begin ? end - begin : 0;
+    zero_sums(f, p, end);
+    if (p.k_copy != NULL) {
+        copy_rows({shifted(k.p, begin * c.k_s, k.bf16), k.bf16}, c.k_s, count, c.H, p.k_copy, f.Hp);
+        p.k = p.k_copy - begin * f.Hp, p.k_s = f.Hp;
+    }
+    if (p.k_copy != NULL && f.shared) p.v = p.k, p.v_s = p.k_s;
+    if (p.v_copy == NULL) return;
+    copy_rows({shifted(v.p, begin * c.v_s, v.bf16), v.bf16}, c.v_s, count, c.W, p.v_copy, f.Wp);
+    p.v = p.v_copy - begin * f.Wp, p.v_s = f.Wp;
+}
+
 // One part of the queries of one head of keys.
 static void back_head(const Backward& f, int64_t b, int64_t g, int64_t part, float* scratch) {
     const ba_call& c = *f.c;
@@ -233,16 +260,8 @@ static void back_head(const Backward& f, int64_t b, int64_t g, int64_t part, flo
     const Row k = {shifted(c.k, b * c.k_b + g * c.k_g, bf16), bf16}, v = {shifted(c.v, b * c.v_b + g * c.v_g, bf16), bf16};
     p.k = static_cast<const float*>(k.p), p.k_s = c.k_s;
     p.v = static_cast<const float*>(v.p), p.v_s = c.v_s;
-    if (f.copy_k) {
-        copy_rows(k, c.k_s, c.S, c.H, at, f.Hp);
-        p.k = at, p.k_s = f.Hp, at += c.S * f.Hp;
-    }
-    if (f.copy_k && f.shared) {
-        p.v = p.k, p.v_s = p.k_s;
-    } else if (f.copy_v) {
-        copy_rows(v, c.v_s, c.S, c.W, at, f.Wp);
-        p.v = at, p.v_s = f.Wp, at += c.S * f.Wp;
-    }
+    if (f.copy_k) p.k_copy = at, at += f.span * f.Hp;
+    if (f.copy_v && !(f.copy_k && f.shared)) p.v_copy = at, at += f.span * f.Wp;
     float* sums = at;
     if (f.sums == NULL) at += sums_of_part(f);
     else sums = f.sums + ((b * c.G + g) * f.parts + part) * sums_of_part(f);
@@ -255,14 +274,16 @@ static void back_head(const Backward& f, int64_t b, int64_t g, int64_t part, flo
         p.dv_s = f.direct_v ? c.dv_s : f.Wp;
     }
     p.spare = at;
-    for (int64_t s = 0; s < c.S; ++s) memset(p.dk + s * p.dk_s, 0, static_cast<size_t>(f.Hp) * sizeof(float));
-    if (!f.shared)
-        for (int64_t s = 0; s < c.S; ++s) memset(p.dv + s * p.dv_s, 0, static_cast<size_t>(f.Wp) * sizeof(float));
+    p.zeroed = 0;
+    p.hide = restriction(c, b, g * (c.N / c.G));
     const int64_t group = c.N / c.G, all = group * f.cut.count, end = (part + 1) * all / f.parts;
-    for (int64_t i = part * all / f.parts; i < end; ++i) {
-        const int64_t n = g * group + i / f.cut.count, index = i % f.cut.count;
+    for (int64_t i = part * all / f.parts, copied = -1; i < end; ++i) {
+        const int64_t n = g * group + i / f.cut.count, index = i % f.cut.count, run = index / f.together;
+        if (run != copied) bring_keys(f, p, k, v, run);
+        copied = run;
         c.score == BA_SOFTMAX ? back_panel<BA_SOFTMAX>(f, p, b, n, index) : back_panel<BA_EXPRESSIVE>(f, p, b, n, index);
     }
+    zero_sums(f, p, c.S);
     if (f.sums != NULL) return;
     if (!f.direct_k) write_rows(p.dk, f.Hp, shifted(c.dk, b * c.dk_b + g * c.dk_g, bf16), bf16, c.dk_s, c.S, c.H);
     if (!f.shared && !f.direct_v)
@@ -306,6 +327,8 @@ static int64_t wide_backward(const ba_call& c) {
     f.Hp = (c.H + LANES - 1) / LANES * LANES;
     f.Wp = (c.W + LANES - 1) / LANES * LANES;
     const bool bf16 = c.dtype == BA_BF16;
+    f.together = run_panels(c, f.cut, f.wide);
+    f.span = run_keys(c, f.cut, f.wide);
     f.shared = c.dv == NULL;
     f.copy_k = bf16 || f.cut.count > 1;
     f.copy_v = bf16 || f.cut.count > 1;
@@ -325,7 +348,7 @@ static int64_t wide_backward(const ba_call& c) {
     int64_t spare = tile_spare(f.wide * LANES, f.keys);
     if (c.score == BA_EXPRESSIVE && spare < 2 * c.S + 2) spare = 2 * c.S + 2;
     f.floats = f.wide * LANES * (2 * c.H + c.W + f.Hp + f.Wp + (c.dropout > 0.0 ? 4 : 3) * f.keys + 5) + spare +
-        (f.copy_k ? c.S * f.Hp : 0) + (f.copy_v ? c.S * f.Wp : 0) + (f.sums == NULL ? sums_of_part(f) : 0);
+        (f.copy_k ? f.span * f.Hp : 0) + (f.copy_v ? f.span * f.Wp : 0) + (f.sums == NULL ? sums_of_part(f) : 0);
     int64_t status = ba_parallel(
         c.threads, f.parts > 1 ? heads * f.parts : (heads + f.run - 1) / f.run, f.floats, backward_task, &f);
     if (status == BA_OK && f.sums != NULL) status = ba_parallel(c.threads, heads, 0, add_parts, &f);

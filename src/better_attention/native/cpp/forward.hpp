@@ -10,6 +10,7 @@ constexpr int64_t TILE_FLOATS = 3072;  // of one block of scores: 12 KiB of the 
 // Of q and k multiplied at a time, for the same reason; and sums of sums lose fewer digits than one long sum, which
 // counts where a product is rounded before it is added.
 constexpr int64_t DEPTH = LANES == 4 ? 32 : 128;
+constexpr int64_t SHORTEST_RUN = 512;                // queries
 constexpr int64_t MOST_KEYS = LANES == 4 ? 48 : 96;  // in a block, for that reason too
 
 struct Panels {  // how L queries are cut
@@ -19,6 +20,19 @@ struct Panels {  // how L queries are cut
 static Panels panels(int64_t L, int64_t wide) {
     const int64_t vectors = (L + LANES - 1) / LANES;
     return {vectors, (vectors + wide - 1) / wide};
+}
+
+// Panels that share one copy of the keys that they see. With a window these are few, and stay in the caches.
+static int64_t run_panels(const ba_call& c, const Panels& cut, int64_t wide) {
+    if (!c.causal || c.window == 0) return cut.count;
+    const int64_t rows = c.window > SHORTEST_RUN ? c.window : SHORTEST_RUN, panels = rows / (wide * LANES);
+    return panels < 1 ? 1 : panels < cut.count ? panels : cut.count;
+}
+
+// The most keys of such a copy.
+static int64_t run_keys(const ba_call& c, const Panels& cut, int64_t wide) {
+    const int64_t panels = run_panels(c, cut, wide), keys = panels * wide * LANES + c.window;
+    return panels == cut.count || keys > c.S ? c.S : keys;
 }
 
 // Keys in a block: all blocks about the same, in whole tiles of 6 rows, about TILE_FLOATS scores of `wide` vectors.
@@ -306,14 +320,17 @@ static Forward plan_forward(const ba_call& c) {
     const int64_t heads = c.B * c.N;
     const int64_t wanted = (4 * c.threads + heads - 1) / heads;
     f.chunks = c.threads == 1 || heads >= 4 * c.threads ? 1 : wanted < f.cut.count ? wanted : f.cut.count;
+    const int64_t together = run_panels(c, f.cut, f.wide), runs = (f.cut.count + together - 1) / together;
+    if (f.chunks < runs) f.chunks = runs;
+    const int64_t keys = run_keys(c, f.cut, f.wide);
     f.run = heads / (16 * c.threads) > 1 ? heads / (16 * c.threads) : 1;
     // Rows that lie apart fall on few sets of the caches and on many pages: in one piece, if they are read repeatedly.
     f.copy_k = bf16 || f.cut.count > 1;
     f.copy_v = bf16 || f.cut.count > 1;
     int64_t spare = tile_spare(f.wide * LANES, f.keys > LANES ? f.keys : LANES);
     if (c.score == BA_EXPRESSIVE && spare < 2 * c.S + 2) spare = 2 * c.S + 2;
-    f.floats = f.wide * LANES * (c.H + c.W + 2 * f.keys + 5) + spare + (f.copy_k ? c.S * f.Hp : 0) +
-        (f.copy_v ? c.S * f.Wp : 0);
+    f.floats = f.wide * LANES * (c.H + c.W + 2 * f.keys + 5) + spare + (f.copy_k ? keys * f.Hp : 0) +
+        (f.copy_v ? keys * f.Wp : 0);
     return f;
 }
 
