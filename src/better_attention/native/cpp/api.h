@@ -23,7 +23,8 @@ extern "C" {
 enum { BA_ABI = 3 };                                                     /* counts incompatible changes of this file */
 enum { BA_F32 = 0, BA_BF16 = 1, BA_BOOL = 2, BA_NONE = 3 };              /* element types; bool: 1 byte, 1 = attend */
 enum { BA_SOFTMAX = 0, BA_EXPRESSIVE = 1 };                              /* scores */
-enum { BA_OK = 0, BA_NO_MEMORY = 1, BA_NO_SUCH_ISA = 2, BA_NO_SUCH_SCORE = 3 }; /* what a kernel returns */
+/* what a kernel returns; the last: int8 and rotated caches serve a few queries without dropout, and ba_forward alone */
+enum { BA_OK = 0, BA_NO_MEMORY = 1, BA_NO_SUCH_ISA = 2, BA_NO_SUCH_SCORE = 3, BA_DECODES_ONLY = 4 };
 enum { BA_BEST = 0, BA_PORTABLE = 1, BA_NEON = 2, BA_AVX2 = 3, BA_AVX512 = 4 }; /* instruction sets */
 
 /* One attention call. All fields are 8 bytes wide, so that the layout is the same for every compiler. */
@@ -41,6 +42,10 @@ typedef struct {
     int64_t q_b, q_n, q_l;           /* strides of q (B, N, L, H) */
     int64_t k_b, k_g, k_s;           /* of k (B, G, S, H) */
     int64_t v_b, v_g, v_s;           /* of v (B, G, S, W) */
+    const float *k_scale, *v_scale;  /* (B, G, S): k and v are int8, to be multiplied by these. NULL: k and v are `dtype` */
+    int64_t scale_b, scale_g, scale_s;
+    const float *rotary_cos, *rotary_sin; /* (S, H/2): features h and h + H/2 of key s are turned by its angles; or NULL */
+    int64_t rotary_s;
     const void *mask;                /* (B, N, L, S): bool, or added to the log weights (-inf hides; for the */
     int64_t mask_type;               /* expressive score so does the type's lowest number). BA_NONE: no mask */
     int64_t mask_b, mask_n, mask_l, mask_s; /* 0 where it broadcasts */

@@ -144,6 +144,21 @@ static void block_of(Panel& p, int64_t vectors, int64_t lane, int64_t s0, int64_
     }
 }
 
+// One number of a key or value, whatever the cache holds.
+static float number_at(const void* p, const float* scale, const ba_call& c, int64_t row, int64_t scale_row, int64_t i) {
+    if (scale == NULL) return load_row({shifted(p, row, c.dtype == BA_BF16), c.dtype == BA_BF16}, i, 1)[0];
+    return scale[scale_row] * static_cast<float>(static_cast<const int8_t*>(p)[row + i]);
+}
+
+static float key_at(const ba_call& c, int64_t b, int64_t g, int64_t s, int64_t h) {
+    const int64_t row = b * c.k_b + g * c.k_g + s * c.k_s, scale_row = b * c.scale_b + g * c.scale_g + s * c.scale_s;
+    const float x = number_at(c.k, c.k_scale, c, row, scale_row, h);
+    if (c.rotary_cos == NULL) return x;
+    const int64_t P = c.H / 2, p = h % P;
+    const float other = number_at(c.k, c.k_scale, c, row, scale_row, h < P ? h + P : p);
+    return x * c.rotary_cos[s * c.rotary_s + p] + (h < P ? -other : other) * c.rotary_sin[s * c.rotary_s + p];
+}
+
 // A row of expressive attention in double precision, for scores so small that float32 loses their squares.
 // Returns its normaliser, 0 if there is no weight at all; `weights` (S) are normalised, and written where causality
 // leaves keys.
@@ -159,9 +174,8 @@ static double careful_row(const ba_call& c, const Restriction& r, int64_t b, int
         float bias;
         double z = 0.0;
         if (sees(r, l, s, &bias)) {
-            const void* k = shifted(c.k, b * c.k_b + g * c.k_g + s * c.k_s, bf16);
             for (int64_t h = 0; h < c.H; ++h)
-                z += static_cast<double>(load_row({q, bf16}, h, 1)[0]) * load_row({k, bf16}, h, 1)[0];
+                z += static_cast<double>(load_row({q, bf16}, h, 1)[0]) * key_at(c, b, g, s, h);
             z *= c.scale;
         }
         // In logarithms, where nothing underflows: 2 log|z| - log(1 + z^2) + bias.
@@ -195,7 +209,8 @@ static void careful_forward(const ba_call& c, int64_t b, int64_t n, int64_t l, f
         for (int64_t s = begin; s < (total > 0.0 ? end : begin); ++s)
             if (weights[s] != 0.0)
                 sum += weights[s] *
-                    load_row({shifted(c.v, b * c.v_b + g * c.v_g + s * c.v_s, bf16), bf16}, w, 1)[0];
+                    number_at(c.v, c.v_scale, c, b * c.v_b + g * c.v_g + s * c.v_s,
+                        b * c.scale_b + g * c.scale_g + s * c.scale_s, w);
         store_row(out, bf16, w, fill(static_cast<float>(sum)), 1);
     }
     if (c.stats != NULL) {

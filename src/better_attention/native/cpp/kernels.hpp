@@ -7,6 +7,7 @@
 #include "masks.hpp"
 #include "scores.hpp"
 #include "dropout.hpp"
+#include "decode_rows.hpp"
 #include "forward.hpp"
 #include "backward.hpp"
 #include "decode.hpp"
@@ -18,11 +19,13 @@ namespace BA_ISA {
 int64_t forward(const ba_call& c) {
     if (c.B * c.N * c.L == 0) return BA_OK;
     const ba_call call = within_reach(c);
+    if (is_special(call) && !is_decode(call)) return BA_DECODES_ONLY;
     return is_decode(call) ? decode(call) : wide_forward(call);
 }
 
 int64_t backward(const ba_call& c) {
     const ba_call call = within_reach(c);
+    if (is_special(call)) return BA_DECODES_ONLY;
     return is_decode(call) ? decode_backward(call) : wide_backward(call);
 }
 
