@@ -84,7 +84,10 @@ class Mask:
 
 @dataclass(frozen=True)
 class Case:
-    """One call: sizes (B, N, G, L, S, H, W), masks, and how q, k and v lie in memory; ``shared``: v is k."""
+    """One call: sizes (B, N, G, L, S, H, W), masks, and how q, k and v lie in memory; ``shared``: v is k.
+
+    ``band``: offset and window of the triangle, under ``causal``.
+    """
 
     sizes: tuple[int, int, int, int, int, int, int]
     mask: Mask | None = None
@@ -93,12 +96,14 @@ class Case:
     scale: float | None = None
     layouts: tuple[str, str, str] = ("plain", "plain", "plain")
     shared: bool = False
+    band: tuple[int, int | None] = (0, None)
 
     def __str__(self) -> str:
         parts = ["x".join(map(str, self.sizes))]
         parts += [f"mask {self.mask}"] * (self.mask is not None) + [f"padding {self.padding}"] * bool(self.padding)
         parts += ["causal"] * self.causal + ["shared"] * self.shared + [f"scale {self.scale}"] * bool(self.scale)
         parts += ["/".join(self.layouts)] * (set(self.layouts) != {"plain"})
+        parts += ["offset {} window {}".format(*self.band)] * (self.band != (0, None))
         return " ".join(parts)
 
 
@@ -300,6 +305,8 @@ class Problem:
             mask_BNLS=self.mask,
             padding_B11S=self.padding,
             causal=self.case.causal,
+            offset=self.case.band[0],
+            window=self.case.band[1],
             score=self.score,
             scale=self.scale,
         )
@@ -318,9 +325,11 @@ def problem(case: Case, score: str, dtype: torch.dtype) -> Problem:
     scale = H**-0.5 if case.scale is None else case.scale
 
     arrays = [array(x) for x in (q, k, v)]
-    output, weights = oracle.attention(*arrays, score=score, keep=keep, bias=bias, causal=case.causal, scale=scale)
-    if case.causal:
-        keep = keep & np.tri(L, S, dtype=bool)
+    offset, window = case.band
+    output, weights = oracle.attention(
+        *arrays, score=score, keep=keep, bias=bias, causal=case.causal, offset=offset, window=window, scale=scale
+    )
+    keep = keep & oracle.see(L, S, case.causal, None, None, offset, window)
     seen = keep.sum(-1)
     empty = seen == 0
     biased = any(m is not None and m.is_floating_point() for m in (mask, padding))  # some keys then count for little

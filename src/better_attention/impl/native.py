@@ -40,8 +40,6 @@ def unsupported(call: Call) -> list[str]:
         reasons.append(f"its kernels are for the CPU, not {q_BNLH.device.type!r}")
     if q_BNLH.dtype not in (torch.float32, torch.bfloat16):
         reasons.append(f"it computes in float32 and bfloat16, not {str(q_BNLH.dtype).removeprefix('torch.')}")
-    if call.banded:
-        reasons.append("its triangle begins at the first key and has no window")
     if q_BNLH.shape[-1] == 0:
         reasons.append("heads of width 0 have no scores")
     if call.need_weights:
@@ -104,6 +102,7 @@ def _describe(a: Arguments, out: Tensor, stats: Tensor | None) -> structs.Call:
     # Asked at each call, because programs change the number of threads between calls.
     c.isa, c.threads = current_instruction_set(), torch.get_num_threads()
     c.dtype, c.score, c.causal = structs.ELEMENT_TYPES[q.dtype], structs.SCORES[a.score], a.causal
+    c.offset, c.window = a.offset, a.window or 0
     c.scale, c.dropout = a.scale, a.dropout_p
     if a.seed is not None:
         c.seed = int(a.seed)

@@ -9,9 +9,9 @@ import ctypes
 
 import torch
 
-ABI = 2
+ABI = 3
 """Version of the interface."""
-OK, NO_MEMORY, NO_SUCH_ISA, NO_SUCH_SCORE = range(4)
+OK, NO_MEMORY, NO_SUCH_ISA, NO_SUCH_SCORE, DECODES_ONLY = range(5)
 """What a function returns."""
 ISAS = {"portable": 1, "neon": 2, "avx2": 3, "avx512": 4}
 """Instruction sets, slowest first; 0 stands for the best that there is."""
@@ -42,11 +42,15 @@ class Call(ctypes.Structure):
     """``ba_call``: one attention call, forward or backward."""
 
     _fields_ = (
-        *_integers("isa threads dtype score causal"),
+        *_integers("isa threads dtype score causal offset window"),
         *_numbers("scale dropout"),
         *_integers("seed B N G L S H W"),
         *_pointers("q k v"),
         *_integers("q_b q_n q_l k_b k_g k_s v_b v_g v_s"),
+        *_pointers("k_scale v_scale"),
+        *_integers("scale_b scale_g scale_s"),
+        *_pointers("rotary_cos rotary_sin"),
+        *_integers("rotary_s"),
         *_pointers("mask"),
         *_integers("mask_type mask_b mask_n mask_l mask_s"),
         *_pointers("padding"),

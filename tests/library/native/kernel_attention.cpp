@@ -94,7 +94,8 @@ Inputs make_inputs(const Case &c) {
 }
 
 bool visible(const Case &c, const Inputs &in, int64_t b, int64_t n, int64_t l, int64_t s, double *bias) {
-    bool seen = !c.causal || s <= l;
+    const int64_t here = l + c.offset;
+    bool seen = !c.causal || (s <= here && (c.window == 0 || here - s < c.window));
     *bias = 0;
     const auto apply = [&](const Tensor &m, int64_t i, int64_t j, int64_t k, int64_t t) {
         if (m.type == BA_NONE) return;
@@ -151,6 +152,7 @@ ba_call make_call(const Case &c, const Inputs &in) {
     ba_call call{};
     call.dtype = c.dtype, call.score = c.score, call.causal = c.causal;
     call.scale = c.zero_scale ? 0 : c.scale != 0 ? c.scale : 1 / std::sqrt((double)c.H);
+    call.offset = c.offset, call.window = c.window;
     call.dropout = c.dropout, call.seed = c.seed;
     call.B = c.B, call.N = c.N, call.G = c.G, call.L = c.L, call.S = c.S, call.H = c.H, call.W = c.W;
     const Tensor &v = c.shared ? in.k : in.v;

@@ -254,6 +254,38 @@ void dropout(List &list) {
     }
 }
 
+// Triangles that begin behind earlier keys, and windows: narrower than a panel, wider, wider than all, behind all keys.
+void bands(List &list) {
+    const std::vector<std::pair<int64_t, int64_t>> sizes_LS = {
+        {1, 307}, {2, 67}, {7, 509}, {5, 1031}, {13, 137}, {67, 67}, {131, 311}, {257, 61}, {193, 521}};
+    size_t i = 0;
+    for (auto [L, S] : sizes_LS)
+        for (int64_t offset : {int64_t{0}, int64_t{3}, S - L > 0 ? S - L : 17, S + 11})
+            for (int64_t window : {0, 1, 13, 64, 127, 1021}) {
+                const std::string name = "band L " + number(L) + " S " + number(S) + " offset " + number(offset);
+                Case c = sizes(name + " window " + number(window), 1, 2, 1 + (int64_t)i % 2, L, S, 19, 16);
+                c.causal = true, c.offset = offset, c.window = window;
+                c.shared = i % 3 == 1, c.H = c.shared ? c.W : c.H;
+                if (i % 4 == 3) c.mask = {i % 8 == 3 ? BA_BOOL : BA_F32, 2 | 1, GAPPED, 0.2, 1.0, false, true};
+                if (i % 5 == 2) c.padding = {i % 2 ? BA_BOOL : BA_BF16, Padding::FRONT, true, true, false};
+                if (i % 6 == 5) c.dropout = 0.3, c.seed = 11;
+                if (i % 7 == 6) c.keys = HEADS_INSIDE, c.out = HEADS_INSIDE;
+                list.four(c, i % 9 == 4);
+                ++i;
+            }
+    Case far = sizes("band far behind", 1, 1, 1, 31, 37, 8, 8);
+    far.causal = true, far.offset = INT64_MAX / 4, far.window = INT64_MAX / 4 - 7;
+    list.four(far, true);
+    far.name = "band far behind without a window", far.window = 0;
+    list.four(far, true);
+    for (double amount : {1e-12, 1e-20}) {
+        Case c = sizes("band, tiny rows among others " + power(amount), 1, 2, 2, 37, 101, 16, 16);
+        c.score = BA_EXPRESSIVE, c.fill = SCALED_ODD_ROWS, c.amount = amount;
+        c.causal = true, c.offset = 41, c.window = 29;
+        list.two(c, amount == 1e-20);
+    }
+}
+
 void empty(List &list) {
     list.four(sizes("no batch", 0, 2, 2, 5, 7, 8, 8), true);
     list.four(sizes("no queries", 2, 2, 1, 0, 7, 8, 8), true);
@@ -288,6 +320,7 @@ void random(List &list) {
         c.padding = {r.pick(types), (Padding::Form)r.below(4), r.chance(0.8), r.chance(0.9), r.chance(0.3)};
         if (r.chance(0.1)) c.fill = SOME_ZERO;
         if (r.chance(0.25)) c.dropout = r.uniform(), c.seed = r.below(INT64_MAX);
+        if (c.causal && r.chance(0.6)) c.offset = r.below(c.S + 3), c.window = r.chance(0.7) ? r.pick(lengths) : 0;
         list.cases.push_back(c);
     }
 }
@@ -305,6 +338,7 @@ std::vector<Case> attention_cases() {
     steep_and_huge(list);
     special_scores(list);
     dropout(list);
+    bands(list);
     empty(list);
     random(list);
     return list.cases;

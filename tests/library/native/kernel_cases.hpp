@@ -37,6 +37,7 @@ struct Case {
     int64_t B, N, G, L, S, H, W;
     int64_t score = BA_SOFTMAX, dtype = BA_F32;
     bool causal = false, shared = false, backward = true;
+    int64_t offset = 0, window = 0; // under `causal`, as in api.h
     double scale = 0;        // 0: 1 / sqrt(H)
     bool zero_scale = false;
     Layout in = CONTIGUOUS, keys = CONTIGUOUS, out = CONTIGUOUS;

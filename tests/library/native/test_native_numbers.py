@@ -198,8 +198,29 @@ def test_whole_blocks_of_keys_are_hidden(hides: str, score: str, isa: str) -> No
     check(Case(sizes, Mask("bfloat16", "11LS", hides), Mask("bool", "B11S")), score, torch.bfloat16, isa)
 
 
+BANDS = [
+    Case((1, 2, 1, 67, 131, 16, 13), causal=True, band=(64, 29)),
+    Case((2, 4, 2, 61, 67, 8, 8), MASKS[0], PADDINGS[0], causal=True, band=(0, 17)),
+    Case((1, 2, 2, 197, 193, 16, 16), causal=True, shared=True, band=(0, 37)),
+    Case((1, 2, 1, 37, 139, 19, 11), MASKS[17], causal=True, band=(53, 71)),
+    Case((1, 3, 3, 131, 31, 16, 16), None, PADDINGS[1], causal=True, band=(5, 23)),
+    Case((2, 2, 2, 43, 47, 32, 31), causal=True, band=(11, 1), layouts=("heads inside",) * 3),
+    Case((1, 2, 1, 29, 107, 16, 16), MASKS[3], causal=True, band=(78, 1009)),
+    Case((1, 2, 2, 5, 1031, 64, 64), causal=True, band=(1026, 257)),
+    Case((2, 6, 2, 3, 509, 32, 32), MASKS[2], causal=True, shared=True, band=(401, 101)),
+    Case((1, 4, 4, 7, 307, 16, 16), MASKS[13], causal=True, band=(300, 3), layouts=("packed",) * 3),
+]
+"""Triangles that begin behind earlier keys, with windows of one key, of some, and of more than there are."""
+
+
+@isas
+@grid(*BANDS)
+def test_bands(value: Case, dtype: torch.dtype, score: str, isa: str) -> None:
+    check(value, score, dtype, isa)
+
+
 def draw(seed: int, score: str) -> Case:
-    """A random case: sizes, masks, causality, scale, strides and sharing all at once."""
+    """A random case: sizes, masks, causality, window, scale, strides and sharing all at once."""
     rng = np.random.default_rng([seed, zlib.crc32(score.encode())])
 
     def one(choices: list) -> object:
@@ -211,15 +232,17 @@ def draw(seed: int, score: str) -> Case:
     B, L, S, H = one([1, 2, 3]), one(lengths), one(lengths), one(widths)
     while B * G * group * L > 1500:
         B, L, group = 1, max(1, L // 2), max(1, group - 1)
-    shared = rng.random() < 0.3
+    shared, causal = rng.random() < 0.3, bool(rng.random() < 0.4)
+    band = (int(rng.integers(S + 2)), one([None, *lengths])) if causal and rng.random() < 0.6 else (0, None)
     return Case(
         (B, G * group, G, L, S, H, H if shared else one(widths)),
         one(MASKS) if rng.random() < 0.6 else None,
         one(PADDINGS) if rng.random() < 0.4 else None,
-        bool(rng.random() < 0.4),
+        causal,
         one([None, None, -0.7 * H**-0.5, 2 * H**-0.5]),
         tuple(str(one(list(LAYOUTS))) for _ in range(3)),
         shared,
+        band,
     )
 
 

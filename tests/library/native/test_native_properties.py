@@ -54,6 +54,7 @@ CASES = {
     "one tensor": Case((3, 4, 2, 67, 71, 64, 64), Mask("bool", "B11S"), shared=True),
     "one query": Case((2, 6, 2, 1, 1021, 64, 64), Mask("bool", "B11S")),
     "few queries": Case((1, 2, 1, 5, 2053, 32, 32), shared=True),
+    "band": Case((2, 2, 1, 139, 211, 16, 16), Mask("bool", "B11S"), causal=True, band=(67, 43)),
     "wide": Case((1, 3, 3, 43, 59, 257, 128), Mask("bfloat16", "11LS")),
 }
 """One case for each way a kernel may go about it."""
@@ -77,8 +78,8 @@ def run(drawn: dict[str, Tensor], score: str, case: Case) -> list[Tensor]:
     q, k = (drawn[name].detach().requires_grad_() for name in "qk")
     v = k if drawn["v"] is drawn["k"] else drawn["v"].detach().requires_grad_()
     call = Call(
-        q, k, v, mask_BNLS=drawn.get("mask"), padding_B11S=drawn.get("padding"), causal=case.causal, score=score,
-        scale=q.shape[-1] ** -0.5,
+        q, k, v, mask_BNLS=drawn.get("mask"), padding_B11S=drawn.get("padding"), causal=case.causal, offset=case.band[0],
+        window=case.band[1], score=score, scale=q.shape[-1] ** -0.5,
     )  # fmt: skip
     output, _ = attend(call, "native")
     return [output.detach(), *torch.autograd.grad(output, [q, k] if v is k else [q, k, v], drawn["upstream"])]
@@ -223,6 +224,33 @@ def test_the_future_does_not_reach_the_past(
             for gradient, before in zip(found[2:], expected[2:], strict=True):
                 torch.testing.assert_close(gradient[:, :, :now], before[:, :, :now], rtol=tolerance, atol=tolerance)
                 assert not gradient[:, :, now:].any(), f"gradient of a later key, {note}"
+
+
+@isas
+@grid((1, 509, 503, 64), (7, 509, 401, 37), (139, 211, 67, 43), (67, 131, 64, 1))
+def test_what_lies_outside_the_window_reaches_nothing(
+    value: tuple[int, int, int, int], dtype: torch.dtype, score: str, isa: str, rng: np.random.Generator
+) -> None:
+    """Rows from some query on, and their gradients, keep their bits whatever the keys before their windows hold."""
+    L, S, offset, window = value
+    for shared in (False, True):
+        case = Case((1, 2, 1, L, S, 16, 16), causal=True, shared=shared, band=(offset, window))
+        quiet = inputs(case, dtype, rng)
+        for first in {0, L // 2, L - 1}:
+            before = max(0, offset + first - window + 1)  # the first key that query `first` sees
+            quiet["upstream"][:, :, :first] = 0  # a loss on these rows alone
+            with native.instruction_set(isa), poisoned():
+                expected = run(quiet, score, case)
+                assert expected[0][:, :, first:].any()
+                for noise in (0.0, 1e30, torch.nan):
+                    loud = {name: x.clone() for name, x in quiet.items()}
+                    loud["v"] = loud["k"] if shared else loud["v"]
+                    for name in "kv":
+                        loud[name][:, :, :before] = noise
+                    found = run(loud, score, case)
+                    for which in (0, 1):
+                        assert same_bits([found[which][:, :, first:]], [expected[which][:, :, first:]]), noise
+                    assert not any(gradient[:, :, :before].any() for gradient in found[2:]), noise
 
 
 @isas

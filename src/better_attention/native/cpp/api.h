@@ -20,10 +20,11 @@
 extern "C" {
 #endif
 
-enum { BA_ABI = 2 };                                                     /* counts incompatible changes of this file */
+enum { BA_ABI = 3 };                                                     /* counts incompatible changes of this file */
 enum { BA_F32 = 0, BA_BF16 = 1, BA_BOOL = 2, BA_NONE = 3 };              /* element types; bool: 1 byte, 1 = attend */
 enum { BA_SOFTMAX = 0, BA_EXPRESSIVE = 1 };                              /* scores */
-enum { BA_OK = 0, BA_NO_MEMORY = 1, BA_NO_SUCH_ISA = 2, BA_NO_SUCH_SCORE = 3 }; /* what a kernel returns */
+/* what a kernel returns; the last: int8 and rotated caches serve a few queries without dropout, and ba_forward alone */
+enum { BA_OK = 0, BA_NO_MEMORY = 1, BA_NO_SUCH_ISA = 2, BA_NO_SUCH_SCORE = 3, BA_DECODES_ONLY = 4 };
 enum { BA_BEST = 0, BA_PORTABLE = 1, BA_NEON = 2, BA_AVX2 = 3, BA_AVX512 = 4 }; /* instruction sets */
 
 /* One attention call. All fields are 8 bytes wide, so that the layout is the same for every compiler. */
@@ -31,7 +32,8 @@ typedef struct {
     int64_t isa;                     /* BA_BEST, or one that ba_isas() reports */
     int64_t threads;                 /* at least 1 */
     int64_t dtype;                   /* of q, k, v, out and their gradients: BA_F32, BA_BF16 */
-    int64_t score, causal;           /* causal: query l sees keys s <= l */
+    int64_t score, causal;           /* causal: query l sees keys s <= l + offset */
+    int64_t offset, window;          /* and only `window` of them, its own the last; 0: any number */
     double scale;                    /* z = scale * q.k */
     double dropout;                  /* probability, 0 to 1, that a weight is dropped; 1 drops all. dropout.hpp has */
     int64_t seed;                    /* the rule that says which, by this number */
@@ -40,6 +42,10 @@ typedef struct {
     int64_t q_b, q_n, q_l;           /* strides of q (B, N, L, H) */
     int64_t k_b, k_g, k_s;           /* of k (B, G, S, H) */
     int64_t v_b, v_g, v_s;           /* of v (B, G, S, W) */
+    const float *k_scale, *v_scale;  /* (B, G, S): k and v are int8, to be multiplied by these. NULL: k and v are `dtype` */
+    int64_t scale_b, scale_g, scale_s;
+    const float *rotary_cos, *rotary_sin; /* (S, H/2): features h and h + H/2 of key s are turned by its angles; or NULL */
+    int64_t rotary_s;
     const void *mask;                /* (B, N, L, S): bool, or added to the log weights (-inf hides; for the */
     int64_t mask_type;               /* expressive score so does the type's lowest number). BA_NONE: no mask */
     int64_t mask_b, mask_n, mask_l, mask_s; /* 0 where it broadcasts */

@@ -13,6 +13,7 @@ struct Backward {
     const ba_call* c;
     Panels cut;
     int64_t wide, keys, Hp, Wp, parts, run, floats;
+    int64_t together, span;  // panels that share one copy of their keys, and the most keys of one
     bool copy_k, copy_v, shared;
     bool copy_q, copy_grad;  // whether rows that serve as vectors have to be converted or filled up first
     bool direct_k, direct_v; // whether gradients of k and v are summed where they belong
@@ -32,20 +33,20 @@ struct BackPanel {
     float *z, *dp, *tile, *spare, *kept;
     float *inverse, *shift, *delta, *numbers;
     float *dk, *dv;  // rows of Hp and Wp; the same memory if k and v are one tensor
-    int64_t dk_s, dv_s;
+    int64_t dk_s, dv_s, zeroed;  // zeroed: rows of dk and dv that hold sums; what lies behind holds anything
+    float *k_copy, *v_copy;
 };
 
 template <int NV, int SCORE>
-static __attribute__((noinline)) void slope_any(BackPanel& p, int mode, int64_t lane, int64_t s0, int64_t n) {
-    const int64_t first = p.hide.causal ? p.l0 + lane : BEHIND;
+static __attribute__((noinline)) void slope_any(BackPanel& p, int mode, const Edge& edge, int64_t lane, int64_t n) {
     const float scale = static_cast<float>(p.c->scale);
     float *z = p.z + lane, *dp = p.dp + lane;
     const float *tile = p.tile + lane, *inv = p.inverse + lane, *shift = p.shift + lane, *delta = p.delta + lane;
     switch (mode) {
-    case FREE: return slope<NV, SCORE, FREE>(z, dp, n, p.pitch, tile, first, s0, inv, shift, delta, scale);
-    case TRIANGLE: return slope<NV, SCORE, TRIANGLE>(z, dp, n, p.pitch, tile, first, s0, inv, shift, delta, scale);
-    case HIDING: return slope<NV, SCORE, HIDING>(z, dp, n, p.pitch, tile, first, s0, inv, shift, delta, scale);
-    default: return slope<NV, SCORE, BIASED>(z, dp, n, p.pitch, tile, first, s0, inv, shift, delta, scale);
+    case FREE: return slope<NV, SCORE, FREE>(z, dp, n, p.pitch, tile, edge, inv, shift, delta, scale);
+    case EDGE: return slope<NV, SCORE, EDGE>(z, dp, n, p.pitch, tile, edge, inv, shift, delta, scale);
+    case HIDING: return slope<NV, SCORE, HIDING>(z, dp, n, p.pitch, tile, edge, inv, shift, delta, scale);
+    default: return slope<NV, SCORE, BIASED>(z, dp, n, p.pitch, tile, edge, inv, shift, delta, scale);
     }
 }
 
@@ -62,8 +63,9 @@ template <int NV, int SCORE>
 static void back_block(BackPanel& p, int64_t lane, int64_t s0, int64_t n) {
     const State state = mask_tile(p.hide, p.l0, p.rows, s0, n, p.pitch, p.tile, p.spare);
     if (state == CLOSED) return;
-    const bool crosses = p.hide.causal && p.l0 + lane < s0 + n - 1;
-    const int mode = state == BIASES ? BIASED : state == HIDES ? HIDING : crosses ? TRIANGLE : FREE;
+    const int64_t query = p.l0 + lane;
+    const Edge edge = edge_of(p.hide, query, query + NV * LANES - 1, s0, n);
+    const int mode = state == BIASES ? BIASED : state == HIDES ? HIDING : edge.any ? EDGE : FREE;
     const int64_t H = p.c->H, W = p.c->W;
     const float *k = p.k + s0 * p.k_s, *v = p.v + s0 * p.v_s;
     for (int64_t h = 0; h < H; h += DEPTH)
@@ -76,9 +78,10 @@ static void back_block(BackPanel& p, int64_t lane, int64_t s0, int64_t n) {
         drop<NV, false>(p.drops, p.numbers + lane, s0, n, p.pitch, p.kept + lane);
         times<NV>(p.dp + lane, p.kept + lane, n, p.pitch);
     }
-    slope_any<NV, SCORE>(p, mode, lane, s0, n);
+    slope_any<NV, SCORE>(p, mode, edge, lane, n);
     if (p.drops.any) times<NV>(p.z + lane, p.kept + lane, n, p.pitch);
-    const int64_t rows = p.rows - lane;  // queries beyond the last take no part
+    const int64_t left = p.rows - lane;  // queries beyond the last take no part
+    const int64_t rows = left < NV * LANES ? left : NV * LANES;
     wide_product<false>(p.Wp / LANES, n, rows, p.z + lane, p.pitch, p.grad_rows + lane * p.grad_s,
         p.grad_s, p.dv + s0 * p.dv_s, p.dv_s, true);
     wide_product<false>(p.Hp / LANES, n, rows, p.dp + lane, p.pitch, p.q_rows + lane * p.q_s, p.q_s,
@@ -110,7 +113,7 @@ static void careful_backward(BackPanel& p, int64_t b, int64_t n, int64_t l) {
     const uint64_t row = row_of(c, b, n, l);
     double share = 0.0;
     for (int pass = 0; pass < 2; ++pass)
-        for (int64_t s = 0; s < c.S; ++s) {
+        for (int64_t s = first_key(p.hide, l); s < end_key(p.hide, l); ++s) {
             if (weights[s] == 0.0) continue;
             const void* k = shifted(c.k, b * c.k_b + g * c.k_g + s * c.k_s, bf16);
             const float* v = p.v + s * p.v_s;
@@ -187,14 +190,8 @@ static void back_panel(const Backward& f, BackPanel& p, int64_t b, int64_t n, in
         for (int r = 1; r < BA_LANES; ++r) sum += x[r];
         store(p.delta + lane, sum);
     }
-    int64_t s = 0;
-    const int64_t whole = c.causal && p.l0 < c.S ? p.l0 : c.S;
-    for (; s < whole; s += f.keys) back_block_of<SCORE>(p, vectors, 0, s, whole - s < f.keys ? whole - s : f.keys);
-    if (c.causal)
-        for (int64_t v = 0; v < vectors && p.l0 + v * LANES < c.S; ++v) {
-            const int64_t s0 = p.l0 + v * LANES;
-            back_block_of<SCORE>(p, vectors - v, v * LANES, s0, c.S - s0 < LANES ? c.S - s0 : LANES);
-        }
+    band_blocks(p.hide, p.l0, p.rows, vectors, f.keys,
+        [&](int64_t some, int64_t lane, int64_t s0, int64_t n) { back_block_of<SCORE>(p, some, lane, s0, n); });
     if (SCORE == BA_EXPRESSIVE && faint)
         for (int64_t l = 0; l < p.rows; ++l)
             if (stats[2 * l] == 0.0f) careful_backward(p, b, n, p.l0 + l);
@@ -210,6 +207,31 @@ static void write_rows(const float* sums, int64_t pitch, void* rows, bool bf16, 
 }
 
 static int64_t sums_of_part(const Backward& f) { return f.c->S * (f.Hp + (f.shared ? 0 : f.Wp)); }
+
+static void zero_sums(const Backward& f, BackPanel& p, int64_t end) {
+    for (; p.zeroed < end; ++p.zeroed) {
+        memset(p.dk + p.zeroed * p.dk_s, 0, static_cast<size_t>(f.Hp) * sizeof(float));
+        if (!f.shared) memset(p.dv + p.zeroed * p.dv_s, 0, static_cast<size_t>(f.Wp) * sizeof(float));
+    }
+}
+
+// The keys and values that a run of panels sees, and their gradients' sums.
+static void bring_keys(const Backward& f, BackPanel& p, Row k, Row v, int64_t run) {
+    const ba_call& c = *f.c;
+    const int64_t from = run * f.together, to = from + f.together < f.cut.count ? from + f.together : f.cut.count;
+    const int64_t last = to * f.cut.vectors / f.cut.count * LANES - 1;
+    const int64_t begin = first_key(p.hide, from * f.cut.vectors / f.cut.count * LANES);
+    const int64_t end = end_key(p.hide, last < c.L ? last : c.L - 1), count = end > begin ? end - begin : 0;
+    zero_sums(f, p, end);
+    if (p.k_copy != NULL) {
+        copy_rows({shifted(k.p, begin * c.k_s, k.bf16), k.bf16}, c.k_s, count, c.H, p.k_copy, f.Hp);
+        p.k = p.k_copy - begin * f.Hp, p.k_s = f.Hp;
+    }
+    if (p.k_copy != NULL && f.shared) p.v = p.k, p.v_s = p.k_s;
+    if (p.v_copy == NULL) return;
+    copy_rows({shifted(v.p, begin * c.v_s, v.bf16), v.bf16}, c.v_s, count, c.W, p.v_copy, f.Wp);
+    p.v = p.v_copy - begin * f.Wp, p.v_s = f.Wp;
+}
 
 // One part of the queries of one head of keys.
 static void back_head(const Backward& f, int64_t b, int64_t g, int64_t part, float* scratch) {
@@ -238,16 +260,8 @@ static void back_head(const Backward& f, int64_t b, int64_t g, int64_t part, flo
     const Row k = {shifted(c.k, b * c.k_b + g * c.k_g, bf16), bf16}, v = {shifted(c.v, b * c.v_b + g * c.v_g, bf16), bf16};
     p.k = static_cast<const float*>(k.p), p.k_s = c.k_s;
     p.v = static_cast<const float*>(v.p), p.v_s = c.v_s;
-    if (f.copy_k) {
-        copy_rows(k, c.k_s, c.S, c.H, at, f.Hp);
-        p.k = at, p.k_s = f.Hp, at += c.S * f.Hp;
-    }
-    if (f.copy_k && f.shared) {
-        p.v = p.k, p.v_s = p.k_s;
-    } else if (f.copy_v) {
-        copy_rows(v, c.v_s, c.S, c.W, at, f.Wp);
-        p.v = at, p.v_s = f.Wp, at += c.S * f.Wp;
-    }
+    if (f.copy_k) p.k_copy = at, at += f.span * f.Hp;
+    if (f.copy_v && !(f.copy_k && f.shared)) p.v_copy = at, at += f.span * f.Wp;
     float* sums = at;
     if (f.sums == NULL) at += sums_of_part(f);
     else sums = f.sums + ((b * c.G + g) * f.parts + part) * sums_of_part(f);
@@ -260,14 +274,16 @@ static void back_head(const Backward& f, int64_t b, int64_t g, int64_t part, flo
         p.dv_s = f.direct_v ? c.dv_s : f.Wp;
     }
     p.spare = at;
-    for (int64_t s = 0; s < c.S; ++s) memset(p.dk + s * p.dk_s, 0, static_cast<size_t>(f.Hp) * sizeof(float));
-    if (!f.shared)
-        for (int64_t s = 0; s < c.S; ++s) memset(p.dv + s * p.dv_s, 0, static_cast<size_t>(f.Wp) * sizeof(float));
+    p.zeroed = 0;
+    p.hide = restriction(c, b, g * (c.N / c.G));
     const int64_t group = c.N / c.G, all = group * f.cut.count, end = (part + 1) * all / f.parts;
-    for (int64_t i = part * all / f.parts; i < end; ++i) {
-        const int64_t n = g * group + i / f.cut.count, index = i % f.cut.count;
+    for (int64_t i = part * all / f.parts, copied = -1; i < end; ++i) {
+        const int64_t n = g * group + i / f.cut.count, index = i % f.cut.count, run = index / f.together;
+        if (run != copied) bring_keys(f, p, k, v, run);
+        copied = run;
         c.score == BA_SOFTMAX ? back_panel<BA_SOFTMAX>(f, p, b, n, index) : back_panel<BA_EXPRESSIVE>(f, p, b, n, index);
     }
+    zero_sums(f, p, c.S);
     if (f.sums != NULL) return;
     if (!f.direct_k) write_rows(p.dk, f.Hp, shifted(c.dk, b * c.dk_b + g * c.dk_g, bf16), bf16, c.dk_s, c.S, c.H);
     if (!f.shared && !f.direct_v)
@@ -311,6 +327,8 @@ static int64_t wide_backward(const ba_call& c) {
     f.Hp = (c.H + LANES - 1) / LANES * LANES;
     f.Wp = (c.W + LANES - 1) / LANES * LANES;
     const bool bf16 = c.dtype == BA_BF16;
+    f.together = run_panels(c, f.cut, f.wide);
+    f.span = run_keys(c, f.cut, f.wide);
     f.shared = c.dv == NULL;
     f.copy_k = bf16 || f.cut.count > 1;
     f.copy_v = bf16 || f.cut.count > 1;
@@ -330,7 +348,7 @@ static int64_t wide_backward(const ba_call& c) {
     int64_t spare = tile_spare(f.wide * LANES, f.keys);
     if (c.score == BA_EXPRESSIVE && spare < 2 * c.S + 2) spare = 2 * c.S + 2;
     f.floats = f.wide * LANES * (2 * c.H + c.W + f.Hp + f.Wp + (c.dropout > 0.0 ? 4 : 3) * f.keys + 5) + spare +
-        (f.copy_k ? c.S * f.Hp : 0) + (f.copy_v ? c.S * f.Wp : 0) + (f.sums == NULL ? sums_of_part(f) : 0);
+        (f.copy_k ? f.span * f.Hp : 0) + (f.copy_v ? f.span * f.Wp : 0) + (f.sums == NULL ? sums_of_part(f) : 0);
     int64_t status = ba_parallel(
         c.threads, f.parts > 1 ? heads * f.parts : (heads + f.run - 1) / f.run, f.floats, backward_task, &f);
     if (status == BA_OK && f.sums != NULL) status = ba_parallel(c.threads, heads, 0, add_parts, &f);

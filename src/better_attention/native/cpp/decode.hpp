@@ -1,179 +1,257 @@
 // A few queries over many keys: the time it takes is the time to read the keys and values, so both are read once, in
 // the order in which they lie, and shared out among threads in chunks of keys whose partial sums are combined.
 //
-// Lanes are columns of q and k while scores are made and keys while they are weighed. How keys are cut follows from
-// the shape alone: results do not depend on the number of threads.
+// A block is LANES keys of all heads whose rows lie side by side: products with the queries, then weights, lanes being
+// keys, then sums of values. The values of a block are added up after the products of the next one, so that neither
+// waits for the other. How keys are cut follows from the shape alone: results do not depend on the number of threads.
+//
+// Keys and values may be int8 with a scale for each row and head, and keys may be turned by their place (rotary) as they
+// are read: a cache then holds what it was given, once.
 
 namespace BA_ISA {
 namespace {
 
 constexpr int64_t FEW = 8;       // queries that share a head's keys
-constexpr int64_t CHUNK = 512;   // keys of a task at most
-constexpr int64_t STRETCH = 32;  // keys weighed at a time
+constexpr int64_t CHUNK = 1024;  // keys of a task at most
+constexpr int64_t ROWS = 16;     // queries of a block, of all its heads together
+constexpr int64_t AHEAD = 8192;  // bytes between what is read and what is asked for
 
 struct Decode {
     const ba_call* c;
-    int64_t group, few, chunk, chunks, Hp, Wp, state;  // state: floats of one row's partial sums
-    bool interleaved;                           // the heads of one key lie side by side
-    float *q, *parts;                           // queries [B][G][few][Hp], sums [B][G][few][chunks][state]
+    int64_t group, few, Hp, Wp, state;  // state: floats of one row's partial sums
+    int64_t begin, end, chunk, chunks;  // keys that any query sees, and how they are cut
+    int64_t heads, together;            // heads of a task: G if those of one key lie side by side; and of a block
+    float *q, *parts;                   // queries [B][G][few][Hp], sums [B][G][few][chunks][state]
 };
 
-// Sums of products of a key's row with a query, for LANES keys at once.
-template <bool BF16>
-BA_INLINE V dots(const void* k, int64_t k_s, int64_t n, const float* q, int64_t H) {
-    V sum[BA_LANES];
-#pragma GCC unroll 16
-    for (int j = 0; j < BA_LANES; ++j) sum[j] = V{};
-    const int64_t whole = H / LANES * LANES;
-    if (n == LANES) {
-        for (int64_t h = 0; h < whole; h += LANES) {
-            const V x = load(q + h);
-#pragma GCC unroll 16
-            for (int j = 0; j < BA_LANES; ++j)
-                sum[j] += x * (BF16 ? load_bf16(static_cast<const uint16_t*>(k) + j * k_s + h)
-                                    : load(static_cast<const float*>(k) + j * k_s + h));
+// Partial sums of one row: LANES sums of weights, the shift of their exponents, and W sums of values.
+struct Sums {
+    float *total, *shift, *out;
+};
+
+static Sums sums_at(float* state) { return {state, state + LANES, state + 2 * LANES}; }
+
+struct DecodeBlock {
+    const ba_call* c;
+    const Decode* f;
+    int64_t b, first, heads, s0, n;     // heads first + [0, heads), keys s0 + [0, n)
+    const char *k, *v;                  // of its first key and head
+    int64_t k_s, k_g, v_s, v_g;         // strides in bytes
+    int64_t k_ahead, v_ahead;           // from a row to the one to be asked for, in bytes
+    const float* q;
+    float *dots, *weights;              // of its rows, head by head: [LANES keys][LANES] sums to be added up; [LANES]
+    float* state;
+    int64_t state_row;                  // floats from one row's state to the next one's
+    bool live[ROWS], any_live;          // rows that see a key of the block
+};
+
+template <int TYPE, bool ROTATED> BA_INLINE void dot_row(const DecodeBlock& d, int64_t j) {
+    const ba_call& c = *d.c;
+    const int64_t Hp = d.f->Hp, few = d.f->few, at = (d.s0 + j) * c.rotary_s;
+    const float* q = d.q;
+    float* dots = d.dots + j * LANES;
+    const char* k = d.k + j * d.k_s;
+    for (int64_t g = 0; g < d.heads; ++g, k += d.k_g)
+        for (int64_t r = 0; r < few; ++r, q += Hp, dots += LANES * LANES) {
+            const int64_t ahead = r == 0 ? d.k_ahead : 0;
+            if constexpr (ROTATED)
+                store(dots, multiply_rotated<TYPE>(k, ahead, q, c.H, c.rotary_cos + at, c.rotary_sin + at));
+            else
+                store(dots, multiply<TYPE>(k, ahead, q, c.H));
         }
-        if (whole < H) {
-            const V x = load(q + whole);
-            for (int j = 0; j < BA_LANES; ++j)
-                sum[j] += x * load_row({shifted(k, j * k_s, BF16), BF16}, whole, H - whole);
-        }
-    } else {
-        for (int64_t j = 0; j < n; ++j)
-            for (int64_t h = 0; h < H; h += LANES)
-                sum[j] += load(q + h) * load_row({shifted(k, j * k_s, BF16), BF16}, h, H - h);
-    }
-    turn_over<1>(sum);
-    V total = sum[0];
-#pragma GCC unroll 16
-    for (int j = 1; j < BA_LANES; ++j) total += sum[j];
-    return total;
 }
 
-// Keys s0 + [0, n), n <= STRETCH, of one head for one query. state: total, shift, and W sums from state + LANES on.
-template <bool BF16>
-static void stretch(
-    const ba_call& c, const Restriction& r, const void* k, const void* v, int64_t l, int64_t s0, int64_t n,
-    const float* q, float* state) {
-    V z[STRETCH / LANES], bias[STRETCH / LANES];
-    float x[STRETCH], mask[STRETCH];
-    constexpr int64_t size = BF16 ? 2 : 4;
-    const bool softmax = c.score == BA_SOFTMAX;
-    const int64_t vectors = (n + LANES - 1) / LANES;
-    const bool biased = r.exponent;
-    bool hides = n % LANES != 0;
-    for (int64_t i = 0; i < vectors; ++i) bias[i] = V{};
-    if (hides || r.mask_type != BA_NONE || r.padding_type != BA_NONE || (r.causal && s0 + n - 1 > l)) {
-        for (int64_t s = 0; s < vectors * LANES; ++s) mask[s] = s < n && !(r.causal && s0 + s > l) ? 0.0f : -INF;
-        const void* rows[2] = {r.mask, r.padding};
-        const int64_t types[2] = {r.mask_type, r.padding_type}, strides[2] = {r.mask_s, r.padding_s};
-        for (int i = 0; i < 2; ++i) {
-            if (types[i] == BA_NONE) continue;
-            const int64_t at = (i ? 0 : l * r.mask_l) + s0 * strides[i];
-            const Seen seen = read_mask(
-                static_cast<const char*>(rows[i]) + at * size_of(types[i]), types[i], strides[i], n, softmax, x);
-            if (!seen.open) return;
-            for (int64_t s = 0; s < n; ++s) mask[s] += x[s];
+template <int TYPE, bool ASK> BA_INLINE void value_row(const DecodeBlock& d, int64_t j, int64_t ahead) {
+    const int64_t W = d.c->W, few = d.f->few;
+    float *state = d.state, *weights = d.weights + j;
+    const bool* live = d.live;
+    const char* v = d.v + j * d.v_s;
+    for (int64_t g = 0; g < d.heads; ++g, v += d.v_g)
+        for (int64_t r = 0; r < few; ++r, state += d.state_row, weights += LANES, ++live)
+            if (*live) add_value<TYPE, ASK>(v, r == 0 ? ahead : 0, *weights, W, sums_at(state).out);
+}
+
+// One block's products and the values of the block before it. The rows of a single head are short: there the two take
+// turns row by row. Rows of many heads are read in two streams, one after the other.
+template <int TYPE, bool ROTATED, bool ONE> static void row_pass(const DecodeBlock& next, const DecodeBlock& d) {
+    const int64_t values = d.any_live ? d.n : 0;
+    if (d.f->heads == 1) {
+        for (int64_t j = 0; j < LANES; ++j) {
+            if (j < next.n) dot_row<TYPE, ROTATED>(next, j);
+            if (j < values) value_row<TYPE, !ONE>(d, j, d.v_ahead);
         }
-        hides = true;
-        for (int64_t i = 0; i < vectors; ++i) bias[i] = load(mask + i * LANES);
+        return;
     }
-    for (int64_t i = 0; i < vectors; ++i) {
-        const int64_t s = i * LANES, count = n - s < LANES ? n - s : LANES;
-        // What comes next is asked for while this is computed; a prefetch beyond the end does nothing.
-        // Of what serves as both, half: the other half is asked for while the values are weighed.
-        const int64_t ahead = v == k ? s / 2 : s, asked = v == k ? count / 2 : count;
-        soon<2>(shifted(k, (STRETCH + ahead) * c.k_s, BF16), c.k_s * size, asked, c.H * size);
-        z[i] = dots<BF16>(shifted(k, s * c.k_s, BF16), c.k_s, count, q, c.H);
-        if (hides && softmax) z[i] = select(bias[i] == -INF, fill(-INF), z[i] + bias[i]);
-        if (hides && !softmax) z[i] = select(bias[i] == -INF, V{}, z[i]);
+    for (int64_t j = 0; j < next.n; ++j) dot_row<TYPE, ROTATED>(next, j);
+    for (int64_t j = 0; j < values; ++j) {
+        // Values that were keys are near already. Meanwhile half of the block behind the next one is asked for.
+        const bool other = ONE && (d.v_ahead == 0 || j % 2 != 0);
+        value_row<TYPE, true>(d, j, !ONE ? d.v_ahead : other ? 0 : (2 * LANES - j / 2) * d.v_s);
+    }
+}
+
+// What hides keys of a block from one query, as a bias. False: it sees none of them.
+static bool bias_of(const Restriction& r, int64_t l, int64_t s0, int64_t n, V* bias) {
+    const int64_t begin = first_key(r, l) - s0, end = end_key(r, l) - s0;
+    if (begin >= n || end <= 0) return false;
+    float mask[LANES], x[LANES];
+    for (int64_t s = 0; s < LANES; ++s) mask[s] = s < n && s >= begin && s < end ? 0.0f : -INF;
+    const void* rows[2] = {r.mask, r.padding};
+    const int64_t types[2] = {r.mask_type, r.padding_type}, strides[2] = {r.mask_s, r.padding_s};
+    for (int i = 0; i < 2; ++i) {
+        if (types[i] == BA_NONE) continue;
+        const int64_t at = (i ? 0 : l * r.mask_l) + s0 * strides[i];
+        const Seen seen = read_mask(
+            static_cast<const char*>(rows[i]) + at * size_of(types[i]), types[i], strides[i], n, r.softmax, x);
+        if (!seen.open) return false;
+        for (int64_t s = 0; s < n; ++s) mask[s] += x[s];
+    }
+    *bias = load(mask);
+    return true;
+}
+
+// Whether every query of a call sees all of LANES keys from s0 on.
+static bool is_free(const ba_call& c, const Restriction& r, int64_t s0) {
+    return c.mask_type == BA_NONE && c.padding_type == BA_NONE && s0 >= first_key(r, c.L - 1) &&
+        s0 + LANES <= end_key(r, 0);
+}
+
+// Measures exponents from `high` on, which is no smaller than the shift before.
+static void shift_to(const Sums& sums, float high, int64_t W) {
+    if (*sums.shift != -INF) {
+        const float factor = exp_of(fill(*sums.shift - high))[0];
+        store(sums.total, load(sums.total) * factor);
+        for (int64_t w = 0; w < W; w += LANES) store(sums.out + w, load(sums.out + w) * factor);
+    }
+    *sums.shift = high;
+}
+
+struct Scales {  // of the keys and values of a block
+    bool any;
+    V k, v;
+};
+
+static Scales scales_of(const ba_call& c, int64_t b, int64_t g, int64_t s0, int64_t n) {
+    Scales x = {};
+    x.any = c.k_scale != NULL;
+    const int64_t at = b * c.scale_b + g * c.scale_g + s0 * c.scale_s;
+    for (int64_t j = 0; x.any && j < n; ++j)
+        x.k[j] = c.k_scale[at + j * c.scale_s], x.v[j] = c.v_scale[at + j * c.scale_s];
+    return x;
+}
+
+// From the products of one row to its weights, before normalisation. `bias` is 0, a number or -inf; FREE: all are 0.
+// False: there is nothing to see.
+template <int SCORE, int MODE>
+BA_INLINE bool weigh_row(
+    const float* dots, const Scales& scales, V bias, int64_t W, float* weights, const Sums& sums) {
+    V x[BA_LANES];
+#pragma GCC unroll 16
+    for (int j = 0; j < BA_LANES; ++j) x[j] = load(dots + j * LANES);
+    V z = row_sums<1>(x);
+    if (scales.any) z *= scales.k;
+    if constexpr (MODE != FREE) {
+        if constexpr (SCORE == BA_SOFTMAX) z += bias;
+        z = select(bias == -INF, SCORE == BA_SOFTMAX ? fill(-INF) : V{}, z);
     }
     float low = 0.0f;
-    if (softmax || biased) {
-        V top = fill(state[1]);
-        for (int64_t i = 0; i < vectors; ++i) top = larger(softmax ? z[i] : bias[i], top);
-        const float high = max_of(top);
-        if (high == -INF) {  // nothing to see, unless it is NaN, which no maximum shows
-            I nan = {};
-            for (int64_t i = 0; i < vectors; ++i) nan |= (z[i] != z[i]) | (bias[i] != bias[i]);
-            if (!any(nan)) return;
-        }
-        if (high != state[1]) {
-            if (state[1] != -INF) {
-                const float factor = exp_of(fill(state[1] - high))[0];
-                state[0] *= factor;
-                for (int64_t w = 0; w < c.W; w += LANES)
-                    store(state + LANES + w, load(state + LANES + w) * factor);
-            }
-            state[1] = high;
-        }
+    if constexpr (SCORE == BA_SOFTMAX || MODE == BIASED) {
+        const V top = SCORE == BA_SOFTMAX ? z : bias;
+        float high = *sums.shift;
+        if (any(top > high)) high = max_of(larger(top, fill(high)));
+        // Nothing to see, unless it is NaN, which no maximum shows.
+        if (high == -INF && !any((z != z) | (bias != bias))) return false;
+        if (high != *sums.shift) shift_to(sums, high, W);
         low = high == -INF ? 0.0f : high;
     }
-    V sum = {};
-    for (int64_t i = 0; i < vectors; ++i) {
-        if (softmax) {
-            z[i] = exp_of(z[i] - low);
+    if constexpr (SCORE == BA_SOFTMAX) {
+        z = exp_of(z - low);
+    } else {
+        const V square = at_most(FAR_SQUARE, z * z);
+        z = square * reciprocal(1.0f + square);
+        if constexpr (MODE == BIASED) z *= exp_of(bias - low);
+    }
+    store(sums.total, load(sums.total) + z);
+    store(weights, scales.any ? z * scales.v : z);
+    return true;
+}
+
+template <int SCORE> static void weigh_block(DecodeBlock& d) {
+    const Decode& f = *d.f;
+    const ba_call& c = *d.c;
+    const int64_t rows = d.heads * f.few;
+    const bool free = d.n == LANES && is_free(c, restriction(c, d.b, 0), d.s0);
+    Scales scales = {};
+    d.any_live = false;
+    for (int64_t row = 0; row < rows; ++row) {
+        float *dots = d.dots + row * LANES * LANES, *weights = d.weights + row * LANES;
+        const Sums sums = sums_at(d.state + row * d.state_row);
+        const int64_t r = row % f.few, g = d.first + row / f.few, l = r % c.L;
+        V bias = {};
+        if (c.k_scale != NULL && r == 0) scales = scales_of(c, d.b, g, d.s0, d.n);
+        if (free) {
+            d.live[row] = weigh_row<SCORE, FREE>(dots, scales, bias, c.W, weights, sums);
         } else {
-            const V square = at_most(FAR_SQUARE, z[i] * z[i]);
-            z[i] = square * reciprocal(1.0f + square);
-            if (biased) z[i] *= exp_of(bias[i] - low);
+            const Restriction hide = restriction(c, d.b, g * f.group + r / c.L);
+            for (int64_t j = d.n; j < LANES; ++j) store(dots + j * LANES, V{});
+            d.live[row] = bias_of(hide, l, d.s0, d.n, &bias) &&
+                (hide.exponent ? weigh_row<SCORE, BIASED>(dots, scales, bias, c.W, weights, sums)
+                               : weigh_row<SCORE, HIDING>(dots, scales, bias, c.W, weights, sums));
         }
-        sum += z[i];
-        store(x + i * LANES, z[i]);
-    }
-    state[0] += sum_of(sum);
-    float* out = state + LANES;
-    int64_t w = 0;
-    for (; w + 4 * LANES <= c.W; w += 4 * LANES) {
-        V a[4];
-        for (int i = 0; i < 4; ++i) a[i] = load(out + w + i * LANES);
-        for (int64_t s = 0; s < n; ++s) {
-            if (w == 0) {
-                const int64_t ahead = v == k ? STRETCH / 2 + s / 2 : s;
-                if (v != k || s % 2 == 0) soon<2>(shifted(v, (STRETCH + ahead) * c.v_s, BF16), 0, 1, c.W * size);
-            }
-            for (int i = 0; i < 4; ++i)
-                a[i] += x[s] * (BF16 ? load_bf16(static_cast<const uint16_t*>(v) + s * c.v_s + w + i * LANES)
-                                     : load(static_cast<const float*>(v) + s * c.v_s + w + i * LANES));
-        }
-        for (int i = 0; i < 4; ++i) store(out + w + i * LANES, a[i]);
-    }
-    for (; w < c.W; w += LANES) {
-        V a = load(out + w);
-        for (int64_t s = 0; s < n; ++s) a += x[s] * load_row({shifted(v, s * c.v_s, BF16), BF16}, w, c.W - w);
-        store(out + w, a);
+        d.any_live |= d.live[row];
     }
 }
 
-static void decode_task(void* context, int64_t task, float*) {
+typedef void (*RowPass)(const DecodeBlock&, const DecodeBlock&);
+
+template <int TYPE> static RowPass row_pass_of(const ba_call& c) {
+    const bool one = c.k == c.v;
+    if (c.rotary_cos != NULL) return one ? row_pass<TYPE, true, true> : row_pass<TYPE, true, false>;
+    return one ? row_pass<TYPE, false, true> : row_pass<TYPE, false, false>;
+}
+
+static void decode_task(void* context, int64_t task, float* scratch) {
     const Decode& f = *static_cast<const Decode*>(context);
     const ba_call& c = *f.c;
-    const bool bf16 = c.dtype == BA_BF16;
-    const int64_t heads = f.interleaved ? c.G : 1;
-    const int64_t chunk = task % f.chunks, rest = task / f.chunks;
-    const int64_t b = f.interleaved ? rest : rest / c.G, first = f.interleaved ? 0 : rest % c.G;
-    const int64_t start = chunk * f.chunk, end = start + f.chunk < c.S ? start + f.chunk : c.S;
-    for (int64_t g = first; g < first + heads; ++g)
-        for (int64_t r = 0; r < f.few; ++r) {
-            float* state = f.parts + (((b * c.G + g) * f.few + r) * f.chunks + chunk) * f.state;
-            memset(state, 0, static_cast<size_t>(f.state) * sizeof(float));
-            state[1] = -INF;
-        }
-    for (int64_t s0 = start; s0 < end; s0 += STRETCH) {
-        const int64_t n = end - s0 < STRETCH ? end - s0 : STRETCH;
-        for (int64_t g = first; g < first + heads; ++g) {
-            const void* k = shifted(c.k, b * c.k_b + g * c.k_g + s0 * c.k_s, bf16);
-            const void* v = shifted(c.v, b * c.v_b + g * c.v_g + s0 * c.v_s, bf16);
-            for (int64_t r = 0; r < f.few; ++r) {
-                const int64_t l = r % c.L, query = g * f.group + r / c.L, row = (b * c.G + g) * f.few + r;
-                if (c.causal && s0 > l) continue;
-                const Restriction hide = restriction(c, b, query);
-                float* state = f.parts + (row * f.chunks + chunk) * f.state;
-                bf16 ? stretch<true>(c, hide, k, v, l, s0, n, f.q + row * f.Hp, state)
-                     : stretch<false>(c, hide, k, v, l, s0, n, f.q + row * f.Hp, state);
-            }
-        }
+    const int type = c.k_scale != NULL ? INT8 : static_cast<int>(c.dtype);
+    const RowPass rows_of = type == INT8 ? row_pass_of<INT8>(c)
+                          : type == BA_F32 ? row_pass_of<BA_F32>(c) : row_pass_of<BA_BF16>(c);
+    const int64_t size = bytes_of(type), chunk = task % f.chunks, tasks = c.G / f.heads, rest = task / f.chunks;
+    const int64_t b = rest / tasks, first = rest % tasks * f.heads, rows = f.together * f.few;
+    const int64_t start = f.begin + chunk * f.chunk, end = start + f.chunk < f.end ? start + f.chunk : f.end;
+    const int64_t widest = f.heads * (c.H > c.W ? c.H : c.W) * size;
+    const int64_t ahead = (AHEAD + widest - 1) / widest;
+    DecodeBlock two[2] = {};
+    for (int i = 0; i < 2; ++i) {
+        DecodeBlock& d = two[i];
+        d.c = &c, d.f = &f, d.b = b;
+        d.k_s = c.k_s * size, d.k_g = c.k_g * size, d.v_s = c.v_s * size, d.v_g = c.v_g * size;
+        d.dots = scratch, d.weights = scratch + (rows * LANES + i * rows) * LANES;
+        d.state_row = f.chunks * f.state;
     }
+    for (int64_t row = first * f.few; row < (first + f.heads) * f.few; ++row) {
+        float* state = f.parts + ((b * c.G * f.few + row) * f.chunks + chunk) * f.state;
+        memset(state, 0, static_cast<size_t>(f.state) * sizeof(float));
+        *sums_at(state).shift = -INF;
+    }
+    int now = 0;
+    for (int64_t s0 = start; s0 < end; s0 += LANES)
+        for (int64_t h = first; h < first + f.heads; h += f.together, now = 1 - now) {
+            DecodeBlock& d = two[now];
+            d.s0 = s0, d.first = h;
+            d.n = end - s0 < LANES ? end - s0 : LANES;
+            d.heads = first + f.heads - h < f.together ? first + f.heads - h : f.together;
+            const bool more = s0 + LANES + ahead <= end;
+            d.k_ahead = more ? ahead * d.k_s : 0, d.v_ahead = more ? ahead * d.v_s : 0;
+            d.k = static_cast<const char*>(c.k) + b * c.k_b * size + h * d.k_g + s0 * d.k_s;
+            d.v = static_cast<const char*>(c.v) + b * c.v_b * size + h * d.v_g + s0 * d.v_s;
+            d.q = f.q + (b * c.G + h) * f.few * f.Hp;
+            d.state = f.parts + (b * c.G + h) * f.few * d.state_row + chunk * f.state;
+            rows_of(d, two[1 - now]);
+            c.score == BA_SOFTMAX ? weigh_block<BA_SOFTMAX>(d) : weigh_block<BA_EXPRESSIVE>(d);
+        }
+    two[now].n = 0;
+    rows_of(two[now], two[1 - now]);
 }
 
 // The chunks of one row together.
@@ -183,16 +261,17 @@ static void combine(const Decode& f, int64_t b, int64_t g, int64_t r, float* scr
     const float* parts = f.parts + ((b * c.G + g) * f.few + r) * f.chunks * f.state;
     float high = -INF, total = 0.0f;
     for (int64_t i = 0; i < f.chunks; ++i) {
-        const float shift = parts[i * f.state + 1];
+        const float shift = parts[i * f.state + LANES];
         high = shift > high ? shift : high;
     }
     for (int64_t w = 0; w < f.Wp; w += LANES) store(scratch + w, V{});
     for (int64_t i = 0; i < f.chunks; ++i) {
         const float* part = parts + i * f.state;
-        if (part[0] == 0.0f) continue;
-        const float factor = high == -INF ? 1.0f : exp_of(fill(part[1] - high))[0];  // -inf: no exponents at all
-        total += part[0] * factor;
-        for (int64_t w = 0; w < f.Wp; w += LANES) store(scratch + w, load(scratch + w) + load(part + LANES + w) * factor);
+        const float sum = sum_of(load(part));
+        if (sum == 0.0f) continue;
+        const float factor = high == -INF ? 1.0f : exp_of(fill(part[LANES] - high))[0];  // -inf: no exponents at all
+        total += sum * factor;
+        for (int64_t w = 0; w < f.Wp; w += LANES) store(scratch + w, load(scratch + w) + load(part + 2 * LANES + w) * factor);
     }
     const int64_t l = r % c.L, n = g * f.group + r / c.L;
     void* out = shifted(c.out, b * c.out_b + n * c.out_n + l * c.out_l, bf16);
@@ -211,8 +290,11 @@ static void combine_task(void* context, int64_t head, float* scratch) {
     for (int64_t r = 0; r < f.few; ++r) combine(f, head / f.c->G, head % f.c->G, r, scratch);
 }
 
+// Whether decoding alone knows how to read the cache.
+static bool is_special(const ba_call& c) { return c.k_scale != NULL || c.rotary_cos != NULL; }
+
 static bool is_decode(const ba_call& c) {
-    return c.dropout == 0.0 && c.G > 0 && c.N / c.G * c.L <= FEW && c.S >= 2 * LANES;
+    return c.dropout == 0.0 && c.G > 0 && c.N / c.G * c.L <= FEW && (c.S >= 2 * LANES || is_special(c));
 }
 
 // Backwards, panels serve these too. Their scores differ in the last bits, so the normalisers have to be theirs as well:
@@ -236,16 +318,20 @@ static int64_t decode(const ba_call& c) {
     f.c = &c;
     f.group = c.N / c.G;
     f.few = f.group * c.L;
-    f.interleaved = c.G > 1 && c.k_g < c.k_s;
+    f.heads = c.G > 1 && c.k_g < c.k_s ? c.G : 1;
+    f.together = ROWS / f.few < f.heads ? ROWS / f.few : f.heads;
+    const Restriction causality = restriction(c, 0, 0);
+    f.begin = first_key(causality, 0), f.end = end_key(causality, c.L - 1);
+    const int64_t keys = f.end > f.begin ? f.end - f.begin : 0;
     f.chunk = CHUNK;
-    if (c.B * (f.interleaved ? 1 : c.G) < PARTS) {  // few heads to share out
-        f.chunk = (c.S / PARTS + STRETCH) / STRETCH * STRETCH;
+    if (c.B * c.G / f.heads < PARTS) {  // few heads to share out
+        f.chunk = (keys / PARTS + LANES) / LANES * LANES;
         if (f.chunk > CHUNK) f.chunk = CHUNK;
     }
-    f.chunks = (c.S + f.chunk - 1) / f.chunk;
+    f.chunks = (keys + f.chunk - 1) / f.chunk;
     f.Hp = (c.H + LANES - 1) / LANES * LANES;
     f.Wp = (c.W + LANES - 1) / LANES * LANES;
-    f.state = ba_padded(LANES + f.Wp);
+    f.state = ba_padded(2 * LANES + f.Wp);
     const int64_t rows = c.B * c.G * f.few;
     if (rows == 0) return BA_OK;
     f.q = ba_allocate(rows * f.Hp + rows * f.chunks * f.state);
@@ -259,7 +345,8 @@ static int64_t decode(const ba_call& c) {
         for (int64_t h = 0; h < f.Hp; h += LANES)
             store(f.q + i * f.Hp + h, (h < c.H ? load_row(q, h, c.H - h) : V{}) * factor);
     }
-    int64_t status = ba_parallel(c.threads, c.B * (f.interleaved ? 1 : c.G) * f.chunks, 0, decode_task, &f);
+    const int64_t scratch = f.together * f.few * (LANES + 2) * LANES;
+    int64_t status = ba_parallel(c.threads, c.B * c.G / f.heads * f.chunks, scratch, decode_task, &f);
     const int64_t spare = f.Wp > 2 * c.S + 2 ? f.Wp : 2 * c.S + 2;
     if (status == BA_OK)
         status = ba_parallel(1, c.B * c.G, c.score == BA_EXPRESSIVE ? spare : f.Wp, combine_task, &f);

@@ -10,6 +10,7 @@ constexpr int64_t TILE_FLOATS = 3072;  // of one block of scores: 12 KiB of the 
 // Of q and k multiplied at a time, for the same reason; and sums of sums lose fewer digits than one long sum, which
 // counts where a product is rounded before it is added.
 constexpr int64_t DEPTH = LANES == 4 ? 32 : 128;
+constexpr int64_t SHORTEST_RUN = 512;                // queries
 constexpr int64_t MOST_KEYS = LANES == 4 ? 48 : 96;  // in a block, for that reason too
 
 struct Panels {  // how L queries are cut
@@ -19,6 +20,19 @@ struct Panels {  // how L queries are cut
 static Panels panels(int64_t L, int64_t wide) {
     const int64_t vectors = (L + LANES - 1) / LANES;
     return {vectors, (vectors + wide - 1) / wide};
+}
+
+// Panels that share one copy of the keys that they see. With a window these are few, and stay in the caches.
+static int64_t run_panels(const ba_call& c, const Panels& cut, int64_t wide) {
+    if (!c.causal || c.window == 0) return cut.count;
+    const int64_t rows = c.window > SHORTEST_RUN ? c.window : SHORTEST_RUN, panels = rows / (wide * LANES);
+    return panels < 1 ? 1 : panels < cut.count ? panels : cut.count;
+}
+
+// The most keys of such a copy.
+static int64_t run_keys(const ba_call& c, const Panels& cut, int64_t wide) {
+    const int64_t panels = run_panels(c, cut, wide), keys = panels * wide * LANES + c.window;
+    return panels == cut.count || keys > c.S ? c.S : keys;
 }
 
 // Keys in a block: all blocks about the same, in whole tiles of 6 rows, about TILE_FLOATS scores of `wide` vectors.
@@ -49,7 +63,7 @@ struct Panel {
     bool empty;  // nothing is in `out` yet
     char* rows_out;           // where the panel's rows go
     const char* next_q;       // queries of the panel after it, and how many
-    int64_t rows_ahead, asked;
+    int64_t rows_ahead, asked, span;  // span: keys that the panel sees
     const char *next_k, *next_v;  // of the next head, or NULL
 };
 
@@ -62,16 +76,14 @@ BA_INLINE void scores(const Panel& p, int64_t lane, int64_t s0, int64_t n) {
 }
 
 template <int NV, int SCORE>
-static __attribute__((noinline)) bool weigh_any(Panel& p, int mode, int64_t lane, int64_t s0, int64_t n) {
-    const int64_t query = p.l0 + lane;
+static __attribute__((noinline)) bool weigh_any(Panel& p, int mode, const Edge& edge, int64_t lane, int64_t n) {
     float *z = p.z + lane, *total = p.total + lane, *shift = p.shift + lane, *rescale = p.rescale + lane;
     const float* tile = p.tile + lane;
-    const int64_t first = p.hide.causal ? query : BEHIND;
     switch (mode) {
-    case FREE: return weigh<NV, SCORE, FREE>(z, n, p.pitch, tile, first, s0, total, shift, rescale);
-    case TRIANGLE: return weigh<NV, SCORE, TRIANGLE>(z, n, p.pitch, tile, first, s0, total, shift, rescale);
-    case HIDING: return weigh<NV, SCORE, HIDING>(z, n, p.pitch, tile, first, s0, total, shift, rescale);
-    default: return weigh<NV, SCORE, BIASED>(z, n, p.pitch, tile, first, s0, total, shift, rescale);
+    case FREE: return weigh<NV, SCORE, FREE>(z, n, p.pitch, tile, edge, total, shift, rescale);
+    case EDGE: return weigh<NV, SCORE, EDGE>(z, n, p.pitch, tile, edge, total, shift, rescale);
+    case HIDING: return weigh<NV, SCORE, HIDING>(z, n, p.pitch, tile, edge, total, shift, rescale);
+    default: return weigh<NV, SCORE, BIASED>(z, n, p.pitch, tile, edge, total, shift, rescale);
     }
 }
 
@@ -80,7 +92,7 @@ static __attribute__((noinline)) bool weigh_any(Panel& p, int mode, int64_t lane
 static void ask_ahead(Panel& p, int64_t s0, int64_t n) {
     const ba_call& c = *p.c;
     const int64_t size = c.dtype == BA_BF16 ? 2 : 4;
-    int64_t to = p.asked + (p.rows * n + c.S - 1) / c.S;
+    int64_t to = p.asked + (p.rows * n + p.span - 1) / p.span;
     if (to > p.rows) to = p.rows;
     for (int64_t r = p.asked; r < to; ++r)
         for (int64_t i = 0; i < c.W * size; i += 64) __builtin_prefetch(p.rows_out + r * c.out_l * size + i, 1, 2);
@@ -98,13 +110,14 @@ static void block(Panel& p, int64_t lane, int64_t s0, int64_t n) {
     const State state = mask_tile(p.hide, p.l0, p.rows, s0, n, p.pitch, p.tile, p.spare);
     ask_ahead(p, s0, n);
     if (state == CLOSED) return;
-    const bool crosses = p.hide.causal && p.l0 + lane < s0 + n - 1;
-    const int mode = state == BIASES ? BIASED : state == HIDES ? HIDING : crosses ? TRIANGLE : FREE;
+    const int64_t query = p.l0 + lane;
+    const Edge edge = edge_of(p.hide, query, query + NV * LANES - 1, s0, n);
+    const int mode = state == BIASES ? BIASED : state == HIDES ? HIDING : edge.any ? EDGE : FREE;
     scores<NV>(p, lane, s0, n);
-    const bool changed = weigh_any<NV, SCORE>(p, mode, lane, s0, n);
+    const bool changed = weigh_any<NV, SCORE>(p, mode, edge, lane, n);
     if (p.drops.any) drop<NV, true>(p.drops, p.numbers + lane, s0, n, p.pitch, p.z + lane);
     const int64_t W = p.c->W;
-    if (p.empty && lane > 0) {
+    if (p.empty && NV * LANES < p.pitch) {
         memset(p.out, 0, static_cast<size_t>(W * p.pitch) * sizeof(float));
         p.empty = false;
     }
@@ -131,8 +144,24 @@ static void block_of(Panel& p, int64_t vectors, int64_t lane, int64_t s0, int64_
     }
 }
 
+// One number of a key or value, whatever the cache holds.
+static float number_at(const void* p, const float* scale, const ba_call& c, int64_t row, int64_t scale_row, int64_t i) {
+    if (scale == NULL) return load_row({shifted(p, row, c.dtype == BA_BF16), c.dtype == BA_BF16}, i, 1)[0];
+    return scale[scale_row] * static_cast<float>(static_cast<const int8_t*>(p)[row + i]);
+}
+
+static float key_at(const ba_call& c, int64_t b, int64_t g, int64_t s, int64_t h) {
+    const int64_t row = b * c.k_b + g * c.k_g + s * c.k_s, scale_row = b * c.scale_b + g * c.scale_g + s * c.scale_s;
+    const float x = number_at(c.k, c.k_scale, c, row, scale_row, h);
+    if (c.rotary_cos == NULL) return x;
+    const int64_t P = c.H / 2, p = h % P;
+    const float other = number_at(c.k, c.k_scale, c, row, scale_row, h < P ? h + P : p);
+    return x * c.rotary_cos[s * c.rotary_s + p] + (h < P ? -other : other) * c.rotary_sin[s * c.rotary_s + p];
+}
+
 // A row of expressive attention in double precision, for scores so small that float32 loses their squares.
-// Returns its normaliser, 0 if there is no weight at all; `weights` (S) are normalised.
+// Returns its normaliser, 0 if there is no weight at all; `weights` (S) are normalised, and written where causality
+// leaves keys.
 static double careful_row(const ba_call& c, const Restriction& r, int64_t b, int64_t n, int64_t l, double* weights) {
     const bool bf16 = c.dtype == BA_BF16;
     const int64_t g = n / (c.N / c.G);
@@ -140,14 +169,13 @@ static double careful_row(const ba_call& c, const Restriction& r, int64_t b, int
     bool zero = true;
     for (int64_t h = 0; h < c.H && zero; ++h) zero = load_row({q, bf16}, h, 1)[0] == 0.0f;
     double most = -HUGE_VAL;
-    const int64_t end = zero ? 0 : c.S;
-    for (int64_t s = 0; s < end; ++s) {
+    const int64_t begin = first_key(r, l), end = end_key(r, l);
+    for (int64_t s = begin; s < (zero ? begin : end); ++s) {
         float bias;
         double z = 0.0;
         if (sees(r, l, s, &bias)) {
-            const void* k = shifted(c.k, b * c.k_b + g * c.k_g + s * c.k_s, bf16);
             for (int64_t h = 0; h < c.H; ++h)
-                z += static_cast<double>(load_row({q, bf16}, h, 1)[0]) * load_row({k, bf16}, h, 1)[0];
+                z += static_cast<double>(load_row({q, bf16}, h, 1)[0]) * key_at(c, b, g, s, h);
             z *= c.scale;
         }
         // In logarithms, where nothing underflows: 2 log|z| - log(1 + z^2) + bias.
@@ -155,12 +183,12 @@ static double careful_row(const ba_call& c, const Restriction& r, int64_t b, int
         if (weights[s] > most) most = weights[s];
     }
     if (most == -HUGE_VAL) {
-        for (int64_t s = 0; s < c.S; ++s) weights[s] = 0.0;
+        for (int64_t s = begin; s < end; ++s) weights[s] = 0.0;
         return 0.0;
     }
     double total = 0.0;
-    for (int64_t s = 0; s < c.S; ++s) total += weights[s] = exp(weights[s] - most);
-    for (int64_t s = 0; s < c.S; ++s) weights[s] /= total;
+    for (int64_t s = begin; s < end; ++s) total += weights[s] = exp(weights[s] - most);
+    for (int64_t s = begin; s < end; ++s) weights[s] /= total;
     return total;
 }
 
@@ -168,18 +196,21 @@ static double careful_row(const ba_call& c, const Restriction& r, int64_t b, int
 static void careful_forward(const ba_call& c, int64_t b, int64_t n, int64_t l, float* scratch) {
     double* weights = reinterpret_cast<double*>(scratch);
     const bool bf16 = c.dtype == BA_BF16;
-    const double total = careful_row(c, restriction(c, b, n), b, n, l, weights);
+    const Restriction hide = restriction(c, b, n);
+    const double total = careful_row(c, hide, b, n, l, weights);
+    const int64_t begin = first_key(hide, l), end = end_key(hide, l);
     const Drops drops = drops_of(c);
     const uint64_t row = row_of(c, b, n, l);
-    for (int64_t s = 0; s < c.S; ++s) weights[s] *= factor_of(drops, row, s);
+    for (int64_t s = begin; s < end; ++s) weights[s] *= factor_of(drops, row, s);
     const int64_t g = n / (c.N / c.G);
     void* out = shifted(c.out, b * c.out_b + n * c.out_n + l * c.out_l, bf16);
     for (int64_t w = 0; w < c.W; ++w) {
         double sum = 0.0;
-        for (int64_t s = 0; s < (total > 0.0 ? c.S : 0); ++s)
+        for (int64_t s = begin; s < (total > 0.0 ? end : begin); ++s)
             if (weights[s] != 0.0)
                 sum += weights[s] *
-                    load_row({shifted(c.v, b * c.v_b + g * c.v_g + s * c.v_s, bf16), bf16}, w, 1)[0];
+                    number_at(c.v, c.v_scale, c, b * c.v_b + g * c.v_g + s * c.v_s,
+                        b * c.scale_b + g * c.scale_g + s * c.scale_s, w);
         store_row(out, bf16, w, fill(static_cast<float>(sum)), 1);
     }
     if (c.stats != NULL) {
@@ -211,16 +242,9 @@ static void one_panel(const Forward& f, Panel& p, int64_t b, int64_t n, int64_t 
     p.rows_out = static_cast<char*>(shifted(c.out, b * c.out_b + n * c.out_n + p.l0 * c.out_l, bf16));
     p.next_q = static_cast<const char*>(shifted(c.q, b * c.q_b + n * c.q_n + (p.l0 + p.pitch) * c.q_l, bf16));
     p.rows_ahead = c.L - p.l0 - p.pitch;
-    int64_t s = 0;
-    // Up to the triangle's edge all lanes see every key; beyond, vectors of queries drop out one by one.
-    const int64_t whole = c.causal && p.l0 < c.S ? p.l0 : c.S;
-    for (; s < whole; s += p.keys) block_of<SCORE>(p, vectors, 0, s, whole - s < p.keys ? whole - s : p.keys);
-    if (c.causal)
-        for (int64_t v = 0; v < vectors && p.l0 + v * LANES < c.S; ++v) {
-            const int64_t s0 = p.l0 + v * LANES;
-            block_of<SCORE>(p, vectors - v, v * LANES, s0, c.S - s0 < LANES ? c.S - s0 : LANES);
-        }
-
+    p.span = end_key(p.hide, p.l0 + p.rows - 1) - first_key(p.hide, p.l0);
+    band_blocks(p.hide, p.l0, p.rows, vectors, p.keys,
+        [&](int64_t some, int64_t lane, int64_t s0, int64_t n) { block_of<SCORE>(p, some, lane, s0, n); });
     if (p.empty) memset(p.out, 0, static_cast<size_t>(c.W * p.pitch) * sizeof(float));
     float* inverse = p.rescale;
     for (int64_t lane = 0; lane < p.pitch; lane += LANES) {
@@ -262,15 +286,18 @@ static void one_head(const Forward& f, int64_t head, int64_t from, int64_t to, b
     const Row k = {shifted(c.k, b * c.k_b + g * c.k_g, bf16), bf16}, v = {shifted(c.v, b * c.v_b + g * c.v_g, bf16), bf16};
     p.k = static_cast<const float*>(k.p), p.k_s = c.k_s;
     p.v = static_cast<const float*>(v.p), p.v_s = c.v_s;
+    const int64_t last = to * f.cut.vectors / f.cut.count * LANES - 1;
+    const int64_t begin = first_key(p.hide, from * f.cut.vectors / f.cut.count * LANES);
+    const int64_t end = end_key(p.hide, last < c.L ? last : c.L - 1), count = end > begin ? end - begin : 0;
     if (f.copy_k) {
-        copy_rows(k, c.k_s, c.S, c.H, at, f.Hp);
-        p.k = at, p.k_s = f.Hp, at += c.S * f.Hp;
+        copy_rows({shifted(k.p, begin * c.k_s, bf16), bf16}, c.k_s, count, c.H, at, f.Hp);
+        p.k = at - begin * f.Hp, p.k_s = f.Hp, at += count * f.Hp;
     }
     if (f.copy_v && c.v == c.k && f.copy_k && c.H == c.W) {
         p.v = p.k, p.v_s = p.k_s;
     } else if (f.copy_v) {
-        copy_rows(v, c.v_s, c.S, c.W, at, f.Wp);
-        p.v = at, p.v_s = f.Wp, at += c.S * f.Wp;
+        copy_rows({shifted(v.p, begin * c.v_s, bf16), bf16}, c.v_s, count, c.W, at, f.Wp);
+        p.v = at - begin * f.Wp, p.v_s = f.Wp, at += count * f.Wp;
     }
     p.spare = at;
     for (int64_t i = from; i < to; ++i) {
@@ -308,14 +335,17 @@ static Forward plan_forward(const ba_call& c) {
     const int64_t heads = c.B * c.N;
     const int64_t wanted = (4 * c.threads + heads - 1) / heads;
     f.chunks = c.threads == 1 || heads >= 4 * c.threads ? 1 : wanted < f.cut.count ? wanted : f.cut.count;
+    const int64_t together = run_panels(c, f.cut, f.wide), runs = (f.cut.count + together - 1) / together;
+    if (f.chunks < runs) f.chunks = runs;
+    const int64_t keys = run_keys(c, f.cut, f.wide);
     f.run = heads / (16 * c.threads) > 1 ? heads / (16 * c.threads) : 1;
     // Rows that lie apart fall on few sets of the caches and on many pages: in one piece, if they are read repeatedly.
     f.copy_k = bf16 || f.cut.count > 1;
     f.copy_v = bf16 || f.cut.count > 1;
     int64_t spare = tile_spare(f.wide * LANES, f.keys > LANES ? f.keys : LANES);
     if (c.score == BA_EXPRESSIVE && spare < 2 * c.S + 2) spare = 2 * c.S + 2;
-    f.floats = f.wide * LANES * (c.H + c.W + 2 * f.keys + 5) + spare + (f.copy_k ? c.S * f.Hp : 0) +
-        (f.copy_v ? c.S * f.Wp : 0);
+    f.floats = f.wide * LANES * (c.H + c.W + 2 * f.keys + 5) + spare + (f.copy_k ? keys * f.Hp : 0) +
+        (f.copy_v ? keys * f.Wp : 0);
     return f;
 }
 

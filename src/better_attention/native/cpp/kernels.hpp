@@ -7,6 +7,7 @@
 #include "masks.hpp"
 #include "scores.hpp"
 #include "dropout.hpp"
+#include "decode_rows.hpp"
 #include "forward.hpp"
 #include "backward.hpp"
 #include "decode.hpp"
@@ -17,10 +18,16 @@ namespace BA_ISA {
 
 int64_t forward(const ba_call& c) {
     if (c.B * c.N * c.L == 0) return BA_OK;
-    return is_decode(c) ? decode(c) : wide_forward(c);
+    const ba_call call = within_reach(c);
+    if (is_special(call) && !is_decode(call)) return BA_DECODES_ONLY;
+    return is_decode(call) ? decode(call) : wide_forward(call);
 }
 
-int64_t backward(const ba_call& c) { return is_decode(c) ? decode_backward(c) : wide_backward(c); }
+int64_t backward(const ba_call& c) {
+    const ba_call call = within_reach(c);
+    if (is_special(call)) return BA_DECODES_ONLY;
+    return is_decode(call) ? decode_backward(call) : wide_backward(call);
+}
 
 int64_t layer_forward(const ba_layer& c) { return c.B * c.L == 0 ? int64_t{BA_OK} : whole_layer(c); }
 

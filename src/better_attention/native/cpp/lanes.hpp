@@ -142,6 +142,19 @@ BA_INLINE I load_bytes(const uint8_t* p) {  // compilers take the general conver
 #endif
 }
 
+BA_INLINE V load_int8(const int8_t* p) {
+#if BA_LANES == 16 && defined(__AVX512F__)
+    return reinterpret_cast<V>(
+        _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))));
+#elif BA_LANES == 8 && defined(__AVX2__)
+    return reinterpret_cast<V>(
+        _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))));
+#else
+    typedef int8_t UnalignedI8 __attribute__((vector_size(BA_LANES), aligned(1), may_alias));
+    return __builtin_convertvector(*reinterpret_cast<const UnalignedI8*>(p), V);
+#endif
+}
+
 BA_INLINE V load_some(const float* p, int64_t n) {  // the first n < LANES, zeros behind
 #if BA_LANES == 16 && defined(__AVX512F__)
     return reinterpret_cast<V>(_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1u), p));
@@ -217,6 +230,20 @@ template <int D> BA_INLINE void turn_over(V (&x)[BA_LANES]) {
         for (int i = 0; i < BA_LANES; ++i)
             if (!(i & D)) exchange<D>(x[i], x[i + D], typename Count<BA_LANES>::type());
         turn_over<2 * D>(x);
+    }
+}
+
+// Lane i of the result is the sum of row i. The rows are used up.
+template <int D> BA_INLINE V row_sums(V (&x)[BA_LANES]) {
+    if constexpr (D < BA_LANES) {
+#pragma GCC unroll 16
+        for (int i = 0; i < BA_LANES; i += 2 * D) {
+            exchange<D>(x[i], x[i + D], typename Count<BA_LANES>::type());
+            x[i] += x[i + D];
+        }
+        return row_sums<2 * D>(x);
+    } else {
+        return x[0];
     }
 }
 

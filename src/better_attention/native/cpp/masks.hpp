@@ -16,6 +16,7 @@ struct Restriction {  // of one batch element and head
     const void* padding;
     int64_t padding_type, padding_s;
     bool causal, softmax;
+    int64_t offset, window, S;  // under causality: where query 0 stands among the S keys, and what it sees; 0: all
     bool exponent;  // the expressive score under a mask of numbers: every block has a tile, so that one shift holds
 };
 
@@ -33,6 +34,9 @@ static Restriction restriction(const ba_call& c, int64_t b, int64_t n) {
         r.padding = static_cast<const char*>(c.padding) + b * c.padding_b * size_of(c.padding_type);
     r.padding_s = c.padding_s;
     r.causal = c.causal != 0;
+    r.offset = c.offset;
+    r.window = c.window;
+    r.S = c.S;
     r.softmax = c.score == BA_SOFTMAX;
     r.exponent = !r.softmax && (c.mask_type < BA_BOOL || c.padding_type < BA_BOOL);
     return r;
@@ -82,9 +86,33 @@ static Seen read_mask(const void* row, int64_t type, int64_t stride, int64_t n, 
     return {biased != 0, open != 0, hides != 0};
 }
 
+// The keys that causality leaves to query l: [first_key, end_key).
+static int64_t first_key(const Restriction& r, int64_t l) {
+    const int64_t s = r.causal && r.window ? l + r.offset - r.window + 1 : 0;
+    return s < 0 ? 0 : s > r.S ? r.S : s;
+}
+
+static int64_t end_key(const Restriction& r, int64_t l) {
+    const int64_t s = r.causal ? l + r.offset + 1 : r.S;
+    return s < 0 ? 0 : s > r.S ? r.S : s;
+}
+
+// The same call with an offset of S at most and a window only where it hides a key: small numbers, which fit into lanes.
+static ba_call within_reach(const ba_call& c) {
+    ba_call r = c;
+    if (!r.causal) r.offset = r.window = 0;
+    if (r.offset > r.S) {  // queries behind all keys: only where their windows begin counts
+        const int64_t behind = r.offset - r.S;
+        r.offset = r.S;
+        if (r.window) r.window = r.window > behind ? r.window - behind : 1;
+    }
+    if (r.window >= r.offset + r.L) r.window = 0;
+    return r;
+}
+
 static bool sees(const Restriction& r, int64_t l, int64_t s, float* bias) {  // one key of one query
     *bias = 0.0f;
-    if (r.causal && s > l) return false;
+    if (s < first_key(r, l) || s >= end_key(r, l)) return false;
     const void* rows[2] = {r.mask, r.padding};
     const int64_t types[2] = {r.mask_type, r.padding_type};
     const int64_t at[2] = {l * r.mask_l + s * r.mask_s, s * r.padding_s};
@@ -100,8 +128,8 @@ static bool sees(const Restriction& r, int64_t l, int64_t s, float* bias) {  // 
 
 static int64_t tile_spare(int64_t pitch, int64_t keys) { return (pitch + 1) * ba_padded(keys); }
 
-// The tile for queries l0 + [0, rows) and keys s0 + [0, n): tile[s][lane], `pitch` lanes to a row. Only masks; of the
-// triangle it knows nothing. `spare` has tile_spare(pitch, n) floats.
+// The tile for queries l0 + [0, rows) and keys s0 + [0, n): tile[s][lane], `pitch` lanes to a row. Only masks; of
+// causality it knows nothing. `spare` has tile_spare(pitch, n) floats.
 static State mask_tile(
     const Restriction& r, int64_t l0, int64_t rows, int64_t s0, int64_t n, int64_t pitch, float* tile, float* spare) {
     if (r.mask_type == BA_NONE && r.padding_type == BA_NONE) return OPEN;
@@ -148,6 +176,31 @@ static State mask_tile(
             for (int64_t lane = 0; lane < pitch; lane += LANES)
                 store(tile + s * pitch + lane, load(tile + s * pitch + lane) + keys[s]);
     return biased ? BIASES : HIDES;
+}
+
+// The keys that a panel of queries l0 + [0, rows), in `vectors` vectors, needs: run(vectors, lane, s0, n) for one block
+// after another. Keys that all lanes see come in blocks of up to `keys`; on the edges of the band, where vectors of
+// queries drop out one by one, in blocks of a vector's width. Nothing outside the band is touched.
+template <class Run>
+BA_INLINE void band_blocks(const Restriction& r, int64_t l0, int64_t rows, int64_t vectors, int64_t keys, Run run) {
+    const int64_t begin = first_key(r, l0), end = end_key(r, l0 + rows - 1), here = l0 + r.offset;
+    const int64_t inner = r.causal && r.window ? first_key(r, l0 + vectors * LANES - 1) : 0;
+    const int64_t whole_end = !r.causal || here > end ? end : here < begin ? begin : here;
+    const int64_t whole = inner < begin ? begin : inner < whole_end ? inner : end;
+    int64_t s = begin;
+    while (s < end) {
+        if (s >= whole && s < whole_end) {
+            const int64_t n = whole_end - s < keys ? whole_end - s : keys;
+            run(vectors, 0, s, n);
+            s += n;
+            continue;
+        }
+        const int64_t stop = s < whole ? whole : end, n = stop - s < LANES ? stop - s : LANES;
+        const int64_t first = s > here ? (s - here) / LANES : 0;
+        const int64_t beyond = r.window ? (s + n - 1 - (here - r.window + 1)) / LANES + 1 : vectors;
+        run((beyond < vectors ? beyond : vectors) - first, first * LANES, s, n);
+        s += n;
+    }
 }
 
 }  // namespace

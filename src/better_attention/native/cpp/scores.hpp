@@ -6,9 +6,28 @@
 namespace BA_ISA {
 namespace {
 
-enum { FREE, TRIANGLE, HIDING, BIASED };  // what restricts a block: nothing, causality alone, a tile, a tile with biases
+enum { FREE, EDGE, HIDING, BIASED };  // what restricts a block: nothing, causality alone, a tile, a tile with biases
 
-constexpr int64_t BEHIND = 1 << 30;  // a first query behind every key: no triangle
+// What causality leaves of a block. The tile knows nothing of it.
+struct Edge {
+    bool any;       // whether it hides anything here
+    int32_t query;  // the first lane's place among the block's keys: lane i sees keys s with 0 <= query + i - s < width
+    uint32_t width;
+};
+
+static Edge edge_of(const Restriction& r, int64_t query, int64_t last, int64_t s0, int64_t n) {
+    Edge e = {};
+    if (!r.causal) return e;
+    const int64_t here = query + r.offset;
+    e.any = here < s0 + n - 1 || (r.window && last + r.offset - r.window >= s0);
+    e.query = static_cast<int32_t>(here - s0);
+    e.width = r.window ? static_cast<uint32_t>(r.window) : 0x7fffffffu;
+    return e;
+}
+
+BA_INLINE I within(I query, int64_t s, uint32_t width) {  // a negative distance is a large unsigned one
+    return reinterpret_cast<I>(reinterpret_cast<U>(query - static_cast<int32_t>(s)) < width);
+}
 
 constexpr float FAR_SQUARE = 2.126764793255866e37f;  // 2^124: beyond, a weight is 1, its slope 0, and inf / inf must not arise
 
@@ -19,13 +38,12 @@ constexpr float ALL = 1.0f - 4.76837158203125e-7f;  // 2^-21
 // Below this a row's sum of z^2 has lost digits to underflow: the row is computed again in double precision.
 constexpr float FAINT = 1e-24f;
 
-// One block of scores z[s][lane], for keys s0 + [0, n): replaced by weights, before normalisation. total and shift
+// One block of scores z[s][lane] of n keys: replaced by weights, before normalisation. total and shift
 // (LANES * NV each) are the rows' running sums and the constant taken out of their exponents; `rescale` says by what
 // earlier sums have to be multiplied. Returns whether any has to be.
 template <int NV, int SCORE, int MODE>
 BA_INLINE bool weigh(
-    float* z, int64_t n, int64_t pitch, const float* tile, int64_t first_query, int64_t s0, float* total, float* shift,
-    float* rescale) {
+    float* z, int64_t n, int64_t pitch, const float* tile, const Edge& edge, float* total, float* shift, float* rescale) {
     constexpr bool EXPONENT = SCORE == BA_SOFTMAX || MODE == BIASED;
     V sum[NV], low[NV], top[NV];
     I query[NV];
@@ -33,7 +51,7 @@ BA_INLINE bool weigh(
     for (int v = 0; v < NV; ++v) {
         sum[v] = V{};
         low[v] = fill(0.0f);
-        query[v] = first_lanes() + static_cast<int32_t>(first_query + v * LANES - s0);  // sees keys s - s0 <= query
+        query[v] = first_lanes() + static_cast<int32_t>(edge.query + v * LANES);
     }
     bool changed = false;
     if constexpr (EXPONENT) {
@@ -49,9 +67,8 @@ BA_INLINE bool weigh(
                 } else {
                     x = load(tile + s * pitch + v * LANES);
                 }
-                // The tile knows nothing of the triangle.
-                if (MODE == TRIANGLE || (MODE >= HIDING && first_query < s0 + n))
-                    x = select(query[v] >= static_cast<int32_t>(s), x, fill(-INF));
+                if (MODE == EDGE || (MODE >= HIDING && edge.any))
+                    x = select(within(query[v], s, edge.width), x, fill(-INF));
                 if constexpr (SCORE == BA_SOFTMAX && MODE != FREE) store(z + s * pitch + v * LANES, x);
                 top[v] = larger(x, top[v]);
             }
@@ -76,8 +93,8 @@ BA_INLINE bool weigh(
             if constexpr (SCORE == BA_SOFTMAX) {
                 w = exp_of(w - low[v]);
             } else {
-                if (MODE == TRIANGLE || (MODE >= HIDING && first_query < s0 + n))
-                    w = select(query[v] >= static_cast<int32_t>(s), w, V{});
+                if (MODE == EDGE || (MODE >= HIDING && edge.any))
+                    w = select(within(query[v], s, edge.width), w, V{});
                 V bias;
                 if constexpr (MODE >= HIDING) {
                     bias = load(tile + s * pitch + v * LANES);
@@ -103,8 +120,8 @@ BA_INLINE bool weigh(
 // (0 for rows without weight), delta the normaliser's share, sum over keys of w dL/dw.
 template <int NV, int SCORE, int MODE>
 BA_INLINE void slope(
-    float* z, float* dp, int64_t n, int64_t pitch, const float* tile, int64_t first_query, int64_t s0,
-    const float* inverse, const float* shift, const float* delta, float scale) {
+    float* z, float* dp, int64_t n, int64_t pitch, const float* tile, const Edge& edge, const float* inverse,
+    const float* shift, const float* delta, float scale) {
     V inv[NV], low[NV], del[NV];
     I query[NV];
 #pragma GCC unroll 4
@@ -112,7 +129,7 @@ BA_INLINE void slope(
         inv[v] = load(inverse + v * LANES);
         low[v] = load(shift + v * LANES);
         del[v] = load(delta + v * LANES);
-        query[v] = first_lanes() + static_cast<int32_t>(first_query + v * LANES - s0);
+        query[v] = first_lanes() + static_cast<int32_t>(edge.query + v * LANES);
     }
     for (int64_t s = 0; s < n; ++s)
 #pragma GCC unroll 4
@@ -121,8 +138,8 @@ BA_INLINE void slope(
             float* pd = dp + s * pitch + v * LANES;
             V x = load(pz), bias = {};
             I hidden = {};
-            if (MODE == TRIANGLE || (MODE >= HIDING && first_query < s0 + n))
-                hidden = query[v] < static_cast<int32_t>(s);
+            if (MODE == EDGE || (MODE >= HIDING && edge.any))
+                hidden = ~within(query[v], s, edge.width);
             if constexpr (MODE >= HIDING) {
                 bias = load(tile + s * pitch + v * LANES);
                 hidden |= bias == -INF;
