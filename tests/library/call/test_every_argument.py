@@ -422,8 +422,6 @@ def function_refusal(path: str, argument: str, form: str) -> str | None:
     learns, path = path.startswith("training"), path.removeprefix("training ")
     if learns and form == "float" and path in ("native", "sdpa"):
         return "differentiate"
-    if path == "native" and argument in ("offset", "window"):
-        return "window"
     if path == "sdpa" and argument == "score":
         return "softmax weights only"
     if path in IMPLS and path != "reference" and argument == "need_weights":
