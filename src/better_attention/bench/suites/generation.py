@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +30,7 @@ LARGEST_W_A = 2**28
 class Memory:
     """The caches of a model's layers, filled: what :class:`better_attention.ModelCache` is after reading a text."""
 
-    caches: dict[nn.Module, Any]
+    caches: dict[nn.Module, ba.KVCache]
 
     @classmethod
     def of(cls, model: LanguageModel, row: Row, dtype: torch.dtype = torch.float32) -> Memory:
@@ -46,7 +45,7 @@ class Memory:
             }
         )
 
-    def __getitem__(self, layer: nn.Module) -> Any:
+    def __getitem__(self, layer: nn.Module) -> ba.KVCache:
         return self.caches[layer]
 
     @property
