@@ -56,6 +56,27 @@ def test_every_contender_computes_what_it_should(suite: str, dtype: torch.dtype)
             assert contender.work.flops > 0
 
 
+def test_a_step_of_generation_with_rotary_positions_and_what_it_reads() -> None:
+    (row, _) = tiny_rows("generation", shape=Shape(3, 11, 12, 2))
+    assert row.variant == "rotary"
+    assert "tokens before 11" in row.name
+    read = {}
+    for contender in SUITES["generation"].contenders(row):
+        result, _ = runner.admit(row, contender, Settings())
+        assert result.status == "ok", result
+        read[contender.name] = contender.work.bytes
+    attention, kept = 4 * 4 * 12 * 12, 4 * 3 * 11 * 12 * 4  # bytes of a map in all layers, and of a cached tensor
+    assert read["standard"] - read["efficient"] == 2 * attention + kept
+    assert read["super"] - read["efficient"] == 4 * 4 * 12 + kept  # one row of W_A over twelve positions
+
+
+def test_super_is_left_out_of_generation_where_w_a_is_too_large() -> None:
+    row = SUITES["generation"].rows(torch.float32, (Shape(1, 16384, 512, 8),))[0]
+    reasons = {c.name: c.why_not() for c in SUITES["generation"].contenders(row)}
+    assert reasons["super"] == "W_A over all positions has 1.0 GiB a layer"
+    assert [name for name, reason in reasons.items() if reason] == ["super"]
+
+
 def test_the_kernel_suite_asks_every_implementation() -> None:
     names = {c.name for c in SUITES["kernel"].contenders(tiny_rows("kernel")[0])}
     for score in SCORES:
@@ -76,11 +97,12 @@ def test_the_default_rows() -> None:
         assert len({row.name for row in rows}) == len(rows)
         assert set(suite.quick) <= set(suite.shapes)
         chosen = suite.rows(torch.float32, (TINY,))
-        fitting = [variant for variant in suite.variants if suite.name != "model" or variant in ("imdb", "amazon")]
-        assert {row.variant for row in chosen} == set(fitting), "pictures are square: no 11 patches"
+        tiny = {"model": ("imdb", "amazon"), "generation": ("learned",)}.get(suite.name, suite.variants)
+        fitting = [variant for variant in suite.variants if variant in tiny]
+        assert {row.variant for row in chosen} == set(fitting), "no 11 patches of a square, no pairs of 5 features"
         assert len(chosen) == len(fitting) * len(suite.modes), "all variants at a chosen shape"
         narrow = suite.rows(torch.bfloat16, (TINY,))
-        assert len(narrow) == (0 if suite.name == "model" else len(chosen)), "models are float32"
+        assert len(narrow) == (0 if suite.name in ("model", "generation") else len(chosen)), "models are float32"
         assert {row.dtype for row in narrow} <= {torch.bfloat16}
         assert {row.dtype for row in chosen} == {torch.float32}
 

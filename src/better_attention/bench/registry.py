@@ -31,7 +31,7 @@ class Shape(NamedTuple):
 
     Args:
         batch: number of sequences.
-        length: tokens ℓ of each; in the suite "decode" the keys in the cache.
+        length: tokens ℓ of each; in the suites "decode" and "generation" those in the cache.
         width: model width d.
         heads: number of heads h; divides d.
     """
@@ -87,7 +87,7 @@ class Row:
     def name(self) -> str:
         """The row in one line."""
         b, n, d, h = self.shape
-        length = "keys" if self.suite == "decode" else "ℓ"
+        length = {"decode": "keys", "generation": "tokens before"}.get(self.suite, "ℓ")
         return f"{self.suite}: batch {b}, {length} {n:,}, d {d}, h {h} (width {d // h}), {self.variant}, {self.mode}"
 
 

@@ -59,7 +59,9 @@ class Rows:
             old = new[:, :0] if held is None else self.used(name)[:, self._dropped() :]
             return self.hold(name, torch.cat([old, new], dim=1))
         if held is None:
-            held = self.hold(name, self._allocate(new, max(self.capacity, self._wanted(L))))
+            # As long as the tensors that are there: what is wanted beyond them would double with each one.
+            rows = self.capacity if self.capacity >= self.last + L else self._wanted(L)
+            held = self.hold(name, self._allocate(new, rows))
         elif self.last + L > held.shape[1]:
             self._make_room(L)
             held = self.tensors[name]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from better_attention import operators
 from better_attention.call.call import Call
 from better_attention.call.torch_private import transformed
-from better_attention.call.torch_state import address, operator_obstacles
+from better_attention.call.torch_state import address, is_known_finite, operator_obstacles, ordinary
 from better_attention.native import structs
 from better_attention.native.library import (
     call as call_library,
@@ -26,7 +26,7 @@ from better_attention.native.library import (
 
 from .arguments import NO_DROPOUT, Arguments, flops
 
-__all__ = ["compute", "instruction_set", "instruction_sets", "missing", "unsupported"]
+__all__ = ["compute", "decode_int8", "decode_rotated", "instruction_set", "instruction_sets", "missing", "unsupported"]
 
 
 def unsupported(call: Call) -> list[str]:
@@ -57,6 +57,87 @@ def unsupported(call: Call) -> list[str]:
 def compute(call: Call) -> tuple[Tensor, None]:
     """Head outputs (B, N, L, H), in the memory order (B, L, N, H)."""
     return _operator(Arguments.of(call, share=True))[0], None
+
+
+# --- caches that hold something else than keys ------------------------------------------------------------------------
+
+
+def decode_rotated(call: Call, cos_SP: Tensor, sin_SP: Tensor) -> Tensor | None:
+    """The call with its keys turned by rotary positions as they are read, so that a cache may hold them as they came.
+
+    Args:
+        call: a few queries, already turned, over keys that are not. Where key and value are one tensor, the values are
+            what it holds.
+        cos_SP, sin_SP: cosine and sine of each pair's angle at the place of each key of the call, (S, H/2), float32, as
+            from :func:`better_attention.positions.rotary_angles`.
+
+    Returns:
+        Head outputs (B, N, L, W); None where the kernels do not serve: then rotate the keys, and attend as usual.
+
+    Source: arXiv 2104.09864, eq. 34, features p and p + H/2 being a pair.
+    """
+    S, H = call.k_BNSH.shape[2:]
+    tables = (cos_SP, sin_SP)
+    fits = all(x.dtype == torch.float32 and tuple(x.shape) == (S, H // 2) for x in tables) and H % 2 == 0
+    if not fits or call.k_BNSH.dtype != call.q_BNLH.dtype or not _decodes(call, *tables):
+        return None
+    cos_SP, sin_SP = (contiguous_rows(x) for x in tables)
+    if cos_SP.stride(0) != sin_SP.stride(0):
+        cos_SP, sin_SP = cos_SP.contiguous(), sin_SP.contiguous()
+
+    def describe(c: structs.Call) -> None:
+        c.rotary_cos, c.rotary_sin, c.rotary_s = address(cos_SP), address(sin_SP), cos_SP.stride(0)
+
+    return _decode(call, describe)
+
+
+def decode_int8(call: Call, key_scale_BSN: Tensor, value_scale_BSN: Tensor) -> Tensor | None:
+    """The call over keys and values in int8, one float32 scale for each token and head: numbers are codes times scales.
+
+    Args:
+        call: a few queries in float32 or bfloat16 over int8 keys and values, which may be one tensor.
+        key_scale_BSN, value_scale_BSN: (B, S, G), G heads of keys, float32.
+
+    Returns:
+        Head outputs (B, N, L, W) in the dtype of the queries; None where the kernels do not serve: then multiply the
+        codes by their scales, and attend as usual.
+    """
+    B, G, S, _ = call.k_BNSH.shape
+    scales = (key_scale_BSN, value_scale_BSN)
+    fits = all(x.dtype == torch.float32 and tuple(x.shape) == (B, S, G) for x in scales)
+    codes = call.k_BNSH.dtype == call.v_BNSH.dtype == torch.int8
+    if not fits or not codes or not _decodes(call, *scales):
+        return None
+    if key_scale_BSN.stride() != value_scale_BSN.stride():
+        key_scale_BSN, value_scale_BSN = key_scale_BSN.contiguous(), value_scale_BSN.contiguous()
+
+    def describe(c: structs.Call) -> None:
+        c.k_scale, c.v_scale = address(key_scale_BSN), address(value_scale_BSN)
+        c.scale_b, c.scale_s, c.scale_g = key_scale_BSN.stride()
+
+    return _decode(call, describe)
+
+
+def _decodes(call: Call, *others: Tensor) -> bool:
+    """Whether the kernels that read special caches serve a call: few queries, in inference, and nobody looking on."""
+    tensors = (call.q_BNLH, call.k_BNSH, call.v_BNSH, *call.masks, *others)
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
+        return False
+    _, N, L, _ = call.q_BNLH.shape
+    _, G, S, W = call.v_BNSH.shape
+    few = 0 < L and 0 < G <= N and N // G * L <= structs.FEW
+    return few and S > 0 and W > 0 and call.dropout_p == 0.0 and ordinary(*tensors) and not unsupported(call)
+
+
+def _decode(call: Call, describe: Callable[[structs.Call], None]) -> Tensor | None:
+    """The forward pass with what ``describe`` adds to the call's structure; None where a hidden NaN may have come through."""
+    a = _with_contiguous_rows(Arguments.of(call, share=True))
+    out = _empty(a.q, a.values.shape[-1])
+    c = _describe(a, out, None)
+    describe(c)
+    call_library("ba_forward", c)
+    # A hidden key has weight 0, but 0 * NaN is NaN: impl/dispatch.py knows how to keep such keys apart.
+    return None if call.restricted and not is_known_finite(out) else out
 
 
 # --- across the C interface -------------------------------------------------------------------------------------------

@@ -13,6 +13,8 @@ ABI = 3
 """Version of the interface."""
 OK, NO_MEMORY, NO_SUCH_ISA, NO_SUCH_SCORE, DECODES_ONLY = range(5)
 """What a function returns."""
+FEW = 8
+"""How many queries of one head of keys count as decoding."""
 ISAS = {"portable": 1, "neon": 2, "avx2": 3, "avx512": 4}
 """Instruction sets, slowest first; 0 stands for the best that there is."""
 BEST_ISA = 0

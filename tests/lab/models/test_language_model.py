@@ -131,6 +131,8 @@ def test_padding_is_refused_where_w_a_counts_it() -> None:
     message = r"W_A counts places .* Pass texts of one length, or build the model with win"
     with pytest.raises(ValueError, match=message):
         model(x, padding_BL=places < 2)
+    with pytest.raises(ValueError, match=message):
+        model(x, padding_BL=places == 3)
     torch.testing.assert_close(model(x, padding_BL=places < 0), model(x))
     # Behind a text it changes nothing, as long as no token follows it.
     torch.testing.assert_close(model(x, padding_BL=places > 6)[:, :7], model(x)[:, :7])

@@ -186,6 +186,17 @@ def test_bytes() -> None:
     assert sizes["efficient"] * 2 == sizes["standard"] == sizes["optimised"] == sizes["super causal"]
 
 
+@pytest.mark.parametrize("chunks", [[5], [70], [60, 1, 1, 1, 1, 1, 1], [64, 65]])
+def test_a_cache_that_grows_has_one_length_for_all_its_tensors(chunks: list[int]) -> None:
+    sizes = {}
+    for name in ("standard", "efficient"):
+        module = layer(name, 8, 2).float().eval()
+        cache = ba.KVCache(module, 2)
+        decode(module, tokens(2, sum(chunks), 8, dtype=torch.float32), chunks, cache)
+        sizes[name] = cache.nbytes
+    assert sizes["standard"] == 2 * sizes["efficient"] < 2 * 2 * 8 * 4 * max(65, 2.2 * sum(chunks))
+
+
 @pytest.mark.parametrize("name", ["efficient window", "super window"])
 def test_a_window_has_constant_memory(name: str) -> None:
     module = layer(name, 8, 2).float().eval()

@@ -27,6 +27,7 @@ CONSTANTS = {
     "BA_NO_MEMORY": structs.NO_MEMORY,
     "BA_NO_SUCH_ISA": structs.NO_SUCH_ISA,
     "BA_NO_SUCH_SCORE": structs.NO_SUCH_SCORE,
+    "BA_FEW": structs.FEW,
     "BA_DECODES_ONLY": structs.DECODES_ONLY,
     "BA_BEST": structs.BEST_ISA,
     **{f"BA_{name.upper()}": number for name, number in structs.ISAS.items()},

@@ -9,15 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import count
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 import better_attention as ba
-from better_attention.bench import machine
-from better_attention.bench.registry import Contender, Results, Row, Run, Shape, Suite, Work, here, normal
+from better_attention.bench import decode_caches, machine
+from better_attention.bench.registry import Contender, Results, Row, Run, Shape, Suite, Work, normal
 
 SMALLEST_POOL = 256 << 20
 """Bytes of all caches together, at least; more where the last-level cache is larger, if that fits into memory."""
@@ -63,7 +62,7 @@ def _tensor_bytes(row: Row) -> int:
 
 
 def contenders(row: Row) -> list[Contender]:
-    """SDPA and ours, with key and value apart and with one tensor that serves as both."""
+    """SDPA and ours, with key and value apart and with one tensor that serves as both; then caches of other kinds."""
     inputs = cache(partial(Inputs.of, row))
     truth = cache(partial(_truth, inputs))
     row_contenders = []
@@ -78,7 +77,7 @@ def contenders(row: Row) -> list[Contender]:
                 why_not = partial(_no_ours, inputs, score, impl, shared)
                 name = f"{score} {impl}" + ", k is v" * shared
                 row_contenders.append(Contender(name, make, partial(truth, score, shared), work(row, shared), why_not))
-    return row_contenders
+    return row_contenders + decode_caches.contenders(row, inputs)
 
 
 def work(row: Row, shared: bool) -> Work:
@@ -95,16 +94,8 @@ def _make(
     *,
     note: str = "",
 ) -> Run:
-    given, turn = inputs(), count()
-    caches = _caches(given, shared)
-
-    def call() -> Tensor:
-        key, value = caches[next(turn) % len(caches)]
-        return function(given.query, key, value)
-
-    pool = f"rotating over {len(caches)} caches, {len(given.pool) * _tensor_bytes(row) / 2**20:.0f} MiB in all"
-    results = lambda: {"output": function(given.query, *caches[0])}  # noqa: E731
-    return here(call, results, grad=False, note=f"{note}, {pool}" if note else pool)
+    given = inputs()
+    return decode_caches.rotating(function, given.query, _caches(given, shared), note)
 
 
 def _caches(inputs: Inputs, shared: bool) -> list[tuple[Tensor, Tensor]]:

@@ -1,7 +1,7 @@
 """Several token sequences continued together, a token a step, by a language model with a cache.
 
 Shorter sequences are padded in front. Each draws its random numbers from a generator of its own, so that what becomes
-of one does not depend on the others beside it. Shape letters: B sequences that go on, L tokens, V vocabulary.
+of one does not depend on the others beside it. Shape letters: B sequences that continue, L tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Decoder:
         device = model.tokens.weight.device
         self.model, self.sampling = model, sampling
         self.rows = list(range(len(prompts)))
-        """The sequences that go on, as numbers of ``prompts``."""
+        """The sequences that continue, as numbers of ``prompts``."""
         self._never = torch.tensor(list(never), dtype=torch.int64, device=device)
         self._generators = [_generator(seed, n) for n in numbers or range(len(prompts))]
         self._cache = ModelCache(model, len(prompts))
@@ -76,7 +76,7 @@ class Decoder:
 
     @property
     def full(self) -> list[int]:
-        """The sequences that go on and have more tokens than the model can read."""
+        """The sequences that continue and have more tokens than the model can read."""
         longest = self.model.longest
         if longest is None:
             return []

@@ -116,7 +116,7 @@ class LanguageModelForCausalLM(PreTrainedModel, GenerationMixin):
             cache: of a generation; None with ``use_cache``: a new one.
             labels: (B, L), the tokens themselves; -100 where no loss is wanted. They are shifted here.
             use_cache: return a cache.
-            logits_to_keep: logits of that many last tokens; 0: of all.
+            logits_to_keep: how many of the last tokens get logits; 0: all.
             options: what the loss takes, such as ``num_items_in_batch``.
 
         Raises:

@@ -158,7 +158,7 @@ class LanguageModel(nn.Module):
             positions_BL: number of each token in its text, for learned positions; None: counted from the first one
                 that is no padding, or behind what the cache holds.
             cache: a ``better_attention.ModelCache`` of this model; the tokens follow those that it holds.
-            last: only the logits behind that many last tokens, (B, last, V); None: behind all.
+            last: how many of the last tokens get logits, (B, last, V); None: all.
 
         Raises:
             ValueError: more tokens than :attr:`longest`; padding where W_A counts it.

@@ -25,6 +25,7 @@ enum { BA_F32 = 0, BA_BF16 = 1, BA_BOOL = 2, BA_NONE = 3 };              /* elem
 enum { BA_SOFTMAX = 0, BA_EXPRESSIVE = 1 };                              /* scores */
 /* what a kernel returns; the last: int8 and rotated caches serve a few queries without dropout, and ba_forward alone */
 enum { BA_OK = 0, BA_NO_MEMORY = 1, BA_NO_SUCH_ISA = 2, BA_NO_SUCH_SCORE = 3, BA_DECODES_ONLY = 4 };
+enum { BA_FEW = 8 };              /* queries of one head of keys that count as decoding: N / G heads times L */
 enum { BA_BEST = 0, BA_PORTABLE = 1, BA_NEON = 2, BA_AVX2 = 3, BA_AVX512 = 4 }; /* instruction sets */
 
 /* One attention call. All fields are 8 bytes wide, so that the layout is the same for every compiler. */

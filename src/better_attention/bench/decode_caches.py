@@ -1,0 +1,214 @@
+"""Contenders of the suite "decode" whose caches are read in another way: plainly, in a window, rotated, in int8."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from itertools import count
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+import better_attention as ba
+from better_attention.bench.registry import Contender, Results, Row, Run, Work, here
+from better_attention.cache.int8 import dequantised, quantised
+from better_attention.call.call import Call
+from better_attention.impl import native
+from better_attention.positions import rotary_angles, rotate
+
+WINDOW = 1024
+
+
+class Drawn(Protocol):
+    """A query (B, N, 1, H) and a pool of caches (B, N, S, H)."""
+
+    @property
+    def query(self) -> Tensor: ...
+
+    @property
+    def pool(self) -> tuple[Tensor, ...]: ...
+
+
+class Kind(NamedTuple):
+    """A way to keep and read a cache.
+
+    Args:
+        prepare: what is kept, from key and value.
+        compute: the output, from the query and what is kept.
+        exact: the same in float64, in whatever way.
+        bytes: what a call reads, as a share of one tensor in the row's dtype, times two where key and value are apart.
+    """
+
+    prepare: Callable[[Tensor, Tensor], tuple[Any, ...]]
+    compute: Callable[..., Tensor]
+    exact: Callable[..., Tensor]
+    bytes: Callable[[Row], float]
+
+
+def contenders(row: Row, inputs: Callable[[], Drawn]) -> list[Contender]:
+    """One for each kind, with key and value apart and as one tensor where both make sense."""
+    found = []
+    for name, (kind, shares) in _kinds().items():
+        for shared in shares:
+            kept = partial(_kept, inputs, kind, shared)
+            B, S, D, _ = row.shape
+            tensor = float(B * S * D * row.dtype.itemsize)
+            work = Work(flops=4.0 * B * S * D, bytes=tensor * (1 if shared else 2) * kind.bytes(row))
+            make = partial(_make, inputs, kind, kept)
+            truth = cache(partial(_truth, inputs, kind, kept))
+            found.append(Contender(name + ", k is v" * shared, make, truth, work, _missing))
+    return found
+
+
+def rotating(function: Callable[..., Tensor], query: Tensor, caches: Sequence[tuple[Any, ...]], note: str = "") -> Run:
+    """Calls of a function, each with the next one of some caches."""
+    turn = count()
+
+    def call() -> Tensor:
+        return function(query, *caches[next(turn) % len(caches)])
+
+    tensors = {x.data_ptr(): x.nbytes for kept in caches for x in kept if isinstance(x, Tensor)}
+    pool = f"rotating over {len(caches)} caches, {sum(tensors.values()) / 2**20:.0f} MiB in all"
+    results = lambda: {"output": function(query, *caches[0])}  # noqa: E731
+    return here(call, results, grad=False, note=f"{note}, {pool}" if note else pool)
+
+
+def _make(inputs: Callable[[], Drawn], kind: Kind, kept: Callable[[], list[tuple[Any, ...]]]) -> Run:
+    return rotating(kind.compute, inputs().query, kept())
+
+
+def _truth(inputs: Callable[[], Drawn], kind: Kind, kept: Callable[[], list[tuple[Any, ...]]]) -> Results:
+    return {"output": kind.exact(inputs().query, *kept()[0])}
+
+
+def _kept(inputs: Callable[[], Drawn], kind: Kind, shared: bool) -> list[tuple[Any, ...]]:
+    pool = inputs().pool
+    pairs = [(x, x) for x in pool] if shared else list(zip(pool[::2], pool[1::2], strict=True))
+    return [kind.prepare(key, value) for key, value in pairs]
+
+
+def _missing() -> str | None:
+    reason = native.missing()
+    return None if reason is None else f"the compiled kernels are missing: {reason}"
+
+
+def _kinds() -> dict[str, tuple[Kind, tuple[bool, ...]]]:
+    """By name: the kind, and whether key and value are one tensor, for each contender of that name."""
+    both = (False, True)
+    as_given = lambda key, value: (key, value)  # noqa: E731
+    scores = ("softmax", "expressive")
+    return {
+        "plain read": (Kind(as_given, _read, _read_exactly, lambda row: 1.0), both),
+        f"softmax window {WINDOW}": (
+            Kind(as_given, _windowed, _windowed_exactly, lambda row: min(1.0, WINDOW / row.shape.length)),
+            both,
+        ),
+        "softmax rotated outside": (Kind(_with_tables, _rotated_outside, _rotated_exactly, lambda row: 1.0), (True,)),
+        "softmax rotated": (Kind(_with_tables, _rotated, _rotated_exactly, lambda row: 1.0), (True,)),
+        **{
+            f"{score} int8": (
+                Kind(_in_int8, partial(_int8, score), partial(_int8_exactly, score), _int8_bytes),
+                both,
+            )
+            for score in scores
+        },
+    }
+
+
+def _exactly(query: Tensor, key: Tensor, value: Tensor, score: str = "softmax", **options: Any) -> Tensor:
+    """In float64 by the reference, one sequence at a time."""
+    parts = [
+        ba.attention(q.double(), k.double(), v.double(), score=score, impl="reference", **options)
+        for q, k, v in zip(query, key, value, strict=True)
+    ]
+    return torch.stack(parts)
+
+
+# --- what can be read at best -----------------------------------------------------------------------------------------
+
+
+def _lines(key: Tensor) -> Tensor:
+    """All numbers in the order in which they lie."""
+    return (key if key.is_contiguous() else key.transpose(1, 2)).reshape(-1)
+
+
+def _read(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Every number read once, by the simplest operation of torch: a product of both, or the square of one."""
+    first, second = _lines(key), _lines(value)
+    return torch.dot(first, first if key is value else second)[None] / first.numel()
+
+
+def _read_exactly(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return torch.dot(_lines(key).double(), _lines(value).double())[None] / key.numel()
+
+
+# --- windows ----------------------------------------------------------------------------------------------------------
+
+
+def _windowed(query: Tensor, key: Tensor, value: Tensor, impl: str = "native") -> Tensor:
+    last = key.shape[2] - 1
+    return ba.attention(query, key, value, is_causal=True, offset=last, window=WINDOW, impl=impl)
+
+
+def _windowed_exactly(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return _exactly(query, key, value, is_causal=True, offset=key.shape[2] - 1, window=WINDOW)
+
+
+# --- keys that are turned by their place ------------------------------------------------------------------------------
+
+
+def _with_tables(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return key, *rotary_angles(torch.arange(key.shape[2]), key.shape[3])
+
+
+def _rotated(query: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    output = native.decode_rotated(Call(query, x, x, scale=x.shape[3] ** -0.5), cos, sin)
+    if output is None:
+        raise RuntimeError("the kernels do not serve this call.")
+    return output
+
+
+def _rotated_outside(query: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return ba.attention(query, rotate(x, cos, sin), x, impl="native")
+
+
+def _rotated_exactly(query: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return _exactly(query, rotate(x.double(), cos.double(), sin.double()), x)
+
+
+# --- int8 -------------------------------------------------------------------------------------------------------------
+
+
+def _in_int8(key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+    """Codes (B, N, S, H) in the layout of what was given, and scales (B, S, N)."""
+
+    def narrow(x: Tensor) -> tuple[Tensor, Tensor]:
+        codes, scale = quantised(x.transpose(1, 2).flatten(2), x.shape[1])
+        heads = codes.unflatten(2, (x.shape[1], -1)).transpose(1, 2)
+        return heads.contiguous() if x.is_contiguous() else heads, scale
+
+    keys = narrow(key)
+    return *keys, *(keys if value is key else narrow(value))
+
+
+def _int8(score: str, query: Tensor, key: Tensor, k_scale: Tensor, value: Tensor, v_scale: Tensor) -> Tensor:
+    call = Call(query, key, value, score=score, scale=key.shape[3] ** -0.5)
+    output = native.decode_int8(call, k_scale, v_scale)
+    if output is None:
+        raise RuntimeError("the kernels do not serve this call.")
+    return output
+
+
+def _int8_exactly(score: str, query: Tensor, key: Tensor, k_scale: Tensor, value: Tensor, v_scale: Tensor) -> Tensor:
+    def wide(codes: Tensor, scale: Tensor) -> Tensor:
+        rows = dequantised(codes.transpose(1, 2).flatten(2), scale, torch.float32)
+        return rows.unflatten(2, (codes.shape[1], -1)).transpose(1, 2)
+
+    return _exactly(query, wide(key, k_scale), wide(value, v_scale), score)
+
+
+def _int8_bytes(row: Row) -> float:
+    """Codes, and a float32 scale for each head of a row."""
+    head = row.shape.width // row.shape.heads
+    return (head + 4) / (head * row.dtype.itemsize)

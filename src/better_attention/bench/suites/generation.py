@@ -1,0 +1,173 @@
+"""The suite "generation": a step of a language model that has read a long text, against the same through SDPA.
+
+A step reads one token of each sequence, with what the model remembers of the tokens before, and gives the logits of the
+next one. The model is the lab's (RMSNorm, SwiGLU, tied embeddings); one over the time of a step is its tokens a second.
+The memory is filled with random numbers instead of a text, which costs the same. In float32 alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache, partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import better_attention as ba
+from better_attention.bench.registry import Contender, Results, Row, Run, Shape, Suite, Work, here, normal
+from better_attention.lab.models.language_model import LanguageModel
+from better_attention.layer.multihead import MultiheadAttention
+from better_attention.positions import rotary
+
+LAYERS, VOCABULARY = 4, 512
+BASELINE = "standard through SDPA"
+LARGEST_W_A = 2**28
+"""Bytes of W_A in one layer, from which on super attention is left out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """The caches of a model's layers, filled: what :class:`better_attention.ModelCache` is after reading a text."""
+
+    caches: dict[nn.Module, ba.KVCache]
+
+    @classmethod
+    def of(cls, model: LanguageModel, row: Row, dtype: torch.dtype = torch.float32) -> Memory:
+        """Caches of as many tokens as the row says, the same numbers in every run and for every layout."""
+        B, S, D, _ = row.shape
+        layers = [module for module in model.modules() if isinstance(module, MultiheadAttention)]
+        streams = [[normal(2 * n + i, B, S, D, dtype=dtype) for i in range(2)] for n in range(len(layers))]
+        return cls(
+            {
+                layer: ba.KVCache.of(layer, held[: len(layer.cache_streams)])
+                for layer, held in zip(layers, streams, strict=True)
+            }
+        )
+
+    def __getitem__(self, layer: nn.Module) -> ba.KVCache:
+        return self.caches[layer]
+
+    @property
+    def length(self) -> int:
+        """Number of tokens remembered."""
+        return min(held.length for held in self.caches.values())
+
+    def rewind(self, tokens: int) -> None:
+        """Forget the last ``tokens``."""
+        for held in self.caches.values():
+            held.rewind(tokens)
+
+
+def contenders(row: Row) -> list[Contender]:
+    """The standard model through SDPA, and ours with each mechanism."""
+    return [
+        Contender(
+            name,
+            partial(_through_sdpa if name == BASELINE else _ours, row, _mechanism(name)),
+            cache(partial(_truth, row, _mechanism(name))),
+            work(row, _mechanism(name)),
+            partial(_too_large, row, _mechanism(name)),
+        )
+        for name in (BASELINE, *ba.MECHANISMS)
+    ]
+
+
+def _mechanism(contender: str) -> str:
+    return "standard" if contender == BASELINE else contender
+
+
+def work(row: Row, mechanism: str) -> Work:
+    """Two operations for each weight and sequence, four for each number of a key; weights and caches are read once."""
+    B, S, D, _ = row.shape
+    with torch.device("meta"):
+        model = _model(row, mechanism)
+    # Of W_A a step reads the row of its token alone.
+    weights = sum(p[-1:].numel() if ".align." in name else p.numel() for name, p in model.named_parameters())
+    tensors = sum(len(m.cache_streams) for m in model.modules() if isinstance(m, MultiheadAttention))
+    return Work(flops=2.0 * B * weights + 4.0 * LAYERS * B * S * D, bytes=4.0 * (weights + tensors * B * S * D))
+
+
+def _too_large(row: Row, mechanism: str) -> str | None:
+    size = 4 * (row.shape.length + 1) ** 2 * ba.Mechanism.of(mechanism).aligned
+    return f"W_A over all positions has {size / 2**30:.1f} GiB a layer" if size > LARGEST_W_A else None
+
+
+def _model(row: Row, mechanism: str, impl: str = "auto") -> LanguageModel:
+    """A model whose weights depend on the row alone, those that mechanisms share being the same."""
+    _, S, D, N = row.shape
+    sizes = {"vocabulary": VOCABULARY, "length": S + 1, "width": D, "layers": LAYERS, "heads": N}
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(2)
+        model = LanguageModel(**sizes, positions=row.variant, mechanism=mechanism, options={"impl": impl})
+    return model.eval().requires_grad_(False)
+
+
+def _token(row: Row) -> Tensor:
+    return torch.arange(row.shape.batch)[:, None] % VOCABULARY
+
+
+def _ours(row: Row, mechanism: str) -> Run:
+    model = _model(row, mechanism)
+    memory, token = Memory.of(model, row), _token(row)
+
+    def step() -> Tensor:
+        logits: Tensor = model(token, cache=memory, last=1)
+        memory.rewind(1)
+        return logits
+
+    held = sum(sum(x.nbytes for x in cached.tensors) for cached in memory.caches.values())
+    return here(step, lambda: {"output": step()}, grad=False, note=f"{held / 2**20:.0f} MiB of cache")
+
+
+def _through_sdpa(row: Row, mechanism: str) -> Run:
+    """The standard model as one writes it by hand: keys and values in memory that was allocated before."""
+    model, token = _model(row, mechanism), _token(row)
+    B, S, D, N = row.shape
+    held = []
+    for cached in Memory.of(model, row).caches.values():
+        pair = [F.pad(x.view(B, S, N, D // N).transpose(1, 2), (0, 0, 0, 1)) for x in cached.tensors]
+        held.append(tuple(pair))
+
+    def attend(layer: MultiheadAttention, x_B1D: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        maps = (layer.q_proj, layer.k_proj, layer.v_proj)
+        q, k, v = (project(x_B1D).view(B, 1, N, -1).transpose(1, 2) for project in maps)
+        if row.variant == "rotary":
+            q, k = rotary(q, offset=S), rotary(k, offset=S)
+        keys[:, :, S:], values[:, :, S:] = k, v
+        heads = F.scaled_dot_product_attention(q, keys, values)
+        output: Tensor = layer.out_proj(heads.transpose(1, 2).flatten(2))
+        return output
+
+    def step() -> Tensor:
+        x = model.tokens(token)
+        if model.positions is not None:
+            x = x + model.positions.weight[S]
+        for block, (keys, values) in zip(model.blocks, held, strict=True):
+            x = x + attend(block.attention, block.norm1(x), keys, values)  # type: ignore[arg-type, operator]
+            x = x + block.mlp(block.norm2(x))  # type: ignore[operator]
+        return F.linear(model.norm(x), model.tokens.weight)
+
+    bytes_ = sum(x.nbytes for pair in held for x in pair)
+    return here(step, lambda: {"output": step()}, grad=False, note=f"{bytes_ / 2**20:.0f} MiB of cache")
+
+
+def _truth(row: Row, mechanism: str) -> Results:
+    """The same in float64 by the reference."""
+    model = _model(row, mechanism, "reference").double()
+    with torch.no_grad():
+        return {"output": model(_token(row), cache=Memory.of(model, row, torch.float64), last=1)}
+
+
+SUITE = Suite(
+    "generation",
+    "a step of a language model with a long text behind it, against the same through F.scaled_dot_product_attention",
+    contenders,
+    shapes=tuple(Shape(batch, tokens, 512, 8) for batch in (1, 8) for tokens in (4096, 16384)),
+    quick=(Shape(1, 4096, 512, 8),),
+    variants=("rotary", "learned"),
+    modes=("inference",),
+    rates="read",
+    # Rounding adds up over the layers beyond any gate for bfloat16; rotary positions turn pairs of features.
+    fits=lambda row: row.dtype == torch.float32 and (row.variant != "rotary" or row.shape.head_width % 2 == 0),
+)

@@ -1,0 +1,193 @@
+"""Caches that hold something else than keys: rotated while they are read, or int8 with scales, against the oracle."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import better_attention as ba
+from better_attention.call.call import Call
+from better_attention.impl import native
+from better_attention.impl.dispatch import attend
+from better_attention.positions import rotary_angles
+from helpers import oracle
+from helpers.bridge import array, assert_close
+from helpers.native_cases import DTYPES, ISAS, SCORES, Mask, draw_mask, needs_native, normal, poisoned, threads
+
+pytestmark = needs_native
+
+isas = pytest.mark.parametrize("isa", ISAS)
+scores = pytest.mark.parametrize("score", SCORES)
+
+#         B  N  G  L    S    H  offset window
+SIZES = [
+    (2, 3, 3, 1, 307, 64, 306, None),
+    (1, 12, 12, 1, 521, 32, 520, 101),
+    (2, 6, 2, 2, 61, 10, 59, None),
+    (1, 4, 1, 1, 7, 2, 6, None),
+    (3, 2, 2, 5, 131, 38, 97, 43),
+    (1, 17, 17, 1, 67, 128, 66, 5),
+]
+"""Head widths of one piece, several, none; blocks that end within a vector; fewer keys than a vector has lanes."""
+
+
+def drawn(size: tuple, score: str, dtype: torch.dtype, rng: np.random.Generator, joined: bool, masked: bool) -> Call:
+    """A call whose keys are its values, heads apart or side by side."""
+    B, N, G, L, S, H, offset, window = size
+    x = normal(rng, B, G, S, H, dtype=dtype)
+    x = x.transpose(1, 2).contiguous().transpose(1, 2) if joined else x
+    padding = draw_mask(Mask("bool", "B11S"), rng, (B, N, L, S)) if masked else None
+    return Call(
+        normal(rng, B, N, L, H, dtype=dtype), x, x, padding_B11S=padding, causal=True, offset=offset, window=window,
+        score=score, scale=H**-0.5,
+    )  # fmt: skip
+
+
+def exact(call: Call, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """The oracle's answer for other keys and values."""
+    B, N, L, _ = call.q_BNLH.shape
+    keep = None if call.padding_B11S is None else np.broadcast_to(call.padding_B11S.numpy(), (B, N, L, k.shape[2]))
+    output, _ = oracle.attention(
+        array(call.q_BNLH), k, v, score=call.score, keep=keep, causal=True, offset=call.offset, window=call.window,
+        scale=call.scale,
+    )  # fmt: skip
+    return output
+
+
+def turned(x: np.ndarray, first: int) -> np.ndarray:
+    """Keys at places first, first + 1, ...: pairs (p, p + H/2) as complex numbers, times e^(i place 10000^(-2p/H))."""
+    S, H = x.shape[-2:]
+    angles = np.arange(first, first + S)[:, None] * 10_000.0 ** (-np.arange(0, H, 2) / H)
+    pairs = (x[..., : H // 2] + 1j * x[..., H // 2 :]) * np.exp(1j * angles)
+    return np.concatenate([pairs.real, pairs.imag], -1)
+
+
+def angles(S: int, H: int, first: int) -> tuple[Tensor, Tensor]:
+    cos, sin = rotary_angles(torch.arange(first, first + S, dtype=torch.float64), H, dtype=torch.float64)
+    return cos.float(), sin.float()
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    return 1e-5 if dtype == torch.float32 else 2e-2
+
+
+@isas
+@scores
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_keys_are_rotated_as_they_are_read(
+    size: tuple, dtype: torch.dtype, score: str, isa: str, rng: np.random.Generator
+) -> None:
+    S, H, first = size[4], size[5], 11
+    for joined, masked in itertools.product((False, True), repeat=2):
+        call = drawn(size, score, dtype, rng, joined, masked)
+        tables = angles(S, H, first)
+        with native.instruction_set(isa), poisoned():
+            found = native.decode_rotated(call, *tables)
+            with threads(2):
+                again = native.decode_rotated(call, *tables)
+        assert found is not None
+        assert again is not None
+        assert torch.equal(found, again)
+        x = array(call.k_BNSH)
+        assert_close(found, exact(call, turned(x, first), x), tolerance=tolerance(dtype))
+        if dtype == torch.float32 and not masked:  # a row that sees one key alone gives it all weight
+            assert np.abs(array(found) - exact(call, x, x)).max() > 100 * tolerance(dtype)
+
+
+@isas
+@scores
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_int8_with_scales(
+    size: tuple, dtype: torch.dtype, score: str, isa: str, rng: np.random.Generator
+) -> None:
+    B, _, G, _, S, H = size[:6]
+    for joined, shared, masked in itertools.product((False, True), repeat=3):
+        call = drawn(size, score, dtype, rng, joined, masked)
+        codes = torch.from_numpy(rng.integers(-127, 128, size=(2, B, S, G, H))).to(torch.int8).transpose(2, 3)
+        codes = codes if joined else codes.contiguous()
+        scales = torch.from_numpy(rng.uniform(0.001, 0.02, size=(2, B, S, G))).float()
+        k, v = codes[0], codes[0] if shared else codes[1]
+        k_scale, v_scale = scales[0], scales[0] if shared else scales[1]
+        call = replace(call, k_BNSH=k, v_BNSH=v)
+        with native.instruction_set(isa), poisoned():
+            found = native.decode_int8(call, k_scale, v_scale)
+            with threads(2):
+                again = native.decode_int8(call, k_scale, v_scale)
+        assert found is not None
+        assert again is not None
+        assert found.dtype == dtype
+        assert torch.equal(found, again)
+        numbers = (array(x) * array(scale).swapaxes(1, 2)[..., None] for x, scale in ((k, k_scale), (v, v_scale)))
+        assert_close(found, exact(call, *numbers), tolerance=tolerance(dtype))
+
+
+@isas
+def test_rows_of_tiny_scores_are_computed_again_in_double_precision(isa: str, rng: np.random.Generator) -> None:
+    call = drawn(SIZES[0], "expressive", torch.float32, rng, True, False)
+    call = replace(call, q_BNLH=call.q_BNLH * 1e-18)
+    S, H = call.k_BNSH.shape[2:]
+    codes = (call.k_BNSH * 30).round().clamp(-127, 127).to(torch.int8)
+    scale = torch.from_numpy(rng.uniform(0.01, 0.02, size=(codes.shape[0], S, codes.shape[1]))).float()
+    with native.instruction_set(isa), poisoned():
+        rotated = native.decode_rotated(call, *angles(S, H, 0))
+        narrow = native.decode_int8(replace(call, k_BNSH=codes, v_BNSH=codes), scale, scale)
+    x, numbers = array(call.k_BNSH), array(codes) * array(scale).swapaxes(1, 2)[..., None]
+    assert_close(rotated, exact(call, turned(x, 0), x), tolerance=1e-5)
+    assert_close(narrow, exact(call, numbers, numbers), tolerance=1e-5)
+
+
+def test_what_the_kernels_do_not_serve_is_left_to_others(rng: np.random.Generator) -> None:
+    call = drawn(SIZES[0], "softmax", torch.float32, rng, False, False)
+    S, H = call.k_BNSH.shape[2:]
+    cos, sin = angles(S, H, 0)
+    codes = torch.ones_like(call.k_BNSH, dtype=torch.int8)
+    narrow, scale = replace(call, k_BNSH=codes, v_BNSH=codes), torch.ones(2, S, 3)
+    assert native.decode_rotated(call, cos, sin) is not None
+    assert native.decode_int8(narrow, scale, scale) is not None
+    many = normal(rng, 2, 3, 9, H)
+    for other in (
+        replace(call, q_BNLH=many),
+        replace(call, q_BNLH=call.q_BNLH.clone().requires_grad_()),
+        replace(call, dropout_p=0.1),
+        replace(call, need_weights=True),
+        replace(call, q_BNLH=call.q_BNLH.double(), k_BNSH=call.k_BNSH.double(), v_BNSH=call.v_BNSH.double()),
+    ):
+        assert native.decode_rotated(other, cos, sin) is None
+    for table in (cos.double(), cos[:-1], cos[:, :-1]):
+        assert native.decode_rotated(call, table, table) is None
+    assert native.decode_int8(call, scale, scale) is None
+    assert native.decode_int8(replace(narrow, q_BNLH=many), scale, scale) is None
+    assert native.decode_int8(narrow, scale.double(), scale) is None
+    assert native.decode_int8(narrow, scale.transpose(1, 2), scale) is None
+    assert torch.compile(lambda: native.decode_rotated(call, cos, sin) is None, backend="eager")()
+    spoiled = call.k_BNSH.clone()
+    spoiled[:, :, -1] = torch.nan  # hidden from the query before it
+    hidden = replace(call, k_BNSH=spoiled, v_BNSH=spoiled, offset=S - 2)
+    assert native.decode_rotated(hidden, cos, sin) is None
+
+
+@scores
+def test_int8_of_the_cache_errs_little(score: str, rng: np.random.Generator) -> None:
+    """Rounded to 255 steps of each head's largest number, as ``ba.KVCache(dtype=torch.int8)`` stores it."""
+    from better_attention.cache.int8 import quantised
+
+    x = normal(rng, 2, 1021, 3 * 64)
+    codes, scale = quantised(x, 3)
+    heads, narrow = (t.unflatten(2, (3, 64)).transpose(1, 2) for t in (x, codes))
+    call = Call(normal(rng, 2, 3, 1, 64), heads, heads, score=score, scale=0.125)
+    wide, _ = attend(call, "native")
+    found = native.decode_int8(replace(call, k_BNSH=narrow, v_BNSH=narrow), scale, scale)
+    assert found is not None
+    error = float((found - wide).norm() / wide.norm())
+    assert 1e-4 < error < 1e-2, f"relative error {error:.2e}"
+    plain = ba.attention(
+        call.q_BNLH, *(2 * [narrow * scale.transpose(1, 2)[..., None]]), score=score, scale=0.125, impl="reference"
+    )
+    assert_close(found, plain, tolerance=1e-5)
