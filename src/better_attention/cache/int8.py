@@ -41,19 +41,23 @@ class Int8Rows(Rows):
         super().__init__(limit, window, extra)
         self.num_heads, self.dtype = num_heads, torch.float32
 
-    def write(self, name: str, new: Tensor) -> Tensor:
-        """``new`` in codes behind the rows in use; returns the numbers that both stand for."""
+    def write(self, name: str, new: Tensor) -> None:
+        """``new`` in codes behind the rows in use."""
         if new.dtype == torch.bool:
-            return super().write(name, new)
+            super().write(name, new)
+            return
         self.dtype = new.dtype
         codes, scale = quantised(new, self.num_heads)
         super().write(name, codes)
         super().write(_scale(name), scale)
-        return self.read(name, new.shape[1])
+
+    def codes(self, name: str, ahead: int = 0) -> tuple[Tensor, Tensor]:
+        """Codes and scales of the rows in use, and of ``ahead`` more that were written behind them; views."""
+        return self.used(name, ahead), self.used(_scale(name), ahead)
 
     def read(self, name: str, ahead: int = 0) -> Tensor:
         """The numbers of a stream, in the dtype in which the newest came."""
-        return dequantised(self.used(name, ahead), self.used(_scale(name), ahead), self.dtype)
+        return dequantised(*self.codes(name, ahead), self.dtype)
 
 
 def _scale(name: str) -> str:

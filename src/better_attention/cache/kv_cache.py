@@ -226,8 +226,8 @@ class KVCache:
                 "Build it with a larger max_len, or with max_len=None, which grows."
             )
 
-    def write(self, name: str, new: Tensor) -> Tensor:
-        """``new`` (B, L, D) behind what is remembered; returns both, (B, S + L, D). :meth:`commit` makes it last.
+    def write(self, name: str, new: Tensor) -> None:
+        """``new`` (B, L, D) behind what is remembered; :meth:`commit` makes it last.
 
         Raises:
             ValueError: another device; or a tensor that requires a gradient, which memory does not carry.
@@ -248,7 +248,25 @@ class KVCache:
                 f"this cache is {dtype}, its layer's {name} is {new.dtype}. Make a cache with dtype={new.dtype}, or "
                 "call the layer as it was called before (under autocast, or not)."
             )
-        return self._rows.write(name, new)
+        self._rows.write(name, new)
+
+    def read(self, name: str, L: int) -> Tensor:
+        """What is remembered and the ``L`` new tokens that were written, (B, S + L, D); a view, but for int8."""
+        return self._rows.read(name, L)
+
+    @property
+    def int8(self) -> bool:
+        """Whether numbers are stored as codes and scales."""
+        return isinstance(self._rows, Int8Rows)
+
+    def codes(self, name: str, L: int) -> tuple[Tensor, Tensor]:
+        """The same of a cache in int8 as it is stored: codes (B, S + L, D) and scales (B, S + L, N); views."""
+        assert isinstance(self._rows, Int8Rows)  # noqa: S101 - for the type checker
+        return self._rows.codes(name, L)
+
+    def held(self, L: int) -> int:
+        """Number of tokens that are remembered, and the ``L`` new ones that were written."""
+        return self._rows.used(self.streams[0], L).shape[1]
 
     def show(self, shown_BL: Tensor | None, L: int) -> Tensor | None:
         """Which tokens are no padding, (B, S + L), with ``shown_BL`` for the new ones; None if none ever was."""
@@ -260,7 +278,8 @@ class KVCache:
         if SHOWN not in self._rows.tensors:
             # From now on, for as many rows as the streams have: what came before was no padding.
             self._rows.hold(SHOWN, torch.ones(stored.shape[:2], dtype=torch.bool, device=stored.device))
-        return self._rows.write(SHOWN, shown_BL)
+        self._rows.write(SHOWN, shown_BL)
+        return self._rows.used(SHOWN, L)
 
     def commit(self, L: int) -> None:
         """The ``L`` tokens that were written are remembered from now on."""

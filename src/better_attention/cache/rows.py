@@ -26,6 +26,8 @@ class Rows:
     def __init__(self, limit: int | None, window: int | None, extra: int) -> None:
         self.limit, self.window, self.extra = limit, window, extra
         self.tensors: dict[str, Tensor] = {}
+        self.replaced: frozenset[str] = frozenset()
+        """Tensors that hold, since the last commit, just what is in use and what was written."""
         self.first = self.last = 0
 
     @property
@@ -45,19 +47,23 @@ class Rows:
 
     def used(self, name: str, ahead: int = 0) -> Tensor:
         """The rows of a tensor that are in use, and ``ahead`` more that were written behind them; a view."""
+        if name in self.replaced:
+            return self.tensors[name]
         return self.tensors[name][:, self.first : self.last + ahead]
 
     def read(self, name: str, ahead: int = 0) -> Tensor:
         """The rows in use as numbers; here what is stored."""
         return self.used(name, ahead)
 
-    def write(self, name: str, new: Tensor) -> Tensor:
-        """``new`` (B, L, width) behind the rows in use; returns both together, a view."""
+    def write(self, name: str, new: Tensor) -> None:
+        """``new`` (B, L, width) behind the rows in use."""
         L = new.shape[1]
         held = self.tensors.get(name)
         if self._by_new_tensors():
             old = new[:, :0] if held is None else self.used(name)[:, self._dropped() :]
-            return self.hold(name, torch.cat([old, new], dim=1))
+            self.hold(name, torch.cat([old, new], dim=1))
+            self.replaced = self.replaced | {name}
+            return
         if held is None:
             # As long as the tensors that are there: what is wanted beyond them would double with each one.
             rows = self.capacity if self.capacity >= self.last + L else self._wanted(L)
@@ -66,12 +72,11 @@ class Rows:
             self._make_room(L)
             held = self.tensors[name]
         held[:, self.last : self.last + L] = new
-        return self.used(name, L)
 
     def commit(self, L: int) -> None:
         """The ``L`` rows that were written are in use from now on."""
         if self._by_new_tensors():
-            self.first, self.last = 0, self.count - self._dropped() + L
+            self.first, self.last, self.replaced = 0, self.count - self._dropped() + L, frozenset()
         else:
             self.last += L
 

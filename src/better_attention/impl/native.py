@@ -125,7 +125,7 @@ def _decodes(call: Call, *others: Tensor) -> bool:
         return False
     _, N, L, _ = call.q_BNLH.shape
     _, G, S, W = call.v_BNSH.shape
-    few = 0 < L and 0 < G <= N and N // G * L <= structs.FEW
+    few = L > 0 and 0 < G <= N and N // G * L <= structs.FEW
     return few and S > 0 and W > 0 and call.dropout_p == 0.0 and ordinary(*tensors) and not unsupported(call)
 
 

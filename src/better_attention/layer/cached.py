@@ -15,7 +15,7 @@ from better_attention.cache.streams import KEY, SOURCE, VALUE
 from better_attention.call.function_arguments import same_dtype
 from better_attention.errors import describe
 
-from . import extra_keys, window
+from . import decoding, extra_keys, window
 from .alignment import Alignment
 from .arguments import Arguments, Inputs, read, torch_masks
 from .calling import called
@@ -43,20 +43,18 @@ def attend(layer: MultiheadAttention, given: Arguments, cache: KVCache) -> tuple
     k_BLD = called(layer.k_proj, x.key_BSD, "k_proj")
     v_BLD = x.with_zero_padding(called(layer.v_proj, x.value_BSD, "v_proj"))
     q_BLD, k_BLD, v_BLD = same_dtype(q_BLD, k_BLD, v_BLD, projected=True)
-    q_BLD = rotated(q_BLD, layer.num_heads, layer.rotary, first)
     projects = "k" in layer.mechanism.projections
+    # remember and align
     if projects:
         k_BLD = rotated(k_BLD, layer.num_heads, layer.rotary, first)
-    # remember and align
-    k_BSD = cache.write(KEY, k_BLD)
-    v_BSD = _values(layer, cache, k_BSD, v_BLD, first)
-    x = _with_masks(layer, given, cache, x, k_BSD.shape[1])
+    cache.write(KEY, k_BLD)
+    _remember_values(layer, cache, v_BLD, first)
+    x = _with_masks(layer, given, cache, x)
     # score and mix
-    if not projects:
-        # The input is remembered once, for keys and values, and only keys are rotated.
-        k_BSD = rotated(k_BSD, layer.num_heads, layer.rotary, first - x.offset)
-    k_BSD, v_BSD, x = extra_keys.append(layer, k_BSD, v_BSD, x)
-    heads_BNLH, weights = window.attend(layer, layer.call(q_BLD, k_BSD, v_BSD, x))
+    # An input that is both key and value is remembered as it came, and its rotation counts from what is remembered:
+    # positions matter by their differences.
+    q_BLD = rotated(q_BLD, layer.num_heads, layer.rotary, first if projects else x.offset)
+    heads_BNLH, weights = _heads(layer, cache, q_BLD, x)
     # output
     output = called(layer.out_proj, join(heads_BNLH, layer.batch_first), "out_proj")
     cache.commit(L)
@@ -83,20 +81,36 @@ def _refuse(layer: MultiheadAttention, given: Arguments, cache: object) -> None:
         )
 
 
-def _values(layer: MultiheadAttention, cache: KVCache, k_BSD: Tensor, v_BLD: Tensor, first: int) -> Tensor:
-    """All values, (B, S, D): aligned where W_A acts on values, and the keys themselves where both are the input."""
+def _remember_values(layer: MultiheadAttention, cache: KVCache, v_BLD: Tensor, first: int) -> None:
+    """Keep the new values, aligned where W_A acts on values; nothing where the key is the value."""
     if VALUE not in cache.streams:
-        return k_BSD
+        return
     if isinstance(layer.align, Alignment):
         # Earlier aligned values stay as they are, because W_A is lower triangular: each new token adds its own.
-        source_BSD = cache.write(SOURCE, v_BLD) if SOURCE in cache.streams else k_BSD
+        if SOURCE in cache.streams:
+            cache.write(SOURCE, v_BLD)
+        source_BSD = cache.read(SOURCE if SOURCE in cache.streams else KEY, v_BLD.shape[1])
         v_BLD = window.aligned_values(layer, source_BSD, first)
-    return cache.write(VALUE, v_BLD)
+    cache.write(VALUE, v_BLD)
 
 
-def _with_masks(layer: MultiheadAttention, given: Arguments, cache: KVCache, x: Inputs, S: int) -> Inputs:
-    """The inputs with masks for all keys, of which ``S`` are remembered, the new ones included."""
+def _heads(layer: MultiheadAttention, cache: KVCache, q_BLD: Tensor, x: Inputs) -> tuple[Tensor, Tensor | None]:
+    """The heads of the new tokens over all that are remembered, and the weights where they are wanted."""
+    if (heads_BNLH := decoding.attend(layer, cache, q_BLD, x)) is not None:
+        return heads_BNLH, None
+    L = q_BLD.shape[1]
+    k_BSD = cache.read(KEY, L)
+    v_BSD = cache.read(VALUE, L) if VALUE in cache.streams else k_BSD
+    if "k" not in layer.mechanism.projections:
+        k_BSD = rotated(k_BSD, layer.num_heads, layer.rotary)
+    k_BSD, v_BSD, x = extra_keys.append(layer, k_BSD, v_BSD, x)
+    return window.attend(layer, layer.call(q_BLD, k_BSD, v_BSD, x))
+
+
+def _with_masks(layer: MultiheadAttention, given: Arguments, cache: KVCache, x: Inputs) -> Inputs:
+    """The inputs with masks for all keys that are remembered, the new ones included."""
     B, L = x.query_BLD.shape[:2]
+    S = cache.held(L)
     shown_BL = None if x.padding_B11S is None else x.padding_B11S.expand(B, 1, 1, L).reshape(B, L)
     shown_BS = cache.show(shown_BL, L)
     mask_BNLS = None

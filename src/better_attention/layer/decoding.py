@@ -1,0 +1,79 @@
+"""A step with a cache that the compiled kernels read as it is stored: rotated while it is read, or in int8.
+
+Everywhere else a step first makes of the cache what attention takes: rotated keys, or numbers of int8 codes. For one
+new token that would cost as much memory as the cache, and more time than attention itself.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from better_attention.cache.kv_cache import KVCache
+from better_attention.cache.streams import KEY, VALUE
+from better_attention.call.call import Call
+from better_attention.impl import native
+from better_attention.positions import rotary_angles
+
+from .arguments import Inputs
+from .window import WindowAlignment
+
+if TYPE_CHECKING:
+    from .multihead import MultiheadAttention
+
+
+def attend(layer: MultiheadAttention, cache: KVCache, q_BLD: Tensor, x: Inputs) -> Tensor | None:
+    """The heads (B, N, L, H) of new tokens over all that ``cache`` holds, or None where a step is as everywhere else.
+
+    Args:
+        layer, cache: the layer, and what it remembers.
+        q_BLD: the new tokens' queries; of rotary positions with keys that are stored as they came, rotated from
+            ``x.offset`` on.
+        x: the inputs with the masks of all keys.
+    """
+    turned = layer.rotary is not None and "k" not in layer.mechanism.projections
+    if not (turned or cache.int8) or (turned and cache.int8) or not _serves(layer, x):
+        return None
+    L = x.query_BLD.shape[1]
+    if cache.int8:
+        (k_BSD, k_scale), (v_BSD, v_scale) = (cache.codes(name, L) for name in (KEY, _value(cache)))
+        call = _call(layer, q_BLD, k_BSD, v_BSD, x)
+        first = k_BSD.shape[1] - call.k_BNSH.shape[2]  # the keys that no query sees are cut off at the beginning
+        return native.decode_int8(call, k_scale[:, first:], v_scale[:, first:])
+    k_BSD = cache.read(KEY, L)
+    call = _call(layer, q_BLD, k_BSD, k_BSD if VALUE not in cache.streams else cache.read(VALUE, L), x)
+    S, kept = k_BSD.shape[1], call.k_BNSH.shape[2]
+    cos_SP, sin_SP = _angles(layer.rotary, layer.head_dim, 1 << (S - 1).bit_length())
+    return native.decode_rotated(call, cos_SP[S - kept : S], sin_SP[S - kept : S])
+
+
+def _serves(layer: MultiheadAttention, x: Inputs) -> bool:
+    """Whether the layer has nothing that changes keys or weights on the way, and nobody traces."""
+    return (
+        not torch.compiler.is_compiling()
+        and layer.impl in ("auto", "native")
+        and x.query_BLD.device.type == "cpu"
+        and not x.need_weights
+        and layer.extra_k is None
+        and not layer.add_zero_attn
+        and layer.alibi is None
+        and not isinstance(layer.align, WindowAlignment)
+    )
+
+
+def _value(cache: KVCache) -> str:
+    return VALUE if VALUE in cache.streams else KEY
+
+
+def _call(layer: MultiheadAttention, q_BLD: Tensor, k_BSD: Tensor, v_BSD: Tensor, x: Inputs) -> Call:
+    return layer.call(q_BLD, k_BSD, v_BSD, x).trimmed()
+
+
+@lru_cache(maxsize=8)
+def _angles(base: float, width: int, length: int) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every pair's angle at ``length`` positions: one table for all layers of a model."""
+    with torch.inference_mode(False):
+        return rotary_angles(torch.arange(length), width, base=base)
