@@ -295,3 +295,47 @@ def test_the_bias_asks_for_no_gradient() -> None:
     x: Tensor = tokens(B, L, D, dtype=torch.float32)
     module(x, x, x, is_causal=True)[0].sum().backward()
     assert all(parameter.grad is not None for parameter in module.parameters())
+
+
+# --- caches and windows -----------------------------------------------------------------------------------------------
+
+CACHED = [(name, window) for name in CAUSAL for window in (None, 3) if window is None or "super" not in name]
+"""Layers and windows; W_A of a window has a test of its own."""
+
+
+def by_steps(module: ba.MultiheadAttention, x: Tensor, steps: tuple[int, ...]) -> Tensor:
+    """The layer's output, token after token with a cache."""
+    cache = ba.KVCache(module, len(x))
+    with torch.no_grad():
+        parts = [module(piece, piece, piece, cache=cache)[0] for piece in x.split(steps, dim=1)]
+    return torch.cat(parts, dim=1)
+
+
+@pytest.mark.parametrize("steps", [(1,) * L, (3, 1, 2, 1)])
+@pytest.mark.parametrize("place", ["score", "weight"])
+@pytest.mark.parametrize(("name", "window"), CACHED)
+def test_with_a_cache_distances_count_from_the_tokens_that_it_holds(
+    name: str, window: int | None, place: str, steps: tuple[int, ...]
+) -> None:
+    options = {} if window is None else {"window": window}
+    module = layer(name, D, N, alibi=place, **options).double().eval()
+    x = tokens(B, L, D)
+    with torch.no_grad():
+        whole, _ = module(x, x, x, is_causal=True)
+    torch.testing.assert_close(by_steps(module, x, steps), whole, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("place", ["score", "weight"])
+@pytest.mark.parametrize("mechanism", ["super", "super+expressive"])
+def test_with_the_w_a_of_a_window(mechanism: str, place: str) -> None:
+    """A row's output depends on distances alone: the same tokens behind others give the same rows."""
+    options: dict[str, object] = {"batch_first": True, "mechanism": mechanism, "window": 3}
+    module = ba.MultiheadAttention(D, N, alibi=place, **options).double().eval()
+    x, before = tokens(B, L, D), tokens(B, 4, D)
+    whole, _ = module(x, x, x, is_causal=True)
+    torch.testing.assert_close(by_steps(module, x, (1,) * L), whole.detach(), rtol=0, atol=1e-11)
+    behind, _ = module(*[torch.cat([before, x], dim=1)] * 3, is_causal=True)
+    torch.testing.assert_close(behind[:, 4 + 2 :], whole[:, 2:], rtol=0, atol=1e-11)
+    plain = ba.MultiheadAttention(D, N, **options).double().eval()
+    plain.load_state_dict(module.state_dict())
+    assert not torch.allclose(plain(x, x, x, is_causal=True)[0], whole)
