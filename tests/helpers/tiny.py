@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
@@ -52,9 +52,9 @@ def train(plan: Plan, notify: Notify = ignore, measure: Measure = pace) -> list[
     return compare.train(plan, stored, compare.load(plan, accelerator), accelerator, notify, measure)
 
 
-def overriding(task: ImageTask, **methods: Callable[..., Any]) -> ImageTask:
-    """The same task with other methods, such as ``losses(task, logits, targets)``."""
-    kind: type[ImageTask] = type("Changed", (type(task),), methods)
+def overriding(task: ImageTask, **members: Any) -> ImageTask:
+    """The same task with other members, such as ``losses(task, logits, targets)``."""
+    kind: type[ImageTask] = type("Changed", (type(task),), members)
     return kind(**{each.name: getattr(task, each.name) for each in fields(task) if each.init})
 
 
