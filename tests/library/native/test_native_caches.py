@@ -166,9 +166,15 @@ def test_what_the_kernels_do_not_serve_is_left_to_others(rng: np.random.Generato
     assert native.decode_int8(narrow, scale.transpose(1, 2), scale) is None
     assert torch.compile(lambda: native.decode_rotated(call, cos, sin) is None, backend="eager")()
     spoiled = call.k_BNSH.clone()
-    spoiled[:, :, -1] = torch.nan  # hidden from the query before it
-    hidden = replace(call, k_BNSH=spoiled, v_BNSH=spoiled, offset=S - 2)
-    assert native.decode_rotated(hidden, cos, sin) is None
+    spoiled[:, :, -1] = torch.nan
+    present = torch.ones(2, 1, 1, S, dtype=torch.bool)
+    present[..., -1] = False
+    # A padded key is read, and 0 * NaN is NaN; one behind the triangle is not.
+    padded = replace(call, k_BNSH=spoiled, v_BNSH=spoiled, padding_B11S=present)
+    assert native.decode_rotated(padded, cos, sin) is None
+    later = native.decode_rotated(replace(call, k_BNSH=spoiled, v_BNSH=spoiled, offset=S - 2), cos, sin)
+    assert later is not None
+    assert torch.equal(later, native.decode_rotated(replace(call, offset=S - 2), cos, sin))
 
 
 @scores

@@ -45,48 +45,63 @@ struct DecodeBlock {
     bool live[ROWS], any_live;          // rows that see a key of the block
 };
 
-template <int TYPE, bool ROTATED> BA_INLINE void dot_row(const DecodeBlock& d, int64_t j) {
+// Keys j + [0, COUNT) with the queries of their heads.
+template <int TYPE, bool ROTATED, int COUNT> BA_INLINE void dot_rows(const DecodeBlock& d, int64_t j) {
     const ba_call& c = *d.c;
-    const int64_t Hp = d.f->Hp, few = d.f->few, at = (d.s0 + j) * c.rotary_s;
+    const int64_t Hp = d.f->Hp, few = d.f->few;
     const float* q = d.q;
     float* dots = d.dots + j * LANES;
     const char* k = d.k + j * d.k_s;
     for (int64_t g = 0; g < d.heads; ++g, k += d.k_g)
         for (int64_t r = 0; r < few; ++r, q += Hp, dots += LANES * LANES) {
             const int64_t ahead = r == 0 ? d.k_ahead : 0;
-            if constexpr (ROTATED)
-                store(dots, multiply_rotated<TYPE>(k, ahead, q, c.H, c.rotary_cos + at, c.rotary_sin + at));
-            else
-                store(dots, multiply<TYPE>(k, ahead, q, c.H));
+            if constexpr (!ROTATED) multiply<TYPE, COUNT>(k, d.k_s, ahead, q, c.H, dots);
+            for (int64_t i = 0; ROTATED && i < COUNT; ++i) {
+                const int64_t at = (d.s0 + j + i) * c.rotary_s;
+                store(dots + i * LANES,
+                    multiply_rotated<TYPE>(k + i * d.k_s, ahead, q, c.H, c.rotary_cos + at, c.rotary_sin + at));
+            }
         }
 }
 
-template <int TYPE, bool ASK> BA_INLINE void value_row(const DecodeBlock& d, int64_t j, int64_t ahead) {
+template <int TYPE, bool ASK, int COUNT> BA_INLINE void value_rows(const DecodeBlock& d, int64_t j, int64_t ahead) {
     const int64_t W = d.c->W, few = d.f->few;
     float *state = d.state, *weights = d.weights + j;
     const bool* live = d.live;
     const char* v = d.v + j * d.v_s;
     for (int64_t g = 0; g < d.heads; ++g, v += d.v_g)
         for (int64_t r = 0; r < few; ++r, state += d.state_row, weights += LANES, ++live)
-            if (*live) add_value<TYPE, ASK>(v, r == 0 ? ahead : 0, *weights, W, sums_at(state).out);
+            if (*live) add_values<TYPE, ASK, COUNT>(v, d.v_s, r == 0 ? ahead : 0, weights, W, sums_at(state).out);
 }
 
-// One block's products and the values of the block before it. The rows of a single head are short: there the two take
-// turns row by row. Rows of many heads are read in two streams, one after the other.
+template <int TYPE, bool ROTATED, int COUNT> BA_INLINE void dot_some(const DecodeBlock& d, int64_t j, int64_t end) {
+    if (j + COUNT <= end) return dot_rows<TYPE, ROTATED, COUNT>(d, j);
+    for (; j < end; ++j) dot_rows<TYPE, ROTATED, 1>(d, j);
+}
+
+template <int TYPE, bool ASK, int COUNT>
+BA_INLINE void value_some(const DecodeBlock& d, int64_t j, int64_t end, int64_t ahead) {
+    if (j + COUNT <= end) return value_rows<TYPE, ASK, COUNT>(d, j, ahead);
+    for (; j < end; ++j) value_rows<TYPE, ASK, 1>(d, j, ahead);
+}
+
+// One block's products and the values of the block before it. Several rows at once cost fewer instructions, but
+// memory is fastest where rows come one by one.
 template <int TYPE, bool ROTATED, bool ONE> static void row_pass(const DecodeBlock& next, const DecodeBlock& d) {
+    constexpr int some = ONE || TYPE == INT8 ? 4 : 2;
     const int64_t values = d.any_live ? d.n : 0;
-    if (d.f->heads == 1) {
-        for (int64_t j = 0; j < LANES; ++j) {
-            if (j < next.n) dot_row<TYPE, ROTATED>(next, j);
-            if (j < values) value_row<TYPE, !ONE>(d, j, d.v_ahead);
+    if (TYPE == INT8 || d.f->heads == 1) {  // short rows: products and values take turns
+        for (int64_t j = 0; j < LANES; j += some) {
+            dot_some<TYPE, ROTATED, some>(next, j, next.n);
+            value_some<TYPE, !ONE, some>(d, j, values, d.v_ahead);
         }
         return;
     }
-    for (int64_t j = 0; j < next.n; ++j) dot_row<TYPE, ROTATED>(next, j);
+    for (int64_t j = 0; j < next.n; ++j) dot_rows<TYPE, ROTATED, 1>(next, j);
     for (int64_t j = 0; j < values; ++j) {
         // Values that were keys are near already. Meanwhile half of the block behind the next one is asked for.
         const bool other = ONE && (d.v_ahead == 0 || j % 2 != 0);
-        value_row<TYPE, true>(d, j, !ONE ? d.v_ahead : other ? 0 : (2 * LANES - j / 2) * d.v_s);
+        value_rows<TYPE, true, 1>(d, j, !ONE ? d.v_ahead : other ? 0 : (2 * LANES - j / 2) * d.v_s);
     }
 }
 

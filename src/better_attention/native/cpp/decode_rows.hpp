@@ -6,7 +6,7 @@
 namespace BA_ISA {
 namespace {
 
-constexpr int PIECE = 4;  // vectors of a row that are asked for together
+constexpr int PIECE = 4;  // vectors of a row in registers at a time
 
 constexpr int INT8 = -1;  // beside BA_F32 and BA_BF16: numbers of a cache that has a scale for each row
 
@@ -36,20 +36,33 @@ template <int TYPE> BA_INLINE void ask_piece(const char* p) {
     for (int64_t i = 0; i < lines; ++i) ask(p + 64 * i);
 }
 
-// Sums of products of a key with a query, LANES of them, still to be added up.
-template <int TYPE> BA_INLINE V multiply(const char* k, int64_t ahead, const float* q, int64_t H) {
-    V sum = {};
+// Sums of products of COUNT keys with a query, LANES of them for each key, still to be added up. Keys are read one after
+// another, while the query stays in registers.
+template <int TYPE, int COUNT>
+BA_INLINE void multiply(const char* k, int64_t k_s, int64_t ahead, const float* q, int64_t H, float* sums) {
+    V sum[COUNT];
+#pragma GCC unroll 4
+    for (int j = 0; j < COUNT; ++j) sum[j] = V{};
     int64_t h = 0;
     for (; h + PIECE * LANES <= H; h += PIECE * LANES) {
-        ask_piece<TYPE>(k + ahead + h * bytes_of(TYPE));
+        V x[PIECE];
 #pragma GCC unroll 4
-        for (int i = 0; i < PIECE; ++i) sum += load(q + h + i * LANES) * load_whole<TYPE>(k, h + i * LANES);
+        for (int i = 0; i < PIECE; ++i) x[i] = load(q + h + i * LANES);
+#pragma GCC unroll 4
+        for (int j = 0; j < COUNT; ++j) {
+            ask_piece<TYPE>(k + j * k_s + ahead + h * bytes_of(TYPE));
+#pragma GCC unroll 4
+            for (int i = 0; i < PIECE; ++i) sum[j] += x[i] * load_whole<TYPE>(k + j * k_s, h + i * LANES);
+        }
     }
-    for (; h < H; h += LANES) {
-        ask(k + ahead + h * bytes_of(TYPE));
-        sum += load(q + h) * load_piece<TYPE>(k, h, H - h);
-    }
-    return sum;
+    for (; h < H; h += LANES)
+#pragma GCC unroll 4
+        for (int j = 0; j < COUNT; ++j) {
+            ask(k + j * k_s + ahead + h * bytes_of(TYPE));
+            sum[j] += load(q + h) * load_piece<TYPE>(k + j * k_s, h, H - h);
+        }
+#pragma GCC unroll 4
+    for (int j = 0; j < COUNT; ++j) store(sums + j * LANES, sum[j]);
 }
 
 // The same with a key that is turned first: features p and p + H/2 by the angle whose cosine and sine are given,
@@ -72,22 +85,34 @@ BA_INLINE V multiply_rotated(
     return sum;
 }
 
-// Adds a row of values, times its weight, to `out`.
-template <int TYPE, bool ASK>
-BA_INLINE void add_value(const char* v, int64_t ahead, float weight, int64_t W, float* out) {
-    const V x = fill(weight);
+// Adds COUNT rows of values, times their weights, to `out`.
+template <int TYPE, bool ASK, int COUNT>
+BA_INLINE void add_values(const char* v, int64_t v_s, int64_t ahead, const float* weights, int64_t W, float* out) {
+    V x[COUNT];
+#pragma GCC unroll 4
+    for (int j = 0; j < COUNT; ++j) x[j] = fill(weights[j]);
     int64_t w = 0;
     for (; w + PIECE * LANES <= W; w += PIECE * LANES) {
-        if constexpr (ASK) ask_piece<TYPE>(v + ahead + w * bytes_of(TYPE));
+        V a[PIECE];
 #pragma GCC unroll 4
-        for (int i = 0; i < PIECE; ++i) {
-            float* p = out + w + i * LANES;
-            store(p, load(p) + x * load_whole<TYPE>(v, w + i * LANES));
+        for (int i = 0; i < PIECE; ++i) a[i] = load(out + w + i * LANES);
+#pragma GCC unroll 4
+        for (int j = 0; j < COUNT; ++j) {
+            if constexpr (ASK) ask_piece<TYPE>(v + j * v_s + ahead + w * bytes_of(TYPE));
+#pragma GCC unroll 4
+            for (int i = 0; i < PIECE; ++i) a[i] += x[j] * load_whole<TYPE>(v + j * v_s, w + i * LANES);
         }
+#pragma GCC unroll 4
+        for (int i = 0; i < PIECE; ++i) store(out + w + i * LANES, a[i]);
     }
     for (; w < W; w += LANES) {
-        if constexpr (ASK) ask(v + ahead + w * bytes_of(TYPE));
-        store(out + w, load(out + w) + x * load_piece<TYPE>(v, w, W - w));
+        V a = load(out + w);
+#pragma GCC unroll 4
+        for (int j = 0; j < COUNT; ++j) {
+            if constexpr (ASK) ask(v + j * v_s + ahead + w * bytes_of(TYPE));
+            a += x[j] * load_piece<TYPE>(v + j * v_s, w, W - w);
+        }
+        store(out + w, a);
     }
 }
 
