@@ -164,7 +164,7 @@ def test_settings_that_are_none_are_refused(words: Sequence[str], message: str) 
     [
         ("layers=0", "layers must be >= 1"),
         ("dropout=2", "dropout must be"),
-        ("optimiser=sgd", "optimiser"),
+        ("optimiser=lion", "optimiser"),
         ("width=33", "33"),
         ("lr=0", "lr must be above 0"),
     ],

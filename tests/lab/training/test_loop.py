@@ -144,7 +144,8 @@ def test_evaluation_counts_every_sample_once() -> None:
     """Three processes are played one after the other; their sums must be those of one process alone."""
     run = tiny.training(Path("unused"))
     model = initial_model(run.task, run.job.variant, 3, 0)
-    alone = evaluate(run.accelerator, model, run.task, run.splits.test, 5)
+    task = tiny.overriding(run.task, evaluation_batch=5)
+    alone = evaluate(run.accelerator, model, task, run.splits.test)
 
     class Rank:
         num_processes, device = 3, torch.device("cpu")
@@ -160,8 +161,8 @@ def test_evaluation_counts_every_sample_once() -> None:
     parts = [Rank(0), Rank(1)]
     for part in parts:
         with pytest.raises(RuntimeError, match=r"evaluation counted 1[23] samples of 37"):
-            evaluate(part, model, run.task, run.splits.test, 5)
-    together = evaluate(Rank(2, parts[0].own + parts[1].own), model, run.task, run.splits.test, 5)
+            evaluate(part, model, task, run.splits.test)
+    together = evaluate(Rank(2, parts[0].own + parts[1].own), model, task, run.splits.test)
     assert together == pytest.approx(alone, rel=1e-6)
 
 

@@ -10,15 +10,8 @@ from better_attention.lab.tasks.base import Task
 from better_attention.lab.tasks.splits import Split
 
 
-def evaluate(
-    accelerator: Accelerator, model: nn.Module, task: Task, split: Split, batch: int | None = None
-) -> dict[str, float]:
+def evaluate(accelerator: Accelerator, model: nn.Module, task: Task, split: Split) -> dict[str, float]:
     """Mean loss and accuracy in per cent of ``split``, every sample counted once over all processes.
-
-    Args:
-        accelerator, model, task, split: what is evaluated, and on which processes.
-        batch: samples of one forward pass of a process, on which the result depends for rounding alone; None: the
-            task's.
 
     Raises:
         RuntimeError: a sample was lost or counted twice.
@@ -27,8 +20,7 @@ def evaluate(
     # train_epoch() switches back to training mode.
     model.eval()
     with torch.inference_mode():
-        size = task.evaluation_batch if batch is None else batch
-        for x, y in split.batches(size, accelerator.process_index, accelerator.num_processes):
+        for x, y in split.batches(task.evaluation_batch, accelerator.process_index, accelerator.num_processes):
             logits = model(x)
             # Sums rather than means, because batches and the shares of the processes differ in size.
             loss += float(task.losses(logits, y).sum())
