@@ -125,12 +125,12 @@ def _decodes(call: Call, *others: Tensor) -> bool:
         return False
     _, N, L, _ = call.q_BNLH.shape
     _, G, S, W = call.v_BNSH.shape
-    few = 0 < L and 0 < G <= N and N // G * L <= structs.FEW
+    few = L > 0 and 0 < G <= N and N // G * L <= structs.FEW
     return few and S > 0 and W > 0 and call.dropout_p == 0.0 and ordinary(*tensors) and not unsupported(call)
 
 
 def _decode(call: Call, describe: Callable[[structs.Call], None]) -> Tensor | None:
-    """The forward pass with what ``describe`` adds to the call's structure; None where a hidden NaN may have come through."""
+    """The forward pass with what ``describe`` adds to the call; None where a hidden NaN may have come through."""
     a = _with_contiguous_rows(Arguments.of(call, share=True))
     out = _empty(a.q, a.values.shape[-1])
     c = _describe(a, out, None)

@@ -104,9 +104,7 @@ def test_keys_are_rotated_as_they_are_read(
 @scores
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_int8_with_scales(
-    size: tuple, dtype: torch.dtype, score: str, isa: str, rng: np.random.Generator
-) -> None:
+def test_int8_with_scales(size: tuple, dtype: torch.dtype, score: str, isa: str, rng: np.random.Generator) -> None:
     B, _, G, _, S, H = size[:6]
     for joined, shared, masked in itertools.product((False, True), repeat=3):
         call = drawn(size, score, dtype, rng, joined, masked)
