@@ -24,10 +24,12 @@ class Drawn(Protocol):
     """A query (B, N, 1, H) and a pool of caches (B, N, S, H)."""
 
     @property
-    def query(self) -> Tensor: ...
+    def query(self) -> Tensor:
+        """The query."""
 
     @property
-    def pool(self) -> tuple[Tensor, ...]: ...
+    def pool(self) -> tuple[Tensor, ...]:
+        """Keys and values."""
 
 
 class Kind(NamedTuple):
@@ -57,7 +59,8 @@ def contenders(row: Row, inputs: Callable[[], Drawn]) -> list[Contender]:
             work = Work(flops=4.0 * B * S * D, bytes=tensor * (1 if shared else 2) * kind.bytes(row))
             make = partial(_make, inputs, kind, kept)
             truth = cache(partial(_truth, inputs, kind, kept))
-            found.append(Contender(name + ", k is v" * shared, make, truth, work, _missing))
+            why_not = partial(_no, row, kind)
+            found.append(Contender(name + ", k is v" * shared, make, truth, work, why_not))
     return found
 
 
@@ -88,7 +91,10 @@ def _kept(inputs: Callable[[], Drawn], kind: Kind, shared: bool) -> list[tuple[A
     return [kind.prepare(key, value) for key, value in pairs]
 
 
-def _missing() -> str | None:
+def _no(row: Row, kind: Kind) -> str | None:
+    """Why a kind cannot be measured here."""
+    if kind.exact is _rotated_exactly and row.shape.width // row.shape.heads % 2:
+        return "rotary positions turn pairs of features, and the head width is odd"
     reason = native.missing()
     return None if reason is None else f"the compiled kernels are missing: {reason}"
 

@@ -130,7 +130,7 @@ def _decodes(call: Call, *others: Tensor) -> bool:
 
 
 def _decode(call: Call, describe: Callable[[structs.Call], None]) -> Tensor | None:
-    """The forward pass with what ``describe`` adds to the call's structure; None where a hidden NaN may have come through."""
+    """The forward pass with what ``describe`` adds to the call; None where a hidden NaN may have come through."""
     a = _with_contiguous_rows(Arguments.of(call, share=True))
     out = _empty(a.q, a.values.shape[-1])
     c = _describe(a, out, None)

@@ -78,8 +78,8 @@ def run(drawn: dict[str, Tensor], score: str, case: Case) -> list[Tensor]:
     q, k = (drawn[name].detach().requires_grad_() for name in "qk")
     v = k if drawn["v"] is drawn["k"] else drawn["v"].detach().requires_grad_()
     call = Call(
-        q, k, v, mask_BNLS=drawn.get("mask"), padding_B11S=drawn.get("padding"), causal=case.causal, offset=case.band[0],
-        window=case.band[1], score=score, scale=q.shape[-1] ** -0.5,
+        q, k, v, mask_BNLS=drawn.get("mask"), padding_B11S=drawn.get("padding"), causal=case.causal,
+        offset=case.band[0], window=case.band[1], score=score, scale=q.shape[-1] ** -0.5,
     )  # fmt: skip
     output, _ = attend(call, "native")
     return [output.detach(), *torch.autograd.grad(output, [q, k] if v is k else [q, k, v], drawn["upstream"])]

@@ -43,9 +43,9 @@ typedef struct {
     int64_t q_b, q_n, q_l;           /* strides of q (B, N, L, H) */
     int64_t k_b, k_g, k_s;           /* of k (B, G, S, H) */
     int64_t v_b, v_g, v_s;           /* of v (B, G, S, W) */
-    const float *k_scale, *v_scale;  /* (B, G, S): k and v are int8, to be multiplied by these. NULL: k and v are `dtype` */
+    const float *k_scale, *v_scale;  /* (B, G, S): k and v are int8, to be multiplied by these; or NULL */
     int64_t scale_b, scale_g, scale_s;
-    const float *rotary_cos, *rotary_sin; /* (S, H/2): features h and h + H/2 of key s are turned by its angles; or NULL */
+    const float *rotary_cos, *rotary_sin; /* (S, H/2): angles that turn features p and p + H/2 of each key; or NULL */
     int64_t rotary_s;
     const void *mask;                /* (B, N, L, S): bool, or added to the log weights (-inf hides; for the */
     int64_t mask_type;               /* expressive score so does the type's lowest number). BA_NONE: no mask */

@@ -5,8 +5,8 @@
 // keys, then sums of values. The values of a block are added up after the products of the next one, so that neither
 // waits for the other. How keys are cut follows from the shape alone: results do not depend on the number of threads.
 //
-// Keys and values may be int8 with a scale for each row and head, and keys may be turned by their place (rotary) as they
-// are read: a cache then holds what it was given, once.
+// Keys and values may be int8 with a scale for each row and head, and keys may be turned by their place (rotary) as
+// they are read: a cache then holds what it was given, once.
 
 namespace BA_ISA {
 namespace {
@@ -286,7 +286,8 @@ static void combine(const Decode& f, int64_t b, int64_t g, int64_t r, float* scr
         if (sum == 0.0f) continue;
         const float factor = high == -INF ? 1.0f : exp_of(fill(part[LANES] - high))[0];  // -inf: no exponents at all
         total += sum * factor;
-        for (int64_t w = 0; w < f.Wp; w += LANES) store(scratch + w, load(scratch + w) + load(part + 2 * LANES + w) * factor);
+        for (int64_t w = 0; w < f.Wp; w += LANES)
+            store(scratch + w, load(scratch + w) + load(part + 2 * LANES + w) * factor);
     }
     const int64_t l = r % c.L, n = g * f.group + r / c.L;
     void* out = shifted(c.out, b * c.out_b + n * c.out_n + l * c.out_l, bf16);

@@ -36,8 +36,8 @@ template <int TYPE> BA_INLINE void ask_piece(const char* p) {
     for (int64_t i = 0; i < lines; ++i) ask(p + 64 * i);
 }
 
-// Sums of products of COUNT keys with a query, LANES of them for each key, still to be added up. Keys are read one after
-// another, while the query stays in registers.
+// Sums of products of COUNT keys with a query, LANES of them for each key, still to be added up. Keys are read one
+// after another, while the query stays in registers.
 template <int TYPE, int COUNT>
 BA_INLINE void multiply(const char* k, int64_t k_s, int64_t ahead, const float* q, int64_t H, float* sums) {
     V sum[COUNT];

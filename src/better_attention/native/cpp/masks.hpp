@@ -97,7 +97,7 @@ static int64_t end_key(const Restriction& r, int64_t l) {
     return s < 0 ? 0 : s > r.S ? r.S : s;
 }
 
-// The same call with an offset of S at most and a window only where it hides a key: small numbers, which fit into lanes.
+// The same call with an offset of S at most and a window only where it hides a key: numbers that fit into lanes.
 static ba_call within_reach(const ba_call& c) {
     ba_call r = c;
     if (!r.causal) r.offset = r.window = 0;
