@@ -132,7 +132,7 @@ def test_the_papers_settings() -> None:
         ({"train_samples": 0}, "train_samples must be >= 1"),
         ({"test_samples": -1}, "test_samples must be >= 1"),
         ({"validation_share": -0.5}, "validation_share must be between 0 and 1"),
-        ({"optimiser": "sgd"}, "optimiser must be one of 'adam', 'adamw'"),
+        ({"optimiser": "lion"}, "optimiser must be one of 'adam', 'adamw'"),
         ({"scale": "huge"}, "scale must be one of"),
     ],
 )
