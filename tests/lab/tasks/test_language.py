@@ -17,6 +17,7 @@ from accelerate import Accelerator
 
 from better_attention import MECHANISMS
 from better_attention.lab.comparison.run_pictures import draw_maps
+from better_attention.lab.models.causal_decoder import POSITIONS
 from better_attention.lab.runs.folder import RunFolder
 from better_attention.lab.runs.job import Job
 from better_attention.lab.runs.load import load_run
@@ -28,6 +29,7 @@ from better_attention.lab.tasks.variant import Variant
 from better_attention.lab.training.loop import Training
 from better_attention.lab.training.progress import Interrupted
 from better_attention.lab.training.randomness import initial_model
+from better_attention.lab.training.step_time import on_torch
 
 NAMES = ["ann", "bob", "eve", "tom"]
 
@@ -194,6 +196,15 @@ def test_an_evaluation_holds_no_more_logits_than_fit() -> None:
 def test_sizes_are_computed_as_models_are_built(mechanism: str, equal: bool, window: int | None) -> None:
     one = task(equal_params=equal, window=window)
     assert one.size(mechanism, 2) == sum(p.numel() for p in one.build(mechanism, 2).parameters())
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_torchs_own_layer_computes_the_twin(positions: str) -> None:
+    twin = task(positions=positions, window=5).torch_twin()
+    ours, tokens = twin.build("standard", 2).eval(), torch.randint(20, (3, 23))
+    theirs = on_torch(ours)
+    assert theirs is not None
+    torch.testing.assert_close(theirs(tokens), ours(tokens))
 
 
 def test_matrices_decay_and_gains_do_not() -> None:

@@ -194,9 +194,8 @@ class LanguageTask(Task):
         return own | {"heads": heads}
 
     def torch_twin(self) -> Self:
-        """Learned positions instead of rotary ones, and no window: torch's layer knows neither."""
-        # ALiBi stays, because torch's layer takes it as an additive mask.
-        return replace(self, positions="learned" if self.positions == "rotary" else self.positions, window=None)
+        """Learned positions and no window: torch's layer knows no others."""
+        return replace(self, positions="learned", window=None)
 
     def width_step(self, heads: int) -> int:
         """Even head widths: rotary positions turn pairs of features, and the others are compared at the same widths."""
