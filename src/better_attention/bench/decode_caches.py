@@ -209,7 +209,8 @@ def _int8(score: str, query: Tensor, key: Tensor, k_scale: Tensor, value: Tensor
 def _int8_exactly(score: str, query: Tensor, key: Tensor, k_scale: Tensor, value: Tensor, v_scale: Tensor) -> Tensor:
     def wide(codes: Tensor, scale: Tensor) -> Tensor:
         rows = dequantised(codes.transpose(1, 2).flatten(2), scale, torch.float32)
-        return rows.unflatten(2, (codes.shape[1], -1)).transpose(1, 2)
+        heads: Tensor = rows.unflatten(2, (codes.shape[1], -1)).transpose(1, 2)
+        return heads
 
     return _exactly(query, wide(key, k_scale), wide(value, v_scale), score)
 
