@@ -254,6 +254,10 @@ class KVCache:
         """What is remembered and the ``L`` new tokens that were written, (B, S + L, D); a view, but for int8."""
         return self._rows.read(name, L)
 
+    def whole(self, name: str, L: int) -> tuple[Tensor, None]:
+        """The same, and no scales: :meth:`codes` of a cache that stores numbers."""
+        return self._rows.read(name, L), None
+
     @property
     def int8(self) -> bool:
         """Whether numbers are stored as codes and scales."""

@@ -62,6 +62,9 @@ def compute(call: Call) -> tuple[Tensor, None]:
 # --- caches that hold something else than keys ------------------------------------------------------------------------
 
 
+Pair = tuple[Tensor, Tensor]
+
+
 def decode_rotated(call: Call, cos_SP: Tensor, sin_SP: Tensor) -> Tensor | None:
     """The call with its keys turned by rotary positions as they are read, so that a cache may hold them as they came.
 
@@ -76,46 +79,56 @@ def decode_rotated(call: Call, cos_SP: Tensor, sin_SP: Tensor) -> Tensor | None:
 
     Source: arXiv 2104.09864, eq. 34, features p and p + H/2 being a pair.
     """
-    S, H = call.k_BNSH.shape[2:]
-    tables = (cos_SP, sin_SP)
-    fits = all(x.dtype == torch.float32 and tuple(x.shape) == (S, H // 2) for x in tables) and H % 2 == 0
-    if not fits or call.k_BNSH.dtype != call.q_BNLH.dtype or not _decodes(call, *tables):
+    if call.k_BNSH.dtype != call.q_BNLH.dtype or not _are_angles((cos_SP, sin_SP), call):
         return None
-    cos_SP, sin_SP = (contiguous_rows(x) for x in tables)
-    if cos_SP.stride(0) != sin_SP.stride(0):
-        cos_SP, sin_SP = cos_SP.contiguous(), sin_SP.contiguous()
-
-    def describe(c: structs.Call) -> None:
-        c.rotary_cos, c.rotary_sin, c.rotary_s = address(cos_SP), address(sin_SP), cos_SP.stride(0)
-
-    return _decode(call, describe)
+    angles = _alike((cos_SP, sin_SP))
+    return _decode(call, lambda c: _describe_angles(c, angles)) if _decodes(call, *angles) else None
 
 
-def decode_int8(call: Call, key_scale_BSN: Tensor, value_scale_BSN: Tensor) -> Tensor | None:
+def decode_int8(
+    call: Call, key_scale_BSN: Tensor, value_scale_BSN: Tensor, angles: Pair | None = None
+) -> Tensor | None:
     """The call over keys and values in int8, one float32 scale for each token and head: numbers are codes times scales.
 
     Args:
         call: a few queries in float32 or bfloat16 over int8 keys and values, which may be one tensor.
         key_scale_BSN, value_scale_BSN: (B, S, G), G heads of keys, float32.
+        angles: cosine and sine by which keys are turned as they are read, as for :func:`decode_rotated`.
 
     Returns:
         Head outputs (B, N, L, W) in the dtype of the queries; None where the kernels do not serve: then multiply the
         codes by their scales, and attend as usual.
     """
     B, G, S, _ = call.k_BNSH.shape
-    scales = (key_scale_BSN, value_scale_BSN)
-    fits = all(x.dtype == torch.float32 and tuple(x.shape) == (B, S, G) for x in scales)
+    fits = all(x.dtype == torch.float32 and tuple(x.shape) == (B, S, G) for x in (key_scale_BSN, value_scale_BSN))
     codes = call.k_BNSH.dtype == call.v_BNSH.dtype == torch.int8
-    if not fits or not codes or not _decodes(call, *scales):
+    if not fits or not codes or not (angles is None or _are_angles(angles, call)):
         return None
-    if key_scale_BSN.stride() != value_scale_BSN.stride():
-        key_scale_BSN, value_scale_BSN = key_scale_BSN.contiguous(), value_scale_BSN.contiguous()
+    scales, turned = _alike((key_scale_BSN, value_scale_BSN)), None if angles is None else _alike(angles)
 
     def describe(c: structs.Call) -> None:
-        c.k_scale, c.v_scale = address(key_scale_BSN), address(value_scale_BSN)
-        c.scale_b, c.scale_s, c.scale_g = key_scale_BSN.stride()
+        c.k_scale, c.v_scale = (address(x) for x in scales)
+        c.scale_b, c.scale_s, c.scale_g = scales[0].stride()
+        if turned is not None:
+            _describe_angles(c, turned)
 
-    return _decode(call, describe)
+    return _decode(call, describe) if _decodes(call, *scales, *(turned or ())) else None
+
+
+def _are_angles(angles: Pair, call: Call) -> bool:
+    """Whether these are tables of cosines and sines for the keys of a call."""
+    S, H = call.k_BNSH.shape[2:]
+    return H % 2 == 0 and all(x.dtype == torch.float32 and tuple(x.shape) == (S, H // 2) for x in angles)
+
+
+def _alike(pair: Pair) -> Pair:
+    """Two tensors with contiguous rows and equal strides: the structure has room for those of one."""
+    first, second = (contiguous_rows(x) for x in pair)
+    return (first, second) if first.stride() == second.stride() else (first.contiguous(), second.contiguous())
+
+
+def _describe_angles(c: structs.Call, angles: Pair) -> None:
+    c.rotary_cos, c.rotary_sin, c.rotary_s = address(angles[0]), address(angles[1]), angles[0].stride(0)
 
 
 def _decodes(call: Call, *others: Tensor) -> bool:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from better_attention.cache.kv_cache import KVCache
 from better_attention.cache.streams import KEY, VALUE
-from better_attention.call.call import Call
 from better_attention.impl import native
 from better_attention.positions import rotary_angles
 
@@ -35,19 +34,22 @@ def attend(layer: MultiheadAttention, cache: KVCache, q_BLD: Tensor, x: Inputs) 
         x: the inputs with the masks of all keys.
     """
     turned = layer.rotary is not None and "k" not in layer.mechanism.projections
-    if not (turned or cache.int8) or (turned and cache.int8) or not _serves(layer, x):
+    if not (turned or cache.int8) or not _serves(layer, x):
         return None
     L = x.query_BLD.shape[1]
-    if cache.int8:
-        (k_BSD, k_scale), (v_BSD, v_scale) = (cache.codes(name, L) for name in (KEY, _value(cache)))
-        call = _call(layer, q_BLD, k_BSD, v_BSD, x)
-        first = k_BSD.shape[1] - call.k_BNSH.shape[2]  # the keys that no query sees are cut off at the beginning
-        return native.decode_int8(call, k_scale[:, first:], v_scale[:, first:])
-    k_BSD = cache.read(KEY, L)
-    call = _call(layer, q_BLD, k_BSD, k_BSD if VALUE not in cache.streams else cache.read(VALUE, L), x)
+    stored = [(cache.codes if cache.int8 else cache.whole)(name, L) for name in cache.streams if name in (KEY, VALUE)]
+    (k_BSD, k_scale), (v_BSD, v_scale) = stored[0], stored[-1]
+    call = layer.call(q_BLD, k_BSD, v_BSD, x).trimmed()
     S, kept = k_BSD.shape[1], call.k_BNSH.shape[2]
-    cos_SP, sin_SP = _angles(layer.rotary, layer.head_dim, 1 << (S - 1).bit_length())
-    return native.decode_rotated(call, cos_SP[S - kept : S], sin_SP[S - kept : S])
+    # The keys that no query sees are cut off at the beginning.
+    seen = slice(S - kept, S)
+    angles = None
+    if turned:
+        cos_SP, sin_SP = _angles(layer.rotary, layer.head_dim, 1 << (S - 1).bit_length())
+        angles = cos_SP[seen], sin_SP[seen]
+    if k_scale is not None and v_scale is not None:
+        return native.decode_int8(call, k_scale[:, seen], v_scale[:, seen], angles)
+    return None if angles is None else native.decode_rotated(call, *angles)
 
 
 def _serves(layer: MultiheadAttention, x: Inputs) -> bool:
@@ -62,14 +64,6 @@ def _serves(layer: MultiheadAttention, x: Inputs) -> bool:
         and layer.alibi is None
         and not isinstance(layer.align, WindowAlignment)
     )
-
-
-def _value(cache: KVCache) -> str:
-    return VALUE if VALUE in cache.streams else KEY
-
-
-def _call(layer: MultiheadAttention, q_BLD: Tensor, k_BSD: Tensor, v_BSD: Tensor, x: Inputs) -> Call:
-    return layer.call(q_BLD, k_BSD, v_BSD, x).trimmed()
 
 
 @lru_cache(maxsize=8)

@@ -215,6 +215,7 @@ KEPT = {
     "as it is": ({}, None),
     "rotated while it is read": ({"rotary": True}, None),
     "in int8": ({}, torch.int8),
+    "in int8, rotated while it is read": ({"rotary": True}, torch.int8),
 }
 """How the kernels read a cache: options of the layer, and the cache's dtype."""
 
