@@ -20,7 +20,7 @@ from better_attention.lab.tasks.recurrence import RULES
 from better_attention.lab.tasks.variant import Variant
 from better_attention.lab.training.loop import Training
 from better_attention.lab.trial.distances import over_distance, picture
-from better_attention.lab.trial.findings import MARGIN, final, pairs, slope, solved, verdicts
+from better_attention.lab.trial.findings import MARGIN, final, judged, pairs, slope, solved, verdicts
 from better_attention.lab.trial.grid import CONTESTANTS, SCALES, SCHEMES, STAGES, Size, Trial, TrialCell, small_task
 from better_attention.lab.trial.quick import Outcome, batches, train
 from better_attention.lab.trial.report import write
@@ -285,7 +285,6 @@ def test_verdicts_follow_the_rules_that_were_written_down() -> None:
     assert found["learned"].difference.family == 4
     assert found["alibi-score"].slope.mean == pytest.approx(0.5)
     assert found["alibi-score"].time.mean == pytest.approx(1.0)
-    assert {one.seeds for one in found.values()} == {3}
     assert MARGIN == 1.0
     falling = verdicts(main_rows(dict.fromkeys(SCHEMES, lambda c: -0.5 * bits(c) + noise(c))))
     assert {one.grows for one in falling} == {"does not hold"}
@@ -333,6 +332,22 @@ def test_a_longer_run_takes_the_place_of_a_shorter_and_a_pair_is_equally_long() 
         if p.place == (one.cell.size, (8, 8), 0)
     ]
     assert pair.difference == 30.0
+
+
+def test_a_size_is_judged_when_all_its_seeds_are_there(tmp_path: Path) -> None:
+    rows = main_rows(dict.fromkeys(SCHEMES, lambda c: (9.0 if c.size == "d32" else 3.0) + noise(c)))
+    last = next(r for r in rows if r.cell.size == "d32" and r.cell.seed == 2)
+    early = [r for r in rows if r != last]
+    assert {r.cell.size for r in judged(early, 3)} == {"d16"}
+    assert judged(rows, 3) == rows
+    assert judged([r for r in rows if r.cell.seed < 2], 3) == []
+    write(WHOLE, early, tmp_path)
+    text = (tmp_path / "tables.md").read_text()
+    assert "Judged on the sizes with 3 seeds: d16." in text
+    assert "| learned positions | 21 | +3.0 ± 0.1, p < 0.001 | holds, ahead |" in text
+    assert "| d32 | 8 | 16 | 50.0 ± 0.0 | 59.0 ± 0.5 | +9.0 ± 0.5 |" in text  # shown all the same
+    write(WHOLE, [r for r in rows if r.cell.seed == 0], tmp_path)
+    assert "nothing is judged" in (tmp_path / "tables.md").read_text()
 
 
 def test_a_diverged_run_leaves_no_verdict() -> None:

@@ -52,6 +52,17 @@ def final(rows: Iterable[Row], stages: Sequence[str]) -> list[Row]:
     return list(kept.values())
 
 
+def judged(rows: Sequence[Row], seeds: int) -> list[Row]:
+    """The rows of sizes that are through: of which every contestant has ``seeds`` seeds on every rung it began."""
+    counts: dict[tuple[object, ...], int] = {}
+    for row in rows:
+        c = row.cell
+        key = c.size, c.rung, c.mechanism, c.positions
+        counts[key] = counts.get(key, 0) + 1
+    begun = {size for (size, *_), seen in counts.items() if seen < seeds}
+    return [row for row in rows if row.cell.size not in begun]
+
+
 def pairs(rows: Iterable[Row], scheme: str) -> list[Pair]:
     """The pairs of a kind of positions. Where one of two was trained longer than the other, there is no pair."""
     found: dict[tuple[str, str], dict[Place, Row]] = {}
@@ -76,7 +87,6 @@ class Verdict:
         weakly, reverse: (size, rung) that expressive alone solves, and that softmax alone solves.
         strongly: those of ``weakly`` that softmax solves with none of its kinds of positions.
         time: seconds per update, expressive over softmax.
-        seeds: the fewest seeds of a size and rung.
     """
 
     scheme: str
@@ -86,7 +96,6 @@ class Verdict:
     reverse: tuple[tuple[str, Rung], ...]
     strongly: tuple[tuple[str, Rung], ...]
     time: Ratio | None
-    seeds: int
 
     @property
     def at_least_as_good(self) -> str:
@@ -129,7 +138,6 @@ def _verdict(scheme: str, made: Sequence[Pair], solving: Mapping[tuple[str, str]
     theirs = solving.get((SOFTMAX, SCHEMES[scheme]), set()) & where
     anywhere = set().union(*(of for (mechanism, _), of in solving.items() if mechanism == SOFTMAX))
     times = [_pace(pair.expressive) / _pace(pair.softmax) for pair in made]
-    counts = [sum(pair.place[:2] == place for pair in made) for place in where]
     return Verdict(
         scheme,
         compare_paired(numbers, dict.fromkeys(numbers, 0.0)),
@@ -138,7 +146,6 @@ def _verdict(scheme: str, made: Sequence[Pair], solving: Mapping[tuple[str, str]
         tuple(sorted(theirs - ours)),
         tuple(sorted(ours - anywhere)),
         ratio(times) if times else None,
-        min(counts, default=0),
     )
 
 

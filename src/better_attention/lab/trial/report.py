@@ -11,8 +11,9 @@ from better_attention.lab.analysis.paired import p_text
 from better_attention.lab.csv_json import write_csv, write_json
 from better_attention.lab.files import write_atomic
 from better_attention.lab.ladder.grid import Rung
+from better_attention.text import plural
 
-from .findings import Pair, Verdict, final, pairs, verdicts
+from .findings import Pair, Verdict, final, judged, pairs, verdicts
 from .grid import SCHEMES, STAGES, Trial
 from .stages import Row, chosen, waiting
 
@@ -58,7 +59,11 @@ def summary(trial: Trial, rows: Sequence[Row]) -> dict[str, object]:
         "finished": {stage: sum(row.cell.stage == stage for row in rows) for stage in STAGES},
         "waiting": {stage: sum(1 for _ in waiting(trial, rows, [stage])) for stage in STAGES},
         "settings": {" / ".join(who): " / ".join(what) for who, what in chosen(trial, rows).items()},
-        "verdicts": {name: [asdict(one) for one in verdicts(final(rows, of))] for name, of in FAMILIES.items()},
+        "judged": {
+            name: {"sizes": _sizes(found), "verdicts": [asdict(one) for one in verdicts(found)]}
+            for name, of in FAMILIES.items()
+            if (found := judged(final(rows, of), trial.seeds))
+        },
         "commits": sorted({row.commit for row in rows}),
     }
 
@@ -70,13 +75,21 @@ def tables(trial: Trial, rows: Sequence[Row]) -> Iterator[str]:
         of = final(rows, stages)
         if of:
             yield f"## {TITLES[name]}\n"
-            yield from _verdict_table(verdicts(of))
+            if whole := judged(of, trial.seeds):
+                yield f"Judged on the sizes with {plural(trial.seeds, 'seed')}: {', '.join(_sizes(whole))}.\n"
+                yield from _verdict_table(verdicts(whole))
+            else:
+                yield "No size has all its seeds yet: nothing is judged.\n"
             for scheme in SCHEMES:
                 yield from _pair_table(trial, scheme, pairs(of, scheme))
     yield "## Chosen in `tune`: scale and optimiser\n\n| size | score, positions | setting |\n|---|---|---|"
     for (size, mechanism, positions), (scaling, optimiser) in chosen(trial, rows).items():
         yield f"| {size} | {_score(mechanism)}, {positions} | {scaling}, {optimiser} |"
     yield ""
+
+
+def _sizes(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(row.cell.size for row in rows))
 
 
 def _score(mechanism: str) -> str:
@@ -90,8 +103,8 @@ def _verdict_table(found: Sequence[Verdict]) -> Iterator[str]:
         if one.difference is not None:
             gap = f"{one.difference.difference.format(1, sign=True)}, {p_text(one.difference.corrected_p)}"
             line = "–" if one.slope is None else one.slope.format(2, sign=True)
-            pairs_of = f"{one.difference.difference.n}{' (screened)' if one.seeds < 3 else ''}"
-            yield f"| {LABELS[one.scheme]} | {pairs_of} | {gap} | {one.at_least_as_good} | {line} | {one.grows} |"
+            n = one.difference.difference.n
+            yield f"| {LABELS[one.scheme]} | {n} | {gap} | {one.at_least_as_good} | {line} | {one.grows} |"
     yield "\n| positions | solved by expressive alone | by softmax alone | by softmax nowhere | E5 | time |"
     yield "|---|---|---|---|---|---|"
     for one in found:
