@@ -76,7 +76,10 @@ def test_lora_trained_saved_loaded_and_merged(mechanism: str, tmp_path: Path) ->
     torch.testing.assert_close(run(merged, inputs), adapted, rtol=1e-5, atol=1e-5)
     ba.save_converted(merged, tmp_path / "merged")
     fresh = ba.load_converted(hosts.bert(W, 4).eval(), tmp_path / "merged")
-    assert torch.equal(run(fresh, inputs), run(merged, inputs))
+    for name, weight in merged.state_dict().items():
+        assert torch.equal(fresh.state_dict()[name], weight)
+    # Not the same bits: tensors of a file begin anywhere in memory, and products there may sum in another order.
+    torch.testing.assert_close(run(fresh, inputs), run(merged, inputs), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("mechanism", MECHANISMS)
