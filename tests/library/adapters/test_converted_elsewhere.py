@@ -51,6 +51,22 @@ def learned(model: nn.Module) -> list[str]:
     return [part for part in PARTS if isinstance(getattr(layer, part), nn.Linear)]
 
 
+# --- the host's own files ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_the_hosts_own_file_holds_every_weight(mechanism: str, tmp_path: Path) -> None:
+    """``save_pretrained`` writes them; ``from_pretrained`` builds the original, so the conversion comes first."""
+    model, inputs = converted(mechanism), batch()
+    model.save_pretrained(tmp_path)
+    fresh = converted(mechanism)
+    safetensors = hosts.library("safetensors.torch")
+    fresh.load_state_dict(safetensors.load_file(tmp_path / "model.safetensors"))
+    for name, weight in model.state_dict().items():
+        assert torch.equal(fresh.state_dict()[name], weight)
+    torch.testing.assert_close(run(fresh, inputs), run(model, inputs), rtol=1e-5, atol=1e-5)
+
+
 # --- LoRA -----------------------------------------------------------------------------------------------------------
 
 
