@@ -69,7 +69,7 @@ def _refuse(layer: MultiheadAttention, given: Arguments, cache: object) -> None:
     if given.key is not given.query or given.value is not given.key:
         raise ValueError("a cache is for self-attention: pass the new tokens as query, key and value, one tensor.")
     padding = given.key_padding_mask
-    if padding is not None and padding.dtype != torch.bool:
+    if padding is not None and getattr(padding, "dtype", None) != torch.bool:
         raise TypeError(
             f"with a cache key_padding_mask must be bool (True = hide), received {describe(padding)}. Pass "
             "key_padding_mask == -torch.inf if it hides keys by -inf, or biases as attn_mask."

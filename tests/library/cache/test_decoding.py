@@ -361,6 +361,7 @@ def test_what_is_refused() -> None:
         refused(lambda: call(cache, x[:, :1].float()), "float")
         refused(lambda: module(x, x.clone(), x, cache=cache), "self-attention")
         refused(lambda: call(cache, x[:, :1], key_padding_mask=torch.zeros(B, 1)), "bool")
+        refused(lambda: call(cache, x[:, :1], key_padding_mask=[[False]] * B), "bool", "list")
         refused(lambda: call(cache, x[:, :1], attn_mask=torch.zeros(1, 5, dtype=torch.bool)), "attn_mask", "(1, 6)")
         refused(lambda: cache.rewind(6), "5", "6")
         refused(lambda: cache.rewind(-1), "tokens", "-1")
