@@ -12,7 +12,7 @@ namespace BA_ISA {
 namespace {
 
 constexpr int64_t FEW = BA_FEW;
-constexpr int64_t CHUNK = 1024;  // keys of a task at most
+constexpr int64_t CHUNK = 512;   // keys of a task at most: longer sums lose digits
 constexpr int64_t ROWS = 16;     // queries of a block, of all its heads together
 constexpr int64_t AHEAD = 8192;  // bytes between what is read and what is asked for
 
