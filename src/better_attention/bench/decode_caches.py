@@ -77,6 +77,12 @@ def rotating(function: Callable[..., Tensor], query: Tensor, caches: Sequence[tu
     return here(call, results, grad=False, note=f"{note}, {pool}" if note else pool)
 
 
+def pairs(inputs: Drawn, shared: bool) -> list[tuple[Tensor, Tensor]]:
+    """Key and value of each cache; one tensor that is both where they are ``shared``."""
+    pool = inputs.pool
+    return [(x, x) for x in pool] if shared else list(zip(pool[::2], pool[1::2], strict=True))
+
+
 def _make(inputs: Callable[[], Drawn], kind: Kind, kept: Callable[[], list[tuple[Any, ...]]]) -> Run:
     return rotating(kind.compute, inputs().query, kept())
 
@@ -86,9 +92,7 @@ def _truth(inputs: Callable[[], Drawn], kind: Kind, kept: Callable[[], list[tupl
 
 
 def _kept(inputs: Callable[[], Drawn], kind: Kind, shared: bool) -> list[tuple[Any, ...]]:
-    pool = inputs().pool
-    pairs = [(x, x) for x in pool] if shared else list(zip(pool[::2], pool[1::2], strict=True))
-    return [kind.prepare(key, value) for key, value in pairs]
+    return [kind.prepare(key, value) for key, value in pairs(inputs(), shared)]
 
 
 def _no(row: Row, kind: Kind) -> str | None:
@@ -122,7 +126,7 @@ def _kinds() -> dict[str, tuple[Kind, tuple[bool, ...]]]:
     }
 
 
-def _exactly(query: Tensor, key: Tensor, value: Tensor, score: str = "softmax", **options: Any) -> Tensor:
+def exactly(query: Tensor, key: Tensor, value: Tensor, score: str = "softmax", **options: Any) -> Tensor:
     """In float64 by the reference, one sequence at a time."""
     parts = [
         ba.attention(q.double(), k.double(), v.double(), score=score, impl="reference", **options)
@@ -158,7 +162,7 @@ def _windowed(query: Tensor, key: Tensor, value: Tensor, impl: str = "native") -
 
 
 def _windowed_exactly(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    return _exactly(query, key, value, is_causal=True, offset=key.shape[2] - 1, window=WINDOW)
+    return exactly(query, key, value, is_causal=True, offset=key.shape[2] - 1, window=WINDOW)
 
 
 # --- keys that are turned by their place ------------------------------------------------------------------------------
@@ -180,7 +184,7 @@ def _rotated_outside(query: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> Tens
 
 
 def _rotated_exactly(query: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    return _exactly(query, rotate(x.double(), cos.double(), sin.double()), x)
+    return exactly(query, rotate(x.double(), cos.double(), sin.double()), x)
 
 
 # --- int8 -------------------------------------------------------------------------------------------------------------
@@ -212,7 +216,7 @@ def _int8_exactly(score: str, query: Tensor, key: Tensor, k_scale: Tensor, value
         heads: Tensor = rows.unflatten(2, (codes.shape[1], -1)).transpose(1, 2)
         return heads
 
-    return _exactly(query, wide(key, k_scale), wide(value, v_scale), score)
+    return exactly(query, wide(key, k_scale), wide(value, v_scale), score)
 
 
 def _int8_bytes(row: Row) -> float:

@@ -51,13 +51,13 @@ class Int8Rows(Rows):
         super().write(name, codes)
         super().write(_scale(name), scale)
 
-    def codes(self, name: str, ahead: int = 0) -> tuple[Tensor, Tensor]:
-        """Codes and scales of the rows in use, and of ``ahead`` more that were written behind them; views."""
+    def stored(self, name: str, ahead: int = 0) -> tuple[Tensor, Tensor]:
+        """Codes (B, S, D) and scales (B, S, N) of the rows in use, and of ``ahead`` more behind them; views."""
         return self.used(name, ahead), self.used(_scale(name), ahead)
 
     def read(self, name: str, ahead: int = 0) -> Tensor:
         """The numbers of a stream, in the dtype in which the newest came."""
-        return dequantised(*self.codes(name, ahead), self.dtype)
+        return dequantised(*self.stored(name, ahead), self.dtype)
 
 
 def _scale(name: str) -> str:

@@ -205,8 +205,7 @@ class KVCache:
         """Whether ``layer`` may append tokens like ``new`` (B, L, D).
 
         Raises:
-            ValueError: a cache of another layer, another batch size, too many tokens, another device.
-            TypeError: another dtype.
+            ValueError: a cache of another layer, another batch size, too many tokens.
         """
         # A compiler cannot follow a weak reference; the sizes below are compared all the same.
         if not torch.compiler.is_compiling() and self._layer is not None and self._layer() is not layer:
@@ -254,19 +253,9 @@ class KVCache:
         """What is remembered and the ``L`` new tokens that were written, (B, S + L, D); a view, but for int8."""
         return self._rows.read(name, L)
 
-    def whole(self, name: str, L: int) -> tuple[Tensor, None]:
-        """The same, and no scales: :meth:`codes` of a cache that stores numbers."""
-        return self._rows.read(name, L), None
-
-    @property
-    def int8(self) -> bool:
-        """Whether numbers are stored as codes and scales."""
-        return isinstance(self._rows, Int8Rows)
-
-    def codes(self, name: str, L: int) -> tuple[Tensor, Tensor]:
-        """The same of a cache in int8 as it is stored: codes (B, S + L, D) and scales (B, S + L, N); views."""
-        assert isinstance(self._rows, Int8Rows)  # noqa: S101 - for the type checker
-        return self._rows.codes(name, L)
+    def stored(self, name: str, L: int) -> tuple[Tensor, Tensor | None]:
+        """The same as it is stored: the numbers and None, or codes in int8 and scales (B, S + L, N); views."""
+        return self._rows.stored(name, L)
 
     def held(self, L: int) -> int:
         """Number of tokens that are remembered, and the ``L`` new ones that were written."""

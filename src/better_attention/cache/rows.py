@@ -55,6 +55,10 @@ class Rows:
         """The rows in use as numbers; here what is stored."""
         return self.used(name, ahead)
 
+    def stored(self, name: str, ahead: int = 0) -> tuple[Tensor, Tensor | None]:
+        """The rows in use as they are stored, and the scales of their heads where they are codes; views."""
+        return self.used(name, ahead), None
+
     def write(self, name: str, new: Tensor) -> None:
         """``new`` (B, L, width) behind the rows in use."""
         L = new.shape[1]

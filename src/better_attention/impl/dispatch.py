@@ -205,21 +205,30 @@ def _keep_apart(
     A hidden key has weight 0, but 0 * NaN is NaN. The same implementation runs again with those keys and values
     zeroed, which leaves every other query bit for bit as with finite ones (without dropout, which draws again).
     """
-    bad_BNS = ~(call.k_BNSH.isfinite().all(dim=-1) & call.v_BNSH.isfinite().all(dim=-1))
+    bad_BNS = not_finite(call)
     # Then a query or an overflow brought the numbers, which belong to their own rows.
-    if not bool(bad_BNS.any()):
+    if bad_BNS is None:
         return heads_BNLH, weights_BNLS
-    clean = replace(
-        call,
-        k_BNSH=zero_rows(call.k_BNSH, bad_BNS),
-        v_BNSH=zero_rows(call.v_BNSH, bad_BNS),
-    )
+    clean = without(call, bad_BNS)
     # What rows that see a zeroed key compute does not matter: they become NaN below.
     heads_BNLH, weights_BNLS = IMPLEMENTATIONS[chosen].compute(clean)
     sees_bad_BNL1 = _sees(call, bad_BNS)
     if weights_BNLS is not None:
         weights_BNLS = weights_BNLS.masked_fill(sees_bad_BNL1, math.nan)
     return heads_BNLH.masked_fill(sees_bad_BNL1, math.nan), weights_BNLS
+
+
+def not_finite(call: Call) -> Tensor | None:
+    """Which keys have numbers that are not finite, in key or value, (B, heads of keys, S); None if none has."""
+    bad_BNS = ~(call.k_BNSH.isfinite().all(dim=-1) & call.v_BNSH.isfinite().all(dim=-1))
+    return bad_BNS if bool(bad_BNS.any()) else None
+
+
+def without(call: Call, keys_BNS: Tensor) -> Call:
+    """The call with zeros for some keys and their values; one tensor that is both stays one."""
+    k_BNSH = zero_rows(call.k_BNSH, keys_BNS)
+    shared = call.v_BNSH is call.k_BNSH
+    return replace(call, k_BNSH=k_BNSH, v_BNSH=k_BNSH if shared else zero_rows(call.v_BNSH, keys_BNS))
 
 
 def _sees(call: Call, keys_BNS: Tensor, rows: int = 256) -> Tensor:

@@ -27,7 +27,7 @@ def compute(call: Call) -> tuple[Tensor, Tensor]:
     if dtype != q_BNLH.dtype:
         q_BNLH, k_BNSH, v_BNSH = q_BNLH.to(dtype), k_BNSH.to(dtype), v_BNSH.to(dtype)
 
-    bias, hide = _bias_and_hidden(call, dtype) if call.restricted else (None, None)
+    bias, hide = bias_and_hidden(call, dtype) if call.restricted else (None, None)
     weights_BNLS = SCORES[call.score].weights(q_BNLH * call.scale, k_BNSH, bias, hide)
     if call.dropout_p > 0.0:
         # In F.dropout's training mode always: dropout_p is 0 outside training.
@@ -39,7 +39,7 @@ def compute(call: Call) -> tuple[Tensor, Tensor]:
     return heads_BNLH, weights_BNLS
 
 
-def _bias_and_hidden(call: Call, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+def bias_and_hidden(call: Call, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
     """The float masks summed (0 where hidden, so that nothing infinite is left), and what is hidden."""
     bias: Tensor | None = None
     hide: Tensor | None = None

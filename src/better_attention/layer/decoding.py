@@ -34,11 +34,11 @@ def attend(layer: MultiheadAttention, cache: KVCache, q_BLD: Tensor, x: Inputs) 
         x: the inputs with the masks of all keys.
     """
     turned = layer.rotary is not None and "k" not in layer.mechanism.projections
-    if not (turned or cache.int8) or not _serves(layer, x):
-        return None
     L = x.query_BLD.shape[1]
-    stored = [(cache.codes if cache.int8 else cache.whole)(name, L) for name in cache.streams if name in (KEY, VALUE)]
-    (k_BSD, k_scale), (v_BSD, v_scale) = stored[0], stored[-1]
+    k_BSD, k_scale = cache.stored(KEY, L)
+    if (k_scale is None and not turned) or not _serves(layer, x):
+        return None
+    v_BSD, v_scale = cache.stored(VALUE, L) if VALUE in cache.streams else (k_BSD, k_scale)
     call = layer.call(q_BLD, k_BSD, v_BSD, x).trimmed()
     S, kept = k_BSD.shape[1], call.k_BNSH.shape[2]
     # The keys that no query sees are cut off at the beginning.

@@ -19,10 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from better_attention.call.call import Call, additive, compute_dtype
-from better_attention.call.torch_state import exporting, is_known_finite, zero_rows
+from better_attention.call.call import Call, compute_dtype
+from better_attention.call.torch_state import exporting, is_known_finite
 from better_attention.errors import check_choice, check_int
 from better_attention.impl.dispatch import attend as attend_without_alignment
+from better_attention.impl.dispatch import not_finite, without
+from better_attention.impl.reference import bias_and_hidden
 from better_attention.mechanism import Mechanism
 from better_attention.scores import SCORES
 
@@ -198,16 +200,11 @@ class _Bands:
         """What is added to log weights, and what is hidden; broadcastable to (B, N, blocks, rows, keys)."""
         places, at = self.places[:, :, None], self.at[:, None]
         seen = (at <= places) & (at > places - self.window) & (at >= 0) & (at < self.S)
-        hide = ~seen[None, None]
-        bias: Tensor | None = None
-        for mask in self.call.masks:
-            cut = self._cut(mask)
-            here = SCORES[self.call.score].hides(cut)
-            hide = hide | here
-            if cut.dtype != torch.bool:
-                finite = additive(cut.masked_fill(here, 0.0), dtype)
-                bias = finite if bias is None else bias + finite
-        return bias, hide
+        cut = [None if mask is None else self._cut(mask) for mask in (self.call.mask_BNLS, self.call.padding_B11S)]
+        # The triangle is in `seen` already.
+        masks = replace(self.call, mask_BNLS=cut[0], padding_B11S=cut[1], causal=False)
+        bias, hide = bias_and_hidden(masks, dtype)
+        return bias, ~seen[None, None] if hide is None else hide | ~seen
 
     def _cut(self, mask: Tensor) -> Tensor:
         """A mask (B|1, N|1, L|1, S|1) in blocks."""
@@ -251,13 +248,10 @@ def _keep_apart(
     align: WindowAlignment, call: Call, heads_BNLH: Tensor, weights: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Redo a call whose keys or values are not all finite: only queries with those in their window become NaN."""
-    bad_BNS = ~(call.k_BNSH.isfinite().all(dim=-1) & call.v_BNSH.isfinite().all(dim=-1))
-    if not bool(bad_BNS.any()):  # then a query brought them, whose own row they are
+    bad_BNS = not_finite(call)
+    if bad_BNS is None:  # then a query brought them, whose own row they are
         return heads_BNLH, weights
-    shared = call.v_BNSH is call.k_BNSH
-    k_BNSH = zero_rows(call.k_BNSH, bad_BNS)
-    clean = replace(call, k_BNSH=k_BNSH, v_BNSH=k_BNSH if shared else zero_rows(call.v_BNSH, bad_BNS))
-    heads_BNLH, weights = _attend(align, clean)
+    heads_BNLH, weights = _attend(align, without(call, bad_BNS))
     (B, N, L, _), S = call.q_BNLH.shape, call.k_BNSH.shape[2]
     bad_BNS = bad_BNS.repeat_interleave(N // max(1, bad_BNS.shape[1]), dim=1)
     # W_A carries every value of a window into every result, whatever a mask hides.

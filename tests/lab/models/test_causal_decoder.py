@@ -8,16 +8,15 @@ from torch import Tensor
 
 from better_attention import MECHANISMS, MultiheadAttention, assert_causal
 from better_attention.lab.models.causal_decoder import POSITIONS, CausalDecoder
+from helpers import hosts
 
 VOCABULARY, LENGTH, WIDTH, HEADS = 7, 11, 12, 3
 
 
 def build(mechanism: str = "standard", **changes: object) -> CausalDecoder:
     sizes: dict[str, object] = {"vocabulary": VOCABULARY, "length": LENGTH, "width": WIDTH, "layers": 2, "heads": HEADS}
-    model = CausalDecoder(mechanism=mechanism, **(sizes | changes)).double().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
+    model = hosts.random(CausalDecoder(mechanism=mechanism, **(sizes | changes)).double().eval())
+    assert isinstance(model, CausalDecoder)
     return model
 
 

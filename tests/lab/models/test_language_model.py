@@ -14,7 +14,7 @@ from better_attention import MECHANISMS, ModelCache, MultiheadAttention, assert_
 from better_attention.lab.models.causal_decoder import POSITIONS
 from better_attention.lab.models.language_model import LanguageModel, hidden_width, language_model_size
 from better_attention.positions import alibi_slopes
-from helpers import oracle
+from helpers import hosts, oracle
 
 VOCABULARY, LENGTH, WIDTH, HEADS, LAYERS = 7, 11, 12, 3, 2
 NAMES = (*MECHANISMS, "super+expressive", "standard+align")
@@ -26,10 +26,8 @@ def sizes(**changes: Any) -> dict[str, Any]:
 
 def build(mechanism: str = "standard", **changes: Any) -> LanguageModel:
     """A model in float64 whose parameters are all far from their start."""
-    model = LanguageModel(mechanism=mechanism, **sizes(**changes)).double().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
+    model = hosts.random(LanguageModel(mechanism=mechanism, **sizes(**changes)).double().eval())
+    assert isinstance(model, LanguageModel)
     return model
 
 

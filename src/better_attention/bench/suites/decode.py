@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -95,35 +94,25 @@ def _make(
     note: str = "",
 ) -> Run:
     given = inputs()
-    return decode_caches.rotating(function, given.query, _caches(given, shared), note)
-
-
-def _caches(inputs: Inputs, shared: bool) -> list[tuple[Tensor, Tensor]]:
-    pool = inputs.pool
-    return [(x, x) for x in pool] if shared else list(zip(pool[::2], pool[1::2], strict=True))
+    return decode_caches.rotating(function, given.query, decode_caches.pairs(given, shared), note)
 
 
 def _make_ours(row: Row, inputs: Callable[[], Inputs], score: str, impl: str, shared: bool) -> Run:
     def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return ba.attention(q, k, v, score=score, impl=impl)
 
-    chosen = ba.explain(inputs().query, *_caches(inputs(), shared)[0], score=score, impl=impl).chosen
+    chosen = ba.explain(inputs().query, *decode_caches.pairs(inputs(), shared)[0], score=score, impl=impl).chosen
     return _make(row, inputs, function, shared, note=f"took {chosen}" if impl == "auto" else "")
 
 
 def _no_ours(inputs: Callable[[], Inputs], score: str, impl: str, shared: bool) -> str | None:
-    explanation = ba.explain(inputs().query, *_caches(inputs(), shared)[0], score=score, impl=impl)
+    explanation = ba.explain(inputs().query, *decode_caches.pairs(inputs(), shared)[0], score=score, impl=impl)
     return None if explanation.chosen else "; ".join(explanation.reasons[impl])
 
 
 def _truth(inputs: Callable[[], Inputs], score: str, shared: bool) -> Results:
     """The first cache's output in float64 by the reference, one sequence at a time."""
-    query, (key, value) = inputs().query, _caches(inputs(), shared)[0]
-    parts = [
-        ba.attention(q.double(), k.double(), v.double(), score=score, impl="reference")
-        for q, k, v in zip(query, key, value, strict=True)
-    ]
-    return {"output": torch.stack(parts)}
+    return {"output": decode_caches.exactly(inputs().query, *decode_caches.pairs(inputs(), shared)[0], score)}
 
 
 SUITE = Suite(

@@ -109,8 +109,7 @@ class CausalDecoder(nn.Module):
                     batch_first=True,
                     mechanism=mechanism,
                     scale=scale,
-                    rotary=positions == "rotary",
-                    alibi=positions.removeprefix("alibi-") if positions.startswith("alibi-") else None,
+                    **position_options(positions),
                     **(mechanism.layer_options(length, causal=True) | dict(options or {})),
                 ),
                 dropout,
@@ -141,6 +140,12 @@ class CausalDecoder(nn.Module):
             x_BLD = block(x_BLD)
         logits: Tensor = self.output(self.norm(x_BLD))
         return logits
+
+
+def position_options(positions: str) -> dict[str, Any]:
+    """The arguments of an attention layer for one of :data:`POSITIONS`; learned ones are no affair of the layer."""
+    place = positions.removeprefix("alibi-")
+    return {"rotary": positions == "rotary", "alibi": None if place == positions else place}
 
 
 class OneHot(nn.Module):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from better_attention.cost import cost
 from better_attention.errors import check_choice, check_int
-from better_attention.lab.models.causal_decoder import POSITIONS
+from better_attention.lab.models.causal_decoder import POSITIONS, position_options
 from better_attention.lab.models.initialisation import gpt2_
 from better_attention.layer.multihead import MultiheadAttention
 from better_attention.mechanism import Mechanism
@@ -130,8 +130,7 @@ class LanguageModel(nn.Module):
         """Whether a token's place in its row changes what it means: W_A counts from the first token, padding too."""
         self.tokens = nn.Embedding(vocabulary, width)
         self.positions = nn.Embedding(length, width) if positions == "learned" else None
-        own: dict[str, Any] = {"dropout": dropout, "scale": scale, "rotary": positions == "rotary", "bias": False}
-        own |= {"alibi": positions.removeprefix("alibi-") if positions.startswith("alibi-") else None}
+        own: dict[str, Any] = {"dropout": dropout, "scale": scale, "bias": False, **position_options(positions)}
         own |= row.layer_options(length, causal=True) if window is None else {"window": window}
         own |= options or {}
         self.blocks = nn.ModuleList(

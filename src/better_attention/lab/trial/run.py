@@ -60,8 +60,10 @@ def run(
                 return
             job = trial.job(cell)
             assert isinstance(job.task, RecurrenceTask)  # noqa: S101 - for the type checker
-            splits = loaded.setdefault(data_of(job.task), job.task.load())
-            outcome, _ = train(job, splits, cell.updates, trial.every)
+            # Looked up first: what a cell before it has made need not be made again.
+            if (data := data_of(job.task)) not in loaded:
+                loaded[data] = job.task.load()
+            outcome, _ = train(job, loaded[data], cell.updates, trial.every)
             row = Row(cell, outcome, commit())
             append(folder, row)
             yield row
