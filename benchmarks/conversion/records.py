@@ -85,8 +85,8 @@ class Record:
 
 
 def command(module: str = "benchmarks.conversion") -> str:
-    """The command line of this process, from the root of the checkout."""
-    return " ".join(["python -m", module, *sys.argv[1:]])
+    """The command line of this process, from the root of the checkout, without folders of this machine."""
+    return " ".join(["python -m", module, *("DATA" if Path(word).is_absolute() else word for word in sys.argv[1:])])
 
 
 def read(folder: Path) -> list[Record]:
