@@ -183,7 +183,7 @@ def _onnx(source: Path, batches: list[Inputs], part: Path, target: Path) -> Quan
         quantize_dynamic(
             source,
             part,
-            # Named one by one: by default an operator Attention would become one of ONNX Runtime's own that does not fit.
+            # Named one by one: an operator Attention would become one of ONNX Runtime's own that does not fit.
             op_types_to_quantize=["MatMul", "Gemm", "Gather"],
             weight_type=QuantType.QInt8,
             # x86 processors without VNNI add two products of 8 bits in 16 bits and saturate there. Weights of 7 bits
