@@ -1,7 +1,8 @@
 """``python -m benchmarks.conversion.speed``: speed and size of converted MiniLM beside the host's own sdpa attention.
 
-Batches of 32 sentences of 64 tokens without padding, in PyTorch and in ONNX Runtime; every round times all models in
-turn, and ratios are formed within a round. Weights do not matter here: the models are converted by theirs alone.
+Batches of 32 sentences of 64 tokens without padding, in PyTorch (eager and through ``torch.compile``) and in ONNX Runtime
+(float32 and int8); every round times all models in turn, and ratios are formed within a round. Weights do not matter here:
+the models are converted by theirs alone.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ HOST = "host, sdpa"
 MECHANISMS = ("standard", "optimised", "efficient", "super", "expressive")
 BATCH, LENGTH = 32, 64
 INPUTS = ("input_ids", "attention_mask")
+EAGER, COMPILED, ONNX, INT8 = RUNTIMES = ("PyTorch", "torch.compile", "ONNX Runtime", "ONNX Runtime, int8")
 Call = Callable[[], Tensor]
 
 
@@ -72,6 +74,15 @@ def exported(model: nn.Module, path: Path) -> Path:
     return path
 
 
+def quantised(exported: Path) -> Path:
+    """The file in int8, beside it; made once. It need not agree: weights do not matter here."""
+    path = exported.with_suffix(".int8.onnx")
+    if not path.exists():
+        tokens, mask = inputs()
+        print(ba.quantise(exported, [dict(zip(INPUTS, (tokens[:8], mask[:8]), strict=True))], path=path, refuse=False))
+    return path
+
+
 def runtime(path: Path, threads: int) -> Call:
     """A call of ONNX Runtime on the file."""
     import onnxruntime
@@ -95,6 +106,19 @@ def eager(model: nn.Module) -> Call:
     return call
 
 
+def compiled(model: nn.Module) -> Call:
+    """A call of the model through ``torch.compile``, for this one shape."""
+    tokens, mask = inputs()
+    program = torch.compile(model, dynamic=False)
+
+    def call() -> Tensor:
+        with torch.no_grad():  # inference tensors would be another program
+            result: Tensor = program(tokens, mask)
+        return result
+
+    return call
+
+
 def measure(calls: dict[tuple[str, str], Call], rounds: int) -> dict[tuple[str, str], list[float]]:
     """Seconds of a call, for each of the rounds."""
     seconds: dict[tuple[str, str], list[float]] = {name: [] for name in calls}
@@ -109,20 +133,20 @@ def measure(calls: dict[tuple[str, str], Call], rounds: int) -> dict[tuple[str, 
 
 
 def rows(
-    made: dict[str, nn.Module], files: dict[str, Path], calls: dict[tuple[str, str], Call], rounds: int
+    made: dict[str, nn.Module], sizes: dict[tuple[str, str], int], calls: dict[tuple[str, str], Call], rounds: int
 ) -> list[dict[str, Any]]:
     """A row for each model and runtime: speed beside the host in PyTorch, and beside the host in the same runtime."""
     seconds = measure(calls, rounds)
     found = []
     for (where, name), mine in seconds.items():
-        base, same = seconds["PyTorch", HOST], seconds[where, HOST]
-        error = float((calls[where, name]() - calls["PyTorch", name]()).abs().max())
+        base, same = seconds[EAGER, HOST], seconds[where, HOST]
+        error = float((calls[where, name]() - calls[EAGER, name]()).abs().max())
         found.append(
             {
                 "runtime": where,
                 "model": name,
                 "parameters": records.parameters(made[name]),
-                "bytes": files[name].stat().st_size if where != "PyTorch" else 4 * records.parameters(made[name]),
+                "bytes": sizes[where, name],
                 "seconds": asdict(Spread.of(mine)),
                 "times_as_fast": asdict(Spread.of([b / m for b, m in zip(base, mine, strict=True)])),
                 "times_as_fast_same_runtime": asdict(Spread.of([b / m for b, m in zip(same, mine, strict=True)])),
@@ -137,18 +161,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.conversion.speed", description=__doc__)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--runtimes", default=",".join(("eager", "compiled", "onnx", "int8")), help="some of these, or all")
     parser.add_argument("--work", type=Path, default=Path("runs/conversion"), help="where the ONNX files are kept")
     parser.add_argument("--out", type=Path, default=Path("results/conversion"))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     machine = describe(records.command("benchmarks.conversion.speed")) | {"load_average_before": os.getloadavg()[0]}
     made = models()
-    files = {name: exported(model, args.work / "onnx" / f"{name.split(',')[0]}.onnx") for name, model in made.items()}
-    calls = {("PyTorch", name): eager(model) for name, model in made.items()}
-    calls |= {("ONNX Runtime", name): runtime(path, args.threads) for name, path in files.items()}
+    calls: dict[tuple[str, str], Call] = {}
+    sizes: dict[tuple[str, str], int] = {}
+    for where, short in zip(RUNTIMES, ("eager", "compiled", "onnx", "int8"), strict=True):
+        if where != EAGER and short not in args.runtimes.split(","):
+            continue
+        for name, model in made.items():
+            if where in (EAGER, COMPILED):
+                calls[where, name] = eager(model) if where == EAGER else compiled(model)
+                sizes[where, name] = 4 * records.parameters(model)
+            else:
+                file = exported(model, args.work / "onnx" / f"{name.split(',')[0]}.onnx")
+                file = quantised(file) if where == INT8 else file
+                calls[where, name] = runtime(file, args.threads)
+                sizes[where, name] = file.stat().st_size
     machine["load_average_at_timing"] = os.getloadavg()[0]
     found = {"machine": machine, "batch": BATCH, "length": LENGTH, "rounds": args.rounds}
-    write_json(args.out / "speed.json", found | {"rows": rows(made, files, calls, args.rounds)})
+    write_json(args.out / "speed.json", found | {"rows": rows(made, sizes, calls, args.rounds)})
 
 
 if __name__ == "__main__":
