@@ -1,8 +1,8 @@
 """``python -m benchmarks.conversion.speed``: speed and size of converted MiniLM beside the host's own sdpa attention.
 
-Batches of 32 sentences of 64 tokens without padding, in PyTorch (eager and through ``torch.compile``) and in ONNX Runtime
-(float32 and int8); every round times all models in turn, and ratios are formed within a round. Weights do not matter here:
-the models are converted by theirs alone.
+Batches of 32 sentences of 64 tokens without padding, in PyTorch (eager and through ``torch.compile``) and in ONNX
+Runtime (float32 and int8); every round times all models in turn, and ratios are formed within a round. Weights do not
+matter here: the models are converted by theirs alone.
 """
 
 from __future__ import annotations
@@ -161,7 +161,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.conversion.speed", description=__doc__)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--runtimes", default=",".join(("eager", "compiled", "onnx", "int8")), help="some of these, or all")
+    parser.add_argument(
+        "--runtimes", default=",".join(("eager", "compiled", "onnx", "int8")), help="some of these, or all"
+    )
     parser.add_argument("--work", type=Path, default=Path("runs/conversion"), help="where the ONNX files are kept")
     parser.add_argument("--out", type=Path, default=Path("results/conversion"))
     args = parser.parse_args()

@@ -325,6 +325,28 @@ def test_with_a_cache_distances_count_from_the_tokens_that_it_holds(
     torch.testing.assert_close(by_steps(module, x, steps), whole, rtol=0, atol=1e-11)
 
 
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("place", ["score", "weight"])
+@pytest.mark.parametrize(("name", "window"), CACHED)
+def test_as_the_kernels_read_the_cache(name: str, window: int | None, place: str, padded: bool) -> None:
+    """In float32, where the compiled kernels count distances themselves."""
+    options = {} if window is None else {"window": window}
+    module = layer(name, D, N, alibi=place, **options).float().eval()
+    x = tokens(B, L, D, dtype=torch.float32)
+    hidden = torch.zeros(B, L, dtype=torch.bool)
+    hidden[0, :2] = padded
+    cache = ba.KVCache(module, B)
+    with torch.no_grad():
+        whole, _ = module(x, x, x, is_causal=True, key_padding_mask=hidden if padded else None)
+        for at in range(L):
+            new = x[:, at : at + 1]
+            mask = hidden[:, at : at + 1] if padded else None
+            found, _ = module(new, new, new, cache=cache, key_padding_mask=mask, need_weights=False)
+            torch.testing.assert_close(found[1:], whole[1:, at : at + 1], rtol=1e-4, atol=2e-5)
+            if at >= 2:  # hidden queries differ: what they see is nothing
+                torch.testing.assert_close(found, whole[:, at : at + 1], rtol=1e-4, atol=2e-5)
+
+
 @pytest.mark.parametrize("place", ["score", "weight"])
 @pytest.mark.parametrize("mechanism", ["super", "super+expressive"])
 def test_with_the_w_a_of_a_window(mechanism: str, place: str) -> None:

@@ -173,7 +173,7 @@ def _with_tables(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _rotated(query: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    output = native.decode_rotated(Call(query, x, x, scale=x.shape[3] ** -0.5), cos, sin)
+    output = native.decode(Call(query, x, x, scale=x.shape[3] ** -0.5), angles=(cos, sin))
     if output is None:
         raise RuntimeError("the kernels do not serve this call.")
     return output
@@ -204,7 +204,7 @@ def _in_int8(key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
 
 def _int8(score: str, query: Tensor, key: Tensor, k_scale: Tensor, value: Tensor, v_scale: Tensor) -> Tensor:
     call = Call(query, key, value, score=score, scale=key.shape[3] ** -0.5)
-    output = native.decode_int8(call, k_scale, v_scale)
+    output = native.decode(call, scales=(k_scale, v_scale))
     if output is None:
         raise RuntimeError("the kernels do not serve this call.")
     return output

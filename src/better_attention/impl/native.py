@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from better_attention.native.library import (
 
 from .arguments import NO_DROPOUT, Arguments, flops
 
-__all__ = ["compute", "decode_int8", "decode_rotated", "instruction_set", "instruction_sets", "missing", "unsupported"]
+__all__ = ["Distances", "compute", "decode", "instruction_set", "instruction_sets", "missing", "unsupported"]
 
 
 def unsupported(call: Call) -> list[str]:
@@ -65,70 +65,79 @@ def compute(call: Call) -> tuple[Tensor, None]:
 Pair = tuple[Tensor, Tensor]
 
 
-def decode_rotated(call: Call, cos_SP: Tensor, sin_SP: Tensor) -> Tensor | None:
-    """The call with its keys turned by rotary positions as they are read, so that a cache may hold them as they came.
+class Distances(NamedTuple):
+    """ALiBi: what the distance of query l and key s adds, with the slope m of the head and l counted from ``first``.
+
+    Inside the score, -m (l - s) in the place of z; else -m |l - s| on the log weight.
+    """
+
+    slopes_N: Tensor
+    """float32, one for each query head."""
+    inside: bool
+    first: int
+    """Place of the first query among the keys of the call."""
+
+
+def decode(
+    call: Call, *, angles: Pair | None = None, scales: Pair | None = None, distances: Distances | None = None
+) -> Tensor | None:
+    """A few queries over a cache as it is stored: keys turned, int8 multiplied, distances counted while they are read.
 
     Args:
         call: a few queries, already turned, over keys that are not. Where key and value are one tensor, the values are
-            what it holds.
-        cos_SP, sin_SP: cosine and sine of each pair's angle at the place of each key of the call, (S, H/2), float32, as
-            from :func:`better_attention.positions.rotary_angles`.
+            what it holds. With scales, int8 keys and values.
+        angles: cosine and sine of each pair's angle at the place of each key of the call, (S, H/2), float32, as from
+            :func:`better_attention.positions.rotary_angles`.
+        scales: (B, S, G) of keys and of values, G heads of keys, float32: numbers are codes times scales.
+        distances: ALiBi.
 
     Returns:
-        Head outputs (B, N, L, W); None where the kernels do not serve: then rotate the keys, and attend as usual.
+        Head outputs (B, N, L, W) in the dtype of the queries; None where the kernels do not serve: then make of the
+        cache what attention takes, and attend as usual.
 
-    Source: arXiv 2104.09864, eq. 34, features p and p + H/2 being a pair.
+    Source: arXiv 2104.09864, eq. 34, features p and p + H/2 being a pair; arXiv 2108.12409, section 3.
     """
-    if call.k_BNSH.dtype != call.q_BNLH.dtype or not _are_angles((cos_SP, sin_SP), call):
+    if not _fits(call, angles, scales, distances):
         return None
-    angles = _alike((cos_SP, sin_SP))
-    return _decode(call, lambda c: _describe_angles(c, angles)) if _decodes(call, *angles) else None
-
-
-def decode_int8(
-    call: Call, key_scale_BSN: Tensor, value_scale_BSN: Tensor, angles: Pair | None = None
-) -> Tensor | None:
-    """The call over keys and values in int8, one float32 scale for each token and head: numbers are codes times scales.
-
-    Args:
-        call: a few queries in float32 or bfloat16 over int8 keys and values, which may be one tensor.
-        key_scale_BSN, value_scale_BSN: (B, S, G), G heads of keys, float32.
-        angles: cosine and sine by which keys are turned as they are read, as for :func:`decode_rotated`.
-
-    Returns:
-        Head outputs (B, N, L, W) in the dtype of the queries; None where the kernels do not serve: then multiply the
-        codes by their scales, and attend as usual.
-    """
-    B, G, S, _ = call.k_BNSH.shape
-    fits = all(x.dtype == torch.float32 and tuple(x.shape) == (B, S, G) for x in (key_scale_BSN, value_scale_BSN))
-    codes = call.k_BNSH.dtype == call.v_BNSH.dtype == torch.int8
-    if not fits or not codes or not (angles is None or _are_angles(angles, call)):
+    turned = None if angles is None else _alike(angles)
+    factors = None if scales is None else _alike(scales)
+    slopes = None if distances is None else distances.slopes_N.contiguous()
+    others = [*(turned or ()), *(factors or ()), *([] if slopes is None else [slopes])]
+    if not _decodes(call, *others):
         return None
-    scales, turned = _alike((key_scale_BSN, value_scale_BSN)), None if angles is None else _alike(angles)
+    a = _with_contiguous_rows(Arguments.of(call, share=True))
+    out = _empty(a.q, a.values.shape[-1])
+    c = _describe(a, out, None)
+    if turned is not None:
+        c.rotary_cos, c.rotary_sin, c.rotary_s = address(turned[0]), address(turned[1]), turned[0].stride(0)
+    if factors is not None:
+        c.k_scale, c.v_scale = (address(x) for x in factors)
+        c.scale_b, c.scale_s, c.scale_g = factors[0].stride()
+    if distances is not None and slopes is not None:
+        c.slopes, c.slopes_inside, c.slopes_from = address(slopes), distances.inside, distances.first
+    call_library("ba_forward", c)
+    # A hidden key has weight 0, but 0 * NaN is NaN: impl/dispatch.py knows how to keep such keys apart.
+    return None if call.restricted and not is_known_finite(out) else out
 
-    def describe(c: structs.Call) -> None:
-        c.k_scale, c.v_scale = (address(x) for x in scales)
-        c.scale_b, c.scale_s, c.scale_g = scales[0].stride()
-        if turned is not None:
-            _describe_angles(c, turned)
 
-    return _decode(call, describe) if _decodes(call, *scales, *(turned or ())) else None
-
-
-def _are_angles(angles: Pair, call: Call) -> bool:
-    """Whether these are tables of cosines and sines for the keys of a call."""
-    S, H = call.k_BNSH.shape[2:]
-    return H % 2 == 0 and all(x.dtype == torch.float32 and tuple(x.shape) == (S, H // 2) for x in angles)
+def _fits(call: Call, angles: Pair | None, scales: Pair | None, distances: Distances | None) -> bool:
+    """Whether the tables have the sizes and dtypes of the call."""
+    B, G, S, H = call.k_BNSH.shape
+    tables: list[tuple[tuple[int, ...], Tensor]] = [] if angles is None else [((S, H // 2), x) for x in angles]
+    tables += [] if scales is None else [((B, S, G), x) for x in scales]
+    tables += [] if distances is None else [((call.q_BNLH.shape[1],), distances.slopes_N)]
+    stored = call.q_BNLH.dtype if scales is None else torch.int8
+    return (
+        call.k_BNSH.dtype == call.v_BNSH.dtype == stored
+        and (angles is None or H % 2 == 0)
+        and all(x.dtype == torch.float32 and tuple(x.shape) == size for size, x in tables)
+    )
 
 
 def _alike(pair: Pair) -> Pair:
     """Two tensors with contiguous rows and equal strides: the structure has room for those of one."""
     first, second = (contiguous_rows(x) for x in pair)
     return (first, second) if first.stride() == second.stride() else (first.contiguous(), second.contiguous())
-
-
-def _describe_angles(c: structs.Call, angles: Pair) -> None:
-    c.rotary_cos, c.rotary_sin, c.rotary_s = address(angles[0]), address(angles[1]), angles[0].stride(0)
 
 
 def _decodes(call: Call, *others: Tensor) -> bool:
@@ -140,17 +149,6 @@ def _decodes(call: Call, *others: Tensor) -> bool:
     _, G, S, W = call.v_BNSH.shape
     few = L > 0 and 0 < G <= N and N // G * L <= structs.FEW
     return few and S > 0 and W > 0 and call.dropout_p == 0.0 and ordinary(*tensors) and not unsupported(call)
-
-
-def _decode(call: Call, describe: Callable[[structs.Call], None]) -> Tensor | None:
-    """The forward pass with what ``describe`` adds to the call; None where a hidden NaN may have come through."""
-    a = _with_contiguous_rows(Arguments.of(call, share=True))
-    out = _empty(a.q, a.values.shape[-1])
-    c = _describe(a, out, None)
-    describe(c)
-    call_library("ba_forward", c)
-    # A hidden key has weight 0, but 0 * NaN is NaN: impl/dispatch.py knows how to keep such keys apart.
-    return None if call.restricted and not is_known_finite(out) else out
 
 
 # --- across the C interface -------------------------------------------------------------------------------------------

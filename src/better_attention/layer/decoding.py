@@ -1,7 +1,7 @@
-"""A step with a cache that the compiled kernels read as it is stored: rotated while it is read, or in int8.
+"""A step with a cache that the compiled kernels read as it is stored: keys turned, distances counted, int8 multiplied.
 
-Everywhere else a step first makes of the cache what attention takes: rotated keys, or numbers of int8 codes. For one
-new token that would cost as much memory as the cache, and more time than attention itself.
+Everywhere else a step first makes of the cache what attention takes: keys that are rotated or have more features, or
+numbers of int8 codes. For one new token that would cost as much memory as the cache, and more time than attention.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from better_attention.cache.kv_cache import KVCache
 from better_attention.cache.streams import KEY, VALUE
 from better_attention.impl import native
-from better_attention.positions import rotary_angles
+from better_attention.positions import alibi_slopes, rotary_angles
 
 from .arguments import Inputs
 from .window import WindowAlignment
@@ -36,10 +36,10 @@ def attend(layer: MultiheadAttention, cache: KVCache, q_BLD: Tensor, x: Inputs) 
     turned = layer.rotary is not None and "k" not in layer.mechanism.projections
     L = x.query_BLD.shape[1]
     k_BSD, k_scale = cache.stored(KEY, L)
-    if (k_scale is None and not turned) or not _serves(layer, x):
+    if (k_scale is None and not turned and layer.alibi is None) or not _serves(layer, x):
         return None
     v_BSD, v_scale = cache.stored(VALUE, L) if VALUE in cache.streams else (k_BSD, k_scale)
-    call = layer.call(q_BLD, k_BSD, v_BSD, x).trimmed()
+    call = layer.unbiased_call(q_BLD, k_BSD, v_BSD, x).trimmed()
     S, kept = k_BSD.shape[1], call.k_BNSH.shape[2]
     # The keys that no query sees are cut off at the beginning.
     seen = slice(S - kept, S)
@@ -47,9 +47,11 @@ def attend(layer: MultiheadAttention, cache: KVCache, q_BLD: Tensor, x: Inputs) 
     if turned:
         cos_SP, sin_SP = _angles(layer.rotary, layer.head_dim, 1 << (S - 1).bit_length())
         angles = cos_SP[seen], sin_SP[seen]
-    if k_scale is not None and v_scale is not None:
-        return native.decode_int8(call, k_scale[:, seen], v_scale[:, seen], angles)
-    return None if angles is None else native.decode_rotated(call, *angles)
+    scales = None if k_scale is None or v_scale is None else (k_scale[:, seen], v_scale[:, seen])
+    distances = None
+    if layer.alibi is not None:
+        distances = native.Distances(_slopes(layer.num_heads), layer.alibi == "score", kept - L)
+    return native.decode(call, angles=angles, scales=scales, distances=distances)
 
 
 def _serves(layer: MultiheadAttention, x: Inputs) -> bool:
@@ -61,9 +63,15 @@ def _serves(layer: MultiheadAttention, x: Inputs) -> bool:
         and not x.need_weights
         and layer.extra_k is None
         and not layer.add_zero_attn
-        and layer.alibi is None
         and not isinstance(layer.align, WindowAlignment)
     )
+
+
+@lru_cache(maxsize=8)
+def _slopes(num_heads: int) -> Tensor:
+    """Each head's slope of ALiBi."""
+    with torch.inference_mode(False):
+        return torch.tensor(alibi_slopes(num_heads))
 
 
 @lru_cache(maxsize=8)

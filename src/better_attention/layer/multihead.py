@@ -234,12 +234,16 @@ class MultiheadAttention(DropIn):
         return x.returned(output, weights)
 
     def call(self, q_BLD: Tensor, k_BSD: Tensor, v_BSD: Tensor, x: Inputs) -> Call:
-        """The attention call, heads apart."""
+        """The attention call, heads apart, with the biases of the positions."""
+        return biased(self.alibi, self.unbiased_call(q_BLD, k_BSD, v_BSD, x))
+
+    def unbiased_call(self, q_BLD: Tensor, k_BSD: Tensor, v_BSD: Tensor, x: Inputs) -> Call:
+        """The attention call, heads apart, as it is without ALiBi."""
         q_BNLH = split(q_BLD, self.num_heads, self.head_dim, "q_proj")
         k_BNSH = split(k_BSD, self.num_heads, self.head_dim, "k_proj")
         # With neither W_K nor W_V one tensor is both; it stays one, so that the kernels read it once.
         shared = v_BSD is k_BSD
-        call = Call(
+        return Call(
             scaled(self.scaling, q_BNLH),
             k_BNSH,
             k_BNSH if shared else split(v_BSD, self.num_heads, self.head_dim, "v_proj"),
@@ -253,7 +257,6 @@ class MultiheadAttention(DropIn):
             dropout_p=self.dropout if self.training else 0.0,
             need_weights=x.need_weights,
         )
-        return biased(self.alibi, call)
 
     @property
     def cache_streams(self) -> tuple[str, ...]:

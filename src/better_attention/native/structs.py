@@ -9,7 +9,7 @@ import ctypes
 
 import torch
 
-ABI = 3
+ABI = 4
 """Version of the interface."""
 OK, NO_MEMORY, NO_SUCH_ISA, NO_SUCH_SCORE, DECODES_ONLY = range(5)
 """What a function returns."""
@@ -53,6 +53,8 @@ class Call(ctypes.Structure):
         *_integers("scale_b scale_g scale_s"),
         *_pointers("rotary_cos rotary_sin"),
         *_integers("rotary_s"),
+        *_pointers("slopes"),
+        *_integers("slopes_inside slopes_from"),
         *_pointers("mask"),
         *_integers("mask_type mask_b mask_n mask_l mask_s"),
         *_pointers("padding"),

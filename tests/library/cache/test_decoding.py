@@ -216,6 +216,9 @@ KEPT = {
     "rotated while it is read": ({"rotary": True}, None),
     "in int8": ({}, torch.int8),
     "in int8, rotated while it is read": ({"rotary": True}, torch.int8),
+    "with distances in the score": ({"alibi": "score"}, None),
+    "with distances on the weights": ({"alibi": "weight"}, None),
+    "in int8, with distances in the score": ({"alibi": "score"}, torch.int8),
 }
 """How the kernels read a cache: options of the layer, and the cache's dtype."""
 

@@ -14,7 +14,7 @@ import better_attention as ba
 from better_attention.call.call import Call
 from better_attention.impl import native
 from better_attention.impl.dispatch import attend
-from better_attention.positions import rotary_angles
+from better_attention.positions import alibi_slopes, rotary_angles
 from helpers import oracle
 from helpers.bridge import array, assert_close
 from helpers.native_cases import DTYPES, ISAS, SCORES, Mask, draw_mask, needs_native, normal, poisoned, threads
@@ -48,13 +48,15 @@ def drawn(size: tuple, score: str, dtype: torch.dtype, rng: np.random.Generator,
     )  # fmt: skip
 
 
-def exact(call: Call, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+def exact(
+    call: Call, k: np.ndarray, v: np.ndarray, *, bias: np.ndarray | None = None, inside: np.ndarray | None = None
+) -> np.ndarray:
     """The oracle's answer for other keys and values."""
     B, N, L, _ = call.q_BNLH.shape
     keep = None if call.padding_B11S is None else np.broadcast_to(call.padding_B11S.numpy(), (B, N, L, k.shape[2]))
     output, _ = oracle.attention(
         array(call.q_BNLH), k, v, score=call.score, keep=keep, causal=True, offset=call.offset, window=call.window,
-        scale=call.scale,
+        scale=call.scale, bias=bias, inside=inside,
     )  # fmt: skip
     return output
 
@@ -88,9 +90,9 @@ def test_keys_are_rotated_as_they_are_read(
         call = drawn(size, score, dtype, rng, joined, masked)
         tables = angles(S, H, first)
         with native.instruction_set(isa), poisoned():
-            found = native.decode_rotated(call, *tables)
+            found = native.decode(call, angles=tables)
             with threads(2):
-                again = native.decode_rotated(call, *tables)
+                again = native.decode(call, angles=tables)
         assert found is not None
         assert again is not None
         assert torch.equal(found, again)
@@ -115,15 +117,72 @@ def test_int8_with_scales(size: tuple, dtype: torch.dtype, score: str, isa: str,
         k_scale, v_scale = scales[0], scales[0] if shared else scales[1]
         call = replace(call, k_BNSH=k, v_BNSH=v)
         with native.instruction_set(isa), poisoned():
-            found = native.decode_int8(call, k_scale, v_scale)
+            found = native.decode(call, scales=(k_scale, v_scale))
             with threads(2):
-                again = native.decode_int8(call, k_scale, v_scale)
+                again = native.decode(call, scales=(k_scale, v_scale))
         assert found is not None
         assert again is not None
         assert found.dtype == dtype
         assert torch.equal(found, again)
         numbers = (array(x) * array(scale).swapaxes(1, 2)[..., None] for x, scale in ((k, k_scale), (v, v_scale)))
         assert_close(found, exact(call, *numbers), tolerance=tolerance(dtype))
+
+
+def leaning(call: Call, place: str, first: int) -> tuple[native.Distances, dict[str, np.ndarray]]:
+    """ALiBi for the kernels, and number by number for the oracle."""
+    B, N, L, _ = call.q_BNLH.shape
+    distance = first + np.arange(L)[:, None] - np.arange(call.k_BNSH.shape[2])
+    slopes = alibi_slopes(N)
+    inside = -np.array(slopes)[:, None, None] * distance
+    other = {"inside": inside} if place == "score" else {"bias": np.broadcast_to(-np.abs(inside), (B, *inside.shape))}
+    return native.Distances(torch.tensor(slopes), place == "score", first), other
+
+
+@isas
+@scores
+@pytest.mark.parametrize("place", ["score", "weight"])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_distances_are_counted_as_keys_are_read(
+    size: tuple, place: str, score: str, isa: str, rng: np.random.Generator
+) -> None:
+    S, H = size[4:6]
+    tables = angles(S, H, 11)
+    for joined, masked, narrow in itertools.product((False, True), repeat=3):
+        call = drawn(size, score, torch.float32, rng, joined, masked)
+        distances, other = leaning(call, place, call.offset + 2)  # two keys fewer than queries count from
+        scales = None
+        k = v = array(call.k_BNSH)
+        if narrow:
+            codes = (call.k_BNSH * 30).round().clamp(-127, 127).to(torch.int8)
+            scale = torch.from_numpy(rng.uniform(0.01, 0.04, size=(codes.shape[0], S, codes.shape[1]))).float()
+            call, scales = replace(call, k_BNSH=codes, v_BNSH=codes), (scale, scale)
+            v = array(codes) * array(scale).swapaxes(1, 2)[..., None]
+            k = turned(v, 11)
+        with native.instruction_set(isa), poisoned():
+            found = native.decode(call, angles=tables if narrow else None, scales=scales, distances=distances)
+            with threads(2):
+                again = native.decode(call, angles=tables if narrow else None, scales=scales, distances=distances)
+        assert found is not None
+        assert again is not None
+        assert torch.equal(found, again)
+        assert_close(found, exact(call, k, v, **other), tolerance=2e-5, vacuous=masked)  # five keys may all be padding
+        if not masked and S > 50:
+            assert np.abs(array(found) - exact(call, k, v)).max() > 1e-3
+
+
+@isas
+@pytest.mark.parametrize("place", ["score", "weight"])
+def test_distances_of_rows_without_scores(place: str, isa: str, rng: np.random.Generator) -> None:
+    """Queries of zeros: inside the score the distance alone gives weights, on the weights there are none to scale."""
+    call = drawn(SIZES[0], "expressive", torch.float32, rng, True, True)
+    call = replace(call, q_BNLH=torch.zeros_like(call.q_BNLH))
+    distances, other = leaning(call, place, call.offset)
+    x = array(call.k_BNSH)
+    tiny = replace(call, q_BNLH=torch.full_like(call.q_BNLH, 1e-22))
+    for one in (call, tiny):
+        with native.instruction_set(isa), poisoned():
+            found = native.decode(one, distances=distances)
+        assert_close(found, exact(one, x, x, **other), tolerance=1e-5, vacuous=one is call and place == "weight")
 
 
 @isas
@@ -134,8 +193,8 @@ def test_rows_of_tiny_scores_are_computed_again_in_double_precision(isa: str, rn
     codes = (call.k_BNSH * 30).round().clamp(-127, 127).to(torch.int8)
     scale = torch.from_numpy(rng.uniform(0.01, 0.02, size=(codes.shape[0], S, codes.shape[1]))).float()
     with native.instruction_set(isa), poisoned():
-        rotated = native.decode_rotated(call, *angles(S, H, 0))
-        narrow = native.decode_int8(replace(call, k_BNSH=codes, v_BNSH=codes), scale, scale)
+        rotated = native.decode(call, angles=angles(S, H, 0))
+        narrow = native.decode(replace(call, k_BNSH=codes, v_BNSH=codes), scales=(scale, scale))
     x, numbers = array(call.k_BNSH), array(codes) * array(scale).swapaxes(1, 2)[..., None]
     assert_close(rotated, exact(call, turned(x, 0), x), tolerance=1e-5)
     assert_close(narrow, exact(call, numbers, numbers), tolerance=1e-5)
@@ -147,8 +206,8 @@ def test_what_the_kernels_do_not_serve_is_left_to_others(rng: np.random.Generato
     cos, sin = angles(S, H, 0)
     codes = torch.ones_like(call.k_BNSH, dtype=torch.int8)
     narrow, scale = replace(call, k_BNSH=codes, v_BNSH=codes), torch.ones(2, S, 3)
-    assert native.decode_rotated(call, cos, sin) is not None
-    assert native.decode_int8(narrow, scale, scale) is not None
+    assert native.decode(call, angles=(cos, sin)) is not None
+    assert native.decode(narrow, scales=(scale, scale)) is not None
     many = normal(rng, 2, 3, 9, H)
     for other in (
         replace(call, q_BNLH=many),
@@ -157,24 +216,28 @@ def test_what_the_kernels_do_not_serve_is_left_to_others(rng: np.random.Generato
         replace(call, need_weights=True),
         replace(call, q_BNLH=call.q_BNLH.double(), k_BNSH=call.k_BNSH.double(), v_BNSH=call.v_BNSH.double()),
     ):
-        assert native.decode_rotated(other, cos, sin) is None
+        assert native.decode(other, angles=(cos, sin)) is None
+    slopes = torch.ones(call.q_BNLH.shape[1])
+    assert native.decode(call, distances=native.Distances(slopes, True, S - 1)) is not None
+    for other in (slopes[1:], slopes.double()):
+        assert native.decode(call, distances=native.Distances(other, True, S - 1)) is None
     for table in (cos.double(), cos[:-1], cos[:, :-1]):
-        assert native.decode_rotated(call, table, table) is None
-    assert native.decode_int8(call, scale, scale) is None
-    assert native.decode_int8(replace(narrow, q_BNLH=many), scale, scale) is None
-    assert native.decode_int8(narrow, scale.double(), scale) is None
-    assert native.decode_int8(narrow, scale.transpose(1, 2), scale) is None
-    assert torch.compile(lambda: native.decode_rotated(call, cos, sin) is None, backend="eager")()
+        assert native.decode(call, angles=(table, table)) is None
+    assert native.decode(call, scales=(scale, scale)) is None
+    assert native.decode(replace(narrow, q_BNLH=many), scales=(scale, scale)) is None
+    assert native.decode(narrow, scales=(scale.double(), scale)) is None
+    assert native.decode(narrow, scales=(scale.transpose(1, 2), scale)) is None
+    assert torch.compile(lambda: native.decode(call, angles=(cos, sin)) is None, backend="eager")()
     spoiled = call.k_BNSH.clone()
     spoiled[:, :, -1] = torch.nan
     present = torch.ones(2, 1, 1, S, dtype=torch.bool)
     present[..., -1] = False
     # A padded key is read, and 0 * NaN is NaN; one behind the triangle is not.
     padded = replace(call, k_BNSH=spoiled, v_BNSH=spoiled, padding_B11S=present)
-    assert native.decode_rotated(padded, cos, sin) is None
-    later = native.decode_rotated(replace(call, k_BNSH=spoiled, v_BNSH=spoiled, offset=S - 2), cos, sin)
+    assert native.decode(padded, angles=(cos, sin)) is None
+    later = native.decode(replace(call, k_BNSH=spoiled, v_BNSH=spoiled, offset=S - 2), angles=(cos, sin))
     assert later is not None
-    assert torch.equal(later, native.decode_rotated(replace(call, offset=S - 2), cos, sin))
+    assert torch.equal(later, native.decode(replace(call, offset=S - 2), angles=(cos, sin)))
 
 
 @scores
@@ -187,7 +250,7 @@ def test_int8_of_the_cache_errs_little(score: str, rng: np.random.Generator) -> 
     heads, narrow = (t.unflatten(2, (3, 64)).transpose(1, 2) for t in (x, codes))
     call = Call(normal(rng, 2, 3, 1, 64), heads, heads, score=score, scale=0.125)
     wide, _ = attend(call, "native")
-    found = native.decode_int8(replace(call, k_BNSH=narrow, v_BNSH=narrow), scale, scale)
+    found = native.decode(replace(call, k_BNSH=narrow, v_BNSH=narrow), scales=(scale, scale))
     assert found is not None
     error = float((found - wide).norm() / wide.norm())
     assert 1e-4 < error < 1e-2, f"relative error {error:.2e}"

@@ -20,10 +20,11 @@
 extern "C" {
 #endif
 
-enum { BA_ABI = 3 };                                                     /* counts incompatible changes of this file */
+enum { BA_ABI = 4 };                                                     /* counts incompatible changes of this file */
 enum { BA_F32 = 0, BA_BF16 = 1, BA_BOOL = 2, BA_NONE = 3 };              /* element types; bool: 1 byte, 1 = attend */
 enum { BA_SOFTMAX = 0, BA_EXPRESSIVE = 1 };                              /* scores */
-/* what a kernel returns; the last: int8 and rotated caches serve a few queries without dropout, and ba_forward alone */
+/* what a kernel returns; the last: int8 and rotated caches and slopes serve a few queries without dropout, and
+ * ba_forward alone */
 enum { BA_OK = 0, BA_NO_MEMORY = 1, BA_NO_SUCH_ISA = 2, BA_NO_SUCH_SCORE = 3, BA_DECODES_ONLY = 4 };
 enum { BA_FEW = 8 };              /* queries of one head of keys that count as decoding: N / G heads times L */
 enum { BA_BEST = 0, BA_PORTABLE = 1, BA_NEON = 2, BA_AVX2 = 3, BA_AVX512 = 4 }; /* instruction sets */
@@ -47,6 +48,9 @@ typedef struct {
     int64_t scale_b, scale_g, scale_s;
     const float *rotary_cos, *rotary_sin; /* (S, H/2): angles that turn features p and p + H/2 of each key; or NULL */
     int64_t rotary_s;
+    const float *slopes;             /* (N): ALiBi, the slope of each head; or NULL */
+    int64_t slopes_inside;           /* 1: z + slope (s - p) in the place of z; 0: -slope |s - p| on the log weights */
+    int64_t slopes_from;             /* where the first query stands among the keys: query l at p = l + slopes_from */
     const void *mask;                /* (B, N, L, S): bool, or added to the log weights (-inf hides; for the */
     int64_t mask_type;               /* expressive score so does the type's lowest number). BA_NONE: no mask */
     int64_t mask_b, mask_n, mask_l, mask_s; /* 0 where it broadcasts */

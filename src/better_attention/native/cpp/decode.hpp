@@ -6,7 +6,7 @@
 // waits for the other. How keys are cut follows from the shape alone: results do not depend on the number of threads.
 //
 // Keys and values may be int8 with a scale for each row and head, and keys may be turned by their place (rotary) as
-// they are read: a cache then holds what it was given, once.
+// they are read: a cache then holds what it was given, once. Distances (ALiBi) are counted here too, without a mask.
 
 namespace BA_ISA {
 namespace {
@@ -155,16 +155,24 @@ static Scales scales_of(const ba_call& c, int64_t b, int64_t g, int64_t s0, int6
     return x;
 }
 
+// What the distances of LANES keys from s0 on add for query l of head n.
+static V lean_of(const ba_call& c, int64_t n, int64_t l, int64_t s0) {
+    V lean = {};
+    for (int64_t j = 0; j < LANES; ++j) lean[j] = distance_bias(c, n, l, s0 + j);
+    return lean;
+}
+
 // From the products of one row to its weights, before normalisation. `bias` is 0, a number or -inf; FREE: all are 0.
-// False: there is nothing to see.
+// `lean` is added to the scores. False: there is nothing to see.
 template <int SCORE, int MODE>
 BA_INLINE bool weigh_row(
-    const float* dots, const Scales& scales, V bias, int64_t W, float* weights, const Sums& sums) {
+    const float* dots, const Scales& scales, V lean, V bias, int64_t W, float* weights, const Sums& sums) {
     V x[BA_LANES];
 #pragma GCC unroll 16
     for (int j = 0; j < BA_LANES; ++j) x[j] = load(dots + j * LANES);
     V z = row_sums<1>(x);
     if (scales.any) z *= scales.k;
+    z += lean;
     if constexpr (MODE != FREE) {
         if constexpr (SCORE == BA_SOFTMAX) z += bias;
         z = select(bias == -INF, SCORE == BA_SOFTMAX ? fill(-INF) : V{}, z);
@@ -202,16 +210,22 @@ template <int SCORE> static void weigh_block(DecodeBlock& d) {
         float *dots = d.dots + row * LANES * LANES, *weights = d.weights + row * LANES;
         const Sums sums = sums_at(d.state + row * d.state_row);
         const int64_t r = row % f.few, g = d.first + row / f.few, l = r % c.L;
-        V bias = {};
+        V bias = {}, lean = {}, outside = {};
+        if (c.slopes != NULL) lean = lean_of(c, g * f.group + r / c.L, l, d.s0);
+        // On the log weights of softmax a bias is the same as in its score.
+        const bool exponent = c.slopes != NULL && SCORE == BA_EXPRESSIVE && c.slopes_inside == 0;
+        if (exponent) outside = lean, lean = V{};
         if (c.k_scale != NULL && r == 0) scales = scales_of(c, d.b, g, d.s0, d.n);
         if (free) {
-            d.live[row] = weigh_row<SCORE, FREE>(dots, scales, bias, c.W, weights, sums);
+            d.live[row] = exponent ? weigh_row<SCORE, BIASED>(dots, scales, lean, outside, c.W, weights, sums)
+                                   : weigh_row<SCORE, FREE>(dots, scales, lean, bias, c.W, weights, sums);
         } else {
             const Restriction hide = restriction(c, d.b, g * f.group + r / c.L);
             for (int64_t j = d.n; j < LANES; ++j) store(dots + j * LANES, V{});
             d.live[row] = bias_of(hide, l, d.s0, d.n, &bias) &&
-                (hide.exponent ? weigh_row<SCORE, BIASED>(dots, scales, bias, c.W, weights, sums)
-                               : weigh_row<SCORE, HIDING>(dots, scales, bias, c.W, weights, sums));
+                (hide.exponent || exponent
+                        ? weigh_row<SCORE, BIASED>(dots, scales, lean, bias + outside, c.W, weights, sums)
+                        : weigh_row<SCORE, HIDING>(dots, scales, lean, bias, c.W, weights, sums));
         }
         d.any_live |= d.live[row];
     }
@@ -307,7 +321,7 @@ static void combine_task(void* context, int64_t head, float* scratch) {
 }
 
 // Whether decoding alone knows how to read the cache.
-static bool is_special(const ba_call& c) { return c.k_scale != NULL || c.rotary_cos != NULL; }
+static bool is_special(const ba_call& c) { return c.k_scale != NULL || c.rotary_cos != NULL || c.slopes != NULL; }
 
 static bool is_decode(const ba_call& c) {
     return c.dropout == 0.0 && c.G > 0 && c.N / c.G * c.L <= FEW && (c.S >= 2 * LANES || is_special(c));

@@ -159,6 +159,12 @@ static float key_at(const ba_call& c, int64_t b, int64_t g, int64_t s, int64_t h
     return x * c.rotary_cos[s * c.rotary_s + p] + (h < P ? -other : other) * c.rotary_sin[s * c.rotary_s + p];
 }
 
+// What the distance of query l and key s adds for head n, to the score or to the log weight.
+static float distance_bias(const ba_call& c, int64_t n, int64_t l, int64_t s) {
+    const float distance = static_cast<float>(s - l - c.slopes_from);
+    return c.slopes[n] * (c.slopes_inside != 0 || distance < 0.0f ? distance : -distance);
+}
+
 // A row of expressive attention in double precision, for scores so small that float32 loses their squares.
 // Returns its normaliser, 0 if there is no weight at all; `weights` (S) are normalised, and written where causality
 // leaves keys.
@@ -166,7 +172,8 @@ static double careful_row(const ba_call& c, const Restriction& r, int64_t b, int
     const bool bf16 = c.dtype == BA_BF16;
     const int64_t g = n / (c.N / c.G);
     const void* q = shifted(c.q, b * c.q_b + n * c.q_n + l * c.q_l, bf16);
-    bool zero = true;
+    const bool inside = c.slopes != NULL && c.slopes_inside != 0;
+    bool zero = !inside;
     for (int64_t h = 0; h < c.H && zero; ++h) zero = load_row({q, bf16}, h, 1)[0] == 0.0f;
     double most = -HUGE_VAL;
     const int64_t begin = first_key(r, l), end = end_key(r, l);
@@ -177,6 +184,8 @@ static double careful_row(const ba_call& c, const Restriction& r, int64_t b, int
             for (int64_t h = 0; h < c.H; ++h)
                 z += static_cast<double>(load_row({q, bf16}, h, 1)[0]) * key_at(c, b, g, s, h);
             z *= c.scale;
+            if (inside) z += static_cast<double>(distance_bias(c, n, l, s));
+            else if (c.slopes != NULL) bias += distance_bias(c, n, l, s);
         }
         // In logarithms, where nothing underflows: 2 log|z| - log(1 + z^2) + bias.
         weights[s] = z == 0.0 ? -HUGE_VAL : 2.0 * log(fabs(z)) - log1p(z * z) + static_cast<double>(bias);
