@@ -40,6 +40,8 @@ class LanguageTask(Task):
         window: each token sees the last ``window`` tokens; None: all of its sample that come before it.
         stride: tokens between the beginnings of two training samples; None: ``length``, so that none overlap.
         test_share: share of the text that is held out as test; ``validation_share`` is one of the text as well.
+        epoch_updates: updates after which an epoch ends with a validation, so that a learning curve has more points;
+            the next one begins with another random order of all samples. None: the whole training part.
         train_samples, test_samples: random subsets of the samples for the smaller scales; None: all.
     """
 
@@ -52,13 +54,14 @@ class LanguageTask(Task):
     window: int | None = None
     stride: int | None = None
     test_share: float = 0.1
+    epoch_updates: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice(self.tokeniser, "tokeniser", TOKENISERS)
         check_choice(self.positions, "positions", POSITIONS)
         check_int(self.vocabulary, "vocabulary", at_least=256 if self.tokeniser == "bpe" else 2)
-        for name in ("window", "stride"):
+        for name in ("window", "stride", "epoch_updates"):
             if getattr(self, name) is not None:
                 check_int(getattr(self, name), name)
         share(self.test_share, "test_share")
@@ -210,6 +213,11 @@ class LanguageTask(Task):
         groups: list[dict[str, Any]] = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
         return torch.optim.AdamW(groups, lr=self.lr, weight_decay=self.weight_decay, fused=True)
 
+    def epoch_updates_of(self, samples: int) -> int:
+        """See :meth:`Task.epoch_updates_of`; at most ``epoch_updates``."""
+        whole = super().epoch_updates_of(samples)
+        return whole if self.epoch_updates is None else min(whole, self.epoch_updates)
+
     # --- what is measured ---------------------------------------------------------------------------------------------
 
     @property
@@ -237,8 +245,9 @@ class LanguageTask(Task):
 
         prompt = splits.test.inputs[0].tolist()[: max(1, self.length // 2)]
         decoding = decoding_speed(model, prompt, self.length)  # type: ignore[arg-type] # as :meth:`model` makes it
+        samples = min(len(splits.train), self.epoch_updates_of(len(splits.train)) * self.batch_size)
         found = {
-            "tokens_per_second": len(splits.train) * self.length / epoch_seconds,
+            "tokens_per_second": samples * self.length / epoch_seconds,
             "decoded_per_second": decoding.tokens_per_second,
             "cache_bytes_per_token": decoding.cache_bytes_per_token,
         }
