@@ -315,6 +315,10 @@ class Task(ABC):
         """Updates of an epoch, for a training split of ``samples``: all of it once, unless overridden."""
         return math.ceil(samples / self.batch_size)
 
+    def learning_rate(self, update: int, updates: int) -> float:
+        """Learning rate of the update of this number, from 0, of ``updates`` in all; ``lr`` unless overridden."""
+        return self.lr
+
     def scored(self, samples: int) -> int:
         """How many of a split's samples :meth:`scores` looks at."""
         return samples

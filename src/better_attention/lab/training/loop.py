@@ -279,6 +279,10 @@ class Training:
                     f"{numbers[0] / max(1, len(mine))}, gradient norm {numbers[1]}. The run was stopped before the "
                     f"update; its last checkpoint is kept. Try a lower --lr (it was {task.lr})."
                 )
+            # Set anew before each update, as a function of its number: nothing of it needs to be saved.
+            rate = task.learning_rate((position.epoch - 1) * steps + position.step, task.epochs * steps)
+            for group in self.optimiser.param_groups:
+                group["lr"] = rate
             self.optimiser.step()
             self.optimiser.zero_grad()
             position.step += 1
