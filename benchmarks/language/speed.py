@@ -98,7 +98,9 @@ def main() -> None:
             taken, sizes = updates(models, length, batch, args.seconds), {}
         for model in models:
             row = {"part": part, "model": model.name, "width": model.build().tokens.weight.shape[1], "heads": HEADS}
-            row |= {"length": length, "seconds": asdict(Spread.of(taken[model.name]))}
+            mine, base = taken[model.name], taken["standard"]
+            ratio = asdict(Spread.of([a / b for a, b in zip(mine, base, strict=True)]))
+            row |= {"length": length, "rounds": len(mine), "seconds": asdict(Spread.of(mine)), "to_standard": ratio}
             rows.append(row | ({"cache_bytes": round(sizes[model.name])} if sizes else {}))
     write_json(args.out, {"machine": describe("python -m benchmarks.language.speed"), "rows": rows})
 

@@ -118,7 +118,9 @@ def equal_parameters(title: str, runs: Sequence[Mapping[str, Any]]) -> Iterator[
 
 def equal_time(title: str, lines: Mapping[tuple[str, int], Curve], speed: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """A row a mechanism: its update time, the update that the budget reaches, the validation loss there."""
-    taken = {row["model"]: row["seconds"]["median"] for row in speed if row["part"] == "training"}
+    rows = {row["model"]: row for row in speed if row["part"] == "training"}
+    unit = rows["standard"]["seconds"]["median"]
+    taken = {m: unit * row["to_standard"]["median"] for m, row in rows.items()}  # by ratios within rounds
     present = [m for m in MECHANISMS if m in taken and any(name == m for name, _ in lines)]
     budget = EPOCHS * EPOCH_UPDATES * min(taken[m] for m in present)
     reached = {m: budget / taken[m] for m in present}
