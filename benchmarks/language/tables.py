@@ -91,6 +91,12 @@ def compared(pairs: Sequence[tuple[Seeds, Seeds]]) -> list[Comparison | None]:
     return [None if one is None else next(waiting) for one in found]
 
 
+def head(*names: str) -> Iterator[str]:
+    """The first two lines of a table."""
+    yield f"| {' | '.join(names)} |"
+    yield "|---" * len(names) + "|"
+
+
 def equal_parameters(title: str, runs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """A row a mechanism: parameters, test loss, bits, accuracy, each with its difference to standard."""
     present = [m for m in MECHANISMS if by_seed(runs, m, "test_loss")]
@@ -101,8 +107,10 @@ def equal_parameters(title: str, runs: Sequence[Mapping[str, Any]]) -> Iterator[
         for key, base in standard.items()
     }
     yield f"### {title}: equal parameters\n"
-    yield "| mechanism | parameters | seeds | test loss, nats/character | bits/character | accuracy % | loss − standard, p | | accuracy − standard, p | |"
-    yield "|---|---|---|---|---|---|---|---|---|---|"
+    yield from head(
+        *("mechanism", "parameters", "seeds", "test loss, nats/character", "bits/character", "accuracy %"),
+        *("loss − standard, p", "", "accuracy − standard, p", ""),
+    )
     for m in present:
         bits, loss, accuracy = (by_seed(runs, m, f"test_{key}") for key in ("bits_per_character", "loss", "accuracy"))
         size = next(run["total_params"] for run in runs if run["mechanism"] == m)
@@ -128,8 +136,7 @@ def equal_time(title: str, lines: Mapping[tuple[str, int], Curve], speed: Sequen
     others = [m for m in present if m != "standard"]
     gaps = dict(zip(others, compared([(losses[m], losses["standard"]) for m in others]), strict=True))
     yield f"### {title}: equal training time, {budget:.1f} s of one thread\n"
-    yield "| mechanism | ms an update | update reached | validation loss there | − standard, p | |"
-    yield "|---|---|---|---|---|---|"
+    yield from head("mechanism", "ms an update", "update reached", "validation loss there", "− standard, p", "")
     for m in present:
         gap = " | " if m == "standard" else told(gaps[m], 3)
         yield f"| {m} | {1e3 * taken[m]:.1f} | {reached[m]:.0f} | {mean(losses[m], 3)} | {gap} |"
@@ -151,8 +158,10 @@ def windows(results: Path, speed: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         return "–" if row is None else show(row)
 
     yield "### Windows, Tiny Shakespeare, width 64\n"
-    yield "| mechanism | window | parameters | seeds | test loss | bits/character | trained tokens/s, ℓ 64 | ℓ 1,024 | decoded tokens/s, ℓ 64 | ℓ 1,024 | cache at 1,024 tokens, bytes |"
-    yield "|---|---|---|---|---|---|---|---|---|---|---|"
+    yield from head(
+        *("mechanism", "window", "parameters", "seeds", "test loss", "bits/character", "trained tokens/s, ℓ 64"),
+        *("ℓ 1,024", "decoded tokens/s, ℓ 64", "ℓ 1,024", "cache at 1,024 tokens, bytes"),
+    )
     for m, w in models:
         loss, bits = by_seed(runs[w], m, "test_loss"), by_seed(runs[w], m, "test_bits_per_character")
         size = next(run["total_params"] for run in runs[w] if run["mechanism"] == m)
@@ -163,8 +172,8 @@ def windows(results: Path, speed: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             cell("windows, decoding at 1,024", m, w, lambda r: number(1 / r["seconds"]["median"], 0)),
             cell("windows, decoding at 1,024", m, w, lambda r: number(r["cache_bytes"], 0)),
         ]
-        head = (m, "none" if w is None else str(w), number(size, 0), str(len(loss)), mean(loss, 3), mean(bits, 3))
-        yield f"| {' | '.join((*head, *speeds))} |"
+        first = (m, "none" if w is None else str(w), number(size, 0), str(len(loss)), mean(loss, 3), mean(bits, 3))
+        yield f"| {' | '.join((*first, *speeds))} |"
     pairs = [pair for pair in PAIRS if all(model in models for model in pair)]
     found = compared([tuple(by_seed(runs[w], m, "test_loss") for m, w in pair) for pair in pairs])  # type: ignore[misc] # two
     yield "\n| | loss, difference, p | |\n|---|---|---|"
@@ -178,8 +187,10 @@ def int8(found: Mapping[str, Any]) -> Iterator[str]:
     """A row a mechanism."""
     rows = found["rows"]
     yield "### int8 cache, Tiny Shakespeare's test text read token by token\n"
-    yield "| mechanism | seeds | bits/character, float32 cache | int8 − float32 | largest change of a probability | same likeliest character % | cache bytes, int8 / float32 |"
-    yield "|---|---|---|---|---|---|---|"
+    yield from head(
+        *("mechanism", "seeds", "bits/character, float32 cache", "int8 − float32", "largest change of a probability"),
+        *("same likeliest character %", "cache bytes, int8 / float32"),
+    )
     for m in (m for m in MECHANISMS if any(row["mechanism"] == m for row in rows)):
         own = [row for row in rows if row["mechanism"] == m]
         exact = {row["seed"]: row["bits_float32"] for row in own}
