@@ -21,11 +21,14 @@ class Cost:
         mechanism: its name.
         params: number of parameters, W_A and all biases included.
         flops_paper: C l d + 15 h l^2 times the batch, forward and backward (2403.01643 eq. 24), C = 15 standard, 12
-            optimised and super, 9 efficient. It is linear in d, so it is not the count of a real layer.
+            optimised and super, 9 efficient. It is linear in d, so it is not the count of a real layer, and it knows no
+            window.
         flops: floating-point operations of the matrix products, a multiply-add counted as two.
         weight_bytes: memory of the parameters.
         cache_bytes_per_token: of a :class:`better_attention.KVCache`: one tensor where key and value are both the
-            input itself (efficient), two for most, three where W_A mixes projected values.
+            input itself (efficient, and super with a window), two for most, three where W_A mixes projected values.
+        cache_bytes: of such a cache of all sequences: of ``length`` tokens, or of the last ``window``, beside which a
+            cache allocates 256 rows to slide over.
     """
 
     mechanism: str
@@ -34,6 +37,7 @@ class Cost:
     flops: int
     weight_bytes: int
     cache_bytes_per_token: int
+    cache_bytes: int
 
 
 def cost(
@@ -47,13 +51,14 @@ def cost(
     bias: bool = True,
     align_heads: str = "shared",
     dtype: torch.dtype = torch.float32,
+    window: int | None = None,
 ) -> Cost:
     """Cost of one layer in self-attention over ``length`` tokens.
 
     Args:
         embed_dim: model width d.
         num_heads: number of heads h; divides d in a real layer, but eq. 24 is defined without that.
-        length: number of tokens l, also the size of W_A.
+        length: number of tokens l, and without a window the size of W_A.
         mechanism: a name or a ``Mechanism``; for a free one C = 3 (number of linear maps, W_A included) + 3.
         batch: number of sequences.
         backward: count forward and backward (three times the forward products) in ``flops``, or forward alone.
@@ -61,6 +66,9 @@ def cost(
         bias: whether the maps have biases.
         align_heads: "shared", or "per_head" for one W_A per head.
         dtype: of weights and cache.
+        window: w: each token sees the last w alone, itself included, and W_A is w x w; None: every token sees all. A
+            window implies causality, so that of l tokens min(t, w) keys are counted for the t-th, whereas without one
+            all l are, causal or not: the products of hidden pairs are done by most implementations.
 
     Raises:
         ValueError, TypeError: arguments out of range.
@@ -69,6 +77,8 @@ def cost(
 
     >>> cost(32, 4, 32, mechanism="super").params
     3168
+    >>> cost(32, 4, 4096, window=256).cache_bytes == 2 * 256 * 32 * 4
+    True
     """
     row = Mechanism.of(mechanism)
     d, h, n, B = (
@@ -83,10 +93,12 @@ def cost(
             f"dtype must be a torch.dtype such as torch.float32, received {dtype!r} ({type(dtype).__name__})."
         )
 
-    sizes, parts = Sizes(d, h, n, bias, align_heads), parts_of(row)
+    w = None if window is None else check_int(window, "window")
+    sizes, parts = Sizes(d, h, n, bias, align_heads, w), parts_of(row)
     params = sum(part.params(sizes) for part in parts)
-    # Two products of 2 n^2 d operations over all heads: queries with keys, and weights with values.
-    scores_and_mix = 4 * n * n * d
+    # Two products of 2 d operations for each key that a query sees, over all heads: with keys, and with values.
+    scores_and_mix = 4 * d * sum(sizes.seen)
+    kept = len(streams(row, window=w is not None)) * d * dtype.itemsize
     forward = scores_and_mix + sum(part.flops(sizes) for part in parts)
     return Cost(
         mechanism=row.name,
@@ -96,5 +108,6 @@ def cost(
         # Each product has two factors, whose gradients are a product of the same size each.
         flops=B * forward * (3 if backward else 1),
         weight_bytes=params * dtype.itemsize,
-        cache_bytes_per_token=len(streams(row)) * d * dtype.itemsize,
+        cache_bytes_per_token=kept,
+        cache_bytes=B * kept * (n if w is None else min(n, w)),
     )

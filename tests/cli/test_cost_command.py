@@ -69,7 +69,26 @@ def test_every_count_is_that_of_the_library(capsys: pytest.CaptureFixture[str]) 
         "flops_to_standard": expected.flops / cost(24, 3, 7, batch=5).flops,
         "weight_bytes": 2 * expected.params,
         "cache_bytes_per_token": 2 * 2 * 24,
+        "cache_bytes": 5 * 7 * 2 * 2 * 24,
     }
+
+
+def test_a_window_bounds_the_cache_and_the_operations(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--embed-dim", "24", "--heads", "3", "--length", "700", "--mechanisms", "standard,super")
+    whole, windowed = as_json(capsys, *words), as_json(capsys, *words, "--window", "16")
+    assert [row["cache_bytes"] for row in whole] == [700 * 2 * 24 * 4, 700 * 2 * 24 * 4]
+    assert [row["cache_bytes"] for row in windowed] == [16 * 2 * 24 * 4, 16 * 24 * 4]
+    assert [row["flops"] for row in windowed] == [
+        cost(24, 3, 700, mechanism=m, window=16).flops for m in ("standard", "super")
+    ]
+    assert all(row["flops_to_standard"] < 1 for row in windowed)
+    assert run(*words, "--window", "16") == 0
+    assert "float32, window 16" in capsys.readouterr().out
+
+
+def test_a_figure_knows_no_window(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="knows no window"):
+        run("--figure", "2", "--out", str(tmp_path / "f.png"), "--window", "8")
 
 
 def test_efficient_keeps_one_tensor(capsys: pytest.CaptureFixture[str]) -> None:
@@ -83,7 +102,7 @@ def test_the_table_says_the_same(capsys: pytest.CaptureFixture[str], monkeypatch
     assert run() == 0
     out = capsys.readouterr().out
     line = next(line.split() for line in out.splitlines() if line.split()[:1] == ["super"])
-    assert line == ["super", "37,184", "344,064", "7,340,032", "22,020,096", "0.700", "148,736", "1,024"]
+    assert line == ["super", "37,184", "344,064", "7,340,032", "22,020,096", "0.700", "148,736", "1,024", "65,536"]
     assert "d = 128, h = 4, ℓ = 64, batch 1, float32" in out
 
 

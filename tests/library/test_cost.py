@@ -9,6 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import better_attention as ba
+from better_attention.cache.rows import SPARE
 from helpers.layers import NAMED, refused, tokens
 
 PAPER: dict[str, tuple[int, int, int, dict[str, int]]] = {
@@ -198,6 +199,63 @@ def test_cache_bytes_of_a_token(dtype: torch.dtype) -> None:
     )
 
 
+# --- a window ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("align_heads", ["shared", "per_head"])
+@pytest.mark.parametrize("mechanism", ["standard", "efficient", "super", "super+expressive", "optimised+align"])
+def test_parameters_under_a_window_are_those_of_the_module(mechanism: str, align_heads: str, bias: bool) -> None:
+    options = {"align_heads": align_heads} if ba.Mechanism.of(mechanism).aligned else {}
+    module = ba.MultiheadAttention(12, 3, batch_first=True, mechanism=mechanism, window=5, bias=bias, **options)
+    assert ba.cost(12, 3, 70, mechanism=mechanism, window=5, bias=bias, **options).params == params_of(module)
+
+
+@pytest.mark.parametrize("window", [1, 3, 7, 8, 100])
+@pytest.mark.parametrize("mechanism", NAMED)
+def test_operations_under_a_window_are_those_of_every_query(mechanism: str, window: int) -> None:
+    """Query by query, by torch's own counter: one row of scores, W_A on its weights, one mix of values."""
+    d, h, length = 12, 3, 7
+    counter = FlopCounterMode(display=False)
+    with counter:
+        for t in range(1, length + 1):
+            seen = min(t, window)
+            q, k, v = torch.zeros(h, 1, d // h), torch.zeros(h, d // h, seen), torch.zeros(h, seen, d // h)
+            weights = q @ k
+            if mechanism == "super":
+                matrix = torch.zeros(h, seen, seen + 1)  # the bias is one more column
+                weights = (weights @ matrix)[..., :seen]
+            weights @ v
+        for _ in range(MAPS[mechanism]):
+            torch.zeros(length, d) @ torch.zeros(d, d)
+    assert ba.cost(d, h, length, mechanism=mechanism, window=window, backward=False).flops == counter.get_total_flops()
+    whole = ba.cost(d, h, length, mechanism=mechanism, window=window, batch=2).flops
+    assert whole == 6 * counter.get_total_flops()
+
+
+def test_a_window_makes_operations_linear_in_the_length() -> None:
+    for mechanism in NAMED:
+        short, long = (ba.cost(64, 4, n, mechanism=mechanism, window=32).flops for n in (1_000, 2_000))
+        assert long / short == pytest.approx(2, rel=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mechanism", ["standard", "optimised", "efficient", "super", "super+expressive"])
+def test_cache_bytes_are_those_of_a_cache(mechanism: str, dtype: torch.dtype) -> None:
+    """A real cache of 40 tokens; one that slides over the last 8 has the room of SPARE more, whatever the length."""
+    for window in (None, 8):
+        aligned = ba.Mechanism.of(mechanism).aligned and window is None
+        sizes = {"max_len": 40, "align_causal": True} if aligned else {}
+        layer = ba.MultiheadAttention(12, 3, batch_first=True, mechanism=mechanism, window=window, dtype=dtype, **sizes)
+        cache = ba.KVCache(layer.eval(), 2, max_len=40 if window is None else None)
+        with torch.no_grad():
+            for x in torch.zeros(2, 40, 12, dtype=dtype).split(1, dim=1):
+                layer(x, x, x, cache=cache, need_weights=False)
+        record = ba.cost(12, 3, 40, mechanism=mechanism, batch=2, dtype=dtype, window=window)
+        spare = 0 if window is None else 2 * SPARE * record.cache_bytes_per_token
+        assert record.cache_bytes == cache.nbytes - spare
+
+
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 
@@ -218,6 +276,8 @@ def test_cache_bytes_of_a_token(dtype: torch.dtype) -> None:
         ({"mechanism": "super", "align_heads": "each"}, ("align_heads", "each", "shared", "per_head")),
         ({"dtype": "float32"}, ("dtype", "float32")),
         ({"dtype": None}, ("dtype", "None")),
+        ({"window": 0}, ("window", "0")),
+        ({"window": 2.5}, ("window", "2.5")),
     ],
 )
 def test_errors(arguments: dict[str, object], words: tuple[str, ...]) -> None:

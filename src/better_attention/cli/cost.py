@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from better_attention.cli import UserError, console
 from better_attention.cli.arguments import SIZES, add_sizes, check_sizes, names, option, positive
@@ -21,6 +22,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the verb."""
     add_sizes(parser)
     parser.add_argument("--batch", type=positive, default=1, metavar="N", help="sequences at once; default: 1")
+    parser.add_argument(
+        "--window",
+        type=positive,
+        metavar="W",
+        help="each token sees the last W alone, and W_A is W x W; default: every token sees all",
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and cache; default: float32")
     parser.add_argument(
         "--mechanisms",
@@ -70,7 +77,12 @@ def entries(args: argparse.Namespace) -> list[Entry]:
     found: list[Entry] = []
     for name in args.mechanisms:
         variant = Variant.of(name)
-        own = {"mechanism": variant.mechanism, "align_heads": "per_head" if variant.per_head else "shared", **sizes}
+        own: dict[str, Any] = {
+            "mechanism": variant.mechanism,
+            "align_heads": "per_head" if variant.per_head else "shared",
+            **sizes,
+        }
+        own["window"] = args.window
         whole = cost(args.embed_dim, args.heads, args.length, **own)
         forward = cost(args.embed_dim, args.heads, args.length, backward=False, **own)
         found.append(
@@ -83,6 +95,7 @@ def entries(args: argparse.Namespace) -> list[Entry]:
                 "flops_to_standard": whole.flops / standard.flops,
                 "weight_bytes": whole.weight_bytes,
                 "cache_bytes_per_token": whole.cache_bytes_per_token,
+                "cache_bytes": whole.cache_bytes,
             }
         )
     return found
@@ -96,6 +109,7 @@ _TITLES = {
     "flops_to_standard": "FLOPs, share of standard's",
     "weight_bytes": "Weights, bytes",
     "cache_bytes_per_token": "Cache, bytes/token",
+    "cache_bytes": "Cache, bytes",
 }
 
 
@@ -104,6 +118,8 @@ def _print(rows: list[Entry], args: argparse.Namespace) -> None:
     from rich.table import Table
 
     title = f"One layer: d = {args.embed_dim}, h = {args.heads}, ℓ = {args.length}, batch {args.batch}, {args.dtype}"
+    if args.window is not None:
+        title += f", window {args.window}"
     lines = [["Mechanism", *_TITLES.values()]]
     for row in rows:
         cells = [f"{row[key]:,}" if isinstance(row[key], int) else f"{row[key]:.3f}" for key in _TITLES]
@@ -119,7 +135,8 @@ def _print(rows: list[Entry], args: argparse.Namespace) -> None:
     out.print(table)
     out.print(
         "Eq. 24 of arXiv 2403.01643 counts forward and backward and is linear in d; the other counts are those of the\n"
-        "matrix products of a real layer, a multiply-add as two. W_A and biases are included.",
+        "matrix products of a real layer, a multiply-add as two. W_A and biases are included."
+        + (" Shares are of standard\nwithout a window; eq. 24 knows none." if args.window is not None else ""),
         style="dim",
         soft_wrap=True,
     )
@@ -132,6 +149,8 @@ def _draw(args: argparse.Namespace) -> int:
         # Refused rather than ignored: the figure would look as if it had these sizes.
         if getattr(args, name) != size:
             raise UserError(f"--figure {args.figure} has its own sizes: omit {option(name)}.")
+    if args.window is not None:
+        raise UserError(f"--figure {args.figure} knows no window: omit --window.")
     if args.out is None:
         raise UserError(f"--figure {args.figure} needs --out FILE, ending in .png, .svg or .pdf.")
     cost_figure(args.figure, args.out, form=args.form)

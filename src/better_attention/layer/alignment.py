@@ -197,6 +197,13 @@ class Alignment(nn.Module):
         )
 
 
+def _products(sizes: Sizes) -> int:
+    """W_A times the values; with a window, the weights of every query and head times their part of W_A and its bias."""
+    if sizes.window is None:
+        return 2 * sizes.length**2 * sizes.embed_dim
+    return 2 * sizes.num_heads * sum(seen * (seen + sizes.bias) for seen in sizes.seen)
+
+
 def draw(weight: Tensor, init: str) -> None:
     """Draw W_A, or one for each head, (..., S, S): Glorot uniform or the identity. Without gradients."""
     size = weight.shape[-1]
@@ -276,8 +283,8 @@ ALIGNMENT_PART = Part(
     label="Linear* W_A",
     legend="Linear*: a learned map with a bias, from the left: it mixes tokens.",
     add=lambda mechanism: replace(mechanism, aligned=True),
-    params=lambda sizes: _kernels(sizes) * (sizes.length**2 + sizes.bias * sizes.length),
-    flops=lambda sizes: 2 * sizes.length**2 * sizes.embed_dim,
+    params=lambda sizes: _kernels(sizes) * (sizes.align_size**2 + sizes.bias * sizes.align_size),
+    flops=lambda sizes: _products(sizes),
     term=lambda factor: f"W^A {factor}",
 )
 """What W_A counts and how it is drawn."""

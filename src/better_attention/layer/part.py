@@ -15,9 +15,10 @@ class Sizes(NamedTuple):
     Args:
         embed_dim: model width d.
         num_heads: number of heads h.
-        length: number of tokens, and the size of W_A.
+        length: number of tokens, and without a window the size of W_A.
         bias: whether maps have biases.
         align_heads: "shared", or "per_head" for one W_A per head.
+        window: how many tokens each one sees, at most ``length``, and the size of W_A; None: no window.
     """
 
     embed_dim: int
@@ -25,6 +26,23 @@ class Sizes(NamedTuple):
     length: int
     bias: bool = True
     align_heads: str = "shared"
+    window: int | None = None
+
+    @property
+    def align_size(self) -> int:
+        """Rows and columns of W_A."""
+        return self.length if self.window is None else self.window
+
+    @property
+    def seen(self) -> list[int]:
+        """How many keys each query sees: all, or those of its window, of which the first ones have fewer.
+
+        >>> Sizes(8, 2, 5, window=3).seen
+        [1, 2, 3, 3, 3]
+        """
+        if self.window is None:
+            return [self.length] * self.length
+        return [min(place, self.window) for place in range(1, self.length + 1)]
 
 
 @dataclass(frozen=True, slots=True)

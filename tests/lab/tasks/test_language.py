@@ -65,7 +65,7 @@ def splits(file: Path) -> Splits:
 
 
 def training(folder: Path, splits: Splits, mechanism: str = "efficient", **changes: Any) -> Training:
-    own = {key: changes.pop(key) for key in ("stop",) if key in changes}
+    own = {key: changes.pop(key) for key in ("stop", "progress") if key in changes}
     vocabulary = len(splits.assets["symbols"]) + 1
     return Training(
         Job(task(vocabulary=vocabulary, **changes), Variant.of(mechanism), 2, 0),
@@ -156,6 +156,9 @@ def test_a_text_that_is_too_short_is_refused(tmp_path: Path) -> None:
         ({"window": 0}, "window must be >= 1"),
         ({"stride": 0}, "stride must be >= 1"),
         ({"test_share": 1.0}, "test_share must be below 1"),
+        ({"epoch_updates": 0}, "epoch_updates must be >= 1"),
+        ({"schedule": "step"}, "schedule must be one of"),
+        ({"warmup": -1}, "warmup must be >= 0"),
     ],
 )
 def test_settings_out_of_range_are_refused(change: dict[str, Any], message: str) -> None:
@@ -280,11 +283,69 @@ def test_attention_maps_name_their_tokens(learned: Path, splits: Splits) -> None
     assert maps[2].label != maps[0].label
 
 
-@pytest.mark.parametrize(("mechanism", "window"), [("standard", None), ("super", None), ("super", 5)])
+# --- epochs and learning rates ----------------------------------------------------------------------------------------
+
+
+def test_learning_rates_by_hand() -> None:
+    whole = [task(lr=0.5).learning_rate(n, 7) for n in range(7)]
+    assert whole == [0.5] * 7, "without a schedule every update has the rate itself, to the last bit"
+    linear = task(lr=0.8, schedule="linear")
+    assert [linear.learning_rate(n, 4) for n in range(4)] == pytest.approx([0.8, 0.6, 0.4, 0.2])
+    cosine = task(lr=0.8, schedule="cosine", warmup=3)
+    rates = [cosine.learning_rate(n, 7) for n in range(7)]
+    half = math.sqrt(0.5)
+    assert rates == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.4 * (1 + half), 0.4, 0.4 * (1 - half)])
+    assert [task(lr=0.8, warmup=3).learning_rate(n, 5) for n in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8])
+    assert [task(lr=0.8, schedule="linear", warmup=9).learning_rate(n, 3) for n in range(3)] == pytest.approx(
+        [0.08, 0.16, 0.24]
+    )
+
+
+def test_epochs_end_after_so_many_updates_and_rates_follow_all_of_them(tmp_path: Path, splits: Splits) -> None:
+    """Three epochs of two updates: rates of six, each epoch with other samples, its loss the mean over those it saw."""
+    seen: list[tuple[int, int, int, float]] = []
+    run = training(
+        tmp_path / "run",
+        splits,
+        **{"epochs": 3, "epoch_updates": 2, "schedule": "linear", "warmup": 2, "lr": 1e-3},
+        progress=lambda at, steps: seen.append((at.epoch, at.step, steps, run.optimiser.param_groups[0]["lr"])),
+    )
+    record = run.run()
+    assert [row[:3] for row in seen] == [(epoch, step, 2) for epoch in (1, 2, 3) for step in (1, 2)]
+    assert [row[3] for row in seen] == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3, 7.5e-4, 5e-4, 2.5e-4])
+    curve = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    # Hardly trained, so that each mean is near what guessing among the tokens costs; sums over all samples were not.
+    chance = math.log(len(splits.assets["symbols"]) + 1)
+    assert [row["train_loss"] for row in curve] == pytest.approx([chance] * 3, rel=0.2)
+    result = record.values
+    assert result["tokens_per_second"] == pytest.approx(2 * 32 * 23 / result["epoch_seconds"])
+
+
+def test_an_epoch_of_more_updates_than_there_are_is_whole(splits: Splits) -> None:
+    few = task(epoch_updates=10**6)
+    assert few.epoch_updates_of(len(splits.train)) == math.ceil(len(splits.train) / 32)
+
+
+def test_settings_of_runs_that_knew_no_schedule_are_read() -> None:
+    settings = task(dropout=0.3).settings()
+    for name in ("epoch_updates", "schedule", "warmup"):
+        del settings[name]
+    assert task().with_settings(settings) == task(dropout=0.3)
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "changes"),
+    [
+        ("standard", {}),
+        ("super", {}),
+        ("super", {"window": 5}),
+        ("efficient", {"epoch_updates": 3, "schedule": "cosine", "warmup": 2}),
+    ],
+)
 def test_an_interrupted_run_ends_with_the_same_bits(
-    mechanism: str, window: int | None, tmp_path: Path, splits: Splits
+    mechanism: str, changes: dict[str, Any], tmp_path: Path, splits: Splits
 ) -> None:
-    changes: dict[str, Any] = {"epochs": 2, "dropout": 0.1, "window": window}
+    changes = {"epochs": 2, "dropout": 0.1, **changes}
     fewer = replace(splits, train=Split(splits.train.inputs[:160], splits.train.targets[:160]))
 
     def weights(name: str) -> str:

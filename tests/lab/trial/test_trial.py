@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -394,6 +395,13 @@ def test_weights_over_distance_number_by_number() -> None:
     drawn = picture([("one", "expressive", found), ("two", "standard", found)], 3)
     assert drawn.startswith(b"<?xml")
     assert picture([("one", "expressive", found)], 3) != drawn
+    # Letters are outlines, and matplotlib writes what they spell into a comment.
+    spelt = re.findall(r"<!-- (.*?) -->", drawn.decode())
+    heads = sum(map(len, found.values()))
+    legend = spelt[spelt.index("expressive") :]
+    assert legend[:2] == ["expressive", "softmax"]
+    assert len(legend) == 2 + heads + 1, "scores, heads, and what the marks are"
+    assert legend[-1] == "the rule reads here: 0 and 2"
 
 
 def test_a_size_names_one_hot_or_a_width() -> None:

@@ -63,11 +63,19 @@ struct LayerCase {
     bool causal, bias, strided;
 };
 
+struct CacheCase { // a few queries over a cache that is read as it is stored
+    Case call;
+    bool int8, rotated;
+};
+
 std::vector<Case> attention_cases();
+std::vector<CacheCase> cache_cases();
 std::vector<AlignCase> align_cases();
 std::vector<LayerCase> layer_cases();
 
 void run_attention(const Case &c);
+void run_cache(const CacheCase &c);
+void run_cache_refusals();
 void run_align(const AlignCase &c);
 void run_layer(const LayerCase &c);
 void run_special(); // what is no row of data: hidden NaN, concurrent callers, refusals ...

@@ -132,7 +132,9 @@ enum Layout {
     LAYOUTS
 };
 
-// A strided view with its memory. What the view does not reach holds canaries: NaN, for bool 0xA5.
+constexpr int64_t STORED_INT8 = 8; // an element type beside api.h's: numbers of an int8 cache
+
+// A strided view with its memory. What the view does not reach holds canaries: NaN, for single bytes 0xA5.
 class Tensor {
 public:
     int64_t type = BA_NONE;
@@ -165,6 +167,7 @@ public:
     double get(int64_t i, int64_t j, int64_t k, int64_t l) const {
         const char *at = block_.begin() + (size_t)place(i, j, k, l) * width();
         if (type == BA_BOOL) return (double)*at;
+        if (type == STORED_INT8) return (double)*reinterpret_cast<const signed char *>(at);
         if (type == BA_BF16) {
             uint16_t bits;
             std::memcpy(&bits, at, 2);
@@ -179,6 +182,7 @@ public:
         const float x = (float)value;
         const uint16_t half = to_bf16(x);
         if (type == BA_BOOL) *at = value != 0;
+        else if (type == STORED_INT8) *reinterpret_cast<signed char *>(at) = (signed char)value;
         else if (type == BA_BF16) std::memcpy(at, &half, 2);
         else std::memcpy(at, &x, 4);
     }

@@ -47,6 +47,7 @@ std::string describe(const Case &c) {
 int list_all() {
     for (const Case &c : attention_cases())
         if (c.name.find(options.filter) != std::string::npos) std::printf("%s\n", describe(c).c_str());
+    for (const CacheCase &c : cache_cases()) std::printf("%s\n", describe(c.call).c_str());
     for (const AlignCase &c : align_cases()) std::printf("%s\n", c.name.c_str());
     for (const LayerCase &c : layer_cases()) std::printf("%s\n", c.name.c_str());
     return 0;
@@ -101,6 +102,8 @@ int main(int count, char **words) {
 #endif
     const auto start = std::chrono::steady_clock::now();
     for (const Case &c : attention_cases()) run_attention(c);
+    for (const CacheCase &c : cache_cases()) run_cache(c);
+    run_cache_refusals();
     for (const AlignCase &c : align_cases()) run_align(c);
     for (const LayerCase &c : layer_cases()) run_layer(c);
     run_special();

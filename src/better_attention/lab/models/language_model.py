@@ -225,7 +225,6 @@ def language_model_size(
     True
     """
     kernel = "per_head" if per_head else "shared"
-    # Under a window W_A is as large as the window.
-    attention = cost(width, heads, window or length, mechanism=mechanism, align_heads=kernel, bias=False).params
+    attention = cost(width, heads, length, mechanism=mechanism, align_heads=kernel, bias=False, window=window).params
     block = attention + heads * (scale == "learned") + 3 * width * hidden_width(width) + 2 * width
     return (vocabulary + length * (positions == "learned")) * width + layers * block + width

@@ -6,6 +6,7 @@ A task is a frozen dataclass that a function of ``tasks/catalogue/`` returns for
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -309,6 +310,14 @@ class Task(ABC):
     def evaluation_batch(self) -> int:
         """Samples that are evaluated at once."""
         return EVALUATION_BATCH
+
+    def epoch_updates_of(self, samples: int) -> int:
+        """Updates of an epoch, for a training split of ``samples``: all of it once, unless overridden."""
+        return math.ceil(samples / self.batch_size)
+
+    def learning_rate(self, update: int, updates: int) -> float:
+        """Learning rate of the update of this number, from 0, of ``updates`` in all; ``lr`` unless overridden."""
+        return self.lr
 
     def scored(self, samples: int) -> int:
         """How many of a split's samples :meth:`scores` looks at."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
 import torch
@@ -21,6 +22,14 @@ from better_attention.lab.tasks.variant import Variant
 from better_attention.mechanism import Mechanism
 
 TOKENISERS = ("characters", "bpe")
+SCHEDULES: Mapping[str, Callable[[float], float]] = MappingProxyType(
+    {
+        "constant": lambda done: 1.0,
+        "linear": lambda done: 1 - done,
+        "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
+    }
+)
+"""Name -> share of the learning rate, by the share of the updates that are done."""
 LARGEST_LOGITS = 2**25
 """Numbers that the logits of one batch of an evaluation may have: 128 MiB in float32."""
 
@@ -40,6 +49,12 @@ class LanguageTask(Task):
         window: each token sees the last ``window`` tokens; None: all of its sample that come before it.
         stride: tokens between the beginnings of two training samples; None: ``length``, so that none overlap.
         test_share: share of the text that is held out as test; ``validation_share`` is one of the text as well.
+        epoch_updates: updates after which an epoch ends with a validation, so that a learning curve has more points;
+            the next one begins with another random order of all samples. None: the whole training part.
+        schedule: of the learning rate after the warm-up: ``"constant"``, or from ``lr`` down to zero along a straight
+            line (``"linear"``) or half a cosine (``"cosine"``, arXiv 1608.03983, eq. 5), over the updates of all
+            epochs.
+        warmup: updates in which the learning rate rises to ``lr`` along a straight line; 0: none.
         train_samples, test_samples: random subsets of the samples for the smaller scales; None: all.
     """
 
@@ -52,13 +67,18 @@ class LanguageTask(Task):
     window: int | None = None
     stride: int | None = None
     test_share: float = 0.1
+    epoch_updates: int | None = None
+    schedule: str = "constant"
+    warmup: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice(self.tokeniser, "tokeniser", TOKENISERS)
         check_choice(self.positions, "positions", POSITIONS)
+        check_choice(self.schedule, "schedule", SCHEDULES)
+        check_int(self.warmup, "warmup", at_least=0)
         check_int(self.vocabulary, "vocabulary", at_least=256 if self.tokeniser == "bpe" else 2)
-        for name in ("window", "stride"):
+        for name in ("window", "stride", "epoch_updates"):
             if getattr(self, name) is not None:
                 check_int(getattr(self, name), name)
         share(self.test_share, "test_share")
@@ -210,6 +230,26 @@ class LanguageTask(Task):
         groups: list[dict[str, Any]] = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
         return torch.optim.AdamW(groups, lr=self.lr, weight_decay=self.weight_decay, fused=True)
 
+    def epoch_updates_of(self, samples: int) -> int:
+        """See :meth:`Task.epoch_updates_of`; at most ``epoch_updates``."""
+        whole = super().epoch_updates_of(samples)
+        return whole if self.epoch_updates is None else min(whole, self.epoch_updates)
+
+    def learning_rate(self, update: int, updates: int) -> float:
+        """See :meth:`Task.learning_rate`; by ``warmup`` and ``schedule``.
+
+        The first update has 1/(warmup + 1) of ``lr``, and the one after the last would have zero, so that no update is
+        without effect. A warm-up that is longer than the run ends with the run.
+        """
+        if update < self.warmup:
+            return self.lr * (update + 1) / (self.warmup + 1)
+        done = (update - self.warmup) / max(1, updates - self.warmup)
+        return self.lr * SCHEDULES[self.schedule](done)
+
+    def with_settings(self, settings: Mapping[str, Any]) -> Self:
+        """See :meth:`Task.with_settings`; runs that were written before these settings existed have their defaults."""
+        return super().with_settings({"epoch_updates": None, "schedule": "constant", "warmup": 0} | dict(settings))
+
     # --- what is measured ---------------------------------------------------------------------------------------------
 
     @property
@@ -237,8 +277,9 @@ class LanguageTask(Task):
 
         prompt = splits.test.inputs[0].tolist()[: max(1, self.length // 2)]
         decoding = decoding_speed(model, prompt, self.length)  # type: ignore[arg-type] # as :meth:`model` makes it
+        samples = min(len(splits.train), self.epoch_updates_of(len(splits.train)) * self.batch_size)
         found = {
-            "tokens_per_second": len(splits.train) * self.length / epoch_seconds,
+            "tokens_per_second": samples * self.length / epoch_seconds,
             "decoded_per_second": decoding.tokens_per_second,
             "cache_bytes_per_token": decoding.cache_bytes_per_token,
         }

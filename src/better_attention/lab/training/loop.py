@@ -248,7 +248,7 @@ class Training:
         """The updates of an epoch that are still to be done."""
         task, position, train = self.task, self.position, self.splits.train
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        steps = math.ceil(len(train) / task.batch_size)
+        steps = task.epoch_updates_of(len(train))
         order = epoch_order(len(train), self.job.seed, position.epoch).to(train.inputs.device)
         self.parallel.train()
         while position.step < steps:
@@ -279,6 +279,10 @@ class Training:
                     f"{numbers[0] / max(1, len(mine))}, gradient norm {numbers[1]}. The run was stopped before the "
                     f"update; its last checkpoint is kept. Try a lower --lr (it was {task.lr})."
                 )
+            # Set anew before each update, as a function of its number: nothing of it needs to be saved.
+            rate = task.learning_rate((position.epoch - 1) * steps + position.step, task.epochs * steps)
+            for group in self.optimiser.param_groups:
+                group["lr"] = rate
             self.optimiser.step()
             self.optimiser.zero_grad()
             position.step += 1
@@ -299,6 +303,8 @@ class Training:
         """Close the epoch: its line of the curve, its weights if they are the best so far, a checkpoint."""
         position = self.position
         loss, correct = self.total(position.loss, position.correct)
+        # The last batch of a whole epoch may be short.
+        samples = min(len(self.splits.train), position.step * self.task.batch_size)
         validation = evaluate(self.accelerator, self.model, self.task, self.splits.validation)
         if not math.isfinite(validation["loss"]):
             raise DivergedError(
@@ -307,8 +313,8 @@ class Training:
         position.curve.append(
             {
                 "epoch": position.epoch,
-                "train_loss": loss / len(self.splits.train),
-                "train_accuracy": 100 * correct / len(self.splits.train),
+                "train_loss": loss / samples,
+                "train_accuracy": 100 * correct / samples,
                 "validation_loss": validation["loss"],
                 "validation_accuracy": validation["accuracy"],
                 "seconds": position.seconds,

@@ -7,7 +7,6 @@ does so far less. Both are measured before training, a few updates each, alterna
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -48,7 +47,7 @@ class Pace:
 
     def run_seconds(self, task: Task, train: int, validation: int, test: int) -> float:
         """Time of a run that uses all its epochs, for splits of these numbers of samples."""
-        updates = math.ceil(train / task.batch_size) * task.epochs
+        updates = task.epoch_updates_of(train) * task.epochs
         evaluated = validation * task.epochs + train + validation + test
         scored = task.scored(train) + task.scored(test)
         return self.seconds * updates + self.evaluated * evaluated + self.scored * scored

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from matplotlib.lines import Line2D
 from torch import Tensor, nn
 
 from better_attention.inspect import attention_maps
@@ -18,6 +19,8 @@ from .stages import Row
 
 FURTHEST = 2.0
 """The picture ends at this many delays."""
+MARK = 4
+"""Width of the mark at a distance at which the rule reads, in points."""
 
 
 def over_distance(model: nn.Module, split: Split, delay: int) -> dict[str, Tensor]:
@@ -42,27 +45,53 @@ def over_distance(model: nn.Module, split: Split, delay: int) -> dict[str, Tenso
 
 
 def picture(panels: Sequence[tuple[str, str, dict[str, Tensor]]], delay: int) -> bytes:
-    """SVG: one panel per model, one line per head, mean weight over distance; marks where the rule reads.
+    """SVG: one panel per model, one line per head, mean weight over distance; marks where the rule reads; a legend.
 
     Args:
         panels: title, mechanism and what :func:`over_distance` gives, of each model.
         delay: tau. After reading x_{t-1} the two symbols that decide stand 0 and tau - 1 tokens back.
     """
     with style():
-        figure = blank(2.3 * len(panels), 2.2)
+        figure = blank(2.3 * len(panels), 2.6)
         for place, (title, mechanism, layers) in enumerate(panels, 1):
             axes = figure.add_subplot(1, len(panels), place)
             for at in (0, delay - 1):
-                axes.axvline(at, color=LIGHT.faint, linewidth=4, zorder=0)
+                axes.axvline(at, color=LIGHT.faint, linewidth=MARK, zorder=0)
             weights = torch.cat(list(layers.values()))[:, : int(FURTHEST * delay)]
             for head, line in enumerate(weights.tolist()):
-                dashes = (0, ()) if head == 0 else (0, (1 + head, head))
-                axes.plot(line, color=look(mechanism).colour(dark=False), linestyle=dashes, linewidth=1.4)
+                axes.plot(line, color=look(mechanism).colour(dark=False), linestyle=_dashes(head), linewidth=1.4)
             axes.set_title(title, fontsize=8, color=LIGHT.ink)
             axes.set_xlabel("distance")
             axes.set_ylim(bottom=0)
             bare(axes, LIGHT.ink, LIGHT.faint)
+        lines = _legend(panels, delay)
+        figure.legend(
+            [line for line, _ in lines],
+            [label for _, label in lines],
+            **{"loc": "outside lower center", "ncols": max(1, min(len(lines), 2 * len(panels)))},
+            **{"fontsize": 8, "frameon": False, "labelcolor": LIGHT.ink},
+        )
         return saved(figure, "svg")
+
+
+def _dashes(head: int) -> tuple[int, tuple[int, ...]]:
+    """The line of a head: solid for the first, then with ever longer dashes."""
+    return (0, ()) if head == 0 else (0, (1 + head, head))
+
+
+def _legend(panels: Sequence[tuple[str, str, dict[str, Tensor]]], delay: int) -> list[tuple[Line2D, str]]:
+    """What colours, lines and marks stand for: scores, heads, and the distances at which the rule reads."""
+    named = {mechanism: "softmax" if mechanism == SOFTMAX else mechanism for _, mechanism, _ in panels}
+    found = [(Line2D([], [], color=look(of).colour(dark=False), linewidth=3), name) for of, name in named.items()]
+    widest = max((layers for _, _, layers in panels), key=lambda layers: sum(map(len, layers.values())))
+    head = 0
+    for layer, lines in enumerate(widest.values(), 1):
+        for own in range(1, len(lines) + 1):
+            label = f"head {own}" if len(widest) == 1 else f"layer {layer}, head {own}"
+            found.append((Line2D([], [], color=LIGHT.ink, linestyle=_dashes(head), linewidth=1.4), label))
+            head += 1
+    reads = f"the rule reads here: 0 and {delay - 1}" if delay > 1 else "the rule reads here: 0"
+    return [*found, (Line2D([], [], color=LIGHT.faint, linewidth=MARK), reads)]
 
 
 def drawing(trial: Trial, rows: Sequence[Row]) -> bytes:
