@@ -151,7 +151,7 @@ def build_wheel(name: str, source: Path, work: Path, environment: dict[str, str]
     else:
         (platform,) = (platform for platform in PLATFORMS if platform.name == name)
         tools = write_tools(platform, work / f"{name}-tools")
-        environment = {**environment, **compilers(tools, work)}
+        environment = {**environment, **compilers(tools)}
         command += [f"-Cwheel.tags=py3-none-{platform.tag}"]
         command += [f"-Ccmake.define.{key}={value}" for key, value in settings(platform, tools, source).items()]
     run([*command, str(source)], environment)
@@ -194,7 +194,8 @@ def write_tools(platform: Platform, folder: Path) -> Path:
     folder.mkdir()
     calls = {
         "cc": f'cc -target {platform.target} "$@"',
-        "c++": f'c++ -target {platform.target} "$@"',
+        # Without the C++ library, which the kernels do not use and zig would first have to compile.
+        "c++": f'c++ -nostdlib++ -target {platform.target} "$@"',
         "ar": 'ar "$@"',
         "ranlib": 'ranlib "$@"',
         "rc": 'rc "$@"',
@@ -206,9 +207,9 @@ def write_tools(platform: Platform, folder: Path) -> Path:
     return folder
 
 
-def compilers(tools: Path, work: Path) -> dict[str, str]:
-    """The environment that makes CMake use ``tools``; zig keeps what it compiles of the C libraries in ``work``."""
-    cache = str(work / "zig-cache")
+def compilers(tools: Path) -> dict[str, str]:
+    """The environment that makes CMake use ``tools``; zig keeps what it compiles of the C libraries for the next time."""
+    cache = os.environ.get("ZIG_GLOBAL_CACHE_DIR", str(ROOT / "build" / "zig-cache"))
     none = {name: "" for name in ("CFLAGS", "CXXFLAGS", "CPPFLAGS", "LDFLAGS")}
     return {
         **none,
