@@ -30,8 +30,8 @@ types: $(VENV)/installed-dev  ## static types
 	$(BIN)/mypy
 
 wheels: $(VENV)/installed-release  ## the files of a release in dist/, for every platform, and what was run of them here
-	$(BIN)/python release/build.py
-	$(BIN)/python release/check.py
+	$(BIN)/python -m release.build
+	$(BIN)/python -m release.check
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' Makefile

@@ -1,6 +1,6 @@
 """Build everything that a release consists of: the sdist, a wheel for each platform, the pure wheel, an SBOM, digests.
 
-    python release/build.py [--out dist] [--only sdist,pure,manylinux-x86_64,...]
+    python -m release.build [--out dist] [--only sdist,pure,manylinux-x86_64,...]
 
 Everything is compiled on this machine by zig, which knows the headers and the C libraries of every platform below. All
 wheels come from the sdist, in an empty folder, so that nothing of a working tree slips in. The same commit gives the
@@ -94,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             file = sdist if name == SDIST else build_wheel(name, source, work, environment)
             shutil.copyfile(file, args.out / file.name)
             print(f"{args.out / file.name}: {file.stat().st_size / 1e6:.2f} MB", flush=True)
-    from sbom import write_sbom
+    from release.sbom import write_sbom
 
     # What lies there already, of the same version, belongs to the release as well.
     files = sorted(file for file in args.out.iterdir() if file.name.startswith(sdist.name.removesuffix(".tar.gz")))

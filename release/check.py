@@ -1,6 +1,6 @@
 """Check what ``release/build.py`` has built, and say of each file what was run on this machine and what was not.
 
-    python release/check.py [dist] [--reproduce] [--torch SITE_PACKAGES] [--emulators FOLDER]
+    python -m release.check [dist] [--reproduce] [--torch SITE_PACKAGES] [--emulators FOLDER]
 
 Names, tags, contents and sizes; ``twine check``; ``auditwheel show``; the instruction sets and the numbers of each
 compiled library, by ``probe.c`` (aarch64 under qemu-user-static, Windows under wine, where these are installed or lie in
@@ -16,18 +16,18 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import venv
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from build import PLATFORMS, ROOT, Platform, digest, epoch, shell, write_tools
-from sbom import version_of_source
+from release.build import PLATFORMS, ROOT, Platform, digest, epoch, shell, write_tools
+from release.sbom import version_of_source
 
-LARGEST = 1_000_000
-"""Bytes of a wheel: it is installed into many images."""
+LARGEST = 1_250_000
+LARGEST_LIBRARY = 1_000_000
+"""Bytes of a wheel and of the library in it: they are installed into many images."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -83,11 +83,14 @@ def contents(wheel: Path) -> str:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         (tags,) = (archive.read(name).decode() for name in names if name.endswith(".dist-info/WHEEL"))
-    libraries = [name for name in names if re.search(r"\.(so|dylib|dll|pyd|a|lib|pdb)$", name)]
+        libraries = [name for name in names if re.search(r"\.(so|dylib|dll|pyd|a|lib|pdb)$", name)]
+        sizes = [archive.getinfo(name).file_size for name in libraries]
     platform = next((one for one in PLATFORMS if one.tag in wheel.name), None)
     expected = [f"better_attention/native/{platform.library}"] if platform else []
     if libraries != expected:
         raise SystemExit(f"{wheel.name} has the libraries {libraries}, expected {expected}.")
+    if max(sizes, default=0) > LARGEST_LIBRARY:
+        raise SystemExit(f"{libraries[0]} has {max(sizes):,} bytes, expected {LARGEST_LIBRARY:,} at most. Is it stripped?")
     pure = "Root-Is-Purelib: true" in tags
     if pure != (platform is None):
         raise SystemExit(f"{wheel.name} says that it is {'pure' if pure else 'not pure'}.")
@@ -232,7 +235,7 @@ def reproduced(files: Sequence[Path], work: Path) -> None:
     again = work / "again"
     built = [file for file in files if file.suffix in (".whl", ".gz")]
     environment = {**os.environ, "SOURCE_DATE_EPOCH": str(epoch())}
-    run([sys.executable, str(ROOT / "release" / "build.py"), "--out", str(again)], environment)
+    run([sys.executable, "-m", "release.build", "--out", str(again)], environment, ROOT)
     other = [file.name for file in built if digest(again / file.name) != digest(file)]
     if other:
         raise SystemExit(f"built again, these have other bytes: {', '.join(other)}.")

@@ -12,8 +12,8 @@ import re
 import tomllib
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -33,17 +33,18 @@ def write_sbom(out: Path, files: Sequence[Path], epoch: int) -> Path:
     return path
 
 
-def bill(files: Sequence[Path], epoch: int) -> dict:
+def bill(files: Sequence[Path], epoch: int) -> dict[str, Any]:
     """The bill itself."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     version = version_of_source()
     us = f"pkg:pypi/{project['name']}@{version}"
     needed = [component(line) for line in project["dependencies"]]
+    (ziglang,) = re.findall(r"^ziglang==(\S+)$", (ROOT / "release" / "requirements.txt").read_text("utf-8"), re.MULTILINE)
     zig = {
         "type": "library",
-        "bom-ref": f"zig-runtime@{metadata.version('ziglang')}",
+        "bom-ref": f"zig-runtime@{ziglang}",
         "name": "zig compiler run-time support (compiler-rt)",
-        "version": metadata.version("ziglang"),
+        "version": ziglang,
         "licenses": [{"license": {"id": "MIT"}}],
         "scope": "required",
         "description": "linked into the compiled kernels of the wheels that have them",
@@ -80,7 +81,7 @@ def version_of_source() -> str:
     return version
 
 
-def component(requirement: str) -> dict:
+def component(requirement: str) -> dict[str, Any]:
     """A dependency, which an installer chooses a version of."""
     match = NAME.match(requirement)
     if match is None:
@@ -96,7 +97,7 @@ def component(requirement: str) -> dict:
     }
 
 
-def file_component(file: Path) -> dict:
+def file_component(file: Path) -> dict[str, Any]:
     """One file of the release."""
     content = hashlib.sha256(file.read_bytes()).hexdigest()
     return {

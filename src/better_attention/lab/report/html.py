@@ -123,7 +123,7 @@ def _advice(study: Study, rows: Sequence[Row], columns: Sequence[Column]) -> dic
         "answer": advice.answer(found, advised, heads),
         "cards": found,
         "scatter": scatter(found, advised),
-        "about_seeds": advice.about_seeds(family) if any("would decide" in card.verdict for card in found) else "",
+        "about_seeds": advice.about_seeds(family) if any(card.needed for card in found) else "",
     }
 
 
