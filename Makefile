@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := @echo "installing into $(VENV): minutes, and 1.6 GB with PyTorch for CPUs" && $(BIN)/pip install --constraint constraints.txt --editable
 
-.PHONY: help compare test test-slow test-hosts bench lint types clean
+.PHONY: help compare test test-slow test-hosts bench lint types wheels clean
 
 compare: $(VENV)/installed-all  ## train the five mechanisms on real handwritten digits (about two minutes)
 	$(BIN)/better-attention compare digits
@@ -29,6 +29,10 @@ lint: $(VENV)/installed-dev  ## formatting and style
 types: $(VENV)/installed-dev  ## static types
 	$(BIN)/mypy
 
+wheels: $(VENV)/installed-release  ## the files of a release in dist/, for every platform, and what was run of them here
+	$(BIN)/python -m release.build
+	$(BIN)/python -m release.check
+
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' Makefile
 
@@ -49,6 +53,10 @@ $(VENV)/installed-hosts: $(VENV)/bin/pip pyproject.toml constraints.txt
 
 $(VENV)/installed-bench: $(VENV)/bin/pip pyproject.toml constraints.txt
 	$(INSTALL) ".[bench]"
+	touch $@
+
+$(VENV)/installed-release: $(VENV)/bin/pip release/requirements.txt
+	$(BIN)/pip install --requirement release/requirements.txt
 	touch $@
 
 clean:  ## remove the environment and what was built

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from better_attention.lab.runs.load import load_run as load_run
     from better_attention.lab.training.distillation import distil as distil
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "MECHANISMS",

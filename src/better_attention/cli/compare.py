@@ -77,8 +77,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--threshold",
         type=float,
         metavar="PERCENT",
-        help="count the epochs until the validation accuracy reaches this; default: 90 %% of the way from guessing to "
-        "what standard achieves",
+        help="count the epochs until the validation accuracy reaches this; default: what the task has, or 90 %% of the "
+        "way from guessing to what standard achieves",
     )
     parser.add_argument(
         "--json", action="store_true", help="print results.json at the end; progress goes to standard error"

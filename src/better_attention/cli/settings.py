@@ -29,7 +29,7 @@ def settings_of(task: Task, texts: Sequence[str]) -> dict[str, Any]:
     return settings
 
 
-FIXED = ("name", "title", "source", "scale", "dataset", "equal_params")
+FIXED = ("name", "title", "source", "scale", "dataset", "equal_params", "threshold")
 """Fields of a task that are no settings, or have an option of their own that is not called like them."""
 
 OPTIONS = {"heads": "--heads", "default_heads": "--heads", "seeds": "--seeds"}

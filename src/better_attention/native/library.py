@@ -104,7 +104,8 @@ def _find() -> Path:
         if note.is_file():
             raise _MissingError(f"{note.read_text('utf-8').strip()}; {way_out()}")
     raise _MissingError(
-        f"no compiled kernels were installed with better-attention (no C++ compiler at installation?); {way_out()}"
+        "no compiled kernels were installed with better-attention (a wheel for any platform, or no C++ compiler at "
+        f"installation?); {way_out()}"
     )
 
 
@@ -118,7 +119,9 @@ def way_out() -> str:
             source = f"{record['vcs_info']['vcs']}+{source}@{record['vcs_info']['commit_id']}"
     except (metadata.PackageNotFoundError, OSError, ValueError, KeyError, AttributeError):
         source, editable = "better-attention", False
-    target = shlex.join([*(["--editable"] if editable else []), source])
+    # From an index, pip would choose a wheel again; the sdist has the sources of the kernels.
+    built = ["--no-binary", source] if source == "better-attention" else []
+    target = shlex.join([*built, *(["--editable"] if editable else []), source])
     return f"with a C++ compiler there: pip install --no-cache-dir --force-reinstall --no-deps {target}"
 
 

@@ -64,12 +64,13 @@ def test_what_was_not_measured_is_not_shown() -> None:
 
 
 def test_what_cannot_be_told_says_how_many_seeds_would() -> None:
-    (_, ours), _ = dealt(STANDARD, NOISE)
+    (standard, ours), _ = dealt(STANDARD, NOISE)
     mean, deviation = 0.5, math.sqrt(1.56)  # of 1.5, -0.9, 0.9
     needed = pairs_needed(mean, deviation)
     assert ours.verdict == (
         f"Cannot be told from standard with 3 seeds; about {needed} would decide a difference of this size."
     )
+    assert (ours.needed, standard.needed) == (f"{needed}", "")
     cards_of_two, _ = dealt(STANDARD, NOISE, WORSE)
     strict = pairs_needed(mean, deviation, 0.05 / 2)
     assert strict is not None

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
 
-from better_attention.lab.analysis.learning_speed import check_threshold, find_threshold, lines, sentences, timed
+from better_attention.lab.analysis.findings import speed
+from better_attention.lab.analysis.learning_speed import check_threshold, epochs_apart, find_threshold, lines, timed
 from better_attention.lab.analysis.study import Curve, Threshold
 from better_attention.lab.analysis.summary import EPOCHS_TO_THRESHOLD, Row, summarise
+from better_attention.lab.tasks.catalogue import TASKS
 from helpers.studies import record
 
 
@@ -49,6 +53,25 @@ def test_the_threshold_is_fixed_by_standard_alone() -> None:
 def test_without_standard_there_is_no_threshold_but_the_users(curves: dict[str, Curve]) -> None:
     assert find_threshold(curves) is None
     assert find_threshold(curves, given=75.0) == Threshold(75.0, "as given by --threshold")
+
+
+def test_the_users_threshold_comes_before_that_of_the_task_and_both_before_the_rule() -> None:
+    curves = {"standard-h4-s0": climbing(90.0)}
+    assert find_threshold(curves, given=75.0, fixed=80.0) == Threshold(75.0, "as given by --threshold")
+    assert find_threshold({}, fixed=80.0) == Threshold(80.0, "which the task fixed before these runs")
+    assert find_threshold(curves) == find_threshold(curves, fixed=None)
+
+
+def test_a_threshold_is_part_of_its_task_and_no_setting_of_a_run() -> None:
+    task = TASKS["digits"]("small")
+    assert task.threshold == 90.0
+    assert "threshold" not in task.settings()
+    assert task.with_settings(task.settings()).threshold == 90.0
+    assert replace(task, threshold=50.0).settings() == task.settings()
+    with pytest.raises(ValueError, match="threshold"):
+        replace(task, threshold=100.5)
+    # One or two epochs get nowhere near what was fixed for whole runs.
+    assert all(task("smoke").threshold is None for task in TASKS.values())
 
 
 def test_what_standard_learns_nothing_of_has_no_threshold() -> None:
@@ -92,19 +115,64 @@ def test_epochs_are_compared_seed_by_seed_and_corrected() -> None:
     assert both.corrected_p == pytest.approx(2 * (test.p or 0))
 
 
-@pytest.mark.parametrize(("standard", "ours"), [([10, 12, 11], [5, None, 7]), ([10, None, 11], [5, 6, 7])])
-def test_runs_that_never_got_there_leave_nothing_to_compare(standard: list[int | None], ours: list[int | None]) -> None:
+@pytest.mark.parametrize(
+    ("standard", "ours", "words", "ranks"),
+    [
+        # Ranks of 5, 6 and 2 earlier, never: +3 against −1 −2 (differences −5, +∞, −4).
+        ([10, 12, 11], [5, None, 7], "earlier on 2 and later on 1 of 3 seeds", [-2, 3, -1]),
+        ([10, None, 11], [5, 6, 7], "earlier on 3 of 3 seeds", [-2, -3, -1]),
+        ([10, None, 11], [5, None, 7], "earlier on 2 of 3 seeds", [-2, -1]),
+        ([None, None, None], [None, None, None], "the same on 3 seeds", []),
+    ],
+)
+def test_never_is_later_than_any_number(
+    standard: list[int | None], ours: list[int | None], words: str, ranks: list[int]
+) -> None:
     row = row_of([*runs("standard", standard), *runs("super", ours)])
-    assert "epochs_to_threshold" not in row.tests
-    assert "test_accuracy" in row.tests
+    test = row.tests["epochs_to_threshold"]
+    assert (epochs_apart(test), test.difference.n, test.t_p) == (words, 3, None)
+    assert test.wilcoxon_p == pytest.approx(signed_rank_p(ranks))
+    assert test.verdict == "no difference shown"
     assert ("epochs_to_threshold" in row.ranks) is (None not in ours)
-    assert row.estimates["epochs_to_threshold"].mean == 6.0
+    if ours != [None] * 3:
+        assert row.estimates["epochs_to_threshold"].mean == 6.0
+
+
+def signed_rank_p(ranks: Sequence[int]) -> float:
+    """Two-sided p of the signed-rank test by counting every pattern of signs."""
+    seen = abs(sum(ranks))
+    sums = [sum(s * abs(r) for s, r in zip(signs, ranks, strict=True)) for signs in product((-1, 1), repeat=len(ranks))]
+    return sum(abs(one) >= seen for one in sums) / len(sums)
+
+
+@pytest.mark.parametrize(
+    ("standard", "ours", "verdict"), [([9] * 8, [None] * 8, "higher"), ([None] * 8, [9] * 8, "lower")]
+)
+def test_eight_runs_that_never_get_there_are_shown_to_be_slower(
+    standard: list[int | None], ours: list[int | None], verdict: str
+) -> None:
+    test = row_of([*runs("standard", standard), *runs("super", ours)]).tests["epochs_to_threshold"]
+    assert test.corrected_p == pytest.approx(2 / 2**8)
+    assert test.verdict == verdict
+
+
+def test_ranks_and_means_share_one_correction() -> None:
+    records = [*runs("standard", [10, 12, 11]), *runs("super", [5, 7, 7]), *runs("efficient", [9, None, 12])]
+    test = row_of(records).tests["epochs_to_threshold"]
+    assert test.family == 2
+    assert test.corrected_p == pytest.approx(2 * (test.t_p or 0))
 
 
 def test_a_diverged_run_counts_as_one_that_never_got_there() -> None:
-    lost = record("super", 2, diverged="its loss was not finite", test_accuracy=None, epochs_to_threshold=None)
+    lost = record("super", 2, diverged="its loss was not finite", test_accuracy=None)
     row = row_of([*runs("standard", [10, 12, 11]), *runs("super", [5, 6]), lost])
-    assert "epochs_to_threshold" not in row.tests
+    assert epochs_apart(row.tests["epochs_to_threshold"]) == "earlier on 2 and later on 1 of 3 seeds"
+
+
+def test_a_run_without_a_curve_is_no_run_that_never_got_there() -> None:
+    unknown = record("super", 2)
+    test = row_of([*runs("standard", [10, 12, 11]), *runs("super", [5, 7]), unknown]).tests["epochs_to_threshold"]
+    assert (test.difference.n, test.order) == (2, None)
 
 
 def test_no_claim_on_the_trained_model_rests_on_it() -> None:
@@ -116,15 +184,31 @@ def test_no_claim_on_the_trained_model_rests_on_it() -> None:
 
 def test_who_is_the_first_and_how_surely() -> None:
     rows = summarise([*runs("standard", [10, 12, 11]), *runs("super", [5, 7, 7])])
-    assert sentences(rows, Threshold(87.5, "")) == [
+    assert speed(rows, Threshold(87.5, "")) == [
         "With 4 heads, super is the first to reach 87.5 % validation accuracy, after 6.3 epochs on average (3 of 3 "
-        "runs): −4.7 ± 1.4 epochs against standard, fewer epochs (p 0.005, corrected for 1 comparison)."
+        "runs): −4.7 ± 1.4 epochs against standard, fewer epochs (p 0.005, the only comparison)."
+    ]
+
+
+def test_a_mechanism_of_one_fast_run_is_not_called_the_first() -> None:
+    rows = summarise([*runs("standard", [10, 12, 11]), *runs("super", [2, None, None])])
+    (sentence,) = speed(rows, Threshold(87.5, ""))
+    assert sentence.startswith("With 4 heads, standard is the first to reach 87.5 %")
+    assert "3 of 3 runs" in sentence
+
+
+def test_those_who_are_first_together_are_named_together_and_all_comparisons_counted() -> None:
+    rows = summarise([*runs("standard", [2, 2]), *runs("super", [1, 1]), *runs("efficient", [1, 1])])
+    assert speed(rows, Threshold(87.5, "")) == [
+        "With 4 heads, efficient and super are the first to reach 87.5 % validation accuracy, after 1.0 epoch on average "
+        "(2 of 2 runs).",
+        "Epochs to the threshold against standard, 2 comparisons: no difference shown in 2.",
     ]
 
 
 def test_where_nobody_was_timed_nothing_is_said() -> None:
     rows = summarise([record(), record("super")])
-    assert sentences(rows, Threshold(87.5, "")) == []
+    assert speed(rows, Threshold(87.5, "")) == []
     assert lines(rows, [record(), record("super")]) == []
 
 
@@ -134,4 +218,7 @@ def test_the_lines_name_every_seed() -> None:
     assert standard.by_seed == [("standard-h4-s0", 10), ("standard-h4-s1", 12)]
     assert ours.by_seed == [("super-h4-s0", 5), ("super-h4-s1", None)]
     assert (standard.reached, ours.reached) == ("2 of 2 runs", "1 of 2 runs")
-    assert (ours.epochs and ours.epochs.mean, ours.test) == (5.0, None)
+    assert (ours.epochs and ours.epochs.mean, epochs_apart(ours.test)) == (
+        5.0,
+        "earlier on 1 and later on 1 of 2 seeds",
+    )

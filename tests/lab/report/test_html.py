@@ -285,9 +285,12 @@ def test_the_page_begins_with_which_mechanism_to_use_and_how_sure_that_is() -> N
         "Which mechanism should I use here? With 4 heads, no mechanism is shown to be better than standard. Super"
         in start
     )
-    assert text.index("Cannot be told from standard with 3 seeds; about") < text.index("Learning speed Lines")
-    assert "Attention parameters 2,000 (50 %)" in text
-    assert "− standard +0.50 ± 3.10" in text
+    # A line a mechanism: difference, verdict, seeds that would decide, result, parameters, speed.
+    line = re.search(r"super without W K and W V ; W A mixes .*? \+0\.50 ± 3\.10 no difference shown (\d+) 91\.50", text)
+    assert line
+    assert line.end() < text.index("Learning speed Lines")
+    assert 3 < int(line[1]) < 1000
+    assert "91.50 ± 3.48 2,000 (50 %)" in text
     assert "at the level 0.05 shows a true difference" in text
     points = [v for t, n, v in Page(html).attributes if (t, n) == ("i", "aria-label")]
     assert points == ["standard: 4,000 parameters, 91.00 ± 2.48", "super: 2,000 parameters, 91.50 ± 3.48"]

@@ -11,6 +11,8 @@ import pytest
 from better_attention.native import library
 
 PAST_THE_CACHE = "pip install --no-cache-dir --force-reinstall --no-deps "
+FROM_AN_INDEX = "--no-binary better-attention better-attention"
+"""An index has wheels, and one of them is without the kernels."""
 
 
 def installed(monkeypatch: pytest.MonkeyPatch, record: object) -> None:
@@ -27,13 +29,13 @@ def installed(monkeypatch: pytest.MonkeyPatch, record: object) -> None:
 @pytest.mark.parametrize(
     ("record", "target"),
     [
-        (None, "better-attention"),
+        (None, FROM_AN_INDEX),
         ({"url": "file:///home/me/my%20clone", "dir_info": {}}, "file:///home/me/my%20clone"),
         ({"url": "file:///home/me/clone", "dir_info": {"editable": True}}, "--editable file:///home/me/clone"),
         ({"url": "https://host/a.git", "vcs_info": {"vcs": "git", "commit_id": "abc"}}, "git+https://host/a.git@abc"),
         ({"url": "https://host/a;b.tar.gz", "archive_info": {}}, "'https://host/a;b.tar.gz'"),
-        ("no JSON", "better-attention"),
-        ([], "better-attention"),
+        ("no JSON", FROM_AN_INDEX),
+        ([], FROM_AN_INDEX),
     ],
 )
 def test_the_command_goes_back_to_where_the_package_came_from(
@@ -48,7 +50,7 @@ def test_without_any_record_of_the_installation(monkeypatch: pytest.MonkeyPatch)
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(metadata, "distribution", none)
-    assert library.way_out().endswith(f"{PAST_THE_CACHE}better-attention")
+    assert library.way_out().endswith(f"{PAST_THE_CACHE}{FROM_AN_INDEX}")
 
 
 @pytest.mark.parametrize("how", ["no library", "note", "not a library"])
@@ -64,7 +66,7 @@ def test_every_reason_comes_with_the_command(how: str, tmp_path: Path, monkeypat
         (tmp_path / "libbetter_attention.so").write_bytes(b"text")
     reason = library._Library().reason
     assert reason is not None
-    assert reason.endswith(f"{PAST_THE_CACHE}better-attention")
+    assert reason.endswith(f"{PAST_THE_CACHE}{FROM_AN_INDEX}")
     assert ("install g++; with a C++ compiler there: pip" in reason) == (how == "note")
     assert ("could not be loaded" in reason) == (how == "not a library")
 

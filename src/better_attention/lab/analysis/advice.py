@@ -13,6 +13,8 @@ from better_attention.lab.analysis.power import MOST, POWER, pairs_needed, sprea
 from better_attention.lab.analysis.study import Record
 from better_attention.lab.analysis.summary import Column, Row
 from better_attention.lab.runs.record import times_as_fast
+from better_attention.lab.tasks.variant import Variant
+from better_attention.mechanism import PROJECTIONS
 from better_attention.text import plural
 
 BASELINE = "standard"
@@ -37,6 +39,8 @@ class Card:
         difference: to standard, seed by seed; None for standard itself, and where there is no pair.
         outcome: ``"better"``, ``"worse"``, that nothing shows or that nothing was tested; "" for standard itself.
         verdict: one sentence on that difference.
+        needed: about how many seeds would decide a difference that is not shown, as text; "" where that is not known.
+        about: what the mechanism computes, in a few words; "" for one that has no name of ours.
     """
 
     mechanism: str
@@ -47,6 +51,8 @@ class Card:
     difference: Estimate | None
     outcome: str
     verdict: str
+    needed: str = ""
+    about: str = ""
 
 
 def advised_column(columns: Sequence[Column]) -> Column | None:
@@ -84,6 +90,8 @@ def cards(rows: Sequence[Row], records: Sequence[Record], column: Column) -> lis
                 difference=test.difference if test else None,
                 outcome="" if row.mechanism == BASELINE else _outcome(test, column),
                 verdict=_verdict(row, test, base),
+                needed=_needed(test)[1] if test else "",
+                about=described(row.mechanism),
             )
         )
     return found
@@ -127,17 +135,54 @@ def _verdict(row: Row, test: Comparison | None, base: Row | None) -> str:
         return f"{test.verdict.capitalize()} than standard ({pairs}, {p_text(test.corrected_p)})."
     if difference.n == 1:
         return "Not tested: one seed tells nothing about chance."
-    deviation = spread(difference)
-    if deviation is None or test.corrected_p is None:
+    known, needed = _needed(test)
+    if not known:
         return "Not tested: a run diverged, or all differences are equal."
     start = f"Cannot be told from standard with {pairs}"
-    if difference.mean == 0:
+    if not needed:
         return f"{start}: the means are equal."
+    if needed == _TOO_MANY:
+        return f"{start}, and {needed} would be needed to decide a difference of this size."
+    return f"{start}; about {needed} would decide a difference of this size."
+
+
+_TOO_MANY = f"more than {MOST:,}"
+
+
+def _needed(test: Comparison) -> tuple[bool, str]:
+    """Whether it can be said how many seeds would decide, and how many; nothing where no number would."""
+    deviation = spread(test.difference)
+    if test.shows or deviation is None or test.corrected_p is None:
+        return False, ""
+    if test.difference.mean == 0:
+        return True, ""
     # The level of the strictest step of Holm's correction, which the smallest p value has to pass.
-    needed = pairs_needed(difference.mean, deviation, LEVEL / max(test.family, 1))
-    if needed is None:
-        return f"{start}, and more than {MOST:,} would be needed to decide a difference of this size."
-    return f"{start}; about {needed:,} would decide a difference of this size."
+    needed = pairs_needed(test.difference.mean, deviation, LEVEL / max(test.family, 1))
+    return True, _TOO_MANY if needed is None else f"{needed:,}"
+
+
+def described(name: str) -> str:
+    """What a mechanism computes, in a few words; "" where the name is none of ours.
+
+    >>> described("efficient"), described("super+identity")
+    ('without W_K and W_V', 'without W_K and W_V; W_A mixes the values over positions, from the identity on')
+    >>> described("expressive"), described("custom(q+align)")
+    ('all four maps; keys weigh z²/(1 + z²) instead of exp z', '')
+    """
+    try:
+        variant = Variant.of(name)
+    except ValueError:
+        return ""
+    mechanism = variant.mechanism
+    dropped = [f"W_{letter.upper()}" for letter in PROJECTIONS if letter not in mechanism.projections]
+    listed = " and ".join([", ".join(dropped[:-1]), dropped[-1]] if dropped[1:] else dropped)
+    parts = [f"without {listed}" if dropped else "all four maps"]
+    if mechanism.aligned:
+        one = "a W_A for each head" if variant.per_head else "W_A"
+        parts.append(f"{one} mixes the values over positions{', from the identity on' * variant.identity}")
+    if mechanism.score == "expressive":
+        parts.append("keys weigh z²/(1 + z²) instead of exp z")
+    return "; ".join(parts)
 
 
 def answer(found: Sequence[Card], column: Column, heads: int) -> str:

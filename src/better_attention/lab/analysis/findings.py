@@ -1,6 +1,7 @@
 """What a report says in words. Every claim is made here, by one function: split, seeds, interval, corrected p, verdict.
 
-Claims rest on the test split alone; figures of training stand in tables and curves and in no sentence.
+Claims on the trained model rest on the test split alone; figures of training stand in tables and curves and in no
+sentence. Claims on the speed of learning rest on the epochs until the validation accuracy reached a threshold.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from dataclasses import dataclass
 
 from better_attention.lab import published
 from better_attention.lab.analysis.estimates import number
+from better_attention.lab.analysis.learning_speed import epochs_apart, runs_of, told
 from better_attention.lab.analysis.paired import NOTHING, UNTESTED, p_text
-from better_attention.lab.analysis.study import Record
-from better_attention.lab.analysis.summary import COLUMNS, MAIN, Column, Row
+from better_attention.lab.analysis.study import Record, Threshold
+from better_attention.lab.analysis.summary import COLUMNS, EPOCHS_TO_THRESHOLD, MAIN, Column, Row
 from better_attention.lab.runs.name import RunName
 from better_attention.text import plural
 
@@ -105,6 +107,46 @@ def tally(rows: Sequence[Row], column: Column) -> str | None:
         left = len(verdicts)
         return f"{start}: {NOTHING} in {'the only comparison' if left == 1 else f'any of {left} comparisons'}."
     return f"{start}, {plural(len(verdicts), 'comparison')}: {', '.join(parts)}."
+
+
+def speed(rows: Sequence[Row], threshold: Threshold) -> list[str]:
+    """Who gets to ``threshold`` first, a sentence a number of heads, and how many comparisons with standard show what."""
+    column = EPOCHS_TO_THRESHOLD
+    blocks = [[row for row in rows if row.heads == heads] for heads in sorted({row.heads for row in rows})]
+    found = [sentence for block in blocks if (sentence := _first_there(block, threshold))]
+    verdicts = [told(row.tests[column.key].verdict) for row in rows if column.key in row.tests]
+    words = [word for word in ("fewer epochs", "more epochs", NOTHING, UNTESTED) if word in verdicts]
+    # A single comparison is in the sentence above, and untested ones show nothing.
+    if found and len(verdicts) > 1 and words != [UNTESTED]:
+        parts = ", ".join(f"{word} in {verdicts.count(word)}" for word in words)
+        found.append(f"Epochs to the threshold against standard, {plural(len(verdicts), 'comparison')}: {parts}.")
+    return found
+
+
+def _first_there(block: Sequence[Row], threshold: Threshold) -> str | None:
+    column = EPOCHS_TO_THRESHOLD
+    # Among the mechanisms of which most runs got there: the mean of the others is one over their fast runs.
+    reached = [row for row in block if column.key in row.estimates]
+    if len(block) < 2 or not reached:
+        return None
+    most = max(row.estimates[column.key].n / len(row.seeds) for row in reached)
+    reached = [row for row in reached if row.estimates[column.key].n / len(row.seeds) == most]
+    least = min(row.estimates[column.key].mean for row in reached)
+    first = [row for row in reached if row.estimates[column.key].mean == least]
+    text = (
+        f"With {plural(first[0].heads, 'head')}, {_listed([row.mechanism for row in first])} "
+        f"{'is' if len(first) == 1 else 'are'} the first to reach {number(threshold.accuracy, 1)} % validation accuracy, "
+        f"after {number(least, column.digits)} {'epoch' if least == 1 else 'epochs'} on average "
+        f"({' and '.join(dict.fromkeys(runs_of(row) for row in first))})"
+    )
+    test = first[0].tests.get(column.key)
+    if len(first) > 1 or test is None or test.corrected_p is None:
+        return f"{text}."
+    unit = " epochs" if test.order is None else ""
+    return (
+        f"{text}: {epochs_apart(test)}{unit} against standard, {told(test.verdict)} "
+        f"({p_text(test.corrected_p)}, {_corrected(test.family)})."
+    )
 
 
 def more_seeds(rows: Sequence[Row], command: str) -> tuple[str, str] | None:

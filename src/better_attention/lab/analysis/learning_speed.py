@@ -1,7 +1,9 @@
 """How fast a mechanism learns: epochs and seconds until its validation accuracy reaches a threshold.
 
-The threshold is fixed by a rule that looks at the standard mechanism alone, so that no other mechanism has a say in
-where it is measured. It is the only figure of the validation split that is compared with standard.
+The threshold is part of the task, or fixed by a rule that looks at the standard mechanism alone, so that no other
+mechanism has a say in where it is measured. It is the only figure of the validation split that is compared with
+standard. A run that never got there is no number, but it is an outcome, and later than any number: means are over the
+others, and comparisons with such runs are by ranks.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from better_attention.errors import check_float
 from better_attention.lab.analysis.estimates import Estimate, number
-from better_attention.lab.analysis.paired import Comparison, p_text
+from better_attention.lab.analysis.paired import Comparison
 from better_attention.lab.analysis.study import Curve, Record, Threshold
 from better_attention.lab.analysis.summary import EPOCHS_TO_THRESHOLD, Row
 from better_attention.lab.runs.name import RunName
@@ -37,16 +39,19 @@ def check_threshold(value: float) -> float:
     return float(value)
 
 
-def find_threshold(curves: Mapping[str, Curve], guessing: float = 0.0, given: float | None = None) -> Threshold | None:
+def find_threshold(
+    curves: Mapping[str, Curve], guessing: float = 0.0, given: float | None = None, fixed: float | None = None
+) -> Threshold | None:
     """The threshold for runs with these curves; None where standard was not run, or learned nothing.
 
-    Unless ``given``, it lies :data:`SHARE` of the way from ``guessing`` to the mean, over all runs of the standard
-    mechanism, of their best validation accuracies.
+    What is ``given`` counts, then what is ``fixed``. Without either it lies :data:`SHARE` of the way from ``guessing``
+    to the mean, over all runs of the standard mechanism, of their best validation accuracies.
 
     Args:
         curves: name of a run -> its curve.
         guessing: validation accuracy in per cent without any learning.
         given: the threshold that the user named, in per cent.
+        fixed: the threshold of the task, in per cent.
 
     >>> curve = [{"epoch": 1, "validation_accuracy": 50.0}, {"epoch": 2, "validation_accuracy": 90.0}]
     >>> find_threshold({"standard-h4-s0": curve}, guessing=10.0).accuracy
@@ -54,6 +59,8 @@ def find_threshold(curves: Mapping[str, Curve], guessing: float = 0.0, given: fl
     """
     if given is not None:
         return Threshold(given, "as given by --threshold")
+    if fixed is not None:
+        return Threshold(fixed, "which the task fixed before these runs")
     best = [max(seen) for name, curve in curves.items() if _is_standard(name) and (seen := _accuracies(curve))]
     if not best or not fmean(best) > guessing:
         return None
@@ -93,32 +100,6 @@ def timed(records: Sequence[Record], curves: Mapping[str, Curve], threshold: Thr
     return found
 
 
-def sentences(rows: Sequence[Row], threshold: Threshold) -> list[str]:
-    """A sentence a number of heads: who gets to the threshold first, and what the comparison with standard shows."""
-    column = EPOCHS_TO_THRESHOLD
-    found = []
-    for heads in sorted({row.heads for row in rows}):
-        block = [row for row in rows if row.heads == heads]
-        reached = [row for row in block if column.key in row.estimates]
-        if len(block) < 2 or not reached:
-            continue
-        # Among rows in which at least one run got there; how many of them did stands in the sentence.
-        first = min(reached, key=lambda row: row.estimates[column.key].mean)
-        epochs = first.estimates[column.key].mean
-        text = (
-            f"With {plural(heads, 'head')}, {first.mechanism} is the first to reach {number(threshold.accuracy, 1)} % "
-            f"validation accuracy, after {number(epochs, column.digits)} epochs on average ({runs_of(first)})"
-        )
-        test = first.tests.get(column.key)
-        if test is not None and test.corrected_p is not None:
-            text += (
-                f": {test.difference.format(column.digits, sign=True)} epochs against standard, {told(test.verdict)} "
-                f"({p_text(test.corrected_p)}, corrected for {plural(test.family, 'comparison')})"
-            )
-        found.append(f"{text}.")
-    return found
-
-
 def told(verdict: str) -> str:
     """A verdict on a number of epochs: fewer are better.
 
@@ -126,6 +107,26 @@ def told(verdict: str) -> str:
     ('fewer epochs', 'no difference shown')
     """
     return {"lower": "fewer epochs", "higher": "more epochs"}.get(verdict, verdict)
+
+
+def epochs_apart(test: Comparison | None) -> str:
+    """The difference to standard for the reader: in epochs, or on how many seeds it was later, where a run never got there.
+
+    >>> from better_attention.lab.analysis.paired import compare_ordered
+    >>> epochs_apart(compare_ordered({0: 4, 1: 7}, {0: 3, 1: 5})), epochs_apart(None)
+    ('+1.5 ± 6.4', '–')
+    >>> epochs_apart(compare_ordered({0: 4, 1: math.inf}, {0: 3, 1: 5}))
+    'later on 2 of 2 seeds'
+    """
+    if test is None:
+        return "–"
+    if test.order is None:
+        return test.difference.format(EPOCHS_TO_THRESHOLD.digits, sign=True)
+    seeds = plural(test.difference.n, "seed")
+    parts = [
+        f"{word} on {count}" for word, count in (("earlier", test.order.lower), ("later", test.order.higher)) if count
+    ]
+    return f"{' and '.join(parts)} of {seeds}" if parts else f"the same on {seeds}"
 
 
 def runs_of(row: Row) -> str:

@@ -60,6 +60,20 @@ def _differences(ours: Mapping[int, float], baseline: Mapping[int, float]) -> ND
 
 
 @dataclass(frozen=True, slots=True)
+class Order:
+    """Which of two is the greater, seed by seed, where some values are known to be beyond all others and no more.
+
+    Args:
+        lower, higher: pairs in which ours is the lower, or the higher; the rest are ties.
+        direction: of the signed ranks: -1 lower, 1 higher, 0 balanced.
+    """
+
+    lower: int
+    higher: int
+    direction: int
+
+
+@dataclass(frozen=True, slots=True)
 class Comparison:
     """A mechanism against the baseline in one metric, seed by seed.
 
@@ -73,6 +87,7 @@ class Comparison:
             it is not defined: fewer than three pairs, or no spread.
         corrected_p: :attr:`p` after :func:`holm`; None where there is no p.
         family: the number of comparisons that it is corrected for.
+        order: where a value is infinite: what is known instead of ``difference``, whose mean is then NaN.
     """
 
     difference: Estimate
@@ -81,6 +96,7 @@ class Comparison:
     effect: float | None
     corrected_p: float | None = None
     family: int = 0
+    order: Order | None = None
 
     @property
     def p(self) -> float | None:
@@ -101,7 +117,8 @@ class Comparison:
             return UNTESTED
         if not self.corrected_p < LEVEL:
             return NOTHING
-        return "higher" if self.difference.mean > 0 else "lower"
+        above = self.difference.mean > 0 if self.order is None else self.order.direction > 0
+        return "higher" if above else "lower"
 
     @property
     def shows(self) -> bool:
@@ -142,6 +159,38 @@ def compare_paired(ours: Mapping[int, float], baseline: Mapping[int, float]) -> 
         return Comparison(found, None, _wilcoxon(differences), None)
     effect = found.mean / float(differences.std(ddof=1)) * _hedges(n) if n > 2 else None
     return Comparison(found, float(stats.ttest_1samp(differences, 0.0).pvalue), _wilcoxon(differences), effect)
+
+
+def compare_ordered(ours: Mapping[int, float], baseline: Mapping[int, float]) -> Comparison | None:
+    """Test ``ours - baseline``, seed by seed, where infinity is an outcome: an event that never came.
+
+    Without such a value this is :func:`compare_paired`. With one there is no mean and no interval: Wilcoxon's
+    signed-rank test decides, in which never is later than any number, by as much in every pair, and twice never is a
+    tie.
+
+    Args:
+        ours, baseline: seed -> value, ``math.inf`` for never.
+
+    Returns:
+        The comparison over the seeds that both have; None where they share none.
+
+    >>> found = compare_ordered({0: 4, 1: 5, 2: math.inf}, {0: 3, 1: math.inf, 2: math.inf})
+    >>> found.order, found.wilcoxon_p
+    (Order(lower=1, higher=1, direction=-1), 1.0)
+    """
+    seeds = sorted(ours.keys() & baseline.keys())
+    pairs = [(ours[seed], baseline[seed]) for seed in seeds]
+    if all(math.isfinite(value) for pair in pairs for value in pair):
+        return compare_paired(ours, baseline)
+    differences = np.array([0.0 if a == b else a - b for a, b in pairs])
+    ranks = stats.rankdata(np.abs(differences))
+    order = Order(
+        int((differences < 0).sum()), int((differences > 0).sum()), int(np.sign((np.sign(differences) * ranks).sum()))
+    )
+    nothing = Estimate(math.nan, None, len(pairs))
+    if len(pairs) == 1:
+        return Comparison(nothing, None, None, None, order=order)
+    return Comparison(nothing, None, _wilcoxon(differences) if differences.any() else 1.0, None, order=order)
 
 
 def _wilcoxon(differences: NDArray[np.float64]) -> float:

@@ -9,7 +9,13 @@ from dataclasses import dataclass, field, replace
 from better_attention.lab import published
 from better_attention.lab.analysis.departures import departures_of
 from better_attention.lab.analysis.estimates import Estimate, estimate, ranks, ratio
-from better_attention.lab.analysis.paired import Comparison, compare_paired, corrected, paired_difference
+from better_attention.lab.analysis.paired import (
+    Comparison,
+    compare_ordered,
+    compare_paired,
+    corrected,
+    paired_difference,
+)
 from better_attention.lab.analysis.study import Record
 from better_attention.lab.runs.record import times_as_fast
 from better_attention.mechanism import MECHANISMS
@@ -93,9 +99,9 @@ class Row:
         gains: key of a column -> difference to standard attention, seed by seed; empty for standard itself.
         published: the paper's numbers for this task, mechanism and number of heads; None where it has none.
         tests: key of a column that is ``compared`` -> comparison with standard, its p corrected for all comparisons of
-            that metric in the task: every other mechanism at every number of heads. Epochs to a threshold are compared
-            where every run of both reached it: the mean over the others would be one over the fast ones. Empty for
-            standard itself.
+            that metric in the task: every other mechanism at every number of heads. Where a run never reached the
+            threshold, epochs to it are compared by ranks: the mean over the others would be one over the fast ones.
+            Empty for standard itself.
         departures: sentences on what sets these runs apart from the paper's, each once.
     """
 
@@ -150,6 +156,7 @@ def summarise(records: Iterable[Record], baseline: str = "standard") -> list[Row
         }
         places = _ranks(estimates, values)
         for name, by_key in values.items():
+            both = (_epochs(mechanisms[name], every), _epochs(mechanisms.get(baseline, ()), every))
             rows.append(
                 Row(
                     task=task,
@@ -162,7 +169,7 @@ def summarise(records: Iterable[Record], baseline: str = "standard") -> list[Row
                     ranks=places[name],
                     gains={} if name == baseline else _gains(by_key, values.get(baseline, {})),
                     published=printed.get((name, heads)),
-                    tests={} if name == baseline else _tests(by_key, values.get(baseline, {})),
+                    tests={} if name == baseline else _tests(by_key, values.get(baseline, {}), *both),
                     departures=tuple(dict.fromkeys(one for run in mechanisms[name] for one in departures_of(run))),
                 )
             )
@@ -245,13 +252,31 @@ def _gains(ours: _Values, baseline: _Values) -> dict[str, Estimate]:
     return {key: pair for key, pair in pairs.items() if pair is not None}
 
 
-def _tests(ours: _Values, baseline: _Values) -> dict[str, Comparison]:
+def _tests(
+    ours: _Values, baseline: _Values, epochs: Mapping[int, float], epochs_baseline: Mapping[int, float]
+) -> dict[str, Comparison]:
     found = {
         column.key: compare_paired(ours.get(column.key, {}), baseline.get(column.key, {}))
         for column in COLUMNS
-        if column.tested or (column.compared and _complete(ours, column) and _complete(baseline, column))
+        if column.tested
     }
+    found[EPOCHS_TO_THRESHOLD.key] = compare_ordered(epochs, epochs_baseline)
     return {key: one for key, one in found.items() if one is not None}
+
+
+def _epochs(runs: Sequence[Record], every: Sequence[Record]) -> dict[int, float]:
+    """Seed -> epochs to the threshold, infinity for a run that never got there; without those that nobody timed."""
+    key = EPOCHS_TO_THRESHOLD.key
+    if not any(key in run for run in every):
+        return {}
+    found = {}
+    for run in runs:
+        value = run.get(key)
+        if isinstance(value, int | float):
+            found[_int(run["seed"])] = float(value)
+        elif key in run or run.get("diverged"):
+            found[_int(run["seed"])] = math.inf
+    return found
 
 
 def _complete(values: _Values, column: Column) -> bool:

@@ -36,7 +36,7 @@ def gather(plan: Plan, stored: Snapshot, splits: Splits) -> Study:
     records = [*(record.values for _, record in runs), *(_diverged(run, splits) for run in diverged)]
     curves = {str(record.name): run.folder.curve() for run, record in runs}
     guessing = learning_speed.guessing_accuracy(splits.validation.targets)
-    threshold = learning_speed.find_threshold(curves, guessing, plan.threshold)
+    threshold = learning_speed.find_threshold(curves, guessing, plan.threshold, plan.task.threshold)
     pictured = [
         (run, record)
         for run, record in runs

@@ -23,8 +23,8 @@ class Plan:
         data: the user's data folder; None: the library's own.
         device: ``"auto"`` (a GPU if there is one), ``"cpu"``, ``"cuda"`` or ``"mps"``.
         command: the command line, for the record.
-        threshold: validation accuracy in per cent, the epochs to which are counted; None: by the rule of
-            :func:`better_attention.lab.analysis.learning_speed.find_threshold`.
+        threshold: validation accuracy in per cent, the epochs to which are counted; None: that of the task, or
+            by the rule of :func:`better_attention.lab.analysis.learning_speed.find_threshold`.
     """
 
     task: Task

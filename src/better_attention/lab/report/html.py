@@ -65,7 +65,7 @@ def render(study: Study, picture_room: int = PICTURE_ROOM) -> str:
         findings=findings.sentences(rows),
         **_advice(study, rows, columns),
         speed=learning_speed.lines(rows, study.records) if study.threshold else [],
-        speed_sentences=learning_speed.sentences(rows, study.threshold) if study.threshold else [],
+        speed_sentences=findings.speed(rows, study.threshold) if study.threshold else [],
         links=_links(study),
         run_columns=run_columns,
         run_lines=_run_lines(study, run_columns),
@@ -99,8 +99,14 @@ _SCALES = (heatmaps.SEQUENTIAL, heatmaps.DIVERGING)
 
 @cache
 def _template() -> jinja2.Template:
-    told = learning_speed.told
-    return template("report.html", look=look, marker_paths=MARKER_PATHS, told_epochs=told)
+    speed = learning_speed
+    return template(
+        "report.html",
+        look=look,
+        marker_paths=MARKER_PATHS,
+        told_epochs=speed.told,
+        epochs_apart=speed.epochs_apart,
+    )
 
 
 def _advice(study: Study, rows: Sequence[Row], columns: Sequence[Column]) -> dict[str, object]:
@@ -117,7 +123,7 @@ def _advice(study: Study, rows: Sequence[Row], columns: Sequence[Column]) -> dic
         "answer": advice.answer(found, advised, heads),
         "cards": found,
         "scatter": scatter(found, advised),
-        "about_seeds": advice.about_seeds(family) if any("would decide" in card.verdict for card in found) else "",
+        "about_seeds": advice.about_seeds(family) if any(card.needed for card in found) else "",
     }
 
 

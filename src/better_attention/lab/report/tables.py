@@ -14,7 +14,7 @@ from rich.text import Text
 from better_attention.lab import csv_json
 from better_attention.lab.analysis.estimates import number
 from better_attention.lab.analysis.findings import gaps
-from better_attention.lab.analysis.learning_speed import told
+from better_attention.lab.analysis.learning_speed import epochs_apart, told
 from better_attention.lab.analysis.paired import Comparison, p_text
 from better_attention.lab.analysis.study import Record, Threshold
 from better_attention.lab.analysis.summary import (
@@ -132,7 +132,7 @@ def _verdict(one: Comparison | None, column: Column) -> str:
 def _difference(one: Comparison | None, column: Column) -> str:
     if one is None:
         return "–"
-    text = one.difference.format(column.digits, sign=True)
+    text = epochs_apart(one) if column.kind == "epochs" else one.difference.format(column.digits, sign=True)
     return text if one.corrected_p is None else f"{text} ({p_text(one.corrected_p)})"
 
 

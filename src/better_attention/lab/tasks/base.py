@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -80,6 +80,9 @@ class Task(ABC):
             model at ``width``, as table 7 of arXiv 2403.01643 does by hand.
         threads: most CPU threads of a run; None: torch's default. Very small models lose more by handing work to a
             second thread than they gain, especially where another program needs that core.
+        threshold: validation accuracy in per cent, the epochs to which are counted, chosen before the runs that it is
+            applied to; None: by the rule of :func:`better_attention.lab.analysis.learning_speed.find_threshold`. It
+            changes no run and is therefore none of :meth:`settings`.
     """
 
     derived: ClassVar[Mapping[str, str]] = {}
@@ -115,6 +118,7 @@ class Task(ABC):
     data_seed: int = 0
     equal_params: bool = False
     threads: int | None = None
+    threshold: float | None = field(default=None, compare=False, metadata={"setting": False})
 
     def __post_init__(self) -> None:
         for name in ("width", "length", "layers", "default_heads", "seeds", "epochs", "batch_size"):
@@ -128,6 +132,8 @@ class Task(ABC):
         if check_float(self.lr, "lr", low=0.0) == 0:
             raise ValueError("lr must be above 0, received 0.")
         check_float(self.weight_decay, "weight_decay", low=0.0)
+        if self.threshold is not None:
+            check_float(self.threshold, "threshold", low=0.0, high=100.0)
         for name in ("dropout", "validation_share"):
             share(getattr(self, name), name)
 
@@ -365,8 +371,9 @@ class Task(ABC):
         return optimiser_of(self.optimiser, model.parameters(), lr=self.lr, weight_decay=self.weight_decay)
 
     def settings(self) -> dict[str, Any]:
-        """Every field as a plain JSON value."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        """Every field that a run depends on, as a plain JSON value."""
+        known = _settings_of(type(self))
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if k in known}
 
     def with_settings(self, settings: Mapping[str, Any]) -> Self:
         """This task with the fields that :meth:`settings` once gave.
@@ -374,7 +381,7 @@ class Task(ABC):
         Raises:
             ValueError: an unknown or a missing field, or a value out of range.
         """
-        known = {f.name for f in fields(self)}
+        known = _settings_of(type(self))
         if known != set(settings):
             raise ValueError(
                 f"settings of task {self.name!r}: unknown {sorted(set(settings) - known)}, "
@@ -383,6 +390,10 @@ class Task(ABC):
         # JSON has no tuples: they were written as lists.
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
         return replace(self, **values)
+
+
+def _settings_of(task: type[Task]) -> set[str]:
+    return {f.name for f in fields(task) if f.metadata.get("setting", True)}
 
 
 def share(value: object, name: str) -> float:

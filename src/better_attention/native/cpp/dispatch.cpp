@@ -1,6 +1,7 @@
 // Which instruction sets were built and run here, and the way from the C interface to the best of them.
 
 #include "api.h"
+#include "cpu.hpp"
 
 namespace {
 
@@ -41,15 +42,14 @@ int64_t find_isas() {
     found |= 1 << BA_NEON;
 #endif
 #if defined(BA_HAS_AVX2) || defined(BA_HAS_AVX512)
-    __builtin_cpu_init();
+    const ba_cpu cpu = ba_cpu_of(ba_ask_cpu());
 #endif
 #if defined(BA_HAS_AVX2)
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found |= 1 << BA_AVX2;
+    if (cpu.avx2 && cpu.fma) found |= 1 << BA_AVX2;
 #endif
 #if defined(BA_HAS_AVX512)
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl"))
-        found |= 1 << BA_AVX512;
+    // isa_avx512.cpp is compiled with -mfma, too.
+    if (cpu.avx512f && cpu.avx512bw && cpu.avx512dq && cpu.avx512vl && cpu.fma) found |= 1 << BA_AVX512;
 #endif
     return found;
 }

@@ -12,6 +12,8 @@
 
 #if defined(_WIN32)
 #include <malloc.h>
+#define WIN32_LEAN_AND_MEAN
+#include <windows.h>
 #else
 #include <pthread.h>
 #endif
@@ -109,11 +111,34 @@ void work(void* argument) {
     ba_release(scratch);
 }
 
-#if !defined(_WIN32)
+#if defined(_WIN32)
+typedef HANDLE Thread;
+
+DWORD WINAPI work_in_thread(void* argument) {
+    work(argument);
+    return 0;
+}
+
+bool start(Thread* thread, Team* team) {
+    *thread = CreateThread(NULL, 0, work_in_thread, team, 0, NULL);
+    return *thread != NULL;
+}
+
+void wait_for(Thread thread) {
+    WaitForSingleObject(thread, INFINITE);
+    CloseHandle(thread);
+}
+#else
+typedef pthread_t Thread;
+
 void* work_in_thread(void* argument) {
     work(argument);
     return NULL;
 }
+
+bool start(Thread* thread, Team* team) { return pthread_create(thread, NULL, work_in_thread, team) == 0; }
+
+void wait_for(Thread thread) { pthread_join(thread, NULL); }
 #endif
 
 }  // namespace
@@ -127,17 +152,13 @@ int64_t ba_parallel(int64_t threads, int64_t n, int64_t floats, ba_task task, vo
     } else if (Parallel parallel = pool()) {
         parallel(work, &team, static_cast<unsigned>(threads), 0);
     } else {
-#if defined(_WIN32)
-        work(&team);
-#else
         enum { MOST = 63 };
-        pthread_t others[MOST];
+        Thread others[MOST];
         int64_t started = 0;
         for (; started < threads - 1 && started < MOST; ++started)
-            if (pthread_create(&others[started], NULL, work_in_thread, &team) != 0) break;  // fewer threads, then
+            if (!start(&others[started], &team)) break;  // fewer threads, then
         work(&team);
-        for (int64_t i = 0; i < started; ++i) pthread_join(others[i], NULL);
-#endif
+        for (int64_t i = 0; i < started; ++i) wait_for(others[i]);
     }
     return team.failed ? BA_NO_MEMORY : BA_OK;
 }

@@ -34,9 +34,12 @@ def imdb(scale: str = "small") -> Task:
         optimiser="adam",
         lr=1e-3,
         threads=1,
+        threshold=77.0,
     )
     variants: dict[str, Task] = {
-        "smoke": replace(paper, scale="smoke", seeds=1, epochs=1, train_samples=1_000, test_samples=500),
+        "smoke": replace(
+            paper, scale="smoke", seeds=1, epochs=1, train_samples=1_000, test_samples=500, threshold=None
+        ),
         "small": replace(paper, scale="small", seeds=3, epochs=3),
         "paper": paper,
     }

@@ -61,6 +61,7 @@ def translation(scale: str = "small") -> Task:
             train_samples=30_000,
             test_samples=1_000,
             bleu_samples=1_000,
+            threshold=50.0,
         ),
         "paper": paper,
     }
