@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 import operator
+import sys
 from collections.abc import Iterable
 from numbers import Real
 from typing import SupportsIndex
-
-import torch
-from torch import Tensor
 
 LARGEST = 2**31 - 1
 """The largest size that is believed; a larger number is treated as a typing error."""
@@ -17,10 +15,16 @@ LARGEST = 2**31 - 1
 
 def describe(value: object) -> str:
     """What came, in one line: a tensor by dtype and shape, anything else by value and type."""
-    if isinstance(value, Tensor):
-        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
+    if _is_tensor(value):
+        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"  # type: ignore[attr-defined]
     text = repr(value)
     return f"{text if len(text) <= 80 else text[:77] + '...'} ({type(value).__name__})"
+
+
+def _is_tensor(value: object) -> bool:
+    """Whether ``value`` is a tensor of torch, which a process without torch cannot have."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
 
 
 def choices(names: Iterable[str]) -> str:
@@ -36,7 +40,7 @@ def check_int(value: object, name: str, *, at_least: int = 1) -> int:
         ValueError: below ``at_least``, or beyond any size a tensor could have.
     """
     # bool and Tensor can be indices in Python, but neither is meant as a size.
-    if isinstance(value, bool) or not isinstance(value, SupportsIndex) or isinstance(value, Tensor):
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex) or _is_tensor(value):
         raise TypeError(f"{name} must be a whole number >= {at_least}, received {describe(value)}.")
     # Takes NumPy's integers too, and no float, not even a whole one.
     number = operator.index(value)
@@ -90,40 +94,3 @@ def check_bool(value: object, name: str) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, received {describe(value)}.")
     return value
-
-
-def floating_dtype(value: object, name: str) -> torch.dtype:
-    """``value`` if it is one of the dtypes that attention computes in, or an error naming the argument.
-
-    Raises:
-        TypeError: anything else.
-    """
-    if not isinstance(value, torch.dtype) or value not in FLOATING:
-        raise TypeError(f"{name} must be torch.float64, float32, bfloat16 or float16, received {describe(value)}.")
-    return value
-
-
-def floating_tensor(value: object, name: str) -> Tensor:
-    """``value`` if it is a real floating-point tensor, or an error naming the argument.
-
-    Raises:
-        TypeError: anything else.
-    """
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a floating-point tensor, received {describe(value)}.")
-    if not value.is_floating_point() or value.dtype not in FLOATING:
-        raise TypeError(
-            f"{name} must be float64, float32, bfloat16 or float16, received {describe(value)}. "
-            "Convert it, with .float() for example."
-        )
-    # A nested tensor may have a layout of its own as well, and gets the more helpful message below.
-    if value.layout != torch.strided and not value.is_nested:
-        layout = str(value.layout).removeprefix("torch.")
-        raise TypeError(f"{name} must be a dense tensor, received one of layout {layout}: pass {name}.to_dense().")
-    if value.is_nested:
-        raise TypeError(f"{name} is a nested tensor: pad it (to_padded_tensor) and pass key_padding_mask instead.")
-    return value
-
-
-FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-"""The dtypes that attention computes in."""

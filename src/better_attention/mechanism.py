@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from better_attention.errors import check_bool, check_choice
-from better_attention.scores import DEFAULT_SCORE, SCORES
+from better_attention.scores import DEFAULT_SCORE, score_names
 
 PROJECTIONS = "qkvo"
 
@@ -60,7 +60,7 @@ class Mechanism:
                 f'each must be one of {list(PROJECTIONS)}, as in frozenset("qo").'
             )
         check_bool(self.aligned, "aligned")
-        check_choice(self.score, "score", SCORES)
+        check_choice(self.score, "score", score_names())
         # The dataclass is frozen. A set or a text of letters becomes the frozenset that equality and hashing need.
         object.__setattr__(self, "projections", projections)
 
@@ -133,7 +133,7 @@ _SPELLINGS = {"optimized": "optimised"}
 
 def _changes() -> dict[str, dict[str, Any]]:
     """What each suffix of a name changes. Built at each call, because scores can be registered."""
-    scores = {score: {"score": score} for score in SCORES if score != DEFAULT_SCORE}
+    scores = {score: {"score": score} for score in score_names() if score != DEFAULT_SCORE}
     return {**scores, "align": {"aligned": True}}
 
 

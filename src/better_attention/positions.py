@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from .call.call import compute_dtype
-from .errors import check_float, check_int, describe, floating_tensor
+from .errors import check_float, check_int, describe
+from .tensors import floating_tensor
 
 BASE = 10_000.0
 """The usual base of rotary positions (arXiv 2104.09864, section 3.3)."""

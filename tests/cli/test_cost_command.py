@@ -11,7 +11,7 @@ import pytest
 
 from better_attention.cli import UserError
 from better_attention.cli import cost as verb
-from better_attention.cost import cost
+from better_attention.costs import cost
 
 
 def run(*words: str) -> int:

@@ -12,7 +12,7 @@ import pytest
 from better_attention.cli import UserError
 from better_attention.cli import show as verb
 from better_attention.cli.mechanism_drawing import draw, equations, legend, source
-from better_attention.cost import cost
+from better_attention.costs import cost
 from better_attention.lab.tasks.catalogue import TASKS
 from better_attention.mechanism import MECHANISMS, Mechanism
 

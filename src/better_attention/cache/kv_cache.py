@@ -9,7 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from better_attention.errors import check_int, describe, floating_dtype
+from better_attention.errors import check_int, describe
+from better_attention.tensors import floating_dtype
 
 from .int8 import Int8Rows
 from .rows import Rows

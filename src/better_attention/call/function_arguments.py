@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from better_attention.errors import check_bool, check_choice, check_float, check_int, describe, floating_tensor
+from better_attention.errors import check_bool, check_choice, check_float, check_int, describe
 from better_attention.scores import SCORES
+from better_attention.tensors import floating_tensor
 
 from .call import Call
 from .masks import check_mask, without_repeats

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from better_attention.errors import FLOATING, describe
+from better_attention.errors import describe
+from better_attention.tensors import FLOATING
 
 from .torch_private import transformed
 from .torch_state import values_available

@@ -66,10 +66,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def entries(args: argparse.Namespace) -> list[Entry]:
-    """A mapping a mechanism: counts as in :class:`better_attention.cost.Cost`, and exact FLOPs over standard's."""
+    """A mapping a mechanism: counts as in :class:`better_attention.costs.Cost`, and exact FLOPs over standard's."""
     import torch
 
-    from better_attention.cost import cost
+    from better_attention.costs import cost
 
     dtype = getattr(torch, args.dtype)
     sizes = {"batch": args.batch, "dtype": dtype}

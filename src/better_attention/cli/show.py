@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
 def describe_mechanism(variant: Variant, embed_dim: int, heads: int, length: int) -> Entry:
     """The mechanism's axes, picture, equations, and the counts of one layer of these sizes."""
     from better_attention.cli.mechanism_drawing import draw, equations, legend, source
-    from better_attention.cost import cost
+    from better_attention.costs import cost
     from better_attention.layer.part import Sizes
     from better_attention.layer.parts import parts_of
 

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from better_attention.call.masks import NEARLY_HIDDEN, check_mask, without_repeats
 from better_attention.call.torch_state import autocast_dtype
-from better_attention.errors import describe, floating_tensor
+from better_attention.errors import describe
 from better_attention.mechanism import Mechanism
 from better_attention.scores import SCORES
+from better_attention.tensors import floating_tensor
 
 from .alignment import refuse_leak
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from better_attention.call.torch_private import is_bare, is_unpatched, own_parameters
 from better_attention.call.torch_state import autocast_dtype
-from better_attention.errors import FLOATING
+from better_attention.tensors import FLOATING
 
 
 def called(part: nn.Module, x: Tensor, name: str, *settings: int) -> Tensor:

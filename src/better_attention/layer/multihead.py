@@ -16,9 +16,10 @@ from better_attention.cache.streams import streams
 from better_attention.call.call import Call
 from better_attention.call.function_arguments import same_dtype
 from better_attention.call.tracing import is_symbolic, module_node
-from better_attention.errors import check_bool, check_choice, check_float, check_int, floating_dtype
+from better_attention.errors import check_bool, check_choice, check_float, check_int
 from better_attention.impl.dispatch import IMPLS
 from better_attention.mechanism import Mechanism
+from better_attention.tensors import floating_dtype
 
 from . import cached, extra_keys, fast_path, window
 from .alignment import Alignment, check_alignment

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function, FunctionCtx
 from torch.library import custom_op
-from torch.utils.flop_counter import register_flop_formula
 
 from better_attention.call.torch_private import legacy_batched
 from better_attention.call.torch_state import ordinary
+from better_attention.imported import when_imported
 
 from .definition import A, Definition, Layout, Tensors
 from .vmap import backward_vmap_rule, vmap_rule
@@ -117,8 +117,13 @@ def _count_flops(definition: Definition[A], layout: Layout, packet: Any, backwar
         shapes, _results, wanted = layout.split(flat)
         return definition.backward_flops(wanted, *shapes)
 
-    register_flop_formula(packet)(forward)
-    register_flop_formula(backward_packet)(backward)
+    def register() -> None:
+        from torch.utils.flop_counter import register_flop_formula
+
+        register_flop_formula(packet)(forward)
+        register_flop_formula(backward_packet)(backward)
+
+    when_imported("torch.utils.flop_counter", register)
 
 
 # --- derivatives ------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from accelerate import Accelerator
 
-from better_attention.cost import cost
+from better_attention.costs import cost
 from better_attention.lab.ladder import page as ladder_page
 from better_attention.lab.ladder.climb import Climb, row_of, update_flops
 from better_attention.lab.ladder.findings import at_best, duels, heights, sentence, spots, within

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from better_attention.cost import cost
+from better_attention.costs import cost
 from better_attention.lab import published
 from better_attention.lab.analysis.summary import COLUMNS
 

@@ -11,7 +11,7 @@ from itertools import product
 import torch
 from accelerate import Accelerator
 
-from better_attention.cost import cost
+from better_attention.costs import cost
 from better_attention.lab.ladder.grid import (
     FILES,
     GIVE_UP,

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from better_attention.cost import cost
+from better_attention.costs import cost
 from better_attention.errors import check_choice
 from better_attention.layer.multihead import MultiheadAttention
 from better_attention.mechanism import Mechanism

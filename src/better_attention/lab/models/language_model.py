@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from better_attention.cost import cost
+from better_attention.costs import cost
 from better_attention.errors import check_choice, check_int
 from better_attention.lab.models.causal_decoder import POSITIONS, position_options
 from better_attention.lab.models.initialisation import gpt2_

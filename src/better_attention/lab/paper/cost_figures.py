@@ -1,4 +1,4 @@
-"""The paper's figures 2 to 4, from :func:`better_attention.cost.cost`: eq. 24, and the exact count of a real layer."""
+"""The paper's figures 2 to 4, from :func:`better_attention.costs.cost`: eq. 24, and the exact count of a real layer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FixedLocator
 from numpy.typing import NDArray
 
-from better_attention.cost import cost
+from better_attention.costs import cost
 from better_attention.errors import check_choice
 from better_attention.lab.files import write_atomic
 from better_attention.lab.report.plot_style import SIGNATURE, bare, blank, line, saved, style

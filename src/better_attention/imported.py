@@ -1,0 +1,58 @@
+"""To do something as soon as another library is imported, without importing it.
+
+Custom operators have to be known to torch once both it and this package are imported, in whichever order; and formulas
+for counting FLOPs to ``torch.utils.flop_counter``, whose import takes half a second where Triton is installed.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+
+
+def when_imported(name: str, action: Callable[[], None]) -> None:
+    """Call ``action`` now if the module called ``name`` is imported, or else right after it will have been.
+
+    >>> when_imported("sys", lambda: print("is imported"))
+    is imported
+    """
+    if name in sys.modules:
+        action()
+        return
+    for finder in sys.meta_path:
+        if isinstance(finder, _Watch) and finder.name == name:
+            finder.actions.append(action)
+            return
+    sys.meta_path.insert(0, _Watch(name, action))
+
+
+class _Watch(MetaPathFinder):
+    """Finds nothing by itself: it lets the others find the module, and adds the actions to what executes it."""
+
+    def __init__(self, name: str, action: Callable[[], None]) -> None:
+        self.name, self.actions = name, [action]
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != self.name:
+            return None
+        sys.meta_path.remove(self)  # before the others are asked, and because once is enough
+        spec = find_spec(fullname)
+        if spec is None or spec.loader is None:
+            return spec
+        loader = spec.loader
+        execute = loader.exec_module
+
+        def and_then(module: ModuleType) -> None:
+            del loader.exec_module  # the method of its class again
+            execute(module)
+            for action in self.actions:
+                action()
+
+        loader.exec_module = and_then  # type: ignore[method-assign]
+        return spec

@@ -1,0 +1,44 @@
+"""Checks of tensors and dtypes. Apart from errors.py, which works without torch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from better_attention.errors import describe
+
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""The dtypes that attention computes in."""
+
+
+def floating_dtype(value: object, name: str) -> torch.dtype:
+    """``value`` if it is one of the dtypes that attention computes in, or an error naming the argument.
+
+    Raises:
+        TypeError: anything else.
+    """
+    if not isinstance(value, torch.dtype) or value not in FLOATING:
+        raise TypeError(f"{name} must be torch.float64, float32, bfloat16 or float16, received {describe(value)}.")
+    return value
+
+
+def floating_tensor(value: object, name: str) -> Tensor:
+    """``value`` if it is a real floating-point tensor, or an error naming the argument.
+
+    Raises:
+        TypeError: anything else.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a floating-point tensor, received {describe(value)}.")
+    if not value.is_floating_point() or value.dtype not in FLOATING:
+        raise TypeError(
+            f"{name} must be float64, float32, bfloat16 or float16, received {describe(value)}. "
+            "Convert it, with .float() for example."
+        )
+    # A nested tensor may have a layout of its own as well, and gets the more helpful message below.
+    if value.layout != torch.strided and not value.is_nested:
+        layout = str(value.layout).removeprefix("torch.")
+        raise TypeError(f"{name} must be a dense tensor, received one of layout {layout}: pass {name}.to_dense().")
+    if value.is_nested:
+        raise TypeError(f"{name} is a nested tensor: pad it (to_padded_tensor) and pass key_padding_mask instead.")
+    return value
