@@ -63,7 +63,8 @@ def cost(
         dtype: of weights and cache.
 
     Raises:
-        ValueError, TypeError: arguments out of range.
+        ValueError: an argument out of range.
+        TypeError: an argument of the wrong kind.
 
     Source: arXiv 2403.01643, eq. 24 and the parameter columns of its tables.
 
