@@ -29,7 +29,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast  # isort: skip
 class LanguageModelConfig(PreTrainedConfig):
     """What a :class:`LanguageModelForCausalLM` is built from.
 
-    Args:
+    Attributes:
         vocab_size: number of different tokens.
         max_position_embeddings: sequence length that it is trained at: the size of W_A (without a window) and of
             learned positions.
