@@ -88,7 +88,7 @@ def arrow(x: float, y: float, to: float) -> str:
 def layer() -> str:
     """The five steps, and which parts each mechanism keeps."""
     steps = (
-        ("project", "W_Q, W_K, W_V: each a learned map, or left out"),
+        ("project", "W_Q, W_K, W_V: each learned or left out"),
         ("align", "W_A mixes the positions of the values: super"),
         ("score", "weights from q and k: softmax or expressive"),
         ("mix", "weights times v, head by head; heads joined"),
@@ -104,16 +104,16 @@ def layer() -> str:
     left, top = 410, 66
     parts.append(label(left, 22, "what each mechanism keeps", weight=700))
     for j, column in enumerate(columns):
-        parts.append(label(left + 108 + j * 52 + (14 if column == "score" else 0), top - 14, column, size=12, anchor="middle"))  # fmt: skip
+        parts.append(label(left + 126 + j * 52 + (14 if column == "score" else 0), top - 14, column, size=12, anchor="middle"))  # fmt: skip
     for i, (name, row) in enumerate(ba.MECHANISMS.items()):
         y = top + i * 58
         parts.append(label(left, y + 24, name, weight=700))
         kept = ["q" in row.projections, "k" in row.projections, "v" in row.projections, row.aligned, "o" in row.projections]  # fmt: skip
         for j, there in enumerate(kept):
-            x = left + 88 + j * 52
+            x = left + 106 + j * 52
             colour = COLOURS[name] if there else "none"
             parts.append(box(x, y, 40, 36, fill=colour, stroke=colour if there else "var(--soft)", dash="" if there else "3 3"))  # fmt: skip
-        parts.append(label(left + 384, y + 24, row.score, size=12, anchor="middle", colour="var(--ink)"))
+        parts.append(label(left + 402, y + 24, row.score, size=12, anchor="middle", colour="var(--ink)"))
     share = {n: ba.cost(128, 4, 64, mechanism=n).params / ba.cost(128, 4, 64).params for n in ba.MECHANISMS}
     text = ", ".join(f"{name} {100 * share[name]:.0f} %" for name in ("optimised", "efficient", "super"))
     parts.append(label(left, 378, "parameters, of standard&#8217;s (width 128, 64 tokens):", size=12))
@@ -188,7 +188,7 @@ def speed() -> str:
         axes.set_title(f"{mode}: times as fast as nn.MultiheadAttention", fontsize=10)
         axes.grid(axis="y")
         axes.tick_params(length=0)
-    panels[1].set_xticks(range(len(shapes)), [s.replace(", ", "×") for s in shapes], fontsize=8.5)
+    panels[1].set_xticks(range(len(shapes)), ["×".join(s.split(", ")[:2]) + "\n×" + "×".join(s.split(", ")[2:]) for s in shapes], fontsize=8.5)
     panels[1].set_xlabel("batch × tokens × width × heads")
     panels[0].legend(ncols=3, fontsize=8.5, loc="upper right", bbox_to_anchor=(1, 1.42))
     return svg(figure)
@@ -253,7 +253,7 @@ def score_functions() -> str:
     left.plot(z, np.exp(z) / math.exp(4), color=GREY, lw=2)
     left.set_title("weight before normalisation over z = scale · q·k")
     left.annotate("expressive: z² / (1 + z²)", (-3.9, 1.0), color=PURPLE, fontsize=9)
-    left.annotate("softmax: exp(z), divided by exp(4)", (-1.7, 0.28), color=GREY, fontsize=9)
+    left.annotate("softmax: exp(z) / exp(4)", (-1.9, 0.42), color=GREY, fontsize=9)
     degrees = np.linspace(0, 180, 361)
     cosine = torch.tensor(np.cos(np.radians(degrees)), dtype=torch.float64)
     for name, colour, score in (("softmax", GREY, "softmax"), ("expressive", PURPLE, "expressive")):
@@ -275,14 +275,15 @@ def score_planes() -> str:
     figure = Figure(figsize=(8.4, 3.7))
     grid = np.linspace(-3, 3, 121)
     x, y = np.meshgrid(grid, grid)
-    z = 1.2 * x  # the query points along the first axis
+    query = np.array([1.3, 0.75])
+    z = query[0] * x + query[1] * y
     panels = figure.subplots(1, 2, gridspec_kw={"wspace": 0.12})
     maps = (("softmax: one direction counts", np.exp(z) / np.exp(z).max(), "Greys"),
-            ("expressive: both directions count, across counts nothing", z**2 / (1 + z**2), "Purples"))  # fmt: skip
+            ("expressive: both directions count, a right angle does not", z**2 / (1 + z**2), "Purples"))  # fmt: skip
     for axes, (title, values, colours) in zip(panels, maps, strict=True):
-        axes.contourf(x, y, values, levels=[0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 1.0], cmap=colours)
-        axes.annotate("", (1.5, 0), (0, 0), arrowprops={"arrowstyle": "-|>", "color": ORANGE, "lw": 2.4})
-        axes.annotate("q", (1.55, 0.12), color=ORANGE, fontsize=12, fontweight="bold")
+        axes.contourf(x, y, values, levels=[0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 1.0], cmap=colours).set_edgecolor("face")
+        axes.annotate("", query, (0, 0), arrowprops={"arrowstyle": "-|>", "color": ORANGE, "lw": 2.4})
+        axes.annotate("q", query + 0.1, color=ORANGE, fontsize=12, fontweight="bold")
         axes.set_title(title, fontsize=9.5)
         axes.set_aspect("equal")
         axes.set_xticks([])
@@ -300,7 +301,7 @@ def causal_masks() -> str:
     cases = (
         ("is_causal=True", {"is_causal": True}, 4, 6),
         ("is_causal=True, offset=2", {"is_causal": True, "offset": 2}, 4, 6),
-        ("is_causal=True, offset=2, window=3", {"is_causal": True, "offset": 2, "window": 3}, 4, 6),
+        ("… offset=2, window=3", {"is_causal": True, "offset": 2, "window": 3}, 4, 6),
     )
     parts, left, side = [], 60, 30
     for title, arguments, L, S in cases:
@@ -314,7 +315,7 @@ def causal_masks() -> str:
         parts += [label(left + (S * side) / 2, 48, "keys 0 … 5", size=12, anchor="middle")]
         left += S * side + 96
     parts.append('<text transform="translate(44 118) rotate(-90)" font-size="12" text-anchor="middle" fill="var(--ink)">queries 0 … 3</text>')  # fmt: skip
-    return drawing(840, 190, parts, "Which keys a query sees: causal, with an offset, and with a window")
+    return drawing(900, 190, parts, "Which keys a query sees: causal, with an offset, and with a window")
 
 
 PICTURES: dict[str, Callable[[], str]] = {
