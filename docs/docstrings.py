@@ -11,10 +11,30 @@ from typing import Any
 import griffe
 
 DOCUMENTED = {
-    "ConversionReport", "Cost", "Explanation", "KVCache", "Mechanism", "ModelCache", "MultiheadAttention", "OnnxReport",
-    "Quantised", "MECHANISMS", "assert_causal", "attention", "attention_maps", "convert", "cost", "distil", "explain",
-    "export_onnx", "load_converted", "load_run", "quantise", "revert", "save_converted",
-}  # fmt: skip
+    "ConversionReport",
+    "Cost",
+    "Explanation",
+    "KVCache",
+    "Mechanism",
+    "ModelCache",
+    "MultiheadAttention",
+    "OnnxReport",
+    "Quantised",
+    "MECHANISMS",
+    "assert_causal",
+    "attention",
+    "attention_maps",
+    "convert",
+    "cost",
+    "distil",
+    "explain",
+    "export_onnx",
+    "load_converted",
+    "load_run",
+    "quantise",
+    "revert",
+    "save_converted",
+}
 """Public names of the package itself: a role that names one becomes a link."""
 ROLE = re.compile(r":(?P<kind>[a-z]+):`(?P<text>[^`]+)`")
 EXAMPLE = re.compile(r"^(?P<indent>[ ]*)>>> .*?(?=^[ ]*$|\Z)", re.MULTILINE | re.DOTALL)

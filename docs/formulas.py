@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-import xml.etree.ElementTree as etree
+from xml.etree import ElementTree
 
 from latex2mathml.converter import convert_to_element
 from markdown import Extension, Markdown
@@ -14,7 +14,7 @@ from markdown.inlinepatterns import InlineProcessor
 class Inline(InlineProcessor):
     """``$x^2$`` within a sentence. A dollar sign beside a space or before a digit is a dollar sign."""
 
-    def handleMatch(self, m: re.Match[str], data: str) -> tuple[etree.Element, int, int]:  # noqa: N802 - their name
+    def handleMatch(self, m: re.Match[str], data: str) -> tuple[ElementTree.Element, int, int]:  # noqa: N802 - their name
         """The formula, and where it stood."""
         return convert_to_element(m[1]), m.start(0), m.end(0)
 
@@ -22,14 +22,14 @@ class Inline(InlineProcessor):
 class Block(BlockProcessor):
     """``$$`` and ``$$`` around a formula that is a paragraph of its own."""
 
-    def test(self, parent: etree.Element, block: str) -> bool:
+    def test(self, parent: ElementTree.Element, block: str) -> bool:
         """Whether a paragraph is a formula."""
         text = block.strip()
         return len(text) > 4 and text.startswith("$$") and text.endswith("$$")
 
-    def run(self, parent: etree.Element, blocks: list[str]) -> bool:
+    def run(self, parent: ElementTree.Element, blocks: list[str]) -> bool:
         """Put the formula in the place of the paragraph."""
-        frame = etree.SubElement(parent, "div", {"class": "formula"})
+        frame = ElementTree.SubElement(parent, "div", {"class": "formula"})
         convert_to_element(blocks.pop(0).strip()[2:-2].strip(), display="block", parent=frame)
         return True
 

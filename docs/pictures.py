@@ -3,8 +3,8 @@
     python -m docs.pictures            # write docs/assets/*.svg
     python -m docs.pictures --check    # say which are out of date
 
-Text and lines take the colour ``--ink``, which follows the reader's colour scheme. Data come from benchmarks/results and
-results, through the same functions as the tables.
+Text and lines take the colour ``--ink``, which follows the reader's colour scheme. Data are the committed results,
+read through the same functions as the tables.
 """
 
 from __future__ import annotations
@@ -37,12 +37,26 @@ STYLE = (
 )
 FONT = "system-ui,-apple-system,'Segoe UI',Roboto,sans-serif"
 SETTINGS: dict[str, Any] = {
-    "svg.fonttype": "none", "svg.hashsalt": "better-attention", "font.size": 10, "text.color": INK,
-    "axes.edgecolor": SOFT, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.titlesize": 10,
-    "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.8,
-    "grid.color": SOFT, "grid.alpha": 0.35, "grid.linewidth": 0.6, "figure.dpi": 72, "legend.frameon": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "better-attention",
+    "font.size": 10,
+    "text.color": INK,
+    "axes.edgecolor": SOFT,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.8,
+    "grid.color": SOFT,
+    "grid.alpha": 0.35,
+    "grid.linewidth": 0.6,
+    "figure.dpi": 72,
+    "legend.frameon": False,
     "legend.labelcolor": INK,
-}  # fmt: skip
+}
 
 
 def svg(figure: Figure) -> str:
@@ -59,16 +73,29 @@ def svg(figure: Figure) -> str:
 
 def drawing(width: int, height: int, parts: Sequence[str], title: str) -> str:
     """A document drawn by hand."""
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
-    return f'{head} font-family="{FONT}" font-size="15" role="img">{STYLE}<title>{title}</title>\n' + "\n".join(parts) + "\n</svg>\n"  # fmt: skip
+    size = f'viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="{FONT}" font-size="15" role="img">'
+    return "\n".join([f"{head}{STYLE}<title>{title}</title>", *parts, "</svg>", ""])
 
 
-def label(x: float, y: float, text: str, *, size: int = 15, anchor: str = "start", colour: str = "var(--ink)", weight: int = 400) -> str:  # fmt: skip
+def label(
+    x: float,
+    y: float,
+    text: str,
+    *,
+    size: int = 15,
+    anchor: str = "start",
+    colour: str = "var(--ink)",
+    weight: int = 400,
+) -> str:
     """A line of text."""
-    return f'<text x="{x:g}" y="{y:g}" font-size="{size}" font-weight="{weight}" text-anchor="{anchor}" fill="{colour}">{text}</text>'  # fmt: skip
+    font = f'font-size="{size}" font-weight="{weight}" text-anchor="{anchor}"'
+    return f'<text x="{x:g}" y="{y:g}" {font} fill="{colour}">{text}</text>'
 
 
-def box(x: float, y: float, w: float, h: float, *, fill: str = "var(--card)", stroke: str = "var(--soft)", dash: str = "") -> str:  # fmt: skip
+def box(
+    x: float, y: float, w: float, h: float, *, fill: str = "var(--card)", stroke: str = "var(--soft)", dash: str = ""
+) -> str:
     """A rounded rectangle."""
     dashed = f' stroke-dasharray="{dash}"' if dash else ""
     return f'<rect x="{x:g}" y="{y:g}" width="{w:g}" height="{h:g}" rx="6" fill="{fill}" stroke="{stroke}"{dashed}/>'
@@ -104,15 +131,25 @@ def layer() -> str:
     left, top = 410, 66
     parts.append(label(left, 22, "what each mechanism keeps", weight=700))
     for j, column in enumerate(columns):
-        parts.append(label(left + 126 + j * 52 + (14 if column == "score" else 0), top - 14, column, size=12, anchor="middle"))  # fmt: skip
+        parts.append(
+            label(left + 126 + j * 52 + (14 if column == "score" else 0), top - 14, column, size=12, anchor="middle")
+        )
     for i, (name, row) in enumerate(ba.MECHANISMS.items()):
         y = top + i * 58
         parts.append(label(left, y + 24, name, weight=700))
-        kept = ["q" in row.projections, "k" in row.projections, "v" in row.projections, row.aligned, "o" in row.projections]  # fmt: skip
+        kept = [
+            "q" in row.projections,
+            "k" in row.projections,
+            "v" in row.projections,
+            row.aligned,
+            "o" in row.projections,
+        ]
         for j, there in enumerate(kept):
             x = left + 106 + j * 52
             colour = COLOURS[name] if there else "none"
-            parts.append(box(x, y, 40, 36, fill=colour, stroke=colour if there else "var(--soft)", dash="" if there else "3 3"))  # fmt: skip
+            parts.append(
+                box(x, y, 40, 36, fill=colour, stroke=colour if there else "var(--soft)", dash="" if there else "3 3")
+            )
         parts.append(label(left + 402, y + 24, row.score, size=12, anchor="middle", colour="var(--ink)"))
     share = {n: ba.cost(128, 4, 64, mechanism=n).params / ba.cost(128, 4, 64).params for n in ba.MECHANISMS}
     text = ", ".join(f"{name} {100 * share[name]:.0f} %" for name in ("optimised", "efficient", "super"))
@@ -147,8 +184,16 @@ def benefit() -> str:
         if name == "standard":
             quality.plot(0, y, "o", color=COLOURS[name], ms=7)
         else:
-            quality.errorbar(float(row["test_accuracy_gain"]), y, xerr=float(row["test_accuracy_gain_interval"]),
-                             fmt="o", color=COLOURS[name], ms=7, lw=2.5, capsize=0)  # fmt: skip
+            quality.errorbar(
+                float(row["test_accuracy_gain"]),
+                y,
+                xerr=float(row["test_accuracy_gain_interval"]),
+                fmt="o",
+                color=COLOURS[name],
+                ms=7,
+                lw=2.5,
+                capsize=0,
+            )
     params = {name: int(tables.one(study, mechanism=name)["attention_params"]) for name in names}
     speed.set_yticks(
         range(len(names)), [f"{name}\n{100 * params[name] / standard:.0f} % of parameters" for name in reversed(names)]
@@ -188,7 +233,11 @@ def speed() -> str:
         axes.set_title(f"{mode}: times as fast as nn.MultiheadAttention", fontsize=10)
         axes.grid(axis="y")
         axes.tick_params(length=0)
-    panels[1].set_xticks(range(len(shapes)), ["×".join(s.split(", ")[:2]) + "\n×" + "×".join(s.split(", ")[2:]) for s in shapes], fontsize=8.5)
+    panels[1].set_xticks(
+        range(len(shapes)),
+        [s.replace(", ", "×", 1).replace(", ", "\n×", 1).replace(", ", "×") for s in shapes],
+        fontsize=8.5,
+    )
     panels[1].set_xlabel("batch × tokens × width × heads")
     panels[0].legend(ncols=3, fontsize=8.5, loc="upper right", bbox_to_anchor=(1, 1.42))
     return svg(figure)
@@ -208,8 +257,17 @@ def accuracy() -> str:
                 continue
             gain, half = float(found[0][f"{metric}_gain"]), float(found[0][f"{metric}_gain_interval"])
             shown = found[0][f"{metric}_verdict"] != "no difference shown"
-            axes.errorbar(gain, y, xerr=half, fmt="o" if shown else "o", mfc=COLOURS[name] if shown else "none",
-                          color=COLOURS[name], ms=6, lw=2, label=name)  # fmt: skip
+            axes.errorbar(
+                gain,
+                y,
+                xerr=half,
+                fmt="o",
+                mfc=COLOURS[name] if shown else "none",
+                color=COLOURS[name],
+                ms=6,
+                lw=2,
+                label=name,
+            )
             y += 1
         ticks.append(((start + y - 1) / 2, title + (", BLEU" if unit == "BLEU" else "")))
         y += 1
@@ -232,7 +290,13 @@ def cache() -> str:
         layer_ = ba.MultiheadAttention(96, 4, mechanism=name, **ba.Mechanism.of(name).layer_options(8, causal=True))
         size = ba.cost(768, 12, 64, mechanism=name).cache_bytes_per_token
         axes.barh(y, size, 0.6, color=COLOURS[name])
-        axes.annotate(f"{size:,}: {' and '.join(layer_.cache_streams)}", (size, y), (5, -3), textcoords="offset points", fontsize=9)  # fmt: skip
+        axes.annotate(
+            f"{size:,}: {' and '.join(layer_.cache_streams)}",
+            (size, y),
+            (5, -3),
+            textcoords="offset points",
+            fontsize=9,
+        )
     axes.set_yticks(range(len(ba.MECHANISMS)), list(reversed(ba.MECHANISMS)))
     axes.set_xlim(0, 9600)
     axes.set_xticks([0, 3072, 6144])
@@ -278,10 +342,14 @@ def score_planes() -> str:
     query = np.array([1.3, 0.75])
     z = query[0] * x + query[1] * y
     panels = figure.subplots(1, 2, gridspec_kw={"wspace": 0.12})
-    maps = (("softmax: one direction counts", np.exp(z) / np.exp(z).max(), "Greys"),
-            ("expressive: both directions count, a right angle does not", z**2 / (1 + z**2), "Purples"))  # fmt: skip
+    maps = (
+        ("softmax: one direction counts", np.exp(z) / np.exp(z).max(), "Greys"),
+        ("expressive: both directions count, a right angle does not", z**2 / (1 + z**2), "Purples"),
+    )
     for axes, (title, values, colours) in zip(panels, maps, strict=True):
-        axes.contourf(x, y, values, levels=[0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 1.0], cmap=colours).set_edgecolor("face")
+        axes.contourf(
+            x, y, values, levels=[0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 1.0], cmap=colours
+        ).set_edgecolor("face")
         axes.annotate("", query, (0, 0), arrowprops={"arrowstyle": "-|>", "color": ORANGE, "lw": 2.4})
         axes.annotate("q", query + 0.1, color=ORANGE, fontsize=12, fontweight="bold")
         axes.set_title(title, fontsize=9.5)
@@ -311,10 +379,21 @@ def causal_masks() -> str:
         for row in range(L):
             for column in range(S):
                 seen = bool(weights[row, column] > 0)
-                parts.append(box(left + column * side, 58 + row * side, side - 4, side - 4, fill=BLUE if seen else "none", dash="" if seen else "2 3"))  # fmt: skip
+                parts.append(
+                    box(
+                        left + column * side,
+                        58 + row * side,
+                        side - 4,
+                        side - 4,
+                        fill=BLUE if seen else "none",
+                        dash="" if seen else "2 3",
+                    )
+                )
         parts += [label(left + (S * side) / 2, 48, "keys 0 … 5", size=12, anchor="middle")]
         left += S * side + 96
-    parts.append('<text transform="translate(44 118) rotate(-90)" font-size="12" text-anchor="middle" fill="var(--ink)">queries 0 … 3</text>')  # fmt: skip
+    parts.append(
+        f'<g transform="translate(44 118) rotate(-90)">{label(0, 0, "queries 0 … 3", size=12, anchor="middle")}</g>'
+    )
     return drawing(900, 190, parts, "Which keys a query sees: causal, with an offset, and with a window")
 
 

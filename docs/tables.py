@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 
+from scipy import stats
+
 import better_attention as ba
 
 ROOT = Path(__file__).parents[1]
@@ -121,10 +123,13 @@ def _layers(shapes: Sequence[str], contenders: Sequence[str], *, spread: bool) -
     table, machine = suite("layer")
     header = ("batch, tokens, width, heads", *shapes)
     body = [
-        (f"{who}, {mode}", *(times(one([r for r in table if shape(r) == s], contender=who, mode=mode), spread=spread) for s in shapes))
+        (
+            f"{who}, {mode}",
+            *(times(one([r for r in table if shape(r) == s], contender=who, mode=mode), spread=spread) for s in shapes),
+        )
         for who in contenders
         for mode in ("inference", "training")
-    ]  # fmt: skip
+    ]
     return markdown(header, body) + "\n" + measured_on(machine) + "\n"
 
 
@@ -159,9 +164,12 @@ def _kernel(table: Sequence[Row], variant: str) -> list[tuple[str, ...]]:
 
 
 KERNEL_HEADER = (
-    "batch, tokens, width, heads", "softmax, forward", "softmax, forward and backward", "expressive, forward",
+    "batch, tokens, width, heads",
+    "softmax, forward",
+    "softmax, forward and backward",
+    "expressive, forward",
     "expressive, forward and backward",
-)  # fmt: skip
+)
 
 
 def kernel_speed() -> str:
@@ -200,12 +208,22 @@ def decode_speed() -> str:
     table, machine = suite("decode")
     wanted = ("SDPA, k is v", "softmax auto", "softmax auto, k is v", "expressive auto", "expressive auto, k is v")
     body = [
-        (f"{v.removeprefix('cache ')}, {b}, {int(n):,}", *(times(one(table, variant=v, batch=b, length=n, contender=who)) for who in wanted))
+        (
+            f"{v.removeprefix('cache ')}, {b}, {int(n):,}",
+            *(times(one(table, variant=v, batch=b, length=n, contender=who)) for who in wanted),
+        )
         for v in dict.fromkeys(r["variant"] for r in table)
         for b in ("1", "8")
         for n in ("4096", "16384")
-    ]  # fmt: skip
-    header = ("layout of the cache, batch, tokens", "SDPA, one tensor", "softmax", "softmax, one tensor", "expressive", "expressive, one tensor")  # fmt: skip
+    ]
+    header = (
+        "layout of the cache, batch, tokens",
+        "SDPA, one tensor",
+        "softmax",
+        "softmax, one tensor",
+        "expressive",
+        "expressive, one tensor",
+    )
     return markdown(header, body) + "\n" + measured_on(machine) + "\n"
 
 
@@ -306,7 +324,15 @@ def against_paper() -> str:
 def alignment() -> str:
     """What W_A adds, on IMDB with 4 heads, against standard."""
     table = only(rows(RESULTS / "imdb" / "results.csv"), heads="4")
-    names = ("efficient", "super", "super+identity", "super+per-head", "standard+align", "optimised+align", "super+expressive")  # fmt: skip
+    names = (
+        "efficient",
+        "super",
+        "super+identity",
+        "super+per-head",
+        "standard+align",
+        "optimised+align",
+        "super+expressive",
+    )
     body = []
     for who in names:
         row = one(table, mechanism=who)
@@ -318,9 +344,10 @@ def conversion() -> str:
     """What conversion of trained models costs, three seeds each."""
     table = rows(RESULTS / "conversion" / "conversion.csv")
     names = {
-        ("minilm", "12"): "MiniLM, 100 × Spearman on STS-B", ("imdb", "4"): "IMDB, %",
+        ("minilm", "12"): "MiniLM, 100 × Spearman on STS-B",
+        ("imdb", "4"): "IMDB, %",
         ("mnist", "4"): "MNIST, 3 epochs on 9,000 pictures, %",
-    }  # fmt: skip
+    }
     body = []
     for (task, heads), title in names.items():
         for who in ("optimised", "efficient", "super", "expressive"):
@@ -342,7 +369,7 @@ def _mean(values: Sequence[float]) -> str:
     mean = statistics.fmean(values)
     if max(values) == min(values):
         return signed(mean)
-    half = {3: 4.302652729749464, 5: 2.7764451051977987}[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
+    half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
     return f"{signed(mean)} ± {half:.2f}"
 
 
@@ -358,7 +385,12 @@ def conversion_speed() -> str:
     return markdown(header, body, right=2) + "\n" + measured_on(document["machine"]) + "\n"
 
 
-POSITIONS = {"learned": "learned", "rotary": "rotary", "alibi-weight": "ALiBi on the weight", "alibi-score": "ALiBi in the score"}  # fmt: skip
+POSITIONS = {
+    "learned": "learned",
+    "rotary": "rotary",
+    "alibi-weight": "ALiBi on the weight",
+    "alibi-score": "ALiBi in the score",
+}
 
 
 def recurrences() -> str:
@@ -385,21 +417,47 @@ def parameters() -> str:
         small, large = ba.cost(128, 4, 64, mechanism=name), ba.cost(768, 12, 196, mechanism=name)
         forward = ba.cost(768, 12, 196, mechanism=name, backward=False)
         body.append(
-            (f"`{name}`", f"{small.params:,}", f"{large.params:,}", f"{forward.flops / 1e9:.2f}",
-             f"{large.cache_bytes_per_token:,}")
-        )  # fmt: skip
-    header = ("mechanism", "parameters, d 128, ℓ 64", "parameters, d 768, ℓ 196", "GFLOP forward, d 768, ℓ 196", "bytes of cache per token, d 768")  # fmt: skip
+            (
+                f"`{name}`",
+                f"{small.params:,}",
+                f"{large.params:,}",
+                f"{forward.flops / 1e9:.2f}",
+                f"{large.cache_bytes_per_token:,}",
+            )
+        )
+    header = (
+        "mechanism",
+        "parameters, d 128, ℓ 64",
+        "parameters, d 768, ℓ 196",
+        "GFLOP forward, d 768, ℓ 196",
+        "bytes of cache per token, d 768",
+    )
     return markdown(header, body)
 
 
 TABLES: dict[str, Callable[[], str]] = {
     function.__name__.replace("_", "-"): function
     for function in (
-        layer_speed, layer_spread, readme_speed, kernel_speed, kernel_causal, bfloat16_speed, dropout_speed,
-        decode_speed, model_speed, edge_speed, quality, readme_quality, against_paper, alignment, conversion,
-        conversion_speed, recurrences, parameters,
+        layer_speed,
+        layer_spread,
+        readme_speed,
+        kernel_speed,
+        kernel_causal,
+        bfloat16_speed,
+        dropout_speed,
+        decode_speed,
+        model_speed,
+        edge_speed,
+        quality,
+        readme_quality,
+        against_paper,
+        alignment,
+        conversion,
+        conversion_speed,
+        recurrences,
+        parameters,
     )
-}  # fmt: skip
+}
 """Name in a page -> what makes the table."""
 
 

@@ -47,7 +47,8 @@ def test_every_command_is_one_that_this_version_knows(name: str) -> None:
 
 
 def test_blocks_are_found_and_judged(tmp_path: Path) -> None:
-    text = "<!-- tests: slow -->\n```python\nx = 2\nprint(x)\n```\n\n```text\n2\n```\n\n<!-- not run: needs a GPU here -->\n```console\n$ a \\\n  b  # remark\nout\n```\n"
+    text = "<!-- tests: slow -->\n```python\nx = 2\nprint(x)\n```\n\n```text\n2\n```\n\n"
+    text += "<!-- not run: needs a GPU here -->\n```console\n$ a \\\n  b  # remark\nout\n```\n"
     first, second, third = pages.blocks(text)
     assert (first.line, first.language, first.reason) == (2, "python", None)
     assert (second.language, second.code) == ("text", "2\n")
