@@ -16,7 +16,24 @@ PAGES = tables.pages()
 def test_the_tables_of_a_page_are_up_to_date(page: object) -> None:
     text = page.read_text("utf-8")  # type: ignore[attr-defined]
     assert tables.renewed(text) == text, "python -m docs.tables"
-    assert text.count("<!-- table: ") == text.count("<!-- end of table -->")
+    assert len(tables.PLACE.findall(text)) == text.count("<!-- end of table -->")
+
+
+def test_the_first_screens_say_what_was_measured() -> None:
+    rows, _ = tables.suite("layer")
+
+    def span(who: str, mode: str) -> str:
+        ratios = [float(row["ratio_median"]) for row in tables.only(rows, contender=who, mode=mode)]
+        return f"{min(ratios):.2f} to {max(ratios):.2f}"
+
+    readme, first = (" ".join((CHECKOUT / name).read_text("utf-8").split()) for name in ("README.md", "docs/index.md"))
+    imdb = tables.only(tables.rows(tables.RESULTS / "imdb" / "results.csv"), heads="4", mechanism="efficient")[0]
+    gain = f"{float(imdb['test_accuracy_gain']):+.2f} ± {float(imdb['test_accuracy_gain_interval']):.2f} points"
+    assert f"runs at {span('efficient', 'inference')} times the speed" in readme
+    assert f"inference and {span('efficient', 'training')} times in training" in readme
+    assert f"Standard attention gains too, {span('standard', 'inference')} times in inference" in readme
+    assert gain in readme
+    assert f"inference is {span('efficient', 'inference')} times that" in first
 
 
 def test_every_table_is_used_and_known() -> None:

@@ -22,7 +22,7 @@ def _parameter(path: Path) -> object:
 
 
 @pytest.mark.filterwarnings("default")  # of the kernel's machinery, in this process
-@pytest.mark.parametrize("path", map(_parameter, NOTEBOOKS))
+@pytest.mark.parametrize("path", [_parameter(path) for path in NOTEBOOKS])
 def test_a_notebook_runs(path: Path, tmp_path: Path) -> None:
     from nbclient import NotebookClient
 

@@ -126,9 +126,12 @@ def test_every_page_can_be_reached_from_the_first(site: Path) -> None:
 def test_every_page_is_in_the_navigation() -> None:
     configuration = yaml.safe_load((CHECKOUT / "mkdocs.yml").read_text("utf-8"))
 
-    def named(entries: object) -> Iterator[str]:
-        for entry in entries if isinstance(entries, list) else [entries]:
-            yield from [entry] if isinstance(entry, str) else named(list(entry.values()))
+    def named(entry: object) -> Iterator[str]:
+        if isinstance(entry, str):
+            yield entry
+        else:
+            for inside in entry.values() if isinstance(entry, dict) else entry:  # type: ignore[attr-defined]
+                yield from named(inside)
 
     listed = list(named(configuration["nav"]))
     assert len(listed) == len(set(listed))
