@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := @echo "installing into $(VENV): minutes, and 1.6 GB with PyTorch for CPUs" && $(BIN)/pip install --constraint constraints.txt --editable
 
-.PHONY: help compare test test-slow test-hosts bench lint types wheels clean
+.PHONY: help compare test test-slow test-hosts bench docs lint types wheels clean
 
 compare: $(VENV)/installed-all  ## train the five mechanisms on real handwritten digits (about two minutes)
 	$(BIN)/better-attention compare digits
@@ -21,6 +21,10 @@ test-hosts: $(VENV)/installed-hosts  ## the layer inside peft, torchao, bitsandb
 BENCH ?= --flex
 bench: $(VENV)/installed-bench  ## speed and memory against others (tens of minutes); less: make bench BENCH="--suite kernel --quick"
 	$(BIN)/better-attention bench $(BENCH)
+
+docs: $(VENV)/installed-dev  ## the documentation as a site in site/, strictly: a dead link is an error
+	$(BIN)/python -m docs.tables --check
+	$(BIN)/python -m zensical build --strict
 
 lint: $(VENV)/installed-dev  ## formatting and style
 	$(BIN)/ruff format --check .
@@ -60,4 +64,4 @@ $(VENV)/installed-release: $(VENV)/bin/pip release/requirements.txt
 	touch $@
 
 clean:  ## remove the environment and what was built
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) build dist site .cache

@@ -23,7 +23,8 @@ def assert_causal(function: Callable[[Tensor], Any], inputs: Tensor, *, dim: int
 
     Raises:
         AssertionError: an output moved; names the perturbed position and the first past position that moved.
-        TypeError, ValueError: arguments this cannot be checked with, a function that draws random numbers among them.
+        TypeError: ``inputs`` that is no tensor of real numbers, or a function that returns none.
+        ValueError: a dimension that does not exist, or a function that changes the length or draws random numbers.
 
     >>> assert_causal(lambda x: x.cumsum(1), torch.zeros(2, 5, 3))
     """

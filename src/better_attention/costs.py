@@ -71,7 +71,8 @@ def cost(
             all l are, causal or not: the products of hidden pairs are done by most implementations.
 
     Raises:
-        ValueError, TypeError: arguments out of range.
+        ValueError: an argument out of range.
+        TypeError: an argument of the wrong kind.
 
     Source: arXiv 2403.01643, eq. 24 and the parameter columns of its tables.
 

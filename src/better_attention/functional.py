@@ -99,7 +99,8 @@ def attention(
         orthogonal to every visible key) gets weights and output 0, and finite gradients.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong kind or shape, or an ``impl`` that cannot compute this call.
+        TypeError: an argument of the wrong kind.
+        ValueError: an argument of the wrong shape, or an ``impl`` that cannot compute this call.
 
     Note:
         With NaN or infinite numbers in keys or values, queries that may not see them stay clean. This is
@@ -196,11 +197,26 @@ def explain(
     """Which implementation :func:`attention` would take for the same arguments, and why not the others.
 
     Args:
-        query, key, value, score, attn_mask, is_causal, offset, window, dropout_p, scale, enable_gqa, need_weights,
-            impl: as for :func:`attention`.
+        query: (..., N, L, H), as for :func:`attention`.
+        key: (..., N, S, H).
+        value: (..., N, S, Hv).
+        score: "softmax", "expressive", or another key of ``SCORES``.
+        attn_mask: broadcastable to (..., N, L, S).
+        is_causal: query l sees keys s <= l + offset.
+        offset: position of the first query among the keys.
+        window: number of positions that a query sees, its own included; None: all.
+        dropout_p: probability of dropping a weight.
+        scale: factor on q.k; None means 1/sqrt(H).
+        enable_gqa: allow query heads to be a multiple of the key and value heads.
+        need_weights: whether the weights would be returned.
+        impl: "auto", or one implementation by name.
+
+    Returns:
+        The choice and the reasons; printed, one line per implementation.
 
     Raises:
-        TypeError, ValueError: as for :func:`attention`, but not for an ``impl`` that cannot compute the call.
+        TypeError: as for :func:`attention`.
+        ValueError: as for :func:`attention`, but not for an ``impl`` that cannot compute the call.
 
     >>> import torch
     >>> q = torch.ones(1, 1, 512, 8)

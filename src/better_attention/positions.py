@@ -36,7 +36,8 @@ def rotary(x_BNLH: Tensor, *, base: float = BASE, offset: int | Tensor = 0, posi
         The shape and dtype of ``x_BNLH``; 16-bit numbers are turned in float32.
 
     Raises:
-        TypeError, ValueError: an odd width, positions of another kind or shape, or an offset beside positions.
+        TypeError: positions of another kind.
+        ValueError: an odd width, positions of another shape, or an offset beside positions.
 
     Source: arXiv 2104.09864, eqs. 14-16 and 34.
 
@@ -115,8 +116,12 @@ def alibi_slopes(num_heads: int) -> list[float]:
 
     Other numbers of heads take the slopes of the power of two below, then every second one of the power above.
 
+    Args:
+        num_heads: number of heads N.
+
     Raises:
-        TypeError, ValueError: not a whole number of at least 1.
+        TypeError: not a whole number.
+        ValueError: less than 1.
 
     Source: arXiv 2108.12409, section 3, and its code for numbers of heads that are no power of two.
 
@@ -146,9 +151,11 @@ def alibi_bias(
 
     Args:
         num_heads: number of heads N.
-        L, S: numbers of queries and keys.
+        L: number of queries.
+        S: number of keys.
         offset: position of the first query among the keys: the number of tokens in the cache while generating.
-        device, dtype: of the result.
+        device: of the result.
+        dtype: of the result.
 
     Source: arXiv 2108.12409, section 3.
 
@@ -194,7 +201,8 @@ def alibi_features(
         with the slope as two numbers: width H + 6, and the bias is exact for the slope as that dtype holds it.
 
     Raises:
-        TypeError, ValueError: no floating-point heads, or in 16 bits more than 65,536 positions.
+        TypeError: no floating-point heads.
+        ValueError: in 16 bits, more than 65,536 positions.
 
     Source: arXiv 2108.12409, section 3, for the bias; that it stands inside the square is how public code from the
     group behind arXiv 2407.18601 combines the two. The factors are our own derivation.

@@ -80,3 +80,23 @@ def test_what_is_installed_comes_from_the_clone() -> None:
         assert found[1] is None or found[1] in project["optional-dependencies"]
     assert project["requires-python"] == ">=3.11"
     assert "Python 3.11 or later" in README.read_text(encoding="utf-8")
+
+
+def test_an_index_shows_no_link_that_leads_nowhere() -> None:
+    """What the build writes into the package: relative links become paths in the source distribution, pictures go."""
+    pyproject = tomllib.loads((README.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    assert pyproject["project"]["dynamic"] == ["readme"]
+    settings = pyproject["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]
+    text = "".join(
+        README.read_text(encoding="utf-8") if "path" in part else part["text"] for part in settings["fragments"]
+    )
+    for rule in settings["substitutions"]:
+        text = re.sub(rule["pattern"], rule["replacement"], text)
+    assert re.findall(r"\]\((?!https://)", text) == []
+    assert "![" not in text
+    assert "ten minutes (`docs/start.md`)" in text
+    assert "[arXiv 2403.01643](https://arxiv.org/abs/2403.01643)" in text
+    excluded = pyproject["tool"]["scikit-build"]["sdist"]["exclude"]
+    paths = re.findall(r"\(`([\w./-]+\.md)`\)", text)
+    assert len(paths) > 10
+    assert all((README.parent / path).exists() and f"/{path.split('/')[0]}" not in excluded for path in paths)

@@ -74,7 +74,11 @@ def test_the_source_speaks_plain_english(room: str) -> None:
     assert [fault for f in files for fault in faults(words_of(f), str(f.relative_to(PACKAGE)))] == []
 
 
-@pytest.mark.parametrize("page", ["README.md", "DESIGN.md", "CONTRIBUTING.md", "tests/README.md"])
+PAGES = ["README.md", "DESIGN.md", "CONTRIBUTING.md", "tests/README.md"]
+PAGES += sorted(path.relative_to(CHECKOUT).as_posix() for path in (CHECKOUT / "docs").rglob("*.md"))
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_the_documents_speak_plain_english(page: str) -> None:
     lines = (CHECKOUT / page).read_text("utf-8").splitlines()
     assert faults(enumerate(lines, 1), page) == []

@@ -46,6 +46,12 @@ _ADAPTERS: dict[str, Adapter] = {}
 def register(adapter: Adapter) -> Adapter:
     """Let :func:`better_attention.convert` know a kind of module.
 
+    Args:
+        adapter: how such modules are recognised, read and replaced.
+
+    Returns:
+        The same adapter.
+
     Raises:
         ValueError: the name is taken.
     """

@@ -77,13 +77,17 @@ class Source:
     Args:
         mechanism: which maps it has, whether W_A, and its score.
         width: of the query input and of the output, D.
-        num_heads, kv_heads: heads of the query; of key and value where they are grouped, else the same number.
+        num_heads: heads of the query.
+        kv_heads: heads of key and value: fewer where they are grouped, else the same number.
         head_dim: width of a head of query and key.
         scale: factor on q.k.
         dropout: probability of dropping a weight in training.
         causal: whether the host hides later keys when it passes no mask.
         rotary: whether the host turns queries and keys by their positions.
-        q, k, v, o: the maps; None where the mechanism has none.
+        q: W_Q; None where the mechanism has none.
+        k: W_K, or None.
+        v: W_V, or None.
+        o: W_O, or None.
         align: W_A, or None.
         obstacles: properties of the layer that forbid dropping W_K or W_V exactly, in words.
     """

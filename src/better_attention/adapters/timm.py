@@ -26,15 +26,18 @@ class TimmLayer(nn.Module):
         dim: model width D.
         num_heads: number of heads.
         qkv_bias: whether W_Q, W_K, W_V and W_A have biases.
-        qk_norm, scale_norm: refused: our layer does not normalise queries, keys or heads.
+        qk_norm: refused: our layer does not normalise queries and keys.
+        scale_norm: refused: our layer does not normalise heads.
         proj_bias: whether W_O has a bias.
         attn_drop: probability of dropping an attention weight in training.
         proj_drop: probability of dropping a feature of the output in training.
         norm_layer: not used.
-        device, dtype: of the parameters.
+        device: of the parameters.
+        dtype: of the parameters.
 
     Raises:
-        ValueError, TypeError: settings that the layer does not have.
+        ValueError: settings that the layer does not have.
+        TypeError: an argument of the wrong kind.
     """
 
     mechanism: ClassVar[Mechanism] = Mechanism.of("standard")
@@ -134,10 +137,18 @@ def timm_attention(
     Args:
         mechanism: a name or a ``Mechanism``.
         max_len: number of tokens, class and register tokens included; required by mechanisms with W_A.
-        align_heads, align_causal, align_init, scale, impl: see :class:`better_attention.MultiheadAttention`.
+        align_heads: one W_A for all heads ("shared") or one "per_head".
+        align_causal: keep W_A lower triangular; needed under a causal mask.
+        align_init: "xavier" or "identity".
+        scale: factor on q.k: None for 1/sqrt(head width), a number, or "learned".
+        impl: who computes, see :func:`better_attention.attention`.
+
+    Returns:
+        A subclass of ``TimmLayer`` with these settings.
 
     Raises:
-        ValueError, TypeError: settings that the layer does not have.
+        ValueError: settings that the layer does not have.
+        TypeError: an argument of the wrong kind.
 
     >>> layer = timm_attention("efficient")(16, num_heads=2, qkv_bias=True)
     >>> layer(torch.zeros(3, 5, 16)).shape

@@ -65,7 +65,8 @@ def attend(
     Args:
         module: the model's attention module; its ``is_causal`` counts where the argument is None.
         query: (B, N, L, H).
-        key, value: (B, G, S, H), where G divides N.
+        key: (B, G, S, H), where G divides N.
+        value: (B, G, S, H).
         attention_mask: None, or (B, 1 or N, L, S): bool, True = attend, or float, added to the log weights.
         dropout: probability of dropping a weight.
         scaling: factor on q.k; None for 1/sqrt(H).

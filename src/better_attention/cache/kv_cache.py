@@ -51,7 +51,8 @@ class KVCache:
         length: number of tokens seen, padding included; the position of the next one.
 
     Raises:
-        TypeError, ValueError: no layer that can be cached; a number out of range.
+        TypeError: no layer that can be cached.
+        ValueError: a number out of range.
 
     >>> import torch, better_attention as ba
     >>> layer = ba.MultiheadAttention(32, 4, batch_first=True, mechanism="efficient").eval()
@@ -150,6 +151,9 @@ class KVCache:
     def rewind(self, tokens: int) -> None:
         """Forget the last ``tokens`` tokens, as if they had never come.
 
+        Args:
+            tokens: how many.
+
         Raises:
             ValueError: more than there are; or, with a window, more than can go while the tokens that
                 later ones look at are still there (see ``rewind_room``).
@@ -159,7 +163,14 @@ class KVCache:
         self.length -= tokens
 
     def check_rewind(self, tokens: int) -> None:
-        """Whether :meth:`rewind` can take ``tokens`` back; the errors are its own."""
+        """Check whether :meth:`rewind` can take tokens back, without doing it.
+
+        Args:
+            tokens: how many.
+
+        Raises:
+            ValueError: as :meth:`rewind`.
+        """
         most = self.kept if self.window is None else self._rewindable()
         if check_int(tokens, "tokens", at_least=0) > most:
             hint = "" if self.window is None else " Build the cache with rewind_room=... to go back further."
@@ -171,7 +182,11 @@ class KVCache:
         return self.kept if self.kept == self.length else max(0, self.kept - (self.window - 1))
 
     def branch(self) -> KVCache:
-        """A copy with memory of its own, to continue the same beginning in another way."""
+        """A copy with memory of its own, to continue the same beginning in another way.
+
+        Returns:
+            The copy; this cache is unchanged.
+        """
         other: KVCache = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
         other._rows = self._rows.branch()
@@ -184,7 +199,8 @@ class KVCache:
             index: (new batch size,), whole numbers below the batch size.
 
         Raises:
-            TypeError, ValueError: anything else.
+            TypeError: not a tensor of whole numbers with one dimension.
+            ValueError: no number, or one that is not below the batch size.
         """
         if not isinstance(index, Tensor) or index.dim() != 1 or index.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"index must be a tensor (batch,) of int64 or int32, received {describe(index)}.")

@@ -18,7 +18,11 @@ class ModelCache:
 
     Args:
         model: a module that contains such layers, or is one.
-        batch_size, max_len, dtype, device, rewind_room: as for :class:`KVCache`.
+        batch_size: number of sequences.
+        max_len: most tokens; the memory is allocated at once. None: it grows, by doubling.
+        dtype: of the tensors; None: that of the first keys. ``torch.int8`` stores one byte per number.
+        device: where they are; None: where the first keys are.
+        rewind_room: with a window, how many more tokens to keep for :meth:`rewind`.
 
     Raises:
         ValueError: a model without such layers.
@@ -63,6 +67,9 @@ class ModelCache:
     def __getitem__(self, layer: nn.Module) -> KVCache:
         """The cache of a layer.
 
+        Args:
+            layer: an attention layer of the model.
+
         Raises:
             KeyError: a layer of another model.
         """
@@ -96,7 +103,14 @@ class ModelCache:
         return sum(cache.nbytes for cache in self)
 
     def rewind(self, tokens: int) -> None:
-        """Forget the last ``tokens`` tokens in every layer; see :meth:`KVCache.rewind`."""
+        """Forget the last ``tokens`` tokens in every layer; see :meth:`KVCache.rewind`.
+
+        Args:
+            tokens: how many.
+
+        Raises:
+            ValueError: a layer cannot take back that many; no layer is changed then.
+        """
         for cache in self:
             cache.check_rewind(tokens)  # all of them first, so that an error leaves every layer as it was
         for cache in self:
@@ -109,7 +123,15 @@ class ModelCache:
         return other
 
     def reorder(self, index: Tensor) -> None:
-        """Sample b becomes what sample ``index[b]`` was, in every layer; see :meth:`KVCache.reorder`."""
+        """Sample b becomes what sample ``index[b]`` was, in every layer; see :meth:`KVCache.reorder`.
+
+        Args:
+            index: (new batch size,), whole numbers below the batch size.
+
+        Raises:
+            TypeError: not a tensor of whole numbers with one dimension.
+            ValueError: no number, or one that is not below the batch size.
+        """
         for cache in self:
             cache.reorder(index)
 

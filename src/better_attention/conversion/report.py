@@ -56,14 +56,17 @@ class LayerReport:
     Args:
         name: its place in the model.
         kind: the adapter that read it.
-        before, after: names of the mechanisms.
+        before: name of the mechanism that it had.
+        after: name of the mechanism that it has.
         exact: whether it computes the same function, to rounding.
         changes: one row for each linear map, and for W_A.
         reasons: why it is not exact.
-        error_before, error_after: norm of the difference to the old layer's output on the calibration inputs, divided
-            by the norm of that output: with the projection of the weights alone, and fitted. None if not measured.
+        error_before: norm of the difference to the old layer's output on the calibration inputs, divided by the norm of
+            that output, with the projection of the weights alone. None if not measured.
+        error_after: the same, fitted.
         heads: one row for each head that lost its W_K; only with calibration.
-        size_before, size_after: what it costs.
+        size_before: what it did cost.
+        size_after: what it costs.
     """
 
     name: str

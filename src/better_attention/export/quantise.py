@@ -35,7 +35,8 @@ class Quantised:
         same_choice: share of positions whose largest output is the same: equal predictions of a classifier.
         error: largest difference, over the largest output or 1.
         quantised: number of linear maps that compute in int8.
-        bytes_before, bytes_after: of the weights, or of the file.
+        bytes_before: size of the original's weights, or of its file.
+        bytes_after: size of the int8 weights, or of their file.
     """
 
     model: nn.Module | Path

@@ -46,10 +46,12 @@ class Alignment(nn.Module):
         bias: whether there is a bias, one number per position (and head), added to every feature.
         compiled: whether the compiled CPU kernels may compute it where they are faster; they have a first derivative
             only.
-        device, dtype: of the parameters.
+        device: of the parameters.
+        dtype: of the parameters.
 
     Raises:
-        ValueError, TypeError: an argument out of range; in ``forward``, more than ``max_len`` positions.
+        ValueError: an argument out of range; in ``forward``, more than ``max_len`` positions.
+        TypeError: an argument of the wrong kind.
 
     >>> Alignment(max_len=8, num_heads=2)(torch.zeros(3, 5, 6)).shape
     torch.Size([3, 5, 6])

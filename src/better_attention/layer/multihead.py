@@ -48,9 +48,11 @@ class MultiheadAttention(DropIn):
         bias: biases of the linear maps, and of W_A.
         add_bias_kv: one learned key and value more, behind the projected (and aligned) ones.
         add_zero_attn: one key and value of zeros more. The expressive score gives it no weight.
-        kdim, vdim: widths of key and value, where they differ from D; only where they are projected.
+        kdim: width of the key, where it differs from D; only where W_K is learned.
+        vdim: width of the value, where it differs from D; only where W_V is learned.
         batch_first: inputs are (B, L, D) rather than (L, B, D).
-        device, dtype: of the parameters.
+        device: of the parameters.
+        dtype: of the parameters.
         mechanism: a name from ``MECHANISMS``, ``"optimized"``, ``"NAME+expressive"``, or a ``Mechanism``.
         max_len: longest value sequence, the size of W_A; required by aligned mechanisms without a window, refused by
             others.
@@ -70,7 +72,8 @@ class MultiheadAttention(DropIn):
         impl: who computes, see :func:`better_attention.attention`.
 
     Raises:
-        ValueError, TypeError: arguments out of range, or that cannot mean anything for the mechanism.
+        ValueError: an argument out of range, or one that cannot mean anything for the mechanism.
+        TypeError: an argument of the wrong kind.
 
     Note:
         Three deliberate differences from torch's class. ``is_causal=True`` means the top-left triangle, alone or
@@ -185,7 +188,8 @@ class MultiheadAttention(DropIn):
 
         Args:
             query: (L, B, D); (B, L, D) with ``batch_first``; or unbatched (L, D).
-            key, value: the same with S for L, and widths ``kdim`` and ``vdim``.
+            key: the same with S for L, and width ``kdim``.
+            value: the same with S for L, and width ``vdim``.
             key_padding_mask: (B, S) or (S). bool: True = hide. float: added to the log weights.
             need_weights: also return the weights. Turn it off for speed and O(L) memory.
             attn_mask: (L, S) or (B h, L, S), unbatched (h, L, S). bool: True = hide. float: added. A float mask of 0
@@ -201,7 +205,8 @@ class MultiheadAttention(DropIn):
             (B, h, L, S) if not averaged, without B if unbatched.
 
         Raises:
-            TypeError, ValueError: inputs that do not fit the layer or one another.
+            TypeError: an input of the wrong kind or dtype.
+            ValueError: inputs that do not fit the layer or one another.
             RuntimeError: under ``torch.compile``, a causal ``attn_mask`` on a full W_A, seen when the code runs.
                 An exported program does not look: build the layer with ``align_causal=True``.
         """

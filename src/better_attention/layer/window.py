@@ -47,7 +47,8 @@ class WindowAlignment(nn.Module):
         heads: "shared", one W_A for all heads, or "per_head".
         init: "xavier" or "identity", with which super is efficient attention with a window.
         bias: whether there is a bias, one number per place in the window (and head).
-        device, dtype: of the parameters.
+        device: of the parameters.
+        dtype: of the parameters.
 
     >>> WindowAlignment(4, 2)(torch.zeros(3, 2, 7, 4)).shape
     torch.Size([3, 2, 7, 5])

@@ -29,11 +29,13 @@ from transformers.modeling_outputs import CausalLMOutputWithPast  # isort: skip
 class LanguageModelConfig(PreTrainedConfig):
     """What a :class:`LanguageModelForCausalLM` is built from.
 
-    Args:
+    Attributes:
         vocab_size: number of different tokens.
         max_position_embeddings: sequence length that it is trained at: the size of W_A (without a window) and of
             learned positions.
-        hidden_size, num_hidden_layers, num_attention_heads: model width, blocks, heads.
+        hidden_size: model width.
+        num_hidden_layers: number of blocks.
+        num_attention_heads: number of heads in each block.
         mechanism: a name from :data:`better_attention.MECHANISMS`, or one with suffixes, as ``"efficient+expressive"``.
         attention_options: further arguments of every :class:`better_attention.MultiheadAttention`.
         positions: ``"rotary"``, ``"learned"``, ``"alibi-weight"`` or ``"alibi-score"``.

@@ -33,7 +33,10 @@ class Run:
         path: its folder.
         model: the trained model, on the CPU, in eval mode.
         task: the task with the settings of the run.
-        config, result, assets, curve: its files as plain values; ``curve`` has one entry per epoch.
+        config: its ``config.json`` as plain values.
+        result: its ``result.json`` as plain values.
+        assets: its ``assets.json`` as plain values, a vocabulary for example.
+        curve: its learning curve, one entry per epoch.
     """
 
     path: Path
@@ -48,7 +51,8 @@ class Run:
         """Classify new inputs: texts, or images of the data set's size with its range of pixel values.
 
         Raises:
-            ValueError, TypeError: inputs that the model cannot read; the message says what it reads.
+            ValueError: inputs that the model cannot read; the message says what it reads.
+            TypeError: inputs of another kind.
         """
         encoded = self.task.encode(inputs, self.assets)
         self.model.eval()

@@ -78,7 +78,8 @@ def distil(
         teacher: the model before its conversion; it is not changed.
         data: batches: a list of what both models take, each a tensor, a tuple of arguments or a dict of keyword
             arguments. Where there is an ``attention_mask`` (B, L), only its tokens count.
-        hidden_epochs, output_epochs: passes over the data in each stage.
+        hidden_epochs: passes over the data in the first stage, towards the outputs of the attention layers.
+        output_epochs: passes in the second stage, towards the output of the model.
         lr: largest learning rate.
         weight_decay: of AdamW.
         loss: a scalar from (student's result, teacher's result, batch) for the second stage; None for the

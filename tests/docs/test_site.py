@@ -1,0 +1,225 @@
+"""The built site: strict, every page reachable, no dead link, nothing from elsewhere, every public name documented."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import griffe
+import pytest
+import yaml
+from docs.docstrings import DOCUMENTED
+from filelock import FileLock
+
+import better_attention as ba
+from helpers import CHECKOUT, pages
+
+DOCS = CHECKOUT / "docs"
+LAZY = {"distil", "load_run"}
+"""Public names that a star import leaves out, because they need an extra."""
+OUTSIDE = re.compile(r"^(?:https?:)?//", re.IGNORECASE)
+LOADS = {"script": "src", "img": "src", "iframe": "src", "source": "src", "video": "src", "audio": "src"}
+"""Elements that load what an attribute names; of ``link`` those that are style sheets, fonts, icons."""
+
+
+class Page(HTMLParser):
+    """What a page links to, what it loads, and the places in it that a link may name."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.loaded: list[str] = []
+        self.anchors: set[str] = set()
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = {name: value or "" for name, value in attrs}
+        self.anchors |= {values[key] for key in ("id", "name") if key in values}
+        if tag == "a" and "href" in values:
+            self.links.append(values["href"])
+        if tag in LOADS and LOADS[tag] in values:
+            self.loaded.append(values[LOADS[tag]])
+        if tag == "link" and not {"canonical", "next", "prev"} & set(values.get("rel", "").split()):
+            self.loaded.append(values["href"])
+
+
+def project(folder: Path) -> Path:
+    """The configuration and pages, copied, so that what a build leaves behind lies beside them."""
+    shutil.copy(CHECKOUT / "mkdocs.yml", folder)
+    shutil.copytree(DOCS, folder / "docs", ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "src").symlink_to(CHECKOUT / "src")
+    return folder
+
+
+def build(builder: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Build the project in ``folder`` strictly."""
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1", "NO_COLOR": "1"}
+    command = [sys.executable, "-m", builder, "build", "--strict", "--config-file", "mkdocs.yml"]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site as Zensical builds it; once for all processes of a test run."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    folder = shared / "documentation"
+    with FileLock(str(shared / "documentation.lock")):
+        if not folder.exists():
+            folder.mkdir()
+            result = build("zensical", project(folder))
+            (folder / "log.txt").write_text(result.stdout + result.stderr, "utf-8")
+    assert (folder / "site" / "index.html").exists(), (folder / "log.txt").read_text("utf-8")
+    log = (folder / "log.txt").read_text("utf-8")
+    assert "No issues found" in log, log
+    assert "griffe:" not in log, log  # docstrings that do not fit their signatures
+    return folder / "site"
+
+
+def html(site: Path) -> dict[Path, Page]:
+    """Every page of the site."""
+    return {path: Page(path.read_text("utf-8")) for path in sorted(site.rglob("*.html"))}
+
+
+def dead(site: Path) -> Iterator[str]:
+    """The links within the site that lead nowhere: to no file, or to no place in it."""
+    found = html(site)
+    for path, page in found.items():
+        if path.name == "404.html":  # served for any address, so that its links are absolute
+            continue
+        for link in page.links:
+            parts = urlsplit(link)
+            if parts.scheme or parts.netloc:
+                continue
+            target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
+            target = target / "index.html" if target.is_dir() else target
+            place = unquote(parts.fragment)
+            if not target.exists() or (place and target in found and place not in found[target].anchors):
+                yield f"{path.name}: {link}"
+
+
+def test_no_link_is_dead(site: Path) -> None:
+    assert list(dead(site)) == []
+
+
+def test_every_page_can_be_reached_from_the_first(site: Path) -> None:
+    found = html(site)
+    reached, waiting = set(), [site / "index.html"]
+    while waiting:
+        path = waiting.pop()
+        if path in reached or path not in found:
+            continue
+        reached.add(path)
+        links = (urlsplit(link) for link in found[path].links)
+        waiting += [(path.parent / unquote(link.path)).resolve() for link in links if link.path and not link.scheme]
+    assert set(found) - reached == {site / "404.html"}
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    configuration = yaml.safe_load((CHECKOUT / "mkdocs.yml").read_text("utf-8"))
+
+    def named(entry: object) -> Iterator[str]:
+        if isinstance(entry, str):
+            yield entry
+        else:
+            for inside in entry.values() if isinstance(entry, dict) else entry:  # type: ignore[attr-defined]
+                yield from named(inside)
+
+    listed = list(named(configuration["nav"]))
+    assert len(listed) == len(set(listed))
+    assert set(listed) == {path.relative_to(DOCS).as_posix() for path in pages.files(DOCS)}, (
+        "add the page to mkdocs.yml"
+    )
+
+
+def test_nothing_comes_from_elsewhere(site: Path) -> None:
+    foreign = [f"{path.name}: {url}" for path, page in html(site).items() for url in page.loaded if OUTSIDE.match(url)]
+    for sheet in site.rglob("*.css"):
+        text = sheet.read_text("utf-8")
+        foreign += [f"{sheet.name}: {url}" for url in re.findall(r"url\(['\"]?((?:https?:)?//[^)'\"]+)", text)]
+        foreign += [f"{sheet.name}: {url}" for url in re.findall(r"@import\s+['\"](https?:[^'\"]+)", text)]
+    for picture in site.rglob("*.svg"):
+        text = picture.read_text("utf-8")
+        foreign += [f"{picture.name}: {url}" for url in re.findall(r"href=['\"](https?:[^'\"]+)", text)]
+    assert foreign == []
+
+
+def test_what_the_checks_of_the_site_look_for_is_found(tmp_path: Path) -> None:
+    (tmp_path / "index.html").write_text(
+        '<link rel="stylesheet" href="https://fonts.googleapis.com/css"><h1 id="a">A</h1><a href="b.html#there">b</a>'
+        '<a href="c.html">c</a><a href="#nowhere">d</a><a href="#a">e</a><img src="//cdn/x.png">'
+    )
+    (tmp_path / "b.html").write_text('<p id="here"></p>')
+    assert list(dead(tmp_path)) == ["index.html: b.html#there", "index.html: c.html", "index.html: #nowhere"]
+    page = Page((tmp_path / "index.html").read_text())
+    assert [bool(OUTSIDE.match(url)) for url in page.loaded] == [True, True]
+
+
+def test_every_public_name_is_documented(site: Path) -> None:
+    public = {*ba.__all__, *LAZY}
+    assert public == DOCUMENTED
+    anchors = set().union(*(page.anchors for path, page in html(site).items() if path.parent.name == "api"))
+    assert {name for name in public if f"better_attention.{name}" not in anchors} == set()
+
+
+def callables() -> Iterator[tuple[str, griffe.Function]]:
+    """Every public function and method, with the class's own signature for its constructor."""
+    package = griffe.load("better_attention", search_paths=[str(CHECKOUT / "src")], docstring_parser="google")
+    for name in sorted({*ba.__all__, *LAZY}):
+        thing = package[name]
+        thing = thing.final_target if thing.is_alias else thing
+        if thing.is_function:
+            yield name, thing
+        elif thing.is_class:
+            if "__init__" in thing.members:
+                yield name, thing.members["__init__"]
+            for key, member in thing.members.items():
+                if member.is_function and not key.startswith("_"):
+                    yield f"{name}.{key}", member
+
+
+def test_every_argument_of_a_public_function_is_documented_by_itself() -> None:
+    faults, seen = [], 0
+    for name, function in callables():
+        owner = function.parent if function.name == "__init__" else function
+        text = owner.docstring
+        assert text is not None, name
+        given = {
+            item.name
+            for section in text.parse("google", warnings=False)
+            if section.kind is griffe.DocstringSectionKind.parameters
+            for item in section.value
+        }
+        wanted = {p.name.lstrip("*") for p in function.parameters} - {"self", "cls"}
+        seen += len(wanted)
+        faults += [f"{name}: {argument}" for argument in sorted(wanted ^ {item.lstrip("*") for item in given})]
+    assert seen > 100
+    assert faults == []
+
+
+@pytest.mark.slow
+def test_material_for_mkdocs_builds_the_same_pages(site: Path, tmp_path: Path) -> None:
+    result = build("mkdocs", project(tmp_path))
+    assert result.returncode == 0, result.stdout + result.stderr
+    theirs = {path.relative_to(site) for path in site.rglob("*.html")}
+    assert {path.relative_to(tmp_path / "site") for path in (tmp_path / "site").rglob("*.html")} == theirs
+    assert list(dead((tmp_path / "site").resolve())) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "fault", ["[nowhere](nowhere.md)", "[nowhere](start.md#nowhere)", "[`x`][better_attention.nowhere]"]
+)
+def test_a_dead_link_fails_the_build(fault: str, tmp_path: Path) -> None:
+    folder = project(tmp_path)
+    page = folder / "docs" / "faq.md"
+    page.write_text(f"{page.read_text('utf-8')}\n{fault}\n", "utf-8")
+    assert build("zensical", folder).returncode != 0
