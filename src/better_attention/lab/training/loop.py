@@ -35,7 +35,7 @@ from better_attention.lab.tasks.splits import Splits
 from better_attention.lab.training.evaluation import evaluate, total
 from better_attention.lab.training.launch import in_words, torchrun
 from better_attention.lab.training.progress import DivergedError, Interrupted, Position
-from better_attention.lab.training.randomness import derive, epoch_order, initial_model, reseed
+from better_attention.lab.training.randomness import drawing, epoch_order, initial_model
 from better_attention.lab.training.step_time import Pace
 from better_attention.layer.multihead import MultiheadAttention
 from better_attention.text import plural
@@ -219,8 +219,7 @@ class Training:
         if processes != session["processes"] and self.main:
             warnings.warn(
                 f"{self.folder.path}: trained by {in_words(processes)} so far, continues with "
-                f"{session['processes']}. Each process draws its own dropout, and floating-point sums are rounded "
-                "differently, so the result will differ from an uninterrupted run. "
+                f"{session['processes']}. {self.what_processes_change} "
                 f"Start it with `{torchrun(processes)} ...` to reproduce it.",
                 stacklevel=2,
             )
@@ -232,6 +231,16 @@ class Training:
                 f"an uninterrupted run. Set OMP_NUM_THREADS={before} to reproduce it exactly.",
                 stacklevel=2,
             )
+
+    @property
+    def what_processes_change(self) -> str:
+        """Why another number of processes gives another result, as a sentence."""
+        if self.accelerator.device.type == "cpu":
+            return "Floating-point sums are rounded differently, so the result will differ in the last digits."
+        return (
+            "Each process draws its own dropout, and floating-point sums are rounded differently, so the result will "
+            "differ from an uninterrupted run."
+        )
 
     def warm_up(self) -> None:
         """One forward and backward pass without an update, so that no epoch's seconds include one-time costs."""
@@ -256,14 +265,15 @@ class Training:
             batch = order[position.step * task.batch_size : (position.step + 1) * task.batch_size]
             # In a short last batch a process may get no sample at all. It takes part nevertheless, with a loss of zero.
             mine = batch[rank::processes]
-            reseed(self.accelerator.device, derive("dropout", self.job.seed, position.epoch, position.step, rank))
-            inputs, targets = train.batch(mine)
-            inputs = task.augment(inputs)
-            ready = time.perf_counter()
-            logits = self.parallel(inputs)
-            loss = task.losses(logits, targets).sum()
-            # Processes average their gradients: scaled like this, the average is that of the whole batch.
-            self.accelerator.backward(loss * (processes / len(batch)))
+            place = (self.job.seed, position.epoch, position.step)
+            with drawing(self.accelerator.device, place, rank, processes):
+                inputs, targets = train.batch(mine)
+                inputs = task.augment(inputs)
+                ready = time.perf_counter()
+                logits = self.parallel(inputs)
+                loss = task.losses(logits, targets).sum()
+                # Processes average their gradients: scaled like this, the average is that of the whole batch.
+                self.accelerator.backward(loss * (processes / len(batch)))
             # Taken after backward(), when the gradients are those of the whole batch. The norm is finite only if all of
             # them are.
             norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
