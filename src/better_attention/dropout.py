@@ -152,7 +152,7 @@ def keep(seed: Tensor, p: float, shape: Sequence[int], device: torch.device) -> 
     return ~(dropped if p < 1.0 else torch.ones_like(dropped)).view(B, N, L, S)
 
 
-# --- the rule in torch, whose int64 stands for uint64 -------------------------------------------------------------------
+# --- the rule in torch, whose int64 stands for uint64 -----------------------------------------------------------------
 
 _WORD = 2**32 - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -184,7 +184,7 @@ def _meet(x: Tensor, extra: Tensor | int) -> Tensor:
     return x ^ (x >> 16)
 
 
-# --- the compiled kernel ------------------------------------------------------------------------------------------------
+# --- the compiled kernel ----------------------------------------------------------------------------------------------
 
 
 class Arguments(NamedTuple):

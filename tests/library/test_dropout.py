@@ -107,7 +107,7 @@ def test_drops_are_random_and_of_the_asked_rate() -> None:
         y = seeded((0, 1), dropout, x, p)
         assert (y == 0).float().mean().item() == pytest.approx(p, abs=4 * (p * (1 - p) / x.numel()) ** 0.5)
         assert y[y != 0].unique().item() == pytest.approx(1 / (1 - p), rel=1e-6)
-    first, second = (seeded((0, 1), lambda: [dropout(x, 0.5) for _ in range(2)]))
+    first, second = seeded((0, 1), lambda: [dropout(x, 0.5) for _ in range(2)])
     assert 0.45 < (first == second).float().mean() < 0.55, "two calls drop alike"
 
 
@@ -155,9 +155,7 @@ def test_attention_weights_of_shares(impl: str, score: str) -> None:
     q, k, v = (torch.randn(5, 2, n, 8, requires_grad=True) for n in (7, 9, 9))
 
     def attend(rank: int, processes: int) -> Tensor:
-        return ba.attention(
-            *(x[rank::processes] for x in (q, k, v)), score=score, dropout_p=0.4, impl=impl, scale=0.5
-        )
+        return ba.attention(*(x[rank::processes] for x in (q, k, v)), score=score, dropout_p=0.4, impl=impl, scale=0.5)
 
     whole = seeded((0, 1), attend, 0, 1)
     gradients = torch.autograd.grad(whole.square().sum(), (q, k, v))
