@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import closing
+from functools import cache
 from typing import Any
 
 import pytest
@@ -54,6 +55,7 @@ def run_ranks(function: Callable[..., Any], processes: int, *arguments: object, 
 
     They are forked, which saves the seconds of importing torch, and killed if one fails or takes too long.
     """
+    _import_once()
     context = multiprocessing.get_context("fork")
     port = free_port()
     ranks = []
@@ -79,6 +81,15 @@ def run_ranks(function: Callable[..., Any], processes: int, *arguments: object, 
             process.kill()
             process.join()
     return answers
+
+
+@cache
+def _import_once() -> None:
+    """Import here what every process would import for itself, its first update for example; it takes seconds."""
+    import torch._dynamo
+    import torch.distributed.checkpoint.hf_storage
+    import torch.distributed.fsdp
+    import torch.distributed.tensor  # noqa: F401
 
 
 def _rank(

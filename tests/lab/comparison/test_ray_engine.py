@@ -340,9 +340,9 @@ def test_a_run_whose_worker_is_lost_again_and_again_is_left_out() -> None:
 
 def test_the_inbox() -> None:
     pytest.importorskip("ray")
-    from better_attention.lab.comparison.ray_engine import Inbox
+    from better_attention.lab.comparison.ray_engine import inbox_class
 
-    inbox = Inbox()
+    inbox = inbox_class()()
     assert [inbox.tell("a"), inbox.tell("b")] == [False, False]
     assert (inbox.take(), inbox.take()) == (["a", "b"], [])
     inbox.stop()

@@ -42,26 +42,29 @@ LOOK_SECONDS = 0.2
 """Time between two looks at what the workers tell."""
 
 
-class Inbox:
-    """What the workers tell, in a process of its own; their answer is whether they are to stop."""
+def inbox_class() -> type:
+    """What takes the messages of the workers, in a process of its own; its answer is whether they are to stop.
 
-    def __init__(self) -> None:
-        self.messages: list[str] = []
-        self.stopping = False
+    Made here, because Ray sends a class of a function as it is; one of a module it would import, and torch with it.
+    """
 
-    def tell(self, message: str) -> bool:
-        """Take a message, JSON."""
-        self.messages.append(message)
-        return self.stopping
+    class Inbox:
+        def __init__(self) -> None:
+            self.messages: list[str] = []
+            self.stopping = False
 
-    def take(self) -> list[str]:
-        """The messages since the last call."""
-        messages, self.messages = self.messages, []
-        return messages
+        def tell(self, message: str) -> bool:
+            self.messages.append(message)
+            return self.stopping
 
-    def stop(self) -> None:
-        """Ask all runs to save and stop."""
-        self.stopping = True
+        def take(self) -> list[str]:
+            messages, self.messages = self.messages, []
+            return messages
+
+        def stop(self) -> None:
+            self.stopping = True
+
+    return Inbox
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +103,7 @@ class RayEngine:
         if not missing:
             return []
         stop = Stop(notify)
-        plan.out.mkdir(parents=True, exist_ok=True)
+        # The cluster first: where it cannot be used, nothing is left behind.
         with connected(self.cluster) as ray, _mark(plan.out) as mark, stop.listening():
             sweep = _Sweep(ray, self.cluster, plan, splits, mark, notify)
             sweep.start(jobs, missing)
@@ -110,6 +113,7 @@ class RayEngine:
 @contextmanager
 def _mark(out: Path) -> Iterator[str]:
     """A file in ``out`` with a name that is nowhere else: who sees it shares the folder."""
+    out.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(prefix=".sweep-", dir=out) as file:
         yield Path(file.name).name
 
@@ -124,7 +128,7 @@ class _Sweep:
         self.tasks: dict[Any, str] = {}
         self.begun: set[str] = set()
         self.failed: list[str] = []
-        self.inbox = ray.remote(Inbox).options(num_cpus=0).remote()
+        self.inbox = ray.remote(inbox_class()).options(num_cpus=0).remote()
 
     def start(self, jobs: Sequence[Job], missing: Sequence[Job]) -> None:
         """Hand every missing run to Ray."""
