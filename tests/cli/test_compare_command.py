@@ -18,6 +18,7 @@ from rich.console import Console
 from better_attention.cli import compare, main
 from better_attention.cli.arguments import command_line
 from better_attention.cli.progress import LiveProgress, PlainProgress, make_progress
+from better_attention.lab.comparison.cluster import Cluster
 from better_attention.lab.runs.record import RunRecord
 from better_attention.lab.tasks.catalogue import TASKS
 from better_attention.lab.tasks.text import OwnTextTask
@@ -215,7 +216,7 @@ def test_a_terminal_gets_bars_and_anything_else_plain_lines() -> None:
         assert type(progress) is kind
         with progress:
             progress(Began("super-h4-s0", 2, 5))
-            progress.said_at -= 60
+            progress.said_at["super-h4-s0"] -= 60
             progress(Updated(position, 21))
             if isinstance(progress, LiveProgress):
                 progress.bars.refresh()
@@ -227,3 +228,48 @@ def test_a_terminal_gets_bars_and_anything_else_plain_lines() -> None:
         assert "epoch 2/30, step 7/21  validation 91.50 %, loss 0.500" in said
         assert "FAILED  loss nan" in said
         assert ("\x1b[" in said) == terminal
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_several_runs_at_once_are_told_apart(terminal: bool) -> None:
+    """As on Ray: what is said of each has its own number, and each has a bar until it ends."""
+    progress, screen = progress_on(terminal)
+    names = ("super-h4-s0", "standard-h4-s0")
+    results = {"test_accuracy": 97.531, "test_loss": 0.25, "best_epoch": 3, "epochs": 5, "epoch_seconds": 1.25}
+    peaks = {"peak_memory_bytes": [512 * 2**20, 1500 * 2**20]}
+    with progress:
+        for number, name in enumerate(names, start=1):
+            progress(Began(name, number, 2))
+            progress.said_at[name] -= 60
+        for name in names:
+            progress(Updated(Position(epoch=3, step=4), 21, name))
+        if isinstance(progress, LiveProgress):
+            progress.bars.refresh()
+            assert set(progress.ones) == set(names)
+        progress(Began("super-h4-s0", 1, 2))  # its worker was lost
+        progress(Ended("super-h4-s0", RunRecord.of(studies.record("super") | results | peaks)))
+        if isinstance(progress, LiveProgress):
+            assert set(progress.ones) == {"standard-h4-s0"}
+        progress(Failed("standard-h4-s0", DivergedError("loss nan")))
+    said = screen.getvalue()
+    for number, name in enumerate(names, start=1):
+        assert f"[{number}/2] {name}  epoch 3/30, step 4/21" in said
+    assert "[1/2] super-h4-s0  test 97.53 %" in said
+    assert "1.25 s/epoch; peak memory of its processes 512, 1,500 MiB" in said
+    assert "[2/2] standard-h4-s0  FAILED  loss nan" in said
+
+
+def test_engine_and_shard_arrive() -> None:
+    assert compare.make_plan(parse("digits", "--shard", "fsdp")).shard == "fsdp"
+    assert compare.make_plan(parse("digits")).shard == ""
+    assert compare.make_engine(parse("digits")) is None
+
+
+def test_ray_gets_its_options() -> None:
+    pytest.importorskip("ray")
+    engine = compare.make_engine(
+        parse("digits", "--engine", "ray", "--address", "10.0.0.1:6379", "--cpus-per-run", "3", "--gpus-per-run", "1")
+    )
+    assert engine is not None
+    assert engine.device == "cuda"
+    assert engine.cluster == Cluster("10.0.0.1:6379", 3, 1)  # type: ignore[attr-defined]

@@ -50,6 +50,7 @@ LIBRARY_ROOMS = (
     {"call"},
     {"operators"},
     {"native"},
+    {"dropout"},
     {"impl"},
     {"positions", "functional", "causality"},
     {"layer"},

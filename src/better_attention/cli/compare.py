@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from better_attention.cli import UserError, console
-from better_attention.cli.arguments import command_line, folder, names, numbers, positive, whole, words
+from better_attention.cli.arguments import command_line, folder, names, numbers, option, positive, whole, words
 from better_attention.cli.screen import message
 from better_attention.cli.settings import settings_of
 from better_attention.lab.tasks.base import SCALES
@@ -17,6 +17,7 @@ from better_attention.lab.tasks.variant import Variant
 from better_attention.mechanism import MECHANISMS
 
 if TYPE_CHECKING:
+    from better_attention.lab.comparison.compare import Engine
     from better_attention.lab.comparison.plan import Plan
 
 HELP = "train the mechanisms side by side on real data: table, results.csv, results.json, report.html"
@@ -74,6 +75,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=folder, metavar="DIR", help="folder for the runs; default: runs/TASK-SCALE")
     parser.add_argument(
+        "--shard",
+        choices=("fsdp",),
+        default="",
+        help="spread each model over the processes of torchrun, with FSDP2; default: each process has all of it",
+    )
+    parser.add_argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="one run after the other here (default), or all of them as tasks of Ray, many at once",
+    )
+    parser.add_argument(
+        "--address",
+        metavar="HOST:PORT",
+        help="of --engine ray: a cluster that this machine is part of; default: this machine alone",
+    )
+    parser.add_argument(
+        "--cpus-per-run", type=positive, metavar="N", help="of --engine ray: CPUs and threads of a run; default: 1"
+    )
+    parser.add_argument(
+        "--gpus-per-run", type=whole, metavar="N", help="of --engine ray: GPUs of a run, at most 1; default: 0"
+    )
+    parser.add_argument(
         "--threshold",
         type=float,
         metavar="PERCENT",
@@ -103,11 +127,11 @@ def run(args: argparse.Namespace) -> int:
     from better_attention.lab.training.launch import is_first
     from better_attention.lab.training.progress import Interrupted
 
-    plan = make_plan(args)
+    plan, engine = make_plan(args), make_engine(args)
     screen = console(stderr=args.json)  # standard output is for the JSON alone
     try:
         with make_progress(screen, plan) as progress, Tracking(plan, args.track, progress.say, first=is_first()) as log:
-            study, failed = compare(plan, to_all(progress, log))
+            study, failed = compare(plan, to_all(progress, log), engine=engine)
     except Interrupted as stopped:
         text = f"Interrupted. {stopped} The same command continues there:\n  {plan.command}"
         screen.print(message(text), markup=False, soft_wrap=True)
@@ -151,4 +175,37 @@ def make_plan(args: argparse.Namespace) -> Plan:
         device=args.device,
         command=command_line(),
         threshold=args.threshold,
+        shard=args.shard,
     )
+
+
+def make_engine(args: argparse.Namespace) -> Engine | None:
+    """What trains the runs; None: this process.
+
+    Raises:
+        UserError, ValueError: options that do not fit together.
+    """
+    given = {name: getattr(args, name) for name in ("address", "cpus_per_run", "gpus_per_run")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if args.engine == "local":
+        for name in given:
+            raise UserError(f"{option(name)} has a meaning for --engine ray alone: add that, or omit it.")
+        return None
+    from better_attention.lab.comparison.cluster import Cluster, imported
+
+    if args.shard:
+        raise UserError(
+            "--shard spreads a model over processes of torchrun, --engine ray trains whole models: choose one."
+        )
+    cluster = Cluster(**given)
+    if cluster.gpus_per_run > 1:
+        raise UserError("--gpus-per-run: a run uses one GPU; several are used by several runs at once.")
+    if args.device not in ("auto", cluster.device):
+        raise UserError(
+            f"--device {args.device}: with --engine ray, --gpus-per-run decides that runs are trained on "
+            f"{cluster.device!r}. Omit --device."
+        )
+    imported()  # what is missing is said before data are read
+    from better_attention.lab.comparison.ray_engine import RayEngine
+
+    return RayEngine(cluster)

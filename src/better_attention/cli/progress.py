@@ -36,17 +36,20 @@ class ProgressLines:
 
     def __init__(self, console: Console, epochs: int) -> None:
         self.console, self.epochs = console, epochs
-        self.title, self.said_at = "", 0.0
+        self.last = ""  # the run that began last
+        self.titles: dict[str, str] = {}
+        self.said_at: dict[str, float] = {}
 
     def __call__(self, event: Event) -> None:
         """Show an event."""
         match event:
             case Began(name=name, number=number, runs=runs):
-                self.title, self.said_at = f"[{number}/{runs}] {name}", time.monotonic()
-            case Updated(position=position, steps=steps):
-                self.show_position(position, steps)
-            case Failed(error=error):
-                self.say(f"{self.title}  FAILED  {error}")
+                self.last = name
+                self.titles[name], self.said_at[name] = f"[{number}/{runs}] {name}", time.monotonic()
+            case Updated(position=position, steps=steps, name=name):
+                self.show_position(name or self.last, position, steps)
+            case Failed(name=name, error=error):
+                self.say(f"{self.titles.get(name, name)}  FAILED  {error}")
             case Stopping():
                 self.say("stopping after this step; press Ctrl-C again to stop immediately")
             case _:
@@ -57,11 +60,11 @@ class ProgressLines:
         # Names of files and classes may hold brackets, which rich would take for styles.
         self.console.print(message(line), markup=False, soft_wrap=True)
 
-    def show_position(self, position: Position, steps: int) -> None:
-        """Print where the run in progress stands, unless that was done a moment ago."""
-        if time.monotonic() - self.said_at >= PLAIN_SECONDS:
-            self.said_at = time.monotonic()
-            self.say(f"{self.title}  {where(position, self.epochs, steps)}")
+    def show_position(self, name: str, position: Position, steps: int) -> None:
+        """Print where a run in progress stands, unless that was done a moment ago."""
+        if time.monotonic() - self.said_at.get(name, 0.0) >= PLAIN_SECONDS:
+            self.said_at[name] = time.monotonic()
+            self.say(f"{self.titles.get(name, name)}  {where(position, self.epochs, steps)}")
 
 
 class PlainProgress(ProgressLines):
@@ -86,8 +89,8 @@ class PlainProgress(ProgressLines):
                 self.show_data(event)
             case Estimated(seconds=seconds, runs=runs):
                 self.show_estimate(seconds, runs)
-            case Ended(record=record):
-                self.say(f"{self.title}  {outcome(record)}")
+            case Ended(name=name, record=record):
+                self.say(f"{self.titles.get(name, name)}  {outcome(record)}")
             case _:
                 super().__call__(event)
 
@@ -113,7 +116,7 @@ class PlainProgress(ProgressLines):
 
 
 class LiveProgress(PlainProgress):
-    """A bar for the whole comparison, one for the run in progress, and above them one line per finished run."""
+    """A bar for the whole comparison, one for each run in progress, and above them one line per finished run."""
 
     def __init__(self, console: Console, plan: Plan) -> None:
         super().__init__(console, plan)
@@ -125,7 +128,7 @@ class LiveProgress(PlainProgress):
         )
         self.bars = Progress(*columns, console=console, refresh_per_second=4)
         self.all: TaskID = self.bars.add_task("all runs", total=len(plan.jobs()))
-        self.one: TaskID = self.bars.add_task("reading the data", total=None)
+        self.ones: dict[str, TaskID] = {"": self.bars.add_task("reading the data", total=None)}
 
     def __enter__(self) -> Self:
         self.bars.start()
@@ -135,7 +138,7 @@ class LiveProgress(PlainProgress):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Remove the bars from the screen."""
-        for bar in (self.all, self.one):
+        for bar in (self.all, *self.ones.values()):
             self.bars.update(bar, visible=False)
         self.bars.stop()
 
@@ -143,19 +146,29 @@ class LiveProgress(PlainProgress):
         """Show an event."""
         super().__call__(event)
         match event:
-            case Began():
+            case Began(name=name):
+                self.end_bar("")
+                self.end_bar(name)  # of an attempt whose worker was lost
                 # Without a total the bar only moves to and fro, until the first update brings the number of steps.
-                self.bars.reset(self.one, description=self.title, total=None)
-            case Ended() | Failed():
+                self.ones[name] = self.bars.add_task(self.titles[name], total=None)
+            case Ended(name=name) | Failed(name=name):
+                self.end_bar(name)
                 self.bars.advance(self.all)
             case _:
                 pass
 
-    def show_position(self, position: Position, steps: int) -> None:
-        """Move the bar of the run in progress."""
+    def end_bar(self, name: str) -> None:
+        """Remove the bar of a run, if it has one."""
+        if name in self.ones:
+            self.bars.remove_task(self.ones.pop(name))
+
+    def show_position(self, name: str, position: Position, steps: int) -> None:
+        """Move the bar of a run in progress."""
+        if name not in self.ones:
+            return
         self.bars.update(
-            self.one,
-            description=f"{self.title}  {where(position, self.epochs, steps)}",
+            self.ones[name],
+            description=f"{self.titles.get(name, name)}  {where(position, self.epochs, steps)}",
             total=self.epochs * steps,
             completed=(position.epoch - 1) * steps + position.step,
         )
@@ -194,4 +207,12 @@ def outcome(record: RunRecord) -> str:
     text = "" if bits is None else f"{bits:.3f} bits per character, "
     scores = f"test {text}{bleu}{record.test_accuracy:.2f} %, loss {record.test_loss:.3f}"
     best = f"best epoch {record.best_epoch} of {record.epochs}"
-    return f"{scores}; {best}; {record.epoch_seconds:.2f} s/epoch"
+    return f"{scores}; {best}; {record.epoch_seconds:.2f} s/epoch{memory(record)}"
+
+
+def memory(record: RunRecord) -> str:
+    """The peak memory of each process of a run, where there were several."""
+    peaks = record.values.get("peak_memory_bytes")
+    if not isinstance(peaks, list) or not all(isinstance(peak, int) for peak in peaks):
+        return ""
+    return f"; peak memory of its processes {', '.join(f'{peak / 2**20:,.0f}' for peak in peaks)} MiB"

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from better_attention.call.call import Call
+from better_attention.dropout import drawn_seed
 
+NOT_BY_SAMPLE = "its dropout cannot follow the samples of a batch"
 NO_DROPOUT = "under torch.func it has no dropout: one seed would be one mask for a whole vmap"
 
 
@@ -20,7 +21,7 @@ class Arguments(NamedTuple):
         q, k: (B, N, L, H) and (B, G, S, H).
         v: (B, G, S, W); None: k serves as v, too, and the gradient of k is that of both.
         mask, padding: as in :class:`Call`.
-        seed: the number from which follows what is dropped, (), int64; None: nothing is.
+        seed: from which follows what is dropped, see :func:`better_attention.dropout.drawn_seed`; None: nothing is.
         causal, offset, window, score, scale, dropout_p: as in :class:`Call`.
     """
 
@@ -52,8 +53,7 @@ class Arguments(NamedTuple):
             None if share and call.v_BNSH is call.k_BNSH else call.v_BNSH,
             call.mask_BNLS,
             call.padding_B11S,
-            # A tensor: a number drawn in Python would become a constant of a compiled program, one mask for ever.
-            torch.randint(2**63 - 1, (), device="cpu") if call.dropout_p > 0.0 else None,
+            drawn_seed() if call.dropout_p > 0.0 else None,
             call.causal,
             call.offset,
             call.window,

@@ -18,9 +18,10 @@ from better_attention import operators
 from better_attention.call.call import Call, additive, band, compute_dtype
 from better_attention.call.torch_private import transformed
 from better_attention.call.torch_state import operator_obstacles
+from better_attention.dropout import follows_samples
 from better_attention.scores import SCORES, Tiles
 
-from .arguments import NO_DROPOUT, Arguments, flops
+from .arguments import NO_DROPOUT, NOT_BY_SAMPLE, Arguments, flops
 
 TILE = 1 << 19
 """Elements of one tile: 2 MiB of float32, a few of which fit a desktop processor's cache."""
@@ -35,6 +36,8 @@ def unsupported(call: Call) -> list[str]:
         reasons.append("it never holds all the weights, so it cannot return them")
     if call.dropout_p > 0.0 and transformed():
         reasons.append(NO_DROPOUT)
+    if call.dropout_p > 0.0 and follows_samples():
+        reasons.append(NOT_BY_SAMPLE)
     return reasons + operator_obstacles(call.tensors)
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from better_attention import operators
+from better_attention import dropout, operators
 from better_attention.call.call import Call
 from better_attention.call.torch_private import transformed
 from better_attention.call.torch_state import address, is_known_finite, operator_obstacles, ordinary
@@ -197,7 +197,7 @@ def _describe(a: Arguments, out: Tensor, stats: Tensor | None) -> structs.Call:
     c.offset, c.window = a.offset, a.window or 0
     c.scale, c.dropout = a.scale, a.dropout_p
     if a.seed is not None:
-        c.seed = int(a.seed)
+        c.seed, c.batch_first, c.batch_step = dropout.parts(a.seed)
     c.B, c.N, c.L, c.H = q.shape
     _, c.G, c.S, c.W = v.shape
     c.q, (c.q_b, c.q_n, c.q_l, _) = address(q), q.stride()

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from better_attention.call.call import Call, additive, band, compute_dtype
+from better_attention.dropout import drawn_seed, follows_samples, keep
 from better_attention.scores import SCORES
 
 
@@ -30,13 +31,21 @@ def compute(call: Call) -> tuple[Tensor, Tensor]:
     bias, hide = bias_and_hidden(call, dtype) if call.restricted else (None, None)
     weights_BNLS = SCORES[call.score].weights(q_BNLH * call.scale, k_BNSH, bias, hide)
     if call.dropout_p > 0.0:
-        # In F.dropout's training mode always: dropout_p is 0 outside training.
-        weights_BNLS = F.dropout(weights_BNLS, call.dropout_p)
+        weights_BNLS = _dropped(weights_BNLS, call.dropout_p)
     heads_BNLH = weights_BNLS @ v_BNSH
 
     if dtype != call.q_BNLH.dtype:
         heads_BNLH, weights_BNLS = heads_BNLH.to(call.q_BNLH.dtype), weights_BNLS.to(call.q_BNLH.dtype)
     return heads_BNLH, weights_BNLS
+
+
+def _dropped(weights_BNLS: Tensor, p: float) -> Tensor:
+    """Weights after dropout, which is 0 outside training."""
+    if not follows_samples():
+        return F.dropout(weights_BNLS, p)
+    B, N, L, S = weights_BNLS.shape
+    kept = keep(drawn_seed(), p, (B, N, L, S), weights_BNLS.device)
+    return torch.where(kept, weights_BNLS * (1.0 / (1.0 - p) if p < 1.0 else 0.0), 0.0)
 
 
 def bias_and_hidden(call: Call, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:

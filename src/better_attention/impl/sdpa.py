@@ -8,6 +8,9 @@ from torch.nn import functional as F
 
 from better_attention.call.call import Call, additive, band
 from better_attention.call.torch_state import exporting_onnx_attention, with_tangents
+from better_attention.dropout import follows_samples
+
+from .arguments import NOT_BY_SAMPLE
 
 SCORE = "softmax"
 """The only score of ``F.scaled_dot_product_attention``."""
@@ -30,6 +33,8 @@ def unsupported(call: Call) -> list[str]:
         reasons.append("it does not differentiate with respect to a mask on every device")
     if with_tangents(call.tensors):
         reasons.append("it has no forward-mode derivative")
+    if call.dropout_p > 0.0 and follows_samples():
+        reasons.append(NOT_BY_SAMPLE)
     return reasons
 
 

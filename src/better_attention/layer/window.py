@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from better_attention.call.call import Call, compute_dtype
 from better_attention.call.torch_state import exporting, is_known_finite
+from better_attention.dropout import dropout
 from better_attention.errors import check_choice, check_int
 from better_attention.impl.dispatch import attend as attend_without_alignment
 from better_attention.impl.dispatch import not_finite, without
@@ -146,7 +147,7 @@ def _attend(align: WindowAlignment, call: Call) -> tuple[Tensor, Tensor | None]:
         bands.queries(call.q_BNLH.to(dtype) * call.scale), bands.keys(call.k_BNSH.to(dtype)), *bands.restrictions(dtype)
     )
     if call.dropout_p > 0.0:
-        weights = F.dropout(weights, call.dropout_p)
+        weights = dropout(weights, call.dropout_p)
     mixing = called(align, bands.to_windows(weights), "align (W_A)")
     values = bands.keys(call.v_BNSH.to(dtype))
     heads = bands.from_windows(mixing[..., :-1]) @ values + bands.in_blocks(mixing[..., -1:])

@@ -46,7 +46,7 @@ class Call(ctypes.Structure):
     _fields_ = (
         *_integers("isa threads dtype score causal offset window"),
         *_numbers("scale dropout"),
-        *_integers("seed B N G L S H W"),
+        *_integers("seed batch_first batch_step B N G L S H W"),
         *_pointers("q k v"),
         *_integers("q_b q_n q_l k_b k_g k_s v_b v_g v_s"),
         *_pointers("k_scale v_scale"),
@@ -100,6 +100,17 @@ class Layer(ctypes.Structure):
     )
 
 
+class Drop(ctypes.Structure):
+    """``ba_drop``: dropout of numbers that are no weights, forward or backward."""
+
+    _fields_ = (
+        *_integers("isa threads"),
+        *_numbers("dropout"),
+        *_integers("seed batch_first batch_step B N L S"),
+        *_pointers("x out"),
+    )
+
+
 FUNCTIONS: dict[str, type[ctypes.Structure] | None] = {
     "ba_abi": None,
     "ba_isas": None,
@@ -109,5 +120,6 @@ FUNCTIONS: dict[str, type[ctypes.Structure] | None] = {
     "ba_layer_forward": Layer,
     "ba_align_forward": Align,
     "ba_align_backward": Align,
+    "ba_drop_numbers": Drop,
 }
 """Every function, with the structure it takes a pointer to."""

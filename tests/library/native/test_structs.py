@@ -14,7 +14,7 @@ import torch
 from better_attention.native import library, structs
 
 API = Path(structs.__file__).parent / "cpp" / "api.h"
-STRUCTURES = {"ba_call": structs.Call, "ba_align": structs.Align, "ba_layer": structs.Layer}
+STRUCTURES = {"ba_call": structs.Call, "ba_align": structs.Align, "ba_layer": structs.Layer, "ba_drop": structs.Drop}
 C_TYPES = {"int64_t": ctypes.c_int64, "double": ctypes.c_double}
 CONSTANTS = {
     "BA_ABI": structs.ABI,

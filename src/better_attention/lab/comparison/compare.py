@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 from accelerate import Accelerator
 
@@ -24,25 +25,44 @@ from better_attention.lab.lock import RESULTS_LOCK_SECONDS, locked
 from better_attention.lab.runs import checkpoint, manifest
 from better_attention.lab.runs.folder import RunFolder
 from better_attention.lab.runs.job import Job
+from better_attention.lab.runs.json_file import json_text
 from better_attention.lab.runs.overwrite_guard import check_output
+from better_attention.lab.runs.provenance import commit, versions
 from better_attention.lab.runs.record import RunRecord
 from better_attention.lab.runs.snapshot import Snapshot
 from better_attention.lab.tasks.splits import Splits
 from better_attention.lab.tasks.variant import Variant
+from better_attention.lab.training import sharding
 from better_attention.lab.training.evaluation import total
 from better_attention.lab.training.events import Began, DataRead, Ended, Estimated, Failed, Notify, Updated, ignore
 from better_attention.lab.training.interruption import Stop
-from better_attention.lab.training.launch import is_first
+from better_attention.lab.training.launch import in_words, is_first, launched
 from better_attention.lab.training.loop import Training
-from better_attention.lab.training.processes import limited_threads, make_accelerator, watching_peers
+from better_attention.lab.training.processes import check_alike, limited_threads, make_accelerator, watching_peers
 from better_attention.lab.training.progress import DivergedError, Interrupted
 from better_attention.lab.training.step_time import Measure, Pace, measure
+from better_attention.text import plural
 
 Paces = Mapping[tuple[Variant, int], Pace]
 """The speed of each model, by variant and number of heads."""
 
 
-def compare(plan: Plan, notify: Notify = ignore, *, measure: Measure = measure) -> tuple[Study, list[str]]:
+class Engine(Protocol):
+    """Another way to train the runs of a comparison than one after the other in this process."""
+
+    @property
+    def device(self) -> str:
+        """The kind of device that runs are trained on."""
+
+    def train(
+        self, plan: Plan, stored: Snapshot, splits: Splits, accelerator: Accelerator, notify: Notify, measure: Measure
+    ) -> list[str]:
+        """See :func:`train`."""
+
+
+def compare(
+    plan: Plan, notify: Notify = ignore, *, measure: Measure = measure, engine: Engine | None = None
+) -> tuple[Study, list[str]]:
     """Train what is not yet trained, then write ``results.csv``, ``results.json`` and ``report.html``.
 
     All runs share the data, the order of the samples (by seed), and the initial weights that mechanisms
@@ -53,6 +73,7 @@ def compare(plan: Plan, notify: Notify = ignore, *, measure: Measure = measure) 
         plan: what is compared.
         notify: called with every event.
         measure: finds the speed of each model before it is trained.
+        engine: trains the runs; None: this process, or the processes of this launch.
 
     Returns:
         The study that was written, and the names of the runs that failed. Of several processes only the first gathers
@@ -66,14 +87,22 @@ def compare(plan: Plan, notify: Notify = ignore, *, measure: Measure = measure) 
     # Looking for a writer takes its lock for a moment, so several processes of one launch would find each other.
     stored = Snapshot.read(plan.out, verify=True, writers=is_first())
     check_folder(plan, stored)
-    accelerator = make_accelerator(plan.device)
+    if engine is not None and launched() > 1:
+        raise ValueError("an engine starts the processes that it needs: give the command without torchrun.")
+    # Where an engine trains, this process only reads data and writes results.
+    accelerator = make_accelerator(plan.device if engine is None else "cpu")
+    device = accelerator.device.type if engine is None else engine.device
     with watching_peers(accelerator.num_processes, plan.command):
         plan = plan.fitted()
-        refuse(plan, stored, accelerator.device.type)
+        refuse(plan, stored, device)
+        sharding.check(plan.shard, accelerator.num_processes)
+        check_shares(plan, accelerator.num_processes)
         splits = load(plan, accelerator)
+        check_alike(accelerator, identity(plan, splits))
         refuse_other_data(stored, splits.digest)
         notify(DataRead(splits, accelerator.device))
-        failed = train(plan, stored, splits, accelerator, notify, measure)
+        training = train if engine is None else engine.train
+        failed = training(plan, stored, splits, accelerator, notify, measure)
         study = publish(plan, splits, accelerator)
     return study, failed
 
@@ -88,6 +117,30 @@ def check_folder(plan: Plan, stored: Snapshot) -> None:
     if (plan.out / "ladder.json").is_file():
         raise ValueError(f"{plan.out} holds a ladder: choose another --out.")
     check_results_are_not_data(plan, stored, plan.device)
+
+
+def check_shares(plan: Plan, processes: int) -> None:
+    """Refuse more processes than a batch has samples: some would never learn anything.
+
+    Raises:
+        ValueError: says how many there may be.
+    """
+    if processes > plan.task.batch_size:
+        raise ValueError(
+            f"{in_words(processes)} share batches of {plural(plan.task.batch_size, 'sample')}, and each needs one. "
+            f"Launch at most {plan.task.batch_size}, or raise --batch-size."
+        )
+
+
+def identity(plan: Plan, splits: Splits) -> dict[str, str]:
+    """What all processes of a launch must agree on: name -> value."""
+    jobs = [job.describe("", plan.device) for job in plan.jobs()]
+    return {
+        "the version of better-attention": f"{versions()['better-attention']} {commit()}",
+        "the version of torch": versions()["torch"],
+        "task, settings or runs": json_text({"jobs": jobs, "shard": plan.shard}),
+        "the data": splits.digest,
+    }
 
 
 def load(plan: Plan, accelerator: Accelerator) -> Splits:
@@ -130,6 +183,7 @@ def train(
                 *(job, splits, RunFolder(plan.out / job.folder_name), accelerator),
                 command=plan.command,
                 pace=paces[job.variant, job.heads],
+                shard=bool(plan.shard),
                 progress=lambda position, steps: notify(Updated(position, steps)),
                 stop=stop,
             )

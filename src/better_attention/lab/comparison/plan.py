@@ -25,6 +25,7 @@ class Plan:
         command: the command line, for the record.
         threshold: validation accuracy in per cent, the epochs to which are counted; None: that of the task, or
             by the rule of :func:`better_attention.lab.analysis.learning_speed.find_threshold`.
+        shard: ``"fsdp"`` spreads the parameters of a model over the processes of the launch; "": each has all of them.
     """
 
     task: Task
@@ -36,6 +37,7 @@ class Plan:
     device: str = "auto"
     command: str = ""
     threshold: float | None = None
+    shard: str = ""
 
     def __post_init__(self) -> None:
         if self.threshold is not None:

@@ -147,10 +147,12 @@ class Tracking:
                 return
             case Began(name=name):
                 self._begin(name)
-            case Updated(position=position):  # the end of an epoch shows at the next update
-                if len(position.curve) > self.least:
+            case Updated(position=position, name=name):  # the end of an epoch shows at the next update
+                if name in ("", self.run) and len(position.curve) > self.least:
                     self._log_curve(position.curve)
             case Ended(name=name, record=record):
+                if name != self.run:  # of several runs in progress the one that began last is followed, the others now
+                    self._begin(name)
                 self._end(name, record)
             case Failed():
                 self._close()
@@ -159,7 +161,11 @@ class Tracking:
         """Look up what was logged of a run; its tracker starts with the first values to log."""
         self._close()
         self.run, self.logged = name, {}
-        self.identity = sha256((self.plan.out / name / "config.json").read_bytes()).hexdigest()
+        try:
+            self.identity = sha256((self.plan.out / name / "config.json").read_bytes()).hexdigest()
+        except FileNotFoundError:  # it is trained on another machine, from which it comes when it has ended
+            self.run = ""
+            return
         for tracker in list(self.names):
             self._guarded(tracker, self._remember, tracker)
         self.least = min(self.logged.values(), default=0)

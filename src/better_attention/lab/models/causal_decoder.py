@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from better_attention.costs import cost
+from better_attention.dropout import dropout
 from better_attention.errors import check_choice
 from better_attention.layer.multihead import MultiheadAttention
 from better_attention.mechanism import Mechanism
@@ -42,9 +43,9 @@ class CausalBlock(nn.Module):
         """Map (B, L, D) to (B, L, D)."""
         normed = self.norm1(x_BLD)
         mixed, _ = self.attention(normed, normed, normed, is_causal=True, need_weights=False)
-        x_BLD = x_BLD + F.dropout(mixed, self.dropout, self.training)
+        x_BLD = x_BLD + dropout(mixed, self.dropout, self.training)
         mapped = self.contract(self.activation(self.expand(self.norm2(x_BLD))))
-        return x_BLD + F.dropout(mapped, self.dropout, self.training)
+        return x_BLD + dropout(mapped, self.dropout, self.training)
 
 
 class CausalDecoder(nn.Module):

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from better_attention.costs import cost
+from better_attention.dropout import dropout
 from better_attention.errors import check_choice, check_int
 from better_attention.lab.models.causal_decoder import POSITIONS, position_options
 from better_attention.lab.models.initialisation import gpt2_
@@ -75,8 +76,8 @@ class LanguageBlock(nn.Module):
         # A cache attends causally by itself: its new tokens do not begin at the first key.
         how: dict[str, Any] = {"is_causal": True} if cache is None else {"cache": cache[self.attention]}
         mixed, _ = self.attention(normed, normed, normed, key_padding_mask=padding_BL, need_weights=False, **how)
-        x_BLD = x_BLD + F.dropout(mixed, self.dropout, self.training)
-        return x_BLD + F.dropout(self.mlp(self.norm2(x_BLD)), self.dropout, self.training)
+        x_BLD = x_BLD + dropout(mixed, self.dropout, self.training)
+        return x_BLD + dropout(self.mlp(self.norm2(x_BLD)), self.dropout, self.training)
 
 
 class LanguageModel(nn.Module):
@@ -168,7 +169,7 @@ class LanguageModel(nn.Module):
         x_BLD = self.tokens(tokens_BL)
         if self.positions is not None:
             x_BLD = x_BLD + self.positions(self._numbers(tokens_BL, padding_BL, positions_BL, start))
-        x_BLD = F.dropout(x_BLD, self.dropout, self.training)
+        x_BLD = dropout(x_BLD, self.dropout, self.training)
         for block in self.blocks:
             x_BLD = block(x_BLD, padding_BL, cache)
         return F.linear(self.norm(x_BLD if last is None else x_BLD[:, -last:]), self.tokens.weight)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from better_attention.dropout import dropout
 from better_attention.lab.models.initialisation import keras_
 from better_attention.layer.multihead import MultiheadAttention
 from better_attention.mechanism import Mechanism
@@ -50,9 +51,9 @@ class TextBlock(nn.Module):
     def forward(self, x_BLD: Tensor, padding_BL: Tensor | None) -> Tensor:
         """Map (B, L, D) to (B, L, D); ``padding_BL`` is True where there is no token."""
         mixed, _ = self.attention(x_BLD, x_BLD, x_BLD, key_padding_mask=padding_BL, need_weights=False)
-        x_BLD = self.norm1(x_BLD + F.dropout(mixed, self.dropout, self.training))
+        x_BLD = self.norm1(x_BLD + dropout(mixed, self.dropout, self.training))
         mapped = self.contract(F.relu(self.expand(x_BLD)))
-        normed: Tensor = self.norm2(x_BLD + F.dropout(mapped, self.dropout, self.training))
+        normed: Tensor = self.norm2(x_BLD + dropout(mapped, self.dropout, self.training))
         return normed
 
 
@@ -117,8 +118,8 @@ class TextClassifier(nn.Module):
         for block in self.blocks:
             x_BLD = block(x_BLD, padding_BL if some_padding else None)
         pooled = masked_mean(x_BLD, padding_BL) if some_padding else x_BLD.mean(dim=1)
-        hidden = F.relu(self.hidden(F.dropout(pooled, self.dropout, self.training)))
-        logits: Tensor = self.output(F.dropout(hidden, self.dropout, self.training))
+        hidden = F.relu(self.hidden(dropout(pooled, self.dropout, self.training)))
+        logits: Tensor = self.output(dropout(hidden, self.dropout, self.training))
         return logits
 
 

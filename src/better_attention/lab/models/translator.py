@@ -11,6 +11,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from better_attention.dropout import dropout
 from better_attention.lab.models.initialisation import keras_
 from better_attention.layer.multihead import MultiheadAttention
 from better_attention.mechanism import Mechanism
@@ -43,9 +44,9 @@ class EncoderBlock(nn.Module):
     def forward(self, x_BSD: Tensor, padding_BS: Tensor) -> Tensor:
         """Map (B, S, D) to (B, S, D); ``padding_BS`` is True where there is no token."""
         mixed, _ = self.attention(x_BSD, x_BSD, x_BSD, key_padding_mask=padding_BS, need_weights=False)
-        x_BSD = self.norm1(x_BSD + F.dropout(mixed, self.dropout, self.training))
+        x_BSD = self.norm1(x_BSD + dropout(mixed, self.dropout, self.training))
         mapped = self.contract(F.relu(self.expand(x_BSD)))
-        normed: Tensor = self.norm2(x_BSD + F.dropout(mapped, self.dropout, self.training))
+        normed: Tensor = self.norm2(x_BSD + dropout(mapped, self.dropout, self.training))
         return normed
 
 
@@ -79,11 +80,11 @@ class DecoderBlock(nn.Module):
         The target's own padding needs no mask: it follows the tokens, and no token sees what follows it.
         """
         mixed, _ = self.attention(x_BTD, x_BTD, x_BTD, is_causal=True, need_weights=False)
-        x_BTD = self.norm1(x_BTD + F.dropout(mixed, self.dropout, self.training))
+        x_BTD = self.norm1(x_BTD + dropout(mixed, self.dropout, self.training))
         mixed, _ = self.cross(x_BTD, memory_BSD, memory_BSD, key_padding_mask=padding_BS, need_weights=False)
-        x_BTD = self.norm2(x_BTD + F.dropout(mixed, self.dropout, self.training))
+        x_BTD = self.norm2(x_BTD + dropout(mixed, self.dropout, self.training))
         mapped = self.contract(F.relu(self.expand(x_BTD)))
-        normed: Tensor = self.norm3(x_BTD + F.dropout(mapped, self.dropout, self.training))
+        normed: Tensor = self.norm3(x_BTD + dropout(mapped, self.dropout, self.training))
         return normed
 
 
@@ -163,7 +164,7 @@ class Translator(nn.Module):
         # Source and target come as one tensor, so that a batch of any task has one tensor of inputs.
         source_BS, target_BT = tokens.tensor_split([self.source_positions.num_embeddings], dim=1)
         hidden_BTD = self.decode(target_BT, *self.encode(source_BS))
-        logits: Tensor = self.output(F.dropout(hidden_BTD, self.output_dropout, self.training))
+        logits: Tensor = self.output(dropout(hidden_BTD, self.output_dropout, self.training))
         return logits
 
     def encode(self, source_BS: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from better_attention.dropout import dropout
 from better_attention.lab.models.initialisation import keras_
 from better_attention.layer.multihead import MultiheadAttention
 from better_attention.mechanism import Mechanism
@@ -52,8 +53,8 @@ class VisionBlock(nn.Module):
         """Map (B, L, D) to (B, L, D)."""
         normed = self.norm1(x_BLD)
         x_BLD = x_BLD + self.attention(normed, normed, normed, need_weights=False)[0]
-        hidden = F.dropout(F.gelu(self.expand(self.norm2(x_BLD))), self.dropout, self.training)
-        return x_BLD + F.dropout(self.contract(hidden), self.dropout, self.training)
+        hidden = dropout(F.gelu(self.expand(self.norm2(x_BLD))), self.dropout, self.training)
+        return x_BLD + dropout(self.contract(hidden), self.dropout, self.training)
 
 
 class VisionTransformer(nn.Module):
@@ -143,9 +144,9 @@ class VisionTransformer(nn.Module):
             x_BLD = block(x_BLD)
         normed_BLD = self.norm(x_BLD)
         pooled = normed_BLD.mean(dim=1) if self.class_token is None else normed_BLD[:, 0]
-        features = F.dropout(pooled, self.head_dropout, self.training)
+        features = dropout(pooled, self.head_dropout, self.training)
         if self.head_hidden is not None:
-            features = F.dropout(F.gelu(self.head_hidden(features)), self.head_dropout, self.training)
+            features = dropout(F.gelu(self.head_hidden(features)), self.head_dropout, self.training)
         logits: Tensor = self.head(features)
         return logits
 

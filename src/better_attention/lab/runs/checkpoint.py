@@ -2,7 +2,8 @@
 
 A checkpoint is a pair, ``checkpoint-000007.safetensors`` and ``checkpoint-000007.json``. The JSON is
 written last and carries the SHA-256 of both, so a pair that was damaged by a crash, a full disk or a flipped bit is
-recognised, and the previous pair, which is kept until then, takes its place. Nothing is ever unpickled.
+recognised, and the previous pair, which is kept until then, takes its place. Nothing is ever unpickled. A model that
+is spread over processes has the folder ``checkpoint-000007.shards`` in place of the first file (:mod:`.shards`).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from better_attention.lab.files import digest as digest_of
 from better_attention.lab.files import open_regular, parse_json, read_regular, remove_leftovers, write_atomic
+from better_attention.lab.runs import shards
 
 
 def save(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
@@ -33,19 +35,41 @@ def save(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) 
     Raises:
         OSError: the disk is full or the folder cannot be written; earlier checkpoints are untouched.
     """
-    numbers = _numbers(folder)
-    # Numbers only grow, so a new pair never takes the name of one that may still be needed.
-    number = max(numbers, default=0) + 1
-    stem = f"checkpoint-{number:06d}"
+    number = next_number(folder)
     content = tensor_bytes(tensors)
-    manifest = {"tensors": sha256(content).hexdigest(), "state": state}
+
+    def write() -> dict[str, Any]:
+        write_atomic(folder / f"checkpoint-{number:06d}.safetensors", content, make_folder=False)
+        return {"tensors": sha256(content).hexdigest()}
+
+    complete(folder, number, write, state)
+
+
+def next_number(folder: Path) -> int:
+    """The number of the next checkpoint in ``folder``: a new one never takes the name of one that may be needed."""
+    return max(_numbers(folder), default=0) + 1
+
+
+def complete(folder: Path, number: int, write: Callable[[], Mapping[str, Any]], state: Mapping[str, Any]) -> None:
+    """Write a new checkpoint into ``folder`` and remove all but the last two.
+
+    Args:
+        folder: exists.
+        number: of the checkpoint, from :func:`next_number`.
+        write: writes its tensors; returns their digest or digests as an entry of the JSON.
+        state: plain JSON values, finite numbers only.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written; earlier checkpoints are untouched.
+    """
+    numbers = _numbers(folder) - {number}
     # A pair without its JSON was never complete, so it is not the one to fall back on.
     previous = max((n for n in numbers if (folder / f"checkpoint-{n:06d}.json").exists()), default=None)
     try:
-        write_atomic(folder / f"{stem}.safetensors", content, make_folder=False)
+        manifest = {**write(), "state": state}
         # JSON has no NaN and no infinity: Python would write them, and other readers would refuse the file.
         text = json.dumps({"digest": _digest(manifest), **manifest}, allow_nan=False)
-        write_atomic(folder / f"{stem}.json", text, make_folder=False)
+        write_atomic(folder / f"checkpoint-{number:06d}.json", text, make_folder=False)
     except OSError:
         _remove(folder, number)  # half a pair is of no use and takes space
         raise
@@ -59,6 +83,15 @@ def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
 
     Warns about each damaged one that it skips.
     """
+    found = newest(folder)
+    if found is None:
+        return None
+    content, state = found
+    return (shards.read(content) if isinstance(content, Path) else content), state
+
+
+def newest(folder: Path) -> tuple[dict[str, Tensor] | Path, dict[str, Any]] | None:
+    """As :func:`load`, but of a checkpoint in shards only the folder that holds them."""
     for number in sorted(_numbers(folder), reverse=True):
         stem = folder / f"checkpoint-{number:06d}"
         try:
@@ -66,6 +99,11 @@ def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
             digest = manifest.pop("digest")
             if digest != _digest(manifest):
                 raise ValueError(f"{stem.name}.json was altered: its digest is {_digest(manifest)}, not {digest}")
+            if "shards" in manifest:
+                parts = stem.with_suffix(shards.SUFFIX)
+                if shards.digests(parts) != manifest["shards"]:
+                    raise ValueError(f"{parts.name} holds other files than were written")
+                return parts, manifest["state"]
             # Read once, then hashed and parsed from the same bytes: the file cannot change between the two.
             with open_regular(stem.with_suffix(".safetensors")) as file:
                 content = file.read()
@@ -88,6 +126,10 @@ def last_state(folder: Path) -> dict[str, Any] | None:
         try:
             manifest = parse_json(read_regular(stem.with_suffix(".json")))
             if manifest.pop("digest") == _digest(manifest) and isinstance(state := manifest["state"], dict):
+                if "shards" in manifest:
+                    if {path.name for path in stem.with_suffix(shards.SUFFIX).iterdir()} != set(manifest["shards"]):
+                        continue
+                    return state
                 open_regular(stem.with_suffix(".safetensors")).close()  # nothing that would block
                 with safetensors.safe_open(stem.with_suffix(".safetensors"), framework="pt"):
                     return state
@@ -188,7 +230,8 @@ def load_optimiser(optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tenso
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         index, key = name.split(".", 1)
-        state.setdefault(int(index), {})[key] = tensor
+        # Step counts of a checkpoint in shards have one dimension, where optimisers keep none.
+        state.setdefault(int(index), {})[key] = tensor.reshape(()) if key == "step" else tensor
     # The groups (rates, weight decay) are the fresh optimiser's own: the settings of the run decide them, not the file.
     optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
 
@@ -200,7 +243,8 @@ def _digest(manifest: Mapping[str, Any]) -> str:
 
 def _numbers(folder: Path) -> set[int]:
     matches = (
-        re.fullmatch(r"checkpoint-(\d{6})\.(?:json|safetensors)", path.name) for path in folder.glob("checkpoint-*")
+        re.fullmatch(r"checkpoint-(\d{6})\.(?:json|safetensors|shards)", path.name)
+        for path in folder.glob("checkpoint-*")
     )
     return {int(match[1]) for match in matches if match}
 
@@ -209,3 +253,4 @@ def _remove(folder: Path, number: int) -> None:
     """Remove one pair, the JSON first: tensors without their JSON are never mistaken for a complete pair."""
     for suffix in (".json", ".safetensors"):
         (folder / f"checkpoint-{number:06d}{suffix}").unlink(missing_ok=True)
+    shards.remove(folder / f"checkpoint-{number:06d}{shards.SUFFIX}")

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from better_attention.dropout import uniform
+
 AUGMENTATIONS = ("none", "keras")
 
 TURN = 0.02 * 2 * math.pi  # radians, at most, either way
@@ -26,17 +28,18 @@ def keras_augmented(images: Tensor) -> Tensor:
 
     Returns:
         float32 of the same shape, within the range of the pixels. Random numbers come from the default generator of
-        the images' device.
+        the images' device; within :func:`better_attention.dropout.batch_share` they follow the samples.
 
     Source: keras.io/examples/vision/image_classification_with_vision_transformer, ``data_augmentation``.
 
     >>> keras_augmented(torch.zeros(5, 8, 8, 3, dtype=torch.uint8)).shape
     torch.Size([5, 8, 8, 3])
     """
+    drawn = uniform(len(images), 4, images.device)
     if len(images) == 0:  # the share of a process in a small last batch; affine_grid refuses it
         return images.float()
     planes = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
-    return _sampled(planes.float(), affine_maps(torch.rand(len(images), 4, device=images.device))).reshape(images.shape)
+    return _sampled(planes.float(), affine_maps(drawn)).reshape(images.shape)
 
 
 def affine_maps(drawn: Tensor) -> Tensor:

@@ -43,9 +43,13 @@ class Split:
         return (inputs, targets) if self.device is None else (inputs.to(self.device), targets.to(self.device))
 
     def batches(self, size: int, first: int = 0, step: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-        """Samples ``first``, ``first + step``, ... in order, ``size`` at a time; of an empty split, one empty batch."""
-        for start in range(first, max(len(self), first + 1), size * step):
-            yield self.batch(slice(start, start + size * step, step))
+        """Samples ``first``, ``first + step``, ... in order, ``size`` at a time; of an empty split, one empty batch.
+
+        Every ``first`` below ``step`` gives as many batches, the last of which may be empty: the processes of a sharded
+        model compute together, also for those of them that have run out of samples.
+        """
+        for start in range(0, max(len(self), 1), size * step):
+            yield self.batch(slice(first + start, first + start + size * step, step))
 
 
 @dataclass(frozen=True)

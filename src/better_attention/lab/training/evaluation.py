@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from better_attention.lab.tasks.base import Task
 from better_attention.lab.tasks.splits import Split
+from better_attention.lab.training.sharding import is_spread
 
 
 def evaluate(accelerator: Accelerator, model: nn.Module, task: Task, split: Split) -> dict[str, float]:
@@ -19,7 +20,8 @@ def evaluate(accelerator: Accelerator, model: nn.Module, task: Task, split: Spli
     loss = correct = seen = 0.0
     # train_epoch() switches back to training mode.
     model.eval()
-    with torch.inference_mode():
+    # A model that is spread over processes puts its blocks together in tensors that inference mode would spoil.
+    with torch.inference_mode() if not any(map(is_spread, model.parameters())) else torch.no_grad():
         for x, y in split.batches(task.evaluation_batch, accelerator.process_index, accelerator.num_processes):
             logits = model(x)
             # Sums rather than means, because batches and the shares of the processes differ in size.

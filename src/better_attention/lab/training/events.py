@@ -39,10 +39,14 @@ class Began:
 
 @dataclass(frozen=True, slots=True)
 class Updated:
-    """The run in progress has made an update; an epoch has ``steps`` of them."""
+    """A run has made an update; an epoch has ``steps`` of them.
+
+    ``name`` is its own where several runs are in progress; "": it is that which began last.
+    """
 
     position: Position
     steps: int
+    name: str = ""
 
 
 @dataclass(frozen=True, slots=True)

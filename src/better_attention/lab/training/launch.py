@@ -21,6 +21,33 @@ def launched(environment: Mapping[str, str] = os.environ) -> int:
     return max(count_in(environment.get(name)) for name in _SIZES)
 
 
+def check_launch(environment: Mapping[str, str] = os.environ) -> None:
+    """Refuse an environment that says this is one of several processes, but not how they find each other.
+
+    Raises:
+        ValueError: names the variable.
+    """
+    size, rank = environment.get("WORLD_SIZE"), environment.get("RANK")
+    several = count_in(size) > 1
+    if not several and rank in (None, "", "0"):
+        return
+    way_out = (
+        f"`{torchrun(max(2, count_in(size)), environment)} ...` sets all of them; for one process unset RANK and "
+        "WORLD_SIZE."
+    )
+    if not several:
+        raise ValueError(f"RANK is {rank!r}, but WORLD_SIZE is {size or 'not set'}: expected more than one. {way_out}")
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        if not environment.get(name):
+            raise ValueError(f"WORLD_SIZE is {size}, but {name} is not set. {way_out}")
+    for name, most in (("RANK", count_in(size) - 1), ("MASTER_PORT", 65535)):
+        value = environment[name]
+        if not (value.isascii() and value.isdigit() and int(value) <= most):
+            raise ValueError(
+                f"{name} must be a number from 0 to {most} where WORLD_SIZE is {size}, received {value!r}."
+            )
+
+
 def in_words(processes: int) -> str:
     """A number of processes: ``1 process``, ``2 processes``."""
     return f"{processes} process{'' if processes == 1 else 'es'}"

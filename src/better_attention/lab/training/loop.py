@@ -32,10 +32,12 @@ from better_attention.lab.runs.provenance import commit, environment
 from better_attention.lab.runs.record import RunRecord
 from better_attention.lab.tasks.base import count
 from better_attention.lab.tasks.splits import Splits
+from better_attention.lab.training import sharding
 from better_attention.lab.training.evaluation import evaluate, total
 from better_attention.lab.training.launch import in_words, torchrun
+from better_attention.lab.training.memory import peaks
 from better_attention.lab.training.progress import DivergedError, Interrupted, Position
-from better_attention.lab.training.randomness import derive, epoch_order, initial_model, reseed
+from better_attention.lab.training.randomness import drawing, epoch_order, initial_model
 from better_attention.lab.training.step_time import Pace
 from better_attention.layer.multihead import MultiheadAttention
 from better_attention.text import plural
@@ -58,6 +60,7 @@ class Training:
         stop: called after every update; true saves the run and raises :class:`Interrupted`.
         checkpoint_seconds: time between checkpoints; at the end of an epoch a tenth of it suffices.
         pace: the speed of the model as measured before training, for the record.
+        shard: whether the model is spread over the processes, see :mod:`.sharding`.
     """
 
     job: Job
@@ -69,6 +72,7 @@ class Training:
     stop: Callable[[], bool] = lambda: False
     checkpoint_seconds: float = CHECKPOINT_SECONDS
     pace: Pace | None = None
+    shard: bool = False
 
     def __post_init__(self) -> None:
         self.task, self.main = self.job.task, self.accelerator.is_main_process
@@ -134,7 +138,7 @@ class Training:
             if self.main:
                 self.write("diverged.json", json_text({"reason": str(error)}))
             raise
-        self.model.load_state_dict(self.best)
+        self.restore_best()
         weights = checkpoint.tensor_bytes(self.best)
         record = self.measure() | {"model_sha256": sha256(weights).hexdigest(), "manifest": manifest.NAME}
         if self.main:
@@ -185,17 +189,38 @@ class Training:
                 "there. Run the same command again; without its folder, the run starts anew."
             )
 
+    def build(self) -> None:
+        """Model and optimiser at their beginning: ``parallel`` is what computes with ``model``."""
+        self.model = initial_model(self.task, self.job.variant, self.job.heads, self.job.seed)
+        if self.shard:
+            self.parallel = sharding.spread(self.model, self.accelerator)
+            self.optimiser = self.task.make_optimiser(self.model)
+        else:
+            self.parallel, self.optimiser = self.accelerator.prepare(self.model, self.task.make_optimiser(self.model))
+
+    def saved(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The tensors and the state of the last checkpoint, if there is one."""
+        if self.shard:
+            return sharding.load(self.folder.path, self.model.state_dict(), list(self.model.parameters()))
+        return checkpoint.load(self.folder.path)
+
+    def restore_best(self) -> None:
+        """Make ``model`` that of the best epoch, in one piece on each process."""
+        if self.shard:
+            self.best = sharding.all_whole(self.best)
+            self.model = self.task.build(self.job.variant, self.job.heads).to(self.accelerator.device)
+        self.model.load_state_dict(self.best)
+
     def restore(self) -> None:
         """Build model and optimiser, at the last checkpoint if there is one."""
-        self.model = initial_model(self.task, self.job.variant, self.job.heads, self.job.seed)
-        self.parallel, self.optimiser = self.accelerator.prepare(self.model, self.task.make_optimiser(self.model))
+        self.build()
         self.position = Position()
         self.best: dict[str, Tensor] = {}
         self.saved_at = time.monotonic()
         with warnings.catch_warnings():
             if not self.main:  # the first process warns of a damaged one
                 warnings.simplefilter("ignore")
-            saved = checkpoint.load(self.folder.path)
+            saved = self.saved()
         if saved is None:
             self.begin_session()
             return
@@ -219,8 +244,7 @@ class Training:
         if processes != session["processes"] and self.main:
             warnings.warn(
                 f"{self.folder.path}: trained by {in_words(processes)} so far, continues with "
-                f"{session['processes']}. Each process draws its own dropout, and floating-point sums are rounded "
-                "differently, so the result will differ from an uninterrupted run. "
+                f"{session['processes']}. {self.what_processes_change} "
                 f"Start it with `{torchrun(processes)} ...` to reproduce it.",
                 stacklevel=2,
             )
@@ -232,6 +256,16 @@ class Training:
                 f"an uninterrupted run. Set OMP_NUM_THREADS={before} to reproduce it exactly.",
                 stacklevel=2,
             )
+
+    @property
+    def what_processes_change(self) -> str:
+        """Why another number of processes gives another result, as a sentence."""
+        if self.accelerator.device.type == "cpu":
+            return "Floating-point sums are rounded differently, so the result will differ in the last digits."
+        return (
+            "Each process draws its own dropout, and floating-point sums are rounded differently, so the result will "
+            "differ from an uninterrupted run."
+        )
 
     def warm_up(self) -> None:
         """One forward and backward pass without an update, so that no epoch's seconds include one-time costs."""
@@ -256,17 +290,19 @@ class Training:
             batch = order[position.step * task.batch_size : (position.step + 1) * task.batch_size]
             # In a short last batch a process may get no sample at all. It takes part nevertheless, with a loss of zero.
             mine = batch[rank::processes]
-            reseed(self.accelerator.device, derive("dropout", self.job.seed, position.epoch, position.step, rank))
-            inputs, targets = train.batch(mine)
-            inputs = task.augment(inputs)
-            ready = time.perf_counter()
-            logits = self.parallel(inputs)
-            loss = task.losses(logits, targets).sum()
-            # Processes average their gradients: scaled like this, the average is that of the whole batch.
-            self.accelerator.backward(loss * (processes / len(batch)))
+            place = (self.job.seed, position.epoch, position.step)
+            with drawing(self.accelerator.device, place, rank, processes):
+                inputs, targets = train.batch(mine)
+                inputs = task.augment(inputs)
+                ready = time.perf_counter()
+                logits = self.parallel(inputs)
+                loss = task.losses(logits, targets).sum()
+                # Processes average their gradients: scaled like this, the average is that of the whole batch.
+                self.accelerator.backward(loss * (processes / len(batch)))
             # Taken after backward(), when the gradients are those of the whole batch. The norm is finite only if all of
             # them are.
             norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+            norm = sharding.whole(norm)
             correct = task.correct(logits.detach(), targets).sum()
             numbers = torch.stack([loss.detach(), norm, correct.to(norm.dtype)]).tolist()  # one wait for the device
             due = time.monotonic() - self.saved_at >= self.checkpoint_seconds
@@ -336,20 +372,26 @@ class Training:
         """Write a checkpoint and the curve."""
         # A collective operation: all processes call save() after the same update, or this line waits for ever.
         loss, correct = self.total(self.position.loss, self.position.correct)
-        if self.main:
-            tensors = {f"model.{name}": t for name, t in self.model.state_dict().items()}
-            # Beside the current weights, because the best epoch may lie behind by as many epochs as the patience
-            # allows.
-            tensors |= {f"best.{name}": t for name, t in self.best.items()}
-            tensors |= {f"optimiser.{name}": t for name, t in checkpoint.optimiser_tensors(self.optimiser).items()}
-            state = asdict(self.position) | {"loss": loss, "correct": correct}
-            if not self.best:
-                del state["best_loss"]  # infinite, which JSON does not know
+        state = asdict(self.position) | {"loss": loss, "correct": correct}
+        if not self.best:
+            del state["best_loss"]  # infinite, which JSON does not know
+        if self.shard:
             self.check_folder()
-            checkpoint.save(self.folder.path, tensors, state)
+            sharding.save(self.folder.path, self.tensors(), state, self.accelerator)
+        if self.main:
+            if not self.shard:
+                self.check_folder()
+                checkpoint.save(self.folder.path, self.tensors(), state)
             (self.folder.path / "diverged.json").unlink(missing_ok=True)  # training is past that point now
             self.write_curve()
         self.saved_at = time.monotonic()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint holds of model and optimiser."""
+        tensors = {f"model.{name}": t for name, t in self.model.state_dict().items()}
+        # Beside the current weights, because the best epoch may lie behind by as many epochs as the patience allows.
+        tensors |= {f"best.{name}": t for name, t in self.best.items()}
+        return tensors | {f"optimiser.{name}": t for name, t in checkpoint.optimiser_tensors(self.optimiser).items()}
 
     def write_curve(self) -> None:
         """``metrics.jsonl``: the finished epochs."""
@@ -392,6 +434,8 @@ class Training:
             **({"departures": list(self.splits.departures)} if self.splits.departures else {}),
             "device": self.accelerator.device.type,
             "processes": self.accelerator.num_processes,
+            **({"peak_memory_bytes": peaks(self.accelerator)} if self.accelerator.num_processes > 1 else {}),
+            **({"shard": "fsdp"} if self.shard else {}),
             **{key: where[key] for key in ("threads", "commit", "command", "versions")},
             # The entries above describe the last session only; list all sessions of a run that was interrupted.
             **({"sessions": self.position.sessions} if len(self.position.sessions) > 1 else {}),

@@ -4,14 +4,30 @@ from __future__ import annotations
 
 import os
 import re
+import socket
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
+from hashlib import sha256
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 
-from better_attention.lab.training.launch import PeerLostError, count_in, in_words, launched, torchrun
+from better_attention.lab.training.launch import (
+    PeerLostError,
+    check_launch,
+    count_in,
+    in_words,
+    launched,
+    torchrun,
+)
+
+MEETING_SECONDS = 20.0
+"""For which a process looks for the first one of its launch: they may start some seconds after each other."""
+WAITING = timedelta(minutes=10)
+"""For which a process waits for another one that has not ended, in an exchange of numbers."""
 
 # gloo raises a plain RuntimeError, so that only its text shows that a connection was lost.
 _LOST = re.compile(
@@ -26,8 +42,10 @@ def make_accelerator(device: str) -> Accelerator:
 
     Raises:
         ValueError: the device does not exist, there is not one for each process, or the processes cannot share it.
+        ValueError: the environment names processes, but not how they find each other, see :func:`.check_launch`.
         PeerLostError: another process has ended before all had met.
     """
+    check_launch()
     processes = launched()
     several = processes > 1
     # accelerate looks for several processes on a CPU only where it is told to use the CPU.
@@ -39,8 +57,14 @@ def make_accelerator(device: str) -> Accelerator:
             f"--device {device}: {in_words(here)} were launched on this machine, which has {devices} CUDA "
             f"device{'s' * (devices != 1)}; each needs its own. Launch {devices}, or use --device cpu."
         )
+    meet()
     with watching_peers(processes):
-        accelerator = Accelerator(cpu=cpu, mixed_precision="no", gradient_accumulation_steps=1)
+        accelerator = Accelerator(
+            cpu=cpu,
+            mixed_precision="no",
+            gradient_accumulation_steps=1,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=WAITING)],
+        )
     if device not in ("auto", accelerator.device.type):
         raise ValueError(
             f"--device {device}: no such device on this machine, or torch {torch.__version__} cannot use it. "
@@ -58,6 +82,63 @@ def make_accelerator(device: str) -> Accelerator:
             stacklevel=2,
         )
     return accelerator
+
+
+def meet(environment: Mapping[str, str] = os.environ, seconds: float = MEETING_SECONDS) -> None:
+    """Make sure that somebody answers where the processes of this launch are to meet; torch would wait for minutes.
+
+    Raises:
+        ValueError: nobody does.
+    """
+    agent = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if count_in(environment.get("WORLD_SIZE")) == 1 or (environment["RANK"] == "0" and not agent):
+        return  # alone, or the one that the others look for
+    host, port, end = environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=seconds).close()
+            return
+        except OSError as error:
+            if time.monotonic() > end:
+                raise ValueError(
+                    f"RANK={environment['RANK']} of WORLD_SIZE={environment['WORLD_SIZE']}: nobody answers at "
+                    f"MASTER_ADDR={host}, MASTER_PORT={port} ({error}), where process 0 should wait. Start all "
+                    f"processes with `{torchrun(launched(environment), environment)} ...`, or unset these variables "
+                    "for one process."
+                ) from None
+        time.sleep(0.5)
+
+
+def check_alike(accelerator: Accelerator, parts: Mapping[str, str]) -> None:
+    """Refuse processes of one launch that would not compute the same: all of them raise the same error.
+
+    Args:
+        accelerator: of this process.
+        parts: what must be equal on all -> its value here.
+
+    Raises:
+        ValueError: names what differs, and which processes differ from the first.
+    """
+    if accelerator.num_processes == 1:
+        return
+    # 62 bits of each digest: they fit an int64, which every backend exchanges.
+    numbers = [int.from_bytes(sha256(value.encode()).digest()[:8]) >> 2 for value in parts.values()]
+    everywhere = accelerator.gather(torch.tensor([numbers], device=accelerator.device)).tolist()
+    wrong = []
+    for name, *values in zip(parts, *everywhere, strict=True):
+        if others := [str(rank) for rank, value in enumerate(values) if value != values[0]]:
+            wrong.append(f"{name}: {plural_ranks(others)} from process 0")
+    if wrong:
+        raise ValueError(
+            "the processes of this launch do not agree, and one model must not be trained on both:\n  "
+            + "\n  ".join(wrong)
+            + "\nInstall the same version and give the same command and data on every machine."
+        )
+
+
+def plural_ranks(ranks: list[str]) -> str:
+    """``process 1 differs``, or ``processes 1, 3 differ``."""
+    return f"process {ranks[0]} differs" if len(ranks) == 1 else f"processes {', '.join(ranks)} differ"
 
 
 @contextmanager

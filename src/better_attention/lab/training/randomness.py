@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from hashlib import sha256
 
 import torch
 from torch import Tensor, nn
 
+from better_attention.dropout import batch_share
 from better_attention.lab.tasks.base import Task
 from better_attention.lab.tasks.variant import Variant
 
@@ -34,6 +37,27 @@ def epoch_order(samples: int, seed: int, epoch: int) -> Tensor:
     """The order of the samples in an epoch, int64 (samples,): the same for every mechanism."""
     # A generator of the CPU even for training on a GPU, whose generator would give another order.
     return torch.randperm(samples, generator=torch.Generator().manual_seed(derive("order", seed, epoch)))
+
+
+@contextmanager
+def drawing(device: torch.device, place: tuple[int, ...], rank: int, processes: int) -> Iterator[None]:
+    """What dropout and augmentation draw for one update while the context lasts, a function of ``place`` alone.
+
+    On the CPU it follows the samples: the processes of a launch together draw what one process would. On an
+    accelerator, whose fused kernels draw numbers of their own, each process has a stream of its own.
+
+    Args:
+        device: where the model is trained.
+        place: seed of the run, epoch, step.
+        rank, processes: this process has the samples ``rank``, ``rank + processes``, ... of the batch.
+    """
+    if device.type != "cpu":
+        reseed(device, derive("dropout", *place, rank))
+        yield
+        return
+    reseed(device, derive("dropout", *place, 0))
+    with batch_share(rank, processes):
+        yield
 
 
 def reseed(device: torch.device, seed: int) -> None:

@@ -20,6 +20,7 @@ from better_attention.lab.tasks.base import Task
 from better_attention.lab.tasks.splits import Split, Splits
 from better_attention.lab.tasks.variant import Variant
 from better_attention.lab.timing import alternate
+from better_attention.lab.training.randomness import drawing
 from better_attention.layer.multihead import MultiheadAttention
 
 ROUNDS = (3, 25)  # at least, at most
@@ -120,8 +121,9 @@ def _updates(task: Task, model: nn.Module, train: Split, device: torch.device, l
     def update() -> float:
         began = time.perf_counter()
         inputs, targets = train.batch(batch)
-        loss = task.losses(model(task.augment(inputs)), targets).mean()
-        loss.backward()
+        with drawing(device, (0,), rank=0, processes=1):  # as in training
+            loss = task.losses(model(task.augment(inputs)), targets).mean()
+            loss.backward()
         if optimiser is not None:
             optimiser.step()
         model.zero_grad()

@@ -39,6 +39,7 @@ typedef struct {
     double scale;                    /* z = scale * q.k */
     double dropout;                  /* probability, 0 to 1, that a weight is dropped; 1 drops all. dropout.hpp has */
     int64_t seed;                    /* the rule that says which, by this number */
+    int64_t batch_first, batch_step; /* to that rule, batch element b is number batch_first + b batch_step; step 0: 1 */
     int64_t B, N, G, L, S, H, W;     /* S, H and W at least 1; the others may be 0 */
     const void *q, *k, *v;           /* k == v with equal strides: one tensor that serves as both */
     int64_t q_b, q_n, q_l;           /* strides of q (B, N, L, H) */
@@ -102,6 +103,17 @@ typedef struct {
     void *out;                       /* (B, L, D), contiguous */
 } ba_layer;
 
+/* Dropout of numbers that are no weights: out = x / (1 - dropout), or 0 where dropout.hpp's rule says so, with one head
+ * and `L` rows of `S` numbers in each batch element. Its gradient is the same function of the gradient of out. */
+typedef struct {
+    int64_t isa, threads;
+    double dropout;
+    int64_t seed, batch_first, batch_step; /* as in ba_call */
+    int64_t B, N, L, S;              /* N = 1 */
+    const float *x;                  /* (B, L, S), contiguous */
+    float *out;                      /* (B, L, S), contiguous */
+} ba_drop;
+
 BA_EXPORT int64_t ba_abi(void);       /* BA_ABI of the library */
 BA_EXPORT int64_t ba_isas(void);      /* bit i: instruction set i was built and this machine has it */
 BA_EXPORT int64_t ba_pool(void);      /* 1: the OpenMP threads that torch uses serve us too, 0: our own */
@@ -113,7 +125,8 @@ BA_EXPORT int64_t ba_pool(void);      /* 1: the OpenMP threads that torch uses s
     F(backward, ba_call)         \
     F(layer_forward, ba_layer)   \
     F(align_forward, ba_align)   \
-    F(align_backward, ba_align)
+    F(align_backward, ba_align)  \
+    F(drop_numbers, ba_drop)
 
 #define BA_EXPORT_KERNEL(name, structure) BA_EXPORT int64_t ba_##name(const structure *call);
 BA_KERNELS(BA_EXPORT_KERNEL)

@@ -78,6 +78,7 @@ const Set* set_of(int64_t isa) {
 bool knows_score(const ba_call& c) { return c.score == BA_SOFTMAX || c.score == BA_EXPRESSIVE; }
 bool knows_score(const ba_layer& c) { return c.score == BA_SOFTMAX || c.score == BA_EXPRESSIVE; }
 bool knows_score(const ba_align&) { return true; }  // it has none
+bool knows_score(const ba_drop&) { return true; }
 
 }  // namespace
 

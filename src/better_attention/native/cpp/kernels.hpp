@@ -39,4 +39,6 @@ int64_t align_forward(const ba_align& c) {
 
 int64_t align_backward(const ba_align& c) { return c.B * c.G * c.S * c.W == 0 ? int64_t{BA_OK} : align_gradients(c); }
 
+int64_t drop_numbers(const ba_drop& c) { return c.B * c.L * c.S == 0 ? int64_t{BA_OK} : drop_all(c); }
+
 }  // namespace BA_ISA
