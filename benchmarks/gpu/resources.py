@@ -239,7 +239,7 @@ def rows(widths: Sequence[int], scores: Sequence[str]) -> Iterator[tuple[int, st
     for width in widths:
         for score in scores:
             for launch in all_launches(example(width, score=score, causal=False)):
-                if launch.kernel in PRODUCTS:
+                if launch.kernel in PRODUCTS and launch.constants.get("WHICH", launches.PLAIN) == launches.PLAIN:
                     yield width, score, resources(launch)
         for score in scores:
             launch = launches.forward_launches(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -31,6 +31,10 @@ FAINT_FLOAT16 = 2.0**-27
 """The same per key in float16, in which weights are multiplied with values."""
 PRECISIONS = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
 """How products of float32 are taken, by ``torch.get_float32_matmul_precision()``; tf32x3 has about 21 bits."""
+
+
+PLAIN, CAREFUL = 0, 1
+"""Which rows a kernel computes: as in ``kernels/backward.py``."""
 
 
 class Problem(NamedTuple):
@@ -137,9 +141,14 @@ def empty_output(p: Problem) -> Tensor:
 
 
 def empty_statistics(p: Problem) -> Tensor:
-    """New statistics: (B, N, 3, L) for the expressive score, (B, N, 1, L) for softmax, float32."""
-    B, N, L, _ = p.q.shape
-    return p.q.new_empty((B, N, 3 if p.expressive else 1, L), dtype=torch.float32)
+    """New statistics, float32, in the shape of :func:`statistics_shape`."""
+    return p.q.new_empty(statistics_shape(p.q, p.score), dtype=torch.float32)
+
+
+def statistics_shape(q: Tensor, score: str) -> tuple[int, int, int, int]:
+    """(B, N, 3, L + 1) for the expressive score, (B, N, 1, L) for softmax."""
+    B, N, L, _ = q.shape
+    return (B, N, 3, L + 1) if score == EXPRESSIVE else (B, N, 1, L)
 
 
 def like(x: Tensor) -> Tensor:
@@ -270,10 +279,15 @@ def backward_launches(
     }  # fmt: skip
     launches.append(
         Launch(
-            "key_gradient_kernel", arguments, _backwards(constants, tma, p), alternatives, "BN", rows=S,
-            programs=B * G, length_class=tune,
+            "key_gradient_kernel", arguments, _backwards(constants, tma, p) | {"WHICH": PLAIN}, alternatives, "BN",
+            rows=S, programs=B * G, length_class=tune,
         )
     )  # fmt: skip
+    if p.expressive:
+        last = launches[-1]
+        # The rows that careful.py computed add to what is there, nearly always nothing.
+        which = {**last.constants, "WHICH": CAREFUL}
+        launches.append(replace(last, constants=which, alternatives=alternatives[-1:]))
     return launches
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from functools import cache
 from typing import NamedTuple
 
 import torch
+
+from better_attention.call.torch_private import constant_while_compiling
 
 INTERPRETER = "interpreter"
 
@@ -32,26 +35,27 @@ LOWEST_CAPABILITY = 80
 """The oldest CUDA devices that Triton compiles for."""
 
 
-def interpreting() -> bool:
-    """Whether Triton interprets kernels: the variable ``TRITON_INTERPRET`` was 1 when Triton was imported."""
+def missing(device: torch.device) -> str | None:
+    """Why kernels cannot run on a device, in words; None where they can."""
+    return _missing(device.type, device.index)
+
+
+@constant_while_compiling  # instead of tracing a search for files
+def _missing(kind: str, index: int | None) -> str | None:
+    if kind != "cuda" and not (kind == "cpu" and _interpreting()):
+        return f"its kernels are for GPUs, not {kind!r}"
     if not _installed():
-        return False
-    if "triton" not in _loaded():
-        return os.environ.get("TRITON_INTERPRET") in ("1", "true", "True", "on")
+        return "Triton is not installed: pip install triton"
+    return _unfit(index) if kind == "cuda" else None
+
+
+def _interpreting() -> bool:
+    """Whether Triton interprets kernels, or will: it asks for ``TRITON_INTERPRET`` when it is imported."""
+    if "triton" not in sys.modules:
+        return os.environ.get("TRITON_INTERPRET") == "1"
     import triton
 
     return bool(triton.knobs.runtime.interpret)
-
-
-def missing(device: torch.device) -> str | None:
-    """Why kernels cannot run on a device, in words; None where they can."""
-    if not _installed():
-        return "Triton is not installed: pip install triton"
-    if device.type == "cuda":
-        return _unfit(device)
-    if device.type == "cpu" and interpreting():
-        return None
-    return f"its kernels are for GPUs, not {device.type!r}"
 
 
 def target_of(device: torch.device) -> Target:
@@ -66,16 +70,10 @@ def _installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _loaded() -> set[str]:
-    import sys
-
-    return {"triton"} & set(sys.modules)
-
-
-def _unfit(device: torch.device) -> str | None:
+def _unfit(index: int | None) -> str | None:
     if torch.version.hip is not None:
         return None
-    capability = _device_target(torch.cuda.current_device() if device.index is None else device.index).capability
+    capability = _device_target(torch.cuda.current_device() if index is None else index).capability
     if capability < LOWEST_CAPABILITY:
         return f"Triton compiles for compute capability 8.0 and above, and this device has {capability / 10:.1f}"
     return None

@@ -89,9 +89,9 @@ class _Triton(operators.Definition[Arguments]):
         return launches.forward(_problem(a))
 
     def fake(self, a: Arguments) -> tuple[Tensor, Tensor]:
-        (B, N, L, _), planes = a.q.shape, 3 if a.score == launches.EXPRESSIVE else 1
+        B, N, L, _ = a.q.shape
         out = a.q.new_empty(B, L, N, a.values.shape[-1]).transpose(1, 2)
-        return out, a.q.new_empty((B, N, planes, L), dtype=torch.float32)
+        return out, a.q.new_empty(launches.statistics_shape(a.q, a.score), dtype=torch.float32)
 
     def backward(
         self, grad: Tensor, a: Arguments, results: operators.Tensors, wanted: Sequence[bool]

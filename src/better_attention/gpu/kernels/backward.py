@@ -42,24 +42,37 @@ def share_kernel(
     tl.store(share_x + index.to(tl.int64) * L + rows, tl.sum(out * grad, 1), mask=rows < L)
 
 
+PLAIN = tl.constexpr(0)
+CAREFUL = tl.constexpr(1)
+ALL_ROWS = tl.constexpr(2)
+"""Which rows of expressive weights a kernel computes: those of the forward pass, those of careful.py, or both."""
+
+
 @triton.jit
-def row_statistics(stats_x, share_x, index, rows, L, factor, EXPRESSIVE: tl.constexpr):
+def row_statistics(stats_x, share_x, index, rows, L, factor, EXPRESSIVE: tl.constexpr, WHICH: tl.constexpr):
     """Of each row: 1 / total or log2 of the sum of exponentials, the maximum, g, c, one, the share.
 
-    Rows beyond the last have no weight: 1 / infinity, or 2^-infinity.
+    Rows beyond the last, and those that are not asked for, have no weight: 1 / infinity, or 2^-infinity.
     """
     there = rows < L
     share = tl.load(share_x + index * L + rows, mask=there, other=0.0)
+    top = tl.zeros(rows.shape, tl.float32)
+    unit = tl.zeros(rows.shape, tl.float32) + 1.0
     if EXPRESSIVE:
-        stats = stats_x + index * 3 * L + rows
-        level = 1.0 / tl.load(stats, mask=there, other=float("inf"))
-        top = tl.load(stats + L, mask=there, other=0.0)
-        unit = tl.load(stats + 2 * L, mask=there, other=1.0)
+        stats = stats_x + index * 3 * (L + 1) + rows
+        total = tl.load(stats, mask=there, other=float("inf"))
+        top = tl.load(stats + (L + 1), mask=there, other=0.0)
+        careful = total < 0.0
+        if WHICH == PLAIN:
+            total = tl.where(careful, float("inf"), total)
+        elif WHICH == CAREFUL:
+            total = tl.where(careful, total, float("inf"))
+        if WHICH != PLAIN:
+            unit = tl.load(stats + 2 * (L + 1), mask=careful, other=1.0)
+        level = 1.0 / tl.abs(total)
     else:
         level = tl.load(stats_x + index * L + rows, mask=there, other=float("inf"))
-        top = tl.zeros(rows.shape, tl.float32)
-        unit = tl.zeros(rows.shape, tl.float32) + 1.0
-    # A row that careful.py computed is measured in units, where 1 + z^2 is 1.
+    # A small row that careful.py computed is measured in units, where 1 + z^2 is 1.
     small = unit != 1.0
     return level, top, unit, tl.where(small, 1.0, factor), tl.where(small, 0.0, 1.0), share
 
@@ -67,26 +80,32 @@ def row_statistics(stats_x, share_x, index, rows, L, factor, EXPRESSIVE: tl.cons
 @triton.jit
 def slopes(
     x, dp, visible, bias, level, top, unit, c, one, share, factor, EXPRESSIVE: tl.constexpr, BIASED: tl.constexpr,
-    RESTRICTED: tl.constexpr, BOUNDED: tl.constexpr, FAST: tl.constexpr,
+    RESTRICTED: tl.constexpr, BOUNDED: tl.constexpr, FAST: tl.constexpr, WHICH: tl.constexpr,
 ):  # fmt: skip
     """From scores x = q.k and dL/dw of a tile: its weights, and dL/dx (softmax: over the scale).
 
-    What belongs to rows comes in a shape that broadcasts over the tile.
+    What belongs to rows comes in a shape that broadcasts over the tile. Where each thread has many rows, as in the
+    kernel for keys, what it has to keep of them decides over its registers: of PLAIN rows two numbers each.
     """
     if EXPRESSIVE:
-        y = x * unit
+        y = x
+        if WHICH != PLAIN:
+            y = x * unit
         if RESTRICTED:
             y = tl.where(visible, y, 0.0)
         square = y * y
         if BOUNDED:
             square = tl.minimum(square, FAR_SQUARE)
-        r = reciprocal(c + one * square, FAST)
+        r = reciprocal(factor + square if WHICH == PLAIN else c + one * square, FAST)
         f = r * level
         if BIASED:
             f = f * tl.exp2(tl.minimum(bias - top, 126.0))
         w = square * f
         # d/dx of y^2 / (c + y^2) is 2 c g y / (c + y^2)^2; with one = 0 it is 2 g y / c.
-        ds = (y * r) * f * ((dp - share) * (2.0 * c * unit))
+        if WHICH == PLAIN:
+            ds = (y * r) * f * ((dp - share) * (2.0 * factor))
+        else:
+            ds = (y * r) * f * ((dp - share) * (2.0 * c * unit))
         nothing = w >= ALL
         if BOUNDED:
             nothing = nothing | (square >= FAR_SQUARE)
@@ -142,7 +161,7 @@ def query_gradient(
             dp = tl.where(dropped, 0.0, dp * kept)
         _, ds = slopes(
             x, dp, visible, bias, level[:, None], top[:, None], unit[:, None], c[:, None], one[:, None], share[:, None],
-            factor, EXPRESSIVE, BIASED, RESTRICTED, BOUNDED, FAST,
+            factor, EXPRESSIVE, BIASED, RESTRICTED, BOUNDED, FAST, ALL_ROWS,
         )  # fmt: skip
         if WIDE:
             # float16 has no room for the slopes of small expressive scores; TF32 has, and holds float16 exactly.
@@ -190,7 +209,7 @@ def query_gradient_kernel(
     high = tl.zeros((BM,), tl.uint32)
     if DROPOUT:
         low, high = row_numbers(seed, far * L + rows)
-    level, top, unit, c, one, share = row_statistics(stats_x, share_x, far, rows, L, factor, EXPRESSIVE)
+    level, top, unit, c, one, share = row_statistics(stats_x, share_x, far, rows, L, factor, EXPRESSIVE, ALL_ROWS)
 
     # As in the forward pass: [begin, first) and [last, end) are the edges of the band.
     end = S
@@ -241,7 +260,7 @@ def key_gradient(
     MASK_PER_QUERY: tl.constexpr, PADDING: tl.constexpr, PADDING_LOWEST: tl.constexpr, DROPOUT: tl.constexpr,
     H: tl.constexpr, W: tl.constexpr, H_P: tl.constexpr, W_P: tl.constexpr, BM: tl.constexpr, BOUNDED: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr, TMA: tl.constexpr, LONG: tl.constexpr,
-    UPCAST: tl.constexpr,
+    UPCAST: tl.constexpr, WHICH: tl.constexpr,
 ):  # fmt: skip
     """The gradients of a block of keys and values from queries ``begin`` to ``end`` of one head; tiles are (BN, BM)."""
     BIASED: tl.constexpr = (MASK == FLOAT_MASK) or (PADDING == FLOAT_MASK)
@@ -251,7 +270,7 @@ def key_gradient(
         rows = l0 + tl.arange(0, BM)
         q = tile(q_x, b, n, l0, L, q_l, BM, H, H_P, True, TMA, LONG, UPCAST)
         grad = tile(grad_x, b, n, l0, L, d_l, BM, W, W_P, True, TMA, LONG, UPCAST)
-        level, top, unit, c, one, share = row_statistics(stats_x, share_x, index, rows, L, factor, EXPRESSIVE)
+        level, top, unit, c, one, share = row_statistics(stats_x, share_x, index, rows, L, factor, EXPRESSIVE, WHICH)
         x = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
         # Keys beyond the last are never written, and queries beyond the last have no weight.
@@ -277,7 +296,7 @@ def key_gradient(
             dp = tl.where(dropped, 0.0, dp * kept)
         w, ds = slopes(
             x, dp, visible, bias, level[None, :], top[None, :], unit[None, :], c[None, :], one[None, :], share[None, :],
-            factor, EXPRESSIVE, BIASED, RESTRICTED, BOUNDED, FAST,
+            factor, EXPRESSIVE, BIASED, RESTRICTED, BOUNDED, FAST, WHICH,
         )  # fmt: skip
         if DROPOUT:
             w = tl.where(dropped, 0.0, w * kept)
@@ -298,14 +317,24 @@ def key_gradient_kernel(
     MASK_LOWEST: tl.constexpr, MASK_PER_QUERY: tl.constexpr, PADDING: tl.constexpr, PADDING_LOWEST: tl.constexpr,
     DROPOUT: tl.constexpr, GROUP: tl.constexpr, H: tl.constexpr, W: tl.constexpr, H_P: tl.constexpr, W_P: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BOUNDED: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    FAST: tl.constexpr, TMA: tl.constexpr, LONG: tl.constexpr, UPCAST: tl.constexpr,
+    FAST: tl.constexpr, TMA: tl.constexpr, LONG: tl.constexpr, UPCAST: tl.constexpr, WHICH: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of keys (B, G, S, H) and values (B, G, S, W); where one tensor is both, their sum in the first."""
+    """The gradients of keys (B, G, S, H) and values (B, G, S, W); where one tensor is both, their sum in the first.
+
+    With WHICH = CAREFUL what careful.py's rows contribute is added to what is there. Nearly always there is no such
+    row, and every program ends after a look at its heads.
+    """
     blocks = tl.cdiv(S, BN)
     pair = tl.program_id(0) // blocks
     # The first keys are seen by most queries, and start first.
     s0 = tl.program_id(0) % blocks * BN
     b, g = pair // G, pair % G
+    if WHICH == CAREFUL:
+        careful_heads = 0.0
+        for j in range(GROUP):
+            careful_heads += tl.load(stats_x + (b.to(tl.int64) * N + g * GROUP + j) * 3 * (L + 1) + L)
+        if careful_heads == 0.0:
+            return
     keys = s0 + tl.arange(0, BN)
     b_far, g_far = b.to(tl.int64), g.to(tl.int64)
     k = tile(k_x + b_far * k_b + g_far * k_g, b, g, s0, S, k_s, BN, H, H_P, True, False, LONG, UPCAST)
@@ -345,20 +374,20 @@ def key_gradient_kernel(
                 dk, dv, k, v, q_base, grad_base, mask_base, padding_base, m_l, m_s, p_s, stats_x, share_x, b, n, index,
                 keys, begin, tl.minimum(first, end), L, S, q_l, d_l, offset, window, factor, kept, seed, below, True,
                 EXPRESSIVE, SHARED, CAUSAL, WINDOW, MASK, MASK_LOWEST, MASK_PER_QUERY, PADDING, PADDING_LOWEST, DROPOUT,
-                H, W, H_P, W_P, BM, BOUNDED, WIDE, PRECISION, FAST, TMA, LONG, UPCAST,
+                H, W, H_P, W_P, BM, BOUNDED, WIDE, PRECISION, FAST, TMA, LONG, UPCAST, WHICH,
             )  # fmt: skip
         dk, dv = key_gradient(
             dk, dv, k, v, q_base, grad_base, mask_base, padding_base, m_l, m_s, p_s, stats_x, share_x, b, n, index,
             keys, first, last, L, S, q_l, d_l, offset, window, factor, kept, seed, below, False, EXPRESSIVE, SHARED,
             CAUSAL, WINDOW, MASK, MASK_LOWEST, MASK_PER_QUERY, PADDING, PADDING_LOWEST, DROPOUT, H, W, H_P, W_P, BM,
-            BOUNDED, WIDE, PRECISION, FAST, TMA, LONG, UPCAST,
+            BOUNDED, WIDE, PRECISION, FAST, TMA, LONG, UPCAST, WHICH,
         )  # fmt: skip
         if WINDOW:
             dk, dv = key_gradient(
                 dk, dv, k, v, q_base, grad_base, mask_base, padding_base, m_l, m_s, p_s, stats_x, share_x, b, n, index,
                 keys, last, end, L, S, q_l, d_l, offset, window, factor, kept, seed, below, True, EXPRESSIVE, SHARED,
                 CAUSAL, WINDOW, MASK, MASK_LOWEST, MASK_PER_QUERY, PADDING, PADDING_LOWEST, DROPOUT, H, W, H_P, W_P, BM,
-                BOUNDED, WIDE, PRECISION, FAST, TMA, LONG, UPCAST,
+                BOUNDED, WIDE, PRECISION, FAST, TMA, LONG, UPCAST, WHICH,
             )  # fmt: skip
     if not EXPRESSIVE:
         dk = dk * scale
@@ -367,8 +396,12 @@ def key_gradient_kernel(
     there = keys < S
     columns = tl.arange(0, H_P)
     pointers = dk_x + b_far * r_b + g_far * r_g + keys.to(tl.int64)[:, None] * r_s + columns[None, :]
+    if WHICH == CAREFUL:
+        dk += tl.load(pointers, mask=there[:, None] & (columns < H)[None, :], other=0.0).to(tl.float32)
     tl.store(pointers, dk.to(dk_x.dtype.element_ty), mask=there[:, None] & (columns < H)[None, :])
     if not SHARED:
         columns = tl.arange(0, W_P)
         pointers = dv_x + b_far * t_b + g_far * t_g + keys.to(tl.int64)[:, None] * t_s + columns[None, :]
+        if WHICH == CAREFUL:
+            dv += tl.load(pointers, mask=there[:, None] & (columns < W)[None, :], other=0.0).to(tl.float32)
         tl.store(pointers, dv.to(dv_x.dtype.element_ty), mask=there[:, None] & (columns < W)[None, :])

@@ -69,7 +69,8 @@ def careful_kernel(
     b, n = (index // N).to(tl.int64), (index % N).to(tl.int64)
     g = n // GROUP
     rows = block * BM + tl.arange(0, BM)
-    stats = stats_x + index.to(tl.int64) * 3 * L + rows
+    head = stats_x + index.to(tl.int64) * 3 * (L + 1)
+    stats = head + rows
     written = tl.load(stats, mask=rows < L, other=1.0)
     # An infinite total marks a row without weight, which may be one whose squares have all underflowed.
     again = (rows < L) & ((written < faint) | (written == float("inf")))
@@ -151,6 +152,9 @@ def careful_kernel(
     # A row without a score other than 0 is 0 already; what made it so may also have been a score that is not a number.
     again = again & (total > 0.0)
     tl.store(out, result.to(out_x.dtype.element_ty), mask=again[:, None] & (columns < W)[None, :])
-    tl.store(stats, total, mask=again)
-    tl.store(stats + L, top, mask=again)
-    tl.store(stats + 2 * L, unit, mask=again)
+    # A negative total says to the backward pass that the row is measured in units.
+    tl.store(stats, -total, mask=again)
+    tl.store(stats + (L + 1), top, mask=again)
+    tl.store(stats + 2 * (L + 1), unit, mask=again)
+    if tl.max(again.to(tl.int32), 0) > 0:
+        tl.store(head + L, 1.0)
