@@ -225,6 +225,8 @@ def explain(
       chosen: none
       native: impl='sdpa' was requested
       sdpa: it computes softmax weights only, not 'expressive'
+      triton: its kernels are for GPUs, not 'cpu'
+      flex: it is for CUDA devices, not 'cpu'; it takes heads of width 16 and above
       chunked: impl='sdpa' was requested
       reference: impl='sdpa' was requested
     """

@@ -13,6 +13,8 @@ from better_attention.scores import SCORES
 
 IMPLS = tuple(IMPLEMENTATIONS)
 """Every implementation by name."""
+CPU_IMPLS = tuple(impl for impl in IMPLS if impl not in ("triton", "flex"))
+"""Those that are not for GPUs alone, which refuse every call here (``tests/library/gpu``)."""
 IMPLS_AND_AUTO = ("auto", *IMPLS)
 
 

@@ -51,6 +51,7 @@ LIBRARY_ROOMS = (
     {"operators"},
     {"native"},
     {"dropout"},
+    {"gpu"},
     {"impl"},
     {"positions", "functional", "causality"},
     {"layer"},
@@ -68,10 +69,14 @@ EXTRAS = {
     "conversion.recipe": {"safetensors"},
     "export.onnx": {"onnxruntime", "onnxscript"},
     "export.quantise": {"onnx", "onnxruntime", "torchao"},
+    "gpu.toolchain": {"triton"},
+    "gpu.launches": {"triton"},
 }
 """What a module of the library may import inside its functions: an extra, whose absence it reports."""
 GATES = {"adapters.transformers": {"transformers"}}
 """Modules that users of another library import, and nothing else does: they may import that library."""
+LATE = {"gpu.kernels": {"triton"}}
+"""Rooms that are imported inside functions alone, once it is known that a library is there: they may import it."""
 CATALOGUES = {"cli", "bench/suites", "lab/tasks/catalogue", "lab/data/published", "lab/published"}
 """Folders whose files are rows of a table: verbs, suites, tasks, data sets. They may grow."""
 ROOM_SIZE = 15
@@ -270,6 +275,11 @@ def test_verbs_import_no_verbs() -> None:
     assert faults == []
 
 
+def late(path: str) -> set[str]:
+    """The libraries that a module in a room of :data:`LATE` may import; none elsewhere."""
+    return next((needs for room, needs in LATE.items() if f"{path}.".startswith(f"{room}.")), set())
+
+
 @pytest.mark.parametrize(
     "file", [f for f in FILES if house(path_of(f)) == "library"], ids=lambda f: str(f.relative_to(ROOT))
 )
@@ -277,8 +287,11 @@ def test_the_library_needs_torch_alone(file: Path) -> None:
     path, imported = of(file)
     for name, at_top in imported:
         head = name.split(".")[0]
-        if (not at_top and head in EXTRAS.get(path, set())) or head in GATES.get(path, set()):
+        if (not at_top and head in EXTRAS.get(path, set())) or head in GATES.get(path, set()) | late(path):
             continue
+        target = below(name)
+        if target is not None and late(target) and not late(path):
+            assert not at_top, f"{path} imports {name} along with itself, which needs another library"
         assert name.removeprefix(f"{ROOT.name}.") not in GATES, f"{path} imports {name}, which needs another library"
         assert head in LIGHT | set(sys.stdlib_module_names) | {ROOT.name}, f"{path} imports {name}"
 

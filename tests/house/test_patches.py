@@ -58,6 +58,7 @@ PATCHED: Mapping[str, Mapping[str, str]] = {
     "lab/training/test_loop.py": {"loop.reseed": FAULT},
     "lab/training/test_processes.py": {"processes.Accelerator": "accelerate's class, as it is on machines with GPUs"},
     "library/call/test_every_argument.py": {"fast_path.attend": SEEN},
+    "library/gpu/test_choice.py": {"toolchain._installed": FAULT},
     "library/impl/test_chunked_dropout.py": {"chunked.TILE": TIME, "module.IMPLEMENTATIONS": FAULT},
     "library/native/test_native_missing.py": {"library.__file__": FAULT},
 }

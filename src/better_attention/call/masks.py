@@ -26,7 +26,7 @@ def check_mask(mask: object, name: str, *, one_means: str, device: torch.device)
     Raises:
         TypeError: neither bool nor floating point, or not a dense tensor.
         ValueError: on another device; or a float mask of zeros and ones that requires no gradient, which as an
-            additive mask hides nothing (looked at in eager mode only).
+            additive mask hides nothing (looked at on the CPU in eager mode only).
     """
     if not isinstance(mask, Tensor):
         raise TypeError(f"{name} must be a bool or float tensor, received {describe(mask)}.")
@@ -80,7 +80,8 @@ def without_repeats(mask: Tensor) -> Tensor:
 
 
 def _zeros_and_ones(mask: Tensor) -> bool:
-    if mask.numel() == 0 or not values_available():
+    # Reading a value would stall the queue of an accelerator.
+    if mask.numel() == 0 or mask.device.type != "cpu" or not values_available():
         return False
     try:
         mask = without_repeats(mask)

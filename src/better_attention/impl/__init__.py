@@ -10,7 +10,7 @@ from torch import Tensor
 
 from better_attention.call.call import Call
 
-from . import chunked, native, reference, sdpa
+from . import chunked, flex, native, reference, sdpa, triton
 
 
 class Implementation(NamedTuple):
@@ -31,6 +31,8 @@ IMPLEMENTATIONS: Mapping[str, Implementation] = MappingProxyType(
     {
         "native": Implementation(native.unsupported, native.compute, portable=False),
         "sdpa": Implementation(sdpa.unsupported, sdpa.compute, portable=True),
+        "triton": Implementation(triton.unsupported, triton.compute, portable=False),
+        "flex": Implementation(flex.unsupported, flex.compute, portable=False),
         "chunked": Implementation(chunked.unsupported, chunked.compute, portable=False),
         "reference": Implementation(reference.unsupported, reference.compute, portable=True),
     }

@@ -1,4 +1,4 @@
-"""What the operators of the implementations chunked and native are called with."""
+"""What the operators of the implementations chunked, native and triton are called with."""
 
 from __future__ import annotations
 

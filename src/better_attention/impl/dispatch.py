@@ -66,6 +66,12 @@ NATIVE_MAX_LENGTH_BF16_TRAINING = 512
 SDPA_MAX_WEIGHTS_UNDER_DROPOUT = 1 << 20
 """Under dropout PyTorch keeps every weight: from this many weights per head (L S) on, tiles are as fast."""
 
+# On a GPU, by what has to be read (docs/gpu.md):
+SPLIT_MAX_QUERIES = 16
+"""For up to so many queries of one head of keys, attention takes the time in which the keys are read."""
+SPLIT_MIN_LENGTH = 1024
+"""With fewer keys it takes the time of its launches."""
+
 
 # --- the choice -------------------------------------------------------------------------------------------------------
 
@@ -79,7 +85,7 @@ def choose(call: Call, impl: str) -> str | None:
         # There is always one: the reference is portable and refuses no call.
         return next(name for name in fit if not IMPLEMENTATIONS[name].unsupported(call))
     # torch.compile makes programs for many sizes; comparing their symbolic sizes would fix them to one.
-    sizes_matter = call.q_BNLH.device.type == "cpu" and not torch.compiler.is_compiling()
+    sizes_matter = not torch.compiler.is_compiling()
     # Take the first that is not slow. `unsupported` is evaluated lazily: for small calls its cost is measurable.
     for name, implementation in IMPLEMENTATIONS.items():
         if not implementation.unsupported(call) and not (sizes_matter and _slow(call, name)):
@@ -98,7 +104,11 @@ def _unfit_for_export(name: str) -> str | None:
 
 
 def _slow(call: Call, name: str) -> bool:
-    """Whether an implementation later in the list is faster on a CPU at these sizes."""
+    """Whether an implementation later in the list is faster at these sizes."""
+    if call.q_BNLH.device.type != "cpu":
+        return name == "sdpa" and _reads_twice(call)
+    if name == "triton":  # on a CPU these kernels run in an interpreter, for tests
+        return True
     if name == "native":
         return _native_is_slow(call)
     (B, N, L, _), S = call.q_BNLH.shape, call.k_BNSH.shape[2]
@@ -110,6 +120,13 @@ def _slow(call: Call, name: str) -> bool:
     small = SMALL_CALLS.get(call.score, UNMEASURED)
     # The reference is last in the list: nothing behind it could be faster, so it never counts as slow.
     return name != "reference" and small.weights >= B * N * L * S and (small.length is None or small.length >= S)
+
+
+def _reads_twice(call: Call) -> bool:
+    """Whether a few queries read one tensor as key and as value, which our kernels read once."""
+    (_, N, L, _), (_, G, S, _) = call.q_BNLH.shape, call.k_BNSH.shape
+    few = N // max(1, G) * L <= SPLIT_MAX_QUERIES and S >= SPLIT_MIN_LENGTH
+    return few and call.v_BNSH is call.k_BNSH and not IMPLEMENTATIONS["triton"].unsupported(call)
 
 
 def _native_is_slow(call: Call) -> bool:

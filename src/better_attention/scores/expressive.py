@@ -117,7 +117,7 @@ class Tiles:
             total = _divisor(a)
             # An infinite divisor marks a row of zeros, which may be one whose squares have all underflowed.
             faint = (total < self._faint) | (total == math.inf)
-            if not bool(faint.any()):
+            if not _any(faint):
                 return a, total
             # Row by row: the bits of a row must not depend on what another one sees.
             careful, careful_total = self._careful_weights(rows, keys, bias, hide)
@@ -158,9 +158,14 @@ def _power_of_two(x: Tensor, dim: tuple[int, ...]) -> Tensor:
     return (~small).to(x.dtype).masked_fill_(small, limits.tiny**0.5)
 
 
+def _any(there: Tensor) -> bool:
+    """Whether any is true. On an accelerator yes: an answer would wait for its queue, and yes is right, only slower."""
+    return there.device.type != "cpu" or bool(there.any())
+
+
 def _in(units: Tensor, x: Tensor) -> Tensor:
     """``x`` measured in units; itself, not a copy, in the ordinary case that all of them are 1."""
-    return x / units if bool((units != 1.0).any()) else x
+    return x / units if _any(units != 1.0) else x
 
 
 def _plain(z: Tensor, hide: Tensor | None) -> Tensor:
@@ -179,13 +184,13 @@ def _careful(z: Tensor, units: Tensor, bias: Tensor | None, hide: Tensor | None,
     largest = torch.linalg.vector_norm(z, math.inf, dim=-1, keepdim=True)
     small = (largest > 0.0) & (largest * units < limits.eps)
     factor = torch.where(small, 1.0 / largest, units)
-    if bool((factor != 1.0).any()):
+    if _any(factor != 1.0):
         z *= factor
     far = limits.max**0.48  # beyond, a is 1 and its derivative 0, to the last bit; z^2 is still finite
-    if bool((largest * factor > far).any()):
+    if _any(largest * factor > far):
         z.clamp_(-far, far)
     square = z.square()
-    inverse = ((square * ~small) if bool(small.any()) else square).add(1.0).reciprocal_()
+    inverse = ((square * ~small) if _any(small) else square).add(1.0).reciprocal_()
     a = square.mul_(inverse)
     if derive:
         # da/dz = 2 z / (1 + z^2)^2; the factor leads from z back to scores in units, by the chain rule.

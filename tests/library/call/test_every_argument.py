@@ -26,7 +26,7 @@ from better_attention.native.library import missing
 from helpers import oracle
 from helpers.bridge import array, oracle_masks, oracle_weights
 from helpers.layers import layer, refused, tokens
-from helpers.registry import IMPLS, IMPLS_AND_AUTO
+from helpers.registry import CPU_IMPLS
 
 B, N, L, D = 2, 2, 5, 6
 LENGTHS = (5, 3)
@@ -124,7 +124,7 @@ LAYER_PATHS: dict[str, tuple[Callable[..., Any], Callable[[], AbstractContextMan
     "compiled aot_eager": (compiled("aot_eager"), nullcontext, "auto", False),
     "compiled inductor": (compiled("inductor"), nullcontext, "auto", False),
     "exported": (exported, nullcontext, "auto", False),
-    **{impl: (plainly, nullcontext, impl, False) for impl in IMPLS},
+    **{impl: (plainly, nullcontext, impl, False) for impl in CPU_IMPLS},
 }
 """How the layer is called; under which context; its impl; whether it trains (without dropout)."""
 IN_ONE_CALL = {"one call", "inference mode"}
@@ -135,7 +135,7 @@ def layer_refusal(path: str, argument: str, form: str, mechanism: str) -> str | 
     """The word in the message of a cell that is refused; None where it is honoured."""
     if path.startswith("nested"):
         return None if argument == "query" or (argument, form) == ("is_causal", "True") else "nested"
-    if path in IMPLS and path != "reference" and argument in ("need_weights", "average_attn_weights"):
+    if path in CPU_IMPLS and path != "reference" and argument in ("need_weights", "average_attn_weights"):
         return "return"
     if path == "sdpa" and "expressive" in mechanism:
         return "softmax weights only"
@@ -401,8 +401,8 @@ def all_nested(layout: torch.layout) -> Callable[..., Any]:
 
 
 FUNCTION_PATHS: dict[str, tuple[Callable[..., Any], Callable[[], AbstractContextManager[Any]], str]] = {
-    **{impl: (plainly, nullcontext, impl) for impl in IMPLS_AND_AUTO},
-    **{f"training {impl}": (training, nullcontext, impl) for impl in IMPLS_AND_AUTO},
+    **{impl: (plainly, nullcontext, impl) for impl in ("auto", *CPU_IMPLS)},
+    **{f"training {impl}": (training, nullcontext, impl) for impl in ("auto", *CPU_IMPLS)},
     "no gradients": (plainly, torch.no_grad, "auto"),
     "nested strided": (all_nested(torch.strided), nullcontext, "auto"),
     "nested jagged": (all_nested(torch.jagged), nullcontext, "auto"),
@@ -424,7 +424,7 @@ def function_refusal(path: str, argument: str, form: str) -> str | None:
         return "differentiate"
     if path == "sdpa" and argument == "score":
         return "softmax weights only"
-    if path in IMPLS and path != "reference" and argument == "need_weights":
+    if path in CPU_IMPLS and path != "reference" and argument == "need_weights":
         return "return"
     if form == "learned" and path in ("native", "sdpa"):
         return "differentiate"

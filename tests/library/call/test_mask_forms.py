@@ -18,7 +18,7 @@ from helpers import oracle
 from helpers.bridge import array
 from helpers.layers import layer, refused, tokens
 from helpers.memory import profiled_memory
-from helpers.registry import IMPLS_AND_AUTO
+from helpers.registry import CPU_IMPLS
 
 FLOATING = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 5e-3}
@@ -33,7 +33,7 @@ def biases(dtype: torch.dtype, kind: str) -> Tensor:
     return tokens(L, S).to(dtype).masked_fill(torch.rand(L, S) < 0.4, low)
 
 
-IMPLEMENTATIONS = IMPLS_AND_AUTO
+IMPLEMENTATIONS = ("auto", *CPU_IMPLS)
 KINDS = ["zeros", "-inf", "finfo.min"]
 SCORES = tuple(scores.SCORES)
 
