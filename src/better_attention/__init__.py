@@ -26,6 +26,7 @@ from .functional import Explanation, attention, explain
 from .inspect import attention_maps
 from .layer.multihead import MultiheadAttention
 from .mechanism import MECHANISMS, Mechanism
+from .parallel import parallel_plan
 
 if TYPE_CHECKING:
     from better_attention.lab.runs.load import load_run as load_run
@@ -52,6 +53,7 @@ __all__ = [
     "explain",
     "export_onnx",
     "load_converted",
+    "parallel_plan",
     "quantise",
     "revert",
     "save_converted",

@@ -9,7 +9,7 @@ import ctypes
 
 import torch
 
-ABI = 3
+ABI = 4
 """Version of the interface."""
 OK, NO_MEMORY, NO_SUCH_ISA, NO_SUCH_SCORE, DECODES_ONLY = range(5)
 """What a function returns."""
@@ -61,7 +61,7 @@ class Call(ctypes.Structure):
         *_integers("out_b out_n out_l"),
         *_pointers("stats grad"),
         *_integers("grad_b grad_n grad_l"),
-        *_pointers("dq dk dv"),
+        *_pointers("delta dq dk dv"),
         *_integers("dq_b dq_n dq_l dk_b dk_g dk_s dv_b dv_g dv_s"),
     )
 
