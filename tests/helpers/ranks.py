@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -55,14 +56,19 @@ def run(module: str, world: int, folder: Path, *, seconds: float, cases: Sequenc
             p.kill()
             p.wait()
     results: dict[str, str] = {}
-    for rank in range(world):
+    early = []
+    for rank, process in enumerate(processes):
         file = folder / f"{rank}.json"
         said = json.loads(file.read_text("utf-8")) if file.exists() else {}
-        if not said:
-            raise RuntimeError(f"process {rank} of {module} ended early:\n{logs[rank].read_text()}")
+        if process.returncode != 0:
+            early.append(f"process {rank} of {module} ended early, after {list(said)}:\n{logs[rank].read_text()}")
         for case, outcome in said.items():
             if outcome != "ok" or case not in results:
-                results[case] = outcome if outcome == "ok" else f"process {rank}: {outcome}"
+                before = "" if results.get(case, "ok") == "ok" else results[case] + "\n"
+                results[case] = outcome if outcome == "ok" else f"{before}process {rank}: {outcome}"
+    if early:
+        wrong = [f"{case}: {outcome}" for case, outcome in results.items() if outcome != "ok"]
+        raise RuntimeError("\n".join([*wrong, *early]))
     return results
 
 
@@ -72,21 +78,25 @@ def main() -> None:
     import torch.distributed as dist
 
     module, rank, world, folder, *names = sys.argv[1:]
+    warnings.simplefilter("error")
     store = dist.FileStore(str(Path(folder) / "store"), int(world))
-    limit = timedelta(seconds=30)
-    dist.init_process_group("gloo", store=store, rank=int(rank), world_size=int(world), timeout=limit)
     cases = importlib.import_module(module).CASES
     results = {}
     for name in names or cases:
+        # A group for each case: one that fails in the middle leaves messages behind that nobody expects.
+        own = dist.PrefixStore(name, store)
+        limit = timedelta(seconds=60)
+        dist.init_process_group("gloo", store=own, rank=int(rank), world_size=int(world), timeout=limit)
         torch.manual_seed(0)
         try:
             cases[name]()
+            dist.barrier()
             results[name] = "ok"
         except BaseException:  # noqa: BLE001 - whatever it was, it is reported
             results[name] = traceback.format_exc()
-    (Path(folder) / f"{rank}.json").write_text(json.dumps(results), "utf-8")
-    dist.barrier()
-    dist.destroy_process_group()
+        # Now, because a process that waits for others in vain may be ended by the backend.
+        (Path(folder) / f"{rank}.json").write_text(json.dumps(results), "utf-8")
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -6,5 +6,6 @@ Importing it loads nothing of ``torch.distributed``; calling its functions needs
 from __future__ import annotations
 
 from .plan import parallel_plan
+from .sequence import sequence_attention
 
-__all__ = ["parallel_plan"]
+__all__ = ["parallel_plan", "sequence_attention"]

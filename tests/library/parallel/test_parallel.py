@@ -12,13 +12,14 @@ import better_attention as ba
 
 QUICK = {
     "helpers.tensor_parallel_cases": ["mechanism efficient+expressive", "a mask per head", "state dicts", "refusals"],
+    "helpers.sequence_cases": ["causal", "padding, expressive", "collectives", "refusals"],
     "helpers.dtensor_cases": ["over samples and heads", "refusals", "explanations"],
 }
 """Two processes start in each unit run, and take these."""
 
 
 def held(module: str, world: int, folder: Path, cases: list[str] | None = None) -> None:
-    results = ranks.run(module, world, folder, seconds=240, cases=cases or [])
+    results = ranks.run(module, world, folder, seconds=600, cases=cases or [])
     wrong = [f"{case}: {outcome}" for case, outcome in results.items() if outcome != "ok"]
     assert not wrong, "\n".join(wrong)
     assert len(results) >= (len(cases) if cases else 6)
