@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .inspect import attention_maps
     from .layer.multihead import MultiheadAttention
     from .mechanism import MECHANISMS, Mechanism
+    from .parallel import parallel_plan
 
 __version__ = "0.2.0"
 
@@ -55,6 +56,7 @@ __all__ = [
     "explain",
     "export_onnx",
     "load_converted",
+    "parallel_plan",
     "quantise",
     "revert",
     "save_converted",
@@ -82,6 +84,7 @@ _HOMES = {
     "export_onnx": "export.onnx",
     "load_converted": "conversion.recipe",
     "load_run": "lab.runs.load",
+    "parallel_plan": "parallel",
     "quantise": "export.quantise",
     "revert": "conversion.revert",
     "save_converted": "conversion.recipe",

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 from torch import Tensor
 
+from .call.distributed import Shards, draws_of, is_dtensor, shards_of
 from .call.function_arguments import prepare
 from .call.tracing import function_node, is_symbolic, refuse_script
-from .errors import check_choice
+from .errors import check_bool, check_choice
 from .impl import IMPLEMENTATIONS
 from .impl.dispatch import IMPLS, attend, choose, passed_over, summary
 
@@ -103,6 +105,11 @@ def attention(
         ValueError: an argument of the wrong shape, or an ``impl`` that cannot compute this call.
 
     Note:
+        DTensors that are divided over samples or heads, all three alike, give a DTensor divided in the same way; every
+        process computes its part and nothing is sent. ``attn_mask`` is then that of the whole call, as an ordinary
+        tensor or a DTensor. Tensors divided over length or width, and partial ones, are refused. With ``dropout_p``
+        the parts drop independently of each other: the result depends on how the call is divided.
+
         With NaN or infinite numbers in keys or values, queries that may not see them stay clean. This is
         checked on the CPU in eager mode; elsewhere only finite numbers are kept apart.
 
@@ -141,6 +148,23 @@ def attention(
             },
         )
     check_choice(impl, "impl", IMPLS)
+    if any(map(is_dtensor, (query, key, value, attn_mask))):
+        check_bool(enable_gqa, "enable_gqa")
+        parts, reasons = shards_of(query, key, value, attn_mask, grouped=enable_gqa)
+        if parts is None:
+            raise ValueError(f"attention on DTensors: {'; '.join(reasons)}.")
+        settings: dict[str, Any] = {
+            "score": score,
+            "is_causal": is_causal,
+            "offset": offset,
+            "window": window,
+            "dropout_p": dropout_p,
+            "scale": scale,
+            "enable_gqa": enable_gqa,
+            "need_weights": need_weights,
+            "impl": impl,
+        }
+        return _on_shards(parts, settings)
     call, lead = prepare(
         query, key, value, score, attn_mask, is_causal, offset, window, dropout_p, scale, enable_gqa, need_weights
     )
@@ -150,6 +174,17 @@ def attention(
         return output
     assert weights_BNLS is not None  # noqa: S101 - the chosen implementation returns weights, for the type checker
     return output, lead.unfold(weights_BNLS)
+
+
+def _on_shards(parts: Shards, settings: dict[str, Any]) -> Tensor | tuple[Tensor, Tensor]:
+    """The call of the whole tensors, each process with its own part."""
+    # Without dropout nothing is drawn, and the generator stays where it was.
+    draws = draws_of(parts.place, parts.query.device) if settings["dropout_p"] else nullcontext()
+    with draws:
+        result = attention(parts.query, parts.key, parts.value, attn_mask=parts.attn_mask, **settings)
+    if isinstance(result, tuple):
+        return parts.whole(result[0]), parts.whole(result[1])
+    return parts.whole(result)
 
 
 # torch.jit.script asks for it before it reads the source; calls never look at it.
@@ -231,10 +266,18 @@ def explain(
       reference: impl='sdpa' was requested
     """
     check_choice(impl, "impl", IMPLS)
+    divided = ""
+    if any(map(is_dtensor, (query, key, value, attn_mask))):
+        parts, refused = shards_of(query, key, value, attn_mask, grouped=check_bool(enable_gqa, "enable_gqa"))
+        if parts is None:
+            shapes = ", ".join(f"{n} {tuple(x.shape)}" for n, x in (("q", query), ("k", key), ("v", value)))
+            return Explanation(None, {name: refused for name in IMPLEMENTATIONS}, f"{shapes}, DTensor")
+        query, key, value, attn_mask = parts.query, parts.key, parts.value, parts.attn_mask
+        divided = f"; each process computes {parts}"
     call, _ = prepare(
         query, key, value, score, attn_mask, is_causal, offset, window, dropout_p, scale, enable_gqa, need_weights
     )
-    inputs = summary(call)
+    inputs = summary(call) + divided
     # What is chosen for is the call without the keys that nobody sees.
     call = call.trimmed()
     chosen = choose(call, impl)

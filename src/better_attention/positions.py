@@ -7,6 +7,7 @@ call/call.py: B batch, L queries, S keys, N heads, H head width, G key heads; P 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -143,6 +144,7 @@ def alibi_bias(
     offset: int | Tensor = 0,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
+    slopes: Sequence[float] | None = None,
 ) -> Tensor:
     r"""The additive mask of ALiBi, (N, L, S): minus the head's slope times the distance of query and key.
 
@@ -156,6 +158,7 @@ def alibi_bias(
         offset: position of the first query among the keys: the number of tokens in the cache while generating.
         device: of the result.
         dtype: of the result.
+        slopes: one for each head, where they are some of more heads; None: :func:`alibi_slopes`.
 
     Source: arXiv 2108.12409, section 3.
 
@@ -163,7 +166,7 @@ def alibi_bias(
     tensor([[[-1.,  0., -1.],
              [-2., -1.,  0.]]])
     """
-    slopes_N = torch.tensor(alibi_slopes(num_heads), device=device, dtype=dtype)
+    slopes_N = torch.tensor(alibi_slopes(num_heads) if slopes is None else slopes, device=device, dtype=dtype)
     queries_L = torch.arange(L, device=device) + offset
     distance_LS = (queries_L[:, None] - torch.arange(S, device=device)).abs()
     # Distances stay integers until here, so that they are rounded once.
@@ -175,7 +178,12 @@ NARROW_DIGIT = 256
 
 
 def alibi_features(
-    q_BNLH: Tensor, k_BGSH: Tensor, *, scale: float | None = None, offset: int | Tensor = 0
+    q_BNLH: Tensor,
+    k_BGSH: Tensor,
+    *,
+    scale: float | None = None,
+    offset: int | Tensor = 0,
+    slopes: Sequence[float] | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Queries and keys with a few features more, whose product is the score with ALiBi inside. Attend with scale 1.
 
@@ -195,6 +203,7 @@ def alibi_features(
         k_BGSH: (..., G, S, H), dtype and device of the queries; N is a multiple of G.
         scale: factor on q.k, never on the bias; None means 1/sqrt(H).
         offset: position of the first query among the keys: the number of tokens in the cache while generating.
+        slopes: one for each query head, where they are some of more heads; None: :func:`alibi_slopes`.
 
     Returns:
         Queries and keys of width H + 2. In float16 and bfloat16 a position is written in two digits and its product
@@ -223,7 +232,7 @@ def alibi_features(
             f"positions beyond {NARROW_DIGIT**2:,} are not exact in {str(dtype).removeprefix('torch.')}, received "
             f"{L:,} queries and {S:,} keys. Use float32, or pass alibi_bias() as a mask."
         )
-    slopes_N = torch.tensor(alibi_slopes(N), device=q_BNLH.device, dtype=dtype)
+    slopes_N = torch.tensor(alibi_slopes(N) if slopes is None else slopes, device=q_BNLH.device, dtype=dtype)
     # Counted from the first query, the large numbers are those of far keys, where a rounding matters least.
     query_LF, key_SF = [], []
     queries_L = _digits(torch.arange(L, device=q_BNLH.device), dtype)

@@ -23,7 +23,10 @@ class CachedLayer(Protocol):
     """What a cache has to know of its layer."""
 
     window: int | None
-    num_heads: int
+
+    @property
+    def heads_here(self) -> int:
+        """Number of heads that this process computes."""
 
     @property
     def cache_streams(self) -> tuple[str, ...]:
@@ -89,7 +92,7 @@ class KVCache:
         self._layer: weakref.ref[Any] | None = weakref.ref(layer)
         self._rows = Rows(self.max_len, self.window, room)
         if dtype == torch.int8:
-            self._rows = Int8Rows(self.max_len, self.window, room, layer.num_heads)
+            self._rows = Int8Rows(self.max_len, self.window, room, layer.heads_here)
         self.length = 0
 
     @classmethod

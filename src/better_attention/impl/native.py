@@ -26,7 +26,17 @@ from better_attention.native.library import (
 
 from .arguments import NO_DROPOUT, Arguments, flops
 
-__all__ = ["Distances", "compute", "decode", "instruction_set", "instruction_sets", "missing", "unsupported"]
+__all__ = [
+    "Distances",
+    "compute",
+    "decode",
+    "instruction_set",
+    "instruction_sets",
+    "missing",
+    "partial",
+    "partial_backward",
+    "unsupported",
+]
 
 
 def unsupported(call: Call) -> list[str]:
@@ -151,6 +161,38 @@ def _decodes(call: Call, *others: Tensor) -> bool:
     return few and S > 0 and W > 0 and call.dropout_p == 0.0 and ordinary(*tensors) and not unsupported(call)
 
 
+# --- some of the keys -------------------------------------------------------------------------------------------------
+
+
+def partial(call: Call) -> tuple[Tensor, Tensor]:
+    """Head outputs over the keys of a call, and what they were divided by, where there are more keys elsewhere.
+
+    Args:
+        call: one that :func:`unsupported` has no objection to, in float32 and without dropout.
+
+    Returns:
+        (B, N, L, W) and (B, N, L, 2): the normaliser of each row and the shift of its exponent. A row without weight
+        has an infinite normaliser, one of the expressive score whose weights are too small for float32 has 0.
+    """
+    return _forward(Arguments.of(call, share=True), stats=True)
+
+
+def partial_backward(grad: Tensor, call: Call, stats: Tensor, delta: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients that come through the keys of a call, where there are more keys elsewhere.
+
+    Args:
+        grad: of the outputs over all keys, (B, N, L, W).
+        call: as for :func:`partial`.
+        stats: normaliser and shift over all keys, (B, N, L, 2), float32.
+        delta: (B, N, L), float32, the product of the outputs over all keys and their gradients.
+
+    Returns:
+        Those of q, k and v; None for v where k serves as v, whose gradient is then that of both.
+    """
+    a = Arguments.of(call, share=True)
+    return _backward(grad, a, grad, stats.contiguous(), delta.contiguous())
+
+
 # --- across the C interface -------------------------------------------------------------------------------------------
 
 
@@ -167,8 +209,10 @@ def _forward(a: Arguments, *, stats: bool) -> tuple[Tensor, Tensor]:
     return out, numbers
 
 
-def _backward(grad: Tensor, a: Arguments, out: Tensor, stats: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of q, k and v; where k serves as v, of both in the second one."""
+def _backward(
+    grad: Tensor, a: Arguments, out: Tensor, stats: Tensor, delta: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of q, k and v; where k serves as v, of both in the second one. With ``delta`` ``out`` is not read."""
     # autograd hands out expanded gradients, that of a sum for example, whose rows have stride 0.
     a, grad = _with_contiguous_rows(a), contiguous_rows(grad)
     dq, dk = _empty(a.q, a.q.shape[-1]), _empty(a.k, a.k.shape[-1])
@@ -177,6 +221,8 @@ def _backward(grad: Tensor, a: Arguments, out: Tensor, stats: Tensor) -> tuple[T
         return dq.zero_(), dk.zero_(), None if dv is None else dv.zero_()
     c = _describe(a, out, stats)
     c.grad, (c.grad_b, c.grad_n, c.grad_l, _) = address(grad), grad.stride()
+    if delta is not None:
+        c.delta = address(delta)
     # data_ptr() is enough here: tensors that were just allocated have memory. address() is for those from outside.
     c.dq, (c.dq_b, c.dq_n, c.dq_l, _) = dq.data_ptr(), dq.stride()
     c.dk, (c.dk_b, c.dk_g, c.dk_s, _) = dk.data_ptr(), dk.stride()

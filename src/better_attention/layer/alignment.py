@@ -17,6 +17,7 @@ from better_attention.mechanism import Mechanism
 from better_attention.native import align
 
 from .part import Part, Sizes
+from .share import here
 
 if TYPE_CHECKING:
     from .multihead import MultiheadAttention
@@ -121,7 +122,7 @@ class Alignment(nn.Module):
         if first > 0:
             return self._mix_rows(value_BSD, first)
         weight, bias = self.sliced_to(S)
-        if self._kernels_serve(weight, value_BSD):
+        if self._kernels_serve(weight, bias, value_BSD):
             shared = weight.dim() == 2
             column = None if bias is None else bias.squeeze(-1)[None] if shared else bias.squeeze(-1)
             return align.align(weight[None] if shared else weight, column, value_BSD, self.causal)
@@ -132,7 +133,7 @@ class Alignment(nn.Module):
             aligned_BSD: Tensor = weight @ value_BSD
             return aligned_BSD if bias is None else aligned_BSD + bias
         # The batch becomes columns, so that each head's kernel is used as it is and not copied for every sample.
-        (B, S, D), N = value_BSD.shape, self.num_heads
+        (B, S, D), N = value_BSD.shape, len(weight)
         columns_NSC = value_BSD.reshape(B, S, N, D // N).permute(2, 1, 0, 3).reshape(N, S, B * (D // N))
         aligned_NSC: Tensor = weight @ columns_NSC
         if bias is not None:
@@ -151,13 +152,13 @@ class Alignment(nn.Module):
             aligned_BLD: Tensor = rows @ value_BSD
             return aligned_BLD if column is None else aligned_BLD + column
         # Head after head, because one product over all of them would first copy the values.
-        parts = [row @ part for row, part in zip(rows, value_BSD.chunk(self.num_heads, dim=-1), strict=True)]
+        parts = [row @ part for row, part in zip(rows, value_BSD.chunk(len(rows), dim=-1), strict=True)]
         if column is not None:
             parts = [part + c for part, c in zip(parts, column, strict=True)]
         return torch.cat(parts, dim=-1)
 
-    def _kernels_serve(self, weight: Tensor, value_BSD: Tensor) -> bool:
-        if not self.compiled or not align.supported(weight, self.bias, value_BSD):
+    def _kernels_serve(self, weight: Tensor, bias: Tensor | None, value_BSD: Tensor) -> bool:
+        if not self.compiled or not align.supported(weight, bias, value_BSD):
             return False
         if torch.compiler.is_compiling():
             # The length is symbolic, and comparing it would fix the program to one. Exported programs run without us.
@@ -177,12 +178,13 @@ class Alignment(nn.Module):
 
     def sliced_to(self, S: int) -> tuple[Tensor, Tensor | None]:
         """The part of W_A for S positions, and of its bias as a column."""
+        weight, bias = here(self, self.weight), None if self.bias is None else here(self, self.bias)
         if not torch.compiler.is_compiling():
-            return self.weight[..., :S, :S], None if self.bias is None else self.bias[..., :S, None]
+            return weight[..., :S, :S], None if bias is None else bias[..., :S, None]
         # While tracing, a slice up to a symbolic S is taken to be shorter than the whole: S = max_len would be lost.
         positions = torch.arange(S, device=self.weight.device)
-        weight = self.weight.index_select(-2, positions).index_select(-1, positions)
-        return weight, None if self.bias is None else self.bias.index_select(-1, positions)[..., None]
+        weight = weight.index_select(-2, positions).index_select(-1, positions)
+        return weight, None if bias is None else bias.index_select(-1, positions)[..., None]
 
     def _keep_apart(self, value_BSD: Tensor, first: int) -> Tensor:
         """With numbers that are not finite, 0 * NaN would carry them backwards: positions before them stay clean."""

@@ -15,7 +15,7 @@ from better_attention.cache.streams import KEY, SOURCE, VALUE
 from better_attention.call.function_arguments import same_dtype
 from better_attention.errors import describe
 
-from . import decoding, extra_keys, window
+from . import decoding, extra_keys, share, window
 from .alignment import Alignment
 from .arguments import Arguments, Inputs, read, torch_masks
 from .calling import called
@@ -42,20 +42,21 @@ def attend(layer: MultiheadAttention, given: Arguments, cache: KVCache) -> tuple
     q_BLD = called(layer.q_proj, x.query_BLD, "q_proj")
     k_BLD = called(layer.k_proj, x.key_BSD, "k_proj")
     v_BLD = x.with_zero_padding(called(layer.v_proj, x.value_BSD, "v_proj"))
-    q_BLD, k_BLD, v_BLD = same_dtype(q_BLD, k_BLD, v_BLD, projected=True)
+    q_BLD, k_BLD, v_BLD = share.columns(layer, *same_dtype(q_BLD, k_BLD, v_BLD, projected=True))
     projects = "k" in layer.mechanism.projections
     # remember and align
     if projects:
-        k_BLD = rotated(k_BLD, layer.num_heads, layer.rotary, first)
+        k_BLD = rotated(k_BLD, layer.heads_here, layer.rotary, first)
     cache.write(KEY, k_BLD)
     _remember_values(layer, cache, v_BLD, first)
     x = _with_masks(layer, given, cache, x)
     # score and mix
     # An input that is both key and value is remembered as it came, and its rotation counts from what is remembered:
     # positions matter by their differences.
-    q_BLD = rotated(q_BLD, layer.num_heads, layer.rotary, first if projects else x.offset)
+    q_BLD = rotated(q_BLD, layer.heads_here, layer.rotary, first if projects else x.offset)
     heads_BNLH, weights = _heads(layer, cache, q_BLD, x)
     # output
+    weights = weights if layer.share is None else layer.share.gathered(weights)
     output = called(layer.out_proj, join(heads_BNLH, layer.batch_first), "out_proj")
     cache.commit(L)
     return x.returned(output, weights)
@@ -102,7 +103,7 @@ def _heads(layer: MultiheadAttention, cache: KVCache, q_BLD: Tensor, x: Inputs) 
     k_BSD = cache.read(KEY, L)
     v_BSD = cache.read(VALUE, L) if VALUE in cache.streams else k_BSD
     if "k" not in layer.mechanism.projections:
-        k_BSD = rotated(k_BSD, layer.num_heads, layer.rotary)
+        k_BSD = rotated(k_BSD, layer.heads_here, layer.rotary)
     k_BSD, v_BSD, x = extra_keys.append(layer, k_BSD, v_BSD, x)
     return window.attend(layer, layer.call(q_BLD, k_BSD, v_BSD, x))
 

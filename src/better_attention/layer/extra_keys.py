@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from better_attention.call.call import band
 
 from .calling import called
+from .share import here
 
 if TYPE_CHECKING:
     from .arguments import Inputs
@@ -41,7 +42,7 @@ class ExtraPosition(nn.Module):
     def forward(self, x_BSD: Tensor) -> Tensor:
         """(B, S, D) -> (B, S + 1, D)."""
         # Under autocast the sequence is in 16 bits while the parameter is not, and cat() would widen the whole.
-        return torch.cat([x_BSD, self.weight.to(x_BSD.dtype).expand(x_BSD.shape[0], 1, -1)], dim=1)
+        return torch.cat([x_BSD, here(self, self.weight).to(x_BSD.dtype).expand(x_BSD.shape[0], 1, -1)], dim=1)
 
 
 def append(layer: MultiheadAttention, k_BSD: Tensor, v_BSD: Tensor, x: Inputs) -> tuple[Tensor, Tensor, Inputs]:

@@ -69,6 +69,7 @@ def _is_simple(layer: MultiheadAttention) -> bool:
     """Whether the layer has nothing that the one call does not compute."""
     return (
         layer.impl in ("auto", "native")
+        and layer.share is None
         and layer.mechanism.score in structs.SCORES
         and layer.batch_first
         and layer.kdim == layer.vdim == layer.embed_dim

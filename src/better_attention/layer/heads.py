@@ -14,7 +14,7 @@ from torch import Tensor
 from better_attention.call.call import Call, compute_dtype
 from better_attention.call.masks import together
 from better_attention.errors import check_choice, check_float
-from better_attention.positions import BASE, alibi_bias, alibi_features, check_even_width, rotary_angles, rotate
+from better_attention.positions import BASE, alibi_bias, alibi_features, alibi_slopes, check_even_width, rotary_angles, rotate
 from better_attention.scores import SCORES
 
 ALIBI_PLACES = ("score", "weight")
@@ -87,8 +87,14 @@ def check_alibi(alibi: str | None, added_keys: bool) -> str | None:
     return check_choice(alibi, "alibi", ALIBI_PLACES)
 
 
-def biased(alibi: str | None, call: Call) -> Call:
+def biased(alibi: str | None, call: Call, num_heads: int, first: int) -> Call:
     """``call`` with ALiBi where the layer has it.
+
+    Args:
+        alibi: the layer's argument.
+        call: the call of some of its heads, or all.
+        num_heads, first: number of the layer's heads, and which of them is the first of the call: slopes follow from
+            both.
 
     With z = scale q.k, the head's slope m and the distance l - s of query and key, the un-normalised weight is
 
@@ -103,24 +109,27 @@ def biased(alibi: str | None, call: Call) -> Call:
     """
     if alibi is None:
         return call
-    return _inside(call) if alibi == "score" else _on_the_weight(call)
+    slopes = alibi_slopes(num_heads)[first : first + call.q_BNLH.shape[1]]
+    return _inside(call, slopes) if alibi == "score" else _on_the_weight(call, slopes)
 
 
-def _on_the_weight(call: Call) -> Call:
+def _on_the_weight(call: Call, slopes: list[float]) -> Call:
     q_BNLH, mask = call.q_BNLH, call.mask_BNLS
     sizes = q_BNLH.shape[1], q_BNLH.shape[2], call.k_BNSH.shape[2]
-    bias_NLS = alibi_bias(*sizes, offset=call.offset, device=q_BNLH.device, dtype=compute_dtype(q_BNLH.dtype))
+    bias_NLS = alibi_bias(
+        *sizes, offset=call.offset, device=q_BNLH.device, dtype=compute_dtype(q_BNLH.dtype), slopes=slopes
+    )
     if mask is not None and mask.dtype != torch.bool:
         # What hides by being the lowest number of its dtype would be an ordinary one in the sum's.
         mask = mask.masked_fill(SCORES[call.score].hides(mask), -math.inf)
     return replace(call, mask_BNLS=together(mask, bias_NLS[None]))
 
 
-def _inside(call: Call) -> Call:
+def _inside(call: Call, slopes: list[float]) -> Call:
     if not call.causal:
         raise ValueError(
             "alibi='score' counts distances with a sign, -m (l - s), which has a meaning for keys s <= l alone: call "
             "the layer with is_causal=True (masks apply as well), or build it with alibi='weight'."
         )
-    q_BNLH, k_BNSH = alibi_features(call.q_BNLH, call.k_BNSH, scale=call.scale, offset=call.offset)
+    q_BNLH, k_BNSH = alibi_features(call.q_BNLH, call.k_BNSH, scale=call.scale, offset=call.offset, slopes=slopes)
     return replace(call, q_BNLH=q_BNLH, k_BNSH=k_BNSH, scale=1.0)

@@ -21,7 +21,7 @@ from better_attention.impl.dispatch import IMPLS
 from better_attention.mechanism import Mechanism
 from better_attention.tensors import floating_dtype
 
-from . import cached, extra_keys, fast_path, window
+from . import cached, extra_keys, fast_path, share, window
 from .alignment import Alignment, check_alignment
 from .arguments import Arguments, Inputs, read
 from .calling import called
@@ -225,35 +225,40 @@ class MultiheadAttention(DropIn):
         q_BLD = called(self.q_proj, x.query_BLD, "q_proj")
         k_BSD = called(self.k_proj, x.key_BSD, "k_proj")
         v_BSD = called(self.v_proj, x.value_BSD, "v_proj")
+        q_BLD, k_BSD, v_BSD = share.columns(self, q_BLD, k_BSD, v_BSD)
         # align
         v_BSD = window.aligned_values(self, x.with_zero_padding(v_BSD))
         # score and mix
         # Under autocast a linear map returns 16 bits, and an identity its input as it is: here they become one dtype.
         q_BLD, k_BSD, v_BSD = same_dtype(q_BLD, k_BSD, v_BSD, projected=True)
-        q_BLD = rotated(q_BLD, self.num_heads, self.rotary)
-        k_BSD = rotated(k_BSD, self.num_heads, self.rotary)
+        q_BLD = rotated(q_BLD, self.heads_here, self.rotary)
+        k_BSD = rotated(k_BSD, self.heads_here, self.rotary)
         # After the rotation, because the added keys have no position.
         k_BSD, v_BSD, x = extra_keys.append(self, k_BSD, v_BSD, x)
-        heads_BNLH, weights = window.attend(self, self.call(q_BLD, k_BSD, v_BSD, x))
+        call = self.call(q_BLD, k_BSD, v_BSD, x)
+        with share.draws(self, call.dropout_p, call.q_BNLH):
+            heads_BNLH, weights = window.attend(self, call)
+        weights = weights if self.share is None else self.share.gathered(weights)
         # output
         output = called(self.out_proj, join(heads_BNLH, self.batch_first), "out_proj")
         return x.returned(output, weights)
 
     def call(self, q_BLD: Tensor, k_BSD: Tensor, v_BSD: Tensor, x: Inputs) -> Call:
         """The attention call, heads apart, with the biases of the positions."""
-        return biased(self.alibi, self.unbiased_call(q_BLD, k_BSD, v_BSD, x))
+        call = self.unbiased_call(q_BLD, k_BSD, v_BSD, x)
+        return biased(self.alibi, call, self.num_heads, 0 if self.share is None else self.share.first)
 
     def unbiased_call(self, q_BLD: Tensor, k_BSD: Tensor, v_BSD: Tensor, x: Inputs) -> Call:
         """The attention call, heads apart, as it is without ALiBi."""
-        q_BNLH = split(q_BLD, self.num_heads, self.head_dim, "q_proj")
-        k_BNSH = split(k_BSD, self.num_heads, self.head_dim, "k_proj")
+        q_BNLH = split(q_BLD, self.heads_here, self.head_dim, "q_proj")
+        k_BNSH = split(k_BSD, self.heads_here, self.head_dim, "k_proj")
         # With neither W_K nor W_V one tensor is both; it stays one, so that the kernels read it once.
         shared = v_BSD is k_BSD
         return Call(
             scaled(self.scaling, q_BNLH),
             k_BNSH,
-            k_BNSH if shared else split(v_BSD, self.num_heads, self.head_dim, "v_proj"),
-            mask_BNLS=x.mask_BNLS,
+            k_BNSH if shared else split(v_BSD, self.heads_here, self.head_dim, "v_proj"),
+            mask_BNLS=x.mask_BNLS if self.share is None else self.share.mask(x.mask_BNLS),
             padding_B11S=x.padding_B11S,
             causal=x.causal,
             offset=x.offset,
@@ -263,6 +268,11 @@ class MultiheadAttention(DropIn):
             dropout_p=self.dropout if self.training else 0.0,
             need_weights=x.need_weights,
         )
+
+    @property
+    def heads_here(self) -> int:
+        """Number of heads that this process computes: all of them unless several share the layer."""
+        return self.num_heads if self.share is None else self.share.count
 
     @property
     def cache_streams(self) -> tuple[str, ...]:
@@ -275,4 +285,6 @@ class MultiheadAttention(DropIn):
         defaults: dict[str, object] = {"dropout": 0.0, "batch_first": False, "add_zero_attn": False}
         defaults |= {"scale": None, "rotary": None, "window": None, "alibi": None, "impl": "auto"}
         parts += [f"{n}={getattr(self, n)!r}" for n, default in defaults.items() if getattr(self, n) != default]
+        if self.share is not None:
+            parts.append(f"heads {self.share.first} ... {self.share.first + self.share.count - 1} in this process")
         return ", ".join(parts)

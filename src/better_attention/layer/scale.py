@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from better_attention.errors import check_float
 
 from .calling import called
+from .share import here
 
 
 def check_scale(scale: float | str | None) -> float | str | None:
@@ -62,7 +63,7 @@ class LearnedScale(nn.Module):
     def forward(self, q_BNLH: Tensor) -> Tensor:
         """Scale the queries (B, N, L, H), head by head."""
         # The exponential in the parameter's dtype, and only the factor in the (perhaps narrower) one of the queries.
-        factor_N11 = self.log_scale.exp()[:, None, None]
+        factor_N11 = here(self, self.log_scale).exp()[:, None, None]
         return q_BNLH * factor_N11.to(q_BNLH.dtype)
 
 

@@ -31,6 +31,7 @@ from better_attention.scores import SCORES
 
 from .alignment import ALIGN_HEADS, ALIGN_INITS, draw
 from .calling import called
+from .share import here
 
 if TYPE_CHECKING:
     from .multihead import MultiheadAttention
@@ -87,10 +88,10 @@ class WindowAlignment(nn.Module):
     def forward(self, weights_BNLW: Tensor) -> Tensor:
         """(B, N, L, w) weights to (B, N, L, w + 1): those of the values, and what is added to every feature."""
         # One product for both: the bias is one more column.
-        matrix: Tensor = self.weight
+        matrix = here(self, self.weight)
         if self.bias is None:
             return F.pad(weights_BNLW @ matrix.to(weights_BNLW.dtype), (0, 1))
-        matrix = torch.cat([matrix, self.bias[..., None]], dim=-1)
+        matrix = torch.cat([matrix, here(self, self.bias)[..., None]], dim=-1)
         return weights_BNLW @ matrix.to(weights_BNLW.dtype)
 
     def extra_repr(self) -> str:

@@ -63,7 +63,7 @@ class Call(ctypes.Structure):
         *_integers("out_b out_n out_l"),
         *_pointers("stats grad"),
         *_integers("grad_b grad_n grad_l"),
-        *_pointers("dq dk dv"),
+        *_pointers("delta dq dk dv"),
         *_integers("dq_b dq_n dq_l dk_b dk_g dk_s dv_b dv_g dv_s"),
     )
 

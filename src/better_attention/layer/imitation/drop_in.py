@@ -16,12 +16,13 @@ from better_attention.call.tracing import refuse_script
 from better_attention.layer.alignment import Alignment
 from better_attention.layer.extra_keys import ExtraPosition
 from better_attention.layer.scale import LearnedScale
+from better_attention.layer.share import HeadShare
 from better_attention.layer.window import WindowAlignment
 from better_attention.mechanism import MECHANISMS, Mechanism
 from better_attention.scores import DEFAULT_SCORE
 
 from .packed import Unpackable, assign, packed
-from .state_dict import explain_parts, other_size, separate, to_packed, unpack, without_waiting_hook
+from .state_dict import explain_parts, other_size, separate, to_packed, unpack, whole_or_parts, without_waiting_hook
 
 
 class DropIn(nn.Module):
@@ -30,6 +31,9 @@ class DropIn(nn.Module):
     # In eval mode nn.TransformerEncoder reads the weights off torch's layer and computes standard attention itself,
     # whatever the layer is. Two things keep it from doing so, each on its own: this, and what in_proj_weight returns.
     _qkv_same_embed_dim = False
+
+    share: HeadShare | None = None
+    """The heads of this process where several share the layer; on the class, so that older pickles have it."""
 
     mechanism: Mechanism
     embed_dim: int
@@ -206,6 +210,7 @@ class DropIn(nn.Module):
         if local_metadata.get("assign_to_params_buffers", False):
             separate(state_dict, prefix)
         explain_parts(self, state_dict, prefix)
+        whole_or_parts(self, state_dict, prefix)
         error_msgs += other_size(self, state_dict, prefix)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from better_attention.call.distributed import is_dtensor, part_like
 from better_attention.call.torch_private import load_hooks, set_load_hooks
 from better_attention.layer.part import Part
 from better_attention.layer.parts import PARTS, mechanism_with, parts_of
@@ -43,6 +44,21 @@ def unpack(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
         has_place = getattr(module, now.split(".")[0]) is not None
         if has_place and f"{prefix}{earlier}" in state_dict and f"{prefix}{now}" not in state_dict:
             state_dict[f"{prefix}{now}"] = state_dict.pop(f"{prefix}{earlier}")
+
+
+def whole_or_parts(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
+    """Let weights of a layer that processes share load into an ordinary one, and the other way round.
+
+    Putting a parameter together takes all processes: then each of them has to load.
+    """
+    for name, parameter in module.named_parameters():
+        x = state_dict.get(f"{prefix}{name}")
+        if x is None or is_dtensor(x) == is_dtensor(parameter):
+            continue
+        if is_dtensor(x):
+            state_dict[f"{prefix}{name}"] = x.full_tensor()
+        elif x.shape == parameter.shape:
+            state_dict[f"{prefix}{name}"] = part_like(x, parameter)
 
 
 def separate(state_dict: dict[str, Any], prefix: str) -> None:

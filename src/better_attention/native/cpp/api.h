@@ -66,6 +66,9 @@ typedef struct {
     /* ba_backward alone */
     const void *grad;                /* of out (B, N, L, W) */
     int64_t grad_b, grad_n, grad_l;
+    const float *delta;              /* (B, N, L), contiguous: of each row the sum over keys of w dL/dw, where it is known,
+                                        as where other processes hold some of the keys; NULL: of grad and out. `out` is
+                                        not read where it is given. */
     void *dq, *dk, *dv;              /* dv == NULL: k and v are one tensor, and dk its whole gradient (H == W) */
     int64_t dq_b, dq_n, dq_l, dk_b, dk_g, dk_s, dv_b, dv_g, dv_s;
 } ba_call;

@@ -138,6 +138,26 @@ static void careful_backward(BackPanel& p, int64_t b, int64_t n, int64_t l) {
         }
 }
 
+// The normaliser's share in the derivative of each row: the product of its result and that one's gradient.
+static void delta_of(BackPanel& p, Row out) {
+    const ba_call& c = *p.c;
+    for (int64_t lane = 0; lane < p.pitch; lane += LANES) {
+        V x[BA_LANES];
+        for (int64_t r = 0; r < LANES; ++r) {
+            const int64_t l = lane + r;
+            x[r] = V{};
+            if (l < p.rows)
+                for (int64_t w = 0; w < c.W; w += LANES)
+                    x[r] += load(p.grad_rows + l * p.grad_s + w) *
+                        load_row({shifted(out.p, l * c.out_l, out.bf16), out.bf16}, w, c.W - w);
+        }
+        turn_over<1>(x);
+        V sum = x[0];
+        for (int r = 1; r < BA_LANES; ++r) sum += x[r];
+        store(p.delta + lane, sum);
+    }
+}
+
 template <int SCORE>
 static void back_panel(const Backward& f, BackPanel& p, int64_t b, int64_t n, int64_t index) {
     const ba_call& c = *f.c;
@@ -174,21 +194,11 @@ static void back_panel(const Backward& f, BackPanel& p, int64_t b, int64_t n, in
         p.shift[l] = l < p.rows ? stats[2 * l + 1] : 0.0f;
         faint |= total == 0.0f;
     }
-    const Row out = {shifted(c.out, b * c.out_b + n * c.out_n + p.l0 * c.out_l, bf16), bf16};
-    for (int64_t lane = 0; lane < p.pitch; lane += LANES) {
-        V x[BA_LANES];
-        for (int64_t r = 0; r < LANES; ++r) {
-            const int64_t l = lane + r;
-            x[r] = V{};
-            if (l < p.rows)
-                for (int64_t w = 0; w < c.W; w += LANES)
-                    x[r] += load(p.grad_rows + l * p.grad_s + w) *
-                        load_row({shifted(out.p, l * c.out_l, bf16), bf16}, w, c.W - w);
-        }
-        turn_over<1>(x);
-        V sum = x[0];
-        for (int r = 1; r < BA_LANES; ++r) sum += x[r];
-        store(p.delta + lane, sum);
+    if (c.delta != NULL) {
+        const float* delta = c.delta + (b * c.N + n) * c.L + p.l0;
+        for (int64_t l = 0; l < p.pitch; ++l) p.delta[l] = l < p.rows ? delta[l] : 0.0f;
+    } else {
+        delta_of(p, {shifted(c.out, b * c.out_b + n * c.out_n + p.l0 * c.out_l, bf16), bf16});
     }
     band_blocks(p.hide, p.l0, p.rows, vectors, f.keys,
         [&](int64_t some, int64_t lane, int64_t s0, int64_t n) { back_block_of<SCORE>(p, some, lane, s0, n); });
