@@ -193,6 +193,19 @@ def small_scores_keep_their_digits(scale: float, dtype: torch.dtype, biased: boo
         torch.testing.assert_close(a.double(), b, rtol=0, atol=10 * tolerance * float(b.abs().max()))
 
 
+def large_scores_do_not_overflow() -> None:
+    """Squares beyond float32 leave the weights that they have, 1 each, and no slope."""
+    rng = np.random.default_rng(31)
+    q, k, v = (normal(rng, 1, 1, n, 13) for n in (19, 23, 23))
+    leaves = _leaves(q * 1e12, k * 1e12, v)
+    output = ba.attention(*leaves, score="expressive", impl="triton")
+    torch.testing.assert_close(output, v.mean(2, keepdim=True).expand_as(output), rtol=1e-5, atol=1e-5)
+    dq, dk, dv = torch.autograd.grad(output, leaves, torch.ones_like(output))
+    assert not dq.any()
+    assert not dk.any()
+    torch.testing.assert_close(dv, torch.full_like(dv, 19 / 23), rtol=1e-5, atol=1e-5)
+
+
 # --- torch around it --------------------------------------------------------------------------------------------------
 
 
@@ -304,6 +317,7 @@ MORE_CHECKS: dict[str, Callable[[], None]] = {
     "one key, softmax": partial(one_key_with_all_the_weight_has_no_slope, "softmax"),
     "small scores in float16": partial(small_scores_keep_their_digits, 1e-5, F16, False),
     "small scores with a bias": partial(small_scores_keep_their_digits, 1e-13, F32, True),
+    "large scores": large_scores_do_not_overflow,
     "descriptors": descriptors_change_no_bit,
     "operator": the_operator_is_registered_completely,
     "same bits": the_same_call_gives_the_same_bits,

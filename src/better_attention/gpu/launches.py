@@ -294,7 +294,9 @@ def backward_launches(
 def _backwards(constants: dict[str, Any], tma: bool, p: Problem) -> dict[str, Any]:
     """What the kernels of the backward pass are compiled for."""
     wide = p.expressive and p.q.dtype == torch.float16 and not constants["UPCAST"]
-    return {name: value for name, value in constants.items() if name != "LIFTED"} | {"TMA": tma, "WIDE": wide}
+    # Products of float16 stay below 2^40, whose squares float32 can hold.
+    more = {"TMA": tma, "WIDE": wide, "BOUNDED": p.q.dtype != torch.float16}
+    return {name: value for name, value in constants.items() if name != "LIFTED"} | more
 
 
 # --- arguments --------------------------------------------------------------------------------------------------------
@@ -367,8 +369,6 @@ def _constants(p: Problem, target: Target, inner: int) -> dict[str, Any]:
         "H_P": _padded(H),
         "W_P": _padded(W),
         "BN": inner,
-        # Products of float16 stay below 2^40, whose squares float32 can hold.
-        "BOUNDED": dtype != torch.float16,
         "LIFTED": p.expressive and dtype == torch.float16,
         "PRECISION": PRECISIONS[torch.get_float32_matmul_precision()] if dtype == torch.float32 else "ieee",
         "FAST": target.kind == "cuda",

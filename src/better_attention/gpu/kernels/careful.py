@@ -1,4 +1,4 @@
-"""Expressive rows whose weights are so small that squares lose digits, or that float16 cannot hold: computed once more.
+"""Expressive rows whose squares lose digits or overflow, or whose weights float16 cannot hold: computed once more.
 
 The forward pass leaves a total for each row. Where that is below a bound, this kernel measures the scores of the row in
 units of the largest of them, which the normaliser cancels, and writes output and statistics again. Blocks without such
@@ -48,7 +48,6 @@ def careful_tile(
         shown, added = read_mask(pointers, (keys < S)[None, :], MASK, MASK_LOWEST)
         visible = visible & shown
         bias = bias + added
-    visible = visible & (x == x)
     return tl.where(visible, x, 0.0), visible, bias
 
 
@@ -72,8 +71,9 @@ def careful_kernel(
     head = stats_x + index.to(tl.int64) * 3 * (L + 1)
     stats = head + rows
     written = tl.load(stats, mask=rows < L, other=1.0)
-    # An infinite total marks a row without weight, which may be one whose squares have all underflowed.
-    again = (rows < L) & ((written < faint) | (written == float("inf")))
+    # An infinite total marks a row without weight, which may be one whose squares have all underflowed; one that is no
+    # number, a row whose squares have overflowed, unless it comes from the inputs.
+    again = (rows < L) & ((written < faint) | (written == float("inf")) | (written != written))
     if tl.max(again.to(tl.int32), 0) == 0:
         return
     q = tile(q_x + b * q_b + n * q_n, 0, 0, block * BM, L, q_l, BM, H, H_P, True, False, LONG, False).to(tl.float32)
@@ -149,7 +149,7 @@ def careful_kernel(
     result = acc * tl.where(total == 0.0, 0.0, kept / tl.where(total == 0.0, 1.0, total))[:, None]
     columns = tl.arange(0, W_P)
     out = out_x + b * o_b + n * o_n + rows.to(tl.int64)[:, None] * o_l + columns[None, :]
-    # A row without a score other than 0 is 0 already; what made it so may also have been a score that is not a number.
+    # A row without a score other than 0 is 0 already, and one with a score that is no number stays as it is.
     again = again & (total > 0.0)
     tl.store(out, result.to(out_x.dtype.element_ty), mask=again[:, None] & (columns < W)[None, :])
     # A negative total says to the backward pass that the row is measured in units.

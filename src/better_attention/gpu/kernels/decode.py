@@ -22,7 +22,7 @@ def split_kernel(
     EXPRESSIVE: tl.constexpr, SHARED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr,
     MASK_LOWEST: tl.constexpr, MASK_PER_QUERY: tl.constexpr, PADDING: tl.constexpr, PADDING_LOWEST: tl.constexpr,
     GROUP: tl.constexpr, H: tl.constexpr, W: tl.constexpr, H_P: tl.constexpr, W_P: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BOUNDED: tl.constexpr, LIFTED: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+    BN: tl.constexpr, LIFTED: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
     LONG: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Sums (B G, splits, BM, W_P), totals and maxima (B G, splits, 2, BM) of ``share`` keys each, float32."""
@@ -64,13 +64,13 @@ def split_kernel(
     acc, total, top = accumulate(
         acc, total, top, q, k_base, v_base, mask_rows, padding_base, m_s, p_s, b, g, places, nothing, nothing, begin,
         last, S, k_s, v_s, window, factor, 0, 0, False, EXPRESSIVE, SHARED, CAUSAL, WINDOW, MASK, MASK_LOWEST,
-        MASK_PER_QUERY, PADDING, PADDING_LOWEST, False, H, W, H_P, W_P, BN, BOUNDED, LIFTED, PRECISION, FAST, False,
+        MASK_PER_QUERY, PADDING, PADDING_LOWEST, False, H, W, H_P, W_P, BN, LIFTED, PRECISION, FAST, False,
         LONG, UPCAST,
     )  # fmt: skip
     acc, total, top = accumulate(
         acc, total, top, q, k_base, v_base, mask_rows, padding_base, m_s, p_s, b, g, places, nothing, nothing, last,
         end, S, k_s, v_s, window, factor, 0, 0, True, EXPRESSIVE, SHARED, CAUSAL, WINDOW, MASK, MASK_LOWEST,
-        MASK_PER_QUERY, PADDING, PADDING_LOWEST, False, H, W, H_P, W_P, BN, BOUNDED, LIFTED, PRECISION, FAST, False,
+        MASK_PER_QUERY, PADDING, PADDING_LOWEST, False, H, W, H_P, W_P, BN, LIFTED, PRECISION, FAST, False,
         LONG, UPCAST,
     )  # fmt: skip
     slot = pair.to(tl.int64) * tl.num_programs(1) + part

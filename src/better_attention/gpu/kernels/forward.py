@@ -29,8 +29,8 @@ def accumulate(
     window, factor, seed, below, EDGE: tl.constexpr, EXPRESSIVE: tl.constexpr, SHARED: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr, MASK_LOWEST: tl.constexpr,
     MASK_PER_QUERY: tl.constexpr, PADDING: tl.constexpr, PADDING_LOWEST: tl.constexpr, DROPOUT: tl.constexpr,
-    H: tl.constexpr, W: tl.constexpr, H_P: tl.constexpr, W_P: tl.constexpr, BN: tl.constexpr, BOUNDED: tl.constexpr,
-    LIFTED: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr, TMA: tl.constexpr, LONG: tl.constexpr,
+    H: tl.constexpr, W: tl.constexpr, H_P: tl.constexpr, W_P: tl.constexpr, BN: tl.constexpr, LIFTED: tl.constexpr,
+    PRECISION: tl.constexpr, FAST: tl.constexpr, TMA: tl.constexpr, LONG: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Add keys ``begin`` to ``end`` to the sums of weighted values, to the totals and to the maxima of exponents.
@@ -79,12 +79,12 @@ def accumulate(
             shrink = tl.exp2(top - reached)
             p = tl.exp2(exponent - reached[:, None])
             if EXPRESSIVE:
-                p = p * expressive_weight(x, visible, factor, RESTRICTED, BOUNDED, FAST)
+                p = p * expressive_weight(x, visible, factor, RESTRICTED, FAST)
             total = total * shrink + tl.sum(p, 1)
             acc = acc * shrink[:, None]
             top = higher
         else:
-            p = expressive_weight(x, visible, factor, RESTRICTED, BOUNDED, FAST)
+            p = expressive_weight(x, visible, factor, RESTRICTED, FAST)
             total = total + tl.sum(p, 1)
         if DROPOUT:
             p = tl.where(
@@ -107,7 +107,7 @@ def forward_kernel(
     EXPRESSIVE: tl.constexpr, SHARED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr,
     MASK_LOWEST: tl.constexpr, MASK_PER_QUERY: tl.constexpr, PADDING: tl.constexpr, PADDING_LOWEST: tl.constexpr,
     DROPOUT: tl.constexpr, GROUP: tl.constexpr, H: tl.constexpr, W: tl.constexpr, H_P: tl.constexpr, W_P: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BOUNDED: tl.constexpr, LIFTED: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, LIFTED: tl.constexpr, PRECISION: tl.constexpr,
     FAST: tl.constexpr, TMA: tl.constexpr, LONG: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Output (B, N, L, W), and statistics (B, N, 1 or 3, L): what ``finish`` writes."""
@@ -160,19 +160,19 @@ def forward_kernel(
         acc, total, top = accumulate(
             acc, total, top, q, k_base, v_base, mask_rows, padding_base, m_s, p_s, b, g, places, low, high, begin,
             tl.minimum(first, end), S, k_s, v_s, window, factor, seed, below, True, EXPRESSIVE, SHARED, CAUSAL, WINDOW,
-            MASK, MASK_LOWEST, MASK_PER_QUERY, PADDING, PADDING_LOWEST, DROPOUT, H, W, H_P, W_P, BN, BOUNDED, LIFTED,
+            MASK, MASK_LOWEST, MASK_PER_QUERY, PADDING, PADDING_LOWEST, DROPOUT, H, W, H_P, W_P, BN, LIFTED,
             PRECISION, FAST, TMA, LONG, UPCAST,
         )  # fmt: skip
     acc, total, top = accumulate(
         acc, total, top, q, k_base, v_base, mask_rows, padding_base, m_s, p_s, b, g, places, low, high, first, last, S,
         k_s, v_s, window, factor, seed, below, False, EXPRESSIVE, SHARED, CAUSAL, WINDOW, MASK, MASK_LOWEST,
-        MASK_PER_QUERY, PADDING, PADDING_LOWEST, DROPOUT, H, W, H_P, W_P, BN, BOUNDED, LIFTED, PRECISION, FAST, TMA,
+        MASK_PER_QUERY, PADDING, PADDING_LOWEST, DROPOUT, H, W, H_P, W_P, BN, LIFTED, PRECISION, FAST, TMA,
         LONG, UPCAST,
     )  # fmt: skip
     acc, total, top = accumulate(
         acc, total, top, q, k_base, v_base, mask_rows, padding_base, m_s, p_s, b, g, places, low, high, last, end, S,
         k_s, v_s, window, factor, seed, below, True, EXPRESSIVE, SHARED, CAUSAL, WINDOW, MASK, MASK_LOWEST,
-        MASK_PER_QUERY, PADDING, PADDING_LOWEST, DROPOUT, H, W, H_P, W_P, BN, BOUNDED, LIFTED, PRECISION, FAST, TMA,
+        MASK_PER_QUERY, PADDING, PADDING_LOWEST, DROPOUT, H, W, H_P, W_P, BN, LIFTED, PRECISION, FAST, TMA,
         LONG, UPCAST,
     )  # fmt: skip
 

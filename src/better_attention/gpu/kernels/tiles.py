@@ -143,11 +143,13 @@ def key_numbers(seed, keys):
 
 
 @triton.jit
-def expressive_weight(x, visible, c, RESTRICTED: tl.constexpr, BOUNDED: tl.constexpr, FAST: tl.constexpr):
-    """x^2 / (c + x^2), 0 where a key is hidden. BOUNDED: whether x^2 may overflow."""
+def expressive_weight(x, visible, c, RESTRICTED: tl.constexpr, FAST: tl.constexpr):
+    """x^2 / (c + x^2), 0 where a key is hidden.
+
+    Where x^2 overflows this is infinity times 0, and the row's total no number, which tells careful.py to compute the
+    row again. A bound on x^2 would be a fifth of all instructions here, for scores beyond 10^19.
+    """
     if RESTRICTED:
         x = tl.where(visible, x, 0.0)
     square = x * x
-    if BOUNDED:
-        square = tl.minimum(square, FAR_SQUARE)
     return square * reciprocal(c + square, FAST)
