@@ -35,7 +35,7 @@ HALF_RATE = ("FMNMX", "FSETP", "FSEL", "F2FP", "F2F", "ISETP", "SEL", "LOP3", "S
 """Instructions of which 64 results come in a clock: minimum, comparison, selection, conversion, integers."""
 
 POINTERS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.uint8: "u8"}
-NOT_SPECIALISED = ("seed", "below", "offset", "window", "share")
+NOT_SPECIALISED = ("seed", "below", "batch_first", "batch_step", "offset", "window", "share")
 
 
 @dataclass(frozen=True)
@@ -219,7 +219,7 @@ def example(
 
     k = heads(length)
     return Problem(
-        heads(L), k, None if shared else heads(length), mask, None, 5 if dropout else None, causal,
+        heads(L), k, None if shared else heads(length), mask, None, (5, 0, 1) if dropout else None, causal,
         length - L if causal else 0, window, score, width**-0.5, dropout, score == "expressive",
     )  # fmt: skip
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 import better_attention as ba
+from better_attention.dropout import batch_share
 from better_attention.gpu import launches, toolchain
 from better_attention.impl import native, triton
 from helpers.native_cases import Case, Mask, bits, check_results, normal, problem
@@ -118,6 +119,19 @@ def drops_what_the_cpu_drops(score: str, shared: bool) -> None:
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-5)
     assert not torch.equal(ours[0], other[0]), "the seed makes no difference"
+
+
+def drops_by_sample() -> None:
+    """A process with a part of the batch drops of its samples what one process with all of them drops."""
+    q = normal(np.random.default_rng(7), 3, 1, 17, 8)
+    options = {"score": "expressive", "dropout_p": 0.4, "impl": "triton"}
+    torch.default_generator.manual_seed(5)
+    whole = ba.attention(q, q, q, **options)
+    for rank in range(2):
+        torch.default_generator.manual_seed(5)
+        with batch_share(rank, 2):
+            part = ba.attention(*(q[rank::2],) * 3, **options)
+        assert torch.equal(part, whole[rank::2])
 
 
 def drops_everything() -> None:
@@ -311,6 +325,7 @@ MORE_CHECKS: dict[str, Callable[[], None]] = {
     **{name: check for name, check in _agreements(CASES | MORE_CASES).items() if name not in CHECKS},
     "dropout, softmax": partial(drops_what_the_cpu_drops, "softmax", False),
     **{f"dropout of one tensor, {score}": partial(drops_what_the_cpu_drops, score, True) for score in SCORES},
+    "dropout by sample": drops_by_sample,
     "everything dropped": drops_everything,
     "rows without weight in float16": partial(rows_without_weight_are_zero, F16),
     "orthogonal key": an_orthogonal_key_counts_for_nothing,

@@ -46,7 +46,8 @@ class Problem(NamedTuple):
         v: (B, G, S, W); None: k serves as v.
         mask: broadcastable to (B, N, L, S): bool (True = attend), or a number added to log weights.
         padding: (B, 1, 1, S), the same for whole keys.
-        seed: the number from which follows what dropout drops.
+        seed: the number from which follows what dropout drops, and the places of the samples in the whole batch: of the
+            first one, and the distance between two.
         causal, offset, window, score, scale, dropout_p: as in :class:`better_attention.call.call.Call`.
         lowest_hides: whether a float mask hides with its dtype's lowest number too.
     """
@@ -56,7 +57,7 @@ class Problem(NamedTuple):
     v: Tensor | None
     mask: Tensor | None
     padding: Tensor | None
-    seed: int | None
+    seed: tuple[int, int, int] | None
     causal: bool
     offset: int
     window: int | None
@@ -466,7 +467,8 @@ def _kept(p: Problem) -> float:
 
 def _dropout(p: Problem) -> dict[str, int]:
     below = int(p.dropout_p * 2.0**32) if p.dropout_p < 1.0 else 2**32 - 1
-    return {"seed": 0 if p.seed is None else p.seed, "below": below}
+    seed, first, step = p.seed or (0, 0, 1)
+    return {"seed": seed, "below": below, "batch_first": first, "batch_step": step}
 
 
 # --- running ----------------------------------------------------------------------------------------------------------

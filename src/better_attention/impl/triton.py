@@ -17,6 +17,7 @@ from better_attention import operators
 from better_attention.call.call import Call
 from better_attention.call.torch_private import transformed
 from better_attention.call.torch_state import operator_obstacles
+from better_attention.dropout import parts
 from better_attention.gpu import launches, toolchain
 from better_attention.scores import SCORES
 
@@ -62,7 +63,7 @@ def _problem(a: Arguments) -> launches.Problem:
         a.mask,
         a.padding,
         # The seed lies in the memory of the host, wherever the inputs are: reading it waits for no device.
-        None if a.seed is None else int(a.seed),
+        None if a.seed is None else parts(a.seed),
         a.causal,
         a.offset,
         a.window,

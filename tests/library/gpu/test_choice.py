@@ -74,7 +74,7 @@ WAITS = {
 """Methods and functions that hand a value of a tensor to Python, or wait for the queue."""
 ALLOWED = {
     # The seed lies in the memory of the host.
-    "int(a.seed)", "int(seed)",
+    "int(seed)",
     # After the question whether the tensor is the CPU's.
     "bool(there.any())",
     # Settings of the call, not tensors; shapes.

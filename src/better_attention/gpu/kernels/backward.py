@@ -15,6 +15,7 @@ from better_attention.gpu.kernels.tiles import (
     FAR_SQUARE,
     FLOAT_MASK,
     NO_MASK,
+    first_row,
     inside,
     key_numbers,
     meet,
@@ -171,11 +172,12 @@ def query_gradient(
     return dq
 
 
-@triton.jit(do_not_specialize=["seed", "below", "offset", "window"])
+@triton.jit(do_not_specialize=["seed", "below", "batch_first", "batch_step", "offset", "window"])
 def query_gradient_kernel(
     q_x, k_x, v_x, mask_x, padding_x, grad_x, stats_x, share_x, dq_x,
     q_b, q_n, q_l, k_b, k_g, k_s, v_b, v_g, v_s, m_b, m_n, m_l, m_s, p_b, p_s, d_b, d_n, d_l, r_b, r_n, r_l,
-    N, L, S, offset, window, factor, scale, kept, seed, below,
+    N, L, S, offset, window, factor, scale, kept, seed, below, batch_first,
+    batch_step,
     EXPRESSIVE: tl.constexpr, SHARED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr,
     MASK_LOWEST: tl.constexpr, MASK_PER_QUERY: tl.constexpr, PADDING: tl.constexpr, PADDING_LOWEST: tl.constexpr,
     DROPOUT: tl.constexpr, GROUP: tl.constexpr, H: tl.constexpr, W: tl.constexpr, H_P: tl.constexpr, W_P: tl.constexpr,
@@ -208,7 +210,7 @@ def query_gradient_kernel(
     low = tl.zeros((BM,), tl.uint32)
     high = tl.zeros((BM,), tl.uint32)
     if DROPOUT:
-        low, high = row_numbers(seed, far * L + rows)
+        low, high = row_numbers(seed, first_row(b, n, N, L, batch_first, batch_step) + rows)
     level, top, unit, c, one, share = row_statistics(stats_x, share_x, far, rows, L, factor, EXPRESSIVE, ALL_ROWS)
 
     # As in the forward pass: [begin, first) and [last, end) are the edges of the band.
@@ -254,8 +256,8 @@ def query_gradient_kernel(
 
 @triton.jit
 def key_gradient(
-    dk, dv, k, v, q_x, grad_x, mask_base, padding_base, m_l, m_s, p_s, stats_x, share_x, b, n, index, keys, begin, end,
-    L, S, q_l, d_l, offset, window, factor, kept, seed, below, EDGE: tl.constexpr, EXPRESSIVE: tl.constexpr,
+    dk, dv, k, v, q_x, grad_x, mask_base, padding_base, m_l, m_s, p_s, stats_x, share_x, b, n, index, drop_row, keys,
+    begin, end, L, S, q_l, d_l, offset, window, factor, kept, seed, below, EDGE: tl.constexpr, EXPRESSIVE: tl.constexpr,
     SHARED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr, MASK_LOWEST: tl.constexpr,
     MASK_PER_QUERY: tl.constexpr, PADDING: tl.constexpr, PADDING_LOWEST: tl.constexpr, DROPOUT: tl.constexpr,
     H: tl.constexpr, W: tl.constexpr, H_P: tl.constexpr, W_P: tl.constexpr, BM: tl.constexpr, BOUNDED: tl.constexpr,
@@ -291,7 +293,7 @@ def key_gradient(
             bias = bias + added
         dropped = visible
         if DROPOUT:
-            low, high = row_numbers(seed, index * L + rows)
+            low, high = row_numbers(seed, drop_row + rows)
             dropped = meet(low[None, :], high[None, :], key_numbers(seed, keys)[:, None]) < below.to(tl.uint32)
             dp = tl.where(dropped, 0.0, dp * kept)
         w, ds = slopes(
@@ -308,11 +310,12 @@ def key_gradient(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["seed", "below", "offset", "window"])
+@triton.jit(do_not_specialize=["seed", "below", "batch_first", "batch_step", "offset", "window"])
 def key_gradient_kernel(
     q_x, k_x, v_x, mask_x, padding_x, grad_x, stats_x, share_x, dk_x, dv_x,
     q_b, q_n, q_l, k_b, k_g, k_s, v_b, v_g, v_s, m_b, m_n, m_l, m_s, p_b, p_s, d_b, d_n, d_l, r_b, r_g, r_s,
-    t_b, t_g, t_s, N, G, L, S, offset, window, factor, scale, kept, seed, below,
+    t_b, t_g, t_s, N, G, L, S, offset, window, factor, scale, kept, seed, below, batch_first,
+    batch_step,
     EXPRESSIVE: tl.constexpr, SHARED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr,
     MASK_LOWEST: tl.constexpr, MASK_PER_QUERY: tl.constexpr, PADDING: tl.constexpr, PADDING_LOWEST: tl.constexpr,
     DROPOUT: tl.constexpr, GROUP: tl.constexpr, H: tl.constexpr, W: tl.constexpr, H_P: tl.constexpr, W_P: tl.constexpr,
@@ -362,6 +365,7 @@ def key_gradient_kernel(
         n = g * GROUP + j
         n_far = n.to(tl.int64)
         index = b_far * N + n_far
+        drop_row = first_row(b, n, N, L, batch_first, batch_step)
         q_base, grad_base = q_x, grad_x
         if not TMA:
             q_base = q_x + b_far * q_b + n_far * q_n
@@ -372,22 +376,22 @@ def key_gradient_kernel(
         if CAUSAL:
             dk, dv = key_gradient(
                 dk, dv, k, v, q_base, grad_base, mask_base, padding_base, m_l, m_s, p_s, stats_x, share_x, b, n, index,
-                keys, begin, tl.minimum(first, end), L, S, q_l, d_l, offset, window, factor, kept, seed, below, True,
-                EXPRESSIVE, SHARED, CAUSAL, WINDOW, MASK, MASK_LOWEST, MASK_PER_QUERY, PADDING, PADDING_LOWEST, DROPOUT,
-                H, W, H_P, W_P, BM, BOUNDED, WIDE, PRECISION, FAST, TMA, LONG, UPCAST, WHICH,
+                drop_row, keys, begin, tl.minimum(first, end), L, S, q_l, d_l, offset, window, factor, kept, seed,
+                below, True, EXPRESSIVE, SHARED, CAUSAL, WINDOW, MASK, MASK_LOWEST, MASK_PER_QUERY, PADDING,
+                PADDING_LOWEST, DROPOUT, H, W, H_P, W_P, BM, BOUNDED, WIDE, PRECISION, FAST, TMA, LONG, UPCAST, WHICH,
             )  # fmt: skip
         dk, dv = key_gradient(
             dk, dv, k, v, q_base, grad_base, mask_base, padding_base, m_l, m_s, p_s, stats_x, share_x, b, n, index,
-            keys, first, last, L, S, q_l, d_l, offset, window, factor, kept, seed, below, False, EXPRESSIVE, SHARED,
-            CAUSAL, WINDOW, MASK, MASK_LOWEST, MASK_PER_QUERY, PADDING, PADDING_LOWEST, DROPOUT, H, W, H_P, W_P, BM,
-            BOUNDED, WIDE, PRECISION, FAST, TMA, LONG, UPCAST, WHICH,
+            drop_row, keys, first, last, L, S, q_l, d_l, offset, window, factor, kept, seed, below, False, EXPRESSIVE,
+            SHARED, CAUSAL, WINDOW, MASK, MASK_LOWEST, MASK_PER_QUERY, PADDING, PADDING_LOWEST, DROPOUT, H, W, H_P, W_P,
+            BM, BOUNDED, WIDE, PRECISION, FAST, TMA, LONG, UPCAST, WHICH,
         )  # fmt: skip
         if WINDOW:
             dk, dv = key_gradient(
                 dk, dv, k, v, q_base, grad_base, mask_base, padding_base, m_l, m_s, p_s, stats_x, share_x, b, n, index,
-                keys, last, end, L, S, q_l, d_l, offset, window, factor, kept, seed, below, True, EXPRESSIVE, SHARED,
-                CAUSAL, WINDOW, MASK, MASK_LOWEST, MASK_PER_QUERY, PADDING, PADDING_LOWEST, DROPOUT, H, W, H_P, W_P, BM,
-                BOUNDED, WIDE, PRECISION, FAST, TMA, LONG, UPCAST, WHICH,
+                drop_row, keys, last, end, L, S, q_l, d_l, offset, window, factor, kept, seed, below, True, EXPRESSIVE,
+                SHARED, CAUSAL, WINDOW, MASK, MASK_LOWEST, MASK_PER_QUERY, PADDING, PADDING_LOWEST, DROPOUT, H, W, H_P,
+                W_P, BM, BOUNDED, WIDE, PRECISION, FAST, TMA, LONG, UPCAST, WHICH,
             )  # fmt: skip
     if not EXPRESSIVE:
         dk = dk * scale

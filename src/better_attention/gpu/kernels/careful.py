@@ -14,6 +14,7 @@ from better_attention.gpu.kernels.tiles import (
     FAR_SQUARE,
     FLOAT_MASK,
     NO_MASK,
+    first_row,
     inside,
     key_numbers,
     meet,
@@ -51,11 +52,12 @@ def careful_tile(
     return tl.where(visible, x, 0.0), visible, bias
 
 
-@triton.jit(do_not_specialize=["seed", "below", "offset", "window"])
+@triton.jit(do_not_specialize=["seed", "below", "batch_first", "batch_step", "offset", "window"])
 def careful_kernel(
     q_x, k_x, v_x, mask_x, padding_x, out_x, stats_x,
     q_b, q_n, q_l, k_b, k_g, k_s, v_b, v_g, v_s, m_b, m_n, m_l, m_s, p_b, p_s, o_b, o_n, o_l,
-    N, L, S, offset, window, factor, scale, faint, kept, seed, below,
+    N, L, S, offset, window, factor, scale, faint, kept, seed, below, batch_first,
+    batch_step,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr, MASK_LOWEST: tl.constexpr,
     MASK_PER_QUERY: tl.constexpr, PADDING: tl.constexpr, PADDING_LOWEST: tl.constexpr, DROPOUT: tl.constexpr,
     GROUP: tl.constexpr, H: tl.constexpr, W: tl.constexpr, H_P: tl.constexpr, W_P: tl.constexpr, BM: tl.constexpr,
@@ -121,7 +123,7 @@ def careful_kernel(
     low = tl.zeros((BM,), tl.uint32)
     high = tl.zeros((BM,), tl.uint32)
     if DROPOUT:
-        low, high = row_numbers(seed, index.to(tl.int64) * L + rows)
+        low, high = row_numbers(seed, first_row(b, n, N, L, batch_first, batch_step) + rows)
     acc = tl.zeros((BM, W_P), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     for s0 in tl.range(begin, end, BN):

@@ -14,6 +14,7 @@ from better_attention.gpu.kernels.tiles import (
     LIFT,
     NO_MASK,
     expressive_weight,
+    first_row,
     inside,
     key_numbers,
     meet,
@@ -99,11 +100,12 @@ def accumulate(
     return acc, total, top
 
 
-@triton.jit(do_not_specialize=["seed", "below", "offset", "window"])
+@triton.jit(do_not_specialize=["seed", "below", "batch_first", "batch_step", "offset", "window"])
 def forward_kernel(
     q_x, k_x, v_x, mask_x, padding_x, out_x, stats_x,
     q_b, q_n, q_l, k_b, k_g, k_s, v_b, v_g, v_s, m_b, m_n, m_l, m_s, p_b, p_s, o_b, o_n, o_l,
-    N, L, S, offset, window, factor, kept, seed, below,
+    N, L, S, offset, window, factor, kept, seed, below, batch_first,
+    batch_step,
     EXPRESSIVE: tl.constexpr, SHARED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr,
     MASK_LOWEST: tl.constexpr, MASK_PER_QUERY: tl.constexpr, PADDING: tl.constexpr, PADDING_LOWEST: tl.constexpr,
     DROPOUT: tl.constexpr, GROUP: tl.constexpr, H: tl.constexpr, W: tl.constexpr, H_P: tl.constexpr, W_P: tl.constexpr,
@@ -136,7 +138,7 @@ def forward_kernel(
     low = tl.zeros((BM,), tl.uint32)
     high = tl.zeros((BM,), tl.uint32)
     if DROPOUT:
-        low, high = row_numbers(seed, index.to(tl.int64) * L + rows)
+        low, high = row_numbers(seed, first_row(b, n, N, L, batch_first, batch_step) + rows)
 
     acc = tl.zeros((BM, W_P), tl.float32)
     total = tl.zeros((BM,), tl.float32)

@@ -116,8 +116,14 @@ def splitmix(x):
 
 
 @triton.jit
+def first_row(b, n, N, L, batch_first, batch_step):
+    """Number of the first row of a head among those of the whole batch: i of row l is that and l."""
+    return ((batch_first.to(tl.int64) + b.to(tl.int64) * batch_step) * N + n) * L
+
+
+@triton.jit
 def row_numbers(seed, rows):
-    """The numbers of rows i = (b N + n) L + l: low and high half of splitmix64(seed + (2 i + 1) G)."""
+    """The numbers of rows i: low and high half of splitmix64(seed + (2 i + 1) G)."""
     r = splitmix(seed.to(tl.uint64) + (rows.to(tl.uint64) * 2 + 1) * GOLDEN)
     return r.to(tl.uint32), (r >> 32).to(tl.uint32)
 
