@@ -115,8 +115,7 @@ def forward(p: Problem, target: Target | None = None) -> tuple[Tensor, Tensor]:
     """Output (B, N, L, W) in the memory order (B, L, N, W), and statistics of rows for the backward pass."""
     out, stats = empty_output(p), empty_statistics(p)
     if 0 in (*p.q.shape, *p.k.shape, *p.values.shape):
-        # The total of a row without weight is infinite.
-        return out.zero_(), stats.fill_(math.inf)
+        return out.zero_(), stats.zero_()
     for launch in forward_launches(p, out, stats, target or target_of(p.q.device)):
         run(launch)
     return out, stats
@@ -227,7 +226,7 @@ def _careful_launch(p: Problem, out: Tensor, stats: Tensor) -> Launch:
     arguments = {
         "q_x": p.q, "k_x": p.k, "v_x": p.values, **_masks(p), "out_x": out, "stats_x": stats, **_strides(p),
         **_steps("o", "bnl", out), "N": N, "L": L, "S": S, "offset": p.offset, "window": p.window or 0,
-        "factor": _factor(p), "scale": p.scale, "faint": _faint(p), "kept": _kept(p), **_dropout(p),
+        "factor": _factor(p), "scale": p.scale, "steep": 1.0 / _faint(p), "kept": _kept(p), **_dropout(p),
     }  # fmt: skip
     constants = {
         **_restrictions(p), "DROPOUT": p.dropout_p > 0.0, "GROUP": N // G, "H": H, "W": W, "H_P": _padded(H),
@@ -295,9 +294,7 @@ def backward_launches(
 def _backwards(constants: dict[str, Any], tma: bool, p: Problem) -> dict[str, Any]:
     """What the kernels of the backward pass are compiled for."""
     wide = p.expressive and p.q.dtype == torch.float16 and not constants["UPCAST"]
-    # Products of float16 stay below 2^40, whose squares float32 can hold.
-    more = {"TMA": tma, "WIDE": wide, "BOUNDED": p.q.dtype != torch.float16}
-    return {name: value for name, value in constants.items() if name != "LIFTED"} | more
+    return {name: value for name, value in constants.items() if name != "LIFTED"} | {"TMA": tma, "WIDE": wide}
 
 
 # --- arguments --------------------------------------------------------------------------------------------------------

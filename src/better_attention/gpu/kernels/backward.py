@@ -12,6 +12,7 @@ import triton.language as tl
 
 from better_attention.gpu.kernels.tiles import (
     ALL,
+    FAR,
     FAR_SQUARE,
     FLOAT_MASK,
     NO_MASK,
@@ -53,7 +54,7 @@ ALL_ROWS = tl.constexpr(2)
 def row_statistics(stats_x, share_x, index, rows, L, factor, EXPRESSIVE: tl.constexpr, WHICH: tl.constexpr):
     """Of each row: 1 / total or log2 of the sum of exponentials, the maximum, g, c, one, the share.
 
-    Rows beyond the last, and those that are not asked for, have no weight: 1 / infinity, or 2^-infinity.
+    Rows beyond the last, and those that are not asked for, have no weight: 0, or 2^-infinity.
     """
     there = rows < L
     share = tl.load(share_x + index * L + rows, mask=there, other=0.0)
@@ -61,16 +62,16 @@ def row_statistics(stats_x, share_x, index, rows, L, factor, EXPRESSIVE: tl.cons
     unit = tl.zeros(rows.shape, tl.float32) + 1.0
     if EXPRESSIVE:
         stats = stats_x + index * 3 * (L + 1) + rows
-        total = tl.load(stats, mask=there, other=float("inf"))
+        level = tl.load(stats, mask=there, other=0.0)
         top = tl.load(stats + (L + 1), mask=there, other=0.0)
-        careful = total < 0.0
-        if WHICH == PLAIN:
-            total = tl.where(careful, float("inf"), total)
-        elif WHICH == CAREFUL:
-            total = tl.where(careful, total, float("inf"))
         if WHICH != PLAIN:
-            unit = tl.load(stats + 2 * (L + 1), mask=careful, other=1.0)
-        level = 1.0 / tl.abs(total)
+            unit = tl.load(stats + 2 * (L + 1), mask=level < 0.0, other=1.0)
+        if WHICH == PLAIN:
+            level = tl.maximum(level, 0.0)
+        elif WHICH == CAREFUL:
+            level = tl.maximum(-level, 0.0)
+        else:
+            level = tl.abs(level)
     else:
         level = tl.load(stats_x + index * L + rows, mask=there, other=float("inf"))
     # A small row that careful.py computed is measured in units, where 1 + z^2 is 1.
@@ -81,12 +82,13 @@ def row_statistics(stats_x, share_x, index, rows, L, factor, EXPRESSIVE: tl.cons
 @triton.jit
 def slopes(
     x, dp, visible, bias, level, top, unit, c, one, share, factor, EXPRESSIVE: tl.constexpr, BIASED: tl.constexpr,
-    RESTRICTED: tl.constexpr, BOUNDED: tl.constexpr, FAST: tl.constexpr, WHICH: tl.constexpr,
+    RESTRICTED: tl.constexpr, FAST: tl.constexpr, WHICH: tl.constexpr,
 ):  # fmt: skip
-    """From scores x = q.k and dL/dw of a tile: its weights, and dL/dx (softmax: over the scale).
+    """From scores x = q.k and dL/dw of a tile: its weights, and dL/dx over what is the same for a row.
 
-    What belongs to rows comes in a shape that broadcasts over the tile. Where each thread has many rows, as in the
-    kernel for keys, what it has to keep of them decides over its registers: of PLAIN rows two numbers each.
+    That is the scale for softmax, and 2 c g for the expressive score. What belongs to rows comes in a shape that
+    broadcasts over the tile. Where each thread has many rows, as in the kernel for keys, what it has to keep of them
+    decides over its registers: of PLAIN rows two numbers each.
     """
     if EXPRESSIVE:
         y = x
@@ -95,22 +97,19 @@ def slopes(
         if RESTRICTED:
             y = tl.where(visible, y, 0.0)
         square = y * y
-        if BOUNDED:
+        if WHICH == CAREFUL:
+            # In the other kernels rows whose squares overflow have no weight, or their weights do not matter.
             square = tl.minimum(square, FAR_SQUARE)
+            y = tl.minimum(tl.maximum(y, -FAR), FAR)
         r = reciprocal(factor + square if WHICH == PLAIN else c + one * square, FAST)
-        f = r * level
+        f = tl.zeros(x.shape, tl.float32) + level
         if BIASED:
             f = f * tl.exp2(tl.minimum(bias - top, 126.0))
-        w = square * f
+        # Where the square is infinite r is 0, and so must be all that follows: never the square times r.
+        yr = y * r
+        w = yr * (y * f)
         # d/dx of y^2 / (c + y^2) is 2 c g y / (c + y^2)^2; with one = 0 it is 2 g y / c.
-        if WHICH == PLAIN:
-            ds = (y * r) * f * ((dp - share) * (2.0 * factor))
-        else:
-            ds = (y * r) * f * ((dp - share) * (2.0 * c * unit))
-        nothing = w >= ALL
-        if BOUNDED:
-            nothing = nothing | (square >= FAR_SQUARE)
-        ds = tl.where(nothing, 0.0, ds)
+        ds = tl.where(w >= ALL, 0.0, (yr * (r * f)) * (dp - share))
     else:
         exponent = x * factor - level
         if BIASED:
@@ -128,7 +127,7 @@ def query_gradient(
     begin, end, S, k_s, v_s, window, factor, kept, seed, below, EDGE: tl.constexpr, EXPRESSIVE: tl.constexpr,
     SHARED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr, MASK_LOWEST: tl.constexpr,
     MASK_PER_QUERY: tl.constexpr, PADDING: tl.constexpr, PADDING_LOWEST: tl.constexpr, DROPOUT: tl.constexpr,
-    H: tl.constexpr, W: tl.constexpr, H_P: tl.constexpr, W_P: tl.constexpr, BN: tl.constexpr, BOUNDED: tl.constexpr,
+    H: tl.constexpr, W: tl.constexpr, H_P: tl.constexpr, W_P: tl.constexpr, BN: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr, TMA: tl.constexpr, LONG: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -162,7 +161,7 @@ def query_gradient(
             dp = tl.where(dropped, 0.0, dp * kept)
         _, ds = slopes(
             x, dp, visible, bias, level[:, None], top[:, None], unit[:, None], c[:, None], one[:, None], share[:, None],
-            factor, EXPRESSIVE, BIASED, RESTRICTED, BOUNDED, FAST, ALL_ROWS,
+            factor, EXPRESSIVE, BIASED, RESTRICTED, FAST, ALL_ROWS,
         )  # fmt: skip
         if WIDE:
             # float16 has no room for the slopes of small expressive scores; TF32 has, and holds float16 exactly.
@@ -181,7 +180,7 @@ def query_gradient_kernel(
     EXPRESSIVE: tl.constexpr, SHARED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr,
     MASK_LOWEST: tl.constexpr, MASK_PER_QUERY: tl.constexpr, PADDING: tl.constexpr, PADDING_LOWEST: tl.constexpr,
     DROPOUT: tl.constexpr, GROUP: tl.constexpr, H: tl.constexpr, W: tl.constexpr, H_P: tl.constexpr, W_P: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BOUNDED: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
     FAST: tl.constexpr, TMA: tl.constexpr, LONG: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the queries, (B, N, L, H)."""
@@ -232,23 +231,21 @@ def query_gradient_kernel(
             dq, q, grad, k_base, v_base, mask_rows, padding_base, m_s, p_s, b, g, places, low, high, level, top, unit,
             c, one, share, begin, tl.minimum(first, end), S, k_s, v_s, window, factor, kept, seed, below, True,
             EXPRESSIVE, SHARED, CAUSAL, WINDOW, MASK, MASK_LOWEST, MASK_PER_QUERY, PADDING, PADDING_LOWEST, DROPOUT, H,
-            W, H_P, W_P, BN, BOUNDED, WIDE, PRECISION, FAST, TMA, LONG, UPCAST,
+            W, H_P, W_P, BN, WIDE, PRECISION, FAST, TMA, LONG, UPCAST,
         )  # fmt: skip
     dq = query_gradient(
         dq, q, grad, k_base, v_base, mask_rows, padding_base, m_s, p_s, b, g, places, low, high, level, top, unit, c,
         one, share, first, last, S, k_s, v_s, window, factor, kept, seed, below, False, EXPRESSIVE, SHARED, CAUSAL,
-        WINDOW, MASK, MASK_LOWEST, MASK_PER_QUERY, PADDING, PADDING_LOWEST, DROPOUT, H, W, H_P, W_P, BN, BOUNDED, WIDE,
+        WINDOW, MASK, MASK_LOWEST, MASK_PER_QUERY, PADDING, PADDING_LOWEST, DROPOUT, H, W, H_P, W_P, BN, WIDE,
         PRECISION, FAST, TMA, LONG, UPCAST,
     )  # fmt: skip
     dq = query_gradient(
         dq, q, grad, k_base, v_base, mask_rows, padding_base, m_s, p_s, b, g, places, low, high, level, top, unit, c,
         one, share, last, end, S, k_s, v_s, window, factor, kept, seed, below, True, EXPRESSIVE, SHARED, CAUSAL, WINDOW,
-        MASK, MASK_LOWEST, MASK_PER_QUERY, PADDING, PADDING_LOWEST, DROPOUT, H, W, H_P, W_P, BN, BOUNDED, WIDE,
+        MASK, MASK_LOWEST, MASK_PER_QUERY, PADDING, PADDING_LOWEST, DROPOUT, H, W, H_P, W_P, BN, WIDE,
         PRECISION, FAST, TMA, LONG, UPCAST,
     )  # fmt: skip
-    # The derivative of the expressive score is taken with respect to q.k itself.
-    if not EXPRESSIVE:
-        dq = dq * scale
+    dq = dq * ((2.0 * c * unit)[:, None] if EXPRESSIVE else scale)
     columns = tl.arange(0, H_P)
     pointers = dq_x + b_far * r_b + n_far * r_n + rows.to(tl.int64)[:, None] * r_l + columns[None, :]
     tl.store(pointers, dq.to(dq_x.dtype.element_ty), mask=(rows < L)[:, None] & (columns < H)[None, :])
@@ -260,7 +257,7 @@ def key_gradient(
     begin, end, L, S, q_l, d_l, offset, window, factor, kept, seed, below, EDGE: tl.constexpr, EXPRESSIVE: tl.constexpr,
     SHARED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr, MASK_LOWEST: tl.constexpr,
     MASK_PER_QUERY: tl.constexpr, PADDING: tl.constexpr, PADDING_LOWEST: tl.constexpr, DROPOUT: tl.constexpr,
-    H: tl.constexpr, W: tl.constexpr, H_P: tl.constexpr, W_P: tl.constexpr, BM: tl.constexpr, BOUNDED: tl.constexpr,
+    H: tl.constexpr, W: tl.constexpr, H_P: tl.constexpr, W_P: tl.constexpr, BM: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr, TMA: tl.constexpr, LONG: tl.constexpr,
     UPCAST: tl.constexpr, WHICH: tl.constexpr,
 ):  # fmt: skip
@@ -298,8 +295,10 @@ def key_gradient(
             dp = tl.where(dropped, 0.0, dp * kept)
         w, ds = slopes(
             x, dp, visible, bias, level[None, :], top[None, :], unit[None, :], c[None, :], one[None, :], share[None, :],
-            factor, EXPRESSIVE, BIASED, RESTRICTED, BOUNDED, FAST, WHICH,
+            factor, EXPRESSIVE, BIASED, RESTRICTED, FAST, WHICH,
         )  # fmt: skip
+        if WHICH == CAREFUL:
+            ds = ds * (2.0 * c * unit)[None, :]
         if DROPOUT:
             w = tl.where(dropped, 0.0, w * kept)
         dv = tl.dot(w.to(grad.dtype), grad, dv, input_precision=PRECISION)
@@ -319,7 +318,7 @@ def key_gradient_kernel(
     EXPRESSIVE: tl.constexpr, SHARED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr,
     MASK_LOWEST: tl.constexpr, MASK_PER_QUERY: tl.constexpr, PADDING: tl.constexpr, PADDING_LOWEST: tl.constexpr,
     DROPOUT: tl.constexpr, GROUP: tl.constexpr, H: tl.constexpr, W: tl.constexpr, H_P: tl.constexpr, W_P: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BOUNDED: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
     FAST: tl.constexpr, TMA: tl.constexpr, LONG: tl.constexpr, UPCAST: tl.constexpr, WHICH: tl.constexpr,
 ):  # fmt: skip
     """The gradients of keys (B, G, S, H) and values (B, G, S, W); where one tensor is both, their sum in the first.
@@ -378,23 +377,26 @@ def key_gradient_kernel(
                 dk, dv, k, v, q_base, grad_base, mask_base, padding_base, m_l, m_s, p_s, stats_x, share_x, b, n, index,
                 drop_row, keys, begin, tl.minimum(first, end), L, S, q_l, d_l, offset, window, factor, kept, seed,
                 below, True, EXPRESSIVE, SHARED, CAUSAL, WINDOW, MASK, MASK_LOWEST, MASK_PER_QUERY, PADDING,
-                PADDING_LOWEST, DROPOUT, H, W, H_P, W_P, BM, BOUNDED, WIDE, PRECISION, FAST, TMA, LONG, UPCAST, WHICH,
+                PADDING_LOWEST, DROPOUT, H, W, H_P, W_P, BM, WIDE, PRECISION, FAST, TMA, LONG, UPCAST, WHICH,
             )  # fmt: skip
         dk, dv = key_gradient(
             dk, dv, k, v, q_base, grad_base, mask_base, padding_base, m_l, m_s, p_s, stats_x, share_x, b, n, index,
             drop_row, keys, first, last, L, S, q_l, d_l, offset, window, factor, kept, seed, below, False, EXPRESSIVE,
             SHARED, CAUSAL, WINDOW, MASK, MASK_LOWEST, MASK_PER_QUERY, PADDING, PADDING_LOWEST, DROPOUT, H, W, H_P, W_P,
-            BM, BOUNDED, WIDE, PRECISION, FAST, TMA, LONG, UPCAST, WHICH,
+            BM, WIDE, PRECISION, FAST, TMA, LONG, UPCAST, WHICH,
         )  # fmt: skip
         if WINDOW:
             dk, dv = key_gradient(
                 dk, dv, k, v, q_base, grad_base, mask_base, padding_base, m_l, m_s, p_s, stats_x, share_x, b, n, index,
                 drop_row, keys, last, end, L, S, q_l, d_l, offset, window, factor, kept, seed, below, True, EXPRESSIVE,
                 SHARED, CAUSAL, WINDOW, MASK, MASK_LOWEST, MASK_PER_QUERY, PADDING, PADDING_LOWEST, DROPOUT, H, W, H_P,
-                W_P, BM, BOUNDED, WIDE, PRECISION, FAST, TMA, LONG, UPCAST, WHICH,
+                W_P, BM, WIDE, PRECISION, FAST, TMA, LONG, UPCAST, WHICH,
             )  # fmt: skip
+    # Of CAREFUL rows each has a factor of its own, which is in their scores already.
     if not EXPRESSIVE:
         dk = dk * scale
+    elif WHICH == PLAIN:
+        dk = dk * (2.0 * factor)
     if SHARED:
         dk = dk + dv
     there = keys < S

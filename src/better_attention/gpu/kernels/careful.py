@@ -56,14 +56,14 @@ def careful_tile(
 def careful_kernel(
     q_x, k_x, v_x, mask_x, padding_x, out_x, stats_x,
     q_b, q_n, q_l, k_b, k_g, k_s, v_b, v_g, v_s, m_b, m_n, m_l, m_s, p_b, p_s, o_b, o_n, o_l,
-    N, L, S, offset, window, factor, scale, faint, kept, seed, below, batch_first,
+    N, L, S, offset, window, factor, scale, steep, kept, seed, below, batch_first,
     batch_step,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASK: tl.constexpr, MASK_LOWEST: tl.constexpr,
     MASK_PER_QUERY: tl.constexpr, PADDING: tl.constexpr, PADDING_LOWEST: tl.constexpr, DROPOUT: tl.constexpr,
     GROUP: tl.constexpr, H: tl.constexpr, W: tl.constexpr, H_P: tl.constexpr, W_P: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, LONG: tl.constexpr,
 ):  # fmt: skip
-    """Output and statistics of rows whose total is below ``faint``; a row of zeros stays as it is."""
+    """Output and statistics of rows for which one over the total is above ``steep``; a row of zeros stays as it is."""
     BIASED: tl.constexpr = (MASK == FLOAT_MASK) or (PADDING == FLOAT_MASK)
     blocks = tl.cdiv(L, BM)
     index, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
@@ -72,10 +72,10 @@ def careful_kernel(
     rows = block * BM + tl.arange(0, BM)
     head = stats_x + index.to(tl.int64) * 3 * (L + 1)
     stats = head + rows
-    written = tl.load(stats, mask=rows < L, other=1.0)
-    # An infinite total marks a row without weight, which may be one whose squares have all underflowed; one that is no
-    # number, a row whose squares have overflowed, unless it comes from the inputs.
-    again = (rows < L) & ((written < faint) | (written == float("inf")) | (written != written))
+    inverse = tl.load(stats, mask=rows < L, other=1.0)
+    # 0 marks a row without weight, which may be one whose squares have all underflowed; what is no number, a row whose
+    # squares have overflowed, unless it comes from the inputs.
+    again = (rows < L) & ((inverse > steep) | (inverse == 0.0) | (inverse != inverse))
     if tl.max(again.to(tl.int32), 0) == 0:
         return
     q = tile(q_x + b * q_b + n * q_n, 0, 0, block * BM, L, q_l, BM, H, H_P, True, False, LONG, False).to(tl.float32)
@@ -148,14 +148,15 @@ def careful_kernel(
             )
         v = tile(v_base, 0, 0, s0, S, v_s, BN, W, W_P, True, False, LONG, False).to(tl.float32)
         acc = tl.dot(p, v, acc, input_precision="ieee")
-    result = acc * tl.where(total == 0.0, 0.0, kept / tl.where(total == 0.0, 1.0, total))[:, None]
+    inverse = tl.where(total > 0.0, 1.0 / tl.where(total > 0.0, total, 1.0), 0.0)
+    result = acc * (inverse * kept)[:, None]
     columns = tl.arange(0, W_P)
     out = out_x + b * o_b + n * o_n + rows.to(tl.int64)[:, None] * o_l + columns[None, :]
     # A row without a score other than 0 is 0 already, and one with a score that is no number stays as it is.
     again = again & (total > 0.0)
     tl.store(out, result.to(out_x.dtype.element_ty), mask=again[:, None] & (columns < W)[None, :])
-    # A negative total says to the backward pass that the row is measured in units.
-    tl.store(stats, -total, mask=again)
+    # The sign says to the backward pass that the row is one of these.
+    tl.store(stats, -inverse, mask=again)
     tl.store(stats + (L + 1), top, mask=again)
     tl.store(stats + 2 * (L + 1), unit, mask=again)
     if tl.max(again.to(tl.int32), 0) > 0:

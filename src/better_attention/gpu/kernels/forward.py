@@ -191,9 +191,9 @@ def finish(
 ):  # fmt: skip
     """Divide by the totals, and write the output and what the backward pass needs to know of each row.
 
-    That is for softmax log2 of the sum of exponentials, infinite in a row without a key; for the expressive score the
-    total, infinite in a row without weight, the maximum of the exponents, and a place for the factor g. Behind the
-    totals of each head stands a 0, where careful.py writes 1 if it has computed any row of the head again.
+    That is for softmax log2 of the sum of exponentials, infinite in a row without a key; for the expressive score one
+    over the total, 0 in a row without weight, the maximum of the exponents, and a place for the factor g. Behind the
+    first of these of each head stands a 0, where careful.py writes 1 if it has computed any row of the head again.
     """
     columns = tl.arange(0, W_P)
     inside_rows = rows < L
@@ -207,7 +207,7 @@ def finish(
     tl.store(out + rows.to(tl.int64)[:, None] * o_l + columns[None, :], result.to(out.dtype.element_ty), mask=there)
     if EXPRESSIVE:
         stats = stats_x + index * 3 * (L + 1) + rows
-        tl.store(stats, tl.where(total == 0.0, float("inf"), total), mask=inside_rows)
+        tl.store(stats, tl.where(total == 0.0, 0.0, 1.0 / something), mask=inside_rows)
         tl.store(stats + (L + 1), tl.where(top == float("-inf"), 0.0, top), mask=inside_rows)
         tl.store(stats_x + index * 3 * (L + 1) + L, 0.0)
     else:

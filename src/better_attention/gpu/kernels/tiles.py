@@ -17,6 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+FAR = tl.constexpr(2.0**62)
 FAR_SQUARE = tl.constexpr(2.0**124)
 """Beyond, a weight is 1 and its slope 0 to the last bit, and infinity over infinity must not arise."""
 ALL = tl.constexpr(1.0 - 2.0**-21)
