@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, NamedTuple
@@ -507,7 +507,7 @@ KEYS = ("EXPRESSIVE", "SHARED", "CAUSAL", "WINDOW", "MASK", "PADDING", "DROPOUT"
 
 
 @cache
-def _tuned(name: str, outer: str, alternatives: tuple[Block, ...]) -> Callable[..., Any] | Any:
+def _tuned(name: str, outer: str, alternatives: tuple[Block, ...]) -> Any:
     """A kernel that tries its alternatives at the first call of a kind, and keeps what it finds on disk.
 
     On disk, so that the next process takes the same one, and gets the same bits.
@@ -520,7 +520,7 @@ def _tuned(name: str, outer: str, alternatives: tuple[Block, ...]) -> Callable[.
 
     def prune(configs: list[Any], arguments: Mapping[str, Any], **constants: Any) -> list[Any]:
         """Leave out blocks of more rows than there are."""
-        rows = (arguments | constants)["S" if outer == "BN" else "L"]
+        rows = {**arguments, **constants}["S" if outer == "BN" else "L"]
         return [config for config in configs if config.kwargs[outer] < 2 * rows] or configs[:1]
 
     return triton.autotune(

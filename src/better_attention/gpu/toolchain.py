@@ -37,7 +37,8 @@ LOWEST_CAPABILITY = 80
 
 def missing(device: torch.device) -> str | None:
     """Why kernels cannot run on a device, in words; None where they can."""
-    return _missing(device.type, device.index)
+    reason: str | None = _missing(device.type, device.index)
+    return reason
 
 
 @constant_while_compiling  # instead of tracing a search for files

@@ -98,7 +98,9 @@ def _compiled() -> tuple[Callable[..., Any], Callable[..., Any]]:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     # An older torch has no such argument, and its limit of 8 for everything.
-    more = {"recompile_limit": PROGRAMS} if "recompile_limit" in signature(torch.compile).parameters else {}
+    more: dict[str, Any] = (
+        {"recompile_limit": PROGRAMS} if "recompile_limit" in signature(torch.compile).parameters else {}
+    )
     return torch.compile(flex_attention, dynamic=True, **more), torch.compile(create_block_mask, dynamic=True, **more)
 
 
