@@ -15,6 +15,7 @@ from better_attention.lab.runs.folder import RunFolder
 from better_attention.lab.runs.job import Job
 from better_attention.lab.tasks.base import Task
 from better_attention.lab.tasks.catalogue import TASKS
+from better_attention.lab.tasks.optimisers import OPTIMISERS
 from better_attention.lab.tasks.splits import Split, Splits
 from better_attention.lab.tasks.variant import Variant
 from better_attention.lab.training.evaluation import evaluate
@@ -42,9 +43,10 @@ def random_splits(task: Task) -> Splits:
     return Splits(*parts, assets={})
 
 
-def curve(name: str, mechanism: str, folder: str, shard: bool = False) -> list[dict[str, float]]:
+def curve(name: str, mechanism: str, folder: str, shard: bool = False, optimiser: str = "") -> list[dict[str, float]]:
     """Two epochs of a task of the catalogue on random samples, as each process sees them."""
     task = dropping(TASKS[name]("smoke"))
+    task = replace(task, optimiser=optimiser or task.optimiser)
     training = Training(
         Job(task, Variant.of(mechanism), task.default_heads, 0),
         random_splits(task),
@@ -191,6 +193,14 @@ def test_a_run_goes_on_with_any_number_of_processes(tmp_path: Path) -> None:
 def test_a_spread_model_trains_as_on_one_process(processes: int, tmp_path: Path) -> None:
     (alone,) = run_ranks(curve, 1, "digits", "super", tmp_path)
     for found in run_ranks(curve, processes, "digits", "super", tmp_path, True):
+        assert_same(found, alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimiser", OPTIMISERS)
+def test_every_optimiser_trains_parts(optimiser: str, tmp_path: Path) -> None:
+    (alone,) = run_ranks(curve, 1, "digits", "standard", tmp_path, False, optimiser)
+    for found in run_ranks(curve, 2, "digits", "standard", tmp_path, True, optimiser):
         assert_same(found, alone)
 
 
