@@ -177,6 +177,7 @@ def trained(folder: Path) -> dict[str, Any]:
     return {key: value for key, value in record.items() if key.endswith("_loss")}
 
 
+@pytest.mark.filterwarnings("ignore:.*trained by")
 def test_a_run_goes_on_with_any_number_of_processes(tmp_path: Path) -> None:
     """One process, then two, then one again, in the middle of epochs: the losses of a run in one piece."""
     run_ranks(part, 1, tmp_path / "whole", 0, False)
@@ -212,6 +213,7 @@ def test_every_task_trains_spread(name: str, tmp_path: Path) -> None:
         assert_same(found, alone)
 
 
+@pytest.mark.filterwarnings("ignore:.*trained by")
 def test_a_spread_run_goes_on_in_one_piece_and_the_other_way_round(tmp_path: Path) -> None:
     run_ranks(part, 1, tmp_path / "whole", 0, False)
     run_ranks(part, 2, tmp_path / "parts", 4, True)
@@ -227,6 +229,7 @@ def test_a_spread_run_goes_on_in_one_piece_and_the_other_way_round(tmp_path: Pat
     assert record["shard"] == "fsdp"
 
 
+@pytest.mark.filterwarnings("ignore:.*trained by")
 def test_a_damaged_part_of_a_checkpoint_is_noticed(tmp_path: Path) -> None:
     """The checkpoint before it takes its place, for one process and for two."""
     run_ranks(part, 2, tmp_path, 3, True)

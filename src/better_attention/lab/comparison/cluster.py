@@ -81,7 +81,7 @@ def connected(cluster: Cluster) -> Iterator[Any]:
 
     Raises:
         ImportError: Ray is not installed.
-        ValueError: the cluster does not answer, refuses this machine, or has no machine with so many CPUs or GPUs.
+        ValueError: the cluster does not answer, refuses this machine, or has no machine with that many CPUs or GPUs.
     """
     ray = imported()
     settings: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
@@ -143,7 +143,7 @@ def check_resources(nodes: list[dict[str, Any]], cluster: Cluster) -> None:
         cluster: what is asked for.
 
     Raises:
-        ValueError: none has so many CPUs and GPUs.
+        ValueError: none has that many CPUs and GPUs.
     """
     alive = [node["Resources"] for node in nodes if node.get("Alive")]
     if not any(
