@@ -177,7 +177,7 @@ def test_one_process_alone_drops_the_weights_that_it_always_dropped() -> None:
     assert torch.equal(seeded((0, 1), lambda: ba.attention(q, q, q, dropout_p=0.4, impl="native")), plain)
 
 
-@pytest.mark.parametrize("impl", ["chunked", "sdpa"])
+@pytest.mark.parametrize("impl", ["chunked", "sdpa", "triton"])
 def test_implementations_that_cannot_follow_say_so(impl: str) -> None:
     q = torch.randn(2, 2, 5, 8)
     with batch_share(0, 2), pytest.raises(ValueError, match=rf"{impl}: .*cannot follow the samples"):

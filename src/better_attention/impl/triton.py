@@ -17,10 +17,11 @@ from better_attention import operators
 from better_attention.call.call import Call
 from better_attention.call.torch_private import transformed
 from better_attention.call.torch_state import operator_obstacles
+from better_attention.dropout import follows_samples
 from better_attention.gpu import launches, toolchain
 from better_attention.scores import SCORES
 
-from .arguments import NO_DROPOUT, Arguments, flops
+from .arguments import NO_DROPOUT, NOT_BY_SAMPLE, Arguments, flops
 
 __all__ = ["compute", "unsupported"]
 
@@ -43,6 +44,8 @@ def unsupported(call: Call) -> list[str]:
         reasons.append("it never holds all the weights, so it cannot return them")
     if call.dropout_p > 0.0 and transformed():
         reasons.append(NO_DROPOUT)
+    if call.dropout_p > 0.0 and follows_samples():
+        reasons.append(NOT_BY_SAMPLE)
     if any(mask.requires_grad for mask in call.masks):
         reasons.append("it does not differentiate with respect to a mask")
     return reasons + operator_obstacles(call.tensors)
