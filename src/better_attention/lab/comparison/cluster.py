@@ -104,7 +104,7 @@ def connected(cluster: Cluster) -> Iterator[Any]:
             ) from error
         raise ValueError(
             f"--address {cluster.address}: this machine could not join that Ray cluster: {first_line(error)}. It has "
-            "to be part of it (`ray start --address HOST:PORT`), with the same version of Ray and of Python and the same "
+            "to be part of it (`ray start --address HOST:PORT`), with the same versions of Ray and Python and the same "
             "token (RAY_AUTH_TOKEN, or ~/.ray/auth_token)."
         ) from error
     try:
