@@ -50,7 +50,7 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def run_ranks(function: Callable[..., Any], processes: int, *arguments: object, seconds: float = 120.0) -> list[Any]:
+def run_ranks(function: Callable[..., Any], processes: int, *arguments: object, seconds: float = 400.0) -> list[Any]:
     """What ``function`` returns in each of several processes that were started together, as torchrun starts them.
 
     They are forked, which saves the seconds of importing torch, and killed if one fails or takes too long.

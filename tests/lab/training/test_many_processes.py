@@ -15,6 +15,7 @@ from better_attention.lab.runs.folder import RunFolder
 from better_attention.lab.runs.job import Job
 from better_attention.lab.tasks.base import Task
 from better_attention.lab.tasks.catalogue import TASKS
+from better_attention.lab.tasks.optimisers import OPTIMISERS
 from better_attention.lab.tasks.splits import Split, Splits
 from better_attention.lab.tasks.variant import Variant
 from better_attention.lab.training.evaluation import evaluate
@@ -42,9 +43,10 @@ def random_splits(task: Task) -> Splits:
     return Splits(*parts, assets={})
 
 
-def curve(name: str, mechanism: str, folder: str, shard: bool = False) -> list[dict[str, float]]:
+def curve(name: str, mechanism: str, folder: str, shard: bool = False, optimiser: str = "") -> list[dict[str, float]]:
     """Two epochs of a task of the catalogue on random samples, as each process sees them."""
     task = dropping(TASKS[name]("smoke"))
+    task = replace(task, optimiser=optimiser or task.optimiser)
     training = Training(
         Job(task, Variant.of(mechanism), task.default_heads, 0),
         random_splits(task),
@@ -175,6 +177,7 @@ def trained(folder: Path) -> dict[str, Any]:
     return {key: value for key, value in record.items() if key.endswith("_loss")}
 
 
+@pytest.mark.filterwarnings("ignore:.*trained by")
 def test_a_run_goes_on_with_any_number_of_processes(tmp_path: Path) -> None:
     """One process, then two, then one again, in the middle of epochs: the losses of a run in one piece."""
     run_ranks(part, 1, tmp_path / "whole", 0, False)
@@ -195,6 +198,14 @@ def test_a_spread_model_trains_as_on_one_process(processes: int, tmp_path: Path)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("optimiser", OPTIMISERS)
+def test_every_optimiser_trains_parts(optimiser: str, tmp_path: Path) -> None:
+    (alone,) = run_ranks(curve, 1, "digits", "standard", tmp_path, False, optimiser)
+    for found in run_ranks(curve, 2, "digits", "standard", tmp_path, True, optimiser):
+        assert_same(found, alone)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TASKS)
 def test_every_task_trains_spread(name: str, tmp_path: Path) -> None:
     (alone,) = run_ranks(curve, 1, name, "standard", tmp_path, seconds=500)
@@ -202,6 +213,7 @@ def test_every_task_trains_spread(name: str, tmp_path: Path) -> None:
         assert_same(found, alone)
 
 
+@pytest.mark.filterwarnings("ignore:.*trained by")
 def test_a_spread_run_goes_on_in_one_piece_and_the_other_way_round(tmp_path: Path) -> None:
     run_ranks(part, 1, tmp_path / "whole", 0, False)
     run_ranks(part, 2, tmp_path / "parts", 4, True)
@@ -217,6 +229,7 @@ def test_a_spread_run_goes_on_in_one_piece_and_the_other_way_round(tmp_path: Pat
     assert record["shard"] == "fsdp"
 
 
+@pytest.mark.filterwarnings("ignore:.*trained by")
 def test_a_damaged_part_of_a_checkpoint_is_noticed(tmp_path: Path) -> None:
     """The checkpoint before it takes its place, for one process and for two."""
     run_ranks(part, 2, tmp_path, 3, True)

@@ -81,7 +81,8 @@ def connected(cluster: Cluster) -> Iterator[Any]:
 
     Raises:
         ImportError: Ray is not installed.
-        ValueError: the cluster does not answer, refuses this machine, or has no machine with so many CPUs or GPUs.
+        ValueError: the cluster does not answer, refuses this machine, or has no machine with that many CPUs or GPUs.
+        OSError: Ray could not be started on this machine.
     """
     ray = imported()
     settings: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
@@ -96,10 +97,15 @@ def connected(cluster: Cluster) -> Iterator[Any]:
     try:
         ray.init(**settings)
     except Exception as error:
+        if cluster.address is None:
+            raise OSError(
+                f"--engine ray: Ray could not be started on this machine: {first_line(error)}. Close other programs if "
+                "it is overloaded, or use --engine local."
+            ) from error
         raise ValueError(
-            f"--engine ray: this machine could not join the Ray cluster at {cluster.address or 'its own address'}: "
-            f"{first_line(error)}. It has to be part of that cluster (`ray start --address HOST:PORT`), with the same "
-            "version of Ray and of Python and the same token (RAY_AUTH_TOKEN, or ~/.ray/auth_token)."
+            f"--address {cluster.address}: this machine could not join that Ray cluster: {first_line(error)}. It has "
+            "to be part of it (`ray start --address HOST:PORT`), with the same versions of Ray and Python and the same "
+            "token (RAY_AUTH_TOKEN, or ~/.ray/auth_token)."
         ) from error
     try:
         check_resources(ray.nodes(), cluster)
@@ -143,7 +149,7 @@ def check_resources(nodes: list[dict[str, Any]], cluster: Cluster) -> None:
         cluster: what is asked for.
 
     Raises:
-        ValueError: none has so many CPUs and GPUs.
+        ValueError: none has that many CPUs and GPUs.
     """
     alive = [node["Resources"] for node in nodes if node.get("Alive")]
     if not any(

@@ -1,6 +1,6 @@
 """The runs of a comparison as tasks of Ray: on all CPUs or GPUs of this machine, or of many.
 
-Each run is a task of its own. Ray starts it again where its worker was killed or its machine was lost; it goes on from
+Each run is a task of its own. Ray starts it again where its worker was killed or its machine was lost: it continues at
 its checkpoint if the folder of the comparison is shared, else from its start, and ends with the same numbers. They are
 those of the usual engine, bit for bit on a CPU with as many threads.
 """

@@ -180,7 +180,7 @@ def _warnings_told(tell: Tell) -> Iterator[None]:
 
 
 def event_of(message: Mapping[str, Any], name: str, number: int, runs: int) -> Event | None:
-    """The event that a message of the run ``name`` tells of; None for other messages."""
+    """The event that a message of the run ``name`` describes; None for other messages."""
     match message:
         case {"kind": "began"}:
             return Began(name, number, runs)

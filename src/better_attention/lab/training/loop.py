@@ -194,7 +194,7 @@ class Training:
         self.model = initial_model(self.task, self.job.variant, self.job.heads, self.job.seed)
         if self.shard:
             self.parallel = sharding.spread(self.model, self.accelerator)
-            self.optimiser = self.task.make_optimiser(self.model)
+            self.optimiser = sharding.optimiser_for_parts(self.task.make_optimiser(self.model))
         else:
             self.parallel, self.optimiser = self.accelerator.prepare(self.model, self.task.make_optimiser(self.model))
 

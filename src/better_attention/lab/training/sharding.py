@@ -43,8 +43,17 @@ def spread(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     model.to(accelerator.device)
     for block in blocks(model):
         fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    # In part again after each pass, as its blocks are: else its state would be whole after an evaluation.
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)
     return model
+
+
+def optimiser_for_parts(optimiser: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimiser, which computes with parts of tensors: torch has no rule for them in the fused kernel of SGD."""
+    if isinstance(optimiser, torch.optim.SGD):
+        for group in optimiser.param_groups:
+            group["fused"], group["foreach"] = False, True
+    return optimiser
 
 
 def blocks(model: nn.Module) -> Iterator[nn.Module]:
