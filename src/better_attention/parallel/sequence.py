@@ -21,7 +21,7 @@ from better_attention.call.function_arguments import prepare
 from better_attention.errors import check_choice
 
 from . import partial
-from .agreement import agreed, backend_device, check_group, shape_of
+from .agreement import agreed, backend_device, check_group
 from .partial import FAINT, UNIT
 
 # The second names are those before torch 2.13.
@@ -112,9 +112,7 @@ def sequence_attention(
     def call_of(length: int) -> tuple[Call, Any]:
         """The call of ``length`` queries, whose numbers it does not have."""
         rows = query.new_empty(()).expand(*query.shape[:-2], length, query.shape[-1])
-        return prepare(
-            rows, key, value, score, attn_mask, is_causal, offset, window, 0.0, scale, enable_gqa, False
-        )
+        return prepare(rows, key, value, score, attn_mask, is_causal, offset, window, 0.0, scale, enable_gqa, False)
 
     def checked() -> None:
         # The length of all queries is known to all later; the mask says what it was made for.
@@ -128,7 +126,9 @@ def sequence_attention(
                 f"{query.shape[-2]} queries and {key.shape[-2]} keys. Pass all queries with queries='replicated'."
             )
         if layout == "zigzag" and key.shape[-2] % 2:
-            raise ValueError(f"layout='zigzag' has two pieces of one length in each process, received {key.shape[-2]} keys.")
+            raise ValueError(
+                f"layout='zigzag' has two pieces of one length in each process, received {key.shape[-2]} keys."
+            )
 
     def said() -> str:
         shapes = [tuple(x.shape[:-2]) + tuple(x.shape[-1:]) for x in (query, key, value)]
@@ -211,7 +211,8 @@ def _gather(tensors: Sequence[Tensor], settings: _Settings, pieces: list[list[_P
     if not settings.sharded:
         return list(tensors)
     results: dict[int, Tensor] = {}
-    for dtype in {x.dtype for x in tensors}:
+    # In the order of the tensors: that of a set differs from process to process.
+    for dtype in dict.fromkeys(x.dtype for x in tensors):
         chosen = [i for i, x in enumerate(tensors) if x.dtype == dtype]
         packed = torch.cat([tensors[i] for i in chosen], dim=-1)
         widths = [tensors[i].shape[-1] for i in chosen]
