@@ -212,8 +212,8 @@ def _group_reasons(main: dict[str, Any], mesh: Any, over: Sequence[int | None]) 
 
 def _mask_reasons(mask: Tensor, sizes: dict[int, int]) -> list[str]:
     return [
-        f"attn_mask has size {_size(mask, dim)} in dimension {dim}, where the call has {size}: pass the mask of the whole "
-        "call, or one that broadcasts"
+        f"attn_mask has size {_size(mask, dim)} in dimension {dim}, where the call has {size}: pass the mask of the "
+        "whole call, or one that broadcasts"
         for dim, size in sizes.items()
         if _size(mask, dim) not in (1, size)
     ]

@@ -8,6 +8,7 @@ docs/scale.md compares the two.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -18,7 +19,8 @@ from torch.autograd.function import Function, once_differentiable
 
 from better_attention.call.call import Call, compute_dtype
 from better_attention.call.function_arguments import prepare
-from better_attention.errors import check_choice
+from better_attention.call.torch_state import autocast_dtype
+from better_attention.errors import check_bool, check_choice, describe, floating_tensor
 
 from . import partial
 from .agreement import agreed, backend_device, check_group
@@ -104,8 +106,6 @@ def sequence_attention(
 
     Source: the sums are our own derivation from arXiv 2407.18601; the maxima are those of arXiv 2310.01889.
     """
-    for choice, name, allowed in ((queries, "queries", QUERIES), (layout, "layout", LAYOUTS), (score, "score", SCORES)):
-        check_choice(choice, name, allowed)
     group = check_group(group)
     settings = _Settings(group, queries == "sharded", layout == "zigzag")
 
@@ -115,9 +115,16 @@ def sequence_attention(
         return prepare(rows, key, value, score, attn_mask, is_causal, offset, window, 0.0, scale, enable_gqa, False)
 
     def checked() -> None:
+        choices = (queries, "queries", QUERIES), (layout, "layout", LAYOUTS), (score, "score", SCORES)
+        for choice, name, allowed in choices:
+            check_choice(choice, name, allowed)
+        for x, name in ((query, "query"), (key, "key"), (value, "value")):
+            floating_tensor(x, name)
+            if x.dim() < 3:
+                raise ValueError(f"{name} must be (..., heads, length, width), received {describe(x)}.")
         # The length of all queries is known to all later; the mask says what it was made for.
-        rows = 1 if attn_mask is None or attn_mask.dim() < 2 else attn_mask.shape[-2]
-        call, _ = call_of(rows if isinstance(query, Tensor) and query.dim() >= 2 else 1)
+        rows = attn_mask.shape[-2] if isinstance(attn_mask, Tensor) and attn_mask.dim() > 1 else 1
+        call, _ = call_of(rows)
         if any(m.requires_grad for m in call.masks):
             raise ValueError("attn_mask requires a gradient, which this function does not give: pass mask.detach().")
         if queries == "sharded" and query.shape[-2] != key.shape[-2]:
@@ -140,8 +147,9 @@ def sequence_attention(
             f"scale {scale}, one tensor as key and value {value is key}, grad {_trains(query, key, value)}"
         )
 
-    if check if check is not None else query.device.type == "cpu":
-        where = backend_device(group, query.device)
+    device = query.device if isinstance(query, Tensor) else torch.device("cpu")
+    if device.type == "cpu" if check is None else check_bool(check, "check"):
+        where = backend_device(group, device)
         agreed(checked, said, group, where, "arguments")
         lengths = _lengths(key.shape[-2], group, where)
     else:
@@ -151,7 +159,9 @@ def sequence_attention(
     call, lead = call_of(sum(lengths) if queries == "sharded" else query.shape[-2])
     q_BNLH = lead.fold(query).to(call.k_BNSH.dtype)
     shared = call.v_BNSH is call.k_BNSH
-    out_BNLW = _Attention.apply(q_BNLH, call.k_BNSH, None if shared else call.v_BNSH, call, settings, pieces)
+    # Inputs are in autocast's dtype already, and it would turn the sums back into 16 bits.
+    with nullcontext() if autocast_dtype(device.type) is None else torch.autocast(device.type, enabled=False):
+        out_BNLW = _Attention.apply(q_BNLH, call.k_BNSH, None if shared else call.v_BNSH, call, settings, pieces)
     return out_BNLW.reshape(*query.shape[:-1], value.shape[-1])  # type: ignore[no-any-return]
 
 
