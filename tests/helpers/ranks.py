@@ -1,10 +1,10 @@
 """Several processes that run the same named cases together over gloo, and what came of each case.
 
-    results = ranks.run("helpers.some_cases", 2, tmp_path, seconds=60)
-    assert results["a case"] == "ok"
+    results = ranks.run(["helpers.sequence_cases"], 2, tmp_path, seconds=60)
+    assert results["sequence: causal"] == "ok"
 
-The module named has ``CASES``, functions by name. One launch runs all of them, and its processes are forks of one that
-has imported torch: starting Python takes longer than most cases.
+The modules named have ``CASES``, functions by name. One launch runs all of them, and its processes are forks of one
+that has imported torch: starting Python takes longer than most cases.
 """
 
 from __future__ import annotations
@@ -24,19 +24,22 @@ from datetime import timedelta
 from pathlib import Path
 
 
-def run(module: str, world: int, folder: Path, *, seconds: float, cases: Sequence[str] = ()) -> dict[str, str]:
+def run(
+    modules: Sequence[str], world: int, folder: Path, *, seconds: float, cases: Sequence[str] = ()
+) -> dict[str, str]:
     """Run cases in ``world`` processes.
 
     Args:
-        module: importable from ``tests/``.
+        modules: importable from ``tests/``.
         world: number of processes.
         folder: an empty folder for the store and the results.
         seconds: most time for all of it; then every process is killed.
-        cases: names; none: all.
+        cases: names, each behind that of its module without ``_cases``; none: all.
 
     Returns:
         By case "ok", or what went wrong in which process.
     """
+    module = ",".join(modules)
     root, log = Path(__file__).parents[1], folder / "log"
     command = [sys.executable, "-m", "helpers.ranks", module, str(world), str(folder), *cases]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), "GLOO_SOCKET_IFNAME": "lo"}
@@ -70,7 +73,11 @@ def main() -> int:
     """Fork the processes, and wait for them; the first that fails ends the others."""
     module, size, folder, *names = sys.argv[1:]
     world = int(size)
-    cases = importlib.import_module(module).CASES
+    cases = {
+        f"{name.rpartition('.')[2].removesuffix('_cases')}: {case}": check
+        for name in module.split(",")
+        for case, check in importlib.import_module(name).CASES.items()
+    }
     children = {}
     for rank in range(world):
         pid = os.fork()
