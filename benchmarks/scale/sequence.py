@@ -1,6 +1,6 @@
 """Sequence parallel attention measured over gloo: how often processes send, how many bytes, how far the result is off.
 
-Beside :func:`better_attention.parallel.sequence_attention` runs ring attention for softmax (arXiv 2310.01889), forward,
+Beside :func:`better_attention.sequence_attention` runs ring attention for softmax (arXiv 2310.01889), forward,
 on the same kernels: keys and values go round, and results are merged by their log-sum-exp. No times: processes that
 share the processors and the loopback of one machine say nothing about the speed of a cluster, while counts and bytes
 are those of any.
@@ -23,10 +23,9 @@ from torch import Tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from better_attention import attention
+from better_attention import attention, sequence_attention
 from better_attention.call.call import Call
 from better_attention.impl import native
-from better_attention.parallel import sequence_attention
 
 B, N, H = 1, 8, 64
 LENGTH = 512

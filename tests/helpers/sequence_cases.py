@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 import better_attention as ba
-from better_attention.parallel import sequence_attention
+from better_attention import sequence_attention
 
 from .tensor_parallel_cases import close, raises
 

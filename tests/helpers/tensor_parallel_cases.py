@@ -143,6 +143,7 @@ FEATURES: dict[str, tuple[dict[str, Any], Callable[..., Tensor]]] = {
     "no W_O": ({"mechanism": ba.Mechanism(frozenset("qk"))}, self_attention),
     "nothing learned but W_A": ({"mechanism": ba.Mechanism(frozenset(), aligned=True), "max_len": L}, self_attention),
     "a cache": ({"mechanism": "efficient", "rotary": True}, with_cache),
+    "a cache with alibi": ({"mechanism": "efficient+expressive", "alibi": "weight"}, with_cache),
     "a cache of super": ({"mechanism": "super", "max_len": L, "align_causal": True}, with_cache),
 }
 

@@ -172,7 +172,7 @@ def _placement_reasons(name: str, x: Any) -> list[str]:
         elif placement.is_shard() and placement.dim - x.dim() > HEADS:
             what = "length" if placement.dim - x.dim() == -2 else "width"
             other = "keys" if name == "attn_mask" and what == "width" else what
-            hint = ", or call better_attention.parallel.sequence_attention" if what == "length" else ""
+            hint = ", or call better_attention.sequence_attention" if what == "length" else ""
             reasons.append(
                 f"{name} is divided over its {other} ({placement}), where every process would need the parts of all "
                 f"others. Pass {name}.redistribute(placements=...) with copies (Replicate()), or divided over samples "

@@ -61,15 +61,10 @@ def sequence_attention(
     For the expressive score :math:`a = z^2 / (1 + z^2) < 1`: both sums add, without a maximum that processes would have
     to agree on. Softmax, and float masks, take one exchange of maxima (B, N, L) before the sum.
 
-    ======================  ====================================  ==============================================
-    queries                 forward                               backward
-    ======================  ====================================  ==============================================
-    "sharded"               all-gather of q, reduce-scatter of    all-gather of q, its output's gradient and two
-                            Σ a v and Σ a                         numbers a row, reduce-scatter of the gradient of q
-    "replicated"            all-reduce of Σ a v and Σ a           all-reduce of the gradient of q
-    ======================  ====================================  ==============================================
-
-    Gradients of keys and values never travel. The sums are in float32 (float64 for float64).
+    With queries divided like the keys, forward is an all-gather of q and a reduce-scatter of both sums; backward an
+    all-gather of q, of the output's gradient and of two numbers a row, and a reduce-scatter of the gradient of q. With
+    the same queries in every process each direction is one all-reduce. Gradients of keys and values never travel. The
+    sums are in float32 (float64 for float64).
 
     Args:
         query: (..., N, L_r, H), this process's tokens; with ``queries="replicated"`` (..., N, L, H), all of them and
