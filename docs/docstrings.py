@@ -31,9 +31,11 @@ DOCUMENTED = {
     "export_onnx",
     "load_converted",
     "load_run",
+    "parallel_plan",
     "quantise",
     "revert",
     "save_converted",
+    "sequence_attention",
 }
 """Public names of the package itself: a role that names one becomes a link."""
 ROLE = re.compile(r":(?P<kind>[a-z]+):`(?P<text>[^`]+)`")

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from .inspect import attention_maps
     from .layer.multihead import MultiheadAttention
     from .mechanism import MECHANISMS, Mechanism
-    from .parallel import parallel_plan
+    from .parallel import parallel_plan, sequence_attention
 
 __version__ = "0.2.0"
 
@@ -60,6 +60,7 @@ __all__ = [
     "quantise",
     "revert",
     "save_converted",
+    "sequence_attention",
 ]  # and distil and load_run, which need the extras: a star import must not
 
 
@@ -88,6 +89,7 @@ _HOMES = {
     "quantise": "export.quantise",
     "revert": "conversion.revert",
     "save_converted": "conversion.recipe",
+    "sequence_attention": "parallel",
 }
 """Where each public name is defined: its module is imported when the name is first used."""
 

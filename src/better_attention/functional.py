@@ -271,7 +271,7 @@ def explain(
         parts, refused = shards_of(query, key, value, attn_mask, grouped=check_bool(enable_gqa, "enable_gqa"))
         if parts is None:
             shapes = ", ".join(f"{n} {tuple(x.shape)}" for n, x in (("q", query), ("k", key), ("v", value)))
-            return Explanation(None, {name: refused for name in IMPLEMENTATIONS}, f"{shapes}, DTensor")
+            return Explanation(None, dict.fromkeys(IMPLEMENTATIONS, refused), f"{shapes}, DTensor")
         query, key, value, attn_mask = parts.query, parts.key, parts.value, parts.attn_mask
         divided = f"; each process computes {parts}"
     call, _ = prepare(

@@ -131,7 +131,10 @@ def refusals() -> None:
     m, inputs = mesh(), qkv()
 
     def call(placement: Any, names: str = "qkv", **settings: Any) -> Callable[[], object]:
-        divided = [distribute_tensor(x, m, [placement if n in names else Replicate()]) for n, x in zip("qkv", inputs)]
+        divided = [
+            distribute_tensor(x, m, [placement if n in names else Replicate()])
+            for n, x in zip("qkv", inputs, strict=True)
+        ]
         return lambda: ba.attention(*divided, **settings)
 
     raises("divided over its length", call(Shard(2)))

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 import better_attention as ba
-from better_attention.parallel import sequence_attention
+from better_attention import sequence_attention
 
 from .tensor_parallel_cases import close, raises
 
@@ -21,7 +21,9 @@ FORWARD, BACKWARD = 1e-6, 1e-5
 
 def lengths(kind: str) -> list[int]:
     world = dist.get_world_size()
-    return {"equal": [6] * world, "unequal": [5 + 2 * r for r in range(world)], "one empty": [0, *[7] * (world - 1)]}[kind]
+    return {"equal": [6] * world, "unequal": [5 + 2 * r for r in range(world)], "one empty": [0, *[7] * (world - 1)]}[
+        kind
+    ]
 
 
 def own(x: Tensor, sizes: Sequence[int], layout: str = "contiguous") -> Tensor:

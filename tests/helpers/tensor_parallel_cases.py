@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import better_attention as ba
@@ -37,12 +39,8 @@ def close(ours: Tensor, theirs: Tensor, tolerance: float, what: str) -> None:
 
 
 def raises(message: str, call: Callable[[], object], kind: type[Exception] = ValueError) -> None:
-    try:
+    with pytest.raises(kind, match=re.escape(message)):
         call()
-    except kind as error:
-        assert message in str(error), str(error)
-    else:
-        raise AssertionError(f"{message!r} was not raised")
 
 
 def equal(settings: dict[str, Any], run: Callable[..., Any], *, plan: dict[str, Any] | None = None) -> nn.Module:
@@ -124,7 +122,10 @@ FEATURES: dict[str, tuple[dict[str, Any], Callable[..., Tensor]]] = {
     "W_A per head": ({"mechanism": "super", "max_len": L, "align_heads": "per_head"}, self_attention),
     "W_A over W_V": ({"mechanism": "standard+align", "max_len": L}, self_attention),
     "W_A of a window": ({"mechanism": "super", "window": 3}, self_attention),
-    "W_A of a window per head": ({"mechanism": "super+expressive", "window": 3, "align_heads": "per_head"}, self_attention),
+    "W_A of a window per head": (
+        {"mechanism": "super+expressive", "window": 3, "align_heads": "per_head"},
+        self_attention,
+    ),
     "a window": ({"mechanism": "efficient", "window": 3}, self_attention),
     "added keys": ({"add_bias_kv": True, "add_zero_attn": True}, lambda a, x: self_attention(a, x, is_causal=True)),
     "rotary": ({"mechanism": "efficient+expressive", "rotary": True}, self_attention),
@@ -142,6 +143,7 @@ FEATURES: dict[str, tuple[dict[str, Any], Callable[..., Tensor]]] = {
     "no W_O": ({"mechanism": ba.Mechanism(frozenset("qk"))}, self_attention),
     "nothing learned but W_A": ({"mechanism": ba.Mechanism(frozenset(), aligned=True), "max_len": L}, self_attention),
     "a cache": ({"mechanism": "efficient", "rotary": True}, with_cache),
+    "a cache with alibi": ({"mechanism": "efficient+expressive", "alibi": "weight"}, with_cache),
     "a cache of super": ({"mechanism": "super", "max_len": L, "align_causal": True}, with_cache),
 }
 

@@ -56,7 +56,7 @@ LIBRARY_ROOMS = (
     {"positions", "functional", "causality"},
     {"layer"},
     {"cost"},
-    {"adapters", "export"},
+    {"adapters", "export", "parallel"},
     {"conversion"},
     {"inspect"},
 )

@@ -120,8 +120,8 @@ def shards_of(
     plain = [name for name, x in main.items() if not is_dtensor(x)]
     if plain:
         return None, [
-            f"{' and '.join(plain)} must be divided as well where others are DTensors: make {'them' if plain[1:] else 'it'}"
-            " one with torch.distributed.tensor.distribute_tensor(x, mesh, placements) or DTensor.from_local"
+            f"{' and '.join(plain)} must be divided as well where others are DTensors: pass "
+            "torch.distributed.tensor.distribute_tensor(x, mesh, placements), or DTensor.from_local of a part"
         ]
     mesh = query.device_mesh  # type: ignore[attr-defined]
     tensors: dict[str, Any] = main | ({"attn_mask": attn_mask} if is_dtensor(attn_mask) else {})
@@ -172,7 +172,7 @@ def _placement_reasons(name: str, x: Any) -> list[str]:
         elif placement.is_shard() and placement.dim - x.dim() > HEADS:
             what = "length" if placement.dim - x.dim() == -2 else "width"
             other = "keys" if name == "attn_mask" and what == "width" else what
-            hint = ", or call better_attention.parallel.sequence_attention" if what == "length" else ""
+            hint = ", or call better_attention.sequence_attention" if what == "length" else ""
             reasons.append(
                 f"{name} is divided over its {other} ({placement}), where every process would need the parts of all "
                 f"others. Pass {name}.redistribute(placements=...) with copies (Replicate()), or divided over samples "
@@ -212,7 +212,7 @@ def _group_reasons(main: dict[str, Any], mesh: Any, over: Sequence[int | None]) 
 
 def _mask_reasons(mask: Tensor, sizes: dict[int, int]) -> list[str]:
     return [
-        f"attn_mask has size {_size(mask, dim)} in dimension {dim} of a call of size {size} there: pass the mask of the "
+        f"attn_mask has size {_size(mask, dim)} in dimension {dim}, where the call has {size}: pass the mask of the "
         "whole call, or one that broadcasts"
         for dim, size in sizes.items()
         if _size(mask, dim) not in (1, size)
@@ -236,7 +236,5 @@ def _mask_part(mask: Tensor, mesh: Any, over: Sequence[int | None]) -> Tensor:
 
     if not is_dtensor(mask):
         mask = DTensor.from_local(mask, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    placements = [
-        Shard(mask.dim() + dim) if dim is not None and _size(mask, dim) > 1 else Replicate() for dim in over
-    ]
+    placements = [Shard(mask.dim() + dim) if dim is not None and _size(mask, dim) > 1 else Replicate() for dim in over]
     return _part(mask.redistribute(placements=placements), over)  # type: ignore[attr-defined]

@@ -14,7 +14,15 @@ from torch import Tensor
 from better_attention.call.call import Call, compute_dtype
 from better_attention.call.masks import together
 from better_attention.errors import check_choice, check_float
-from better_attention.positions import BASE, alibi_bias, alibi_features, alibi_slopes, check_even_width, rotary_angles, rotate
+from better_attention.positions import (
+    BASE,
+    alibi_bias,
+    alibi_features,
+    alibi_slopes,
+    check_even_width,
+    rotary_angles,
+    rotate,
+)
 from better_attention.scores import SCORES
 
 ALIBI_PLACES = ("score", "weight")

@@ -7,6 +7,7 @@ beforehand turns that into an error in every process, which says who brought wha
 from __future__ import annotations
 
 from collections.abc import Callable
+from hashlib import sha256
 from typing import Any, TypeVar
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from better_attention.errors import describe
 
 ROOM = 512
-"""Bytes of what each process says; what is longer is cut off."""
+"""Bytes of what each process says."""
 _FAILED = "!"
 
 T = TypeVar("T")
@@ -57,7 +58,7 @@ def agreed(check: Callable[[], T], said: Callable[[], str], group: Any, device: 
     """
     try:
         result, text, failure = check(), said(), None
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # whatever it is
         # The others wait for this process, and are told before it goes its own way.
         failure, text = error, _FAILED + str(error)
     texts = exchange(text, group, device)
@@ -73,8 +74,11 @@ def agreed(check: Callable[[], T], said: Callable[[], str], group: Any, device: 
 
 
 def exchange(text: str, group: Any, device: torch.device) -> list[str]:
-    """The texts of all processes, in their order, each cut to ``ROOM`` bytes."""
-    raw = text.encode()[:ROOM]
+    """The texts of all processes, in their order; of one beyond ``ROOM`` bytes the end is replaced by a digest."""
+    raw = text.encode()
+    if len(raw) > ROOM:
+        digest = f" … {sha256(raw).hexdigest()[:16]}".encode()
+        raw = raw[: ROOM - len(digest)] + digest
     mine = torch.zeros(ROOM, dtype=torch.uint8)
     mine[: len(raw)] = torch.frombuffer(bytearray(raw), dtype=torch.uint8) if raw else mine[:0]
     mine = mine.to(device)

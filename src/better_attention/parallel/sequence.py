@@ -8,6 +8,7 @@ docs/scale.md compares the two.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -18,10 +19,11 @@ from torch.autograd.function import Function, once_differentiable
 
 from better_attention.call.call import Call, compute_dtype
 from better_attention.call.function_arguments import prepare
-from better_attention.errors import check_choice
+from better_attention.call.torch_state import autocast_dtype
+from better_attention.errors import check_bool, check_choice, describe, floating_tensor
 
 from . import partial
-from .agreement import agreed, backend_device, check_group, shape_of
+from .agreement import agreed, backend_device, check_group
 from .partial import FAINT, UNIT
 
 # The second names are those before torch 2.13.
@@ -59,15 +61,10 @@ def sequence_attention(
     For the expressive score :math:`a = z^2 / (1 + z^2) < 1`: both sums add, without a maximum that processes would have
     to agree on. Softmax, and float masks, take one exchange of maxima (B, N, L) before the sum.
 
-    ======================  ====================================  ==============================================
-    queries                 forward                               backward
-    ======================  ====================================  ==============================================
-    "sharded"               all-gather of q, reduce-scatter of    all-gather of q, its output's gradient and two
-                            Σ a v and Σ a                         numbers a row, reduce-scatter of the gradient of q
-    "replicated"            all-reduce of Σ a v and Σ a           all-reduce of the gradient of q
-    ======================  ====================================  ==============================================
-
-    Gradients of keys and values never travel. The sums are in float32 (float64 for float64).
+    With queries divided like the keys, forward is an all-gather of q and a reduce-scatter of both sums; backward an
+    all-gather of q, of the output's gradient and of two numbers a row, and a reduce-scatter of the gradient of q. With
+    the same queries in every process each direction is one all-reduce. Gradients of keys and values never travel. The
+    sums are in float32 (float64 for float64).
 
     Args:
         query: (..., N, L_r, H), this process's tokens; with ``queries="replicated"`` (..., N, L, H), all of them and
@@ -104,22 +101,25 @@ def sequence_attention(
 
     Source: the sums are our own derivation from arXiv 2407.18601; the maxima are those of arXiv 2310.01889.
     """
-    for choice, name, allowed in ((queries, "queries", QUERIES), (layout, "layout", LAYOUTS), (score, "score", SCORES)):
-        check_choice(choice, name, allowed)
     group = check_group(group)
     settings = _Settings(group, queries == "sharded", layout == "zigzag")
 
     def call_of(length: int) -> tuple[Call, Any]:
         """The call of ``length`` queries, whose numbers it does not have."""
         rows = query.new_empty(()).expand(*query.shape[:-2], length, query.shape[-1])
-        return prepare(
-            rows, key, value, score, attn_mask, is_causal, offset, window, 0.0, scale, enable_gqa, False
-        )
+        return prepare(rows, key, value, score, attn_mask, is_causal, offset, window, 0.0, scale, enable_gqa, False)
 
     def checked() -> None:
+        choices = (queries, "queries", QUERIES), (layout, "layout", LAYOUTS), (score, "score", SCORES)
+        for choice, name, allowed in choices:
+            check_choice(choice, name, allowed)
+        for x, name in ((query, "query"), (key, "key"), (value, "value")):
+            floating_tensor(x, name)
+            if x.dim() < 3:
+                raise ValueError(f"{name} must be (..., heads, length, width), received {describe(x)}.")
         # The length of all queries is known to all later; the mask says what it was made for.
-        rows = 1 if attn_mask is None or attn_mask.dim() < 2 else attn_mask.shape[-2]
-        call, _ = call_of(rows if isinstance(query, Tensor) and query.dim() >= 2 else 1)
+        rows = attn_mask.shape[-2] if isinstance(attn_mask, Tensor) and attn_mask.dim() > 1 else 1
+        call, _ = call_of(rows)
         if any(m.requires_grad for m in call.masks):
             raise ValueError("attn_mask requires a gradient, which this function does not give: pass mask.detach().")
         if queries == "sharded" and query.shape[-2] != key.shape[-2]:
@@ -128,7 +128,9 @@ def sequence_attention(
                 f"{query.shape[-2]} queries and {key.shape[-2]} keys. Pass all queries with queries='replicated'."
             )
         if layout == "zigzag" and key.shape[-2] % 2:
-            raise ValueError(f"layout='zigzag' has two pieces of one length in each process, received {key.shape[-2]} keys.")
+            raise ValueError(
+                f"layout='zigzag' has two pieces of one length in each process, received {key.shape[-2]} keys."
+            )
 
     def said() -> str:
         shapes = [tuple(x.shape[:-2]) + tuple(x.shape[-1:]) for x in (query, key, value)]
@@ -140,8 +142,9 @@ def sequence_attention(
             f"scale {scale}, one tensor as key and value {value is key}, grad {_trains(query, key, value)}"
         )
 
-    if check if check is not None else query.device.type == "cpu":
-        where = backend_device(group, query.device)
+    device = query.device if isinstance(query, Tensor) else torch.device("cpu")
+    if device.type == "cpu" if check is None else check_bool(check, "check"):
+        where = backend_device(group, device)
         agreed(checked, said, group, where, "arguments")
         lengths = _lengths(key.shape[-2], group, where)
     else:
@@ -151,7 +154,9 @@ def sequence_attention(
     call, lead = call_of(sum(lengths) if queries == "sharded" else query.shape[-2])
     q_BNLH = lead.fold(query).to(call.k_BNSH.dtype)
     shared = call.v_BNSH is call.k_BNSH
-    out_BNLW = _Attention.apply(q_BNLH, call.k_BNSH, None if shared else call.v_BNSH, call, settings, pieces)
+    # Inputs are in autocast's dtype already, and it would turn the sums back into 16 bits.
+    with nullcontext() if autocast_dtype(device.type) is None else torch.autocast(device.type, enabled=False):
+        out_BNLW = _Attention.apply(q_BNLH, call.k_BNSH, None if shared else call.v_BNSH, call, settings, pieces)
     return out_BNLW.reshape(*query.shape[:-1], value.shape[-1])  # type: ignore[no-any-return]
 
 
@@ -211,7 +216,8 @@ def _gather(tensors: Sequence[Tensor], settings: _Settings, pieces: list[list[_P
     if not settings.sharded:
         return list(tensors)
     results: dict[int, Tensor] = {}
-    for dtype in {x.dtype for x in tensors}:
+    # In the order of the tensors: that of a set differs from process to process.
+    for dtype in dict.fromkeys(x.dtype for x in tensors):
         chosen = [i for i, x in enumerate(tensors) if x.dtype == dtype]
         packed = torch.cat([tensors[i] for i in chosen], dim=-1)
         widths = [tensors[i].shape[-1] for i in chosen]

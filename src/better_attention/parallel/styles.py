@@ -66,7 +66,9 @@ class Heads(ParallelStyle):
         def enter(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
             given = dict(zip(_INPUTS, args, strict=False)) | kwargs
             if check and not torch.compiler.is_compiling():
-                agreed(lambda: _refuse(given), lambda: _said(layer, given), group, backend_device(group, device), "inputs")
+                agreed(
+                    lambda: _refuse(given), lambda: _said(layer, given), group, backend_device(group, device), "inputs"
+                )
             else:
                 _refuse(given)
             whole: dict[int, Any] = {}
