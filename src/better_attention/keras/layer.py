@@ -70,7 +70,7 @@ class MultiHeadAttention(keras.layers.Layer):  # type: ignore[misc]
 
     Note:
         Deliberate differences from Keras' class. A query with every key hidden gets weights 0 and the output bias
-        (Keras: the mean of all values, hidden ones too). An explicit ``query_mask`` is honoured (Keras reads the mask
+        always (Keras: where it makes no attention scores, the mean of all values, hidden ones too). An explicit ``query_mask`` is honoured (Keras reads the mask
         that is attached to the query, and no other). Numbers in padded keys and values, NaN included, never reach the
         output. The shape of the attention scores is right for cross-attention in symbolic calls too.
 

@@ -94,7 +94,7 @@ def from_torch_state(layer: MultiHeadAttention, state: Mapping[str, Any]) -> Non
     >>> for one in (layer, twin):
     ...     one.build((None, None, 6), (None, None, 6))
     >>> from_torch_state(twin, to_torch_state(layer))
-    >>> bool((twin.query_dense.kernel.numpy() == layer.query_dense.kernel.numpy()).all())
+    >>> bool((to_torch_state(twin)["q_proj.weight"] == to_torch_state(layer)["q_proj.weight"]).all())
     True
     """
     wanted = to_torch_state(layer)

@@ -1,0 +1,25 @@
+"""``python -m better_attention.keras.kernels``: build the kernels for JAX now rather than at their first use."""
+
+from __future__ import annotations
+
+import sys
+
+from . import KernelsMissingError, build, missing
+
+
+def main() -> int:
+    """Build, load, and print where the result lies; 1 with the reason if that is not possible."""
+    try:
+        file = build()
+    except KernelsMissingError as error:
+        print(error, file=sys.stderr)
+        return 1
+    if (reason := missing()) is not None:
+        print(reason, file=sys.stderr)
+        return 1
+    print(file)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
