@@ -40,6 +40,7 @@ class TransformerBlock(layers.Layer):
         self.dropout2 = layers.Dropout(rate)
 
     def call(self, inputs):
+        """(batch, maxlen, embed_dim) to the same shape."""
         attn_output = self.att(inputs, inputs)
         attn_output = self.dropout1(attn_output)
         out1 = self.layernorm1(inputs + attn_output)
@@ -57,6 +58,7 @@ class TokenAndPositionEmbedding(layers.Layer):
         self.pos_emb = layers.Embedding(input_dim=maxlen, output_dim=embed_dim)
 
     def call(self, x):
+        """Word numbers (batch, maxlen) to vectors (batch, maxlen, embed_dim)."""
         maxlen = ops.shape(x)[-1]
         positions = ops.arange(start=0, stop=maxlen, step=1)
         return self.token_emb(x) + self.pos_emb(positions)

@@ -1,4 +1,4 @@
-"""keras.io's text example with our layer: the paper's parameter counts, and a run over reviews in the official layout."""
+"""keras.io's text example with our layer: the paper's parameter counts, and a run over reviews in a folder."""
 
 from __future__ import annotations
 

@@ -126,7 +126,7 @@ def test_what_there_is_not_is_an_attribute_error() -> None:
 
 def test_classes_and_functions_are_pickled_by_their_module() -> None:
     for value in (ba.MultiheadAttention, ba.KVCache, ba.attention, ba.Mechanism.of("super")):
-        copied = pickle.loads(pickle.dumps(value))
+        copied = pickle.loads(pickle.dumps(value))  # noqa: S301 - our own
         assert copied is value or copied == value
     assert copy.deepcopy(ba.MultiheadAttention(4, 2)).num_heads == 2
     assert ba.MultiheadAttention.__module__ == "better_attention.layer.multihead"

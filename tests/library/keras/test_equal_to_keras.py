@@ -96,7 +96,9 @@ def test_every_form_of_attention_mask(shape: str, rng: np.random.Generator) -> N
     mask = rng.random(MASKS[shape]) < 0.6
     mask[..., 0] = True  # a query that sees no key is where the two differ on purpose
     for settings in ({}, {"use_causal_mask": True}):
-        agree(ours(query, value, attention_mask=mask, **settings), theirs(query, value, attention_mask=mask, **settings))
+        agree(
+            ours(query, value, attention_mask=mask, **settings), theirs(query, value, attention_mask=mask, **settings)
+        )
     agree(ours(query, value, attention_mask=mask.astype("int32")), ours(query, value, attention_mask=mask))
 
 
@@ -112,7 +114,13 @@ def test_value_and_key_masks(rng: np.random.Generator) -> None:
             agree(a, b)
 
 
-AXES: dict[str, Any] = {"last of two": (2,), "first of two": 1, "both": (1, 2), "both, reversed": (2, 1), "from the end": -2}
+AXES: dict[str, Any] = {
+    "last of two": (2,),
+    "first of two": 1,
+    "both": (1, 2),
+    "both, reversed": (2, 1),
+    "from the end": -2,
+}
 
 
 @pytest.mark.parametrize("axes", AXES)

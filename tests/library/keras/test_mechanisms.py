@@ -45,8 +45,7 @@ PAIRS = [
     )
     for name, options in LAYERS.items()
     for mask in MASKS
-    if "causal" in mask
-    or "sliding_window" not in options  # W_A of a window is causal always
+    if "causal" in mask or "sliding_window" not in options  # W_A of a window is causal always
     if "causal" not in mask
     or options.get("align_causal")
     or "sliding_window" in options

@@ -48,7 +48,7 @@ CASES: dict[str, tuple[Callable[[], Any], tuple[Any, ...]]] = {
     "no max_len": (lambda: layer(mechanism="super"), ("super", "max_len", "efficient")),
     "max_len without W_A": (lambda: layer(max_len=7), ("max_len=7", "standard", "Remove")),
     "two sizes of W_A": (lambda: layer(**SUPER, sliding_window=3), ("max_len=7", "sliding_window=3", "exclude")),
-    "align_heads": (lambda: layer(**SUPER, align_heads="all"), ("align_heads", "'all'", "per_head")) ,
+    "align_heads": (lambda: layer(**SUPER, align_heads="all"), ("align_heads", "'all'", "per_head")),
     "flash with the wrong score": (
         lambda: layer(score="expressive", flash_attention=True),
         ("flash_attention", "expressive", "Leave"),
@@ -75,7 +75,10 @@ CASES: dict[str, tuple[Callable[[], Any], tuple[Any, ...]]] = {
     "an axis twice": (lambda: call(x, x, build={"attention_axes": (1, -2)}), ("attention_axes", "once")),
     "too long": (lambda: call(LONG, LONG, build=SUPER), ("max_len=7", "9 values", "(2, 9, 6)", "efficient")),
     "leak": (lambda: call(x, x, build=SUPER, use_causal_mask=True), ("super", "leak", "align_causal=True")),
-    "leak by a mask": (lambda: call(x, x, build=SUPER, attention_mask=TRIANGLE), ("super", "leak", "align_causal=True")),
+    "leak by a mask": (
+        lambda: call(x, x, build=SUPER, attention_mask=TRIANGLE),
+        ("super", "leak", "align_causal=True"),
+    ),
     "a window that looks ahead": (lambda: call(x, x, build=WINDOW), ("sliding_window=3", "use_causal_mask=True")),
     "a window over others": (
         lambda: call(x, LONG, build=WINDOW, use_causal_mask=True),
@@ -93,8 +96,14 @@ CASES: dict[str, tuple[Callable[[], Any], tuple[Any, ...]]] = {
         lambda: call(x, x, value_mask=np.ones((2, 9), bool)),
         ("value_mask", "(2, 7)", "(2, 9)", "attention_mask"),
     ),
-    "a mask of queries as padding": (lambda: call(x, x, query_mask=np.ones((2, 7, 7), bool)), ("query_mask", "(2, 7, 7)")),
-    "attention mask of one dimension": (lambda: call(x, x, attention_mask=np.ones(7, bool)), ("attention_mask", "(7,)")),
+    "a mask of queries as padding": (
+        lambda: call(x, x, query_mask=np.ones((2, 7, 7), bool)),
+        ("query_mask", "(2, 7, 7)"),
+    ),
+    "attention mask of one dimension": (
+        lambda: call(x, x, attention_mask=np.ones(7, bool)),
+        ("attention_mask", "(7,)"),
+    ),
     "settings that are no bool": (lambda: call(x, x, use_causal_mask=1), ("use_causal_mask", "1")),
     "weights before they are there": (lambda: bk.to_torch_state(layer()), ("build", "no weights")),
     "weights of another class": (
@@ -129,7 +138,8 @@ def test_a_state_of_another_layer_is_refused_and_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "word"), [({"use_gate": True}, "use_gate"), ({"value_dim": 4}, "value_dim=4"), ({"output_shape": 5}, "(5,)")]
+    ("options", "word"),
+    [({"use_gate": True}, "use_gate"), ({"value_dim": 4}, "value_dim=4"), ({"output_shape": 5}, "(5,)")],
 )
 def test_layers_without_a_counterpart_in_torch(options: dict[str, Any], word: str) -> None:
     refused(lambda: bk.to_torch_state(built(**options)), word, "no place")

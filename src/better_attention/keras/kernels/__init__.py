@@ -2,7 +2,7 @@
 
 A small C++ file (``jax_ffi.cpp``) has to be compiled against the headers that jaxlib brings. That happens once, at the
 first use or by ``python -m better_attention.keras.kernels``, with the C++ compiler ``$CXX`` or ``c++``, without a
-network; the result is kept in the user's cache folder. Everything else of ``better_attention.keras`` needs none of this.
+network; the result is kept in the user's cache folder. The rest of ``better_attention.keras`` needs none of this.
 
 >>> attention(x, x, x, score="expressive", causal=True)  # doctest: +SKIP
 
@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import tempfile
 from functools import cache, partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -155,8 +156,10 @@ def _check(q: Any, k: Any, v: Any, mask: Any | None) -> None:
     whole = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
     given = tuple(getattr(mask, "shape", ()))
     if len(given) != 4 or any(a not in (1, b) for a, b in zip(given, whole, strict=True)):
-        raise ValueError(f"mask must be broadcastable to (B, N, L, S) = {whole} and have 4 dimensions; received {given}.")
-    if getattr(mask, "dtype", None) != bool:
+        raise ValueError(
+            f"mask must be broadcastable to (B, N, L, S) = {whole} and have 4 dimensions; received {given}."
+        )
+    if str(getattr(mask, "dtype", None)) != "bool":
         raise TypeError(f"mask must be bool, True where a query sees a key; received {getattr(mask, 'dtype', mask)!r}.")
 
 
@@ -185,19 +188,21 @@ def _register() -> None:
         raise KernelsMissingError(f"the compiled kernels are switched off by {SWITCH}={os.environ[SWITCH]}.")
     if jax.default_backend() != "cpu":
         raise KernelsMissingError(
-            f"the compiled kernels are for CPUs, and JAX computes on {jax.default_backend()!r} here: use keras.ops, the "
-            "default, or set JAX_PLATFORMS=cpu."
+            f"the compiled kernels are for CPUs, and JAX computes on {jax.default_backend()!r} here: use keras.ops, "
+            "the default, or set JAX_PLATFORMS=cpu."
         )
     kernels, wrapper = ctypes.CDLL(str(_kernels_file())), ctypes.CDLL(str(build()))
     for library, function in ((kernels, "ba_abi"), (wrapper, "ba_jax_abi")):
-        version = getattr(library, function)
-        version.restype = ctypes.c_int64
-        if version() != ABI:
+        interface = getattr(library, function)
+        interface.restype = ctypes.c_int64
+        if interface() != ABI:
             raise KernelsMissingError(
-                f"the compiled kernels have interface {version()}, this version needs {ABI}: install better-attention "
-                "again, with a C++ compiler there."
+                f"the compiled kernels have interface {interface()}, this version needs {ABI}: install "
+                "better-attention again, with a C++ compiler there."
             )
-    wrapper.ba_jax_use(*(ctypes.cast(getattr(kernels, name), ctypes.c_void_p) for name in ("ba_forward", "ba_backward")))
+    wrapper.ba_jax_use(
+        *(ctypes.cast(getattr(kernels, name), ctypes.c_void_p) for name in ("ba_forward", "ba_backward"))
+    )
     for name in ("ba_jax_forward", "ba_jax_backward"):
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(wrapper, name)), platform="cpu")
 
@@ -224,7 +229,7 @@ def build() -> Path:
     if not (headers / "xla" / "ffi" / "api" / "ffi.h").is_file():
         raise KernelsMissingError(f"jaxlib's headers are not in {headers}: install another jaxlib, 0.7 or newer.")
     digest = hashlib.sha256(source.read_bytes() + (interface / "api.h").read_bytes())
-    digest.update(jax.lib.__version__.encode())
+    digest.update(version("jaxlib").encode())
     file = _cache() / f"jax_ffi_{digest.hexdigest()[:16]}.so"
     if not file.is_file():
         _compile([str(source), "-I", str(headers), "-I", str(interface)], file)
@@ -247,8 +252,8 @@ def _compile(arguments: list[str], file: Path) -> None:
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     if shutil.which(compiler[0]) is None:
         raise KernelsMissingError(
-            f"there is no C++ compiler {compiler[0]!r} to build the kernels for JAX with: install one, or name it in the "
-            "environment variable CXX."
+            f"there is no C++ compiler {compiler[0]!r} to build the kernels for JAX with: install one, or name it in "
+            "the environment variable CXX."
         )
     file.parent.mkdir(parents=True, exist_ok=True)
     # Another process may build the same file: each writes its own, and the last renames over the others.

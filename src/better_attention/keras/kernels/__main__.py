@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import sys
 
-from . import KernelsMissingError, build, missing
+from . import build, missing
 
 
 def main() -> int:
     """Build, load, and print where the result lies; 1 with the reason if that is not possible."""
-    try:
-        file = build()
-    except KernelsMissingError as error:
-        print(error, file=sys.stderr)
-        return 1
     if (reason := missing()) is not None:
         print(reason, file=sys.stderr)
         return 1
-    print(file)
+    print(build())
     return 0
 
 
