@@ -17,7 +17,7 @@ ALIGN_HEADS = ("shared", "per_head")
 ALIGN_INITS = ("xavier", "identity")
 
 
-class _Kernel(keras.layers.Layer):  # type: ignore[misc]
+class _Kernel(keras.layers.Layer):
     """One square matrix, or one for each head, and its bias.
 
     Args:
@@ -153,7 +153,7 @@ def _glorot(size: int) -> Any:
     return keras.initializers.RandomUniform(-bound, bound)
 
 
-class _Identity(keras.initializers.Initializer):  # type: ignore[misc]
+class _Identity(keras.initializers.Initializer):
     """The identity, or one for each head."""
 
     def __call__(self, shape: Any, dtype: Any = None) -> Any:

@@ -26,7 +26,7 @@ from .scores import SCORES
 
 
 @keras.saving.register_keras_serializable(package="better_attention")
-class MultiHeadAttention(keras.layers.Layer):  # type: ignore[misc]
+class MultiHeadAttention(keras.layers.Layer):
     r"""Multi-head attention with any mechanism; takes the place of ``keras.layers.MultiHeadAttention``.
 
     Head i computes :math:`\mathrm{weights}(Q W^Q_i (K W^K_i)^\top / \sqrt{d_k}) \, W_A V W^V_i`, and the joined heads
@@ -42,7 +42,7 @@ class MultiHeadAttention(keras.layers.Layer):  # type: ignore[misc]
         use_bias: biases of the linear maps, and of W_A.
         output_shape: features of the output, an int or a tuple; None: those of the query.
         attention_axes: axes of the input that are attended over; None: all but batch and features.
-        sliding_window: each query sees keys at most so many places away, itself included, on both sides; with
+        sliding_window: each query sees keys at most ``sliding_window`` - 1 places away, on both sides; with
             ``use_causal_mask`` on the left alone. W_A is then window x window and acts on the tokens of each window
             (:mod:`better_attention.layer.window`), which needs ``use_causal_mask``; it takes the place of ``max_len``.
         flash_attention: as in Keras: None for what Keras is configured to, True to insist; for the softmax score.

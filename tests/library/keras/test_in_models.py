@@ -293,6 +293,8 @@ def test_low_rank_adapters_go_on_the_maps(rng: np.random.Generator) -> None:
     merged.build(x.shape, x.shape)
     bk.from_torch_state(merged, bk.to_torch_state(layer))
     np.testing.assert_allclose(numbers(merged(x, x)), adapted, atol=1e-5)
+    with pytest.raises(ValueError, match="LoRA"):
+        bk.from_torch_state(layer, bk.to_torch_state(merged))
 
 
 def test_the_backend_is_the_one_that_was_asked_for() -> None:

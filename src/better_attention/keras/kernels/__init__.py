@@ -19,7 +19,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from functools import cache, partial
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -93,8 +93,7 @@ def attention(
 Settings = tuple[int, int, bool, bool, float]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(settings: Settings, q_BLNH: Any, k_BSGH: Any, v_BSGW: Any, mask: Any) -> Any:
+def _output(settings: Settings, q_BLNH: Any, k_BSGH: Any, v_BSGW: Any, mask: Any) -> Any:
     return _forward(settings, q_BLNH, k_BSGH, v_BSGW, mask)[0]
 
 
@@ -120,6 +119,7 @@ def _derive(settings: Settings, saved: Any, grad_BLNW: Any) -> tuple[Any, Any, A
     return dq, dk, dv, None
 
 
+_attention: Any = jax.custom_vjp(_output, nondiff_argnums=(0,))
 _attention.defvjp(_save, _derive)
 
 
