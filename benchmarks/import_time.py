@@ -3,7 +3,7 @@
 Each sample is a fresh interpreter that imports torch, then the package, then asks for the layer and the function, and
 last for every other public name. Before the first sample one interpreter writes the byte code.
 
-    python benchmarks/import_time.py [--repeats 15]
+    python -m benchmarks.import_time [--repeats 15]
 """
 
 from __future__ import annotations
