@@ -3,7 +3,7 @@
     python -m benchmarks.keras_kernels [--rounds 9] [--quick]
 
 Softmax attention in ``keras.ops`` is ``keras.ops.dot_product_attention``, which is jax.nn's; expressive attention is
-what ``better_attention.keras`` computes by default. Both sides are jitted and differ by less than 1e-4, which is checked
+what ``better_attention.keras`` computes by default. Both sides are jitted, and agree to 1e-4, which is checked
 first. XLA takes its number of threads from NPROC and from the cores that this process may use, the kernels take theirs
 from OMP_NUM_THREADS: this pins both to one core.
 """
