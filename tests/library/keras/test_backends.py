@@ -22,7 +22,7 @@ def test_another_backend_gives_the_same(backend: str) -> None:
     # TensorFlow itself uses what others have deprecated: only our own warnings are errors there.
     relaxed = ["-W", "ignore::DeprecationWarning"] if backend == "tensorflow" else []
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", *relaxed, *files],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *relaxed, *files],
         cwd=FOLDER.parents[2],
         env={**os.environ, "KERAS_BACKEND": backend, "CUDA_VISIBLE_DEVICES": "", "TF_CPP_MIN_LOG_LEVEL": "3"},
         capture_output=True,

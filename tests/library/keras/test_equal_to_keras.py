@@ -65,8 +65,16 @@ CALLS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("options", OPTIONS)
+COMPILED = {("plain", call) for call in CALLS} | {(options, "scores and causal") for options in OPTIONS}
+"""What the unit tests run: JAX compiles every operation for every new shape, so that all pairs take their time."""
+
+
+def unit(value: object, chosen: bool) -> object:
+    """A parameter of the unit tests if it is chosen, and else of the long ones."""
+    return value if chosen else pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("options", "call"), [unit((o, c), (o, c) in COMPILED) for o in OPTIONS for c in CALLS])
 def test_every_option_gives_the_numbers_of_keras(options: str, call: str, rng: np.random.Generator) -> None:
     query, value, key = tokens(rng, 2, 5, D), tokens(rng, 2, 7, 4), tokens(rng, 2, 7, 5)
     theirs, ours = pair(rng, query.shape, value.shape, key.shape, **OPTIONS[options])
@@ -89,7 +97,7 @@ MASKS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("shape", MASKS)
+@pytest.mark.parametrize("shape", [unit(shape, shape in ("(B,L,S)", "(B,N,L,S)")) for shape in MASKS])
 def test_every_form_of_attention_mask(shape: str, rng: np.random.Generator) -> None:
     query, value = tokens(rng, 2, 5, D), tokens(rng, 2, 7, D)
     theirs, ours = pair(rng, query.shape, value.shape)
@@ -123,7 +131,7 @@ AXES: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("axes", AXES)
+@pytest.mark.parametrize("axes", [unit(axes, axes in ("first of two", "both, reversed")) for axes in AXES])
 def test_attention_axes(axes: str, rng: np.random.Generator) -> None:
     attended = (AXES[axes],) if isinstance(AXES[axes], int) else AXES[axes]
     attended = tuple(axis % 4 for axis in attended)
@@ -143,6 +151,7 @@ def test_attention_axes(axes: str, rng: np.random.Generator) -> None:
     agree(ours(query, value), expected)
 
 
+@pytest.mark.slow
 def test_a_causal_mask_follows_the_attended_axis(rng: np.random.Generator) -> None:
     """Keras takes the first axis for the sequence whichever is attended over: with equal lengths the two agree."""
     x = tokens(rng, 2, 5, 5, D)
@@ -211,6 +220,7 @@ def test_regularisers_and_constraints() -> None:
     assert type(aligned.align.kernel.constraint).__name__ == "NonNeg"
 
 
+@pytest.mark.slow
 def test_a_weight_file_of_keras_loads_into_ours_and_back(tmp_path: Path, rng: np.random.Generator) -> None:
     x = tokens(rng, 2, 7, D)
     models = []

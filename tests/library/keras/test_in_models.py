@@ -129,7 +129,11 @@ def test_positions_of_the_arguments_are_those_of_keras() -> None:
 # --- shapes and symbols -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"output_shape": (5, 2)}, {"value_dim": 5}, {"mechanism": "efficient"}])
+@pytest.mark.parametrize(
+    "options",
+    [{"output_shape": (5, 2)}]
+    + [pytest.param(o, marks=pytest.mark.slow) for o in ({}, {"value_dim": 5}, {"mechanism": "efficient"})],
+)
 def test_symbolic_shapes_are_those_of_numbers(options: dict[str, Any], rng: np.random.Generator) -> None:
     layer = bk.MultiHeadAttention(N, H, **options)
     query, value = tokens(rng, 2, 5, D), tokens(rng, 2, S, D)
@@ -142,6 +146,7 @@ def test_symbolic_shapes_are_those_of_numbers(options: dict[str, Any], rng: np.r
     assert spec.dtype == keras.backend.standardize_dtype(half(query, value).dtype) == "bfloat16"
 
 
+@pytest.mark.slow
 def test_any_batch_and_length(rng: np.random.Generator) -> None:
     whole = model("super", length=None)
     for shape in ((1, 3, D), (4, S, D)):
@@ -150,6 +155,7 @@ def test_any_batch_and_length(rng: np.random.Generator) -> None:
         np.testing.assert_allclose(whole.predict(x, verbose=0), numbers(layer(x, x)), atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIONS)
 def test_subclassed_and_functional_models_agree(name: str, rng: np.random.Generator) -> None:
     x = tokens(rng, 2, S, D)
@@ -204,7 +210,9 @@ def test_masked_tokens_learn_nothing_and_disturb_nobody(rng: np.random.Generator
 # --- precision --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("policy", "bound"), [("mixed_bfloat16", 4e-2), ("mixed_float16", 4e-3)])
+@pytest.mark.parametrize(
+    ("policy", "bound"), [("mixed_bfloat16", 4e-2), pytest.param("mixed_float16", 4e-3, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("name", ["super", pytest.param("efficient+expressive", marks=pytest.mark.slow)])
 def test_half_precision_stays_near(name: str, policy: str, bound: float, rng: np.random.Generator) -> None:
     x = tokens(rng, 2, S, D)
@@ -234,7 +242,7 @@ def test_squares_of_large_scores_do_not_overflow_in_half_precision() -> None:
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", ["super", *(pytest.param(n, marks=pytest.mark.slow) for n in OPTIONS if n != "super")])
 def test_a_saved_model_is_the_same_model(name: str, tmp_path: Path, rng: np.random.Generator) -> None:
     one = model(name, dropout=0.1)
     file = tmp_path / "model.keras"
@@ -251,7 +259,8 @@ def test_a_saved_model_is_the_same_model(name: str, tmp_path: Path, rng: np.rand
 
 
 @pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize")
-@pytest.mark.parametrize("mode", ["int8", pytest.param("int4", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["int8", "int4"])
 def test_quantised_like_keras(mode: str, tmp_path: Path, rng: np.random.Generator) -> None:
     x = tokens(rng, 2, S, D)
     inputs = keras.Input((S, D))

@@ -36,20 +36,25 @@ LAYERS: dict[str, dict[str, Any]] = {
     "no projections": {"mechanism": ba.Mechanism(projections=frozenset())},
 }
 MASKS = ("none", "padding", "attention mask", "causal", "causal and padding")
+
+
+def _hardest(options: dict[str, Any]) -> str:
+    """The mask that hides most, of those that a layer may be given."""
+    causal = options.get("align_causal") or "sliding_window" in options
+    return "causal and padding" if causal or not ba.Mechanism.of(options["mechanism"]).aligned else "padding"
+
+
+def _may_have(mask: str, options: dict[str, Any]) -> bool:
+    """W_A of a window is causal always, and a full one never."""
+    return "sliding_window" not in options if "causal" not in mask else "causal" in _hardest(options)
+
+
 PAIRS = [
-    pytest.param(
-        name,
-        mask,
-        # One of each mask and of each layer is enough for every change of the code; all of them at night.
-        marks=[] if mask in ("padding", "causal and padding") else pytest.mark.slow,
-    )
+    # JAX compiles every operation: one mask for each layer in the unit tests, all of them in the long ones.
+    pytest.param(name, mask, marks=[] if mask == _hardest(options) else pytest.mark.slow)
     for name, options in LAYERS.items()
     for mask in MASKS
-    if "causal" in mask or "sliding_window" not in options  # W_A of a window is causal always
-    if "causal" not in mask
-    or options.get("align_causal")
-    or "sliding_window" in options
-    or not ba.Mechanism.of(options["mechanism"]).aligned
+    if _may_have(mask, options)
 ]
 
 
@@ -202,7 +207,9 @@ def test_derivatives_are_those_of_torch(score: str, rng: np.random.Generator) ->
 # --- what padded and later numbers may not do -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["standard", "super", "efficient+expressive"])
+@pytest.mark.parametrize(
+    "name", ["super", *(pytest.param(n, marks=pytest.mark.slow) for n in ("standard", "efficient+expressive"))]
+)
 def test_not_a_number_in_padding_never_reaches_the_output(name: str, rng: np.random.Generator) -> None:
     one = layer(name, rng)
     x = rng.normal(size=(2, S, D)).astype("float32")
