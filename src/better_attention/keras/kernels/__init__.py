@@ -18,6 +18,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 from functools import cache
 from importlib.metadata import version
@@ -28,7 +29,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import better_attention
 from better_attention.errors import check_bool, check_choice, check_float, check_int
 
 ABI = 3
@@ -207,8 +207,13 @@ def _register() -> None:
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(wrapper, name)), platform="cpu")
 
 
+def _package() -> list[Path]:
+    """The package's folders: an editable installation has a second one for what was compiled."""
+    return [Path(folder) for folder in sys.modules[__name__.partition(".")[0]].__path__]
+
+
 def _kernels_file() -> Path:
-    folders = [Path(folder) / "native" for folder in better_attention.__path__]
+    folders = [folder / "native" for folder in _package()]
     for folder in folders:
         for pattern in _PATTERNS:
             for file in sorted(folder.glob(pattern)):
@@ -237,9 +242,9 @@ def build() -> Path:
 
 
 def _interface() -> Path:
-    for folder in better_attention.__path__:
-        if (Path(folder) / "native" / "cpp" / "api.h").is_file():
-            return Path(folder) / "native" / "cpp"
+    for folder in _package():
+        if (folder / "native" / "cpp" / "api.h").is_file():
+            return folder / "native" / "cpp"
     raise KernelsMissingError("the sources of the kernels, native/cpp/api.h, were not installed with better-attention.")
 
 
