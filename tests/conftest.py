@@ -18,6 +18,10 @@ from hypothesis import settings
 if TYPE_CHECKING:
     from helpers.publisher import Publisher
 
+# Both are read once, by the first import of Keras and of JAX.
+os.environ.setdefault("KERAS_BACKEND", "jax")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
 torch.set_num_threads(1)  # one summation order, on whatever machine
 
 # A deadline measures the load of the machine and not the code.

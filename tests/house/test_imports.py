@@ -43,7 +43,8 @@ LAB_ROOMS = (
 """The rooms of the lab in the order in which data walks through them."""
 
 LIBRARY_ROOMS = (
-    {"errors", "text", "evaluation", "command"},
+    {"errors", "text", "evaluation", "command", "imported"},
+    {"tensors"},
     {"scores"},
     {"mechanism"},
     {"cache"},
@@ -55,10 +56,11 @@ LIBRARY_ROOMS = (
     {"impl"},
     {"positions", "functional", "causality"},
     {"layer"},
-    {"cost"},
+    {"costs"},
     {"adapters", "export", "parallel"},
     {"conversion"},
     {"inspect"},
+    {"keras"},
 )
 """From the values that describe a call to the layer that people build models with."""
 
@@ -73,8 +75,8 @@ EXTRAS = {
     "gpu.launches": {"triton"},
 }
 """What a module of the library may import inside its functions: an extra, whose absence it reports."""
-GATES = {"adapters.transformers": {"transformers"}}
-"""Modules that users of another library import, and nothing else does: they may import that library."""
+GATES = {"adapters.transformers": {"transformers"}, "keras": {"keras", "jax", "numpy"}}
+"""Modules and rooms that users of another library import, and nothing else does: they may import that library."""
 LATE = {"gpu.kernels": {"triton"}}
 """Rooms that are imported inside functions alone, once it is known that a library is there: they may import it."""
 CATALOGUES = {"cli", "bench/suites", "lab/tasks/catalogue", "lab/data/published", "lab/published"}
@@ -280,20 +282,42 @@ def late(path: str) -> set[str]:
     return next((needs for room, needs in LATE.items() if f"{path}.".startswith(f"{room}.")), set())
 
 
+def gate_of(path: str) -> str:
+    """The entry of GATES that a dotted path below the package lies behind, or an empty text."""
+    return next((gate for gate in GATES if path == gate or path.startswith(f"{gate}.")), "")
+
+
 @pytest.mark.parametrize(
     "file", [f for f in FILES if house(path_of(f)) == "library"], ids=lambda f: str(f.relative_to(ROOT))
 )
 def test_the_library_needs_torch_alone(file: Path) -> None:
     path, imported = of(file)
     for name, at_top in imported:
-        head = name.split(".")[0]
-        if (not at_top and head in EXTRAS.get(path, set())) or head in GATES.get(path, set()) | late(path):
+        head, gate = name.split(".")[0], gate_of(path)
+        if (not at_top and head in EXTRAS.get(path, set())) or head in GATES.get(gate, set()) | late(path):
             continue
         target = below(name)
         if target is not None and late(target) and not late(path):
             assert not at_top, f"{path} imports {name} along with itself, which needs another library"
-        assert name.removeprefix(f"{ROOT.name}.") not in GATES, f"{path} imports {name}, which needs another library"
+        behind = gate_of(target or "")
+        assert behind in ("", gate), f"{path} imports {name}, which needs another library"
         assert head in LIGHT | set(sys.stdlib_module_names) | {ROOT.name}, f"{path} imports {name}"
+
+
+def test_the_keras_room_needs_no_torch() -> None:
+    """What it imports of ours, and what that imports when it is imported, is free of torch."""
+    waiting, seen = sorted((ROOT / "keras").glob("*.py")), set()
+    while waiting:
+        file = waiting.pop()
+        if file in seen:
+            continue
+        seen.add(file)
+        path, imported = of(file)
+        for name, at_top in imported:
+            assert not (at_top and name.split(".")[0] == "torch"), f"{path} imports {name}"
+            if at_top and below(name) and (target := file_of(name)):
+                waiting.append(target)
+    assert ROOT / "mechanism.py" in seen
 
 
 def test_the_command_line_starts_light() -> None:

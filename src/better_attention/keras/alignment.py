@@ -17,7 +17,7 @@ ALIGN_HEADS = ("shared", "per_head")
 ALIGN_INITS = ("xavier", "identity")
 
 
-class _Kernel(keras.layers.Layer):  # type: ignore[misc]
+class _Kernel(keras.layers.Layer):
     """One square matrix, or one for each head, and its bias.
 
     Args:
@@ -153,7 +153,7 @@ def _glorot(size: int) -> Any:
     return keras.initializers.RandomUniform(-bound, bound)
 
 
-class _Identity(keras.initializers.Initializer):  # type: ignore[misc]
+class _Identity(keras.initializers.Initializer):
     """The identity, or one for each head."""
 
     def __call__(self, shape: Any, dtype: Any = None) -> Any:
@@ -166,8 +166,11 @@ def check_alignment(
     """Refuse settings of W_A where there is none, a W_A without its size, and one with two sizes.
 
     Raises:
-        ValueError: any of them.
+        ValueError, TypeError: any of them, or values that there are not.
     """
+    check_choice(heads, "align_heads", ALIGN_HEADS)
+    check_choice(init, "align_init", ALIGN_INITS)
+    check_bool(causal, "align_causal")
     if aligned and window is not None:
         if max_len is not None or causal:
             given = f"max_len={max_len}" if max_len is not None else "align_causal=True"

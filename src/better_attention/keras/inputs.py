@@ -48,7 +48,7 @@ def check_slices(layer: MultiHeadAttention, query: Sequence[Any], key: Sequence[
     inputs = {"q": ("query", query), "k": ("key", key), "v": ("value", value)}
     for letter, (name, shape) in inputs.items():
         D, width, N = shape[-1], widths[letter], layer.num_heads
-        if letter in layer.mechanism.projections or D == N * width:
+        if letter in layer.mechanism.projections or N * width == D:
             continue
         argument = "value_dim" if letter == "v" else "key_dim"
         fits = f"{argument}={D // N}" if isinstance(D, int) and D % N == 0 else f"a width that {N} heads divide"

@@ -26,7 +26,7 @@ from .scores import SCORES
 
 
 @keras.saving.register_keras_serializable(package="better_attention")
-class MultiHeadAttention(keras.layers.Layer):  # type: ignore[misc]
+class MultiHeadAttention(keras.layers.Layer):
     r"""Multi-head attention with any mechanism; takes the place of ``keras.layers.MultiHeadAttention``.
 
     Head i computes :math:`\mathrm{weights}(Q W^Q_i (K W^K_i)^\top / \sqrt{d_k}) \, W_A V W^V_i`, and the joined heads
@@ -42,7 +42,7 @@ class MultiHeadAttention(keras.layers.Layer):  # type: ignore[misc]
         use_bias: biases of the linear maps, and of W_A.
         output_shape: features of the output, an int or a tuple; None: those of the query.
         attention_axes: axes of the input that are attended over; None: all but batch and features.
-        sliding_window: each query sees keys at most so many places away, itself included, on both sides; with
+        sliding_window: each query sees keys at most ``sliding_window`` - 1 places away, on both sides; with
             ``use_causal_mask`` on the left alone. W_A is then window x window and acts on the tokens of each window
             (:mod:`better_attention.layer.window`), which needs ``use_causal_mask``; it takes the place of ``max_len``.
         flash_attention: as in Keras: None for what Keras is configured to, True to insist; for the softmax score.
@@ -63,16 +63,20 @@ class MultiHeadAttention(keras.layers.Layer):  # type: ignore[misc]
         align_causal: keep W_A lower triangular; needed under a causal mask.
         align_init: "xavier" or "identity".
         scale: factor on q.k: None for 1/sqrt(key_dim), a number, or "learned", which starts there, one for each head.
+        impl: "ops" for ``keras.ops``, or "kernels" for this package's compiled CPU kernels, on JAX alone and built at
+            their first use (:mod:`better_attention.keras.kernels`). Calls that drop weights or return them, and W_A of
+            a window, are computed in ``keras.ops`` with both.
         kwargs: those of every Keras layer, ``name`` and ``dtype`` for example.
 
     Raises:
         ValueError, TypeError: arguments out of range, or that cannot mean anything for the mechanism.
 
     Note:
-        Deliberate differences from Keras' class. A query with every key hidden gets weights 0 and the output bias
-        (Keras: the mean of all values, hidden ones too). An explicit ``query_mask`` is honoured (Keras reads the mask
-        that is attached to the query, and no other). Numbers in padded keys and values, NaN included, never reach the
-        output. The shape of the attention scores is right for cross-attention in symbolic calls too.
+        Deliberate differences from Keras' class. A query with every key hidden always gets weights 0 and the output
+        bias (Keras: the mean of all values, hidden ones too, where it makes no attention scores). An explicit
+        ``query_mask`` is honoured (Keras reads the mask that is attached to the query, and no other). Numbers in padded
+        keys and values, NaN included, never reach the output. The shape of the attention scores is right for
+        cross-attention in symbolic calls too.
 
     Source: arXiv 2403.01643, definitions 1-4; arXiv 2407.18601.
 
@@ -111,6 +115,7 @@ class MultiHeadAttention(keras.layers.Layer):  # type: ignore[misc]
         align_causal: bool = False,
         align_init: str = "xavier",
         scale: float | str | None = None,
+        impl: str = "ops",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -126,6 +131,7 @@ class MultiHeadAttention(keras.layers.Layer):  # type: ignore[misc]
         self._attention_axes = _given_axes(attention_axes)
         self._sliding_window = None if sliding_window is None else check_int(sliding_window, "sliding_window")
         self._scale = _scale(scale)
+        self._impl = _impl(impl)
         self.seed = seed if seed is None else check_int(seed, "seed", at_least=0)
         self._max_len = None if max_len is None else check_int(max_len, "max_len")
         check_alignment(
@@ -256,6 +262,7 @@ class MultiHeadAttention(keras.layers.Layer):  # type: ignore[misc]
             "align_causal": self._align_causal,
             "align_init": self._align_options["init"],
             "scale": self._scale,
+            "impl": self._impl,
         }
 
     # --- building ---------------------------------------------------------------------------------------------------
@@ -411,9 +418,14 @@ class MultiHeadAttention(keras.layers.Layer):  # type: ignore[misc]
         if mask is not None:
             refuse_leak(self, mask)
             mask = axes.flat_mask(mask, query, value)
-        band = masks.band(L, S, causal=use_causal_mask, window=self._sliding_window)
+        compiled = self._impl == "kernels" and not self._needs_weights(training, return_attention_scores)
+        band = masks.band(L, S, causal=use_causal_mask and not compiled, window=self._sliding_window)
         keep = masks.of_weights(query_mask, present, mask, band)
-        heads_BLNH, weights_BNLS = self._attend(q_BLNH, k_BSNH, v_BSNH, keep, training, return_attention_scores)
+        weights_BNLS = None
+        if compiled:
+            heads_BLNH = self._compiled(q_BLNH, k_BSNH, v_BSNH, keep, use_causal_mask)
+        else:
+            heads_BLNH, weights_BNLS = self._attend(q_BLNH, k_BSNH, v_BSNH, keep, training, return_attention_scores)
         # output
         joined = axes.unflat(heads_BLNH, query)
         if self._gate_dense is not None:
@@ -435,28 +447,43 @@ class MultiHeadAttention(keras.layers.Layer):  # type: ignore[misc]
         self, q_BLNH: Any, k_BSNH: Any, v_BSNH: Any, keep: Any | None, training: bool | None, wanted: bool
     ) -> tuple[Any, Any | None]:
         """Heads (B, L, N, H), and the weights (B, N, L, S) where the way to the heads makes them."""
-        scale = 1.0 / math.sqrt(self._key_dim) if self._scale is None else self._scale
-        if scale == "learned":
-            q_BLNH = q_BLNH * ops.cast(ops.exp(self._log_scale), q_BLNH.dtype)[:, None]
-            scale = 1.0
-        drops = bool(training) and self._dropout > 0.0
-        windowed = isinstance(self._align, WindowAlignment)
-        if self._mechanism.score == "softmax" and not (wanted or drops or windowed):
+        q_BLNH, scale = self._scaled(q_BLNH)
+        if self._mechanism.score == "softmax" and not self._needs_weights(training, wanted):
             return self._fused(q_BLNH, k_BSNH, v_BSNH, keep, scale), None
         z_BNLS = ops.einsum("blnh,bsnh->bnls", q_BLNH * ops.cast(scale, q_BLNH.dtype), k_BSNH)
         dtype = keras.backend.standardize_dtype(z_BNLS.dtype)
         # Squares of half-precision scores would overflow, and their sums lose digits.
         z_BNLS = ops.cast(z_BNLS, "float32") if dtype in ("float16", "bfloat16") else z_BNLS
         weights_BNLS = ops.cast(SCORES[self._mechanism.score](z_BNLS, keep), dtype)
-        mixing_BNLS = self._dropout_layer(weights_BNLS, training=training) if drops else weights_BNLS
-        if windowed:
+        mixing_BNLS = self._dropout_layer(weights_BNLS, training=training) if self._drops(training) else weights_BNLS
+        if isinstance(self._align, WindowAlignment):
             return self._align(mixing_BNLS, v_BSNH), weights_BNLS
         return ops.einsum("bnls,bsnh->blnh", mixing_BNLS, v_BSNH), weights_BNLS
 
-    def _fused(self, q_BLNH: Any, k_BSNH: Any, v_BSNH: Any, keep: Any | None, scale: Any) -> Any:
+    def _drops(self, training: bool | None) -> bool:
+        return bool(training) and self._dropout > 0.0
+
+    def _needs_weights(self, training: bool | None, wanted: bool) -> bool:
+        """Whether the weights have to be there, and not only what they mix."""
+        return wanted or self._drops(training) or isinstance(self._align, WindowAlignment)
+
+    def _scaled(self, q_BLNH: Any) -> tuple[Any, float]:
+        """Queries times the learned scale, and the part of the scale that is a number."""
+        if self._log_scale is not None:
+            return q_BLNH * ops.cast(ops.exp(self._log_scale), q_BLNH.dtype)[:, None], 1.0
+        return q_BLNH, 1.0 / math.sqrt(self._key_dim) if self._scale is None else float(self._scale)
+
+    def _compiled(self, q_BLNH: Any, k_BSNH: Any, v_BSNH: Any, keep: Any | None, causal: bool) -> Any:
+        """Attention by this package's kernels, for JAX."""
+        from .kernels import attention
+
+        q_BLNH, scale = self._scaled(q_BLNH)
+        return attention(q_BLNH, k_BSNH, v_BSNH, keep, score=self._mechanism.score, causal=causal, scale=scale)
+
+    def _fused(self, q_BLNH: Any, k_BSNH: Any, v_BSNH: Any, keep: Any | None, scale: float) -> Any:
         """Softmax attention by the backend's own kernel."""
         heads_BLNH = ops.dot_product_attention(
-            q_BLNH, k_BSNH, v_BSNH, mask=keep, scale=float(scale), flash_attention=self._flash_attention
+            q_BLNH, k_BSNH, v_BSNH, mask=keep, scale=scale, flash_attention=self._flash_attention
         )
         if keep is None:
             return heads_BLNH
@@ -619,3 +646,13 @@ def _scale(value: float | str | None) -> float | str | None:
     if isinstance(value, str):
         raise ValueError(f"scale must be None, a number or 'learned', received {value!r}.")
     return check_float(value, "scale")
+
+
+def _impl(value: str) -> str:
+    check_choice(value, "impl", ("ops", "kernels"))
+    if value == "kernels" and keras.backend.backend() != "jax":
+        raise ValueError(
+            f"impl='kernels' is for Keras on JAX, and this is Keras on {keras.backend.backend()!r}: leave impl out, or "
+            "set KERAS_BACKEND=jax."
+        )
+    return value

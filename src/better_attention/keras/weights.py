@@ -88,15 +88,21 @@ def from_torch_state(layer: MultiHeadAttention, state: Mapping[str, Any]) -> Non
         state: its ``state_dict()``: arrays, or tensors on the CPU. All names, and no others.
 
     Raises:
-        ValueError: names or shapes that are not those of the layer, or a layer that has no counterpart in torch.
+        ValueError: names or shapes that are not those of the layer, a layer that has no counterpart in torch, or one
+            with LoRA.
 
     >>> layer, twin = MultiHeadAttention(2, key_dim=3), MultiHeadAttention(2, key_dim=3)
     >>> for one in (layer, twin):
     ...     one.build((None, None, 6), (None, None, 6))
     >>> from_torch_state(twin, to_torch_state(layer))
-    >>> bool((twin.query_dense.kernel.numpy() == layer.query_dense.kernel.numpy()).all())
+    >>> bool((to_torch_state(twin)["q_proj.weight"] == to_torch_state(layer)["q_proj.weight"]).all())
     True
     """
+    if any(dense.lora_enabled for _, dense in _maps(layer)):
+        raise ValueError(
+            "this layer has LoRA on its maps, and a state holds whole maps: load it into a layer without, and call "
+            "enable_lora afterwards."
+        )
     wanted = to_torch_state(layer)
     missing, unknown = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
     if missing or unknown:
@@ -114,7 +120,7 @@ def from_torch_state(layer: MultiHeadAttention, state: Mapping[str, Any]) -> Non
             )
     # Nothing is assigned before everything has been checked.
     for name, dense in _maps(layer):
-        dense._kernel.assign(arrays[f"{name}.weight"].T.reshape(dense._kernel.shape))
+        dense.kernel.assign(arrays[f"{name}.weight"].T.reshape(dense.kernel.shape))
         if dense.bias is not None:
             dense.bias.assign(arrays[f"{name}.bias"].reshape(dense.bias.shape))
     for name, variable in _square(layer):
