@@ -286,7 +286,9 @@ def test_the_page_begins_with_which_mechanism_to_use_and_how_sure_that_is() -> N
         in start
     )
     # A line a mechanism: difference, verdict, seeds that would decide, result, parameters, speed.
-    line = re.search(r"super without W K and W V ; W A mixes .*? \+0\.50 ± 3\.10 no difference shown (\d+) 91\.50", text)
+    line = re.search(
+        r"super without W K and W V ; W A mixes .*? \+0\.50 ± 3\.10 no difference shown (\d+) 91\.50", text
+    )
     assert line
     assert line.end() < text.index("Learning speed Lines")
     assert 3 < int(line[1]) < 1000
