@@ -3,7 +3,7 @@
     python -m release.check [dist] [--reproduce] [--torch SITE_PACKAGES] [--emulators FOLDER]
 
 Names, tags, contents and sizes; ``twine check``; ``auditwheel show``; instruction sets and numbers of each compiled
-library, by ``probe.c`` (aarch64 under qemu-user-static, Windows under wine, where these are installed or lie in FOLDER);
+library, by ``probe.c`` (aarch64 under qemu-user-static, Windows under wine, installed or in FOLDER);
 the wheel, the pure wheel and the sdist installed in fresh environments without a compiler, and used.
 """
 
