@@ -23,7 +23,7 @@ PLATFORM = build.PLATFORMS[0]
 def test_the_version_stands_in_one_place() -> None:
     project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text("utf-8"))
     assert "version" not in project["project"]
-    assert project["project"]["dynamic"] == ["version"]
+    assert "version" in project["project"]["dynamic"]
     assert (CHECKOUT / project["tool"]["scikit-build"]["metadata"]["version"]["input"]).samefile(
         better_attention.__file__
     )
