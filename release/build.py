@@ -150,7 +150,8 @@ def build_wheel(name: str, source: Path, work: Path, environment: dict[str, str]
         (platform,) = (platform for platform in PLATFORMS if platform.name == name)
         tools = write_tools(platform, work / f"{name}-tools")
         environment = {**environment, **compilers(tools)}
-        command += [f"-Cwheel.tags=py3-none-{platform.tag}"]
+        tags = (f"py3-none-{tag}" for tag in platform.tag.split("."))
+        command += [f"-Cwheel.tags={';'.join(tags)}"]
         command += [f"-Ccmake.define.{key}={value}" for key, value in settings(platform, tools, source).items()]
     run([*command, str(source)], environment)
     (found,) = out.iterdir()
