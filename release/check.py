@@ -2,9 +2,9 @@
 
     python -m release.check [dist] [--reproduce] [--torch SITE_PACKAGES] [--emulators FOLDER]
 
-Names, tags, contents and sizes; ``twine check``; ``auditwheel show``; the instruction sets and the numbers of each
-compiled library, by ``probe.c`` (aarch64 under qemu-user-static, Windows under wine, where these are installed or lie in
-FOLDER); the wheel, the pure wheel and the sdist installed in fresh environments without a compiler, and used.
+Names, tags, contents and sizes; ``twine check``; ``auditwheel show``; instruction sets and numbers of each compiled
+library, by ``probe.c`` (aarch64 under qemu-user-static, Windows under wine, installed or in FOLDER);
+the wheel, the pure wheel and the sdist installed in fresh environments without a compiler, and used.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import argparse
 import os
 import platform as host
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -90,7 +89,9 @@ def contents(wheel: Path) -> str:
     if libraries != expected:
         raise SystemExit(f"{wheel.name} has the libraries {libraries}, expected {expected}.")
     if max(sizes, default=0) > LARGEST_LIBRARY:
-        raise SystemExit(f"{libraries[0]} has {max(sizes):,} bytes, expected {LARGEST_LIBRARY:,} at most. Is it stripped?")
+        raise SystemExit(
+            f"{libraries[0]} has {max(sizes):,} bytes, expected {LARGEST_LIBRARY:,} at most. Is it stripped?"
+        )
     pure = "Root-Is-Purelib: true" in tags
     if pure != (platform is None):
         raise SystemExit(f"{wheel.name} says that it is {'pure' if pure else 'not pure'}.")
@@ -170,7 +171,9 @@ def emulator(platform: Platform, folder: Path | None) -> tuple[str, list[str] | 
             return "under qemu-user", [str(qemu), "-L", str(libc)]
         return "no qemu-user-static and libc6-arm64-cross", None
     if platform.system == "Windows":
-        wine = next((found for name in ("usr/lib/wine/wine64", "usr/bin/wine64") if (found := root / name).exists()), None)
+        wine = next(
+            (found for name in ("usr/lib/wine/wine64", "usr/bin/wine64") if (found := root / name).exists()), None
+        )
         return ("under wine", [str(wine)]) if wine else ("no wine", None)
     return "needs a Mac", None
 

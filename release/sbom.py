@@ -1,7 +1,7 @@
-"""The software bill of materials of a release, CycloneDX 1.6 in JSON: our files with their digests, and what they need.
+"""The bill of materials of a release, CycloneDX 1.6 in JSON: our files with digests, and what they need.
 
-Nothing of anybody else is copied into the wheels but the start-up code and the run-time support of zig's compiler (MIT),
-which is linked into the kernels.
+Nothing of anybody else is copied into the wheels but the start-up code and the run-time support of zig's compiler
+(MIT), which is linked into the kernels.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ def bill(files: Sequence[Path], epoch: int) -> dict[str, Any]:
     version = version_of_source()
     us = f"pkg:pypi/{project['name']}@{version}"
     needed = [component(line) for line in project["dependencies"]]
-    (ziglang,) = re.findall(r"^ziglang==(\S+)$", (ROOT / "release" / "requirements.txt").read_text("utf-8"), re.MULTILINE)
+    (ziglang,) = re.findall(
+        r"^ziglang==(\S+)$", (ROOT / "release" / "requirements.txt").read_text("utf-8"), re.MULTILINE
+    )
     zig = {
         "type": "library",
         "bom-ref": f"zig-runtime@{ziglang}",

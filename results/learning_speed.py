@@ -3,9 +3,9 @@
     python results/learning_speed.py            # print it
     python results/learning_speed.py --write    # put it into README.md
 
-It is the arithmetic of the report's section "Learning speed". A threshold is that of the task where it has one, else 90 %
-of the way from guessing to the mean of the best validation accuracies of standard. These runs were trained before tasks
-had thresholds: what the means would be at 80 % and 95 % of the way stands beside them.
+It is the arithmetic of the report's section "Learning speed". A threshold is that of the task where it has one, else
+90 % of the way from guessing to the mean of the best validation accuracies of standard. These runs were trained before
+tasks had thresholds: what the means would be at 80 % and 95 % of the way stands beside them.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from better_attention.lab.analysis import learning_speed
 from better_attention.lab.analysis.estimates import number
-from better_attention.lab.analysis.learning_speed import Line, epochs_apart, told
+from better_attention.lab.analysis.learning_speed import epochs_apart, told
 from better_attention.lab.analysis.paired import p_text
-from better_attention.lab.analysis.study import Curve, Threshold
+from better_attention.lab.analysis.study import Curve
 from better_attention.lab.analysis.summary import summarise
 from better_attention.lab.tasks.catalogue import TASKS
 
@@ -64,33 +65,36 @@ def rows(study: str) -> Iterator[str]:
     if threshold is None or rule is None:
         raise SystemExit(f"{study}: there are no curves of standard.")
     way = (rule.accuracy - guessing) / learning_speed.SHARE
-    others = [timed_lines(records, curves, Threshold(guessing + share * way, "")) for share in OTHERS]
     name = f"{study}, {number(threshold.accuracy, 1)} %{'' if fixed is None else ' (the task’s)'}"
-    for place, line in enumerate(timed_lines(records, curves, threshold)):
-        shown = [mean(other[place]) for other in others]
+    timed = learning_speed.timed(records, curves, threshold)
+    for place, line in enumerate(learning_speed.lines(summarise(timed), timed)):
+        runs = [run for run, _ in line.by_seed]
+        shown = [mean(epochs_of(runs, curves, guessing + share * way)) for share in OTHERS]
         seeds = ", ".join("never" if epochs is None else str(epochs) for _, epochs in line.by_seed)
         test = line.test
         p = p_text(test.corrected_p).removeprefix("p ") if test else ""
         cells = [
-            *(name if place == 0 else "", line.row.heads, line.row.mechanism, seeds, mean(line)),
+            *(name if place == 0 else "", line.row.heads, line.row.mechanism, seeds),
+            mean([epochs for _, epochs in line.by_seed]),
             *(epochs_apart(test) if test else "", p, told(test.verdict) if test else ""),
             *(number(line.seconds.mean, 0) if line.seconds else "", *shown),
         ]
         yield f"| {' | '.join(map(str, cells))} |"
 
 
-def timed_lines(records: list[Mapping[str, Any]], curves: Mapping[str, Curve], threshold: Threshold) -> list[Line]:
-    """The lines of the report's table at a threshold."""
-    timed = learning_speed.timed(records, curves, threshold)
-    return learning_speed.lines(summarise(timed), timed)
+def epochs_of(runs: Sequence[str], curves: Mapping[str, Curve], accuracy: float) -> list[int | None]:
+    """Epochs until each run reached a validation accuracy; None: never."""
+    found = (learning_speed.reached(curves[run], accuracy) for run in runs)
+    return [None if one is None else one[0] for one in found]
 
 
-def mean(line: Line) -> str:
+def mean(epochs: Sequence[int | None]) -> str:
     """Mean epochs of the runs that got there, and how many those are if not all."""
-    if line.epochs is None:
+    there = [one for one in epochs if one is not None]
+    if not there:
         return "never"
-    partial = f" ({line.reached})" if line.epochs.n < len(line.by_seed) else ""
-    return f"{number(line.epochs.mean, 1)}{partial}"
+    partial = f" ({len(there)} of {len(epochs)} runs)" if len(there) < len(epochs) else ""
+    return f"{number(fmean(there), 1)}{partial}"
 
 
 def read_curves(file: Path) -> dict[str, Curve]:

@@ -23,7 +23,7 @@ PLATFORM = build.PLATFORMS[0]
 def test_the_version_stands_in_one_place() -> None:
     project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text("utf-8"))
     assert "version" not in project["project"]
-    assert project["project"]["dynamic"] == ["version"]
+    assert "version" in project["project"]["dynamic"]
     assert (CHECKOUT / project["tool"]["scikit-build"]["metadata"]["version"]["input"]).samefile(
         better_attention.__file__
     )
@@ -59,7 +59,9 @@ def test_the_workflow_keeps_no_secret_and_takes_nothing_by_a_name_that_can_move(
 def test_every_tool_is_pinned() -> None:
     lines = [line for line in build.REQUIREMENTS.read_text("utf-8").splitlines() if not line.startswith("#")]
     assert all(re.fullmatch(r"[\w-]+==[\w.]+", line) for line in lines)
-    assert {"build", "scikit-build-core", "ziglang", "auditwheel", "twine"} <= {line.partition("==")[0] for line in lines}
+    assert {"build", "scikit-build-core", "ziglang", "auditwheel", "twine"} <= {
+        line.partition("==")[0] for line in lines
+    }
 
 
 def test_tools_of_another_version_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

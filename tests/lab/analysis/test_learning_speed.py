@@ -200,8 +200,8 @@ def test_a_mechanism_of_one_fast_run_is_not_called_the_first() -> None:
 def test_those_who_are_first_together_are_named_together_and_all_comparisons_counted() -> None:
     rows = summarise([*runs("standard", [2, 2]), *runs("super", [1, 1]), *runs("efficient", [1, 1])])
     assert speed(rows, Threshold(87.5, "")) == [
-        "With 4 heads, efficient and super are the first to reach 87.5 % validation accuracy, after 1.0 epoch on average "
-        "(2 of 2 runs).",
+        "With 4 heads, efficient and super are the first to reach 87.5 % validation accuracy, after 1.0 epoch on "
+        "average (2 of 2 runs).",
         "Epochs to the threshold against standard, 2 comparisons: no difference shown in 2.",
     ]
 

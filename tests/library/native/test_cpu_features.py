@@ -1,6 +1,6 @@
 """What the kernels take the processor to have: our own cpuid code against the compiler's, /proc/cpuinfo and a table.
 
-The compiled program prints, for its own processor, what ``cpp/cpu.hpp`` and what ``__builtin_cpu_supports`` say; and, for
+The compiled program prints, for its own processor, what ``cpp/cpu.hpp`` and ``__builtin_cpu_supports`` say; and, for
 registers that it reads from its arguments, what ``cpp/cpu.hpp`` makes of them, so that processors and operating systems
 that are not at hand are tested as well.
 """

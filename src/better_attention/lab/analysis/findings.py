@@ -110,7 +110,7 @@ def tally(rows: Sequence[Row], column: Column) -> str | None:
 
 
 def speed(rows: Sequence[Row], threshold: Threshold) -> list[str]:
-    """Who gets to ``threshold`` first, a sentence a number of heads, and how many comparisons with standard show what."""
+    """Who gets to ``threshold`` first, a sentence a number of heads, and what the comparisons with standard show."""
     column = EPOCHS_TO_THRESHOLD
     blocks = [[row for row in rows if row.heads == heads] for heads in sorted({row.heads for row in rows})]
     found = [sentence for block in blocks if (sentence := _first_there(block, threshold))]
@@ -135,8 +135,8 @@ def _first_there(block: Sequence[Row], threshold: Threshold) -> str | None:
     first = [row for row in reached if row.estimates[column.key].mean == least]
     text = (
         f"With {plural(first[0].heads, 'head')}, {_listed([row.mechanism for row in first])} "
-        f"{'is' if len(first) == 1 else 'are'} the first to reach {number(threshold.accuracy, 1)} % validation accuracy, "
-        f"after {number(least, column.digits)} {'epoch' if least == 1 else 'epochs'} on average "
+        f"{'is' if len(first) == 1 else 'are'} the first to reach {number(threshold.accuracy, 1)} % validation "
+        f"accuracy, after {number(least, column.digits)} {'epoch' if least == 1 else 'epochs'} on average "
         f"({' and '.join(dict.fromkeys(runs_of(row) for row in first))})"
     )
     test = first[0].tests.get(column.key)

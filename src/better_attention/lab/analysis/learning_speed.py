@@ -95,7 +95,7 @@ def timed(records: Sequence[Record], curves: Mapping[str, Curve], threshold: Thr
         if curve is None or not _accuracies(curve):
             found.append(record)
             continue
-        epochs, seconds = _reached(curve, threshold.accuracy) or (None, None)
+        epochs, seconds = reached(curve, threshold.accuracy) or (None, None)
         found.append({**record, "epochs_to_threshold": epochs, "seconds_to_threshold": seconds})
     return found
 
@@ -110,7 +110,7 @@ def told(verdict: str) -> str:
 
 
 def epochs_apart(test: Comparison | None) -> str:
-    """The difference to standard for the reader: in epochs, or on how many seeds it was later, where a run never got there.
+    """The difference to standard for the reader: in epochs, or, where a run never got there, on how many seeds.
 
     >>> from better_attention.lab.analysis.paired import compare_ordered
     >>> epochs_apart(compare_ordered({0: 4, 1: 7}, {0: 3, 1: 5})), epochs_apart(None)
@@ -193,7 +193,7 @@ def _accuracies(curve: Curve) -> list[float]:
     return [value for value in values if value is not None and math.isfinite(value)]
 
 
-def _reached(curve: Curve, accuracy: float) -> tuple[int, float] | None:
+def reached(curve: Curve, accuracy: float) -> tuple[int, float] | None:
     """Number and seconds of the epochs up to the first that is at least ``accuracy``; None where there is none."""
     seconds = 0.0
     for entry in curve:
