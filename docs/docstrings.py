@@ -39,6 +39,7 @@ DOCUMENTED = {
 }
 """Public names of the package itself: a role that names one becomes a link."""
 ROLE = re.compile(r":(?P<kind>[a-z]+):`(?P<text>[^`]+)`")
+DISPLAY = re.compile(r"^(?P<indent>[ ]*)\.\. math:: (?P<text>.*)$", re.MULTILINE)
 EXAMPLE = re.compile(r"^(?P<indent>[ ]*)>>> .*?(?=^[ ]*$|\Z)", re.MULTILINE | re.DOTALL)
 SKIPPED = re.compile(r"[ ]+# doctest: \+SKIP$", re.MULTILINE)
 
@@ -49,7 +50,8 @@ def rewritten(text: str) -> str:
     >>> rewritten("see :class:`better_attention.KVCache` and :math:`W_A V`")
     'see [`KVCache`][better_attention.KVCache] and $W_A V$'
     """
-    return EXAMPLE.sub(_fenced, ROLE.sub(_role, text.replace("``", "`")))
+    text = DISPLAY.sub(r"\g<indent>$$\g<text>$$", text.replace("``", "`"))
+    return EXAMPLE.sub(_fenced, ROLE.sub(_role, text))
 
 
 def _fenced(match: re.Match[str]) -> str:

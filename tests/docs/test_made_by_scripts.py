@@ -10,6 +10,7 @@ from docs import pictures, tables
 from helpers import CHECKOUT
 
 PAGES = tables.pages()
+pytestmark = pytest.mark.skipif(not tables.BENCHMARKS.is_dir(), reason="a source distribution holds no results")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(CHECKOUT).as_posix())

@@ -166,8 +166,12 @@ def test_what_the_checks_of_the_site_look_for_is_found(tmp_path: Path) -> None:
 def test_every_public_name_is_documented(site: Path) -> None:
     public = {*ba.__all__, *LAZY}
     assert public == DOCUMENTED
-    anchors = set().union(*(page.anchors for path, page in html(site).items() if path.parent.name == "api"))
-    assert {name for name in public if f"better_attention.{name}" not in anchors} == set()
+    assert {name for name in public if f"better_attention.{name}" not in documented(site)} == set()
+
+
+def documented(site: Path) -> set[str]:
+    """The names that have a place in the pages of the API."""
+    return set().union(*(page.anchors for path, page in html(site).items() if path.parent.name == "api"))
 
 
 def callables() -> Iterator[tuple[str, griffe.Function]]:
@@ -186,9 +190,11 @@ def callables() -> Iterator[tuple[str, griffe.Function]]:
                     yield f"{name}.{key}", member
 
 
-def test_every_argument_of_a_public_function_is_documented_by_itself() -> None:
-    faults, seen = [], 0
+def test_every_argument_of_a_public_function_is_documented_by_itself(site: Path) -> None:
+    faults, seen, shown = [], 0, documented(site)
     for name, function in callables():
+        if f"better_attention.{name}" not in shown:  # methods that layer and cache have for each other
+            continue
         owner = function.parent if function.name == "__init__" else function
         text = owner.docstring
         assert text is not None, name

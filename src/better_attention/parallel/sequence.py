@@ -79,8 +79,11 @@ def sequence_attention(
         score: "expressive" or "softmax".
         attn_mask: for all queries and this process's keys, broadcastable to (..., N, L, S_r): bool, True = attend, or
             float, added to the log weights. A padding mask is (B, 1, 1, S_r). It gets no gradient.
-        is_causal, offset, window: as for :func:`better_attention.attention`, counted in the whole sequence.
-        scale, enable_gqa: as for :func:`better_attention.attention`.
+        is_causal: as for :func:`better_attention.attention`, counted in the whole sequence.
+        offset: as for :func:`better_attention.attention`, counted in the whole sequence.
+        window: as for :func:`better_attention.attention`, counted in the whole sequence.
+        scale: factor on q.k; None means 1/sqrt(H).
+        enable_gqa: allow query heads to be a multiple of the key and value heads.
         check: whether processes compare their arguments first, one exchange of 512 bytes, so that a difference is
             an error and no deadlock; without it all have to be right, and shares equally long. None: on the CPU only,
             because a GPU would have to wait.
@@ -89,7 +92,8 @@ def sequence_attention(
         (..., N, L_r, W), or (..., N, L, W) with replicated queries; rows from which every key is hidden are 0.
 
     Raises:
-        TypeError, ValueError: arguments out of range, here or in another process, or not the same in all.
+        TypeError: an argument of the wrong kind.
+        ValueError: arguments out of range, here or in another process, or not the same in all.
         RuntimeError: processes were not set up.
 
     Note:

@@ -67,6 +67,12 @@ def load_run(path: str | Path) -> Run:
     The model is rebuilt from the run's configuration; names, shapes and dtypes of the stored weights are
     checked against it before they are read. Nothing is unpickled.
 
+    Args:
+        path: the folder of the run.
+
+    Returns:
+        The run, its model on the CPU in eval mode.
+
     Raises:
         FileNotFoundError: there is no finished run; the message says what there is.
         ValueError: a file is damaged, was changed, or was written by a version that this one cannot read.
