@@ -15,10 +15,12 @@ from typing import Any
 
 import torch
 
+from better_attention import ModelCache
 from better_attention.bench.machine import describe
 from better_attention.bench.runner import Spread, no_garbage_collection
 from better_attention.lab.csv_json import write_json
 from better_attention.lab.generation.speed import decoding_speed
+from better_attention.lab.models.language_model import LanguageModel
 from better_attention.lab.timing import alternate
 
 from .study import EQUAL, HEADS, WINDOWED, Model
@@ -34,6 +36,8 @@ PARTS = {
 """Name of a part -> its models, the length of a sample, and samples of an update; None: decoding."""
 DECODED = 32
 """Tokens that are decoded, up to the length."""
+PIECE = 32
+"""Tokens that are read at once where bytes are counted."""
 
 
 def updates(models: tuple[Model, ...], length: int, batch: int, seconds: float) -> dict[str, list[float]]:
@@ -64,18 +68,26 @@ def updates(models: tuple[Model, ...], length: int, batch: int, seconds: float) 
 
 
 def decoded(models: tuple[Model, ...], length: int, seconds: float) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Seconds a token of each model, round by round, and bytes of its cache that holds ``length`` tokens."""
+    """Seconds a token of each model, round by round, and bytes of its cache behind ``length`` tokens."""
     made = {model.name: model.build(length).eval() for model in models}
     prompt = torch.randint(10, (length - DECODED,), generator=torch.Generator().manual_seed(0)).tolist()
     taken: dict[str, list[float]] = {name: [] for name in made}
-    sizes = {}
+    sizes = {name: float(cache_bytes(model, length)) for name, model in made.items()}
     with no_garbage_collection():
         for turn, name in alternate(list(made), 100, least=4, seconds=seconds):
             found = decoding_speed(made[name], prompt, length)
-            sizes[name] = found.cache_bytes_per_token * found.tokens
             if turn and found.tokens_per_second is not None:  # the first round warms up
                 taken[name].append(1 / found.tokens_per_second)
     return taken, sizes
+
+
+@torch.inference_mode()
+def cache_bytes(model: LanguageModel, length: int) -> int:
+    """Bytes of the caches after ``length`` tokens, read in pieces: read at once, even a window's hold all of them."""
+    cache = ModelCache(model, 1, max_len=length)
+    for piece in torch.zeros(1, length, dtype=torch.int64).split(PIECE, dim=1):
+        model(piece, cache=cache, last=1)
+    return cache.nbytes
 
 
 def main() -> None:
