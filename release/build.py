@@ -104,9 +104,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(sums, end="")
 
 
-def other_versions() -> Iterator[str]:
+def other_versions(requirements: Path = REQUIREMENTS) -> Iterator[str]:
     """What is installed in another version than the pinned one: the bytes of the result depend on it."""
-    for line in REQUIREMENTS.read_text("utf-8").splitlines():
+    for line in requirements.read_text("utf-8").splitlines():
         name, _, version = line.partition("#")[0].strip().partition("==")
         if name:
             try:

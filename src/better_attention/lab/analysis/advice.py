@@ -162,7 +162,7 @@ def _needed(test: Comparison) -> tuple[bool, str]:
 
 
 def described(name: str) -> str:
-    """What a mechanism computes, in a few words; "" where the name is none of ours.
+    """What a mechanism computes, in a few words; "" where the name is not one of ours.
 
     >>> described("efficient"), described("super+identity")
     ('without W_K and W_V', 'without W_K and W_V; W_A mixes the values over positions, from the identity on')
