@@ -20,7 +20,8 @@ from torch.autograd.function import Function, once_differentiable
 from better_attention.call.call import Call, compute_dtype
 from better_attention.call.function_arguments import prepare
 from better_attention.call.torch_state import autocast_dtype
-from better_attention.errors import check_bool, check_choice, describe, floating_tensor
+from better_attention.errors import check_bool, check_choice, describe
+from better_attention.tensors import floating_tensor
 
 from . import partial
 from .agreement import agreed, backend_device, check_group
