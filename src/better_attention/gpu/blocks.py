@@ -1,7 +1,7 @@
 """How large the tiles of each kernel are, by head width and size of an element.
 
-The sizes come from the resources that ptxas reports for compute capability 9.0 (docs/gpu.md): as large as goes without
-spilling registers. Along the dimension that a kernel sums over there is one size for each width, so that sums run in
+The sizes come from the resources that ptxas reports for compute capability 9.0 (docs/gpu.md): as large as registers and
+shared memory allow. Along the dimension that a kernel sums over there is one size for each width, so that sums run in
 one order whatever tuning finds; tuning chooses among the alternatives for the other dimension, warps and stages.
 """
 
@@ -70,7 +70,7 @@ KEY_GRADIENT: dict[int, Table] = {
         16: (Block(128, 64, 4, 2), Block(128, 64, 8, 2)),
         32: (Block(128, 64, 4, 2), Block(128, 64, 8, 2)),
         64: (Block(128, 64, 8, 2), Block(64, 64, 4, 2)),
-        128: (Block(128, 64, 8, 2), Block(64, 64, 4, 2)),
+        128: (Block(128, 64, 8, 2),),
         256: (Block(64, 32, 8, 2), Block(64, 32, 8, 1)),
     },
     4: {

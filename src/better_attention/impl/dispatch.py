@@ -68,7 +68,7 @@ SDPA_MAX_WEIGHTS_UNDER_DROPOUT = 1 << 20
 
 # On a GPU, by what has to be read (docs/gpu.md):
 SPLIT_MAX_QUERIES = 16
-"""For up to so many queries of one head of keys, attention takes the time in which the keys are read."""
+"""Up to this number of queries of one head of keys, attention takes the time in which the keys are read."""
 SPLIT_MIN_LENGTH = 1024
 """With fewer keys it takes the time of its launches."""
 

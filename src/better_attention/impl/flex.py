@@ -77,7 +77,7 @@ def attend(call: Call, attention: Callable[..., Any], create_block_mask: Callabl
 
     Args:
         call: one that :func:`inexpressible` has nothing against.
-        attention: the function, compiled or not; the tests hand over one that runs on a CPU.
+        attention: the function, compiled or not; the tests pass one that runs on a CPU.
         create_block_mask: as in ``torch.nn.attention.flex_attention``.
     """
     output: Tensor = attention(
