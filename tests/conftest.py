@@ -25,7 +25,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 torch.set_num_threads(1)  # one summation order, on whatever machine
 
 # A deadline measures the load of the machine and not the code.
-settings.register_profile("without deadline")
+settings.register_profile("without deadline", deadline=None)
 settings.load_profile("without deadline")
 
 if (

@@ -23,6 +23,7 @@ PATCHED: Mapping[str, Mapping[str, str]] = {
         "kernel.ba.attention": SEEN,
         "model._build": FAULT,
     },
+    "benchmarks/test_language.py": {"sys.argv": COMMAND},
     "cli/test_bench_command.py": {
         "Alignment.forward": FAULT,
         "machine.describe": COMMAND,
@@ -39,6 +40,7 @@ PATCHED: Mapping[str, Mapping[str, str]] = {
     "cli/test_ladder_command.py": {"Training.run": COMMAND},
     "cli/test_main.py": {"importlib.import_module('better_attention.cli.list').run": FAULT},
     "cli/test_screen.py": {"list_verb.run": FAULT},
+    "lab/comparison/test_ray_engine.py": {"ray_worker.measure": TIME},
     "lab/data/own_pictures/test_picture_layouts.py": {
         "better_attention.lab.data.archives._MEMBERS": BOUND,
         "better_attention.lab.data.archives._NAMES_LIMIT": BOUND,
