@@ -223,24 +223,6 @@ def test_no_label_covers_another(top: bool) -> None:
     assert all(0 <= point.label <= 100 for point in found.points)
 
 
-def test_no_label_lies_on_the_dot_of_another_mechanism() -> None:
-    # Tiny-ImageNet: the label of standard finds no room to its right, and optimised is to its left.
-    means = {
-        "standard": (66_048, 9.6),
-        "optimised": (49_536, 9.7),
-        "efficient": (33_024, 9.74),
-        "expressive": (66_048, 7.7),
-    }
-    found = scatter([card(name, *one) for name, one in means.items()], ACCURACY)
-    assert found is not None
-    assert next(point for point in found.points if point.mechanism == "standard").leftward
-    for one in found.points:
-        left, right = across(one)
-        for other in found.points:
-            if other is not one and left <= other.x <= right:
-                assert abs(one.label - other.y) > LINE / 2, (one, other)
-
-
 def across(point: Point) -> tuple[float, float]:
     width = LETTER * (len(point.mechanism) + 2)
     return (point.x - width, point.x) if point.leftward else (point.x, point.x + width)

@@ -60,7 +60,7 @@ def scatter(cards: Sequence[Card], column: Column) -> Scatter | None:
     # From zero, so that twice the distance means twice the parameters.
     across = _ticks(0.0, max(float(card.params or 0) for card in shown) or 1.0)
     up = _ticks(min(ends), max(ends))
-    points = _clear([_point(card, column, across, up) for card in shown])
+    points = [_point(card, column, across, up) for card in shown]
     return Scatter(
         column,
         _apart(points),
@@ -96,21 +96,6 @@ def _point(card: Card, column: Column, across: Sequence[float], up: Sequence[flo
         leftward=x + LETTER * (len(card.mechanism) + 2) > 100,
         text=f"{number(params, 0)} parameters, {number(value.mean, column.digits)}{interval}",
     )
-
-
-def _clear(points: Sequence[Point]) -> list[Point]:
-    """The points with labels moved up that would lie on the dot of another mechanism."""
-    found = []
-    for point in points:
-        left, right = _span(point)
-        # A dot is about as wide as a letter and half as high as a line.
-        dots = sorted(one.y for one in points if one is not point and left - LETTER < one.x < right + LETTER)
-        height = point.label
-        for y in dots:
-            if abs(y - height) < 0.75 * LINE:
-                height = y + 0.75 * LINE
-        found.append(replace(point, label=round(height, 2)))
-    return found
 
 
 def _apart(points: Sequence[Point]) -> list[Point]:
