@@ -189,8 +189,7 @@ def test_implementations_that_cannot_follow_say_so(impl: str) -> None:
 @pytest.mark.parametrize("mechanism", ["standard", "efficient", "super", "expressive"])
 @pytest.mark.parametrize("window", [None, 3])
 def test_layers_of_shares(mechanism: str, window: int | None) -> None:
-    options = {"window": window, "max_len": 6} if window and mechanism == "super" else {"max_len": 6}
-    options = options if mechanism == "super" else {"window": window} if window else {}
+    options = {"window": window} if window else {"max_len": 6} if mechanism == "super" else {}
     torch.manual_seed(0)
     layer = ba.MultiheadAttention(8, 2, batch_first=True, dropout=0.5, mechanism=mechanism, **options)
     x = torch.randn(5, 6, 8)

@@ -73,23 +73,35 @@ def _custom_operators(definition: Definition[A], layout: Layout) -> tuple[Any, A
     def fake(*flat: Any) -> Any:
         return layout.returned(definition.fake(layout.arguments(*flat)))
 
-    def fake_backward(grad: Tensor, *flat: Any) -> Tensors:
+    def fake_backward(grad: Tensor, *flat: Any) -> Any:
         arguments, _, wanted = layout.split(flat)
         inputs = (getattr(arguments, field) for field in definition.differentiable)
-        return tuple(
-            # Compiled programs plan their memory by these shapes, which have to be those of _derivative().
-            definition.empty_gradient(x) if wish and x is not None else grad.new_empty(0)
-            for x, wish in zip(inputs, wanted, strict=True)
+        return _as_returned(
+            tuple(
+                # Compiled programs plan their memory by these shapes, which have to be those of _derivative().
+                definition.empty_gradient(x) if wish and x is not None else grad.new_empty(0)
+                for x, wish in zip(inputs, wanted, strict=True)
+            )
         )
+
+    derive = _derivative(definition, layout)
+
+    def backward(grad: Tensor, *flat: Any) -> Any:
+        return _as_returned(derive(grad, *flat))
 
     name = f"{NAMESPACE}::{definition.name}"
     schema, backward_schema = layout.schemas(len(definition.differentiable))
     settings: dict[str, Any] = {"mutates_args": (), "device_types": definition.device_type}
     operator = custom_op(name, forward, schema=schema, **settings)
-    derivative = custom_op(f"{name}_backward", _derivative(definition, layout), schema=backward_schema, **settings)
+    derivative = custom_op(f"{name}_backward", backward, schema=backward_schema, **settings)
     operator.register_fake(fake)
     derivative.register_fake(fake_backward)
     return operator, derivative
+
+
+def _as_returned(gradients: Tensors) -> Any:
+    """Gradients as an operator returns them: one by itself."""
+    return gradients[0] if len(gradients) == 1 else gradients
 
 
 def _derivative(definition: Definition[A], layout: Layout) -> Callable[..., Tensors]:
@@ -156,9 +168,9 @@ def _autograd(definition: Definition[A], layout: Layout, backward_packet: Any) -
         elif not torch.is_grad_enabled() and ordinary(grad, *tensors):
             run = in_eager_mode
         gradients: list[Tensor | None] = [None] * len(layout.fields)
-        for index, gradient, wish in zip(
-            differentiable, run(grad, *tensors, *ctx.settings), ctx.settings[-1], strict=True
-        ):
+        found = run(grad, *tensors, *ctx.settings)
+        found = (found,) if isinstance(found, Tensor) else found  # the operator's own result, where it has one gradient
+        for index, gradient, wish in zip(differentiable, found, ctx.settings[-1], strict=True):
             gradients[index] = gradient if wish else None
         return tuple(gradients)
 
