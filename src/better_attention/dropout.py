@@ -89,7 +89,7 @@ def drawn_seed() -> Tensor:
 
 def parts(seed: Tensor) -> tuple[int, int, int]:
     """Seed, first and step of :func:`drawn_seed`."""
-    return (int(seed), 0, 1) if seed.ndim == 0 else tuple(seed.tolist())  # type: ignore[return-value]
+    return (int(seed), 0, 1) if seed.ndim == 0 else tuple(seed.tolist())
 
 
 def dropout(x: Tensor, p: float = 0.5, training: bool = True) -> Tensor:

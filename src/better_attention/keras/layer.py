@@ -16,7 +16,8 @@ import keras
 from keras import ops
 
 from better_attention.errors import check_bool, check_choice, check_float, check_int
-from better_attention.mechanism import DEFAULT_SCORE, Mechanism
+from better_attention.mechanism import Mechanism
+from better_attention.scores import DEFAULT_SCORE
 
 from . import masks
 from .alignment import Alignment, WindowAlignment, check_alignment
@@ -627,14 +628,14 @@ def _output_shape(value: int | Sequence[int] | None, mechanism: Mechanism) -> tu
             f"output_shape={value!r} needs W_O, which mechanism {mechanism.name!r} does not learn: its output is the "
             "joined heads. Leave output_shape out."
         )
-    sizes = value if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
+    sizes = (value,) if isinstance(value, int | str) else value
     return tuple(check_int(size, "output_shape") for size in sizes)
 
 
 def _given_axes(value: int | Sequence[int] | None) -> tuple[int, ...] | None:
     if value is None:
         return None
-    axes = value if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
+    axes = (value,) if isinstance(value, int | str) else value
     if not axes or not all(isinstance(axis, int) and not isinstance(axis, bool) for axis in axes):
         raise TypeError(f"attention_axes must be a whole number or several, received {value!r}.")
     return tuple(axes)

@@ -216,7 +216,7 @@ class Divided(_Part):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         self._distribute(module, device_mesh)
-        module.divided = True  # layer/share.py: here()
+        module.__dict__["divided"] = True  # layer/share.py: here()
         return module
 
 

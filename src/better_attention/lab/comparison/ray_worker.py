@@ -144,8 +144,11 @@ def _splits(order: Order, arrays: Mapping[str, Any]) -> Splits:
     """The data, in the memory that all workers of a machine share."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they cannot be written, which nobody does
-        parts = {name: Split(*map(torch.from_numpy, pair)) for name, pair in arrays.items()}
-    splits = Splits(**parts, assets=order.assets, departures=tuple(order.departures))
+        train, validation, test = (
+            Split(torch.from_numpy(inputs), torch.from_numpy(targets))
+            for inputs, targets in (arrays[name] for name in ("train", "validation", "test"))
+        )
+    splits = Splits(train, validation, test, assets=order.assets, departures=tuple(order.departures))
     if splits.digest != order.data_sha256:
         raise ValueError("the data arrived damaged at a worker of the Ray cluster: run again.")
     return splits

@@ -33,23 +33,28 @@ def write(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         OSError: the disk is full, or the folder cannot be written.
     """
-    import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     shaped = {name: tensor.reshape(1) if tensor.ndim == 0 else tensor for name, tensor in tensors.items()}
     with _quiet():
-        dcp.save(shaped, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+        save(shaped, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
 
 
 def read(folder: Path) -> dict[str, Tensor]:
     """Every tensor, whole, on the CPU, in this process alone."""
-    import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     stored = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in stored.items()}
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in stored.items()
+        if isinstance(entry, TensorStorageMetadata)  # the other kind is pickled, which is never written here
+    }
     with _quiet():
-        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+        load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
     return tensors
 
 
@@ -62,12 +67,12 @@ def names(folder: Path) -> set[str]:
 
 def read_into(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Fill ``tensors`` with their stored values; all processes call this together, and each reads its own part."""
-    import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     shaped = {name: tensor.view(1) if tensor.ndim == 0 else tensor for name, tensor in tensors.items()}
     with _quiet():
-        dcp.load(shaped, storage_reader=HuggingFaceStorageReader(str(folder)))
+        load(shaped, storage_reader=HuggingFaceStorageReader(str(folder)))
 
 
 def digests(folder: Path) -> dict[str, str]:

@@ -215,7 +215,7 @@ class Training:
         """Build model and optimiser, at the last checkpoint if there is one."""
         self.build()
         self.position = Position()
-        self.best: dict[str, Tensor] = {}
+        self.best = {}
         self.saved_at = time.monotonic()
         with warnings.catch_warnings():
             if not self.main:  # the first process warns of a damaged one

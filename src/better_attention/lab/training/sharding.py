@@ -70,7 +70,7 @@ def is_spread(tensor: Tensor) -> bool:
 
 def whole(tensor: Tensor) -> Tensor:
     """A tensor with the parts of all processes, which call this together."""
-    return tensor.full_tensor() if is_spread(tensor) else tensor  # type: ignore[attr-defined,no-any-return]
+    return tensor.full_tensor() if is_spread(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def all_whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -68,8 +68,11 @@ def picture(panels: Sequence[tuple[str, str, dict[str, Tensor]]], delay: int) ->
         figure.legend(
             [line for line, _ in lines],
             [label for _, label in lines],
-            **{"loc": "outside lower center", "ncols": max(1, min(len(lines), 2 * len(panels)))},
-            **{"fontsize": 8, "frameon": False, "labelcolor": LIGHT.ink},
+            loc="outside lower center",
+            ncols=max(1, min(len(lines), 2 * len(panels))),
+            fontsize=8,
+            frameon=False,
+            labelcolor=LIGHT.ink,
         )
         return saved(figure, "svg")
 
