@@ -55,7 +55,7 @@ class _Kernel(keras.layers.Layer):
         self.bias_regularizer = keras.regularizers.get(bias_regularizer)
         self.kernel_constraint = keras.constraints.get(kernel_constraint)
         self.bias_constraint = keras.constraints.get(bias_constraint)
-        self.bias = None
+        self.bias: Any = None
 
     def build(self, *_: Any) -> None:
         """Add W_A and its bias."""

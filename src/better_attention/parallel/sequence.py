@@ -353,7 +353,7 @@ class _Attention(Function):
         return out
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, total, shift = ctx.saved_tensors
         call, settings, pieces = ctx.rest
@@ -368,11 +368,11 @@ class _Attention(Function):
         dv = None if v is None else torch.zeros_like(whole.v_BNSH)
         for p in _calls(whole, q_all.to(dtype), pieces[settings.rank]):
             seen = grad_all[:, :, p.rows].to(dtype)
-            shift = shifts[0][:, :, p.rows] if shifts else None
-            gq, gk, gv = partial.gradients(seen, p.call, total[:, :, p.rows], shift, delta[:, :, p.rows])
+            high = shifts[0][:, :, p.rows] if shifts else None
+            gq, gk, gv = partial.gradients(seen, p.call, total[:, :, p.rows], high, delta[:, :, p.rows])
             dq[:, :, p.rows] += gq
             dk[:, :, p.keys] = gk
-            if dv is not None:
+            if dv is not None and gv is not None:
                 dv[:, :, p.keys] = gv
         dq = _sum(dq, settings, pieces)
         return dq.to(q.dtype), dk.to(k.dtype), None if dv is None else dv.to(q.dtype), None, None, None

@@ -73,6 +73,7 @@ class Training:
     checkpoint_seconds: float = CHECKPOINT_SECONDS
     pace: Pace | None = None
     shard: bool = False
+    best: dict[str, Tensor] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.task, self.main = self.job.task, self.accelerator.is_main_process
