@@ -101,7 +101,7 @@ def test_every_epoch_and_the_final_figures(tmp_path: Path, notebook: type[Notebo
         record = json.loads((tmp_path / run / "result.json").read_text())
         final = page[-1][1]
         assert final == {
-            f"final/{k}": record[k] for k in record if k.startswith(("validation_", "test_")) and record[k]
+            f"final/{k}": record[k] for k in record if k.startswith(("validation_", "test_")) and record[k] is not None
         }
         assert final["final/test_accuracy"] == record["test_accuracy"]
         (settings,) = notebook.settings[run]
