@@ -23,8 +23,8 @@ def write(records: Sequence[Record], out: Path) -> None:
     path = out / "README.md"
     text = path.read_text("utf-8") if path.exists() else f"# Conversion of trained models\n\n{BEGIN}\n{END}\n"
     head, tail = text.split(BEGIN)[0], text.split(END)[1]
-    timings = out / "speed.json"
-    timed = speed(json.loads(timings.read_text("utf-8"))) if timings.exists() else ""
+    # One file for each processor.
+    timed = "".join(speed(json.loads(path.read_text("utf-8"))) for path in sorted(out.glob("speed*.json")))
     write_atomic(path, f"{head}{BEGIN}\n\n{document(records)}{timed}\n{END}{tail}")
 
 
@@ -177,8 +177,8 @@ def speed(found: Mapping[str, Any]) -> str:
     header += ["parameters", "megabytes", "difference to PyTorch"]
     return (
         f"\n### minilm: speed and size, batch {found['batch']}, length {found['length']}, "
-        f"{machine['threads']} threads\n\n"
-        f"{table(header, rows)}\n{found['rounds']} rounds. Commit {machine['commit'][:7]}, {machine['cpu']}, load "
+        f"{machine['threads']} threads, {machine['cpu']}\n\n"
+        f"{table(header, rows)}\n{found['rounds']} rounds. Commit {machine['commit'][:7]}, {machine['instruction_set']}, load "
         f"{machine['load_average_at_timing']:.1f} on {machine['cores']} cores when timing began. "
         f"Command: `{machine['command']}`.\n"
     )
