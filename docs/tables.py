@@ -39,12 +39,12 @@ def pages() -> list[Path]:
 
 @cache
 def suite(name: str, dtype: str = "float32") -> tuple[tuple[Row, ...], dict[str, object]]:
-    """The rows of a benchmark suite and its machine; of several files the one that was measured last."""
+    """The rows of a benchmark suite and its machine; of several complete files the one that was measured last."""
     found = []
     for path in BENCHMARKS.glob(f"{name}-*-{dtype}.json"):
         document = json.loads(path.read_text("utf-8"))
         # kernel-dropout-*.json is a selection of the suite kernel, and a name of its own here.
-        if re.fullmatch(rf"{name}-(?!dropout|flex).*", path.stem):
+        if re.fullmatch(rf"{name}-(?!dropout|flex).*", path.stem) and document.get("complete", True):
             found.append((document["machine"]["date"], path, document["machine"]))
     _, path, machine = max(found)
     return tuple(rows(path.with_suffix(".csv"))), machine

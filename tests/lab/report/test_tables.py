@@ -337,7 +337,10 @@ def test_csv_holds_the_speed_of_learning(tmp_path: Path) -> None:
     assert float(ours["epochs_to_threshold"]) == pytest.approx(19 / 3)
     assert float(ours["seconds_to_threshold"]) == pytest.approx(19 / 3)
     assert (ours["epochs_to_threshold_runs"], slow["epochs_to_threshold_runs"]) == ("3", "1")
-    assert (ours["epochs_to_threshold_verdict"], slow["epochs_to_threshold_verdict"]) == ("lower", "")
+    assert ours["epochs_to_threshold_verdict"] == "lower"
+    assert (
+        slow["epochs_to_threshold_verdict"] == "no difference shown"
+    )  # two of its runs count as later than any number
     assert float(ours["epochs_to_threshold_p_holm"]) < 0.05
 
 
