@@ -44,7 +44,7 @@ def check_launch(environment: Mapping[str, str] = os.environ) -> None:
         value = environment[name]
         if not (value.isascii() and value.isdigit() and int(value) <= most):
             raise ValueError(
-                f"{name} must be a number from 0 to {most} where WORLD_SIZE is {size}, received {value!r}."
+                f"{name} must be a number from 0 to {most} with WORLD_SIZE={size}, received {value!r}. {way_out}"
             )
 
 
