@@ -179,7 +179,8 @@ def speed(found: Mapping[str, Any]) -> str:
         f"\n### minilm: speed and size, batch {found['batch']}, length {found['length']}, "
         f"{machine['threads']} threads, {machine['cpu']}\n\n"
         f"{table(header, rows)}\n{found['rounds']} rounds. Commit {machine['commit'][:7]}, "
-        f"{machine['instruction_set']}, load {machine['load_average_at_timing']:.1f} on {machine['cores']} cores when timing began. "
+        f"{machine['instruction_set']}, load {machine['load_average_at_timing']:.1f} on {machine['cores']} cores when "
+        "timing began. "
         f"Command: `{machine['command']}`.\n"
     )
 
