@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from . import command as command  # first of all: it ends the process quietly if Ctrl-C comes while torch is imported
-from .imported import when_imported
+from .imported import when_imported, when_settled
 
 if TYPE_CHECKING:
     from better_attention.lab.runs.load import load_run as load_run
@@ -112,4 +112,4 @@ def _register_operators() -> None:
 
 
 # Saved programs name our operators: torch has to know them even where nobody has used a name of this package.
-when_imported("torch", _register_operators)
+when_imported("torch", lambda: when_settled(__name__, _register_operators))

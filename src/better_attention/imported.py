@@ -30,6 +30,41 @@ def when_imported(name: str, action: Callable[[], None]) -> None:
     sys.meta_path.insert(0, _Watch(name, action))
 
 
+def when_settled(package: str, action: Callable[[], None]) -> None:
+    """Call ``action`` now, unless a module inside ``package`` is half imported: then at the next import after that.
+
+    A module that imports torch sees what waits for torch happen in the middle of its own import, and what then imports
+    that module would find half of it.
+
+    >>> when_settled("better_attention", lambda: print("is settled"))
+    is settled
+    """
+    if _is_settled(package):
+        action()
+    else:
+        sys.meta_path.insert(0, _Later(package, action))
+
+
+def _is_settled(package: str) -> bool:
+    inside = [module for name, module in list(sys.modules.items()) if name.startswith(f"{package}.")]
+    return not any(getattr(getattr(module, "__spec__", None), "_initializing", False) for module in inside)
+
+
+class _Later(MetaPathFinder):
+    """Finds nothing: it is asked at every import, and acts at the first one at which the package is settled."""
+
+    def __init__(self, package: str, action: Callable[[], None]) -> None:
+        self.package, self.action = package, action
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if not fullname.startswith(self.package) and _is_settled(self.package):
+            sys.meta_path.remove(self)
+            self.action()
+        return None
+
+
 class _Watch(MetaPathFinder):
     """Finds nothing by itself: it lets the others find the module, and adds the actions to what executes it."""
 

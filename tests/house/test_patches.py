@@ -57,7 +57,7 @@ PATCHED: Mapping[str, Mapping[str, str]] = {
         "gallery.over_heads": TIME,
     },
     "lab/runs/test_damage.py": {"checkpoint.save": FAULT, "type(tiny.task()).build": SEEN},
-    "lab/training/test_loop.py": {"loop.reseed": FAULT},
+    "lab/training/test_loop.py": {"randomness.reseed": FAULT},
     "lab/training/test_processes.py": {"processes.Accelerator": "accelerate's class, as it is on machines with GPUs"},
     "library/call/test_every_argument.py": {"fast_path.attend": SEEN},
     "library/gpu/test_choice.py": {"toolchain._installed": FAULT},

@@ -59,6 +59,7 @@ def registered(score: Score) -> Iterator[Score]:
         ValueError: there is a score of that name.
 
     >>> import torch
+    >>> from better_attention.scores import Score
     >>> def squared_relu(q, k, bias, hide):
     ...     a = (q @ k.transpose(-1, -2)).relu().square()
     ...     return a / a.sum(dim=-1, keepdim=True).clamp(min=1e-9)

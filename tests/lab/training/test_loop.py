@@ -22,7 +22,7 @@ from better_attention.lab.runs import checkpoint
 from better_attention.lab.runs.states import run_state
 from better_attention.lab.tasks.image import ImageTask
 from better_attention.lab.tasks.variant import Variant
-from better_attention.lab.training import loop
+from better_attention.lab.training import randomness
 from better_attention.lab.training.evaluation import evaluate
 from better_attention.lab.training.progress import DivergedError, Interrupted, Position
 from better_attention.lab.training.randomness import derive, epoch_order, initial_model
@@ -267,7 +267,7 @@ def test_without_its_generator_in_place_a_resumed_run_would_differ(
     straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Negative control of the comparison above: dropout that depends on anything else shows."""
-    monkeypatch.setattr(loop, "reseed", lambda device, seed: None)
+    monkeypatch.setattr(randomness, "reseed", lambda device, seed: None)
     tiny.training(tmp_path).run()
     assert weights(tmp_path) != weights(straight)
 

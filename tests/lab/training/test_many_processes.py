@@ -136,7 +136,7 @@ def counted(samples: int) -> dict[str, float]:
 def test_evaluation_counts_each_sample_once(samples: int) -> None:
     (alone,) = run_ranks(counted, 1, samples)
     for found in run_ranks(counted, 2, samples):
-        assert found == pytest.approx(alone, rel=1e-12)
+        assert found == pytest.approx(alone, rel=1e-7)  # sums of float32 in another order
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 50])
