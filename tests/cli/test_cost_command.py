@@ -83,7 +83,7 @@ def test_a_window_bounds_the_cache_and_the_operations(capsys: pytest.CaptureFixt
     ]
     assert all(row["flops_to_standard"] < 1 for row in windowed)
     assert run(*words, "--window", "16") == 0
-    assert "float32, window 16" in capsys.readouterr().out
+    assert "float32, window 16" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_figure_knows_no_window(tmp_path: Path) -> None:
