@@ -10,33 +10,9 @@ from typing import Any
 
 import griffe
 
-DOCUMENTED = {
-    "ConversionReport",
-    "Cost",
-    "Explanation",
-    "KVCache",
-    "Mechanism",
-    "ModelCache",
-    "MultiheadAttention",
-    "OnnxReport",
-    "Quantised",
-    "MECHANISMS",
-    "assert_causal",
-    "attention",
-    "attention_maps",
-    "convert",
-    "cost",
-    "distil",
-    "explain",
-    "export_onnx",
-    "load_converted",
-    "load_run",
-    "parallel_plan",
-    "quantise",
-    "revert",
-    "save_converted",
-    "sequence_attention",
-}
+import better_attention
+
+DOCUMENTED = {*better_attention.__all__, "distil", "load_run"}
 """Public names of the package itself: a role that names one becomes a link."""
 ROLE = re.compile(r":(?P<kind>[a-z]+):`(?P<text>[^`]+)`")
 DISPLAY = re.compile(r"^(?P<indent>[ ]*)\.\. math:: (?P<text>.*)$", re.MULTILINE)

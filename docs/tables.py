@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 import re
 import statistics
 import sys
@@ -18,9 +17,8 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 
-from scipy import stats
-
 import better_attention as ba
+from better_attention.lab.analysis.estimates import estimate, number
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS, RESULTS = ROOT / "benchmarks" / "results", ROOT / "results"
@@ -92,12 +90,6 @@ def markdown(header: Sequence[str], body: Iterable[Sequence[str]], right: int = 
     line = lambda cells: f"| {' | '.join(cells)} |"  # noqa: E731
     rule = ["---" if i < right else "---:" for i in range(len(header))]
     return "\n".join([line(header), line(rule), *map(line, body)]) + "\n"
-
-
-def signed(value: float, digits: int = 2) -> str:
-    """A number with its sign, a minus rather than a hyphen."""
-    text = f"{value:+.{digits}f}"
-    return text.replace("-", "−") if float(text) else f"{0:.{digits}f}"
 
 
 def times(row: Row, *, spread: bool = False) -> str:
@@ -270,7 +262,7 @@ STUDIES = {
 
 def _difference(row: Row, metric: str, *, p: bool = True) -> str:
     gain, half = float(row[f"{metric}_gain"]), float(row[f"{metric}_gain_interval"])
-    text = f"{signed(gain)} ± {half:.2f}"
+    text = f"{number(gain, 2, sign=True)} ± {half:.2f}"
     text += f", p {p_value(row[f'{metric}_p_holm'])}" if p else ""
     return text if row[f"{metric}_verdict"] == "no difference shown" else f"**{text}**"
 
@@ -366,11 +358,9 @@ def conversion() -> str:
 
 def _mean(values: Sequence[float]) -> str:
     """Mean and half width of the 95 % Student interval; the mean alone where all values are one."""
-    mean = statistics.fmean(values)
     if max(values) == min(values):
-        return signed(mean)
-    half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{signed(mean)} ± {half:.2f}"
+        return number(values[0], 2, sign=True)
+    return estimate(values).format(2, sign=True)
 
 
 def conversion_speed() -> str:
@@ -400,7 +390,7 @@ def recurrences() -> str:
     for verdict in document["judged"]["main"]["verdicts"]:
         mean = verdict["difference"]["difference"]
         p = p_value(str(verdict["difference"]["corrected_p"]))
-        text = f"{signed(mean['mean'], 1)} ± {mean['half_width']:.1f}"
+        text = f"{number(mean['mean'], 1, sign=True)} ± {mean['half_width']:.1f}"
         shown = "higher" if mean["mean"] > 0 else "lower"
         shown = shown if verdict["difference"]["corrected_p"] < 0.05 else "no difference shown"
         body.append((POSITIONS[verdict["scheme"]], text, p, shown))

@@ -31,7 +31,9 @@ HOST = "host, sdpa"
 MECHANISMS = ("standard", "optimised", "efficient", "super", "expressive")
 BATCH, LENGTH = 32, 64
 INPUTS = ("input_ids", "attention_mask")
-EAGER, COMPILED, ONNX, INT8 = RUNTIMES = ("PyTorch", "torch.compile", "ONNX Runtime", "ONNX Runtime, int8")
+EAGER, COMPILED, ONNX, INT8 = "PyTorch", "torch.compile", "ONNX Runtime", "ONNX Runtime, int8"
+RUNTIMES = {"eager": EAGER, "compiled": COMPILED, "onnx": ONNX, "int8": INT8}
+"""Word of the command line -> what it stands for in the tables."""
 Call = Callable[[], Tensor]
 
 
@@ -161,9 +163,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.conversion.speed", description=__doc__)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument(
-        "--runtimes", default=",".join(("eager", "compiled", "onnx", "int8")), help="some of these, or all"
-    )
+    parser.add_argument("--runtimes", default=",".join(RUNTIMES), help="some of these, or all")
     parser.add_argument("--work", type=Path, default=Path("runs/conversion"), help="where the ONNX files are kept")
     parser.add_argument("--out", type=Path, default=Path("results/conversion"))
     args = parser.parse_args()
@@ -172,7 +172,7 @@ def main() -> None:
     made = models()
     calls: dict[tuple[str, str], Call] = {}
     sizes: dict[tuple[str, str], int] = {}
-    for where, short in zip(RUNTIMES, ("eager", "compiled", "onnx", "int8"), strict=True):
+    for short, where in RUNTIMES.items():
         if where != EAGER and short not in args.runtimes.split(","):
             continue
         for name, model in made.items():

@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
+
+from benchmarks.markdown import BEGIN, END, put, table
 
 from better_attention.lab.analysis.estimates import estimate, number
 from better_attention.lab.files import write_atomic
 
 from .records import STAGES, Record
 
-BEGIN, END = "<!-- tables: written by the command -->", "<!-- end of tables -->"
 TARGET = {("minilm", mechanism): 2.0 for mechanism in ("optimised", "efficient")}
 """Points that may be lost after distillation, in the mean over the seeds."""
 
 
 def write(records: Sequence[Record], out: Path) -> None:
     """Put the tables into README.md, and leave the rest of it as it is."""
-    path = out / "README.md"
-    text = path.read_text("utf-8") if path.exists() else f"# Conversion of trained models\n\n{BEGIN}\n{END}\n"
-    head, tail = text.split(BEGIN)[0], text.split(END)[1]
+    page = out / "README.md"
+    if not page.exists():
+        write_atomic(page, f"# Conversion of trained models\n\n{BEGIN}\n{END}\n")
     # One file for each processor.
     timed = "".join(speed(json.loads(path.read_text("utf-8"))) for path in sorted(out.glob("speed*.json")))
-    write_atomic(path, f"{head}{BEGIN}\n\n{document(records)}{timed}\n{END}{tail}")
+    put(page, document(records) + timed)
 
 
 def document(records: Sequence[Record]) -> str:
@@ -36,12 +37,6 @@ def document(records: Sequence[Record]) -> str:
         parts.append(f"### {task}, {heads} {'head' if heads == 1 else 'heads'}: {rows[0].metric}\n")
         parts += [_quality(rows), _differences(rows), _layers(rows), _curves(rows), _origin(rows)]
     return "\n".join(part for part in parts if part)
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def _by_mechanism(records: list[Record]) -> list[tuple[str, list[Record]]]:

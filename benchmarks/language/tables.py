@@ -14,13 +14,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.markdown import put
+
 from better_attention.lab.analysis.estimates import estimate, number
 from better_attention.lab.analysis.paired import Comparison, compare_paired, corrected, p_text
-from better_attention.lab.files import write_atomic
 
 from .study import EPOCH_UPDATES, EPOCHS, MECHANISMS, TEXTS, WINDOWS
 
-BEGIN, END = "<!-- tables: written by the command -->", "<!-- end of tables -->"
 HOME = "text-lm-shakespeare"
 BITS = 1 / math.log(2)
 Seeds = dict[int, float]
@@ -223,10 +223,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.language.tables", description=__doc__)
     parser.add_argument("--results", type=Path, default=Path("results"))
     args = parser.parse_args()
-    path = args.results / HOME / "README.md"
-    text = path.read_text("utf-8")
-    head, tail = text.split(BEGIN)[0], text.split(END)[1]
-    write_atomic(path, f"{head}{BEGIN}\n\n{document(args.results)}\n{END}{tail}")
+    put(args.results / HOME / "README.md", document(args.results))
 
 
 if __name__ == "__main__":

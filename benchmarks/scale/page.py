@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from benchmarks import markdown
 
 from .arithmetic import (
     DECODER,
@@ -72,10 +75,7 @@ def all_tables(machine: Machine | None = None) -> dict[str, str]:
     }
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown, the first column on the left, the others on the right."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+table = partial(markdown.table, numbers=True)
 
 
 def assumptions(m: Machine) -> str:

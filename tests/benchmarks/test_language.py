@@ -16,6 +16,7 @@ pytest.importorskip("benchmarks.language", reason="a source distribution has no 
 
 from benchmarks.language import int8_cache, join_imdb, speed, study, tables
 
+from benchmarks import markdown
 from better_attention.lab.tasks.variant import Variant
 
 
@@ -114,7 +115,7 @@ def test_tables_by_hand(tmp_path: Path) -> None:
 def test_tables_leave_what_stands_around_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     results(tmp_path / tables.HOME, {"standard": [2.0, 2.1], "super": [1.0, 1.2]})
     path = tmp_path / tables.HOME / "README.md"
-    path.write_text(f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n")
+    path.write_text(f"before\n{markdown.BEGIN}\nold\n{markdown.END}\nafter\n")
     monkeypatch.setattr("sys.argv", ["tables", "--results", str(tmp_path)])
     for _ in range(2):
         tables.main()
