@@ -128,31 +128,8 @@ def attention(
     torch.Size([2, 4, 5, 8])
     """
     # Before every check: torch.fx passes names, which have neither a dtype nor a shape.
-    if is_symbolic(query):
-        return function_node(  # type: ignore[no-any-return]
-            attention,
-            {
-                "query": query,
-                "key": key,
-                "value": value,
-                "score": score,
-                "attn_mask": attn_mask,
-                "is_causal": is_causal,
-                "offset": offset,
-                "window": window,
-                "dropout_p": dropout_p,
-                "scale": scale,
-                "enable_gqa": enable_gqa,
-                "need_weights": need_weights,
-                "impl": impl,
-            },
-        )
-    check_choice(impl, "impl", IMPLS)
-    if any(map(is_dtensor, (query, key, value, attn_mask))):
-        check_bool(enable_gqa, "enable_gqa")
-        parts, reasons = shards_of(query, key, value, attn_mask, grouped=enable_gqa)
-        if parts is None:
-            raise ValueError(f"attention on DTensors: {'; '.join(reasons)}.")
+    symbolic = is_symbolic(query)
+    if symbolic or any(map(is_dtensor, (query, key, value, attn_mask))):
         settings: dict[str, Any] = {
             "score": score,
             "is_causal": is_causal,
@@ -164,7 +141,16 @@ def attention(
             "need_weights": need_weights,
             "impl": impl,
         }
+        if symbolic:
+            inputs = {"query": query, "key": key, "value": value, "attn_mask": attn_mask}
+            return function_node(attention, inputs | settings)  # type: ignore[no-any-return]
+        check_choice(impl, "impl", IMPLS)
+        check_bool(enable_gqa, "enable_gqa")
+        parts, reasons = shards_of(query, key, value, attn_mask, grouped=enable_gqa)
+        if parts is None:
+            raise ValueError(f"attention on DTensors: {'; '.join(reasons)}.")
         return _on_shards(parts, settings)
+    check_choice(impl, "impl", IMPLS)
     call, lead = prepare(
         query, key, value, score, attn_mask, is_causal, offset, window, dropout_p, scale, enable_gqa, need_weights
     )

@@ -50,8 +50,8 @@ def attend(layer: MultiheadAttention, cache: KVCache, q_BLD: Tensor, x: Inputs) 
     scales = None if k_scale is None or v_scale is None else (k_scale[:, seen], v_scale[:, seen])
     distances = None
     if layer.alibi is not None:
-        slopes, first = _slopes(layer.num_heads), 0 if layer.share is None else layer.share.first
-        distances = native.Distances(slopes[first : first + layer.heads_here], layer.alibi == "score", kept - L)
+        slopes_N = _slopes(layer.num_heads)[layer.first_head :][: layer.heads_here]
+        distances = native.Distances(slopes_N, layer.alibi == "score", kept - L)
     return native.decode(call, angles=angles, scales=scales, distances=distances)
 
 

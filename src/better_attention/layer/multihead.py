@@ -246,7 +246,7 @@ class MultiheadAttention(DropIn):
     def call(self, q_BLD: Tensor, k_BSD: Tensor, v_BSD: Tensor, x: Inputs) -> Call:
         """The attention call, heads apart, with the biases of the positions."""
         call = self.unbiased_call(q_BLD, k_BSD, v_BSD, x)
-        return biased(self.alibi, call, self.num_heads, 0 if self.share is None else self.share.first)
+        return biased(self.alibi, call, self.num_heads, self.first_head)
 
     def unbiased_call(self, q_BLD: Tensor, k_BSD: Tensor, v_BSD: Tensor, x: Inputs) -> Call:
         """The attention call, heads apart, as it is without ALiBi."""
@@ -273,6 +273,11 @@ class MultiheadAttention(DropIn):
     def heads_here(self) -> int:
         """Number of heads that this process computes: all of them unless several share the layer."""
         return self.num_heads if self.share is None else self.share.count
+
+    @property
+    def first_head(self) -> int:
+        """Which of all heads is the first that this process computes."""
+        return 0 if self.share is None else self.share.first
 
     @property
     def cache_streams(self) -> tuple[str, ...]:
