@@ -39,7 +39,7 @@ def save(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) 
     content = tensor_bytes(tensors)
 
     def write() -> dict[str, Any]:
-        write_atomic(folder / f"checkpoint-{number:06d}.safetensors", content, make_folder=False)
+        write_atomic(file_of(folder, number, ".safetensors"), content, make_folder=False)
         return {"tensors": sha256(content).hexdigest()}
 
     complete(folder, number, write, state)
@@ -48,6 +48,11 @@ def save(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) 
 def next_number(folder: Path) -> int:
     """The number of the next checkpoint in ``folder``: a new one never takes the name of one that may be needed."""
     return max(_numbers(folder), default=0) + 1
+
+
+def file_of(folder: Path, number: int, suffix: str = "") -> Path:
+    """A file of a checkpoint, or with :data:`.shards.SUFFIX` the folder of its parts."""
+    return folder / f"checkpoint-{number:06d}{suffix}"
 
 
 def complete(folder: Path, number: int, write: Callable[[], Mapping[str, Any]], state: Mapping[str, Any]) -> None:
@@ -64,12 +69,12 @@ def complete(folder: Path, number: int, write: Callable[[], Mapping[str, Any]], 
     """
     numbers = _numbers(folder) - {number}
     # A pair without its JSON was never complete, so it is not the one to fall back on.
-    previous = max((n for n in numbers if (folder / f"checkpoint-{n:06d}.json").exists()), default=None)
+    previous = max((n for n in numbers if file_of(folder, n, ".json").exists()), default=None)
     try:
         manifest = {**write(), "state": state}
         # JSON has no NaN and no infinity: Python would write them, and other readers would refuse the file.
         text = json.dumps({"digest": _digest(manifest), **manifest}, allow_nan=False)
-        write_atomic(folder / f"checkpoint-{number:06d}.json", text, make_folder=False)
+        write_atomic(file_of(folder, number, ".json"), text, make_folder=False)
     except OSError:
         _remove(folder, number)  # half a pair is of no use and takes space
         raise
@@ -93,7 +98,7 @@ def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
 def newest(folder: Path) -> tuple[dict[str, Tensor] | Path, dict[str, Any]] | None:
     """As :func:`load`, but of a checkpoint in shards only the folder that holds them."""
     for number in sorted(_numbers(folder), reverse=True):
-        stem = folder / f"checkpoint-{number:06d}"
+        stem = file_of(folder, number)
         try:
             manifest = parse_json(read_regular(stem.with_suffix(".json")))
             digest = manifest.pop("digest")
@@ -122,7 +127,7 @@ def last_state(folder: Path) -> dict[str, Any] | None:
     For a listing: of the tensors only the header is read. :func:`load` checks every byte.
     """
     for number in sorted(_numbers(folder), reverse=True):
-        stem = folder / f"checkpoint-{number:06d}"
+        stem = file_of(folder, number)
         try:
             manifest = parse_json(read_regular(stem.with_suffix(".json")))
             if manifest.pop("digest") == _digest(manifest) and isinstance(state := manifest["state"], dict):
@@ -252,5 +257,5 @@ def _numbers(folder: Path) -> set[int]:
 def _remove(folder: Path, number: int) -> None:
     """Remove one pair, the JSON first: tensors without their JSON are never mistaken for a complete pair."""
     for suffix in (".json", ".safetensors"):
-        (folder / f"checkpoint-{number:06d}{suffix}").unlink(missing_ok=True)
-    shards.remove(folder / f"checkpoint-{number:06d}{shards.SUFFIX}")
+        file_of(folder, number, suffix).unlink(missing_ok=True)
+    shards.remove(file_of(folder, number, shards.SUFFIX))

@@ -101,7 +101,7 @@ def save(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], 
         OSError: the disk is full, or the folder cannot be written.
     """
     number = _agreed(checkpoint.next_number(folder), accelerator)
-    parts = folder / f"checkpoint-{number:06d}{shards.SUFFIX}"
+    parts = checkpoint.file_of(folder, number, shards.SUFFIX)
     if accelerator.is_main_process:
         shards.remove(parts)
         parts.mkdir()
