@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -304,19 +304,24 @@ def test_the_library_needs_torch_alone(file: Path) -> None:
         assert head in LIGHT | set(sys.stdlib_module_names) | {ROOT.name}, f"{path} imports {name}"
 
 
-def test_the_keras_room_needs_no_torch() -> None:
-    """What it imports of ours, and what that imports when it is imported, is free of torch."""
-    waiting, seen = sorted((ROOT / "keras").glob("*.py")), set()
+def imported_with(files: Iterable[Path]) -> dict[Path, list[str]]:
+    """File -> what it imports at its top level: of the files, and of all of ours that are imported with them."""
+    waiting, found = list(files), {}
     while waiting:
         file = waiting.pop()
-        if file in seen:
+        if file in found:
             continue
-        seen.add(file)
-        path, imported = of(file)
-        for name, at_top in imported:
-            assert not (at_top and name.split(".")[0] == "torch"), f"{path} imports {name}"
-            if at_top and below(name) and (target := file_of(name)):
-                waiting.append(target)
+        found[file] = [name for name, at_top in of(file)[1] if at_top]
+        waiting += [target for name in found[file] if below(name) and (target := file_of(name))]
+    return found
+
+
+def test_the_keras_room_needs_no_torch() -> None:
+    """What it imports of ours, and what that imports when it is imported, is free of torch."""
+    seen = imported_with((ROOT / "keras").glob("*.py"))
+    for file, names in seen.items():
+        for name in names:
+            assert name.split(".")[0] != "torch", f"{path_of(file)} imports {name}"
     assert ROOT / "mechanism.py" in seen
 
 
@@ -324,19 +329,10 @@ def test_the_command_line_starts_light() -> None:
     """``better-attention --help`` loads every verb; what a verb needs it imports where it runs."""
     verbs = [f for f in (ROOT / "cli").glob("*.py") if "def add_arguments" in f.read_text("utf-8")]
     assert len(verbs) >= 4
-    waiting, seen = [*verbs, ROOT / "cli" / "main.py"], set()
-    while waiting:
-        file = waiting.pop()
-        if file in seen:
-            continue
-        seen.add(file)
-        path, imported = of(file)
-        for name, at_top in imported:
-            if not at_top:
-                continue
-            assert name.split(".")[0] not in HEAVY, f"{path} imports {name} at its top level"
-            if below(name) and (target := file_of(name)):
-                waiting.append(target)
+    seen = imported_with([*verbs, ROOT / "cli" / "main.py"])
+    for file, names in seen.items():
+        for name in names:
+            assert name.split(".")[0] not in HEAVY, f"{path_of(file)} imports {name} at its top level"
     assert len(seen) > len(verbs)
 
 
