@@ -26,6 +26,9 @@ from better_attention.gpu.kernels.tiles import (
 SMALL = tl.constexpr(2.0**-13)
 """A row whose scores are all smaller has 1 + z^2 = 1 to the last bit of float32."""
 
+NORMAL = tl.constexpr(2.0**-126)
+"""The smallest normal number of float32."""
+
 
 @triton.jit
 def careful_tile(
@@ -103,7 +106,7 @@ def careful_kernel(
         largest = tl.maximum(largest, tl.max(tl.abs(x), 1))
     small = largest * tl.abs(scale) < SMALL
     # The largest score of a small row becomes 1, and y^2 / (c + one y^2) is y^2 there.
-    unit = tl.where(small & (largest > 0.0), 1.0 / tl.maximum(largest, 1.1754943508222875e-38), 1.0)
+    unit = tl.where(small & (largest > 0.0), 1.0 / tl.maximum(largest, NORMAL), 1.0)
     c, one = tl.where(small, 1.0, factor), tl.where(small, 0.0, 1.0)
     top = tl.zeros((BM,), tl.float32)
     if BIASED:
@@ -117,7 +120,7 @@ def careful_kernel(
             square = tl.minimum(y * y, FAR_SQUARE)
             a = square / (c[:, None] + one[:, None] * square)
             # Weights below the smallest normal number would need factors beyond the format.
-            seen = visible & (a >= 1.1754943508222875e-38)
+            seen = visible & (a >= NORMAL)
             top = tl.maximum(top, tl.max(tl.where(seen, tl.log2(tl.where(seen, a, 1.0)) + bias, float("-inf")), 1))
         top = tl.where(top == float("-inf"), 0.0, top)
     low = tl.zeros((BM,), tl.uint32)
@@ -136,7 +139,7 @@ def careful_kernel(
         p = square / (c[:, None] + one[:, None] * square)
         if BIASED:
             p = tl.where(
-                p >= 1.1754943508222875e-38,
+                p >= NORMAL,
                 p * tl.exp2(tl.minimum(tl.where(visible, bias, 0.0) - top[:, None], 126.0)),
                 0.0,
             )
