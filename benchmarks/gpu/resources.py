@@ -21,6 +21,7 @@ from better_attention.gpu import launches
 from better_attention.gpu.blocks import Block
 from better_attention.gpu.launches import Launch, Problem
 from better_attention.gpu.toolchain import Target
+from better_attention.tensors import empty_heads
 
 H100 = Target("cuda", 90, 132, descriptors=True)
 WARP = 32
@@ -220,17 +221,17 @@ def example(
     k = heads(length)
     return Problem(
         heads(L), k, None if shared else heads(length), mask, None, (5, 0, 1) if dropout else None, causal,
-        length - L if causal else 0, window, score, width**-0.5, dropout, score == "expressive",
+        length - L if causal else 0, window, score, width**-0.5, dropout,
     )  # fmt: skip
 
 
 def all_launches(p: Problem, target: Target = H100) -> list[Launch]:
     """Every launch of the forward and the backward pass of a call."""
-    out, stats = launches.empty_output(p), launches.empty_statistics(p)
-    grads = launches.like(p.q), launches.like(p.k), None if p.v is None else launches.like(p.v)
+    out, stats = empty_heads(p.q, p.values.shape[-1]), launches.empty_statistics(p)
+    grads = empty_heads(p.q), empty_heads(p.k), None if p.v is None else empty_heads(p.v)
     return [
         *launches.forward_launches(p, out, stats, target),
-        *launches.backward_launches(launches.empty_output(p), p, out, stats, *grads, target),
+        *launches.backward_launches(torch.empty_like(out), p, out, stats, *grads, target),
     ]
 
 
@@ -256,7 +257,7 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.resources", description=__doc__)
     parser.add_argument("--width", type=int, nargs="+", default=[64, 128], help="head widths")
-    parser.add_argument("--score", nargs="+", default=["expressive", "softmax"], choices=launches.SCORES)
+    parser.add_argument("--score", nargs="+", default=["expressive", "softmax"], choices=launches.COMPUTED)
     options = parser.parse_args()
     if tool("ptxas") is None or tool("cuobjdump") is None:
         print("This Triton brings no ptxas and cuobjdump: nothing can be compiled.")

@@ -1,4 +1,4 @@
-"""Checks of tensors and dtypes. Apart from errors.py, which works without torch."""
+"""Checks of tensors and dtypes, and their order in memory. Apart from errors.py, which works without torch."""
 
 from __future__ import annotations
 
@@ -42,3 +42,15 @@ def floating_tensor(value: object, name: str) -> Tensor:
     if value.is_nested:
         raise TypeError(f"{name} is a nested tensor: pad it (to_padded_tensor) and pass key_padding_mask instead.")
     return value
+
+
+def contiguous_rows(x: Tensor) -> Tensor:
+    """``x`` with its last dimension contiguous, as the kernels read it; a copy only where it is not."""
+    # With one element in a row its stride has no meaning.
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def empty_heads(like: Tensor, width: int | None = None) -> Tensor:
+    """A new (B, N, L, width), its heads side by side, as the layer wants them; None: the width of ``like``."""
+    B, N, L, H = like.shape
+    return like.new_empty(B, L, N, H if width is None else width).transpose(1, 2)

@@ -234,7 +234,7 @@ def descriptors_change_no_bit() -> None:
     """Tiles that are copied by descriptor, as on Hopper, are those that are read by address."""
     rng = np.random.default_rng(29)
     q, k, v = (normal(rng, 1, 2, n, 12).transpose(1, 2).contiguous().transpose(1, 2) for n in (37, 41, 41))
-    p = launches.Problem(q, k, v, None, None, None, True, 4, 23, "expressive", 0.3, 0.0, True)
+    p = launches.Problem(q, k, v, None, None, None, True, 4, 23, "expressive", 0.3, 0.0)
     results = []
     for descriptors in (False, True):
         target = toolchain.Target(toolchain.INTERPRETER, 0, 4, descriptors)

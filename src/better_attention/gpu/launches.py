@@ -11,12 +11,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from better_attention.scores import SCORES
+from better_attention.tensors import contiguous_rows, empty_heads
+
 from . import blocks
 from .blocks import Block
 from .toolchain import INTERPRETER, Target, target_of
 
 EXPRESSIVE, SOFTMAX = "expressive", "softmax"
-SCORES = (SOFTMAX, EXPRESSIVE)
+COMPUTED = (SOFTMAX, EXPRESSIVE)
 """What the kernels compute."""
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_WIDTH = 256
@@ -49,7 +52,6 @@ class Problem(NamedTuple):
         seed: the number from which follows what dropout drops, and the places of the samples in the whole batch: of the
             first one, and the distance between two.
         causal, offset, window, score, scale, dropout_p: as in :class:`better_attention.call.call.Call`.
-        lowest_hides: whether a float mask hides with its dtype's lowest number too.
     """
 
     q: Tensor
@@ -64,7 +66,6 @@ class Problem(NamedTuple):
     score: str
     scale: float
     dropout_p: float
-    lowest_hides: bool
 
     @property
     def values(self) -> Tensor:
@@ -113,7 +114,7 @@ class Launch:
 
 def forward(p: Problem, target: Target | None = None) -> tuple[Tensor, Tensor]:
     """Output (B, N, L, W) in the memory order (B, L, N, W), and statistics of rows for the backward pass."""
-    out, stats = empty_output(p), empty_statistics(p)
+    out, stats = empty_heads(p.q, p.values.shape[-1]), empty_statistics(p)
     if 0 in (*p.q.shape, *p.k.shape, *p.values.shape):
         return out.zero_(), stats.zero_()
     for launch in forward_launches(p, out, stats, target or target_of(p.q.device)):
@@ -125,19 +126,13 @@ def backward(
     grad: Tensor, p: Problem, out: Tensor, stats: Tensor, target: Target | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of q, k and v; where k serves as v, of both in the second one."""
-    dq, dk = like(p.q), like(p.k)
-    dv = None if p.v is None else like(p.v)
+    dq, dk = empty_heads(p.q), empty_heads(p.k)
+    dv = None if p.v is None else empty_heads(p.v)
     if 0 in (*p.q.shape, *p.k.shape, *p.values.shape):
         return dq.zero_(), dk.zero_(), None if dv is None else dv.zero_()
     for launch in backward_launches(grad, p, out, stats, dq, dk, dv, target or target_of(p.q.device)):
         run(launch)
     return dq, dk, dv
-
-
-def empty_output(p: Problem) -> Tensor:
-    """A new output, whose heads lie side by side, as the layer's next step wants them."""
-    (B, N, L, _), W = p.q.shape, p.values.shape[-1]
-    return p.q.new_empty(B, L, N, W).transpose(1, 2)
 
 
 def empty_statistics(p: Problem) -> Tensor:
@@ -149,12 +144,6 @@ def statistics_shape(q: Tensor, score: str) -> tuple[int, int, int, int]:
     """(B, N, 3, L + 1) for the expressive score, (B, N, 1, L) for softmax."""
     B, N, L, _ = q.shape
     return (B, N, 3, L + 1) if score == EXPRESSIVE else (B, N, 1, L)
-
-
-def like(x: Tensor) -> Tensor:
-    """A new tensor for the gradient of ``x``, its heads side by side in memory."""
-    B, N, L, H = x.shape
-    return x.new_empty(B, L, N, H).transpose(1, 2)
 
 
 # --- which kernels, with what -----------------------------------------------------------------------------------------
@@ -239,7 +228,7 @@ def backward_launches(
     grad: Tensor, p: Problem, out: Tensor, stats: Tensor, dq: Tensor, dk: Tensor, dv: Tensor | None, target: Target
 ) -> list[Launch]:
     """The launches of the backward pass."""
-    p, grad, out = _materialised(p), _rows(grad), _rows(out)
+    p, grad, out = _materialised(p), contiguous_rows(grad), contiguous_rows(out)
     (B, N, L, _), (_, G, S, _), W = p.q.shape, p.k.shape, p.values.shape[-1]
     share = p.q.new_empty((B, N, L), dtype=torch.float32)
     shares = {
@@ -302,29 +291,19 @@ def _backwards(constants: dict[str, Any], tma: bool, p: Problem) -> dict[str, An
 
 def _materialised(p: Problem) -> Problem:
     """The same problem with contiguous rows, and with masks in formats that the kernels read."""
-    q, k, v = _rows(p.q), _rows(p.k), None if p.v is None else _rows(p.v)
+    q, k, v = contiguous_rows(p.q), contiguous_rows(p.k), None if p.v is None else contiguous_rows(p.v)
     return p._replace(q=q, k=k, v=v, mask=_readable(p, p.mask), padding=_readable(p, p.padding))
-
-
-def _rows(x: Tensor) -> Tensor:
-    """``x`` with the last dimension contiguous; a copy only where it is not."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _readable(p: Problem, mask: Tensor | None) -> Tensor | None:
     """A mask of float64 in float32, what is finite staying finite and what hides hiding."""
     if mask is None or mask.dtype != torch.float64:
         return mask
-    hidden = mask <= _lowest(p, mask)
+    hidden = SCORES[p.score].hides(mask)
     limits = torch.finfo(torch.float32)
     # The lowest number of float32 would hide: what is large but finite becomes the next one.
     lowest = limits.min * (1.0 - 2.0**-23)
     return mask.clamp(lowest, limits.max).to(torch.float32).masked_fill(hidden, -math.inf)
-
-
-def _lowest(p: Problem, mask: Tensor) -> float:
-    """A float mask hides keys at this number and below."""
-    return torch.finfo(mask.dtype).min if p.lowest_hides else -math.inf
 
 
 def _masks(p: Problem) -> dict[str, Any]:
@@ -340,15 +319,20 @@ def _kind(mask: Tensor | None) -> int:
     return 0 if mask is None else 1 if mask.dtype == torch.bool else 2
 
 
+def _hiding(p: Problem, mask: Tensor | None) -> float:
+    """The number at and below which a float mask hides keys; -inf for other masks."""
+    return -math.inf if mask is None or _kind(mask) < 2 else SCORES[p.score].hiding(mask.dtype)
+
+
 def _restrictions(p: Problem) -> dict[str, Any]:
     return {
         "CAUSAL": p.causal,
         "WINDOW": p.window is not None,
         "MASK": _kind(p.mask),
-        "MASK_LOWEST": -math.inf if _kind(p.mask) < 2 else _lowest(p, p.mask),  # type: ignore[arg-type]
+        "MASK_LOWEST": _hiding(p, p.mask),
         "MASK_PER_QUERY": p.mask is not None and p.mask.shape[2] > 1,
         "PADDING": _kind(p.padding),
-        "PADDING_LOWEST": -math.inf if _kind(p.padding) < 2 else _lowest(p, p.padding),  # type: ignore[arg-type]
+        "PADDING_LOWEST": _hiding(p, p.padding),
     }
 
 

@@ -121,7 +121,7 @@ def log_expressive(z: Tensor) -> Tensor:
 
 def score_of(call: Call) -> Score | None:
     """What becomes of a score before the softmax; None: nothing."""
-    masks = [_at(mask, SCORES[call.score].lowest_hides) for mask in call.masks if mask.dtype != torch.bool]
+    masks = [_at(mask, SCORES[call.score].hiding(mask.dtype)) for mask in call.masks if mask.dtype != torch.bool]
     expressive = call.score == EXPRESSIVE
     if not masks and not expressive:
         return None
@@ -135,9 +135,8 @@ def score_of(call: Call) -> Score | None:
     return modified
 
 
-def _at(mask: Tensor, lowest_hides: bool) -> Callable[..., Tensor]:
-    """What a float mask adds at a place, -inf where it hides."""
-    hides = torch.finfo(mask.dtype).min if lowest_hides else -math.inf
+def _at(mask: Tensor, hides: float) -> Callable[..., Tensor]:
+    """What a float mask adds at a place, -inf where it is ``hides`` or less."""
     if mask.dtype == torch.float64:
         mask = additive(mask.masked_fill(mask <= hides, -math.inf), torch.float32)
         hides = -math.inf

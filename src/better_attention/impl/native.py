@@ -17,12 +17,12 @@ from better_attention.native.library import (
     call as call_library,
 )
 from better_attention.native.library import (
-    contiguous_rows,
     current_instruction_set,
     instruction_set,
     instruction_sets,
     missing,
 )
+from better_attention.tensors import contiguous_rows, empty_heads
 
 from .arguments import NO_DROPOUT, Arguments, flops
 
@@ -116,7 +116,7 @@ def decode(
     if not _decodes(call, *others):
         return None
     a = _with_contiguous_rows(Arguments.of(call, share=True))
-    out = _empty(a.q, a.values.shape[-1])
+    out = empty_heads(a.q, a.values.shape[-1])
     c = _describe(a, out, None)
     if turned is not None:
         c.rotary_cos, c.rotary_sin, c.rotary_s = address(turned[0]), address(turned[1]), turned[0].stride(0)
@@ -199,7 +199,7 @@ def partial_backward(grad: Tensor, call: Call, stats: Tensor, delta: Tensor) -> 
 def _forward(a: Arguments, *, stats: bool) -> tuple[Tensor, Tensor]:
     """The results; the second one is empty unless ``stats`` are wanted, which the derivative needs."""
     a = _with_contiguous_rows(a)
-    out = _empty(a.q, a.values.shape[-1])
+    out = empty_heads(a.q, a.values.shape[-1])
     numbers = a.q.new_empty((*a.q.shape[:3], 2) if stats else (0,), dtype=torch.float32)
     # api.h wants at least one key and one feature. The normaliser of a row without weight is infinite.
     if a.k.shape[2] == 0 or out.shape[3] == 0:
@@ -215,8 +215,8 @@ def _backward(
     """Gradients of q, k and v; where k serves as v, of both in the second one. With ``delta`` ``out`` is not read."""
     # autograd hands out expanded gradients, that of a sum for example, whose rows have stride 0.
     a, grad = _with_contiguous_rows(a), contiguous_rows(grad)
-    dq, dk = _empty(a.q, a.q.shape[-1]), _empty(a.k, a.k.shape[-1])
-    dv = None if a.v is None else _empty(a.v, a.v.shape[-1])
+    dq, dk = empty_heads(a.q, a.q.shape[-1]), empty_heads(a.k, a.k.shape[-1])
+    dv = None if a.v is None else empty_heads(a.v, a.v.shape[-1])
     if a.k.shape[2] == 0 or a.values.shape[3] == 0 or a.q.shape[1] == 0 or a.q.numel() == 0:
         return dq.zero_(), dk.zero_(), None if dv is None else dv.zero_()
     c = _describe(a, out, stats)
@@ -274,12 +274,6 @@ def _with_contiguous_rows(a: Arguments) -> Arguments:
     return a if q is a.q and k is a.k and v is a.v else a._replace(q=q, k=k, v=v)
 
 
-def _empty(like: Tensor, width: int) -> Tensor:
-    """A new (B, N, L, width) whose heads lie side by side, as the layer's next step wants them."""
-    B, N, L, _ = like.shape
-    return like.new_empty(B, L, N, width).transpose(1, 2)
-
-
 # --- the operator -----------------------------------------------------------------------------------------------------
 
 
@@ -303,7 +297,7 @@ class _Native(operators.Definition[Arguments]):
         return _forward(a, stats=False)
 
     def fake(self, a: Arguments) -> tuple[Tensor, Tensor]:
-        return _empty(a.q, a.values.shape[-1]), a.q.new_empty((*a.q.shape[:3], 2), dtype=torch.float32)
+        return empty_heads(a.q, a.values.shape[-1]), a.q.new_empty((*a.q.shape[:3], 2), dtype=torch.float32)
 
     def backward(
         self, grad: Tensor, a: Arguments, results: operators.Tensors, wanted: Sequence[bool]
@@ -312,7 +306,7 @@ class _Native(operators.Definition[Arguments]):
         return _backward(grad, a, out, stats)
 
     def empty_gradient(self, argument: Tensor) -> Tensor:
-        return _empty(argument, argument.shape[-1])
+        return empty_heads(argument, argument.shape[-1])
 
     def flops(self, *shapes: Any) -> int:
         return flops(*shapes[:3])

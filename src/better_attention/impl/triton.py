@@ -19,7 +19,7 @@ from better_attention.call.torch_private import transformed
 from better_attention.call.torch_state import operator_obstacles
 from better_attention.dropout import parts
 from better_attention.gpu import launches, toolchain
-from better_attention.scores import SCORES
+from better_attention.tensors import empty_heads
 
 from .arguments import NO_DROPOUT, Arguments, flops
 
@@ -31,8 +31,8 @@ def unsupported(call: Call) -> list[str]:
     q_BNLH = call.q_BNLH
     reason = toolchain.missing(q_BNLH.device)
     reasons = [] if reason is None else [reason]
-    if call.score not in launches.SCORES:
-        reasons.append(f"its kernels compute the scores {', '.join(launches.SCORES)}, not {call.score!r}")
+    if call.score not in launches.COMPUTED:
+        reasons.append(f"its kernels compute the scores {', '.join(launches.COMPUTED)}, not {call.score!r}")
     if q_BNLH.dtype not in launches.DTYPES:
         reasons.append(f"it computes in float16, bfloat16 and float32, not {str(q_BNLH.dtype).removeprefix('torch.')}")
     widths = q_BNLH.shape[-1], call.v_BNSH.shape[-1]
@@ -70,7 +70,6 @@ def _problem(a: Arguments) -> launches.Problem:
         a.score,
         a.scale,
         a.dropout_p,
-        SCORES[a.score].lowest_hides,
     )
 
 
@@ -90,9 +89,9 @@ class _Triton(operators.Definition[Arguments]):
         return launches.forward(_problem(a))
 
     def fake(self, a: Arguments) -> tuple[Tensor, Tensor]:
-        B, N, L, _ = a.q.shape
-        out = a.q.new_empty(B, L, N, a.values.shape[-1]).transpose(1, 2)
-        return out, a.q.new_empty(launches.statistics_shape(a.q, a.score), dtype=torch.float32)
+        return empty_heads(a.q, a.values.shape[-1]), a.q.new_empty(
+            launches.statistics_shape(a.q, a.score), dtype=torch.float32
+        )
 
     def backward(
         self, grad: Tensor, a: Arguments, results: operators.Tensors, wanted: Sequence[bool]
@@ -101,7 +100,7 @@ class _Triton(operators.Definition[Arguments]):
         return launches.backward(grad, _problem(a), out, stats)
 
     def empty_gradient(self, argument: Tensor) -> Tensor:
-        return launches.like(argument)
+        return empty_heads(argument)
 
     def flops(self, *shapes: Any) -> int:
         return flops(*shapes[:3])

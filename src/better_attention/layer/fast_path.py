@@ -15,7 +15,8 @@ from better_attention.call.torch_private import is_bare, is_unpatched, own_param
 from better_attention.call.torch_state import address, are_plain, autocast_dtype, quiet
 from better_attention.native import structs
 from better_attention.native.library import call as call_library
-from better_attention.native.library import contiguous_rows, current_instruction_set, missing
+from better_attention.native.library import current_instruction_set, missing
+from better_attention.tensors import contiguous_rows
 
 from .alignment import Alignment
 from .arguments import Inputs

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from better_attention import operators
 from better_attention.call.torch_state import address, operator_obstacles
+from better_attention.tensors import contiguous_rows
 
 from . import structs
 from .library import call as call_library
-from .library import contiguous_rows, current_instruction_set, missing
+from .library import current_instruction_set, missing
 
 
 class Arguments(NamedTuple):

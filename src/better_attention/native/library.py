@@ -18,8 +18,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from better_attention.call.torch_private import constant_while_compiling
 
 from .structs import ABI, BEST_ISA, FUNCTIONS, ISAS, NO_MEMORY, OK
@@ -208,9 +206,3 @@ def call(function: str, arguments: ctypes.Structure) -> None:
         raise MemoryError("the compiled attention kernels got no scratch memory.")
     if status != OK:
         raise RuntimeError(f"{function} returned {status}.")  # a bug: the instruction set and the score were checked
-
-
-def contiguous_rows(x: Tensor) -> Tensor:
-    """``x`` with its last dimension contiguous, as the kernels read it; a copy only where it is not."""
-    # With one element in a row its stride has no meaning.
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

@@ -79,5 +79,9 @@ class Score:
         """
         if mask.dtype == torch.bool:
             return ~mask
+        return mask <= self.hiding(mask.dtype)
+
+    def hiding(self, dtype: torch.dtype) -> float:
+        """The number at and below which a float mask that came in ``dtype`` hides a key altogether."""
         # The lowest number of the dtype in which the mask came: in a wider one it is an ordinary number.
-        return mask <= (torch.finfo(mask.dtype).min if self.lowest_hides else -torch.inf)
+        return torch.finfo(dtype).min if self.lowest_hides else -torch.inf
