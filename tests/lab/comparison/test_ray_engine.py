@@ -246,7 +246,7 @@ def test_a_sweep_gives_the_tables_of_the_local_engine(tmp_path: Path) -> None:
     assert failed == []
     names = sorted(job.folder_name for job in there.jobs())
     assert len(names) == 4
-    assert sorted(study.finished) == names
+    assert study.finished == len(names)
     for name in names:
         assert numbers(there.out / name) == numbers(here.out / name)
         mine = [event for event in events if getattr(event, "name", "") == name]

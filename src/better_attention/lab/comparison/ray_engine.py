@@ -137,12 +137,12 @@ class _Sweep:
         parts = {name: getattr(self.splits, name) for name in ("train", "validation", "test")}
         # Once for all runs: the workers of a machine read one copy.
         arrays = self.ray.put({name: (s.inputs.cpu().numpy(), s.targets.cpu().numpy()) for name, s in parts.items()})
-        task = self.ray.remote(run).options(
+        task = self.ray.remote(
             num_cpus=self.cluster.cpus_per_run,
             num_gpus=self.cluster.gpus_per_run,
             max_retries=ATTEMPTS - 1,
             retry_exceptions=False,  # a worker that dies is tried again, an error of ours is not
-        )
+        )(run)
         for job in missing:
             name = job.folder_name
             self.tasks[task.options(name=name).remote(name, self.order(job), arrays, self.inbox)] = name

@@ -6,6 +6,7 @@ without a word. A process holds a part of each tensor, and all of a block while 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,9 @@ def spread(model: nn.Module, accelerator: Accelerator) -> nn.Module:
         fully_shard(block, mesh=mesh)
     # In part again after each pass, as its blocks are: else its state would be whole after an evaluation.
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
+    # Logits of three dimensions are a view of a matrix product. torch warns at each update of operations in place on
+    # them; the training loop has none.
+    warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view tensor", UserWarning)
     return model
 
 
