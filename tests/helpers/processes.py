@@ -107,6 +107,7 @@ def _rank(
         "LOCAL_WORLD_SIZE": str(processes),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",  # as torchrun sets it for several processes
     }
     torch.set_num_threads(1)  # a forked process has none of its parent's threads
     try:
