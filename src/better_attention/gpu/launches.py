@@ -114,10 +114,14 @@ class Launch:
 
 def forward(p: Problem, target: Target | None = None) -> tuple[Tensor, Tensor]:
     """Output (B, N, L, W) in the memory order (B, L, N, W), and statistics of rows for the backward pass."""
+    target = target or target_of(p.q.device)
     out, stats = empty_heads(p.q, p.values.shape[-1]), empty_statistics(p)
     if 0 in (*p.q.shape, *p.k.shape, *p.values.shape):
         return out.zero_(), stats.zero_()
-    for launch in forward_launches(p, out, stats, target or target_of(p.q.device)):
+    if _truncates(p, target):
+        wide, stats = forward(_in_float32(p), target)
+        return out.copy_(wide), stats
+    for launch in forward_launches(p, out, stats, target):
         run(launch)
     return out, stats
 
@@ -126,13 +130,26 @@ def backward(
     grad: Tensor, p: Problem, out: Tensor, stats: Tensor, target: Target | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of q, k and v; where k serves as v, of both in the second one."""
+    target = target or target_of(p.q.device)
     dq, dk = empty_heads(p.q), empty_heads(p.k)
     dv = None if p.v is None else empty_heads(p.v)
     if 0 in (*p.q.shape, *p.k.shape, *p.values.shape):
         return dq.zero_(), dk.zero_(), None if dv is None else dv.zero_()
-    for launch in backward_launches(grad, p, out, stats, dq, dk, dv, target or target_of(p.q.device)):
+    if _truncates(p, target):
+        wide_q, wide_k, wide_v = backward(grad.float(), _in_float32(p), out.float(), stats, target)
+        return dq.copy_(wide_q), dk.copy_(wide_k), None if dv is None or wide_v is None else dv.copy_(wide_v)
+    for launch in backward_launches(grad, p, out, stats, dq, dk, dv, target):
         run(launch)
     return dq, dk, dv
+
+
+def _truncates(p: Problem, target: Target) -> bool:
+    """Whether numbers would be rounded wrongly: Triton's interpreter cuts bfloat16 off and computes with its bits."""
+    return target.kind == INTERPRETER and p.q.dtype == torch.bfloat16
+
+
+def _in_float32(p: Problem) -> Problem:
+    return p._replace(q=p.q.float(), k=p.k.float(), v=None if p.v is None else p.v.float())
 
 
 def empty_statistics(p: Problem) -> Tensor:
@@ -282,7 +299,7 @@ def backward_launches(
 
 def _backwards(constants: dict[str, Any], tma: bool, p: Problem) -> dict[str, Any]:
     """What the kernels of the backward pass are compiled for."""
-    wide = p.expressive and p.q.dtype == torch.float16 and not constants["UPCAST"]
+    wide = p.expressive and p.q.dtype == torch.float16
     return {name: value for name, value in constants.items() if name != "LIFTED"} | {"TMA": tma, "WIDE": wide}
 
 
@@ -339,7 +356,6 @@ def _restrictions(p: Problem) -> dict[str, Any]:
 def _constants(p: Problem, target: Target, inner: int) -> dict[str, Any]:
     """What all kernels over tiles are compiled for, but for the tiles that tuning chooses."""
     (_, N, _, H), G, W, dtype = p.q.shape, p.k.shape[1], p.values.shape[-1], p.q.dtype
-    interpreted = target.kind == INTERPRETER
     return {
         "EXPRESSIVE": p.expressive,
         "SHARED": p.v is None,
@@ -355,7 +371,6 @@ def _constants(p: Problem, target: Target, inner: int) -> dict[str, Any]:
         "PRECISION": PRECISIONS[torch.get_float32_matmul_precision()] if dtype == torch.float32 else "ieee",
         "FAST": target.kind == "cuda",
         "LONG": _long(p),
-        "UPCAST": interpreted and dtype == torch.bfloat16,
     }
 
 

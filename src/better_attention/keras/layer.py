@@ -449,7 +449,9 @@ class MultiHeadAttention(keras.layers.Layer):
     ) -> tuple[Any, Any | None]:
         """Heads (B, L, N, H), and the weights (B, N, L, S) where the way to the heads makes them."""
         q_BLNH, scale = self._scaled(q_BLNH)
-        if self._mechanism.score == "softmax" and not self._needs_weights(training, wanted):
+        # JAX's kernel has one width for keys and values.
+        alike = self._value_dim == self._key_dim
+        if self._mechanism.score == "softmax" and alike and not self._needs_weights(training, wanted):
             return self._fused(q_BLNH, k_BSNH, v_BSNH, keep, scale), None
         z_BNLS = ops.einsum("blnh,bsnh->bnls", q_BLNH * ops.cast(scale, q_BLNH.dtype), k_BSNH)
         dtype = keras.backend.standardize_dtype(z_BNLS.dtype)
@@ -504,13 +506,14 @@ class MultiHeadAttention(keras.layers.Layer):
         reasons = {
             f"score {self._mechanism.score!r}": self._mechanism.score != DEFAULT_SCORE,
             f"dropout={self._dropout}": self._dropout > 0.0,
+            f"value_dim={self._value_dim} and key_dim={self._key_dim}": self._value_dim != self._key_dim,
             "W_A of a sliding window": self._mechanism.aligned and self._sliding_window is not None,
         }
         cannot = [reason for reason, holds in reasons.items() if holds]
         if flash_attention and cannot:
             raise ValueError(
-                f"flash_attention=True computes softmax attention without dropout; this layer has {cannot[0]}. Leave "
-                "flash_attention out."
+                f"flash_attention=True computes softmax attention without dropout, with keys and values of one width; "
+                f"this layer has {cannot[0]}. Leave flash_attention out."
             )
         return None if cannot else flash
 

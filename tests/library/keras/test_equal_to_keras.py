@@ -78,7 +78,11 @@ def unit(value: object, chosen: bool) -> object:
 def test_every_option_gives_the_numbers_of_keras(options: str, call: str, rng: np.random.Generator) -> None:
     query, value, key = tokens(rng, 2, 5, D), tokens(rng, 2, 7, 4), tokens(rng, 2, 7, 5)
     theirs, ours = pair(rng, query.shape, value.shape, key.shape, **OPTIONS[options])
-    expected = theirs(query, value, key, **CALLS[call])
+    if "value_dim" in OPTIONS[options] and "return_attention_scores" not in CALLS[call]:
+        # Keras' own layer ends in an error there on JAX, whose kernel has one width for keys and values.
+        expected = theirs(query, value, key, return_attention_scores=True, **CALLS[call])[0]
+    else:
+        expected = theirs(query, value, key, **CALLS[call])
     got = ours(query, value, key, **CALLS[call])
     if "return_attention_scores" not in CALLS[call]:
         agree(got, expected)

@@ -54,6 +54,10 @@ CASES: dict[str, tuple[Callable[[], Any], tuple[Any, ...]]] = {
         ("flash_attention", "expressive", "Leave"),
     ),
     "flash with dropout": (lambda: layer(dropout=0.1, flash_attention=True), ("flash_attention", "dropout=0.1")),
+    "flash with two widths": (
+        lambda: layer(value_dim=5, flash_attention=True),
+        ("flash_attention", "value_dim=5", "one width"),
+    ),
     "flash as a number": (lambda: layer(flash_attention=1), ("flash_attention", "True or False", "1")),
     "output_shape without W_O": (
         lambda: layer(mechanism=ba.Mechanism(frozenset("qk")), output_shape=5),

@@ -220,7 +220,7 @@ def test_aot_inductor(mechanism: str, impl: str, tmp_path: Path) -> None:
 @pytest.mark.hosts
 @pytest.mark.parametrize("mechanism", MECHANISMS)
 def test_executorch(mechanism: str) -> None:
-    pytest.importorskip("executorch", reason="executorch is not installed: pip install executorch")
+    pytest.importorskip("executorch", reason='pip install "better-attention[executorch]"')
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
     from executorch.runtime import Runtime

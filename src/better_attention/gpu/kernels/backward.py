@@ -129,7 +129,6 @@ def query_gradient(
     MASK_PER_QUERY: tl.constexpr, PADDING: tl.constexpr, PADDING_LOWEST: tl.constexpr, DROPOUT: tl.constexpr,
     H: tl.constexpr, W: tl.constexpr, H_P: tl.constexpr, W_P: tl.constexpr, BN: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr, TMA: tl.constexpr, LONG: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a block of queries, from keys ``begin`` to ``end``."""
     BIASED: tl.constexpr = (MASK == FLOAT_MASK) or (PADDING == FLOAT_MASK)
@@ -137,10 +136,10 @@ def query_gradient(
     for s0 in tl.range(begin, end, BN):
         s0 = tl.multiple_of(s0, BN)
         keys = s0 + tl.arange(0, BN)
-        k = tile(k_x, b, g, s0, S, k_s, BN, H, H_P, EDGE, TMA, LONG, UPCAST)
+        k = tile(k_x, b, g, s0, S, k_s, BN, H, H_P, EDGE, TMA, LONG)
         v = k
         if not SHARED:
-            v = tile(v_x, b, g, s0, S, v_s, BN, W, W_P, EDGE, TMA, LONG, UPCAST)
+            v = tile(v_x, b, g, s0, S, v_s, BN, W, W_P, EDGE, TMA, LONG)
         x = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
         visible = keys[None, :] < S
@@ -181,7 +180,7 @@ def query_gradient_kernel(
     MASK_LOWEST: tl.constexpr, MASK_PER_QUERY: tl.constexpr, PADDING: tl.constexpr, PADDING_LOWEST: tl.constexpr,
     DROPOUT: tl.constexpr, GROUP: tl.constexpr, H: tl.constexpr, W: tl.constexpr, H_P: tl.constexpr, W_P: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    FAST: tl.constexpr, TMA: tl.constexpr, LONG: tl.constexpr, UPCAST: tl.constexpr,
+    FAST: tl.constexpr, TMA: tl.constexpr, LONG: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the queries, (B, N, L, H)."""
     blocks = tl.cdiv(L, BM)
@@ -196,8 +195,8 @@ def query_gradient_kernel(
     if not TMA:
         k_base = k_x + b_far * k_b + g_far * k_g
         v_base = v_x + b_far * v_b + g_far * v_g
-    q = tile(q_x + b_far * q_b + n_far * q_n, b, n, l0, L, q_l, BM, H, H_P, True, False, LONG, UPCAST)
-    grad = tile(grad_x + b_far * d_b + n_far * d_n, b, n, l0, L, d_l, BM, W, W_P, True, False, LONG, UPCAST)
+    q = tile(q_x + b_far * q_b + n_far * q_n, b, n, l0, L, q_l, BM, H, H_P, True, False, LONG)
+    grad = tile(grad_x + b_far * d_b + n_far * d_n, b, n, l0, L, d_l, BM, W, W_P, True, False, LONG)
     mask_rows, padding_base = mask_x, padding_x
     if MASK != NO_MASK:
         mask_rows = mask_x + b_far * m_b + n_far * m_n
@@ -231,19 +230,19 @@ def query_gradient_kernel(
             dq, q, grad, k_base, v_base, mask_rows, padding_base, m_s, p_s, b, g, places, low, high, level, top, unit,
             c, one, share, begin, tl.minimum(first, end), S, k_s, v_s, window, factor, kept, seed, below, True,
             EXPRESSIVE, SHARED, CAUSAL, WINDOW, MASK, MASK_LOWEST, MASK_PER_QUERY, PADDING, PADDING_LOWEST, DROPOUT, H,
-            W, H_P, W_P, BN, WIDE, PRECISION, FAST, TMA, LONG, UPCAST,
+            W, H_P, W_P, BN, WIDE, PRECISION, FAST, TMA, LONG,
         )  # fmt: skip
     dq = query_gradient(
         dq, q, grad, k_base, v_base, mask_rows, padding_base, m_s, p_s, b, g, places, low, high, level, top, unit, c,
         one, share, first, last, S, k_s, v_s, window, factor, kept, seed, below, False, EXPRESSIVE, SHARED, CAUSAL,
         WINDOW, MASK, MASK_LOWEST, MASK_PER_QUERY, PADDING, PADDING_LOWEST, DROPOUT, H, W, H_P, W_P, BN, WIDE,
-        PRECISION, FAST, TMA, LONG, UPCAST,
+        PRECISION, FAST, TMA, LONG,
     )  # fmt: skip
     dq = query_gradient(
         dq, q, grad, k_base, v_base, mask_rows, padding_base, m_s, p_s, b, g, places, low, high, level, top, unit, c,
         one, share, last, end, S, k_s, v_s, window, factor, kept, seed, below, True, EXPRESSIVE, SHARED, CAUSAL, WINDOW,
         MASK, MASK_LOWEST, MASK_PER_QUERY, PADDING, PADDING_LOWEST, DROPOUT, H, W, H_P, W_P, BN, WIDE,
-        PRECISION, FAST, TMA, LONG, UPCAST,
+        PRECISION, FAST, TMA, LONG,
     )  # fmt: skip
     dq = dq * ((2.0 * c * unit)[:, None] if EXPRESSIVE else scale)
     columns = tl.arange(0, H_P)
@@ -259,7 +258,7 @@ def key_gradient(
     MASK_PER_QUERY: tl.constexpr, PADDING: tl.constexpr, PADDING_LOWEST: tl.constexpr, DROPOUT: tl.constexpr,
     H: tl.constexpr, W: tl.constexpr, H_P: tl.constexpr, W_P: tl.constexpr, BM: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr, TMA: tl.constexpr, LONG: tl.constexpr,
-    UPCAST: tl.constexpr, WHICH: tl.constexpr,
+    WHICH: tl.constexpr,
 ):  # fmt: skip
     """The gradients of a block of keys and values from queries ``begin`` to ``end`` of one head; tiles are (BN, BM)."""
     BIASED: tl.constexpr = (MASK == FLOAT_MASK) or (PADDING == FLOAT_MASK)
@@ -267,8 +266,8 @@ def key_gradient(
     for l0 in tl.range(begin, end, BM):
         l0 = tl.multiple_of(l0, BM)
         rows = l0 + tl.arange(0, BM)
-        q = tile(q_x, b, n, l0, L, q_l, BM, H, H_P, True, TMA, LONG, UPCAST)
-        grad = tile(grad_x, b, n, l0, L, d_l, BM, W, W_P, True, TMA, LONG, UPCAST)
+        q = tile(q_x, b, n, l0, L, q_l, BM, H, H_P, True, TMA, LONG)
+        grad = tile(grad_x, b, n, l0, L, d_l, BM, W, W_P, True, TMA, LONG)
         level, top, unit, c, one, share = row_statistics(stats_x, share_x, index, rows, L, factor, EXPRESSIVE, WHICH)
         x = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
@@ -319,7 +318,7 @@ def key_gradient_kernel(
     MASK_LOWEST: tl.constexpr, MASK_PER_QUERY: tl.constexpr, PADDING: tl.constexpr, PADDING_LOWEST: tl.constexpr,
     DROPOUT: tl.constexpr, GROUP: tl.constexpr, H: tl.constexpr, W: tl.constexpr, H_P: tl.constexpr, W_P: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    FAST: tl.constexpr, TMA: tl.constexpr, LONG: tl.constexpr, UPCAST: tl.constexpr, WHICH: tl.constexpr,
+    FAST: tl.constexpr, TMA: tl.constexpr, LONG: tl.constexpr, WHICH: tl.constexpr,
 ):  # fmt: skip
     """The gradients of keys (B, G, S, H) and values (B, G, S, W); where one tensor is both, their sum in the first.
 
@@ -339,10 +338,10 @@ def key_gradient_kernel(
             return
     keys = s0 + tl.arange(0, BN)
     b_far, g_far = b.to(tl.int64), g.to(tl.int64)
-    k = tile(k_x + b_far * k_b + g_far * k_g, b, g, s0, S, k_s, BN, H, H_P, True, False, LONG, UPCAST)
+    k = tile(k_x + b_far * k_b + g_far * k_g, b, g, s0, S, k_s, BN, H, H_P, True, False, LONG)
     v = k
     if not SHARED:
-        v = tile(v_x + b_far * v_b + g_far * v_g, b, g, s0, S, v_s, BN, W, W_P, True, False, LONG, UPCAST)
+        v = tile(v_x + b_far * v_b + g_far * v_g, b, g, s0, S, v_s, BN, W, W_P, True, False, LONG)
     padding_base = padding_x
     if PADDING != NO_MASK:
         padding_base = padding_x + b_far * p_b
@@ -377,20 +376,20 @@ def key_gradient_kernel(
                 dk, dv, k, v, q_base, grad_base, mask_base, padding_base, m_l, m_s, p_s, stats_x, share_x, b, n, index,
                 drop_row, keys, begin, tl.minimum(first, end), L, S, q_l, d_l, offset, window, factor, kept, seed,
                 below, True, EXPRESSIVE, SHARED, CAUSAL, WINDOW, MASK, MASK_LOWEST, MASK_PER_QUERY, PADDING,
-                PADDING_LOWEST, DROPOUT, H, W, H_P, W_P, BM, WIDE, PRECISION, FAST, TMA, LONG, UPCAST, WHICH,
+                PADDING_LOWEST, DROPOUT, H, W, H_P, W_P, BM, WIDE, PRECISION, FAST, TMA, LONG, WHICH,
             )  # fmt: skip
         dk, dv = key_gradient(
             dk, dv, k, v, q_base, grad_base, mask_base, padding_base, m_l, m_s, p_s, stats_x, share_x, b, n, index,
             drop_row, keys, first, last, L, S, q_l, d_l, offset, window, factor, kept, seed, below, False, EXPRESSIVE,
             SHARED, CAUSAL, WINDOW, MASK, MASK_LOWEST, MASK_PER_QUERY, PADDING, PADDING_LOWEST, DROPOUT, H, W, H_P, W_P,
-            BM, WIDE, PRECISION, FAST, TMA, LONG, UPCAST, WHICH,
+            BM, WIDE, PRECISION, FAST, TMA, LONG, WHICH,
         )  # fmt: skip
         if WINDOW:
             dk, dv = key_gradient(
                 dk, dv, k, v, q_base, grad_base, mask_base, padding_base, m_l, m_s, p_s, stats_x, share_x, b, n, index,
                 drop_row, keys, last, end, L, S, q_l, d_l, offset, window, factor, kept, seed, below, True, EXPRESSIVE,
                 SHARED, CAUSAL, WINDOW, MASK, MASK_LOWEST, MASK_PER_QUERY, PADDING, PADDING_LOWEST, DROPOUT, H, W, H_P,
-                W_P, BM, WIDE, PRECISION, FAST, TMA, LONG, UPCAST, WHICH,
+                W_P, BM, WIDE, PRECISION, FAST, TMA, LONG, WHICH,
             )  # fmt: skip
     # Of CAREFUL rows each has a factor of its own, which is in their scores already.
     if not EXPRESSIVE:

@@ -39,7 +39,7 @@ def careful_tile(
 ):  # fmt: skip
     """Scores of a tile (0 where hidden), what is visible, and the biases."""
     keys = s0 + tl.arange(0, BN)
-    k = tile(k_base, 0, 0, s0, S, k_s, BN, H, H_P, True, False, LONG, False).to(tl.float32)
+    k = tile(k_base, 0, 0, s0, S, k_s, BN, H, H_P, True, False, LONG).to(tl.float32)
     x = tl.dot(q, tl.trans(k), input_precision="ieee")
     visible = inside(places[:, None], keys[None, :], S, window, CAUSAL, WINDOW)
     bias = tl.zeros((1, BN), tl.float32)
@@ -81,7 +81,7 @@ def careful_kernel(
     again = (rows < L) & ((inverse > steep) | (inverse == 0.0) | (inverse != inverse))
     if tl.max(again.to(tl.int32), 0) == 0:
         return
-    q = tile(q_x + b * q_b + n * q_n, 0, 0, block * BM, L, q_l, BM, H, H_P, True, False, LONG, False).to(tl.float32)
+    q = tile(q_x + b * q_b + n * q_n, 0, 0, block * BM, L, q_l, BM, H, H_P, True, False, LONG).to(tl.float32)
     k_base, v_base = k_x + b * k_b + g * k_g, v_x + b * v_b + g * v_g
     mask_rows, padding_base = mask_x, padding_x
     if MASK != NO_MASK:
@@ -149,7 +149,7 @@ def careful_kernel(
             p = tl.where(
                 meet(low[:, None], high[:, None], key_numbers(seed, keys)[None, :]) < below.to(tl.uint32), 0.0, p
             )
-        v = tile(v_base, 0, 0, s0, S, v_s, BN, W, W_P, True, False, LONG, False).to(tl.float32)
+        v = tile(v_base, 0, 0, s0, S, v_s, BN, W, W_P, True, False, LONG).to(tl.float32)
         acc = tl.dot(p, v, acc, input_precision="ieee")
     inverse = tl.where(total > 0.0, 1.0 / tl.where(total > 0.0, total, 1.0), 0.0)
     result = acc * (inverse * kept)[:, None]

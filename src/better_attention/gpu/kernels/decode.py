@@ -23,7 +23,7 @@ def split_kernel(
     MASK_LOWEST: tl.constexpr, MASK_PER_QUERY: tl.constexpr, PADDING: tl.constexpr, PADDING_LOWEST: tl.constexpr,
     GROUP: tl.constexpr, H: tl.constexpr, W: tl.constexpr, H_P: tl.constexpr, W_P: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, LIFTED: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
-    LONG: tl.constexpr, UPCAST: tl.constexpr,
+    LONG: tl.constexpr,
 ):  # fmt: skip
     """Sums (B G, splits, BM, W_P), totals and maxima (B G, splits, 2, BM) of ``share`` keys each, float32."""
     pair, part = tl.program_id(0), tl.program_id(1)
@@ -37,8 +37,6 @@ def split_kernel(
     columns = tl.arange(0, H_P)
     pointers = q_x + b_far * q_b + (n * q_n + query.to(tl.int64) * q_l)[:, None] + columns[None, :]
     q = tl.load(pointers, mask=real[:, None] & (columns < H)[None, :], other=0.0)
-    if UPCAST:
-        q = q.to(tl.float32)
     mask_rows, padding_base = mask_x, padding_x
     if MASK != NO_MASK:
         mask_rows = mask_x + b_far * m_b
@@ -65,13 +63,13 @@ def split_kernel(
         acc, total, top, q, k_base, v_base, mask_rows, padding_base, m_s, p_s, b, g, places, nothing, nothing, begin,
         last, S, k_s, v_s, window, factor, 0, 0, False, EXPRESSIVE, SHARED, CAUSAL, WINDOW, MASK, MASK_LOWEST,
         MASK_PER_QUERY, PADDING, PADDING_LOWEST, False, H, W, H_P, W_P, BN, LIFTED, PRECISION, FAST, False,
-        LONG, UPCAST,
+        LONG,
     )  # fmt: skip
     acc, total, top = accumulate(
         acc, total, top, q, k_base, v_base, mask_rows, padding_base, m_s, p_s, b, g, places, nothing, nothing, last,
         end, S, k_s, v_s, window, factor, 0, 0, True, EXPRESSIVE, SHARED, CAUSAL, WINDOW, MASK, MASK_LOWEST,
         MASK_PER_QUERY, PADDING, PADDING_LOWEST, False, H, W, H_P, W_P, BN, LIFTED, PRECISION, FAST, False,
-        LONG, UPCAST,
+        LONG,
     )  # fmt: skip
     slot = pair.to(tl.int64) * tl.num_programs(1) + part
     wide = tl.arange(0, W_P)

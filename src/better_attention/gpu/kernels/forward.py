@@ -32,7 +32,6 @@ def accumulate(
     MASK_PER_QUERY: tl.constexpr, PADDING: tl.constexpr, PADDING_LOWEST: tl.constexpr, DROPOUT: tl.constexpr,
     H: tl.constexpr, W: tl.constexpr, H_P: tl.constexpr, W_P: tl.constexpr, BN: tl.constexpr, LIFTED: tl.constexpr,
     PRECISION: tl.constexpr, FAST: tl.constexpr, TMA: tl.constexpr, LONG: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Add keys ``begin`` to ``end`` to the sums of weighted values, to the totals and to the maxima of exponents.
 
@@ -50,7 +49,7 @@ def accumulate(
     for s0 in tl.range(begin, end, BN):
         s0 = tl.multiple_of(s0, BN)
         keys = s0 + tl.arange(0, BN)
-        k = tile(k_x, b, g, s0, S, k_s, BN, H, H_P, EDGE, TMA, LONG, UPCAST)
+        k = tile(k_x, b, g, s0, S, k_s, BN, H, H_P, EDGE, TMA, LONG)
         x = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         visible = keys[None, :] < S
         bias = tl.zeros((1, BN), tl.float32)
@@ -93,7 +92,7 @@ def accumulate(
             )
         v = k
         if not SHARED:
-            v = tile(v_x, b, g, s0, S, v_s, BN, W, W_P, EDGE, TMA, LONG, UPCAST)
+            v = tile(v_x, b, g, s0, S, v_s, BN, W, W_P, EDGE, TMA, LONG)
         if LIFTED:
             p = p * LIFT
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
@@ -110,7 +109,7 @@ def forward_kernel(
     MASK_LOWEST: tl.constexpr, MASK_PER_QUERY: tl.constexpr, PADDING: tl.constexpr, PADDING_LOWEST: tl.constexpr,
     DROPOUT: tl.constexpr, GROUP: tl.constexpr, H: tl.constexpr, W: tl.constexpr, H_P: tl.constexpr, W_P: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, LIFTED: tl.constexpr, PRECISION: tl.constexpr,
-    FAST: tl.constexpr, TMA: tl.constexpr, LONG: tl.constexpr, UPCAST: tl.constexpr,
+    FAST: tl.constexpr, TMA: tl.constexpr, LONG: tl.constexpr,
 ):  # fmt: skip
     """Output (B, N, L, W), and statistics (B, N, 1 or 3, L): what ``finish`` writes."""
     blocks = tl.cdiv(L, BM)
@@ -126,7 +125,7 @@ def forward_kernel(
     if not TMA:
         k_base = k_x + b_far * k_b + g_far * k_g
         v_base = v_x + b_far * v_b + g_far * v_g
-    q = tile(q_x + b_far * q_b + n_far * q_n, b, n, l0, L, q_l, BM, H, H_P, True, False, LONG, UPCAST)
+    q = tile(q_x + b_far * q_b + n_far * q_n, b, n, l0, L, q_l, BM, H, H_P, True, False, LONG)
     mask_rows, padding_base = mask_x, padding_x
     if MASK != NO_MASK:
         mask_rows = mask_x + b_far * m_b + n_far * m_n
@@ -163,19 +162,19 @@ def forward_kernel(
             acc, total, top, q, k_base, v_base, mask_rows, padding_base, m_s, p_s, b, g, places, low, high, begin,
             tl.minimum(first, end), S, k_s, v_s, window, factor, seed, below, True, EXPRESSIVE, SHARED, CAUSAL, WINDOW,
             MASK, MASK_LOWEST, MASK_PER_QUERY, PADDING, PADDING_LOWEST, DROPOUT, H, W, H_P, W_P, BN, LIFTED,
-            PRECISION, FAST, TMA, LONG, UPCAST,
+            PRECISION, FAST, TMA, LONG,
         )  # fmt: skip
     acc, total, top = accumulate(
         acc, total, top, q, k_base, v_base, mask_rows, padding_base, m_s, p_s, b, g, places, low, high, first, last, S,
         k_s, v_s, window, factor, seed, below, False, EXPRESSIVE, SHARED, CAUSAL, WINDOW, MASK, MASK_LOWEST,
         MASK_PER_QUERY, PADDING, PADDING_LOWEST, DROPOUT, H, W, H_P, W_P, BN, LIFTED, PRECISION, FAST, TMA,
-        LONG, UPCAST,
+        LONG,
     )  # fmt: skip
     acc, total, top = accumulate(
         acc, total, top, q, k_base, v_base, mask_rows, padding_base, m_s, p_s, b, g, places, low, high, last, end, S,
         k_s, v_s, window, factor, seed, below, True, EXPRESSIVE, SHARED, CAUSAL, WINDOW, MASK, MASK_LOWEST,
         MASK_PER_QUERY, PADDING, PADDING_LOWEST, DROPOUT, H, W, H_P, W_P, BN, LIFTED, PRECISION, FAST, TMA,
-        LONG, UPCAST,
+        LONG,
     )  # fmt: skip
 
     finish(

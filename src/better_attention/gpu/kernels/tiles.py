@@ -42,7 +42,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 @triton.jit
 def tile(
     x, b, g, first, length, step, ROWS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, BOUND: tl.constexpr,
-    TMA: tl.constexpr, LONG: tl.constexpr, UPCAST: tl.constexpr,
+    TMA: tl.constexpr, LONG: tl.constexpr,
 ):  # fmt: skip
     """Rows ``first`` and the following of one head, (ROWS, PADDED), zeros beyond ``length`` and ``WIDTH``.
 
@@ -63,9 +63,6 @@ def tile(
             loaded = tl.load(x + offsets, mask=(columns < WIDTH)[None, :], other=0.0)
         else:
             loaded = tl.load(x + offsets)
-    # Triton's interpreter holds bfloat16 as integers, and computes with those.
-    if UPCAST:
-        loaded = loaded.to(tl.float32)
     return loaded
 
 
