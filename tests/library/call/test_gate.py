@@ -620,7 +620,7 @@ def test_script_is_refused_with_a_way_out(scripted: object, name: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_distributed_tensor_takes_torchs_operators_and_explain_says_so() -> None:
+def test_a_distributed_tensor_takes_the_kernels_or_is_refused_and_explain_says_so() -> None:
     """In a process of its own: a process group is global state."""
     result = subprocess.run([sys.executable, "-c", DISTRIBUTED], capture_output=True, text=True, check=False)
     assert result.stdout == "right\n", result.stderr
@@ -629,6 +629,7 @@ def test_a_distributed_tensor_takes_torchs_operators_and_explain_says_so() -> No
 DISTRIBUTED = """
 import torch, better_attention as ba
 import torch.distributed as dist
+from better_attention.native.library import missing
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -637,17 +638,21 @@ dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 mesh = init_device_mesh("cpu", (1,))
 x = torch.randn(4, 16, 40, 16)
 q = distribute_tensor(x, mesh, [Shard(1)])
-for score, chosen in (("softmax", "sdpa"), ("expressive", "reference")):
+impls = ["native", "reference"] if missing() is None else ["reference"]
+for score in ("softmax", "expressive"):
     why = ba.explain(q, q, q, score=score)
-    assert why.chosen == chosen and "is a DTensor" in " ".join(why.reasons["native"]), why
-    got = ba.attention(q, q, q, score=score).full_tensor()
-    torch.testing.assert_close(got, ba.attention(x, x, x, score=score, impl="reference"), rtol=1e-4, atol=1e-5)
+    assert why.chosen == ba.explain(x, x, x, score=score).chosen and "divided over heads" in str(why), why
+    for impl in ("auto", *impls):
+        got = ba.attention(q, q, q, score=score, impl=impl).full_tensor()
+        torch.testing.assert_close(got, ba.attention(x, x, x, score=score, impl="reference"), rtol=1e-4, atol=1e-5)
+    over_length = distribute_tensor(x, mesh, [Shard(2)])
+    assert ba.explain(over_length, over_length, over_length, score=score).chosen is None
     try:
-        ba.attention(q, q, q, score=score, impl="native")
+        ba.attention(over_length, over_length, over_length, score=score)
     except ValueError as error:
-        assert "is a DTensor" in str(error), error
+        assert "sequence_attention" in str(error), error
     else:
-        raise AssertionError("native took a DTensor")
+        raise AssertionError("divided over the length, it was computed")
 
 plan = {p: ColwiseParallel() for p in ("q_proj", "k_proj", "v_proj")} | {"out_proj": RowwiseParallel()}
 for mechanism in ("standard", "expressive"):
