@@ -24,8 +24,8 @@ if hasattr(os, "sched_setaffinity"):
 import jax
 import keras
 import numpy as np
-from benchmarks.import_time import processor
 
+from better_attention.bench.machine import cpu_name
 from better_attention.keras import kernels
 from better_attention.keras.scores import SCORES
 
@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--quick", action="store_true", help="the first shape, without the causal mask")
     options = parser.parse_args()
-    print(f"{processor()}, one thread, JAX {jax.__version__}, Keras {keras.__version__}, {options.rounds} rounds")
+    print(f"{cpu_name()}, one thread, JAX {jax.__version__}, Keras {keras.__version__}, {options.rounds} rounds")
     print(f"{'shape':<18}{'score':<12}{'causal':<8}{'mode':<10}{'times as fast':>14}{'lowest':>8}{'highest':>9}")
     rng = np.random.default_rng(0)
     for shape in SHAPES[:1] if options.quick else SHAPES:

@@ -79,6 +79,26 @@ def test_operators_are_registered_when_torch_comes_later() -> None:
     assert python(BEFORE_TORCH) == str(4 * 64 * 64 * 16)
 
 
+LIGHT = """
+import sys, torch
+before = set(sys.modules)
+x = torch.randn(1, 2, 8, 4, requires_grad=True)
+import better_attention as ba
+layer = ba.MultiheadAttention(4, 2, mechanism="super", max_len=8, batch_first=True)
+layer(x[0], x[0], x[0])[0].sum().backward()
+ba.attention(x, x, x, score="expressive").sum().backward()
+for name in ba.__all__:
+    getattr(ba, name)
+ours = {"better_attention", *sys.stdlib_module_names}
+print(sorted(module for module in sys.modules.keys() - before if module.partition(".")[0] not in ours))
+"""
+
+
+def test_nothing_but_torch_is_imported_along_and_nothing_more_of_torch() -> None:
+    """What takes long: NumPy where torch came without, torch._dynamo, torch.export, Triton, Keras, ONNX."""
+    assert python(LIGHT) == "[]"
+
+
 COMPILED = """
 import torch, better_attention as ba
 import torch._dynamo
