@@ -18,9 +18,18 @@ from hypothesis import settings
 if TYPE_CHECKING:
     from helpers.publisher import Publisher
 
-# Both are read once, by the first import of Keras and of JAX.
+# They are read once, by the first import of Keras and of JAX.
 os.environ.setdefault("KERAS_BACKEND", "jax")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# At these sizes compiling takes far longer than computing. `make test-slow` has XLA optimise as users have it.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
+
+def _without_waiting(handle: int) -> None:
+    """What a test writes need not outlast the machine, and on a busy disk each call waits for everybody's writes."""
+
+
+os.fsync = _without_waiting
 
 torch.set_num_threads(1)  # one summation order, on whatever machine
 

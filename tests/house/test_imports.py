@@ -69,7 +69,7 @@ LIGHT = {"torch"}
 HEAVY = {"numpy", "scipy", "sklearn", "matplotlib", "accelerate", "safetensors", "jinja2", "pooch"}
 EXTRAS = {
     "conversion.recipe": {"safetensors"},
-    "export.onnx": {"onnxruntime", "onnxscript"},
+    "export.onnx": {"onnx", "onnxruntime", "onnxscript"},
     "export.quantise": {"onnx", "onnxruntime", "torchao"},
     "gpu.toolchain": {"triton"},
     "gpu.launches": {"triton"},

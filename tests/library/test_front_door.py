@@ -47,10 +47,11 @@ def test_mechanisms_and_their_messages_need_no_torch() -> None:
     assert "unknown mechanism 'fast'" in python(WITHOUT_TORCH)
 
 
-@pytest.mark.parametrize(
-    "module",
-    ["native.library", "dropout", "scores.expressive", "call.call", "layer.multihead", "impl.native", "positions"],
-)
+FIRST = ["native.library", "layer.multihead"]
+LATER = ["dropout", "scores.expressive", "call.call", "impl.native", "positions"]
+
+
+@pytest.mark.parametrize("module", [*FIRST, *(pytest.param(name, marks=pytest.mark.slow) for name in LATER)])
 def test_every_module_can_be_the_first(module: str) -> None:
     """What waits for torch does not find half of the module that imports torch."""
     code = f"import better_attention.{module}, torch, fractions; print(torch.ops.better_attention.native)"

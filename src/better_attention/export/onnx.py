@@ -123,7 +123,7 @@ def export_onnx(
 
     Raises:
         ValueError: an error above the tolerance; operators that are not standard; axes that do not fit; an opset that
-            ONNX Runtime does not know.
+            onnx or ONNX Runtime does not know.
         TypeError: inputs that ``model.forward`` does not take.
         ImportError: a package of the extra ``onnx`` is missing.
         torch.onnx.OnnxExporterError: torch cannot export the model.
@@ -132,6 +132,7 @@ def export_onnx(
         raise TypeError(f"model must be an nn.Module, received {describe(model)}.")
     check_int(opset, "opset", at_least=18)
     _require_packages()
+    _check_known(opset)
     named = by_name(model, inputs)
     axes = guess_dynamic(named) if dynamic is None else dynamic
     check_dynamic(named, axes)
@@ -162,10 +163,26 @@ def _require_packages() -> None:
         ImportError: a package of the extra is missing.
     """
     try:
+        import onnx as onnx
         import onnxruntime as onnxruntime
         import onnxscript as onnxscript
     except ImportError as error:
         raise ImportError(EXTRA) from error
+
+
+def _check_known(opset: int) -> None:
+    """Refuse before anything is exported, which may take a minute.
+
+    Raises:
+        ValueError: an opset later than the newest that the installed onnx describes.
+    """
+    import onnx
+
+    if opset > (newest := onnx.defs.onnx_opset_version()):
+        raise ValueError(
+            f"opset must be <= {newest}, the newest that onnx {onnx.__version__} describes, received {opset}. "
+            f"Choose another opset= than {opset}, {ATTENTION_OPSET} for example, or newer versions of the packages."
+        )
 
 
 def _exported(

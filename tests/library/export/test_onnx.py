@@ -154,6 +154,7 @@ def test_misuse_says_what_to_do(tmp_path: Path) -> None:
     refused(lambda: ba.export_onnx(model, path, tokens(), dynamic={"x": {0: "n", 1: "n"}}), "'n'", "3", "5")
     refused(lambda: ba.export_onnx(model, path, tokens(), dynamic=5), "dynamic")
     refused(lambda: ba.export_onnx(model, path, tokens(), opset=11), "opset", "18")
+    refused(lambda: ba.export_onnx(model, path, tokens(), opset=99), "opset", "99", "newest", "23")
     fixed = {"input": {0: "batch", 1: "features"}}
     refused(lambda: ba.export_onnx(nn.Linear(3, 2), path, torch.ones(5, 3), dynamic=fixed), "axis 1 of input to 3")
     refused(lambda: ba.export_onnx(Model("standard", impl="native"), path, tokens()), kind=Exception)
