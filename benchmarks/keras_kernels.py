@@ -1,6 +1,6 @@
 """The compiled kernels in JAX against ``keras.ops``, by turns in one process: times as fast, with the spread.
 
-    python -m benchmarks.keras_kernels [--rounds 9] [--quick]
+    python -m benchmarks.keras_kernels [--rounds 9] [--quick] [--out FILE.json]
 
 Softmax attention in ``keras.ops`` is ``keras.ops.dot_product_attention``, which is jax.nn's; expressive attention is
 what ``better_attention.keras`` computes by default. Both sides are jitted, and agree to 1e-4, which is checked
@@ -11,10 +11,12 @@ from OMP_NUM_THREADS: this pins both to one core.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 os.environ.update(KERAS_BACKEND="jax", JAX_PLATFORMS="cpu", NPROC="1", OMP_NUM_THREADS="1")
@@ -25,7 +27,7 @@ import jax
 import keras
 import numpy as np
 
-from better_attention.bench.machine import cpu_name
+from better_attention.bench.machine import describe
 from better_attention.keras import kernels
 from better_attention.keras.scores import SCORES
 
@@ -70,18 +72,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--quick", action="store_true", help="the first shape, without the causal mask")
+    parser.add_argument("--out", type=Path, help="write the figures and the machine into this JSON file")
     options = parser.parse_args()
-    print(f"{cpu_name()}, one thread, JAX {jax.__version__}, Keras {keras.__version__}, {options.rounds} rounds")
+    command = f"python -m benchmarks.keras_kernels --rounds {options.rounds}{' --quick' if options.quick else ''}"
+    machine = describe(command)
+    print(f"{machine['cpu']}, one thread, JAX {jax.__version__}, Keras {keras.__version__}, {options.rounds} rounds")
     print(f"{'shape':<18}{'score':<12}{'causal':<8}{'mode':<10}{'times as fast':>14}{'lowest':>8}{'highest':>9}")
     rng = np.random.default_rng(0)
+    rows = []
     for shape in SHAPES[:1] if options.quick else SHAPES:
         inputs = tuple(rng.normal(size=shape).astype("float32") for _ in range(4))
         for score in kernels.SCORES:
             for causal in (False,) if options.quick else (False, True):
-                row(shape, score, causal, inputs, options.rounds)
+                for mode, ratios in modes(score, causal, inputs, options.rounds):
+                    row = {"shape": shape, "score": score, "causal": causal, "mode": mode}
+                    row |= {"median": statistics.median(ratios), "lowest": ratios[0], "highest": ratios[-1]}
+                    rows.append(row)
+                    print(
+                        f"{'x'.join(map(str, shape)):<18}{score:<12}{causal!s:<8}{mode:<10}"
+                        f"{row['median']:>14.2f}{row['lowest']:>8.2f}{row['highest']:>9.2f}",
+                        flush=True,
+                    )
+    if options.out is not None:
+        document = {"machine": machine, "rounds": options.rounds, "rows": rows}
+        options.out.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
 
 
-def row(shape: tuple[int, ...], score: str, causal: bool, inputs: tuple[Any, ...], rounds: int) -> None:
+def modes(score: str, causal: bool, inputs: tuple[Any, ...], rounds: int) -> Iterator[tuple[str, list[float]]]:
     """Inference, then training: the output and all gradients."""
     *qkv, grad = inputs
 
@@ -89,20 +106,12 @@ def row(shape: tuple[int, ...], score: str, causal: bool, inputs: tuple[Any, ...
         return kernels.attention(q, k, v, score=score, causal=causal, threads=1)
 
     theirs = in_ops(score, causal)
-    for mode in ("inference", "training"):
-        functions = [ours, theirs]
-        if mode == "training":
-            functions = [
-                jax.grad(lambda q, k, v, function=function: (function(q, k, v) * grad).sum(), argnums=(0, 1, 2))
-                for function in functions
-            ]
-        ratios = compare(*functions, tuple(qkv), rounds)
-        middle = statistics.median(ratios)
-        name = "x".join(map(str, shape))
-        print(
-            f"{name:<18}{score:<12}{causal!s:<8}{mode:<10}{middle:>14.2f}{ratios[0]:>8.2f}{ratios[-1]:>9.2f}",
-            flush=True,
-        )
+    yield "inference", compare(ours, theirs, tuple(qkv), rounds)
+    both = (
+        jax.grad(lambda q, k, v, function=function: (function(q, k, v) * grad).sum(), argnums=(0, 1, 2))
+        for function in (ours, theirs)
+    )
+    yield "training", compare(*both, tuple(qkv), rounds)
 
 
 if __name__ == "__main__":

@@ -66,6 +66,7 @@ CALLS: dict[str, dict[str, Any]] = {
 
 
 COMPILED = {("plain", call) for call in CALLS} | {(options, "scores and causal") for options in OPTIONS}
+COMPILED |= {("value_dim", "plain")}
 """What the unit tests run: JAX compiles every operation for every new shape, so that all pairs take their time."""
 
 

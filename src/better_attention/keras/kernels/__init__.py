@@ -31,8 +31,6 @@ import numpy as np
 
 from better_attention.errors import check_bool, check_choice, check_float, check_int
 
-ABI = 3
-"""Version of ``native/cpp/api.h``; a test compares it with the torch side's."""
 SCORES = {"softmax": 0, "expressive": 1}
 """The scores that the kernels compute, by their numbers in api.h."""
 SWITCH = "BETTER_ATTENTION_NATIVE"
@@ -192,19 +190,24 @@ def _register() -> None:
             "the default, or set JAX_PLATFORMS=cpu."
         )
     kernels, wrapper = ctypes.CDLL(str(_kernels_file())), ctypes.CDLL(str(build()))
-    for library, function in ((kernels, "ba_abi"), (wrapper, "ba_jax_abi")):
-        interface = getattr(library, function)
-        interface.restype = ctypes.c_int64
-        if interface() != ABI:
-            raise KernelsMissingError(
-                f"the compiled kernels have interface {interface()}, this version needs {ABI}: install "
-                "better-attention again, with a C++ compiler there."
-            )
+    # Of the library that was installed, and of the sources that the wrapper has just been compiled against.
+    installed, needed = _version_of(kernels.ba_abi), _version_of(wrapper.ba_jax_abi)
+    if installed != needed:
+        raise KernelsMissingError(
+            f"the compiled kernels have interface {installed}, this version needs {needed}: install better-attention "
+            "again, with a C++ compiler there."
+        )
     wrapper.ba_jax_use(
         *(ctypes.cast(getattr(kernels, name), ctypes.c_void_p) for name in ("ba_forward", "ba_backward"))
     )
     for name in ("ba_jax_forward", "ba_jax_backward"):
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(wrapper, name)), platform="cpu")
+
+
+def _version_of(function: Any) -> int:
+    function.restype = ctypes.c_int64
+    number: int = function()
+    return number
 
 
 def _package() -> list[Path]:
