@@ -31,7 +31,7 @@ import numpy as np
 
 from better_attention.errors import check_bool, check_choice, check_float, check_int
 
-ABI = 3
+ABI = 4
 """Version of ``native/cpp/api.h``; a test compares it with the torch side's."""
 SCORES = {"softmax": 0, "expressive": 1}
 """The scores that the kernels compute, by their numbers in api.h."""
