@@ -163,8 +163,8 @@ def settings(platform: Platform, tools: Path, source: Path) -> dict[str, str]:
     found = {
         "CMAKE_SYSTEM_NAME": platform.system,
         "CMAKE_SYSTEM_PROCESSOR": platform.processor,
-        # The folder's name is another one each time.
-        "CMAKE_CXX_FLAGS": f"-ffile-prefix-map={source}=better-attention",
+        # The folder's name is another one each time. zig would describe everything to debuggers; it is stripped anyway.
+        "CMAKE_CXX_FLAGS": f"-g0 -ffile-prefix-map={source}=better-attention",
         "CMAKE_AR": str(tools / "ar"),
         "CMAKE_RANLIB": str(tools / "ranlib"),
     }

@@ -7,6 +7,7 @@ import json
 import re
 import tomllib
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -96,11 +97,15 @@ def test_the_bill_has_the_digest_of_every_file_and_is_the_same_each_time(tmp_pat
     assert sbom.write_sbom(tmp_path, [wheel], 1_700_000_000).read_bytes() == first
 
 
-def wheel_of(folder: Path, tag: str, files: dict[str, bytes], *, pure: bool) -> Path:
-    """A wheel with these files."""
+def wheel_of(
+    folder: Path, tag: str, files: dict[str, bytes], *, pure: bool, sources: Sequence[str] = check.SOURCES
+) -> Path:
+    """A wheel with these files, and those that every wheel has."""
     path = folder / f"better_attention-1-py3-none-{tag}.whl"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("better_attention-1.dist-info/WHEEL", f"Root-Is-Purelib: {str(pure).lower()}\n")
+        for name in sources:
+            archive.writestr(name, b"")
         for name, content in files.items():
             archive.writestr(name, content)
     return path
@@ -133,3 +138,9 @@ def test_a_wheel_that_is_not_what_it_says_ends_the_check(
 ) -> None:
     with pytest.raises(SystemExit, match=message):
         check.contents(wheel_of(tmp_path, tag, files, pure=pure))
+
+
+def test_a_wheel_without_the_sources_of_the_kernels_for_jax_ends_the_check(tmp_path: Path) -> None:
+    wheel = wheel_of(tmp_path, "any", {}, pure=True, sources=check.SOURCES[:1])
+    with pytest.raises(SystemExit, match=r"lacks \['better_attention/native/cpp/api\.h'\]"):
+        check.contents(wheel)
