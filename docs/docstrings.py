@@ -15,7 +15,8 @@ import better_attention
 DOCUMENTED = {*better_attention.__all__, "distil", "load_run"}
 """Public names of the package itself: a role that names one becomes a link."""
 ROLE = re.compile(r":(?P<kind>[a-z]+):`(?P<text>[^`]+)`")
-DISPLAY = re.compile(r"^(?P<indent>[ ]*)\.\. math:: (?P<text>.*)$", re.MULTILINE)
+DISPLAY = re.compile(r"^(?P<indent>[ ]*)\.\. math:: (?P<text>.*(?:\n(?P=indent)[ ]+\S.*)*)$", re.MULTILINE)
+"""A formula of its own, whose further lines are indented."""
 EXAMPLE = re.compile(r"^(?P<indent>[ ]*)>>> .*?(?=^[ ]*$|\Z)", re.MULTILINE | re.DOTALL)
 SKIPPED = re.compile(r"[ ]+# doctest: \+SKIP$", re.MULTILINE)
 
@@ -25,9 +26,16 @@ def rewritten(text: str) -> str:
 
     >>> rewritten("see :class:`better_attention.KVCache` and :math:`W_A V`")
     'see [`KVCache`][better_attention.KVCache] and $W_A V$'
+    >>> rewritten(".. math:: a = b,\\n    c = d\\n\\nand so on")
+    '$$a = b, c = d$$\\n\\nand so on'
     """
-    text = DISPLAY.sub(r"\g<indent>$$\g<text>$$", text.replace("``", "`"))
+    text = DISPLAY.sub(_displayed, text.replace("``", "`"))
     return EXAMPLE.sub(_fenced, ROLE.sub(_role, text))
+
+
+def _displayed(match: re.Match[str]) -> str:
+    """A formula of its own on one line, as ``docs.formulas`` takes it."""
+    return f"{match['indent']}$${' '.join(match['text'].split())}$$"
 
 
 def _fenced(match: re.Match[str]) -> str:

@@ -12,7 +12,7 @@ from markdown.inlinepatterns import InlineProcessor
 
 
 class Inline(InlineProcessor):
-    """``$x^2$`` within a sentence. A dollar sign beside a space or before a digit is a dollar sign."""
+    """``$x^2$`` within a sentence. As in pandoc, it neither begins nor ends with a space, and no digit follows it."""
 
     def handleMatch(self, m: re.Match[str], data: str) -> tuple[ElementTree.Element, int, int]:  # noqa: N802 - their name
         """The formula, and where it stood."""
@@ -39,5 +39,5 @@ class Formulas(Extension):
 
     def extendMarkdown(self, md: Markdown) -> None:  # noqa: N802 - their name
         """Add them to the rules of ``md``, after code spans, in which a dollar sign is one."""
-        md.inlinePatterns.register(Inline(r"\$(?![\s\d])([^$\n]+?)(?<!\s)\$", md), "formula", 185)
+        md.inlinePatterns.register(Inline(r"\$(?!\s)([^$]+?)(?<!\s)\$(?!\d)", md), "formula", 185)
         md.parser.blockprocessors.register(Block(md.parser), "formula", 75)

@@ -155,7 +155,7 @@ def layer() -> str:
     text = ", ".join(f"{name} {100 * share[name]:.0f} %" for name in ("optimised", "efficient", "super"))
     parts.append(label(left, 378, "parameters, of standard&#8217;s (width 128, 64 tokens):", size=12))
     parts.append(label(left, 396, text, size=12))
-    return drawing(840, 408, parts, "The layer in five steps, and what each mechanism keeps of it")
+    return drawing(852, 408, parts, "The layer in five steps, and what each mechanism keeps of it")
 
 
 # --- speed and quality ------------------------------------------------------------------------------------------------
@@ -316,8 +316,8 @@ def score_functions() -> str:
     left.plot(z, z**2 / (1 + z**2), color=PURPLE, lw=2)
     left.plot(z, np.exp(z) / math.exp(4), color=GREY, lw=2)
     left.set_title("weight before normalisation over z = scale · q·k")
-    left.annotate("expressive: z² / (1 + z²)", (-3.9, 1.0), color=PURPLE, fontsize=9)
-    left.annotate("softmax: exp(z) / exp(4)", (-1.9, 0.42), color=GREY, fontsize=9)
+    left.annotate("expressive\nz² / (1 + z²)", (0, 0.76), color=PURPLE, fontsize=9, ha="center")
+    left.annotate("softmax\nexp(z) / exp(4)", (-3.9, 0.1), color=GREY, fontsize=9)
     degrees = np.linspace(0, 180, 361)
     cosine = torch.tensor(np.cos(np.radians(degrees)), dtype=torch.float64)
     for name, colour, score in (("softmax", GREY, "softmax"), ("expressive", PURPLE, "expressive")):

@@ -98,7 +98,14 @@ def __getattr__(name: str) -> Any:
     # Importing the package imports neither torch (better_attention.keras runs without it) nor the extras.
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    try:
+        globals()[name] = value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if not _HOMES[name].startswith("lab.") or package == __name__:
+            raise
+        text = f"{__name__}.{name} needs {package}, which is missing: pip install 'better-attention[experiments]'."
+        raise ModuleNotFoundError(text, name=error.name) from error
     return value
 
 

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from functools import cache
 from html.parser import HTMLParser
@@ -28,6 +29,8 @@ LAZY = {"distil", "load_run"}
 OUTSIDE = re.compile(r"^(?:https?:)?//", re.IGNORECASE)
 LOADS = {"script": "src", "img": "src", "iframe": "src", "source": "src", "video": "src", "audio": "src"}
 """Elements that load what an attribute names; of ``link`` those that are style sheets, fonts, icons."""
+QUOTING = {"code", "pre", "script", "style"}
+"""Elements whose text is not the page's prose."""
 
 
 class Page(HTMLParser):
@@ -38,10 +41,13 @@ class Page(HTMLParser):
         self.links: list[str] = []
         self.loaded: list[str] = []
         self.anchors: set[str] = set()
+        self.prose = ""
+        self._quoting = 0
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         values = {name: value or "" for name, value in attrs}
+        self._quoting += tag in QUOTING
         self.anchors |= {values[key] for key in ("id", "name") if key in values}
         if tag == "a" and "href" in values:
             self.links.append(values["href"])
@@ -49,6 +55,13 @@ class Page(HTMLParser):
             self.loaded.append(values[LOADS[tag]])
         if tag == "link" and not {"canonical", "next", "prev"} & set(values.get("rel", "").split()):
             self.loaded.append(values["href"])
+
+    def handle_endtag(self, tag: str) -> None:
+        self._quoting -= tag in QUOTING
+
+    def handle_data(self, data: str) -> None:
+        if not self._quoting:
+            self.prose += data
 
 
 def project(folder: Path) -> Path:
@@ -154,15 +167,42 @@ def test_nothing_comes_from_elsewhere(site: Path) -> None:
     assert foreign == []
 
 
+def test_every_formula_became_one(site: Path) -> None:
+    left = {path.name: re.findall(r"\$[^$\s][^$]*\$", page.prose) for path, page in html(site).items()}
+    assert {name: texts for name, texts in left.items() if texts} == {}
+    assert "<msqrt>" in (site / "picture.html").read_text("utf-8")  # 1/\sqrt{d_k}: a formula may begin with a digit
+
+
+def test_the_site_can_be_searched_where_it_is_opened_from_a_folder(site: Path) -> None:
+    """A browser does not let a page read ``search.json`` there, but loads a script."""
+    assert "ALiBi" in (site / "search.js").read_text("utf-8")
+
+
+def test_a_function_is_shown_once_and_its_result_is_one_item(site: Path) -> None:
+    page = (site / "api" / "function.html").read_text("utf-8")
+    first = page[page.index('id="better_attention.attention"') : page.index('id="better_attention.explain"')]
+    assert first.count("doc-signature") == 1
+    returned = first[first.index("Returns:") : first.index("Raises:")]
+    assert returned.count("<li") == 1
+
+
+def test_the_first_page_names_every_extra_for_users() -> None:
+    project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text("utf-8"))["project"]
+    wanted = set(project["optional-dependencies"]) - {"docs", "bench", "hosts", "dev"}
+    table = re.findall(r"^\|((?: `[a-z]+`,?)+) \|", (DOCS / "start.md").read_text("utf-8"), re.MULTILINE)
+    assert set(re.findall(r"[a-z]+", " ".join(table))) == wanted
+
+
 def test_what_the_checks_of_the_site_look_for_is_found(tmp_path: Path) -> None:
     (tmp_path / "index.html").write_text(
         '<link rel="stylesheet" href="https://fonts.googleapis.com/css"><h1 id="a">A</h1><a href="b.html#there">b</a>'
-        '<a href="c.html">c</a><a href="#nowhere">d</a><a href="#a">e</a><img src="//cdn/x.png">'
+        '<a href="c.html">c</a><a href="#nowhere">d</a><a href="#a">e</a><img src="//cdn/x.png"><code>$x$</code>$y$'
     )
     (tmp_path / "b.html").write_text('<p id="here"></p>')
     assert list(dead(tmp_path)) == ["index.html: b.html#there", "index.html: c.html", "index.html: #nowhere"]
     page = Page((tmp_path / "index.html").read_text())
     assert [bool(OUTSIDE.match(url)) for url in page.loaded] == [True, True]
+    assert page.prose.endswith("e$y$")
 
 
 def test_every_public_name_is_documented(site: Path) -> None:

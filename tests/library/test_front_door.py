@@ -186,3 +186,21 @@ def test_a_module_that_is_not_there_stays_a_module_not_found() -> None:
     when_imported("module_that_nobody_has", lambda: pytest.fail("it was imported"))
     with pytest.raises(ModuleNotFoundError):
         importlib.import_module("module_that_nobody_has")
+
+
+WITHOUT_THE_EXTRA = """
+import sys
+sys.modules["{missing}"] = None  # as where it is not installed
+import better_attention as ba
+try:
+    ba.{name}
+except ModuleNotFoundError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(("name", "missing"), [("distil", "accelerate"), ("load_run", "safetensors")])
+def test_a_name_that_needs_an_extra_says_which(name: str, missing: str) -> None:
+    said = python(WITHOUT_THE_EXTRA.format(name=name, missing=missing))
+    assert said.startswith(f"better_attention.{name} needs {missing}, which is missing")
+    assert "pip install 'better-attention[experiments]'" in said
