@@ -9,7 +9,7 @@ INSTALL := @echo "installing into $(VENV): minutes, and 1.6 GB with PyTorch for 
 compare: $(VENV)/installed-all  ## train the five mechanisms on real handwritten digits (about two minutes)
 	$(BIN)/better-attention compare digits
 
-test: $(VENV)/installed-dev  ## unit tests and documentation examples (minutes on two cores)
+test: $(VENV)/installed-dev  ## unit tests and documentation examples (about five minutes on two cores)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m "not slow and not gpu"
 
 test-slow: $(VENV)/installed-dev  ## everything, the long tests too
