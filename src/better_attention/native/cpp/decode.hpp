@@ -1,9 +1,11 @@
 // A few queries over many keys: the time it takes is the time to read the keys and values, so both are read once, in
 // the order in which they lie, and shared out among threads in chunks of keys whose partial sums are combined.
 //
-// A block is LANES keys of all heads whose rows lie side by side: products with the queries, then weights, lanes being
-// keys, then sums of values. The values of a block are added up after the products of the next one, so that neither
-// waits for the other. How keys are cut follows from the shape alone: results do not depend on the number of threads.
+// A block is LANES keys of one head: products with the queries, then weights, lanes being keys, then sums of values. The
+// values of a block are added up after the products of the next one, so that neither waits for the other. Where the
+// heads of a key lie side by side, the blocks of all heads follow one another before the next keys, and what is asked
+// for ahead goes through memory in the order of its addresses, whichever head it belongs to. How keys are cut follows
+// from the shape alone: results do not depend on the number of threads.
 //
 // Keys and values may be int8 with a scale for each row and head, and keys may be turned by their place (rotary) as
 // they are read: a cache then holds what it was given, once. Distances (ALiBi) are counted here too, without a mask.
@@ -13,14 +15,17 @@ namespace {
 
 constexpr int64_t FEW = BA_FEW;
 constexpr int64_t CHUNK = 512;   // keys of a task at most: longer sums lose digits
-constexpr int64_t ROWS = 16;     // queries of a block, of all its heads together
-constexpr int64_t AHEAD = 8192;  // bytes between what is read and what is asked for
+constexpr int64_t RUN = 2 << 20;  // bytes of a task at most,
+constexpr int64_t TASKS = 64;    // where there are as many tasks
+constexpr float SLACK = 8.0f;    // by which exponents may exceed their shift: to follow every new maximum costs time
+constexpr int64_t AHEAD = 8192;  // bytes between what is read and what is asked for, where a head's rows are in a line
 
 struct Decode {
     const ba_call* c;
     int64_t group, few, Hp, Wp, state;  // state: floats of one row's partial sums
     int64_t begin, end, chunk, chunks;  // keys that any query sees, and how they are cut
-    int64_t heads, together;            // heads of a task: G if those of one key lie side by side; and of a block
+    int64_t run, runs;                  // chunks of a task, and tasks of a row: a new place in memory starts slowly
+    int64_t heads;                      // of a task: G if those of one key lie side by side, or 1
     float *q, *parts;                   // queries [B][G][few][Hp], sums [B][G][few][chunks][state]
 };
 
@@ -34,74 +39,49 @@ static Sums sums_at(float* state) { return {state, state + LANES, state + 2 * LA
 struct DecodeBlock {
     const ba_call* c;
     const Decode* f;
-    int64_t b, first, heads, s0, n;     // heads first + [0, heads), keys s0 + [0, n)
-    const char *k, *v;                  // of its first key and head
-    int64_t k_s, k_g, v_s, v_g;         // strides in bytes
-    int64_t k_ahead, v_ahead;           // from a row to the one to be asked for, in bytes
+    int64_t b, g, s0, n;  // keys s0 + [0, n) of head g
+    Rows k, v;
     const float* q;
-    float *dots, *weights;              // of its rows, head by head: [LANES keys][LANES] sums to be added up; [LANES]
+    float *scores, *weights;  // of its rows, LANES each
     float* state;
-    int64_t state_row;                  // floats from one row's state to the next one's
-    bool live[ROWS], any_live;          // rows that see a key of the block
+    int64_t state_row;        // floats from one row's state to the next one's
+    bool live[FEW], any_live;  // rows that see a key of the block
 };
 
-// Keys j + [0, COUNT) with the queries of their heads.
-template <int TYPE, bool ROTATED, int COUNT> BA_INLINE void dot_rows(const DecodeBlock& d, int64_t j) {
+template <int TYPE, bool ROTATED, int ASK> BA_INLINE void score_row(const DecodeBlock& d, int64_t r) {
     const ba_call& c = *d.c;
-    const int64_t Hp = d.f->Hp, few = d.f->few;
-    const float* q = d.q;
-    float* dots = d.dots + j * LANES;
-    const char* k = d.k + j * d.k_s;
-    for (int64_t g = 0; g < d.heads; ++g, k += d.k_g)
-        for (int64_t r = 0; r < few; ++r, q += Hp, dots += LANES * LANES) {
-            const int64_t ahead = r == 0 ? d.k_ahead : 0;
-            if constexpr (!ROTATED) multiply<TYPE, COUNT>(k, d.k_s, ahead, q, c.H, dots);
-            for (int64_t i = 0; ROTATED && i < COUNT; ++i) {
-                const int64_t at = (d.s0 + j + i) * c.rotary_s;
-                store(dots + i * LANES,
-                    multiply_rotated<TYPE>(k + i * d.k_s, ahead, q, c.H, c.rotary_cos + at, c.rotary_sin + at));
-            }
-        }
-}
-
-template <int TYPE, bool ASK, int COUNT> BA_INLINE void value_rows(const DecodeBlock& d, int64_t j, int64_t ahead) {
-    const int64_t W = d.c->W, few = d.f->few;
-    float *state = d.state, *weights = d.weights + j;
-    const bool* live = d.live;
-    const char* v = d.v + j * d.v_s;
-    for (int64_t g = 0; g < d.heads; ++g, v += d.v_g)
-        for (int64_t r = 0; r < few; ++r, state += d.state_row, weights += LANES, ++live)
-            if (*live) add_values<TYPE, ASK, COUNT>(v, d.v_s, r == 0 ? ahead : 0, weights, W, sums_at(state).out);
-}
-
-template <int TYPE, bool ROTATED, int COUNT> BA_INLINE void dot_some(const DecodeBlock& d, int64_t j, int64_t end) {
-    if (j + COUNT <= end) return dot_rows<TYPE, ROTATED, COUNT>(d, j);
-    for (; j < end; ++j) dot_rows<TYPE, ROTATED, 1>(d, j);
-}
-
-template <int TYPE, bool ASK, int COUNT>
-BA_INLINE void value_some(const DecodeBlock& d, int64_t j, int64_t end, int64_t ahead) {
-    if (j + COUNT <= end) return value_rows<TYPE, ASK, COUNT>(d, j, ahead);
-    for (; j < end; ++j) value_rows<TYPE, ASK, 1>(d, j, ahead);
-}
-
-// One block's products and the values of the block before it. Several rows at once cost fewer instructions, but
-// memory is fastest where rows come one by one.
-template <int TYPE, bool ROTATED, bool ONE> static void row_pass(const DecodeBlock& next, const DecodeBlock& d) {
-    constexpr int some = ONE || TYPE == INT8 ? 4 : 2;
-    const int64_t values = d.any_live ? d.n : 0;
-    if (TYPE == INT8 || d.f->heads == 1) {  // short rows: products and values take turns
-        for (int64_t j = 0; j < LANES; j += some) {
-            dot_some<TYPE, ROTATED, some>(next, j, next.n);
-            value_some<TYPE, !ONE, some>(d, j, values, d.v_ahead);
-        }
-        return;
+    const float* q = d.q + r * d.f->Hp;
+    V z;
+    if constexpr (ROTATED) {
+        const int64_t at = d.s0 * c.rotary_s;
+        z = rotated_products<TYPE, ASK>(d.k, d.n, q, c.H, c.rotary_cos + at, c.rotary_sin + at, c.rotary_s);
+    } else {
+        z = d.n == LANES ? products<TYPE, ASK, true>(d.k, d.n, q, c.H) : products<TYPE, ASK, false>(d.k, d.n, q, c.H);
     }
-    for (int64_t j = 0; j < next.n; ++j) dot_rows<TYPE, ROTATED, 1>(next, j);
-    for (int64_t j = 0; j < values; ++j) {
-        // Values that were keys are near already. Meanwhile half of the block behind the next one is asked for.
-        const bool other = ONE && (d.v_ahead == 0 || j % 2 != 0);
-        value_rows<TYPE, true, 1>(d, j, !ONE ? d.v_ahead : other ? 0 : (2 * LANES - j / 2) * d.v_s);
+    store(d.scores + r * LANES, z);
+}
+
+template <int TYPE, int ASK> BA_INLINE void value_row(const DecodeBlock& d, int64_t r) {
+    float* out = sums_at(d.state + r * d.state_row).out;
+    const float* weights = d.weights + r * LANES;
+    if (d.n == LANES) add_values<TYPE, ASK, true>(d.v, d.n, weights, d.c->W, out);
+    else add_values<TYPE, ASK, false>(d.v, d.n, weights, d.c->W, out);
+}
+
+// One block's products and the values of the block before it. ONE: values are keys, which are near already; then both ask
+// for half of what comes next, so that requests to memory never pause.
+template <int TYPE, bool ROTATED, bool ONE> static void block_pass(const DecodeBlock& next, const DecodeBlock& d) {
+    if (next.n != 0) {
+        score_row<TYPE, ROTATED, ONE ? ASK_EVEN : ASK_ALL>(next, 0);
+        for (int64_t r = 1; r < next.f->few; ++r) score_row<TYPE, ROTATED, ASK_NONE>(next, r);
+    }
+    if (!d.any_live) return;
+    bool asked = false;
+    for (int64_t r = 0; r < d.f->few; ++r) {
+        if (!d.live[r]) continue;
+        if (asked) value_row<TYPE, ASK_NONE>(d, r);
+        else value_row<TYPE, ONE ? ASK_ODD : ASK_ALL>(d, r);
+        asked = true;
     }
 }
 
@@ -162,15 +142,10 @@ static V lean_of(const ba_call& c, int64_t n, int64_t l, int64_t s0) {
     return lean;
 }
 
-// From the products of one row to its weights, before normalisation. `bias` is 0, a number or -inf; FREE: all are 0.
+// From the scores of one row to its weights, before normalisation. `bias` is 0, a number or -inf; FREE: all are 0.
 // `lean` is added to the scores. False: there is nothing to see.
 template <int SCORE, int MODE>
-BA_INLINE bool weigh_row(
-    const float* dots, const Scales& scales, V lean, V bias, int64_t W, float* weights, const Sums& sums) {
-    V x[BA_LANES];
-#pragma GCC unroll 16
-    for (int j = 0; j < BA_LANES; ++j) x[j] = load(dots + j * LANES);
-    V z = row_sums<1>(x);
+BA_INLINE bool weigh_row(V z, const Scales& scales, V lean, V bias, int64_t W, float* weights, const Sums& sums) {
     if (scales.any) z *= scales.k;
     z += lean;
     if constexpr (MODE != FREE) {
@@ -181,7 +156,7 @@ BA_INLINE bool weigh_row(
     if constexpr (SCORE == BA_SOFTMAX || MODE == BIASED) {
         const V top = SCORE == BA_SOFTMAX ? z : bias;
         float high = *sums.shift;
-        if (any(top > high)) high = max_of(larger(top, fill(high)));
+        if (any(top > high + SLACK)) high = max_of(larger(top, fill(high)));
         // Nothing to see, unless it is NaN, which no maximum shows.
         if (high == -INF && !any((z != z) | (bias != bias))) return false;
         if (high != *sums.shift) shift_to(sums, high, W);
@@ -199,88 +174,116 @@ BA_INLINE bool weigh_row(
     return true;
 }
 
-template <int SCORE> static void weigh_block(DecodeBlock& d) {
+template <int SCORE> static void weigh_block(DecodeBlock& d, bool free) {
     const Decode& f = *d.f;
     const ba_call& c = *d.c;
-    const int64_t rows = d.heads * f.few;
-    const bool free = d.n == LANES && is_free(c, restriction(c, d.b, 0), d.s0);
     Scales scales = {};
+    if (c.k_scale != NULL) scales = scales_of(c, d.b, d.g, d.s0, d.n);
     d.any_live = false;
-    for (int64_t row = 0; row < rows; ++row) {
-        float *dots = d.dots + row * LANES * LANES, *weights = d.weights + row * LANES;
-        const Sums sums = sums_at(d.state + row * d.state_row);
-        const int64_t r = row % f.few, g = d.first + row / f.few, l = r % c.L;
+    for (int64_t r = 0; r < f.few; ++r) {
+        float* weights = d.weights + r * LANES;
+        V z = load(d.scores + r * LANES);
+        const Sums sums = sums_at(d.state + r * d.state_row);
+        const int64_t l = r % c.L;
         V bias = {}, lean = {}, outside = {};
-        if (c.slopes != NULL) lean = lean_of(c, g * f.group + r / c.L, l, d.s0);
+        if (c.slopes != NULL) lean = lean_of(c, d.g * f.group + r / c.L, l, d.s0);
         // On the log weights of softmax a bias is the same as in its score.
         const bool exponent = c.slopes != NULL && SCORE == BA_EXPRESSIVE && c.slopes_inside == 0;
         if (exponent) outside = lean, lean = V{};
-        if (c.k_scale != NULL && r == 0) scales = scales_of(c, d.b, g, d.s0, d.n);
         if (free) {
-            d.live[row] = exponent ? weigh_row<SCORE, BIASED>(dots, scales, lean, outside, c.W, weights, sums)
-                                   : weigh_row<SCORE, FREE>(dots, scales, lean, bias, c.W, weights, sums);
+            d.live[r] = exponent ? weigh_row<SCORE, BIASED>(z, scales, lean, outside, c.W, weights, sums)
+                                 : weigh_row<SCORE, FREE>(z, scales, lean, bias, c.W, weights, sums);
         } else {
-            const Restriction hide = restriction(c, d.b, g * f.group + r / c.L);
-            for (int64_t j = d.n; j < LANES; ++j) store(dots + j * LANES, V{});
-            d.live[row] = bias_of(hide, l, d.s0, d.n, &bias) &&
+            const Restriction hide = restriction(c, d.b, d.g * f.group + r / c.L);
+            d.live[r] = bias_of(hide, l, d.s0, d.n, &bias) &&
                 (hide.exponent || exponent
-                        ? weigh_row<SCORE, BIASED>(dots, scales, lean, bias + outside, c.W, weights, sums)
-                        : weigh_row<SCORE, HIDING>(dots, scales, lean, bias, c.W, weights, sums));
+                        ? weigh_row<SCORE, BIASED>(z, scales, lean, bias + outside, c.W, weights, sums)
+                        : weigh_row<SCORE, HIDING>(z, scales, lean, bias, c.W, weights, sums));
         }
-        d.any_live |= d.live[row];
+        d.any_live |= d.live[r];
     }
 }
 
-typedef void (*RowPass)(const DecodeBlock&, const DecodeBlock&);
+typedef void (*BlockPass)(const DecodeBlock&, const DecodeBlock&);
 
-template <int TYPE> static RowPass row_pass_of(const ba_call& c) {
+template <int TYPE> static BlockPass block_pass_of(const ba_call& c) {
     const bool one = c.k == c.v;
-    if (c.rotary_cos != NULL) return one ? row_pass<TYPE, true, true> : row_pass<TYPE, true, false>;
-    return one ? row_pass<TYPE, false, true> : row_pass<TYPE, false, false>;
+    if (c.rotary_cos != NULL) return one ? block_pass<TYPE, true, true> : block_pass<TYPE, true, false>;
+    return one ? block_pass<TYPE, false, true> : block_pass<TYPE, false, false>;
+}
+
+// Where the rows of a task's heads lie, in bytes.
+struct Cache {
+    const char* p;               // key 0 of the first head
+    int64_t row, head;           // from a key to the next one, from a head to the next one
+    int64_t ahead;               // keys between what is read and what is asked for
+    int64_t ask_head, ask_row;   // as `head` and `row`, for what is asked for
+
+    // Those of LANES keys from s0 on and of the i-th head; keys before `end` may be asked for.
+    Rows rows(int64_t s0, int64_t end, int64_t i) const {
+        const char* at = p + s0 * row;
+        Rows x = {at + i * head, row, at + i * head, row};  // what is there already
+        if (s0 + LANES + ahead <= end) x.ask = at + ahead * row + i * ask_head, x.ask_row = ask_row;
+        return x;
+    }
+};
+
+// `x` is key 0 of the first of `heads` heads, whose rows have `width` bytes.
+static Cache cache_of(const char* x, int64_t row, int64_t head, int64_t width, int64_t heads) {
+    Cache c = {x, row, head, LANES, head, row};
+    if (heads == 1) c.ahead = (AHEAD + width - 1) / width;
+    else if (head == width && row == heads * width) c.ask_head = LANES * width, c.ask_row = width;  // no gaps
+    return c;
 }
 
 static void decode_task(void* context, int64_t task, float* scratch) {
     const Decode& f = *static_cast<const Decode*>(context);
     const ba_call& c = *f.c;
     const int type = c.k_scale != NULL ? INT8 : static_cast<int>(c.dtype);
-    const RowPass rows_of = type == INT8 ? row_pass_of<INT8>(c)
-                          : type == BA_F32 ? row_pass_of<BA_F32>(c) : row_pass_of<BA_BF16>(c);
-    const int64_t size = bytes_of(type), chunk = task % f.chunks, tasks = c.G / f.heads, rest = task / f.chunks;
-    const int64_t b = rest / tasks, first = rest % tasks * f.heads, rows = f.together * f.few;
-    const int64_t start = f.begin + chunk * f.chunk, end = start + f.chunk < f.end ? start + f.chunk : f.end;
-    const int64_t widest = f.heads * (c.H > c.W ? c.H : c.W) * size;
-    const int64_t ahead = (AHEAD + widest - 1) / widest;
+    const BlockPass pass = type == INT8 ? block_pass_of<INT8>(c)
+                         : type == BA_F32 ? block_pass_of<BA_F32>(c) : block_pass_of<BA_BF16>(c);
+    const int64_t size = bytes_of(type), tasks = c.G / f.heads, rest = task / f.runs;
+    const int64_t b = rest / tasks, first = rest % tasks * f.heads;
+    const int64_t start = f.begin + task % f.runs * f.run * f.chunk, most = f.run * f.chunk;
+    const int64_t end = start + most < f.end ? start + most : f.end;
+    const char* at = static_cast<const char*>(c.k) + (b * c.k_b + first * c.k_g) * size;
+    const Cache k = cache_of(at, c.k_s * size, c.k_g * size, c.H * size, f.heads);
+    at = static_cast<const char*>(c.v) + (b * c.v_b + first * c.v_g) * size;
+    const Cache v = cache_of(at, c.v_s * size, c.v_g * size, c.W * size, f.heads);
     DecodeBlock two[2] = {};
     for (int i = 0; i < 2; ++i) {
         DecodeBlock& d = two[i];
         d.c = &c, d.f = &f, d.b = b;
-        d.k_s = c.k_s * size, d.k_g = c.k_g * size, d.v_s = c.v_s * size, d.v_g = c.v_g * size;
-        d.dots = scratch, d.weights = scratch + (rows * LANES + i * rows) * LANES;
+        d.scores = scratch, d.weights = scratch + (1 + i) * f.few * LANES;
         d.state_row = f.chunks * f.state;
     }
-    for (int64_t row = first * f.few; row < (first + f.heads) * f.few; ++row) {
-        float* state = f.parts + ((b * c.G * f.few + row) * f.chunks + chunk) * f.state;
-        memset(state, 0, static_cast<size_t>(f.state) * sizeof(float));
-        *sums_at(state).shift = -INF;
-    }
+    float* const states = f.parts + (b * c.G + first) * f.few * f.chunks * f.state;  // of the task's rows
+    float* chunk_states = NULL;
+    const Restriction causality = restriction(c, b, 0);
     int now = 0;
-    for (int64_t s0 = start; s0 < end; s0 += LANES)
-        for (int64_t h = first; h < first + f.heads; h += f.together, now = 1 - now) {
-            DecodeBlock& d = two[now];
-            d.s0 = s0, d.first = h;
-            d.n = end - s0 < LANES ? end - s0 : LANES;
-            d.heads = first + f.heads - h < f.together ? first + f.heads - h : f.together;
-            const bool more = s0 + LANES + ahead <= end;
-            d.k_ahead = more ? ahead * d.k_s : 0, d.v_ahead = more ? ahead * d.v_s : 0;
-            d.k = static_cast<const char*>(c.k) + b * c.k_b * size + h * d.k_g + s0 * d.k_s;
-            d.v = static_cast<const char*>(c.v) + b * c.v_b * size + h * d.v_g + s0 * d.v_s;
-            d.q = f.q + (b * c.G + h) * f.few * f.Hp;
-            d.state = f.parts + (b * c.G + h) * f.few * d.state_row + chunk * f.state;
-            rows_of(d, two[1 - now]);
-            c.score == BA_SOFTMAX ? weigh_block<BA_SOFTMAX>(d) : weigh_block<BA_EXPRESSIVE>(d);
+    for (int64_t s0 = start; s0 < end; s0 += LANES) {
+        const int64_t n = end - s0 < LANES ? end - s0 : LANES;
+        const bool free = n == LANES && is_free(c, causality, s0);
+        if ((s0 - start) % f.chunk == 0) {
+            chunk_states = states + (s0 - f.begin) / f.chunk * f.state;
+            for (int64_t row = 0; row < f.heads * f.few; ++row) {
+                float* state = chunk_states + row * f.chunks * f.state;
+                memset(state, 0, static_cast<size_t>(f.state) * sizeof(float));
+                *sums_at(state).shift = -INF;
+            }
         }
+        for (int64_t i = 0; i < f.heads; ++i, now = 1 - now) {
+            DecodeBlock& d = two[now];
+            d.s0 = s0, d.n = n, d.g = first + i;
+            d.k = k.rows(s0, end, i), d.v = v.rows(s0, end, i);
+            d.q = f.q + (b * c.G + d.g) * f.few * f.Hp;
+            d.state = chunk_states + i * f.few * d.state_row;
+            pass(d, two[1 - now]);
+            c.score == BA_SOFTMAX ? weigh_block<BA_SOFTMAX>(d, free) : weigh_block<BA_EXPRESSIVE>(d, free);
+        }
+    }
     two[now].n = 0;
-    rows_of(two[now], two[1 - now]);
+    pass(two[now], two[1 - now]);
 }
 
 // The chunks of one row together.
@@ -349,7 +352,6 @@ static int64_t decode(const ba_call& c) {
     f.group = c.N / c.G;
     f.few = f.group * c.L;
     f.heads = c.G > 1 && c.k_g < c.k_s ? c.G : 1;
-    f.together = ROWS / f.few < f.heads ? ROWS / f.few : f.heads;
     const Restriction causality = restriction(c, 0, 0);
     f.begin = first_key(causality, 0), f.end = end_key(causality, c.L - 1);
     const int64_t keys = f.end > f.begin ? f.end - f.begin : 0;
@@ -359,6 +361,10 @@ static int64_t decode(const ba_call& c) {
         if (f.chunk > CHUNK) f.chunk = CHUNK;
     }
     f.chunks = (keys + f.chunk - 1) / f.chunk;
+    const int64_t most = RUN / (f.heads * f.chunk * (c.H + c.W) * 4), each = c.B * c.G / f.heads * f.chunks / TASKS;
+    f.run = most < each ? most : each;
+    if (f.run < 1) f.run = 1;
+    f.runs = (f.chunks + f.run - 1) / f.run;
     f.Hp = (c.H + LANES - 1) / LANES * LANES;
     f.Wp = (c.W + LANES - 1) / LANES * LANES;
     f.state = ba_padded(2 * LANES + f.Wp);
@@ -375,8 +381,8 @@ static int64_t decode(const ba_call& c) {
         for (int64_t h = 0; h < f.Hp; h += LANES)
             store(f.q + i * f.Hp + h, (h < c.H ? load_row(q, h, c.H - h) : V{}) * factor);
     }
-    const int64_t scratch = f.together * f.few * (LANES + 2) * LANES;
-    int64_t status = ba_parallel(c.threads, c.B * c.G / f.heads * f.chunks, scratch, decode_task, &f);
+    const int64_t scratch = 3 * f.few * LANES;
+    int64_t status = ba_parallel(c.threads, c.B * c.G / f.heads * f.runs, scratch, decode_task, &f);
     const int64_t spare = f.Wp > 2 * c.S + 2 ? f.Wp : 2 * c.S + 2;
     if (status == BA_OK)
         status = ba_parallel(1, c.B * c.G, c.score == BA_EXPRESSIVE ? spare : f.Wp, combine_task, &f);

@@ -1,7 +1,7 @@
-// What decoding does with one row of the cache: multiply a key with a query, add a weighted value to a sum.
+// What decoding does with LANES rows of the cache: multiply keys with a query, add weighted values to a sum.
 //
-// Rows are read one after another, in the order of their addresses, which is the order that processors foresee. While a
-// row is read the one that lies `ahead` bytes further is asked for; 0 asks for what is there already.
+// Sums stay in registers for all of the rows. With each vector that is read one cache line is asked for elsewhere, so
+// that requests to memory are spread evenly over the work.
 
 namespace BA_ISA {
 namespace {
@@ -29,88 +29,108 @@ template <int TYPE> BA_INLINE V load_piece(const char* row, int64_t i, int64_t n
     }
 }
 
-BA_INLINE void ask(const char* p) { __builtin_prefetch(p, 0, 3); }
+constexpr int64_t LINE = 64;  // bytes that come from memory together
 
-template <int TYPE> BA_INLINE void ask_piece(const char* p) {
-    constexpr int64_t lines = (PIECE * LANES * bytes_of(TYPE) + 63) / 64;
-    for (int64_t i = 0; i < lines; ++i) ask(p + 64 * i);
+// Into the second-level cache: what is asked for lies up to a row of all heads and LANES keys ahead, which would push out
+// of the first what is still to be read there.
+BA_INLINE void ask(const char* p) { __builtin_prefetch(p, 0, 2); }
+
+// Which of LANES rows are asked for: products take the even ones and values the odd ones where both read the same.
+enum { ASK_NONE, ASK_EVEN, ASK_ODD, ASK_ALL };
+
+BA_INLINE bool is_asked(int which, int64_t j, int64_t byte) {
+    return (which >> j % 2 & 1) != 0 && byte % LINE == 0;
 }
 
-// Sums of products of COUNT keys with a query, LANES of them for each key, still to be added up. Keys are read one
-// after another, while the query stays in registers.
-template <int TYPE, int COUNT>
-BA_INLINE void multiply(const char* k, int64_t k_s, int64_t ahead, const float* q, int64_t H, float* sums) {
-    V sum[COUNT];
-#pragma GCC unroll 4
-    for (int j = 0; j < COUNT; ++j) sum[j] = V{};
+// Rows p, p + row, ..., in bytes. Meanwhile rows `ask`, `ask + ask_row`, ... are asked for.
+struct Rows {
+    const char* p;
+    int64_t row;
+    const char* ask;
+    int64_t ask_row;
+};
+
+// Features from h on of LANES rows, times those of a query; TAIL: fewer than LANES of them.
+template <int TYPE, int ASK, bool WHOLE, bool TAIL>
+BA_INLINE void multiply(const Rows& k, int64_t n, const float* q, int64_t H, int64_t h, V (&sum)[BA_LANES]) {
+    const V x = load(q + h);
+    const int64_t at = h * bytes_of(TYPE);
+    const char *p = k.p, *asked = k.ask + at;
+#pragma GCC unroll 16
+    for (int j = 0; j < BA_LANES; ++j, asked += k.ask_row) {
+        if (is_asked(ASK, j, at)) ask(asked);
+        sum[j] += x * (TAIL ? load_piece<TYPE>(p, h, H - h) : load_whole<TYPE>(p, h));
+        if (WHOLE || j + 1 < n) p += k.row;
+    }
+}
+
+// Lane j: the product of row j with a query that is padded with zeros. Rows from n on are not read (WHOLE: there are
+// none): row n - 1 stands for them.
+template <int TYPE, int ASK, bool WHOLE> BA_INLINE V products(const Rows& k, int64_t n, const float* q, int64_t H) {
+    V sum[BA_LANES];
+#pragma GCC unroll 16
+    for (int j = 0; j < BA_LANES; ++j) sum[j] = V{};
     int64_t h = 0;
-    for (; h + PIECE * LANES <= H; h += PIECE * LANES) {
-        V x[PIECE];
-#pragma GCC unroll 4
-        for (int i = 0; i < PIECE; ++i) x[i] = load(q + h + i * LANES);
-#pragma GCC unroll 4
-        for (int j = 0; j < COUNT; ++j) {
-            ask_piece<TYPE>(k + j * k_s + ahead + h * bytes_of(TYPE));
-#pragma GCC unroll 4
-            for (int i = 0; i < PIECE; ++i) sum[j] += x[i] * load_whole<TYPE>(k + j * k_s, h + i * LANES);
-        }
-    }
-    for (; h < H; h += LANES)
-#pragma GCC unroll 4
-        for (int j = 0; j < COUNT; ++j) {
-            ask(k + j * k_s + ahead + h * bytes_of(TYPE));
-            sum[j] += load(q + h) * load_piece<TYPE>(k + j * k_s, h, H - h);
-        }
-#pragma GCC unroll 4
-    for (int j = 0; j < COUNT; ++j) store(sums + j * LANES, sum[j]);
+    for (; h + LANES <= H; h += LANES) multiply<TYPE, ASK, WHOLE, false>(k, n, q, H, h, sum);
+    if (h < H) multiply<TYPE, ASK, WHOLE, true>(k, n, q, H, h, sum);
+    return row_sums<1>(sum);
 }
 
-// The same with a key that is turned first: features p and p + H/2 by the angle whose cosine and sine are given,
+// The same with keys that are turned first: features p and p + H/2 by the angle whose cosine and sine are given,
 // (k1 c - k2 s, k2 c + k1 s). Here c and s are factored out, so that nothing is turned.
-template <int TYPE>
-BA_INLINE V multiply_rotated(
-    const char* k, int64_t ahead, const float* q, int64_t H, const float* cosine, const float* sine) {
+template <int TYPE, int ASK>
+BA_INLINE V rotated_products(
+    const Rows& k, int64_t n, const float* q, int64_t H, const float* cosine, const float* sine, int64_t angle_row) {
     const int64_t P = H / 2;
-    V sum = {};
-    for (int64_t p = 0; p < P; p += LANES) {
-        const int64_t n = P - p;
-        ask(k + ahead + p * bytes_of(TYPE));
-        ask(k + ahead + (P + p) * bytes_of(TYPE));
-        const V k1 = load_piece<TYPE>(k, p, n), k2 = load_piece<TYPE>(k, P + p, n);
-        const V q1 = load_piece<BA_F32>(reinterpret_cast<const char*>(q), p, n);
-        const V q2 = load_piece<BA_F32>(reinterpret_cast<const char*>(q), P + p, n);
-        sum += load_piece<BA_F32>(reinterpret_cast<const char*>(cosine), p, n) * (q1 * k1 + q2 * k2);
-        sum += load_piece<BA_F32>(reinterpret_cast<const char*>(sine), p, n) * (q2 * k1 - q1 * k2);
+    V sum[BA_LANES];
+#pragma GCC unroll 16
+    for (int j = 0; j < BA_LANES; ++j) sum[j] = V{};
+    for (int64_t h = 0; h < P; h += LANES) {
+        const int64_t width = P - h;
+        const V q1 = load_piece<BA_F32>(reinterpret_cast<const char*>(q), h, width);
+        const V q2 = load_piece<BA_F32>(reinterpret_cast<const char*>(q), P + h, width);
+        const char *p = k.p, *asked = k.ask + h * bytes_of(TYPE);
+        const char *c = reinterpret_cast<const char*>(cosine), *s = reinterpret_cast<const char*>(sine);
+#pragma GCC unroll 16
+        for (int j = 0; j < BA_LANES; ++j) {
+            if (is_asked(ASK, j, h * bytes_of(TYPE))) ask(asked), ask(asked + P * bytes_of(TYPE));
+            asked += k.ask_row;
+            const V k1 = load_piece<TYPE>(p, h, width), k2 = load_piece<TYPE>(p, P + h, width);
+            sum[j] += load_piece<BA_F32>(c, h, width) * (q1 * k1 + q2 * k2);
+            sum[j] += load_piece<BA_F32>(s, h, width) * (q2 * k1 - q1 * k2);
+            if (j + 1 < n) p += k.row, c += angle_row * 4, s += angle_row * 4;
+        }
     }
-    return sum;
+    return row_sums<1>(sum);
 }
 
-// Adds COUNT rows of values, times their weights, to `out`.
-template <int TYPE, bool ASK, int COUNT>
-BA_INLINE void add_values(const char* v, int64_t v_s, int64_t ahead, const float* weights, int64_t W, float* out) {
-    V x[COUNT];
-#pragma GCC unroll 4
-    for (int j = 0; j < COUNT; ++j) x[j] = fill(weights[j]);
+// Adds n rows of values, times their weights, to `out`.
+template <int TYPE, int ASK, bool WHOLE>
+BA_INLINE void add_values(const Rows& v, int64_t n, const float* weights, int64_t W, float* out) {
     int64_t w = 0;
     for (; w + PIECE * LANES <= W; w += PIECE * LANES) {
         V a[PIECE];
 #pragma GCC unroll 4
         for (int i = 0; i < PIECE; ++i) a[i] = load(out + w + i * LANES);
+        const char *p = v.p, *asked = v.ask + w * bytes_of(TYPE);
+#pragma GCC unroll 16
+        for (int j = 0; j < (WHOLE ? BA_LANES : n); ++j, p += v.row, asked += v.ask_row) {
+            const V x = fill(weights[j]);
 #pragma GCC unroll 4
-        for (int j = 0; j < COUNT; ++j) {
-            if constexpr (ASK) ask_piece<TYPE>(v + j * v_s + ahead + w * bytes_of(TYPE));
-#pragma GCC unroll 4
-            for (int i = 0; i < PIECE; ++i) a[i] += x[j] * load_whole<TYPE>(v + j * v_s, w + i * LANES);
+            for (int i = 0; i < PIECE; ++i) {
+                if (is_asked(ASK, j, i * LANES * bytes_of(TYPE))) ask(asked + i * LANES * bytes_of(TYPE));
+                a[i] += x * load_whole<TYPE>(p, w + i * LANES);
+            }
         }
 #pragma GCC unroll 4
         for (int i = 0; i < PIECE; ++i) store(out + w + i * LANES, a[i]);
     }
     for (; w < W; w += LANES) {
         V a = load(out + w);
-#pragma GCC unroll 4
-        for (int j = 0; j < COUNT; ++j) {
-            if constexpr (ASK) ask(v + j * v_s + ahead + w * bytes_of(TYPE));
-            a += x[j] * load_piece<TYPE>(v + j * v_s, w, W - w);
+        const char *p = v.p, *asked = v.ask + w * bytes_of(TYPE);
+        for (int64_t j = 0; j < n; ++j, p += v.row, asked += v.ask_row) {
+            if (is_asked(ASK, j, w * bytes_of(TYPE))) ask(asked);
+            a += weights[j] * load_piece<TYPE>(p, w, W - w);
         }
         store(out + w, a);
     }
