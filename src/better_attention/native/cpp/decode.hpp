@@ -25,7 +25,7 @@ struct Decode {
     int64_t group, few, Hp, Wp, state;  // state: floats of one row's partial sums
     int64_t begin, end, chunk, chunks;  // keys that any query sees, and how they are cut
     int64_t run, runs;                  // chunks of a task, and tasks of a row: a new place in memory starts slowly
-    int64_t heads;                      // of a task: G if those of one key lie side by side, or 1
+    int64_t heads;                      // of a task: G if those of one key lie side by side or share angles, else 1
     float *q, *parts;                   // queries [B][G][few][Hp], sums [B][G][few][chunks][state]
 };
 
@@ -126,12 +126,19 @@ struct Scales {  // of the keys and values of a block
     V k, v;
 };
 
+static V scales_at(const float* x, int64_t stride, int64_t n) {
+    if (stride == 1 && n == LANES) return load(x);
+    float some[LANES] = {};
+    for (int64_t j = 0; j < n; ++j) some[j] = x[j * stride];
+    return load(some);
+}
+
 static Scales scales_of(const ba_call& c, int64_t b, int64_t g, int64_t s0, int64_t n) {
     Scales x = {};
-    x.any = c.k_scale != NULL;
+    if (c.k_scale == NULL) return x;
     const int64_t at = b * c.scale_b + g * c.scale_g + s0 * c.scale_s;
-    for (int64_t j = 0; x.any && j < n; ++j)
-        x.k[j] = c.k_scale[at + j * c.scale_s], x.v[j] = c.v_scale[at + j * c.scale_s];
+    x.any = true;
+    x.k = scales_at(c.k_scale + at, c.scale_s, n), x.v = scales_at(c.v_scale + at, c.scale_s, n);
     return x;
 }
 
@@ -177,8 +184,7 @@ BA_INLINE bool weigh_row(V z, const Scales& scales, V lean, V bias, int64_t W, f
 template <int SCORE> static void weigh_block(DecodeBlock& d, bool free) {
     const Decode& f = *d.f;
     const ba_call& c = *d.c;
-    Scales scales = {};
-    if (c.k_scale != NULL) scales = scales_of(c, d.b, d.g, d.s0, d.n);
+    const Scales scales = scales_of(c, d.b, d.g, d.s0, d.n);
     d.any_live = false;
     for (int64_t r = 0; r < f.few; ++r) {
         float* weights = d.weights + r * LANES;
@@ -351,7 +357,8 @@ static int64_t decode(const ba_call& c) {
     f.c = &c;
     f.group = c.N / c.G;
     f.few = f.group * c.L;
-    f.heads = c.G > 1 && c.k_g < c.k_s ? c.G : 1;
+    // Angles are the same for all heads, and as large as a head: they are read once if heads take turns.
+    f.heads = c.G > 1 && (c.k_g < c.k_s || c.rotary_cos != NULL) ? c.G : 1;
     const Restriction causality = restriction(c, 0, 0);
     f.begin = first_key(causality, 0), f.end = end_key(causality, c.L - 1);
     const int64_t keys = f.end > f.begin ? f.end - f.begin : 0;
