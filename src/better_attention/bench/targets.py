@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from better_attention.bench.machine import Limits
 from better_attention.bench.registry import PAPER, Shape
 from better_attention.bench.runner import Result
-from better_attention.bench.suites import decode, kernel, layer
+from better_attention.bench.suites import decode, generation, kernel, layer
 
 LONG_SEQUENCE = 1024
 """Sequences of this many tokens and more count as long."""
+LONG_CACHE = 16_384
+"""Keys, or tokens before, from which on a step of a decoder is to be bound by reading them."""
 FIRST_FIVE = (PAPER[2], PAPER[3], PAPER[4], *kernel.SUITE.shapes[-2:])
 """The shapes at which a first attempt at such kernels was measured."""
 TIE = 0.02
@@ -112,9 +114,29 @@ TARGETS: tuple[Target, ...] = (
     _kernel("softmax, all shapes, mean", "forward", "softmax auto", 1.25, _ALL, mean=True),
     *(
         Target(
-            f"decode, {name}: share of read bandwidth, each", "decode", "forward", name, 0.7, _CACHES, None, "bandwidth"
+            f"decode, {name}, {LONG_CACHE:,} keys: share of read bandwidth, each",
+            "decode",
+            "forward",
+            name,
+            least,
+            _longer(_CACHES, LONG_CACHE),
+            None,
+            "bandwidth",
         )
-        for name in ("softmax auto", "expressive auto", "softmax auto, k is v", "expressive auto, k is v")
+        for which, least in (("", 0.85), (", k is v", 0.8))
+        for name in (f"softmax auto{which}", f"expressive auto{which}")
+    ),
+    *(
+        Target(
+            f"generation, efficient, {which} {LONG_CACHE:,} tokens before, against standard through SDPA, each",
+            "generation",
+            "inference",
+            "efficient",
+            least,
+            shapes(generation.SUITE.shapes, LONG_CACHE),
+            None,
+        )
+        for which, shapes, least in (("fewer than", _shorter, 2.0), ("at least", _longer, 3.0))
     ),
     Target("decode, k is v, against SDPA, each", "decode", "forward", "softmax auto, k is v", 3.0, _CACHES, None),
     _layer(", each", "inference", "efficient", 1.3, _LAYERS),
