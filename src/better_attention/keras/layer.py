@@ -418,7 +418,7 @@ class MultiHeadAttention(keras.layers.Layer):
         mask = None if attention_mask is None else ops.cast(ops.convert_to_tensor(attention_mask), "bool")
         if mask is not None:
             refuse_leak(self, mask)
-            mask = axes.flat_mask(mask, query, value)
+            mask = axes.flat_mask(mask, query, value, self._num_heads)
         compiled = self._impl == "kernels" and not self._needs_weights(training, return_attention_scores)
         band = masks.band(L, S, causal=use_causal_mask and not compiled, window=self._sliding_window)
         keep = masks.of_weights(query_mask, present, mask, band)
