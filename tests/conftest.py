@@ -59,6 +59,11 @@ def pytest_collection() -> Generator[None, object, object]:
         gc.enable()
 
 
+def pytest_unconfigure() -> None:
+    """Let Python clear up what was frozen: Triton's bindings print pages about what they find left at the end."""
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def seed(request: pytest.FixtureRequest) -> int:
     """The test's seed, a function of its id alone; torch's global generator starts from it. Shown when a test fails."""

@@ -2,12 +2,14 @@
 
 Both ``python -m better_attention`` and the installed script import the package, and torch with it, before any code of
 the command runs: seconds in which Ctrl-C would end in a traceback from somewhere inside torch. Behind it Python clears
-up what was imported, which takes a second where the machine is busy.
+up what was imported. That takes a second where the machine is busy, and where it is cut short, libraries in C++ such as
+Triton tell standard error what was left of them. So the process ends without it.
 """
 
 from __future__ import annotations
 
-import gc
+import atexit
+import contextlib
 import os
 import signal
 import sys
@@ -29,6 +31,7 @@ def quiet() -> None:
     """End the process without a traceback if Ctrl-C comes; in another program, change nothing."""
     if is_command() and _listens(signal.default_int_handler):
         signal.signal(signal.SIGINT, _end)
+        atexit.register(_leave)  # before any other library registers something, hence called after all of them
 
 
 def loud() -> None:
@@ -37,11 +40,28 @@ def loud() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def ending() -> None:
-    """Leave soon, now that all is said and saved: nothing is cleared up, and Ctrl-C ends the process at once."""
+_status: int | None = None
+
+
+def ending(status: int) -> None:
+    """Leave soon, now that all is said and saved: nothing is cleared up, and Ctrl-C ends the process at once.
+
+    Args:
+        status: the process's exit status.
+    """
+    global _status
     if is_command() and _listens(signal.default_int_handler):
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        gc.freeze()  # nobody will use the memory of what is collected
+        _status = status
+
+
+def _leave() -> None:
+    """What other libraries do at the end of a process has been done; Python's own end would free every object."""
+    if _status is not None:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):  # nobody reads it any more, or it is closed
+                stream.flush()
+        os._exit(_status)
 
 
 def _listens(handler: object) -> bool:

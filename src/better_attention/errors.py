@@ -14,10 +14,16 @@ LARGEST = 2**31 - 1
 
 
 def describe(value: object) -> str:
-    """What came, in one line: a tensor by dtype and shape, anything else by value and type."""
-    if _is_tensor(value):
-        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"  # type: ignore[attr-defined]
-    text = repr(value)
+    """What came, in one line: tensors and other libraries' arrays by dtype and shape, anything else by value and type.
+
+    >>> describe([1, 2])
+    '[1, 2] (list)'
+    """
+    shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
+    if _is_tensor(value) or (isinstance(shape, tuple) and shape and dtype is not None):
+        kind = "tensor" if _is_tensor(value) else type(value).__name__
+        return f"a {str(dtype).removeprefix('torch.')} {kind} of shape {tuple(shape or ())}"
+    text = " ".join(repr(value).split())
     return f"{text if len(text) <= 80 else text[:77] + '...'} ({type(value).__name__})"
 
 

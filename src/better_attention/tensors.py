@@ -29,7 +29,8 @@ def floating_tensor(value: object, name: str) -> Tensor:
         TypeError: anything else.
     """
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a floating-point tensor, received {describe(value)}.")
+        convert = f" Convert it with torch.as_tensor({name})." if hasattr(value, "__array__") else ""
+        raise TypeError(f"{name} must be a floating-point tensor, received {describe(value)}.{convert}")
     if not value.is_floating_point() or value.dtype not in FLOATING:
         raise TypeError(
             f"{name} must be float64, float32, bfloat16 or float16, received {describe(value)}. "

@@ -17,6 +17,7 @@ from benchmarks.gpu import contenders, resources, timing
 from benchmarks.gpu.timing import Cell
 
 from better_attention.gpu.launches import PLAIN
+from helpers import CHECKOUT
 
 
 def cell(contender: str, milliseconds: float, direction: str = "forward", length: int = 512) -> Cell:
@@ -185,3 +186,19 @@ def test_expressive_weights_take_one_reciprocal_each_and_no_exponential() -> Non
     assert r.loop["MUFU"] == scores
     (softmax, *_) = resources.all_launches(resources.example(64, causal=False, score="softmax"))
     assert resources.resources(softmax).loop["MUFU"] >= scores
+
+
+@compiles
+@pytest.mark.slow
+def test_the_command_prints_the_rows_of_the_page(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["resources", "--width", "64", "--score", "softmax"])
+    resources.main()
+    head, _, *printed = capsys.readouterr().out.splitlines()
+    page = (CHECKOUT / "docs" / "gpu.md").read_text("utf-8").splitlines()
+    assert head in page
+    # The last cells are those of the pinned version of Triton.
+    tiles = [line.split("|")[1:7] for line in page if line.count("|") == head.count("|")]
+    assert len(printed) == 4
+    assert all(line.split("|")[1:7] in tiles for line in printed)

@@ -145,6 +145,18 @@ def test_a_converted_model_is_not_converted_again_and_nothing_else_is_overwritte
     before = (runs / "standard" / "model.safetensors").read_bytes()
     assert "refusing to overwrite" in refused(capsys, runs / "efficient", "super", "--out", runs / "standard")
     assert (runs / "standard" / "model.safetensors").read_bytes() == before
+    study = tmp_path / "study"
+    shutil.copytree(runs / "standard", study / "standard-h3-s0")
+    said = refused(capsys, runs / "efficient", "standard", "--out", study)
+    assert f"{study} holds runs (standard-h3-s0), and a converted model has a folder of its own" in said
+    assert f"such as {study / 'converted'}" in said
+
+
+def test_what_a_model_was_built_from_is_no_run(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    converted(capsys, runs / "efficient", "optimised", "--out", tmp_path / "out")
+    assert (tmp_path / "out" / "origin" / "config.json").is_file()
+    assert main.main(["runs", str(tmp_path)]) == 0
+    assert "No run folders" in capsys.readouterr().out
 
 
 def test_data_of_another_run_is_refused(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -96,9 +96,11 @@ def test_what_cannot_be_exported_is_told(runs: Path, tmp_path: Path, capsys: pyt
     assert "opset must be >= 18, received 17" in refused(capsys, runs / "run", *out, "--opset", 17)
     assert "--agreement must be from 0 to 1, received 2" in refused(capsys, runs / "run", *out, "--agreement", 2)
     assert "does not exist. Create it first" in refused(capsys, runs / "run", "--out", tmp_path / "no" / "m.onnx")
-    (tmp_path / "notes").write_text("mine")
-    assert "refusing to overwrite" in refused(capsys, runs / "run", "--out", tmp_path / "notes")
-    assert (tmp_path / "notes").read_text() == "mine"
+    (tmp_path / "notes.onnx").write_text("mine")
+    assert "refusing to overwrite" in refused(capsys, runs / "run", "--out", tmp_path / "notes.onnx")
+    assert (tmp_path / "notes.onnx").read_text() == "mine"
+    assert "an ONNX file, in float32 or int8" in (said := refused(capsys, runs / "run", "--out", tmp_path / "m.tflite"))
+    assert "call it m.onnx" in said
     ba.save_converted(open_trained(runs / "converted").model, tmp_path / "python")
     assert "only folders of `better-attention convert` do" in refused(capsys, tmp_path / "python", *out)
 

@@ -212,6 +212,9 @@ def test_test_samples_of_other_data_are_refused(
 
 def test_what_is_no_run_is_refused(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "It holds super-h4-s0: name one of these runs" in refused(capsys, digits.parent, "--index", 0)
+    # The first mistake of two is told first: without a run nothing can be asked.
+    assert f"{tmp_path / 'nowhere'} does not exist" in refused(capsys, tmp_path / "nowhere")
+    assert "nothing to predict: name inputs" in refused(capsys, digits)
     damaged = Path(shutil.copytree(digits, tmp_path / "damaged"))
     (damaged / "model.safetensors").write_bytes(b"")
     assert "is not a whole safetensors file" in refused(capsys, damaged, "--index", 0)

@@ -69,6 +69,11 @@ def run(args: argparse.Namespace) -> int:
 
     settings = make_settings(args)
     # Before the model and its data are read, which may take long.
+    if args.out.suffix.lower() != ".onnx":
+        raise UserError(
+            f"--out {args.out}: what is written is an ONNX file, in float32 or int8, and `better-attention edge` and "
+            f"others know one by its name: call it {args.out.with_suffix('.onnx').name}."
+        )
     check_file(args.out, "--out", is_onnx)
     trained = open_trained(args.path)
     samples = samples_of(trained.origin, args.data, args.texts)

@@ -95,12 +95,17 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line ``arguments`` (None: the process's own); returns the exit status."""
     with screen.guarded(json="--json" in (sys.argv if arguments is None else arguments)):
+        status = 1  # of a traceback
         try:
-            return _run(arguments)
+            status = _run(arguments)
         except KeyboardInterrupt:  # again, while what the first one interrupted was being told
-            return 130
+            status = 130
+        except SystemExit as end:  # the parser's
+            status = end.code if isinstance(end.code, int) else 0
+            raise
         finally:
-            command.ending()
+            command.ending(status)
+        return status
 
 
 def _run(arguments: Sequence[str] | None) -> int:

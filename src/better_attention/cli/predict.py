@@ -46,9 +46,9 @@ def run(args: argparse.Namespace) -> int:
     """Predict, and print one line per input: class, probability, and the true class of a test sample."""
     from better_attention.lab.runs.load import load_run
 
+    trained = load_run(args.path)
     if not args.inputs and not args.index:
         raise UserError("nothing to predict: name inputs after the run, or --index N for a test sample.")
-    trained = load_run(args.path)
     # A function, so that standard input is read only where an input is called "-".
     inputs = trained.task.read_inputs(args.inputs, lambda: sys.stdin.buffer.read(), resize=args.resize)
     say_unlike(inputs, trained)

@@ -70,13 +70,13 @@ class Axes:
         tail = [sizes[axis] for sizes in (q, v) for axis in self.attended]
         return ops.reshape(weights_BNLS, (*lead, ops.shape(weights_BNLS)[1], *tail))
 
-    def flat_mask(self, mask: Any, query: Any, value: Any) -> Any:
+    def flat_mask(self, mask: Any, query: Any, value: Any, heads: int) -> Any:
         """An attention mask as Keras takes it, as one that is broadcastable to (B, N, L, S).
 
         Missing dimensions are those before the attended axes, as in Keras.
 
         Raises:
-            ValueError: more dimensions than the weights have.
+            ValueError: more dimensions than the weights have, or sizes that are not theirs.
         """
         count = len(self.attended)
         full = 2 + len(self.others) + 2 * count
@@ -88,14 +88,21 @@ class Axes:
             )
         for _ in range(full - len(given)):
             mask = ops.expand_dims(mask, axis=-2 * count - 1)
+        wanted = self.weights_shape(query.shape, value.shape, heads)
+        if any(size not in (None, 1, fits) and fits is not None for size, fits in zip(mask.shape, wanted, strict=True)):
+            raise ValueError(
+                f"attention_mask must broadcast to the shape of the weights, {wanted}: (batch, heads, queries, keys), "
+                f"with or without the first ones, True where a query sees a key; received shape {given}. A mask of "
+                "padding is value_mask."
+            )
         if self.plain:
             return mask
         q, v = ops.shape(query), ops.shape(value)
         lead = [q[axis] for axis in (0, *self.others)]
-        heads = ops.shape(mask)[1 + len(self.others)]
+        alike = ops.shape(mask)[1 + len(self.others)]  # heads of the mask: 1 where all have the same
         tail = [[sizes[axis] for axis in self.attended] for sizes in (q, v)]
-        mask = ops.broadcast_to(mask, (*lead, heads, *tail[0], *tail[1]))
-        return ops.reshape(mask, (_product(lead), heads, _product(tail[0]), _product(tail[1])))
+        mask = ops.broadcast_to(mask, (*lead, alike, *tail[0], *tail[1]))
+        return ops.reshape(mask, (_product(lead), alike, _product(tail[0]), _product(tail[1])))
 
     def weights_shape(self, query: Sequence[Any], value: Sequence[Any], heads: int) -> tuple[Any, ...]:
         """The shape of what :meth:`unflat_weights` returns, for inputs of these shapes."""

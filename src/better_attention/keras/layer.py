@@ -418,7 +418,7 @@ class MultiHeadAttention(keras.layers.Layer):
         mask = None if attention_mask is None else ops.cast(ops.convert_to_tensor(attention_mask), "bool")
         if mask is not None:
             refuse_leak(self, mask)
-            mask = axes.flat_mask(mask, query, value)
+            mask = axes.flat_mask(mask, query, value, self._num_heads)
         compiled = self._impl == "kernels" and not self._needs_weights(training, return_attention_scores)
         band = masks.band(L, S, causal=use_causal_mask and not compiled, window=self._sliding_window)
         keep = masks.of_weights(query_mask, present, mask, band)
@@ -449,9 +449,7 @@ class MultiHeadAttention(keras.layers.Layer):
     ) -> tuple[Any, Any | None]:
         """Heads (B, L, N, H), and the weights (B, N, L, S) where the way to the heads makes them."""
         q_BLNH, scale = self._scaled(q_BLNH)
-        # JAX's kernel has one width for keys and values.
-        alike = self._value_dim == self._key_dim
-        if self._mechanism.score == "softmax" and alike and not self._needs_weights(training, wanted):
+        if self._mechanism.score == "softmax" and self._one_width and not self._needs_weights(training, wanted):
             return self._fused(q_BLNH, k_BSNH, v_BSNH, keep, scale), None
         z_BNLS = ops.einsum("blnh,bsnh->bnls", q_BLNH * ops.cast(scale, q_BLNH.dtype), k_BSNH)
         dtype = keras.backend.standardize_dtype(z_BNLS.dtype)
@@ -462,6 +460,11 @@ class MultiHeadAttention(keras.layers.Layer):
         if isinstance(self._align, WindowAlignment):
             return self._align(mixing_BNLS, v_BSNH), weights_BNLS
         return ops.einsum("bnls,bsnh->blnh", mixing_BNLS, v_BSNH), weights_BNLS
+
+    @property
+    def _one_width(self) -> bool:
+        """Whether keys and values are equally wide, as the backends' own kernels need them."""
+        return self._value_dim == self._key_dim
 
     def _drops(self, training: bool | None) -> bool:
         return bool(training) and self._dropout > 0.0
@@ -506,7 +509,7 @@ class MultiHeadAttention(keras.layers.Layer):
         reasons = {
             f"score {self._mechanism.score!r}": self._mechanism.score != DEFAULT_SCORE,
             f"dropout={self._dropout}": self._dropout > 0.0,
-            f"value_dim={self._value_dim} and key_dim={self._key_dim}": self._value_dim != self._key_dim,
+            f"value_dim={self._value_dim} and key_dim={self._key_dim}": not self._one_width,
             "W_A of a sliding window": self._mechanism.aligned and self._sliding_window is not None,
         }
         cannot = [reason for reason, holds in reasons.items() if holds]

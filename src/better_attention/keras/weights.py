@@ -120,7 +120,8 @@ def from_torch_state(layer: MultiHeadAttention, state: Mapping[str, Any]) -> Non
             )
     # Nothing is assigned before everything has been checked.
     for name, dense in _maps(layer):
-        dense.kernel.assign(arrays[f"{name}.weight"].T.reshape(dense.kernel.shape))
+        # Rows as they lay before: products of the NumPy backend differ in their last bits where memory is transposed.
+        dense.kernel.assign(np.ascontiguousarray(arrays[f"{name}.weight"].T).reshape(dense.kernel.shape))
         if dense.bias is not None:
             dense.bias.assign(arrays[f"{name}.bias"].reshape(dense.bias.shape))
     for name, variable in _square(layer):

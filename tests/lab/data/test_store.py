@@ -84,7 +84,7 @@ def test_fetch_goes_on_with_the_files_that_are_missing(publisher: Publisher, cac
 
 
 def test_what_cannot_be_fetched_says_why(cache: Path) -> None:
-    with pytest.raises(DataError, match="'digits' needs no download"):
+    with pytest.raises(DataError, match=r"'digits' needs no download: scikit-learn carries it\.$"):
         store.fetch(SOURCES["digits"])
     with pytest.raises(
         DataError, match=r"'mnist' can only be imported: no published SHA-256 .* data import mnist FROM"

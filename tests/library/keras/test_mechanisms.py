@@ -145,6 +145,15 @@ def test_weights_come_back_from_torch(name: str, rng: np.random.Generator) -> No
         assert not np.array_equal(before[key], after[key])
 
 
+def test_the_same_weights_give_the_same_bits(rng: np.random.Generator) -> None:
+    """On NumPy, too, whose products depend on how a weight lies in memory."""
+    one = bk.MultiHeadAttention(4, 8, mechanism="super+expressive", max_len=10)
+    x = rng.normal(size=(2, 10, 32)).astype("float32")
+    expected = np.array(keras.ops.convert_to_numpy(one(x, x)))
+    bk.from_torch_state(one, bk.to_torch_state(one))
+    np.testing.assert_array_equal(keras.ops.convert_to_numpy(one(x, x)), expected)
+
+
 def test_cross_attention_with_widths_of_its_own(rng: np.random.Generator) -> None:
     one = bk.MultiHeadAttention(N, H, mechanism="expressive")
     query, key, value = (rng.normal(size=shape).astype("float32") for shape in ((2, 5, D), (2, S, 4), (2, S, 3)))

@@ -108,6 +108,18 @@ CASES: dict[str, tuple[Callable[[], Any], tuple[Any, ...]]] = {
         lambda: call(x, x, attention_mask=np.ones(7, bool)),
         ("attention_mask", "(7,)"),
     ),
+    "attention mask of other keys": (
+        lambda: call(x, LONG, attention_mask=np.ones((2, 7, 7), bool)),
+        ("attention_mask", "(2, 2, 7, 9)", "(2, 7, 7)", "value_mask"),
+    ),
+    "attention mask of padding": (
+        lambda: call(x, x, attention_mask=np.ones((2, 7), bool)),
+        ("attention_mask", "(2, 2, 7, 7)", "(2, 7)", "value_mask"),
+    ),
+    "attention mask over two axes": (
+        lambda: call(x[:, None], x[:, None], attention_mask=np.ones((7, 1, 1, 7), bool)),
+        ("attention_mask", "(2, 2, 1, 7, 1, 7)", "(7, 1, 1, 7)"),
+    ),
     "settings that are no bool": (lambda: call(x, x, use_causal_mask=1), ("use_causal_mask", "1")),
     "weights before they are there": (lambda: bk.to_torch_state(layer()), ("build", "no weights")),
     "weights of another class": (

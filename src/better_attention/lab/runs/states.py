@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from better_attention.conversion.recipe import RECIPE
 from better_attention.lab.lock import holder
 from better_attention.lab.runs import manifest
 from better_attention.lab.runs.checkpoint import last_state
@@ -170,5 +171,7 @@ def _folders(path: Path, depth: int) -> Iterator[tuple[Path, bool]]:
             names = sorted(entry.name for entry in os.scandir(path) if entry.is_dir(follow_symlinks=False))
         except OSError:
             return
+        if os.path.lexists(path / RECIPE):  # a converted model: beside it lies what it was built from, which is no run
+            names = [name for name in names if RunName.names_a_folder(name)]
         for name in names:
             yield from _folders(path / name, depth - 1)

@@ -16,6 +16,7 @@ from better_attention.conversion.report import ConversionReport
 from better_attention.lab.runs import manifest
 from better_attention.lab.runs.json_file import read_json, write_json
 from better_attention.lab.runs.overwrite_guard import check_output
+from better_attention.lab.runs.snapshot import Snapshot
 from better_attention.lab.trained.model import Trained
 from better_attention.lab.trained.origin import RunOrigin
 from better_attention.lab.trained.samples import Samples
@@ -106,6 +107,11 @@ def check_folder(folder: Path) -> None:
         ValueError: says what it holds.
     """
     check_output(folder, (STORY, RECIPE, WEIGHTS), is_story)
+    if runs := list(Snapshot.read(folder).runs):
+        raise ValueError(
+            f"{folder} holds runs ({runs[0]}{', ...' if runs[1:] else ''}), and a converted model has a folder of its "
+            f"own: name another with --out, such as {folder / 'converted'}."
+        )
 
 
 def is_story(value: object) -> bool:

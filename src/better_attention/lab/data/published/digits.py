@@ -69,6 +69,6 @@ SOURCE = Source(
     name="digits",
     title="1,797 handwritten digits, 8×8, carried by scikit-learn",
     terms="Alpaydin, Kaynak 1998, UCI Machine Learning Repository",
-    layout="none: scikit-learn carries it",
+    layout="scikit-learn carries it",
     load=lambda _: read(),
 )
