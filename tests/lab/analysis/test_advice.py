@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import combinations
+from itertools import combinations, pairwise
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from better_attention.lab.analysis.advice import Card, advised_column, advised_h
 from better_attention.lab.analysis.estimates import Estimate
 from better_attention.lab.analysis.power import pairs_needed
 from better_attention.lab.analysis.summary import COLUMNS, columns_of, summarise
-from better_attention.lab.report.scatter import LETTER, LINE, Point, scatter
+from better_attention.lab.report.scatter import ASIDE, LETTER, LINE, Point, scatter
 from helpers.studies import record
 
 ACCURACY = next(column for column in COLUMNS if column.key == "test_accuracy")
@@ -119,6 +120,16 @@ def test_else_the_smallest_that_is_not_told_from_standard_with_its_interval() ->
     )
 
 
+def test_a_speed_that_was_measured_once_is_called_so() -> None:
+    once = [
+        [{k: v for k, v in run.items() if k != "times_as_fast" or run["seed"] == 0} for run in r]
+        for r in (STANDARD, BETTER)
+    ]
+    (_, ours), text = dealt(*once)
+    assert ours.timings == 1
+    assert text.endswith("0.75 times its speed in training (measured once).")
+
+
 def test_of_a_text_fewer_bits_are_better() -> None:
     """Both differences are shown; what is lower by 2 bits is recommended, and what is higher is worse."""
     bits = next(column for column in COLUMNS if column.key == "test_bits_per_character")
@@ -208,6 +219,16 @@ def test_equal_results_can_be_drawn() -> None:
     found = scatter([card("a", 5, 90.0), card("b", 5, 90.0)], ACCURACY)
     assert found is not None
     assert all(0 < point.y < 100 for point in found.points)
+
+
+def test_intervals_of_equal_parameters_stand_side_by_side() -> None:
+    shown = [card(name, 4000, 90.0 + k, 5.0) for k, name in enumerate(("standard", "expressive", "other"))]
+    found = scatter([*shown, card("efficient", 2000, 90.0, 5.0)], ACCURACY)
+    assert found is not None
+    places = sorted(point.x for point in found.points)
+    assert all(b - a >= ASIDE - 1e-6 for a, b in pairwise(places))
+    assert fmean(places[1:]) == pytest.approx(100)  # around the place of their parameters
+    assert places[0] == 50  # who is alone is not moved
 
 
 @pytest.mark.parametrize("top", [True, False])

@@ -475,7 +475,7 @@ def test_pictures_are_pictures_with_words_in_both_themes(benign: Page) -> None:
         else:
             assert content.startswith(b"<?xml")
             assert b"<script" not in content
-    assert benign.values("source", "media") == ["(prefers-color-scheme: dark)"] * 4
+    assert benign.values("source", "media") == ["screen and (prefers-color-scheme: dark)"] * 4
 
 
 def test_what_keeps_it_readable_by_everybody(benign: Page) -> None:
@@ -632,6 +632,31 @@ def test_the_browser_itself_hears_complaints_and_requests(browser: Browser, tmp_
     browser.open(tmp_path / "bad.html", 800)
     assert [url.rpartition("/")[2] for url in browser.requests()] == ["bad.html", "other.png"]
     assert browser.ask("document.documentElement.scrollWidth") > 800
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_on_paper_it_is_complete_and_in_the_colours_of_day(browser: Browser, page_file: Path) -> None:
+    browser.open(page_file, 1200, dark=True)
+    browser.call(
+        "Emulation.setEmulatedMedia", media="print", features=[{"name": "prefers-color-scheme", "value": "dark"}]
+    )
+    ink = browser.ask("getComputedStyle(document.documentElement).color")
+    assert ink == "rgb({}, {}, {})".format(*bytes.fromhex(LIGHT.ink[1:]))
+    picture = browser.ask(
+        "(p => [p.querySelector('img').currentSrc, p.querySelector('source').srcset])"
+        "(document.querySelector('.panels picture'))"
+    )
+    assert picture[0] != picture[1]
+    # Browsers leave out grounds on paper unless they are told that they mean something.
+    assert browser.ask("getComputedStyle(document.querySelector('.point')).printColorAdjust") == "exact"
+    heights = browser.ask(
+        "[...document.querySelectorAll('details.paper table')].map(e => e.checkVisibility() && e.offsetHeight)"
+    )
+    assert len(heights) == 2
+    assert all(height > 50 for height in heights)
+    assert browser.ask("document.querySelectorAll('details[open]').length") == 0
+    browser.call("Emulation.setEmulatedMedia", media="")
 
 
 @pytest.mark.slow
