@@ -121,7 +121,8 @@ def _speed(records: Sequence[Record], row: Row, base: Row | None) -> tuple[float
     if not (ours and theirs):
         return None, 0
     # Ratios are averaged as logarithms: twice and half as fast cancel.
-    return geometric_mean(ours) / geometric_mean(theirs), min(len(ours), len(theirs))
+    # A measurement is that of all seeds of a session, and stands with each of them.
+    return geometric_mean(ours) / geometric_mean(theirs), min(len(set(ours)), len(set(theirs)))
 
 
 def _speeds(records: Sequence[Record], mechanism: str, heads: int) -> list[float]:

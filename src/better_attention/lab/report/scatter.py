@@ -114,7 +114,11 @@ def _aside(points: Sequence[Point]) -> list[Point]:
         middle = sum(points[place].x for place in group) / len(group)
         for rank, place in enumerate(group):
             if len(group) > 1:
-                moved[place] = replace(points[place], x=round(middle + ASIDE * (rank - (len(group) - 1) / 2), 2))
+                point, aside = points[place], rank - (len(group) - 1) / 2
+                x = round(middle + ASIDE * aside, 2)
+                # Whoever stands on the left has its label there, if there is room: to the right it crosses an interval.
+                leftward = point.leftward or (aside < 0 and x >= LETTER * (len(point.mechanism) + 2))
+                moved[place] = replace(point, x=x, leftward=leftward)
     return moved
 
 
