@@ -1,4 +1,4 @@
-"""The reports of the committed studies, drawn again from ``results.json`` and ``curves.csv`` as the package draws them now.
+"""The reports of the committed studies, drawn again from ``results.json`` and ``curves.csv`` as the package draws now.
 
     python results/reports.py                # every report
     python results/reports.py imdb amazon    # those of these folders
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import shlex
 import sys
 from html import unescape
 from pathlib import Path
@@ -24,12 +23,11 @@ from better_attention.lab.analysis import findings, learning_speed
 from better_attention.lab.analysis.study import Study
 from better_attention.lab.analysis.summary import summarise
 from better_attention.lab.report.html import write_report
-from better_attention.lab.runs.provenance import commit
 from better_attention.lab.tasks.catalogue import TASKS
 
 WITHOUT = (
-    "this page was drawn from results.json and curves.csv: attention maps and pictures of W_A need the trained models, "
-    "which are not in the repository"
+    "results/reports.py drew this page from results.json and curves.csv: attention maps and pictures of W_A need the "
+    "trained models, which are not in the repository"
 )
 
 
@@ -57,8 +55,8 @@ def study(folder: Path) -> Study:
         curves=curves,
         maps=[],
         alignments=[],
-        command=f"python results/reports.py {shlex.quote(folder.name)}",
-        commit=commit(),
+        command="",  # of the runs; the note says what draws the page, and the commit that holds it is the one that drew it
+        commit=records[-1]["commit"],
         notes=[*(note for note in notes(folder / "report.html") if note not in made_again), WITHOUT],
         threshold=threshold,
         folders={},
