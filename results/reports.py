@@ -55,7 +55,7 @@ def study(folder: Path) -> Study:
         curves=curves,
         maps=[],
         alignments=[],
-        command="",  # of the runs; the note says what draws the page, and the commit that holds it is the one that drew it
+        command="",  # those of the runs are shown; what drew the page stands in the note
         commit=records[-1]["commit"],
         notes=[*(note for note in notes(folder / "report.html") if note not in made_again), WITHOUT],
         threshold=threshold,

@@ -230,6 +230,14 @@ def test_intervals_of_equal_parameters_stand_side_by_side() -> None:
     assert places[0] == 50  # who is alone is not moved
 
 
+@pytest.mark.parametrize(("neighbour", "leftward"), [(500, True), (1600, False)])
+def test_a_label_stands_on_the_left_where_nobody_is_in_the_way(neighbour: int, leftward: bool) -> None:
+    shown = [card("standard", 2000, 91.0, 5.0), card("expressive", 2000, 90.0, 5.0)]
+    found = scatter([*shown, card("efficient", neighbour, 90.0, 5.0), card("large", 4000, 90.0, 5.0)], ACCURACY)
+    assert found is not None
+    assert [point.leftward for point in found.points[:2]] == [leftward, False]
+
+
 @pytest.mark.parametrize("top", [True, False])
 def test_no_label_covers_another(top: bool) -> None:
     ends = 100.0 if top else 90.0

@@ -116,8 +116,10 @@ def _aside(points: Sequence[Point]) -> list[Point]:
             if len(group) > 1:
                 point, aside = points[place], rank - (len(group) - 1) / 2
                 x = round(middle + ASIDE * aside, 2)
-                # Whoever stands on the left has its label there, if there is room: to the right it crosses an interval.
-                leftward = point.leftward or (aside < 0 and x >= LETTER * (len(point.mechanism) + 2))
+                # On the left the label is on the left, if nobody is in the way: to the right it crosses an interval.
+                begin = x - LETTER * (len(point.mechanism) + 2)
+                free = begin >= 0 and not any(begin - ASIDE < other.x < x - ASIDE for other in points)
+                leftward = point.leftward or (aside < 0 and free)
                 moved[place] = replace(point, x=x, leftward=leftward)
     return moved
 
