@@ -239,7 +239,7 @@ def speed() -> str:
         fontsize=8.5,
     )
     panels[1].set_xlabel("batch × tokens × width × heads")
-    panels[0].legend(ncols=3, fontsize=8.5, loc="upper right", bbox_to_anchor=(1, 1.42))
+    panels[0].legend(ncols=3, fontsize=8.5, loc="upper left", bbox_to_anchor=(-0.015, 1.42))
     return svg(figure)
 
 

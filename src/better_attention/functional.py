@@ -75,7 +75,8 @@ def attention(
     r"""Weighted mean of values, weights from queries and keys.
 
     softmax: :math:`w_{ls} \propto e^{z_{ls} + b_{ls}}`; expressive: :math:`w_{ls} \propto
-    \frac{z_{ls}^2}{1 + z_{ls}^2} e^{b_{ls}}`, with :math:`z = q \cdot k \cdot scale`; both normalised over the keys s.
+    \frac{z_{ls}^2}{1 + z_{ls}^2} e^{b_{ls}}`, with :math:`z = q \cdot k \cdot \mathrm{scale}`; both normalised over the
+    keys s.
 
     Args:
         query: (..., N, L, H), floating point.

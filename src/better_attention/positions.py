@@ -23,9 +23,10 @@ BASE = 10_000.0
 def rotary(x_BNLH: Tensor, *, base: float = BASE, offset: int | Tensor = 0, positions: Tensor | None = None) -> Tensor:
     r"""Turn pairs of features of queries or keys by angles that grow with their position.
 
-    Pair p of the vector at position m, as a complex number, is multiplied by :math:`e^{i m \, base^{-2p/H}}`, so that
-    :math:`q_m \cdot k_n` depends on m and n through m - n alone. Feature p is paired with feature p + H/2 (the half
-    split of GPT-NeoX and Llama; weights trained with neighbours paired, as in GPT-J, have to be permuted).
+    Pair p of the vector at position m, as a complex number, is multiplied by
+    :math:`e^{i m \, \mathrm{base}^{-2p/H}}`, so that :math:`q_m \cdot k_n` depends on m and n through m - n alone.
+    Feature p is paired with feature p + H/2 (the half split of GPT-NeoX and Llama; weights trained with neighbours
+    paired, as in GPT-J, have to be permuted).
 
     Args:
         x_BNLH: (..., L, H), such as (B, N, L, H), H even.
@@ -148,8 +149,9 @@ def alibi_bias(
 ) -> Tensor:
     r"""The additive mask of ALiBi, (N, L, S): minus the head's slope times the distance of query and key.
 
-    Added to the log weights, it multiplies the un-normalised weight of either score by :math:`e^{-slope |l - s|}`.
-    Later keys, which Press et al. hide, count by their distance too; hide them with ``is_causal=True``.
+    Added to the log weights, it multiplies the un-normalised weight of either score by
+    :math:`e^{-\mathrm{slope} |l - s|}`. Later keys, which Press et al. hide, count by their distance too; hide them
+    with ``is_causal=True``.
 
     Args:
         num_heads: number of heads N.
@@ -187,8 +189,9 @@ def alibi_features(
 ) -> tuple[Tensor, Tensor]:
     r"""Queries and keys with a few features more, whose product is the score with ALiBi inside. Attend with scale 1.
 
-    .. math:: q'_l \cdot k'_s = scale \, q_l \cdot k_s - m (l - s), \quad
-              q'_l = [scale \, q_l, -m l, m], \quad k'_s = [k_s, 1, s]
+    .. math:: q'_l \cdot k'_s = \mathrm{scale} \, q_l \cdot k_s - m (l - s)
+
+    .. math:: q'_l = [\mathrm{scale} \, q_l, -m l, m], \quad k'_s = [k_s, 1, s]
 
     with the head's slope m and positions counted from the first query. The bias has rank two in l and s, so that it
     passes through every implementation and kernel, at the cost of two features and without a mask. For softmax this is

@@ -22,6 +22,7 @@ from filelock import FileLock
 
 import better_attention as ba
 from helpers import CHECKOUT, pages
+from helpers.browser import CHROMIUM, Browser
 
 DOCS = CHECKOUT / "docs"
 LAZY = {"distil", "load_run"}
@@ -271,3 +272,55 @@ def test_a_dead_link_fails_the_build(fault: str, tmp_path: Path) -> None:
     page = folder / "docs" / "faq.md"
     page.write_text(f"{page.read_text('utf-8')}\n{fault}\n", "utf-8")
     assert build("zensical", folder).returncode != 0
+
+
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed: no page is opened in a browser")
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[Browser]:
+    one = Browser(tmp_path / "profile")
+    yield one
+    one.close()
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_a_page_follows_the_colours_that_the_system_prefers_now(site: Path, browser: Browser) -> None:
+    """As its pictures do: what the theme stores at the first visit must not decide the next one."""
+    for dark in (False, True, False):
+        browser.open(site / "picture.html", 1200, dark=dark)
+        assert browser.ask("document.body.dataset.mdColorScheme") == ("slate" if dark else "default")
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_every_page_fits_a_telephone(site: Path, browser: Browser) -> None:
+    """Nothing is wider than the screen; wide tables, pictures and formulas scroll by themselves."""
+    wide = {}
+    for path in html(site):
+        if path.name == "404.html":  # its links begin at the root of a server
+            continue
+        browser.open(path, 390, mobile=True)
+        wide[path.name] = browser.ask("document.documentElement.scrollWidth") - 390
+    assert {name: pixels for name, pixels in wide.items() if pixels > 0} == {}
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_a_wide_table_keeps_its_first_column_in_sight(site: Path, browser: Browser) -> None:
+    browser.open(site / "mechanisms.html", 390, mobile=True)
+    left = browser.ask(
+        "(t => { t.closest('.md-typeset__scrollwrap').scrollLeft = 170;"
+        " return [t.rows[1].cells[0].getBoundingClientRect().left, t.rows[1].cells[1].getBoundingClientRect().left] })"
+        "([...document.querySelectorAll('article table')].find(t => t.textContent.includes('Tiny-ImageNet')))"
+    )
+    assert left[0] == pytest.approx(0, abs=1)
+    assert left[1] < 110
+
+
+def test_no_line_ends_within_an_option(site: Path) -> None:
+    page = (site / "your-data.html").read_text("utf-8")
+    assert '<code><span class="whole">--seeds</span> 3</code>' in page
+    assert "<code>-" not in page
+    assert ".whole { white-space: nowrap; }" in (site / "assets" / "site.css").read_text("utf-8")

@@ -57,7 +57,7 @@ def sequence_attention(
 
     With a the un-normalised weights of the keys that process r holds,
 
-    .. math:: out_l = \frac{\sum_r \sum_{s \in r} a_{ls} v_s}{\sum_r \sum_{s \in r} a_{ls}}
+    .. math:: \mathrm{out}_l = \frac{\sum_r \sum_{s \in r} a_{ls} v_s}{\sum_r \sum_{s \in r} a_{ls}}
 
     For the expressive score :math:`a = z^2 / (1 + z^2) < 1`: both sums add, without a maximum that processes would have
     to agree on. Softmax, and float masks, take one exchange of maxima (B, N, L) before the sum.

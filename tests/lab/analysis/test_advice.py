@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import combinations
+from itertools import combinations, pairwise
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from better_attention.lab.analysis.advice import Card, advised_column, advised_h
 from better_attention.lab.analysis.estimates import Estimate
 from better_attention.lab.analysis.power import pairs_needed
 from better_attention.lab.analysis.summary import COLUMNS, columns_of, summarise
-from better_attention.lab.report.scatter import LETTER, LINE, Point, scatter
+from better_attention.lab.report.scatter import ASIDE, LETTER, LINE, Point, scatter
 from helpers.studies import record
 
 ACCURACY = next(column for column in COLUMNS if column.key == "test_accuracy")
@@ -106,7 +107,7 @@ def test_what_is_shown_to_be_better_is_recommended() -> None:
     _, text = dealt(STANDARD, BETTER, NOISE)
     assert text == (
         "With 4 heads, use super: +2.01 ± 0.02 points of test accuracy against standard, which is shown; with 60 % of "
-        "its attention parameters and 0.75 times its speed in training."
+        "its attention parameters and 0.75 times its speed in training (measured once)."
     )
 
 
@@ -114,9 +115,18 @@ def test_else_the_smallest_that_is_not_told_from_standard_with_its_interval() ->
     _, text = dealt(STANDARD, NOISE, WORSE)
     assert text == (
         "With 4 heads, no mechanism is shown to be better than standard. Efficient is the smallest of which no "
-        "difference is shown, with 50 % of its attention parameters and 1.50 times its speed in training: its "
-        "difference lies between −2.60 and +3.60 points of test accuracy (95 % interval, 3 seeds)."
+        "difference is shown, with 50 % of its attention parameters and 1.50 times its speed in training (measured "
+        "once): its difference lies between −2.60 and +3.60 points of test accuracy (95 % interval, 3 seeds)."
     )
+
+
+def test_a_speed_that_was_measured_several_times_is_not_called_a_single_one() -> None:
+    twice = [
+        [{**run, "times_as_fast": [0.8, 1.25, 1.25][run["seed"]]} for run in group] for group in (STANDARD, BETTER)
+    ]
+    (_, ours), text = dealt(*twice)
+    assert ours.timings == 2  # what two seeds have in common is one measurement
+    assert text.endswith("1.00 times its speed in training.")
 
 
 def test_of_a_text_fewer_bits_are_better() -> None:
@@ -208,6 +218,24 @@ def test_equal_results_can_be_drawn() -> None:
     found = scatter([card("a", 5, 90.0), card("b", 5, 90.0)], ACCURACY)
     assert found is not None
     assert all(0 < point.y < 100 for point in found.points)
+
+
+def test_intervals_of_equal_parameters_stand_side_by_side() -> None:
+    shown = [card(name, 4000, 90.0 + k, 5.0) for k, name in enumerate(("standard", "expressive", "other"))]
+    found = scatter([*shown, card("efficient", 2000, 90.0, 5.0)], ACCURACY)
+    assert found is not None
+    places = sorted(point.x for point in found.points)
+    assert all(b - a >= ASIDE - 1e-6 for a, b in pairwise(places))
+    assert fmean(places[1:]) == pytest.approx(100)  # around the place of their parameters
+    assert places[0] == 50  # who is alone is not moved
+
+
+@pytest.mark.parametrize(("neighbour", "leftward"), [(500, True), (1600, False)])
+def test_a_label_stands_on_the_left_where_nobody_is_in_the_way(neighbour: int, leftward: bool) -> None:
+    shown = [card("standard", 2000, 91.0, 5.0), card("expressive", 2000, 90.0, 5.0)]
+    found = scatter([*shown, card("efficient", neighbour, 90.0, 5.0), card("large", 4000, 90.0, 5.0)], ACCURACY)
+    assert found is not None
+    assert [point.leftward for point in found.points[:2]] == [leftward, False]
 
 
 @pytest.mark.parametrize("top", [True, False])

@@ -166,7 +166,7 @@ def test_a_payload_as_mechanism_is_text_wherever_it_stands(benign: Page) -> None
     labels = [value for value in page.values("svg", "aria-label") if name in value]
     assert len(labels) == 4  # two metrics at two numbers of heads
     alternatives = [value for value in page.values("img", "alt") if name in value]
-    assert len(alternatives) == 2  # curves, and results over heads
+    assert len(alternatives) == 4  # curves, and results over heads, each for day and for night
     # findings, origin, results, forest, tests, ranks, legends, curves, maps, kernels, gaps
     assert page.text.count(name) > 15
     assert "b" not in page.tags - benign.tags
@@ -464,7 +464,7 @@ def test_command_commit_setting_and_versions() -> None:
 def test_pictures_are_pictures_with_words_in_both_themes(benign: Page) -> None:
     assert all(benign.values("img", "alt"))
     assert len(benign.values("img", "alt")) == benign.tags["img"]
-    addresses = benign.values("img", "src") + benign.values("source", "srcset")
+    addresses = benign.values("img", "src")
     kinds = Counter(address.partition(";")[0] for address in addresses)
     # a panel of curves, one over heads, two over the angle, each light and dark
     assert kinds["data:image/svg+xml"] == 8
@@ -475,7 +475,7 @@ def test_pictures_are_pictures_with_words_in_both_themes(benign: Page) -> None:
         else:
             assert content.startswith(b"<?xml")
             assert b"<script" not in content
-    assert benign.values("source", "media") == ["(prefers-color-scheme: dark)"] * 4
+    assert [benign.values("img", "class").count(kind) for kind in ("day", "night")] == [4, 4]
 
 
 def test_what_keeps_it_readable_by_everybody(benign: Page) -> None:
@@ -579,12 +579,21 @@ def test_a_browser_shows_it_without_complaint(browser: Browser, page_file: Path,
     assert images == loaded > 10
     assert browser.complaints() == []  # where a policy's refusals and errors go
     assert browser.requests() == [page_file.as_uri()]
-    for selector in (".forest", ".forest svg", "[aria-label=Ranks]", "[aria-label=Ranks] td", "#origin", ".panels img"):
+    for selector in (
+        ".forest",
+        ".forest svg",
+        "[aria-label=Ranks]",
+        "[aria-label=Ranks] td",
+        "#origin",
+        f".panels .{'night' if dark else 'day'}",
+    ):
         assert seen(browser, selector), selector
     ground = browser.ask("getComputedStyle(document.documentElement).backgroundColor")
     assert ground == "rgb({}, {}, {})".format(*bytes.fromhex((DARK if dark else LIGHT).ground[1:]))
-    drawn = browser.ask("document.querySelector('.panels img').currentSrc")
-    assert (drawn == browser.ask("document.querySelector('.panels source').srcset")) is dark
+    shown = browser.ask(
+        "[...document.querySelectorAll('.panels img')].filter(e => e.checkVisibility()).map(e => e.className)"
+    )
+    assert set(shown) == {"night" if dark else "day"}
     stroke = browser.ask("getComputedStyle(document.querySelector('.forest .dot')).stroke")
     assert stroke == "rgb({}, {}, {})".format(*bytes.fromhex(look("optimised").colour(dark=dark)[1:]))
 
@@ -632,6 +641,27 @@ def test_the_browser_itself_hears_complaints_and_requests(browser: Browser, tmp_
     browser.open(tmp_path / "bad.html", 800)
     assert [url.rpartition("/")[2] for url in browser.requests()] == ["bad.html", "other.png"]
     assert browser.ask("document.documentElement.scrollWidth") > 800
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_on_paper_it_is_complete_and_in_the_colours_of_day(browser: Browser, page_file: Path) -> None:
+    browser.open(page_file, 1200, dark=True)
+    browser.call(
+        "Emulation.setEmulatedMedia", media="print", features=[{"name": "prefers-color-scheme", "value": "dark"}]
+    )
+    ink = browser.ask("getComputedStyle(document.documentElement).color")
+    assert ink == "rgb({}, {}, {})".format(*bytes.fromhex(LIGHT.ink[1:]))
+    assert [seen(browser, f".panels .{kind}") for kind in ("day", "night")] == [True, False]
+    # Browsers leave out grounds on paper unless they are told that they mean something.
+    assert browser.ask("getComputedStyle(document.querySelector('.point')).printColorAdjust") == "exact"
+    heights = browser.ask(
+        "[...document.querySelectorAll('details.paper table')].map(e => e.checkVisibility() && e.offsetHeight)"
+    )
+    assert len(heights) == 2
+    assert all(height > 50 for height in heights)
+    assert browser.ask("document.querySelectorAll('details[open]').length") == 0
+    browser.call("Emulation.setEmulatedMedia", media="")
 
 
 @pytest.mark.slow

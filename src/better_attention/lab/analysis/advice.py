@@ -36,6 +36,7 @@ class Card:
         params: parameters of one attention layer; None where they are not known.
         params_share: relative to those of standard; None likewise.
         speed: times as fast in training as standard; None where it was not measured.
+        timings: how many measurements of it the speed is the mean of, of the one of which there are fewer.
         difference: to standard, seed by seed; None for standard itself, and where there is no pair.
         outcome: ``"better"``, ``"worse"``, that nothing shows or that nothing was tested; "" for standard itself.
         verdict: one sentence on that difference.
@@ -53,6 +54,7 @@ class Card:
     verdict: str
     needed: str = ""
     about: str = ""
+    timings: int = 0
 
 
 def advised_column(columns: Sequence[Column]) -> Column | None:
@@ -79,6 +81,7 @@ def cards(rows: Sequence[Row], records: Sequence[Record], column: Column) -> lis
     found = []
     for row in shared:
         params, theirs = _params(row), _params(base)
+        speed, timings = _speed(records, row, base)
         test = row.tests.get(column.key)
         found.append(
             Card(
@@ -86,7 +89,8 @@ def cards(rows: Sequence[Row], records: Sequence[Record], column: Column) -> lis
                 value=row.estimates[column.key],
                 params=params,
                 params_share=params / theirs if params is not None and theirs else None,
-                speed=_speed(records, row, base),
+                speed=speed,
+                timings=timings,
                 difference=test.difference if test else None,
                 outcome="" if row.mechanism == BASELINE else _outcome(test, column),
                 verdict=_verdict(row, test, base),
@@ -109,13 +113,16 @@ def _params(row: Row | None) -> int | None:
     return int(found.mean) if found else None
 
 
-def _speed(records: Sequence[Record], row: Row, base: Row | None) -> float | None:
-    """Both were measured alternately with the same model on torch's layer, which cancels."""
+def _speed(records: Sequence[Record], row: Row, base: Row | None) -> tuple[float | None, int]:
+    """Both were measured alternately with the same model on torch's layer, which cancels; and how often, at least."""
     if base is None or row is base:
-        return None
+        return None, 0
     ours, theirs = (_speeds(records, name, row.heads) for name in (row.mechanism, BASELINE))
+    if not (ours and theirs):
+        return None, 0
     # Ratios are averaged as logarithms: twice and half as fast cancel.
-    return geometric_mean(ours) / geometric_mean(theirs) if ours and theirs else None
+    # A measurement is that of all seeds of a session, and stands with each of them.
+    return geometric_mean(ours) / geometric_mean(theirs), min(len(set(ours)), len(set(theirs)))
 
 
 def _speeds(records: Sequence[Record], mechanism: str, heads: int) -> list[float]:
@@ -224,7 +231,8 @@ def _capital(name: str) -> str:
 def _size(card: Card) -> str:
     """What it costs beside standard."""
     parts = [] if card.params_share is None else [f"{number(100 * card.params_share, 0)} % of its attention parameters"]
-    parts += [] if card.speed is None else [f"{number(card.speed, 2)} times its speed in training"]
+    once = " (measured once)" if card.timings == 1 else ""
+    parts += [] if card.speed is None else [f"{number(card.speed, 2)} times its speed in training{once}"]
     return f"with {' and '.join(parts)}" if parts else "at a cost that is not known"
 
 

@@ -16,6 +16,8 @@ LETTER = 2.1
 """Width of a letter in per cent of the drawing, where it is narrowest: on a telephone."""
 LINE = 7.0
 """Height of a line of text in per cent of the drawing."""
+ASIDE = 2.0
+"""How far intervals stand apart, in per cent of the drawing: mechanisms of equal parameters have equal places."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +65,7 @@ def scatter(cards: Sequence[Card], column: Column) -> Scatter | None:
     points = [_point(card, column, across, up) for card in shown]
     return Scatter(
         column,
-        _apart(points),
+        _apart(_aside(points)),
         [(_place(tick, across), number(tick, 0)) for tick in across],
         # Ten digits hide the rounding error of a tick such as 0.30000000000000004.
         [(_place(tick, up), f"{tick:.10g}".replace("-", "−")) for tick in up],
@@ -96,6 +98,30 @@ def _point(card: Card, column: Column, across: Sequence[float], up: Sequence[flo
         leftward=x + LETTER * (len(card.mechanism) + 2) > 100,
         text=f"{number(params, 0)} parameters, {number(value.mean, column.digits)}{interval}",
     )
+
+
+def _aside(points: Sequence[Point]) -> list[Point]:
+    """The points, moved to the sides where one interval would cover another."""
+    moved = list(points)
+    order = sorted(range(len(points)), key=lambda place: (points[place].x, -points[place].y))
+    groups: list[list[int]] = []
+    for place in order:
+        if groups and points[place].x - points[groups[-1][-1]].x < ASIDE:
+            groups[-1].append(place)
+        else:
+            groups.append([place])
+    for group in groups:
+        middle = sum(points[place].x for place in group) / len(group)
+        for rank, place in enumerate(group):
+            if len(group) > 1:
+                point, aside = points[place], rank - (len(group) - 1) / 2
+                x = round(middle + ASIDE * aside, 2)
+                # On the left the label is on the left, if nobody is in the way: to the right it crosses an interval.
+                begin = x - LETTER * (len(point.mechanism) + 2)
+                free = begin >= 0 and not any(begin - ASIDE < other.x < x - ASIDE for other in points)
+                leftward = point.leftward or (aside < 0 and free)
+                moved[place] = replace(point, x=x, leftward=leftward)
+    return moved
 
 
 def _apart(points: Sequence[Point]) -> list[Point]:
