@@ -3,9 +3,8 @@
     python results/reports.py                # every report
     python results/reports.py imdb amazon    # those of these folders
 
-Notes on the data are taken over from the report that is there, because they were made from the data itself. Attention
-maps and alignment kernels need the trained models, which are not committed: the reports are without them, and without
-links to folders of runs.
+Notes on the data, attention maps and alignment kernels are taken over from the report that is there: they were made
+from the data and from trained models, neither of which is committed. There are no links to folders of runs.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import sys
+from collections.abc import Mapping
 from html import unescape
 from pathlib import Path
 
@@ -25,10 +24,12 @@ from better_attention.lab.analysis.summary import summarise
 from better_attention.lab.report.html import write_report
 from better_attention.lab.tasks.catalogue import TASKS
 
-WITHOUT = (
-    "results/reports.py drew this page from results.json and curves.csv: attention maps and pictures of W_A need the "
-    "trained models, which are not in the repository"
+DRAWN = (
+    "results/reports.py drew this page from results.json and curves.csv. Attention maps and pictures of W_A are those "
+    "of the report that the comparison wrote, since the trained models are not in the repository"
 )
+KEPT = {"maps": "Attention maps", "kernels": "Alignment kernels"}
+"""Sections that are taken over: their mark in the page, and how their titles begin."""
 
 
 def main() -> None:
@@ -37,18 +38,21 @@ def main() -> None:
     known = sorted(path.parent.name for path in FOLDER.glob("*/report.html"))
     parser.add_argument("study", nargs="*", choices=[*known, []], metavar="STUDY", help=f"of {', '.join(known)}")
     for name in parser.parse_args().study or known:
-        write_report(study(FOLDER / name), FOLDER / name / "report.html")
+        page = FOLDER / name / "report.html"
+        kept = pictures(page)
+        write_report(study(FOLDER / name), page)
+        page.write_text(beside(page.read_text("utf-8"), kept), "utf-8")
 
 
 def study(folder: Path) -> Study:
-    """What the files of a folder say, without pictures of models."""
+    """What the files of a folder say."""
     records = json.loads((folder / "results.json").read_text("utf-8"))
     curves = read_curves(folder / "curves.csv")
     first = records[0]
     task = TASKS[first["task"]](first["scale"])
     threshold = learning_speed.find_threshold(curves, guess(first), fixed=task.threshold)
     timed = learning_speed.timed(records, curves, threshold)
-    made_again = set(findings.gaps(summarise(timed))) | {WITHOUT}
+    made_again = set(findings.gaps(summarise(timed))) | {DRAWN}
     return Study(
         task={"name": task.name, "title": task.title, "source": task.source, "settings": first["settings"]},
         records=timed,
@@ -57,10 +61,33 @@ def study(folder: Path) -> Study:
         alignments=[],
         command="",  # those of the runs are shown; what drew the page stands in the note
         commit=records[-1]["commit"],
-        notes=[*(note for note in notes(folder / "report.html") if note not in made_again), WITHOUT],
+        notes=[*(note for note in notes(folder / "report.html") if note not in made_again), DRAWN],
         threshold=threshold,
         folders={},
     )
+
+
+def beside(text: str, kept: Mapping[str, str]) -> str:
+    """A page with the sections ``kept`` behind its notes, and their entries in the table of contents."""
+    behind = next(mark for mark in ("angle", "runs", "made") if f'<section id="{mark}">' in text)
+    section, entry = f'<section id="{behind}">', f'<li><a href="#{behind}">'
+    entries = "".join(f'<li><a href="#{mark}">{KEPT[mark]}</a></li>\n' for mark in kept)
+    return text.replace(section, "".join(kept.values()) + section).replace(entry, entries + entry)
+
+
+def pictures(page: Path) -> dict[str, str]:
+    """The sections with maps and kernels, in a fold-out."""
+    text = page.read_text("utf-8")
+    found = {}
+    for mark, title in KEPT.items():
+        section = re.search(rf"<section[^>]*>\s*(<h2>{title}.*?</h2>)(.*?)</section>", text, re.DOTALL)
+        if section is None:
+            continue
+        head, body = section.groups()
+        if "<details>" not in body:
+            body = f"\n<details><summary>pictures of trained models</summary>{body}</details>\n"
+        found[mark] = f'<section id="{mark}">\n{head}{body}</section>\n\n'
+    return found
 
 
 def notes(page: Path) -> list[str]:
@@ -72,4 +99,4 @@ def notes(page: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -23,6 +23,7 @@ PATCHED: Mapping[str, Mapping[str, str]] = {
         "kernel.ba.attention": SEEN,
         "model._build": FAULT,
     },
+    "benchmarks/test_gpu.py": {"sys.argv": COMMAND},
     "benchmarks/test_language.py": {"sys.argv": COMMAND},
     "cli/test_bench_command.py": {
         "Alignment.forward": FAULT,
