@@ -14,10 +14,10 @@ namespace BA_ISA {
 namespace {
 
 constexpr int64_t FEW = BA_FEW;
-constexpr int64_t CHUNK = 512;   // keys of a task at most: longer sums lose digits
-constexpr int64_t RUN = 2 << 20;  // bytes of a task at most,
-constexpr int64_t TASKS = 64;    // where there are as many tasks
-constexpr float SLACK = 8.0f;    // by which exponents may exceed their shift: to follow every new maximum costs time
+constexpr int64_t CHUNK = 512;    // keys of one partial sum at most: longer sums lose digits
+constexpr int64_t RUN = 2 << 20;  // bytes of a task of several chunks at most,
+constexpr int64_t TASKS = 64;     // and how many tasks there are at least before a task has several
+constexpr float SLACK = 8.0f;     // by which exponents may exceed their shift: to follow every new maximum costs time
 constexpr int64_t AHEAD = 8192;  // bytes between what is read and what is asked for, where a head's rows are in a line
 
 struct Decode {
@@ -188,7 +188,7 @@ template <int SCORE> static void weigh_block(DecodeBlock& d, bool free) {
     d.any_live = false;
     for (int64_t r = 0; r < f.few; ++r) {
         float* weights = d.weights + r * LANES;
-        V z = load(d.scores + r * LANES);
+        const V z = load(d.scores + r * LANES);
         const Sums sums = sums_at(d.state + r * d.state_row);
         const int64_t l = r % c.L;
         V bias = {}, lean = {}, outside = {};
