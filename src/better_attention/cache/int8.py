@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -50,6 +52,10 @@ class Int8Rows(Rows):
         codes, scale = quantised(new, self.num_heads)
         super().write(name, codes)
         super().write(_scale(name), scale)
+
+    def holds(self, names: Sequence[str], dtype: torch.dtype) -> bool:
+        """Whether there are codes of all these streams, of numbers of that type."""
+        return self.dtype == dtype and all(name in self.tensors for name in names)
 
     def stored(self, name: str, ahead: int = 0) -> tuple[Tensor, Tensor]:
         """Codes (B, S, D) and scales (B, S, N) of the rows in use, and of ``ahead`` more behind them; views."""

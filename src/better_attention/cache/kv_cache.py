@@ -277,6 +277,18 @@ class KVCache:
         """The same as it is stored: the numbers and None, or codes in int8 and scales (B, S + L, N); views."""
         return self._rows.stored(name, L)
 
+    def reserve(self, L: int, dtype: torch.dtype) -> bool:
+        """Room behind what is remembered for ``L`` tokens, which the caller writes where :meth:`stored` shows them.
+
+        Returns:
+            Whether there is something already that stands for numbers of type ``dtype``; else nothing was done, and
+            :meth:`write` is the way.
+        """
+        if not self._rows.holds(self.streams, dtype):
+            return False
+        self._rows.reserve(L)
+        return True
+
     def held(self, L: int) -> int:
         """Number of tokens that are remembered, and the ``L`` new ones that were written."""
         return self._rows.used(self.streams[0], L).shape[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -76,6 +77,15 @@ class Rows:
             self._make_room(L)
             held = self.tensors[name]
         held[:, self.last : self.last + L] = new
+
+    def holds(self, names: Sequence[str], dtype: torch.dtype) -> bool:
+        """Whether there are rows of all these tensors, and they stand for numbers of that type."""
+        return all(name in self.tensors and self.tensors[name].dtype == dtype for name in names)
+
+    def reserve(self, L: int) -> None:
+        """Room for ``L`` rows behind those in use, for :meth:`stored` to show and others to write."""
+        if self.last + L > self.capacity:
+            self._make_room(L)
 
     def commit(self, L: int) -> None:
         """The ``L`` rows that were written are in use from now on."""

@@ -30,6 +30,7 @@ __all__ = [
     "Distances",
     "compute",
     "decode",
+    "decodes",
     "instruction_set",
     "instruction_sets",
     "missing",
@@ -113,7 +114,7 @@ def decode(
     factors = None if scales is None else _alike(scales)
     slopes = None if distances is None else distances.slopes_N.contiguous()
     others = [*(turned or ()), *(factors or ()), *([] if slopes is None else [slopes])]
-    if not _decodes(call, *others):
+    if not ordinary(call.q_BNLH, call.k_BNSH, call.v_BNSH, *call.masks, *others) or not decodes(call):
         return None
     a = _with_contiguous_rows(Arguments.of(call, share=True))
     out = empty_heads(a.q, a.values.shape[-1])
@@ -150,15 +151,15 @@ def _alike(pair: Pair) -> Pair:
     return (first, second) if first.stride() == second.stride() else (first.contiguous(), second.contiguous())
 
 
-def _decodes(call: Call, *others: Tensor) -> bool:
-    """Whether the kernels that read special caches serve a call: few queries, in inference, and nobody looking on."""
-    tensors = (call.q_BNLH, call.k_BNSH, call.v_BNSH, *call.masks, *others)
-    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
+def decodes(call: Call) -> bool:
+    """Whether the kernels that read special caches serve calls like this one: few queries, in inference."""
+    tensors = (call.q_BNLH, call.k_BNSH, call.v_BNSH, *call.masks)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return False
     _, N, L, _ = call.q_BNLH.shape
     _, G, S, W = call.v_BNSH.shape
     few = L > 0 and 0 < G <= N and N // G * L <= structs.FEW
-    return few and S > 0 and W > 0 and call.dropout_p == 0.0 and ordinary(*tensors) and not unsupported(call)
+    return few and S > 0 and W > 0 and call.dropout_p == 0.0 and not unsupported(call)
 
 
 # --- some of the keys -------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from better_attention.cache.streams import KEY, SOURCE, VALUE
 from better_attention.call.function_arguments import same_dtype
 from better_attention.errors import describe
 
-from . import decoding, extra_keys, share, window
+from . import decoding, extra_keys, share, step, window
 from .alignment import Alignment
 from .arguments import Arguments, Inputs, read, torch_masks
 from .calling import called
@@ -35,6 +35,8 @@ def attend(layer: MultiheadAttention, given: Arguments, cache: KVCache) -> tuple
             full W_A, whose values change with every token.
     """
     _refuse(layer, given, cache)
+    if (output := step.attend(layer, given, cache)) is not None:
+        return output, None
     x = read(layer, given._replace(attn_mask=None, is_causal=False))
     L, first = x.query_BLD.shape[1], cache.length
     cache.check(layer, x.query_BLD)

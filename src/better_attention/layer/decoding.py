@@ -6,7 +6,6 @@ numbers of int8 codes. For one new token that would cost as much memory as the c
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,10 +13,11 @@ from torch import Tensor
 
 from better_attention.cache.kv_cache import KVCache
 from better_attention.cache.streams import KEY, VALUE
+from better_attention.call.torch_state import exporting
 from better_attention.impl import native
-from better_attention.positions import alibi_slopes, rotary_angles
 
 from .arguments import Inputs
+from .stored import Stored, by_kernels, operator
 from .window import WindowAlignment
 
 if TYPE_CHECKING:
@@ -33,32 +33,46 @@ def attend(layer: MultiheadAttention, cache: KVCache, q_BLD: Tensor, x: Inputs) 
             ``x.offset`` on.
         x: the inputs with the masks of all keys.
     """
-    turned = layer.rotary is not None and "k" not in layer.mechanism.projections
+    base = None if "k" in layer.mechanism.projections else layer.rotary
     L = x.query_BLD.shape[1]
     k_BSD, k_scale = cache.stored(KEY, L)
-    if (k_scale is None and not turned and layer.alibi is None) or not _serves(layer, x):
+    if (k_scale is None and base is None and layer.alibi is None) or not _serves(layer, x):
         return None
-    v_BSD, v_scale = cache.stored(VALUE, L) if VALUE in cache.streams else (k_BSD, k_scale)
+    shared = VALUE not in cache.streams
+    v_BSD, v_scale = (k_BSD, k_scale) if shared else cache.stored(VALUE, L)
     call = layer.unbiased_call(q_BLD, k_BSD, v_BSD, x).trimmed()
-    S, kept = k_BSD.shape[1], call.k_BNSH.shape[2]
+    kept = call.k_BNSH.shape[2]
     # The keys that no query sees are cut off at the beginning.
-    seen = slice(S - kept, S)
-    angles = None
-    if turned:
-        cos_SP, sin_SP = _angles(layer.rotary, layer.head_dim, 1 << (S - 1).bit_length())
-        angles = cos_SP[seen], sin_SP[seen]
-    scales = None if k_scale is None or v_scale is None else (k_scale[:, seen], v_scale[:, seen])
-    distances = None
-    if layer.alibi is not None:
-        slopes_N = _slopes(layer.num_heads)[layer.first_head :][: layer.heads_here]
-        distances = native.Distances(slopes_N, layer.alibi == "score", kept - L)
-    return native.decode(call, angles=angles, scales=scales, distances=distances)
+    first = k_BSD.shape[1] - kept
+    stored = Stored(
+        q=call.q_BNLH,
+        k=call.k_BNSH,
+        v=None if shared else call.v_BNSH,
+        mask=call.mask_BNLS,
+        padding=call.padding_B11S,
+        k_scale=None if k_scale is None else k_scale[:, first:],
+        v_scale=None if shared or v_scale is None else v_scale[:, first:],
+        causal=call.causal,
+        offset=call.offset,
+        window=call.window,
+        score=call.score,
+        scale=call.scale,
+        rotary=base or 0.0,
+        turned=first,
+        alibi=layer.alibi or "",
+        place=kept - L,
+        heads=layer.num_heads,
+        first_head=layer.first_head,
+    )
+    if not torch.compiler.is_compiling():
+        return by_kernels(stored)
+    return operator(*stored) if native.decodes(call) else None
 
 
 def _serves(layer: MultiheadAttention, x: Inputs) -> bool:
-    """Whether the layer has nothing that changes keys or weights on the way, and nobody traces."""
+    """Whether the layer has nothing that changes keys or weights on the way, and no program is exported."""
     return (
-        not torch.compiler.is_compiling()
+        not exporting()
         and layer.impl in ("auto", "native")
         and x.query_BLD.device.type == "cpu"
         and not x.need_weights
@@ -66,17 +80,3 @@ def _serves(layer: MultiheadAttention, x: Inputs) -> bool:
         and not layer.add_zero_attn
         and not isinstance(layer.align, WindowAlignment)
     )
-
-
-@lru_cache(maxsize=8)
-def _slopes(num_heads: int) -> Tensor:
-    """Each head's slope of ALiBi."""
-    with torch.inference_mode(False):
-        return torch.tensor(alibi_slopes(num_heads))
-
-
-@lru_cache(maxsize=8)
-def _angles(base: float, width: int, length: int) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every pair's angle at ``length`` positions: one table for all layers of a model."""
-    with torch.inference_mode(False):
-        return rotary_angles(torch.arange(length), width, base=base)

@@ -36,12 +36,14 @@ def attend(layer: MultiheadAttention, x: Inputs) -> Tensor | None:
         return None
     x_BLD = x.query_BLD
     # The one call records no graph, and nothing that traces or counts operators would see it.
-    if torch.is_grad_enabled() or not quiet() or not _is_small(x_BLD) or not _is_simple(layer):
+    if torch.is_grad_enabled() or not quiet() or not _is_small(x_BLD) or not is_simple(layer):
+        return None
+    if layer.rotary is not None or layer.alibi is not None:
         return None
     align = layer.align
     parts = (layer.q_proj, layer.k_proj, layer.v_proj, layer.out_proj, align)
     parameters = [own_parameters(part) for part in parts]  # asked once: a module's attributes are slow
-    if not all(map(_is_ordinary, parts, parameters)):
+    if not all(map(is_ordinary, parts, parameters)):
         return None
     if not are_plain(x_BLD, *(p for named in parameters for p in named.values())):
         return None
@@ -66,8 +68,8 @@ def _is_small(x_BLD: Tensor) -> bool:
     )
 
 
-def _is_simple(layer: MultiheadAttention) -> bool:
-    """Whether the layer has nothing that the one call does not compute."""
+def is_simple(layer: MultiheadAttention) -> bool:
+    """Whether the layer has nothing that whole-layer calls do not compute; positions and W_A are not looked at."""
     return (
         layer.impl in ("auto", "native")
         and layer.share is None
@@ -77,15 +79,13 @@ def _is_simple(layer: MultiheadAttention) -> bool:
         and layer.extra_k is None
         and not layer.add_zero_attn
         and layer.scaling is None
-        and layer.rotary is None
-        and layer.alibi is None
         and not (layer.training and layer.dropout > 0.0)
         and autocast_dtype("cpu") is None
         and is_unpatched()
     )
 
 
-def _is_ordinary(part: nn.Module, parameters: Mapping[str, Tensor | None]) -> bool:
+def is_ordinary(part: nn.Module, parameters: Mapping[str, Tensor | None]) -> bool:
     """Whether a part is just what it seems: no adapter, hook, patch or special weight would be skipped."""
     # An nn.Linear registers weight and bias, the latter perhaps as None. Another number means that something was added.
     if type(part) not in (nn.Linear, nn.Identity, Alignment) or not is_bare(part) or len(parameters) not in (0, 2):

@@ -9,7 +9,7 @@ import ctypes
 
 import torch
 
-ABI = 4
+ABI = 5
 """Version of the interface."""
 OK, NO_MEMORY, NO_SUCH_ISA, NO_SUCH_SCORE, DECODES_ONLY = range(5)
 """What a function returns."""
@@ -100,6 +100,18 @@ class Layer(ctypes.Structure):
     )
 
 
+class Step(ctypes.Structure):
+    """``ba_step``: a decoder's step through a layer with a cache."""
+
+    _fields_ = (
+        *_integers("isa D"),
+        ("attention", Call),
+        *_pointers("x"),
+        *_integers("x_b x_l"),
+        *_pointers("wq bq wk bk wv bv wo bo new_cos new_sin out"),
+    )
+
+
 class Drop(ctypes.Structure):
     """``ba_drop``: dropout of numbers that are no weights, forward or backward."""
 
@@ -118,6 +130,7 @@ FUNCTIONS: dict[str, type[ctypes.Structure] | None] = {
     "ba_forward": Call,
     "ba_backward": Call,
     "ba_layer_forward": Layer,
+    "ba_layer_step": Step,
     "ba_align_forward": Align,
     "ba_align_backward": Align,
     "ba_drop_numbers": Drop,

@@ -3,10 +3,12 @@
 torch.compile and torch.export need a registered operator, which they keep as one node. torch.func needs an
 ``autograd.Function``, because a custom operator's own autograd does not know its transforms. In eager mode ordinary
 tensors need neither: at small sizes the dispatcher would take longer than the arithmetic. :func:`register` derives all
-of this, and the rules for vmap and for counting FLOPs, from one :class:`Definition`.
+of this, and the rules for vmap and for counting FLOPs, from one :class:`Definition`; :func:`register_inference` registers
+what is for inference alone.
 """
 
 from .definition import Definition, Tensors
+from .inference import register_inference
 from .registration import register
 
-__all__ = ["Definition", "Tensors", "register"]
+__all__ = ["Definition", "Tensors", "register", "register_inference"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar, get_type_hints
 
 from torch import Tensor
@@ -104,12 +104,11 @@ class Layout(NamedTuple):
 
     def schemas(self, gradients: int) -> tuple[str, str]:
         """Those of the operator and of its derivative, in torch's language."""
-        types = [_SCHEMA_TYPES[hint] for hint in get_type_hints(self.arguments).values()]
-        parameters = [f"{kind} {name}" for kind, name in zip(types, self.fields, strict=True)]
+        parameters = schema_types(get_type_hints(self.arguments))
         saved = [f"Tensor result{number}" for number in range(self.saved_results)]
         # Tensors stand before settings in both schemas, so that a prefix of the arguments is what autograd saves.
         backward = ["Tensor grad", *parameters[: self.tensors], *saved, *parameters[self.tensors :], "bool[] wanted"]
-        return _schema(parameters, self.results), _schema(backward, gradients)
+        return schema(parameters, self.results), schema(backward, gradients)
 
     def returned(self, results: Tensors) -> Any:
         """Results as the operator returns them."""
@@ -126,6 +125,12 @@ class Layout(NamedTuple):
         return flat[self.fields.index("seed")] if "seed" in self.fields else None
 
 
-def _schema(parameters: Sequence[str], results: int) -> str:
+def schema_types(hints: Mapping[str, Any]) -> list[str]:
+    """Annotated arguments in torch's language: type and name of each."""
+    return [f"{_SCHEMA_TYPES[hint]} {name}" for name, hint in hints.items()]
+
+
+def schema(parameters: Sequence[str], results: int) -> str:
+    """An operator's signature in torch's language."""
     returned = ", ".join(["Tensor"] * results)
     return f"({', '.join(parameters)}) -> {returned if results == 1 else f'({returned})'}"

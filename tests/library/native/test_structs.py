@@ -14,8 +14,14 @@ import torch
 from better_attention.native import library, structs
 
 API = Path(structs.__file__).parent / "cpp" / "api.h"
-STRUCTURES = {"ba_call": structs.Call, "ba_align": structs.Align, "ba_layer": structs.Layer, "ba_drop": structs.Drop}
-C_TYPES = {"int64_t": ctypes.c_int64, "double": ctypes.c_double}
+STRUCTURES = {
+    "ba_call": structs.Call,
+    "ba_align": structs.Align,
+    "ba_layer": structs.Layer,
+    "ba_step": structs.Step,
+    "ba_drop": structs.Drop,
+}
+C_TYPES = {"int64_t": ctypes.c_int64, "double": ctypes.c_double, "ba_call": structs.Call}
 CONSTANTS = {
     "BA_ABI": structs.ABI,
     "BA_F32": structs.ELEMENT_TYPES[torch.float32],
@@ -71,8 +77,13 @@ def test_a_score_without_kernels_is_refused_at_the_interface() -> None:
     """Python refuses it first; a kernel would compute one of its own scores instead."""
     if library.missing() is not None:
         pytest.skip(f"there are no compiled kernels here: {library.missing()}")
-    for name, call in (("ba_forward", structs.Call()), ("ba_layer_forward", structs.Layer())):
-        call.score = max(structs.SCORES.values()) + 1
+    unknown = max(structs.SCORES.values()) + 1
+    step = structs.Step(attention=structs.Call(score=unknown))
+    for name, call in (
+        ("ba_forward", structs.Call(score=unknown)),
+        ("ba_layer_forward", structs.Layer(score=unknown)),
+        ("ba_layer_step", step),
+    ):
         with pytest.raises(RuntimeError, match=rf"{name} returned {structs.NO_SUCH_SCORE}"):
             library.call(name, call)
 

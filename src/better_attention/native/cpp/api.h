@@ -20,7 +20,7 @@
 extern "C" {
 #endif
 
-enum { BA_ABI = 4 };                                                     /* counts incompatible changes of this file */
+enum { BA_ABI = 5 };                                                     /* counts incompatible changes of this file */
 enum { BA_F32 = 0, BA_BF16 = 1, BA_BOOL = 2, BA_NONE = 3 };              /* element types; bool: 1 byte, 1 = attend */
 enum { BA_SOFTMAX = 0, BA_EXPRESSIVE = 1 };                              /* scores */
 /* what a kernel returns; the last: int8 and rotated caches and slopes serve a few queries without dropout, and
@@ -106,6 +106,22 @@ typedef struct {
     void *out;                       /* (B, L, D), contiguous */
 } ba_layer;
 
+/* A decoder's step through a layer, float32: the new tokens are projected and written behind the rows of a cache, and
+ * attend to all of it; out = W_O heads. A bias that is NULL is zero. */
+typedef struct {
+    int64_t isa;
+    int64_t D;                       /* N H = N W = D */
+    ba_call attention;               /* over the cache, G = N. The last L rows of k and v are those of the new tokens, which
+                                        are written here, with their scales; q and out are not looked at */
+    const void *x;                   /* (B, L, D) */
+    int64_t x_b, x_l;
+    const void *wq, *bq;             /* weights (D, D), output feature by input feature, contiguous */
+    const void *wk, *bk, *wv, *bv;   /* of what the cache holds; a weight that is NULL is the identity */
+    const void *wo, *bo;
+    const float *new_cos, *new_sin;  /* (L, H/2), contiguous: angles that turn queries, and keys if they have a weight; or NULL */
+    void *out;                       /* (B, L, D), contiguous */
+} ba_step;
+
 /* Dropout of numbers that are no weights: out = x / (1 - dropout), or 0 where dropout.hpp's rule says so, with one head
  * and `L` rows of `S` numbers in each batch element. Its gradient is the same function of the gradient of out. */
 typedef struct {
@@ -127,6 +143,7 @@ BA_EXPORT int64_t ba_pool(void);      /* 1: the OpenMP threads that torch uses s
     F(forward, ba_call)          \
     F(backward, ba_call)         \
     F(layer_forward, ba_layer)   \
+    F(layer_step, ba_step)       \
     F(align_forward, ba_align)   \
     F(align_backward, ba_align)  \
     F(drop_numbers, ba_drop)

@@ -76,6 +76,7 @@ const Set* set_of(int64_t isa) {
 
 // Whether the kernels compute a call's score. Another one must not fall to whichever comes last in a chain of tests.
 bool knows_score(const ba_call& c) { return c.score == BA_SOFTMAX || c.score == BA_EXPRESSIVE; }
+bool knows_score(const ba_step& c) { return knows_score(c.attention); }
 bool knows_score(const ba_layer& c) { return c.score == BA_SOFTMAX || c.score == BA_EXPRESSIVE; }
 bool knows_score(const ba_align&) { return true; }  // it has none
 bool knows_score(const ba_drop&) { return true; }

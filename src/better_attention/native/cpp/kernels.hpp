@@ -13,6 +13,7 @@
 #include "decode.hpp"
 #include "align.hpp"
 #include "layer.hpp"
+#include "step.hpp"
 
 namespace BA_ISA {
 
@@ -30,6 +31,8 @@ int64_t backward(const ba_call& c) {
 }
 
 int64_t layer_forward(const ba_layer& c) { return c.B * c.L == 0 ? int64_t{BA_OK} : whole_layer(c); }
+
+int64_t layer_step(const ba_step& c) { return c.attention.B * c.attention.L == 0 ? int64_t{BA_OK} : step_through(c); }
 
 int64_t align_forward(const ba_align& c) {
     ba_align only = c;

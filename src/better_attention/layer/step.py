@@ -1,0 +1,135 @@
+"""A decoder's step with a few new tokens as one call of the compiled kernels, from the input to the output.
+
+For one token, the way between separate operators takes as long as reading a cache of thousands. Here is the ordinary
+case, float32 on the CPU; everything else goes the general way (cached.py), to the same result.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from better_attention.cache.kv_cache import KVCache
+from better_attention.cache.streams import KEY, VALUE
+from better_attention.call.torch_private import own_parameters
+from better_attention.call.torch_state import address, are_plain, is_known_finite, quiet
+from better_attention.native import structs
+from better_attention.native.library import call as call_library
+from better_attention.native.library import current_instruction_set, missing
+
+from .arguments import Arguments
+from .fast_path import is_ordinary, is_simple
+from .scale import fixed_scale
+from .stored import angles, angles_to, slopes
+
+if TYPE_CHECKING:
+    from .multihead import MultiheadAttention
+
+ROWS = 16
+"""Most new tokens of a batch together: for more of them a product of matrices is faster."""
+
+
+def attend(layer: MultiheadAttention, given: Arguments, cache: KVCache) -> Tensor | None:
+    """The layer's output (B, L, D) for new tokens, which ``cache`` then holds; None where this is not for them.
+
+    Raises:
+        ValueError: a cache that does not fit the layer or the tokens.
+    """
+    if torch.is_grad_enabled() or not quiet() or not _is_few(layer, given) or not is_simple(layer):
+        return None
+    parts = (layer.q_proj, layer.k_proj, layer.v_proj, layer.out_proj)
+    parameters = [own_parameters(part) for part in parts]
+    if not all(map(is_ordinary, parts, parameters)):
+        return None
+    x_BLD, maps = given.query, [p for named in parameters for p in (named.get("weight"), named.get("bias"))]
+    cache.check(layer, x_BLD)
+    B, L, D = x_BLD.shape
+    if not are_plain(x_BLD, *maps) or not cache.reserve(L, x_BLD.dtype):
+        return None
+    c = structs.Step()
+    # Their memory has to live until the call is over: a cache's own does, a mask's and that of copies by these names.
+    shown_BS = cache.show(None, L)
+    if not _describe(c.attention, layer, cache, shown_BS, L):
+        return None
+    kept = [None if p is None else p.contiguous() for p in maps]
+    c.isa, c.D = current_instruction_set(), D
+    c.x, (c.x_b, c.x_l, _) = address(x_BLD), x_BLD.stride()
+    c.wq, c.bq, c.wk, c.bk, c.wv, c.bv, c.wo, c.bo = (0 if p is None else address(p) for p in kept)
+    turns = None
+    if layer.rotary is not None:
+        # As in cached.py: an input that is remembered as it came is turned by its place among what is remembered.
+        first = cache.length if "k" in layer.mechanism.projections else cache.held(L) - L
+        turns = angles(first, L, layer.rotary, layer.head_dim)
+        c.new_cos, c.new_sin = map(address, turns)
+    out_BLD = x_BLD.new_empty(B, L, D)
+    c.out = out_BLD.data_ptr()
+    call_library("ba_layer_step", c)
+    # A hidden key has weight 0, but 0 * NaN is NaN: impl/dispatch.py knows how to keep such keys apart.
+    if (L > 1 or shown_BS is not None) and not is_known_finite(out_BLD):
+        return None
+    cache.commit(L)
+    return out_BLD
+
+
+def _is_few(layer: MultiheadAttention, given: Arguments) -> bool:
+    """Whether the new tokens are few, float32, and asked for nothing unusual."""
+    x = given.query
+    return (
+        type(x) is Tensor
+        and x.dim() == 3
+        and x.dtype == torch.float32
+        and x.device.type == "cpu"
+        and x.shape[2] == layer.embed_dim > 0
+        and x.stride(2) == 1
+        and 0 < x.shape[0] * x.shape[1] <= ROWS
+        and x.shape[1] <= structs.FEW
+        and given.attn_mask is None
+        and given.key_padding_mask is None
+        and not given.need_weights
+        # Aligned values depend on all that came before.
+        and not layer.mechanism.aligned
+        and missing() is None
+    )
+
+
+def _describe(c: structs.Call, layer: MultiheadAttention, cache: KVCache, shown_BS: Tensor | None, L: int) -> bool:
+    """The attention over what ``cache`` holds; False where it is stored in a way that the kernels do not read."""
+    k_BSD, k_scale = cache.stored(KEY, L)
+    v_BSD, v_scale = cache.stored(VALUE, L) if VALUE in cache.streams else (k_BSD, k_scale)
+    if not are_plain(k_BSD, v_BSD, k_scale, v_scale, shown_BS):
+        return False
+    B, S, _ = k_BSD.shape
+    # The keys that no query sees are cut off at the beginning; what is left needs a triangle if there are more queries.
+    first = 0 if layer.window is None else max(0, S - L - layer.window + 1)
+    c.threads, c.dtype, c.score = torch.get_num_threads(), structs.ELEMENT_TYPES[torch.float32], 0
+    c.score, c.scale = structs.SCORES[layer.mechanism.score], fixed_scale(layer.scale, layer.head_dim)
+    c.B, c.N, c.G, c.L, c.S, c.H, c.W = B, layer.num_heads, layer.num_heads, L, S - first, layer.head_dim, layer.head_dim
+    if L > 1:
+        c.causal, c.offset, c.window = True, S - first - L, layer.window or 0
+    c.k, c.k_b, c.k_g, c.k_s = _from(first, k_BSD), k_BSD.stride(0), layer.head_dim, k_BSD.stride(1)
+    c.v, c.v_b, c.v_g, c.v_s = _from(first, v_BSD), v_BSD.stride(0), layer.head_dim, v_BSD.stride(1)
+    if k_scale is not None and v_scale is not None:
+        if k_scale.stride() != v_scale.stride():
+            return False
+        c.k_scale, c.v_scale, (c.scale_b, c.scale_s, c.scale_g) = (
+            _from(first, k_scale),
+            _from(first, v_scale),
+            k_scale.stride(),
+        )
+    if layer.rotary is not None and "k" not in layer.mechanism.projections:
+        turns = angles_to(S, layer.rotary, layer.head_dim)
+        (c.rotary_cos, c.rotary_sin), c.rotary_s = (_from(first, x, 0) for x in turns), turns[0].stride(0)
+    if layer.alibi is not None:
+        c.slopes, c.slopes_inside, c.slopes_from = address(slopes(layer.num_heads)), layer.alibi == "score", S - first - L
+    c.mask_type = c.padding_type = structs.NO_MASK
+    if shown_BS is not None:
+        c.padding, c.padding_type = _from(first, shown_BS), structs.ELEMENT_TYPES[torch.bool]
+        c.padding_b, c.padding_s = shown_BS.stride()
+    return True
+
+
+def _from(row: int, x: Tensor, dim: int = 1) -> int:
+    """Where row ``row`` of ``x`` begins, counted along ``dim``."""
+    return address(x) + row * x.stride(dim) * x.element_size()

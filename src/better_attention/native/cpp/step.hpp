@@ -1,0 +1,150 @@
+// A decoder's step through a layer in one call: a few new tokens are projected, turned by their places and written behind
+// what the cache holds, and attend to all of it. For one token the way between operators takes as long as attention.
+//
+// Its products read each weight once, for all tokens: they take the time in which the weights are read.
+
+namespace BA_ISA {
+
+int64_t forward(const ba_call& c);
+
+namespace {
+
+constexpr int64_t OUTPUTS = 32;     // output features of a task
+constexpr int64_t ALONE = 1 << 15;  // multiplications with which one thread is faster
+constexpr float STEPS = 127.0f;     // the largest code of int8; cache/int8.py has the same
+
+struct Map {  // y = x W^T + b for a few rows; behind the D numbers of a row of x lie zeros up to a whole vector
+    const float *x, *w, *b;
+    float* y;
+    int64_t x_s, y_s;
+};
+
+struct Step {
+    const ba_step* c;
+    int64_t rows;  // of the input: tokens of all batch elements
+    Map maps[3];
+    int64_t count, blocks;  // of maps, and of OUTPUTS features of one
+};
+
+// LANES / M output features from e on, for M rows of the input. Features from `end` on are not there.
+template <int M> static void few_products(const Map& f, int64_t D, int64_t row, int64_t e, int64_t end) {
+    constexpr int R = BA_LANES / M;
+    const float *x = f.x + row * f.x_s, *w[R];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) w[r] = f.w + (e + r < end ? e + r : end - 1) * D;
+    V sum[BA_LANES];
+#pragma GCC unroll 16
+    for (int i = 0; i < BA_LANES; ++i) sum[i] = V{};
+    int64_t d = 0;
+    for (; d + LANES <= D; d += LANES) {
+        V a[M];
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) a[m] = load(x + m * f.x_s + d);
+#pragma GCC unroll 16
+        for (int i = 0; i < BA_LANES; ++i) sum[i] += a[i % M] * load(w[i / M] + d);
+    }
+    if (d < D) {
+#pragma GCC unroll 16
+        for (int i = 0; i < BA_LANES; ++i) sum[i] += load(x + i % M * f.x_s + d) * load_some(w[i / M] + d, D - d);
+    }
+    const V found = row_sums<1>(sum);
+    for (int r = 0; r < R && e + r < end; ++r)
+        for (int m = 0; m < M; ++m)
+            f.y[(row + m) * f.y_s + e + r] = found[r * M + m] + (f.b == NULL ? 0.0f : f.b[e + r]);
+}
+
+// Features e to `end` of the rows from `row` on, M rows at a time and fewer at last.
+template <int M>
+static void products_of(const Map& f, int64_t D, int64_t rows, int64_t row, int64_t e, int64_t end) {
+    for (; row + M <= rows; row += M)
+        for (int64_t i = e; i < end; i += BA_LANES / M) few_products<M>(f, D, row, i, end);
+    if constexpr (M > 1) products_of<M / 2>(f, D, rows, row, e, end);
+}
+
+static void map_task(void* context, int64_t task, float*) {
+    const Step& s = *static_cast<const Step*>(context);
+    const int64_t D = s.c->D, e = task % s.blocks * OUTPUTS, end = e + OUTPUTS < D ? e + OUTPUTS : D;
+    products_of<BA_LANES < 8 ? BA_LANES : 8>(s.maps[task / s.blocks], D, s.rows, 0, e, end);
+}
+
+static void turn_by(float* x, int64_t P, const float* cosine, const float* sine) {
+    for (int64_t p = 0; p < P; ++p) {
+        const float first = x[p], second = x[P + p];
+        x[p] = first * cosine[p] - second * sine[p];
+        x[P + p] = second * cosine[p] + first * sine[p];
+    }
+}
+
+// A head's numbers as whole multiples of a scale: the largest becomes 127 or -127.
+static float to_codes(const float* x, int64_t H, int8_t* codes) {
+    float most = 0.0f;
+    for (int64_t h = 0; h < H; ++h) {
+        const float size = fabsf(x[h]);
+        if (size > most || size != size) most = size;  // nothing is larger than NaN
+    }
+    const float scale = most / STEPS, divisor = scale == 0.0f ? 1.0f : scale;
+    for (int64_t h = 0; h < H; ++h) {
+        const float code = x[h] / divisor;
+        codes[h] = code == code ? static_cast<int8_t>(rintf(code)) : int8_t{0};
+    }
+    return scale;
+}
+
+// One head of a new row into the cache; k or v of the call, with its strides.
+static void remember(const void* rows, int64_t at, const float* scales, int64_t scale_at, const float* x,
+    int64_t H) {
+    if (scales != NULL) const_cast<float*>(scales)[scale_at] = to_codes(x, H, static_cast<int8_t*>(const_cast<void*>(rows)) + at);
+    else memcpy(static_cast<float*>(const_cast<void*>(rows)) + at, x, static_cast<size_t>(H) * sizeof(float));
+}
+
+static int64_t step_through(const ba_step& c) {
+    ba_call call = c.attention;
+    const int64_t D = c.D, H = call.H, rows = call.B * call.L, Dp = (D + LANES - 1) / LANES * LANES;
+    float* x = ba_allocate(5 * rows * Dp);
+    if (x == NULL) return BA_NO_MEMORY;
+    float *q = x + rows * Dp, *k = q + rows * Dp, *v = k + rows * Dp, *heads = v + rows * Dp;
+    for (int64_t row = 0; row < rows; ++row) {
+        const float* from = static_cast<const float*>(c.x) + row / call.L * c.x_b + row % call.L * c.x_l;
+        memcpy(x + row * Dp, from, static_cast<size_t>(D) * sizeof(float));
+        for (int64_t d = D; d < Dp; ++d) x[row * Dp + d] = heads[row * Dp + d] = 0.0f;
+    }
+    Step s = {};
+    s.c = &c, s.rows = rows, s.blocks = (D + OUTPUTS - 1) / OUTPUTS;
+    const int64_t threads = rows * D * D < ALONE ? 1 : call.threads;
+    const void *weights[3] = {c.wq, c.wk, c.wv}, *biases[3] = {c.bq, c.bk, c.bv};
+    float* results[3] = {q, k, v};
+    for (int i = 0; i < 3; ++i) {
+        if (weights[i] == NULL) results[i] = x;
+        else
+            s.maps[s.count++] = {
+                x, static_cast<const float*>(weights[i]), static_cast<const float*>(biases[i]), results[i], Dp, Dp};
+    }
+    int64_t status = ba_parallel(threads, s.count * s.blocks, 0, map_task, &s);
+    const bool shared = call.k == call.v;
+    for (int64_t i = 0; status == BA_OK && i < rows * call.N; ++i) {
+        const int64_t row = i / call.N, n = i % call.N, b = row / call.L, l = row % call.L, at = row * Dp + n * H;
+        if (c.new_cos != NULL) {
+            const float *cosine = c.new_cos + l * (H / 2), *sine = c.new_sin + l * (H / 2);
+            turn_by(q + at, H / 2, cosine, sine);
+            if (c.wk != NULL) turn_by(k + at, H / 2, cosine, sine);
+        }
+        const int64_t place = call.S - call.L + l, scale_at = b * call.scale_b + n * call.scale_g + place * call.scale_s;
+        remember(call.k, b * call.k_b + n * call.k_g + place * call.k_s, call.k_scale, scale_at, results[1] + at, H);
+        if (shared) continue;
+        remember(call.v, b * call.v_b + n * call.v_g + place * call.v_s, call.v_scale, scale_at, results[2] + at, H);
+    }
+    call.q = q, call.out = heads;
+    call.q_l = call.out_l = Dp, call.q_b = call.out_b = call.L * Dp, call.q_n = call.out_n = H;
+    if (status == BA_OK) status = forward(call);
+    if (status == BA_OK) {
+        s.count = 1;
+        float* out = static_cast<float*>(c.out);
+        s.maps[0] = {heads, static_cast<const float*>(c.wo), static_cast<const float*>(c.bo), out, Dp, D};
+        status = ba_parallel(threads, s.blocks, 0, map_task, &s);
+    }
+    ba_release(x);
+    return status;
+}
+
+}  // namespace
+}  // namespace BA_ISA
