@@ -43,7 +43,7 @@ def attend(layer: MultiheadAttention, x: Inputs) -> Tensor | None:
     align = layer.align
     parts = (layer.q_proj, layer.k_proj, layer.v_proj, layer.out_proj, align)
     parameters = [own_parameters(part) for part in parts]  # asked once: a module's attributes are slow
-    if not all(map(is_ordinary, parts, parameters)):
+    if not all(is_ordinary(part, named, layer.embed_dim) for part, named in zip(parts, parameters, strict=True)):
         return None
     if not are_plain(x_BLD, *(p for named in parameters for p in named.values())):
         return None
@@ -85,10 +85,17 @@ def is_simple(layer: MultiheadAttention) -> bool:
     )
 
 
-def is_ordinary(part: nn.Module, parameters: Mapping[str, Tensor | None]) -> bool:
-    """Whether a part is just what it seems: no adapter, hook, patch or special weight would be skipped."""
+def is_ordinary(part: nn.Module, parameters: Mapping[str, Tensor | None], width: int) -> bool:
+    """Whether a part is just what it seems: no adapter, hook, patch or special weight would be skipped.
+
+    Args:
+        part, parameters: the part, and its own parameters.
+        width: of a map's input and output. A kernel would read beyond a smaller one that a user put in its place.
+    """
     # An nn.Linear registers weight and bias, the latter perhaps as None. Another number means that something was added.
     if type(part) not in (nn.Linear, nn.Identity, Alignment) or not is_bare(part) or len(parameters) not in (0, 2):
+        return False
+    if type(part) is nn.Linear and not all(p is None or p.shape == (width,) * p.dim() for p in parameters.values()):
         return False
     return all(p is None or p.dtype == torch.float32 for p in parameters.values())
 

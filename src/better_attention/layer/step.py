@@ -41,7 +41,7 @@ def attend(layer: MultiheadAttention, given: Arguments, cache: KVCache) -> Tenso
         return None
     parts = (layer.q_proj, layer.k_proj, layer.v_proj, layer.out_proj)
     parameters = [own_parameters(part) for part in parts]
-    if not all(map(is_ordinary, parts, parameters)):
+    if not all(is_ordinary(part, named, layer.embed_dim) for part, named in zip(parts, parameters, strict=True)):
         return None
     x_BLD, maps = given.query, [p for named in parameters for p in (named.get("weight"), named.get("bias"))]
     cache.check(layer, x_BLD)
@@ -49,9 +49,10 @@ def attend(layer: MultiheadAttention, given: Arguments, cache: KVCache) -> Tenso
     if not are_plain(x_BLD, *maps) or not cache.reserve(L, x_BLD.dtype):
         return None
     c = structs.Step()
-    # Their memory has to live until the call is over: a cache's own does, a mask's and that of copies by these names.
     shown_BS = cache.show(None, L)
-    if not _describe(c.attention, layer, cache, shown_BS, L):
+    # The structure holds addresses only: what these names hold must not be released before the call is over.
+    read = _describe(c.attention, layer, cache, shown_BS, L)
+    if read is None:
         return None
     kept = [None if p is None else p.contiguous() for p in maps]
     c.isa, c.D = current_instruction_set(), D
@@ -94,42 +95,48 @@ def _is_few(layer: MultiheadAttention, given: Arguments) -> bool:
     )
 
 
-def _describe(c: structs.Call, layer: MultiheadAttention, cache: KVCache, shown_BS: Tensor | None, L: int) -> bool:
-    """The attention over what ``cache`` holds; False where it is stored in a way that the kernels do not read."""
+def _describe(
+    c: structs.Call, layer: MultiheadAttention, cache: KVCache, shown_BS: Tensor | None, L: int
+) -> list[Tensor] | None:
+    """The attention over what ``cache`` holds; None where it is stored in a way that the kernels do not read.
+
+    Returns:
+        What the addresses in ``c`` belong to.
+    """
     k_BSD, k_scale = cache.stored(KEY, L)
     v_BSD, v_scale = cache.stored(VALUE, L) if VALUE in cache.streams else (k_BSD, k_scale)
     if not are_plain(k_BSD, v_BSD, k_scale, v_scale, shown_BS):
-        return False
-    B, S, _ = k_BSD.shape
+        return None
+    tables: list[Tensor] = []
+    (B, S, _), N, H = k_BSD.shape, layer.num_heads, layer.head_dim
     # The keys that no query sees are cut off at the beginning; what is left needs a triangle if there are more queries.
     first = 0 if layer.window is None else max(0, S - L - layer.window + 1)
-    c.threads, c.dtype, c.score = torch.get_num_threads(), structs.ELEMENT_TYPES[torch.float32], 0
-    c.score, c.scale = structs.SCORES[layer.mechanism.score], fixed_scale(layer.scale, layer.head_dim)
-    c.B, c.N, c.G, c.L, c.S, c.H, c.W = B, layer.num_heads, layer.num_heads, L, S - first, layer.head_dim, layer.head_dim
+    c.threads, c.dtype = torch.get_num_threads(), structs.ELEMENT_TYPES[torch.float32]
+    c.score, c.scale = structs.SCORES[layer.mechanism.score], fixed_scale(layer.scale, H)
+    c.B, c.N, c.G, c.L, c.S, c.H, c.W = B, N, N, L, S - first, H, H
     if L > 1:
         c.causal, c.offset, c.window = True, S - first - L, layer.window or 0
-    c.k, c.k_b, c.k_g, c.k_s = _from(first, k_BSD), k_BSD.stride(0), layer.head_dim, k_BSD.stride(1)
-    c.v, c.v_b, c.v_g, c.v_s = _from(first, v_BSD), v_BSD.stride(0), layer.head_dim, v_BSD.stride(1)
+    c.k, c.k_b, c.k_g, c.k_s = _row(k_BSD, first), k_BSD.stride(0), H, k_BSD.stride(1)
+    c.v, c.v_b, c.v_g, c.v_s = _row(v_BSD, first), v_BSD.stride(0), H, v_BSD.stride(1)
     if k_scale is not None and v_scale is not None:
         if k_scale.stride() != v_scale.stride():
-            return False
-        c.k_scale, c.v_scale, (c.scale_b, c.scale_s, c.scale_g) = (
-            _from(first, k_scale),
-            _from(first, v_scale),
-            k_scale.stride(),
-        )
+            return None
+        c.k_scale, c.v_scale = _row(k_scale, first), _row(v_scale, first)
+        c.scale_b, c.scale_s, c.scale_g = k_scale.stride()
     if layer.rotary is not None and "k" not in layer.mechanism.projections:
-        turns = angles_to(S, layer.rotary, layer.head_dim)
-        (c.rotary_cos, c.rotary_sin), c.rotary_s = (_from(first, x, 0) for x in turns), turns[0].stride(0)
+        cos_SP, sin_SP = angles_to(S, layer.rotary, H)
+        c.rotary_cos, c.rotary_sin, c.rotary_s = _row(cos_SP, first, 0), _row(sin_SP, first, 0), cos_SP.stride(0)
+        tables += [cos_SP, sin_SP]
     if layer.alibi is not None:
-        c.slopes, c.slopes_inside, c.slopes_from = address(slopes(layer.num_heads)), layer.alibi == "score", S - first - L
+        tables.append(slopes(N))
+        c.slopes, c.slopes_inside, c.slopes_from = address(tables[-1]), layer.alibi == "score", S - first - L
     c.mask_type = c.padding_type = structs.NO_MASK
     if shown_BS is not None:
-        c.padding, c.padding_type = _from(first, shown_BS), structs.ELEMENT_TYPES[torch.bool]
+        c.padding, c.padding_type = _row(shown_BS, first), structs.ELEMENT_TYPES[torch.bool]
         c.padding_b, c.padding_s = shown_BS.stride()
-    return True
+    return [x for x in (k_BSD, v_BSD, k_scale, v_scale, shown_BS, *tables) if x is not None]
 
 
-def _from(row: int, x: Tensor, dim: int = 1) -> int:
-    """Where row ``row`` of ``x`` begins, counted along ``dim``."""
-    return address(x) + row * x.stride(dim) * x.element_size()
+def _row(x: Tensor, number: int, dim: int = 1) -> int:
+    """Where a row of ``x`` begins, of those along ``dim``."""
+    return address(x) + number * x.stride(dim) * x.element_size()

@@ -120,7 +120,8 @@ def _numbers(x_BGSH: Tensor, scale_BSG: Tensor | None, dtype: torch.dtype) -> Te
     if scale_BSG is None:
         return x_BGSH
     x_BSD = dequantised(x_BGSH.transpose(1, 2).flatten(2), scale_BSG, dtype)
-    return x_BSD.unflatten(2, (scale_BSG.shape[2], -1)).transpose(1, 2)
+    heads_BGSH: Tensor = x_BSD.unflatten(2, (scale_BSG.shape[2], -1)).transpose(1, 2)
+    return heads_BGSH
 
 
 def _fake(stored: Stored) -> Tensor:
@@ -130,7 +131,7 @@ def _fake(stored: Stored) -> Tensor:
 operator = operators.register_inference("decode", Stored, _compute, _fake)
 
 
-# --- tables, which all layers of a model share --------------------------------------------------------------------------
+# --- tables, which all layers of a model share ------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=8)

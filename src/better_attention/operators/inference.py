@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, get_type_hints
+from collections.abc import Callable
+from typing import get_type_hints
 
 import torch
 from torch import Tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 import better_attention as ba
 from better_attention.bench.machine import extra_memory
+from better_attention.layer import decoding, step, stored
 from better_attention.native.library import missing
 from helpers.compiler import Programs
 from helpers.layers import CAUSAL, WINDOWED, layer, refused, tokens
@@ -280,6 +282,75 @@ def test_the_kernels_read_what_everyone_reads(name: str, kept: str) -> None:
     torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.skipif(missing() is not None, reason="the compiled kernels are missing")
+@pytest.mark.parametrize("kept", KEPT)
+@pytest.mark.parametrize("name", [*CAUSAL, "efficient window"])
+def test_one_call_is_all_the_steps_in_between(name: str, kept: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few tokens take one call, which remembers and gives what separate operators do."""
+    options, dtype = KEPT[kept]
+    module = layer(name, 40, 4, max_len=L, spread=0.3, **options).float().eval()
+    x, padded = tokens(B, L, 40, dtype=torch.float32), left_padded()
+    calls: list[str] = []
+    call = step.call_library
+    monkeypatch.setattr(step, "call_library", lambda *given: (calls.append(given[0]), call(*given))[1])
+    for hide in (None, padded):
+        found = []
+        for in_one in (True, False):
+            with monkeypatch.context() as patch:
+                if not in_one:
+                    patch.setattr(step, "attend", lambda *given: None)
+                cache = ba.KVCache(module, B, dtype=dtype)
+                # The padding is in the first chunk; what follows comes without a mask.
+                first = decode(module, x[:, :9], [9], cache, hide)
+                rest = decode(module, x[:, 9:], [1, 2, 1, 1, 3, 1, 5], cache)
+                found.append((torch.cat([first, rest], 1), cache.tensors))
+        torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-4, atol=1e-5 if dtype is None else 5e-3)
+        for ours, theirs in zip(found[0][1], found[1][1], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 if dtype is None else 2e-2)
+    aligned, scaled = module.mechanism.aligned, module.scaling is not None
+    assert set(calls) == (set() if aligned or scaled else {"ba_layer_step"})
+
+
+UNUSUAL: dict[str, Any] = {
+    "a hook on a map": lambda module: module.out_proj.register_forward_hook(lambda part, given, output: 2 * output),
+    "an adapter": lambda module: setattr(module, "q_proj", nn.Sequential(module.q_proj, nn.Tanh())),
+    "another forward": lambda module: setattr(module.q_proj, "forward", lambda x: 3 * x),
+}
+
+
+@pytest.mark.parametrize("what", UNUSUAL)
+def test_one_call_leaves_nothing_out(what: str) -> None:
+    """What changes a part of the layer changes a step."""
+    torch.manual_seed(1)
+    module = layer("efficient", 16, 2).float().eval()
+    UNUSUAL[what](module)
+    x = tokens(2, 9, 16, dtype=torch.float32)
+    found = decode(module, x, [4, 1, 1, 1, 1, 1], ba.KVCache(module, 2))
+    torch.testing.assert_close(found, at_once(module, x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_a_hidden_token_that_is_no_number_stays_hidden(number: float) -> None:
+    module = layer("efficient", 16, 2).float().eval()
+    x = tokens(2, 9, 16, dtype=torch.float32)
+    hide = torch.zeros(2, 5, dtype=torch.bool)
+    hide[1, :2] = True
+    expected = decode(module, x[:, 5:], [1] * 4, after(module, x[:, :5], hide))
+    x[1, 0] = number
+    # The layer stores a padded token as zeros; here the cache holds what a caller put into it.
+    cache = after(module, x[:, :5], hide)
+    cache.tensors[0][1, 0] = number
+    found = decode(module, x[:, 5:], [1] * 4, cache)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def after(module: ba.MultiheadAttention, x: Tensor, hide: Tensor) -> ba.KVCache:
+    """A cache that holds ``x``."""
+    cache = ba.KVCache(module, len(x))
+    decode(module, x, [x.shape[1]], cache, hide)
+    return cache
+
+
 def test_int8_is_a_quarter_and_close() -> None:
     for name in ("standard", "efficient", "super causal", "super window"):
         module = layer(name, 64, 4, max_len=64, spread=0.1).float().eval()
@@ -325,6 +396,61 @@ class Step(nn.Module):
         cache = ba.KVCache.of(self.attention, held)
         output, _ = self.attention(x, x, x, cache=cache, need_weights=False)
         return output, list(cache.tensors)
+
+
+@pytest.mark.skipif(missing() is not None, reason="the compiled kernels are missing")
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inductor's own
+@pytest.mark.parametrize("kept", KEPT)
+def test_a_compiled_step_reads_the_cache_as_it_is_stored(kept: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    options, dtype = KEPT[kept]
+    module = layer("efficient", 64, 4, **options).float().eval()
+    x, padded = tokens(B, L, 64, dtype=torch.float32), left_padded()
+    programs, by_kernels = Programs("inductor"), stored.by_kernels
+    served: list[bool] = []
+
+    def watched(call: stored.Stored) -> Tensor | None:
+        heads = by_kernels(call)
+        served.append(heads is not None)
+        return heads
+
+    monkeypatch.setattr(stored, "by_kernels", watched)
+    compiled = torch.compile(module, fullgraph=True, backend=programs)
+    caches = [ba.KVCache(module, B, max_len=L, dtype=dtype) for _ in range(2)]
+    for cache in caches:
+        decode(module, x[:, :11], [11], cache, padded)
+    for t in range(11, L):
+        new = x[:, t : t + 1]
+        with torch.no_grad():
+            outputs = [model(new, new, new, cache=cache, need_weights=False)[0]
+                       for model, cache in zip((module, compiled), caches, strict=True)]  # fmt: skip
+        torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-5 if dtype is None else 5e-3)
+    assert programs.count <= 3, f"{programs.count} programs for {L - 11} steps"
+    assert served == [True] * (0 if kept == "as it is" else L - 11)
+
+
+@pytest.mark.skipif(missing() is not None, reason="the compiled kernels are missing")
+@pytest.mark.parametrize("kept", [kept for kept in KEPT if kept != "as it is"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_operator_without_kernels(kept: str, padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a compiled program calls gives the same by plain operators, where the kernels turn a call down."""
+    options, dtype = KEPT[kept]
+    module = layer("efficient", 64, 4, **options).float().eval()
+    given: list[Any] = []
+    by_kernels = stored.by_kernels
+    monkeypatch.setattr(decoding, "by_kernels", lambda call: (given.append(call), by_kernels(call))[1])
+    monkeypatch.setattr(step, "attend", lambda *_: None)
+    cache = ba.KVCache(module, B, dtype=dtype)
+    decode(module, tokens(B, L, 64, dtype=torch.float32), [9, 1, 3], cache, left_padded() if padded else None)
+    assert len(given) >= 2
+    for call in given[-2:]:
+        expected = by_kernels(call)
+        with monkeypatch.context() as patch, torch.no_grad():
+            patch.setattr(stored, "by_kernels", lambda _: None)
+            found = stored.operator(*call)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        assert found.stride() == expected.stride()
 
 
 @pytest.mark.slow

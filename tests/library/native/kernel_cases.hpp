@@ -68,16 +68,27 @@ struct CacheCase { // a few queries over a cache that is read as it is stored
     bool int8, rotated;
 };
 
+struct StepCase { // a decoder's step through a layer
+    std::string name;
+    int64_t B, N, L, S, D, score; // S: rows of the cache, the new ones included
+    bool outer, k, v;             // which maps are learned: W_Q and W_O, and those of the cache's rows
+    bool int8 = false, rotated = false, bias = false, padded = false, gapped = false;
+
+    bool shared() const { return !k && !v; }
+};
+
 std::vector<Case> attention_cases();
 std::vector<CacheCase> cache_cases();
 std::vector<AlignCase> align_cases();
 std::vector<LayerCase> layer_cases();
+std::vector<StepCase> step_cases();
 
 void run_attention(const Case &c);
 void run_cache(const CacheCase &c);
 void run_cache_refusals();
 void run_align(const AlignCase &c);
 void run_layer(const LayerCase &c);
+void run_step(const StepCase &c);
 void run_special(); // what is no row of data: hidden NaN, concurrent callers, refusals ...
 
 #endif

@@ -50,6 +50,7 @@ int list_all() {
     for (const CacheCase &c : cache_cases()) std::printf("%s\n", describe(c.call).c_str());
     for (const AlignCase &c : align_cases()) std::printf("%s\n", c.name.c_str());
     for (const LayerCase &c : layer_cases()) std::printf("%s\n", c.name.c_str());
+    for (const StepCase &c : step_cases()) std::printf("%s\n", c.name.c_str());
     return 0;
 }
 
@@ -106,6 +107,7 @@ int main(int count, char **words) {
     run_cache_refusals();
     for (const AlignCase &c : align_cases()) run_align(c);
     for (const LayerCase &c : layer_cases()) run_layer(c);
+    for (const StepCase &c : step_cases()) run_step(c);
     run_special();
     const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     std::printf("%d cases, %zu failures, largest error %.2f of its bound, %.1f s\n", (int)begun, failures.size(),

@@ -1154,3 +1154,20 @@ print(json.dumps([json.loads(text or "null") == expected for text in seen]))
 def test_a_forked_child_computes_and_does_not_hang() -> None:
     """As the workers of a data loader: forked after the parent used two threads, themselves with one."""
     assert answer(FORK, PYTHONHASHSEED="0") == [True] * 3
+
+
+@pytest.mark.parametrize("part", ["q_proj", "out_proj"])
+@pytest.mark.parametrize("sizes", [(64, 32), (64, 128), (32, 64)], ids=str)
+def test_a_map_of_another_width_is_refused_and_not_read_beyond_its_end(part: str, sizes: tuple[int, int]) -> None:
+    layer = ba.MultiheadAttention(64, 4, batch_first=True, mechanism="efficient").eval()
+    x, cache = torch.randn(2, 5, 64), ba.KVCache(layer, 2)
+    with torch.no_grad():
+        layer(x, x, x, cache=cache, need_weights=False)
+        setattr(layer, part, torch.nn.Linear(*sizes))
+        for options in ({}, {"cache": cache}):
+            try:
+                output, _ = layer(x, x, x, need_weights=False, **options)
+            except (ValueError, RuntimeError):
+                continue
+            # Any width behind the last map is the caller's affair.
+            assert (part, output.shape[2]) == ("out_proj", sizes[1])

@@ -115,9 +115,7 @@ typedef struct {
                                         are written here, with their scales; q and out are not looked at */
     const void *x;                   /* (B, L, D) */
     int64_t x_b, x_l;
-    const void *wq, *bq;             /* weights (D, D), output feature by input feature, contiguous */
-    const void *wk, *bk, *wv, *bv;   /* of what the cache holds; a weight that is NULL is the identity */
-    const void *wo, *bo;
+    const void *wq, *bq, *wk, *bk, *wv, *bv, *wo, *bo; /* as in ba_layer; those of k and v give what the cache holds */
     const float *new_cos, *new_sin;  /* (L, H/2), contiguous: angles that turn queries, and keys if they have a weight; or NULL */
     void *out;                       /* (B, L, D), contiguous */
 } ba_step;

@@ -114,10 +114,11 @@ static int64_t step_through(const ba_step& c) {
     const void *weights[3] = {c.wq, c.wk, c.wv}, *biases[3] = {c.bq, c.bk, c.bv};
     float* results[3] = {q, k, v};
     for (int i = 0; i < 3; ++i) {
-        if (weights[i] == NULL) results[i] = x;
-        else
+        if (weights[i] != NULL)
             s.maps[s.count++] = {
                 x, static_cast<const float*>(weights[i]), static_cast<const float*>(biases[i]), results[i], Dp, Dp};
+        else if (i == 0) memcpy(q, x, static_cast<size_t>(rows * Dp) * sizeof(float));  // which may be turned
+        else results[i] = x;
     }
     int64_t status = ba_parallel(threads, s.count * s.blocks, 0, map_task, &s);
     const bool shared = call.k == call.v;
@@ -136,12 +137,14 @@ static int64_t step_through(const ba_step& c) {
     call.q = q, call.out = heads;
     call.q_l = call.out_l = Dp, call.q_b = call.out_b = call.L * Dp, call.q_n = call.out_n = H;
     if (status == BA_OK) status = forward(call);
-    if (status == BA_OK) {
+    float* out = static_cast<float*>(c.out);
+    if (status == BA_OK && c.wo != NULL) {
         s.count = 1;
-        float* out = static_cast<float*>(c.out);
         s.maps[0] = {heads, static_cast<const float*>(c.wo), static_cast<const float*>(c.bo), out, Dp, D};
         status = ba_parallel(threads, s.blocks, 0, map_task, &s);
     }
+    for (int64_t row = 0; c.wo == NULL && row < rows; ++row)
+        memcpy(out + row * D, heads + row * Dp, static_cast<size_t>(D) * sizeof(float));
     ba_release(x);
     return status;
 }
