@@ -60,6 +60,11 @@ PATCHED: Mapping[str, Mapping[str, str]] = {
     "lab/runs/test_damage.py": {"checkpoint.save": FAULT, "type(tiny.task()).build": SEEN},
     "lab/training/test_loop.py": {"randomness.reseed": FAULT},
     "lab/training/test_processes.py": {"processes.Accelerator": "accelerate's class, as it is on machines with GPUs"},
+    "library/cache/test_decoding.py": {
+        "decoding.by_kernels": SEEN,
+        "step.call_library": SEEN,
+        "stored.by_kernels": SEEN,
+    },
     "library/call/test_every_argument.py": {"fast_path.attend": SEEN},
     "library/gpu/test_choice.py": {"toolchain._installed": FAULT},
     "library/impl/test_chunked_dropout.py": {"chunked.TILE": TIME, "module.IMPLEMENTATIONS": FAULT},

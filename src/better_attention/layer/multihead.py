@@ -21,10 +21,11 @@ from better_attention.impl.dispatch import IMPLS
 from better_attention.mechanism import Mechanism
 from better_attention.tensors import floating_dtype
 
-from . import cached, extra_keys, fast_path, share, window
+from . import extra_keys, fast_path, share, window
 from .alignment import Alignment, check_alignment
 from .arguments import Arguments, Inputs, read
 from .calling import called
+from .decode import cached
 from .extra_keys import ExtraPosition
 from .heads import biased, check_alibi, check_rotary, join, rotated, split
 from .imitation import nested

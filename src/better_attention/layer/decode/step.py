@@ -15,17 +15,17 @@ from better_attention.cache.kv_cache import KVCache
 from better_attention.cache.streams import KEY, VALUE
 from better_attention.call.torch_private import own_parameters
 from better_attention.call.torch_state import address, are_plain, is_known_finite, quiet
+from better_attention.layer.arguments import Arguments
+from better_attention.layer.fast_path import is_ordinary, is_simple
+from better_attention.layer.scale import fixed_scale
 from better_attention.native import structs
 from better_attention.native.library import call as call_library
 from better_attention.native.library import current_instruction_set, missing
 
-from .arguments import Arguments
-from .fast_path import is_ordinary, is_simple
-from .scale import fixed_scale
 from .stored import angles, angles_to, slopes
 
 if TYPE_CHECKING:
-    from .multihead import MultiheadAttention
+    from better_attention.layer.multihead import MultiheadAttention
 
 ROWS = 16
 """Most new tokens of a batch together: for more of them a product of matrices is faster."""

@@ -17,10 +17,9 @@ from better_attention.cache.int8 import dequantised
 from better_attention.call.call import Call
 from better_attention.impl import native
 from better_attention.impl.dispatch import attend
+from better_attention.layer.heads import biased, rotated
 from better_attention.positions import alibi_slopes, rotary_angles
 from better_attention.tensors import empty_heads
-
-from .heads import biased, rotated
 
 
 class Stored(NamedTuple):

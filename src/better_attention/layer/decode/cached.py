@@ -14,15 +14,16 @@ from better_attention.cache.kv_cache import KVCache
 from better_attention.cache.streams import KEY, SOURCE, VALUE
 from better_attention.call.function_arguments import same_dtype
 from better_attention.errors import describe
+from better_attention.layer import extra_keys, share, window
+from better_attention.layer.alignment import Alignment
+from better_attention.layer.arguments import Arguments, Inputs, read, torch_masks
+from better_attention.layer.calling import called
+from better_attention.layer.heads import join, rotated
 
-from . import decoding, extra_keys, share, step, window
-from .alignment import Alignment
-from .arguments import Arguments, Inputs, read, torch_masks
-from .calling import called
-from .heads import join, rotated
+from . import decoding, step
 
 if TYPE_CHECKING:
-    from .multihead import MultiheadAttention
+    from better_attention.layer.multihead import MultiheadAttention
 
 
 def attend(layer: MultiheadAttention, given: Arguments, cache: KVCache) -> tuple[Tensor, Tensor | None]:

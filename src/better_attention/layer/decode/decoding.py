@@ -15,13 +15,13 @@ from better_attention.cache.kv_cache import KVCache
 from better_attention.cache.streams import KEY, VALUE
 from better_attention.call.torch_state import exporting
 from better_attention.impl import native
+from better_attention.layer.arguments import Inputs
+from better_attention.layer.window import WindowAlignment
 
-from .arguments import Inputs
 from .stored import Stored, by_kernels, operator
-from .window import WindowAlignment
 
 if TYPE_CHECKING:
-    from .multihead import MultiheadAttention
+    from better_attention.layer.multihead import MultiheadAttention
 
 
 def attend(layer: MultiheadAttention, cache: KVCache, q_BLD: Tensor, x: Inputs) -> Tensor | None:
