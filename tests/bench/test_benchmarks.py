@@ -63,11 +63,24 @@ def test_a_step_of_generation_with_rotary_positions_and_what_it_reads() -> None:
     read = {}
     for contender in SUITES["generation"].contenders(row):
         result, _ = runner.admit(row, contender, Settings())
-        assert result.status == "ok", result
+        assert result.status == ("unavailable" if contender.switch else "ok"), result
         read[contender.name] = contender.work.bytes
     attention, kept = 4 * 4 * 12 * 12, 4 * 3 * 11 * 12 * 4  # bytes of a map in all layers, and of a cached tensor
     assert read["standard"] - read["efficient"] == 2 * attention + kept
     assert read["super"] - read["efficient"] == 4 * 4 * 12 + kept  # one row of W_A over twelve positions
+    # A byte a number, and four for each of two heads.
+    assert read["efficient"] - read["efficient, int8 cache"] == kept - 4 * 3 * 11 * (12 + 2 * 4)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inductor's own
+def test_compiled_steps_of_generation_are_right() -> None:
+    for row in tiny_rows("generation", shape=Shape(2, 11, 12, 2)):
+        compiled = [c for c in SUITES["generation"].contenders(row) if c.switch == "compiled"]
+        assert len(compiled) == 3
+        for contender in compiled:
+            result, _ = runner.admit(row, contender, Settings(switches=frozenset({"compiled"})))
+            assert result.status in ("ok", "unavailable"), result
 
 
 def test_super_is_left_out_of_generation_where_w_a_is_too_large() -> None:

@@ -128,14 +128,15 @@ TARGETS: tuple[Target, ...] = (
     ),
     *(
         Target(
-            f"generation, efficient, {which} {LONG_CACHE:,} tokens before, against standard through SDPA, each",
+            f"generation, {contender}, {which} {LONG_CACHE:,} tokens before, against standard through SDPA, each",
             "generation",
             "inference",
-            "efficient",
+            contender,
             least,
             shapes(generation.SUITE.shapes, LONG_CACHE),
             None,
         )
+        for contender in ("efficient", "efficient, int8 cache", "efficient, int8 cache, compiled")
         for which, shapes, least in (("fewer than", _shorter, 2.0), ("at least", _longer, 3.0))
     ),
     Target("decode, k is v, against SDPA, each", "decode", "forward", "softmax auto, k is v", 3.0, _CACHES, None),

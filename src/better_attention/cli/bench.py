@@ -53,6 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--limit", type=seconds, default=120.0, metavar="S", help="for a contender to be ready; default: 120 seconds"
     )
     parser.add_argument("--flex", action="store_true", help="FlexAttention too: it compiles for seconds in each row")
+    parser.add_argument(
+        "--compiled", action="store_true", help="steps under torch.compile too (suite generation): seconds in each row"
+    )
     parser.add_argument("--quick", action="store_true", help="one shape of each suite, few rounds, rougher limits")
     parser.add_argument("--targets", action="store_true", help="also print which of this project's targets are met")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
@@ -105,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
         repeats=args.repeats or rounds,
         seconds=args.seconds or budget,
         limit=args.limit,
-        switches=frozenset({"flex"} if args.flex else ()),
+        switches=frozenset(name for name in ("flex", "compiled") if getattr(args, name)),
     )
     with threads(args.threads), terminable() as received:
         report = measure(args, settings)

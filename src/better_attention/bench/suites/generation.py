@@ -2,13 +2,17 @@
 
 A step reads one token of each sequence, with what the model remembers of the tokens before, and gives the logits of the
 next one. The model is the lab's (RMSNorm, SwiGLU, tied embeddings); one over the time of a step is its tokens a second.
-The memory is filled with random numbers instead of a text, which costs the same. In float32 alone.
+The memory is filled with random numbers instead of a text, which costs the same. In float32 alone; some caches are in int8,
+and the truth about those reads the same rounded numbers.
 """
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
+from types import FunctionType
 
 import torch
 from torch import Tensor, nn
@@ -27,23 +31,59 @@ LARGEST_W_A = 2**28
 
 
 @dataclass(frozen=True, slots=True)
+class Kind:
+    """What makes a contender.
+
+    Args:
+        mechanism: of the model.
+        sdpa: written by hand around ``F.scaled_dot_product_attention``.
+        int8: whether its cache is.
+        compiled: whether torch.compile made a program of the step.
+    """
+
+    mechanism: str
+    sdpa: bool = False
+    int8: bool = False
+    compiled: bool = False
+
+
+KINDS: Mapping[str, Kind] = {
+    BASELINE: Kind("standard", sdpa=True),
+    **{mechanism: Kind(mechanism) for mechanism in ba.MECHANISMS},
+    "standard, int8 cache": Kind("standard", int8=True),
+    "efficient, int8 cache": Kind("efficient", int8=True),
+    f"{BASELINE}, compiled": Kind("standard", sdpa=True, compiled=True),
+    "efficient, compiled": Kind("efficient", compiled=True),
+    "efficient, int8 cache, compiled": Kind("efficient", int8=True, compiled=True),
+}
+
+
+@dataclass(frozen=True, slots=True)
 class Memory:
     """The caches of a model's layers, filled: what :class:`better_attention.ModelCache` is after reading a text."""
 
     caches: dict[nn.Module, ba.KVCache]
 
     @classmethod
-    def of(cls, model: LanguageModel, row: Row, dtype: torch.dtype = torch.float32) -> Memory:
-        """Caches of as many tokens as the row says, the same numbers in every run and for every layout."""
+    def of(cls, model: LanguageModel, row: Row, *, int8: bool = False, double: bool = False) -> Memory:
+        """Caches of as many tokens as the row says, the same numbers in every run and for every layout.
+
+        Args:
+            model: the model.
+            row: batch, tokens and width.
+            int8: in codes.
+            double: numbers in float64.
+        """
         B, S, D, _ = row.shape
         layers = [module for module in model.modules() if isinstance(module, MultiheadAttention)]
-        streams = [[normal(2 * n + i, B, S, D, dtype=dtype) for i in range(2)] for n in range(len(layers))]
-        return cls(
-            {
-                layer: ba.KVCache.of(layer, held[: len(layer.cache_streams)])
-                for layer, held in zip(layers, streams, strict=True)
-            }
-        )
+        caches: dict[nn.Module, ba.KVCache] = {}
+        for number, layer in enumerate(layers):
+            held = caches[layer] = ba.KVCache(layer, B, max_len=S + 1, dtype=torch.int8 if int8 else None)
+            for i, stream in enumerate(held.streams):
+                x_BSD = normal(2 * number + i, B, S, D, dtype=torch.float32)
+                held.write(stream, x_BSD.double() if double else x_BSD)
+            held.commit(S)
+        return cls(caches)
 
     def __getitem__(self, layer: nn.Module) -> ba.KVCache:
         return self.caches[layer]
@@ -53,6 +93,11 @@ class Memory:
         """Number of tokens remembered."""
         return min(held.length for held in self.caches.values())
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are allocated."""
+        return sum(held.nbytes for held in self.caches.values())
+
     def rewind(self, tokens: int) -> None:
         """Forget the last ``tokens``."""
         for held in self.caches.values():
@@ -60,36 +105,38 @@ class Memory:
 
 
 def contenders(row: Row) -> list[Contender]:
-    """The standard model through SDPA, and ours with each mechanism."""
+    """The standard model through SDPA, ours with each mechanism, and some with caches in int8 or compiled."""
     return [
         Contender(
             name,
-            partial(_through_sdpa if name == BASELINE else _ours, row, _mechanism(name)),
-            cache(partial(_truth, row, _mechanism(name))),
-            work(row, _mechanism(name)),
-            partial(_too_large, row, _mechanism(name)),
+            partial(_through_sdpa if kind.sdpa else _ours, row, kind),
+            cache(partial(_truth, row, kind)),
+            work(row, kind),
+            partial(_why_not, row, kind),
+            switch="compiled" if kind.compiled else "",
         )
-        for name in (BASELINE, *ba.MECHANISMS)
+        for name, kind in KINDS.items()
     ]
 
 
-def _mechanism(contender: str) -> str:
-    return "standard" if contender == BASELINE else contender
-
-
-def work(row: Row, mechanism: str) -> Work:
+def work(row: Row, kind: Kind) -> Work:
     """Two operations for each weight and sequence, four for each number of a key; weights and caches are read once."""
-    B, S, D, _ = row.shape
+    B, S, D, N = row.shape
     with torch.device("meta"):
-        model = _model(row, mechanism)
+        model = _model(row, kind.mechanism)
     # Of W_A a step reads the row of its token alone.
     weights = sum(p[-1:].numel() if ".align." in name else p.numel() for name, p in model.named_parameters())
     tensors = sum(len(m.cache_streams) for m in model.modules() if isinstance(m, MultiheadAttention))
-    return Work(flops=2.0 * B * weights + 4.0 * LAYERS * B * S * D, bytes=4.0 * (weights + tensors * B * S * D))
+    # In int8 a byte a number, and a float32 for each head.
+    row_bytes = D + 4 * N if kind.int8 else 4 * D
+    return Work(flops=2.0 * B * weights + 4.0 * LAYERS * B * S * D, bytes=4.0 * weights + tensors * B * S * row_bytes)
 
 
-def _too_large(row: Row, mechanism: str) -> str | None:
-    size = 4 * (row.shape.length + 1) ** 2 * ba.Mechanism.of(mechanism).aligned
+def _why_not(row: Row, kind: Kind) -> str | None:
+    """Why a contender cannot be measured here."""
+    if kind.compiled and shutil.which("c++") is None and shutil.which("g++") is None:
+        return "torch.compile needs a C++ compiler: apt-get install g++"
+    size = 4 * (row.shape.length + 1) ** 2 * ba.Mechanism.of(kind.mechanism).aligned
     return f"W_A over all positions has {size / 2**30:.1f} GiB a layer" if size > LARGEST_W_A else None
 
 
@@ -107,22 +154,27 @@ def _token(row: Row) -> Tensor:
     return torch.arange(row.shape.batch)[:, None] % VOCABULARY
 
 
-def _ours(row: Row, mechanism: str) -> Run:
-    model = _model(row, mechanism)
-    memory, token = Memory.of(model, row), _token(row)
+def _ours(row: Row, kind: Kind) -> Run:
+    model = _model(row, kind.mechanism)
+    memory, token = Memory.of(model, row, int8=kind.int8), _token(row)
+
+    def logits() -> Tensor:
+        output: Tensor = model(token, cache=memory, last=1)
+        return output
+
+    compute = _compiled(logits) if kind.compiled else logits
 
     def step() -> Tensor:
-        logits: Tensor = model(token, cache=memory, last=1)
+        output = compute()
         memory.rewind(1)
-        return logits
+        return output
 
-    held = sum(sum(x.nbytes for x in cached.tensors) for cached in memory.caches.values())
-    return here(step, lambda: {"output": step()}, grad=False, note=f"{held / 2**20:.0f} MiB of cache")
+    return here(step, lambda: {"output": step()}, grad=False, note=f"{memory.nbytes / 2**20:.0f} MiB of cache")
 
 
-def _through_sdpa(row: Row, mechanism: str) -> Run:
+def _through_sdpa(row: Row, kind: Kind) -> Run:
     """The standard model as one writes it by hand: keys and values in memory that was allocated before."""
-    model, token = _model(row, mechanism), _token(row)
+    model, token = _model(row, kind.mechanism), _token(row)
     B, S, D, N = row.shape
     held = []
     for cached in Memory.of(model, row).caches.values():
@@ -148,15 +200,25 @@ def _through_sdpa(row: Row, mechanism: str) -> Run:
             x = x + block.mlp(block.norm2(x))  # type: ignore[operator]
         return F.linear(model.norm(x), model.tokens.weight)
 
+    compute = _compiled(step) if kind.compiled else step
     bytes_ = sum(x.nbytes for pair in held for x in pair)
-    return here(step, lambda: {"output": step()}, grad=False, note=f"{bytes_ / 2**20:.0f} MiB of cache")
+    return here(compute, lambda: {"output": compute()}, grad=False, note=f"{bytes_ / 2**20:.0f} MiB of cache")
 
 
-def _truth(row: Row, mechanism: str) -> Results:
+def _compiled(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """A program of ``step`` that shares nothing with those of other rows and contenders."""
+    # torch.compile counts and looks up programs by the code of a function, which all rows have in common.
+    assert isinstance(step, FunctionType)  # noqa: S101 - for the type checker
+    own = FunctionType(step.__code__.replace(), step.__globals__, closure=step.__closure__)
+    program: Callable[[], Tensor] = torch.compile(own, dynamic=False)
+    return program
+
+
+def _truth(row: Row, kind: Kind) -> Results:
     """The same in float64 by the reference."""
-    model = _model(row, mechanism, "reference").double()
+    model = _model(row, kind.mechanism, "reference").double()
     with torch.no_grad():
-        return {"output": model(_token(row), cache=Memory.of(model, row, torch.float64), last=1)}
+        return {"output": model(_token(row), cache=Memory.of(model, row, int8=kind.int8, double=True), last=1)}
 
 
 SUITE = Suite(
