@@ -2,8 +2,8 @@
 
 A step reads one token of each sequence, with what the model remembers of the tokens before, and gives the logits of the
 next one. The model is the lab's (RMSNorm, SwiGLU, tied embeddings); one over the time of a step is its tokens a second.
-The memory is filled with random numbers instead of a text, which costs the same. In float32 alone; some caches are in int8,
-and the truth about those reads the same rounded numbers.
+The memory is filled with random numbers instead of a text, which costs the same. In float32 alone; some caches are
+in int8, and the truth about those reads the same rounded numbers.
 """
 
 from __future__ import annotations
