@@ -26,10 +26,13 @@ struct Step {
     int64_t count, blocks;  // of maps, and of OUTPUTS features of one
 };
 
-// LANES / M output features from e on, for M rows of the input. Features from `end` on are not there.
-template <int M> static void few_products(const Map& f, int64_t D, int64_t row, int64_t e, int64_t end) {
+// LANES / M output features from e on, for up to M rows of the input. Features from `end` on are not there.
+template <int M>
+static void few_products(const Map& f, int64_t D, int64_t row, int64_t rows, int64_t e, int64_t end) {
     constexpr int R = BA_LANES / M;
-    const float *x = f.x + row * f.x_s, *w[R];
+    const float *x[M], *w[R];
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) x[m] = f.x + (row + (m < rows ? m : rows - 1)) * f.x_s;
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) w[r] = f.w + (e + r < end ? e + r : end - 1) * D;
     V sum[BA_LANES];
@@ -39,32 +42,35 @@ template <int M> static void few_products(const Map& f, int64_t D, int64_t row, 
     for (; d + LANES <= D; d += LANES) {
         V a[M];
 #pragma GCC unroll 8
-        for (int m = 0; m < M; ++m) a[m] = load(x + m * f.x_s + d);
+        for (int m = 0; m < M; ++m) a[m] = load(x[m] + d);
 #pragma GCC unroll 16
         for (int i = 0; i < BA_LANES; ++i) sum[i] += a[i % M] * load(w[i / M] + d);
     }
     if (d < D) {
 #pragma GCC unroll 16
-        for (int i = 0; i < BA_LANES; ++i) sum[i] += load(x + i % M * f.x_s + d) * load_some(w[i / M] + d, D - d);
+        for (int i = 0; i < BA_LANES; ++i) sum[i] += load(x[i % M] + d) * load_some(w[i / M] + d, D - d);
     }
     const V found = row_sums<1>(sum);
     for (int r = 0; r < R && e + r < end; ++r)
-        for (int m = 0; m < M; ++m)
+        for (int m = 0; m < M && m < rows; ++m)
             f.y[(row + m) * f.y_s + e + r] = found[r * M + m] + (f.b == NULL ? 0.0f : f.b[e + r]);
 }
 
-// Features e to `end` of the rows from `row` on, M rows at a time and fewer at last.
+// Features e to `end` of up to M rows from `row` on, by the fewest sums that hold them.
 template <int M>
-static void products_of(const Map& f, int64_t D, int64_t rows, int64_t row, int64_t e, int64_t end) {
-    for (; row + M <= rows; row += M)
-        for (int64_t i = e; i < end; i += BA_LANES / M) few_products<M>(f, D, row, i, end);
-    if constexpr (M > 1) products_of<M / 2>(f, D, rows, row, e, end);
+static void products_of(const Map& f, int64_t D, int64_t row, int64_t rows, int64_t e, int64_t end) {
+    if constexpr (M > 1) {
+        if (2 * rows <= M) return products_of<M / 2>(f, D, row, rows, e, end);
+    }
+    for (int64_t i = e; i < end; i += BA_LANES / M) few_products<M>(f, D, row, rows, i, end);
 }
 
 static void map_task(void* context, int64_t task, float*) {
     const Step& s = *static_cast<const Step*>(context);
     const int64_t D = s.c->D, e = task % s.blocks * OUTPUTS, end = e + OUTPUTS < D ? e + OUTPUTS : D;
-    products_of<BA_LANES < 8 ? BA_LANES : 8>(s.maps[task / s.blocks], D, s.rows, 0, e, end);
+    constexpr int M = BA_LANES < 8 ? BA_LANES : 8;
+    for (int64_t row = 0; row < s.rows; row += M)
+        products_of<M>(s.maps[task / s.blocks], D, row, s.rows - row < M ? s.rows - row : M, e, end);
 }
 
 static void turn_by(float* x, int64_t P, const float* cosine, const float* sine) {
