@@ -219,6 +219,30 @@ def decode_speed() -> str:
     return markdown(header, body) + "\n" + measured_on(machine) + "\n"
 
 
+def generation_speed() -> str:
+    """A step of a whole language model."""
+    table, machine = suite("generation")
+    wanted = {
+        "standard": "standard",
+        "efficient": "efficient",
+        "standard, int8 cache": "standard, int8",
+        "efficient, int8 cache": "efficient, int8",
+        "standard through SDPA, compiled": "SDPA, compiled",
+        "efficient, compiled": "efficient, compiled",
+        "efficient, int8 cache, compiled": "efficient, int8, compiled",
+    }
+    body = [
+        (
+            f"{v}, {b}, {int(n):,}",
+            *(times(one(table, variant=v, batch=b, length=n, contender=who)) for who in wanted),
+        )
+        for v in dict.fromkeys(r["variant"] for r in table)
+        for b in ("1", "8")
+        for n in ("4096", "16384")
+    ]
+    return markdown(("positions, batch, tokens", *wanted.values()), body) + "\n" + measured_on(machine) + "\n"
+
+
 MODELS = {"imdb": "IMDB", "amazon": "Amazon", "mnist": "MNIST", "cifar100": "CIFAR100", "imagenet": "ImageNet"}
 
 
@@ -436,6 +460,7 @@ TABLES: dict[str, Callable[[], str]] = {
         bfloat16_speed,
         dropout_speed,
         decode_speed,
+        generation_speed,
         model_speed,
         edge_speed,
         quality,
