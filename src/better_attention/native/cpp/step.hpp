@@ -1,7 +1,7 @@
 // A decoder's step through a layer in one call: a few new tokens are projected, turned by their places and written behind
 // what the cache holds, and attend to all of it. For one token the way between operators takes as long as attention.
 //
-// Its products read each weight once, for all tokens: they take the time in which the weights are read.
+// Its products read each weight once for eight tokens: they take the time in which the weights are read.
 
 namespace BA_ISA {
 
