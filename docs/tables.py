@@ -195,19 +195,24 @@ def dropout_speed() -> str:
     return markdown(header, body) + "\n" + measured_on(machine) + "\n"
 
 
-def decode_speed() -> str:
-    """One query over a cache."""
-    table, machine = suite("decode")
-    wanted = ("SDPA, k is v", "softmax auto", "softmax auto, k is v", "expressive auto", "expressive auto, k is v")
-    body = [
+def _over_caches(table: Iterable[Row], contenders: Iterable[str]) -> list[Sequence[str]]:
+    """Contenders over caches of each variant, batch and number of tokens."""
+    table, contenders = list(table), list(contenders)
+    return [
         (
             f"{v.removeprefix('cache ')}, {b}, {int(n):,}",
-            *(times(one(table, variant=v, batch=b, length=n, contender=who)) for who in wanted),
+            *(times(one(table, variant=v, batch=b, length=n, contender=who)) for who in contenders),
         )
         for v in dict.fromkeys(r["variant"] for r in table)
         for b in ("1", "8")
         for n in ("4096", "16384")
     ]
+
+
+def decode_speed() -> str:
+    """One query over a cache."""
+    table, machine = suite("decode")
+    wanted = ("SDPA, k is v", "softmax auto", "softmax auto, k is v", "expressive auto", "expressive auto, k is v")
     header = (
         "layout of the cache, batch, tokens",
         "SDPA, one tensor",
@@ -216,7 +221,7 @@ def decode_speed() -> str:
         "expressive",
         "expressive, one tensor",
     )
-    return markdown(header, body) + "\n" + measured_on(machine) + "\n"
+    return markdown(header, _over_caches(table, wanted)) + "\n" + measured_on(machine) + "\n"
 
 
 def generation_speed() -> str:
@@ -231,16 +236,12 @@ def generation_speed() -> str:
         "efficient, compiled": "efficient, compiled",
         "efficient, int8 cache, compiled": "efficient, int8, compiled",
     }
-    body = [
-        (
-            f"{v}, {b}, {int(n):,}",
-            *(times(one(table, variant=v, batch=b, length=n, contender=who)) for who in wanted),
-        )
-        for v in dict.fromkeys(r["variant"] for r in table)
-        for b in ("1", "8")
-        for n in ("4096", "16384")
-    ]
-    return markdown(("positions, batch, tokens", *wanted.values()), body) + "\n" + measured_on(machine) + "\n"
+    return (
+        markdown(("positions, batch, tokens", *wanted.values()), _over_caches(table, wanted))
+        + "\n"
+        + measured_on(machine)
+        + "\n"
+    )
 
 
 MODELS = {"imdb": "IMDB", "amazon": "Amazon", "mnist": "MNIST", "cifar100": "CIFAR100", "imagenet": "ImageNet"}

@@ -42,8 +42,7 @@ def attend(layer: MultiheadAttention, x: Inputs) -> Tensor | None:
         return None
     align = layer.align
     parts = (layer.q_proj, layer.k_proj, layer.v_proj, layer.out_proj, align)
-    parameters = [own_parameters(part) for part in parts]  # asked once: a module's attributes are slow
-    if not all(is_ordinary(part, named, layer.embed_dim) for part, named in zip(parts, parameters, strict=True)):
+    if (parameters := ordinary_parameters(parts, layer.embed_dim)) is None:
         return None
     if not are_plain(x_BLD, *(p for named in parameters for p in named.values())):
         return None
@@ -85,7 +84,14 @@ def is_simple(layer: MultiheadAttention) -> bool:
     )
 
 
-def is_ordinary(part: nn.Module, parameters: Mapping[str, Tensor | None], width: int) -> bool:
+def ordinary_parameters(parts: Sequence[nn.Module], width: int) -> list[Mapping[str, nn.Parameter | None]] | None:
+    """The parameters of each part; None if one of them is not just what it seems, see :func:`_is_ordinary`."""
+    parameters = [own_parameters(part) for part in parts]  # asked once: a module's attributes are slow
+    ordinary = all(_is_ordinary(part, named, width) for part, named in zip(parts, parameters, strict=True))
+    return parameters if ordinary else None
+
+
+def _is_ordinary(part: nn.Module, parameters: Mapping[str, Tensor | None], width: int) -> bool:
     """Whether a part is just what it seems: no adapter, hook, patch or special weight would be skipped.
 
     Args:

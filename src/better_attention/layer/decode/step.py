@@ -13,10 +13,9 @@ from torch import Tensor
 
 from better_attention.cache.kv_cache import KVCache
 from better_attention.cache.streams import KEY, VALUE
-from better_attention.call.torch_private import own_parameters
 from better_attention.call.torch_state import address, are_plain, is_known_finite, quiet
 from better_attention.layer.arguments import Arguments
-from better_attention.layer.fast_path import is_ordinary, is_simple
+from better_attention.layer.fast_path import is_simple, ordinary_parameters
 from better_attention.layer.scale import fixed_scale
 from better_attention.native import structs
 from better_attention.native.library import call as call_library
@@ -40,8 +39,7 @@ def attend(layer: MultiheadAttention, given: Arguments, cache: KVCache) -> Tenso
     if torch.is_grad_enabled() or not quiet() or not _is_few(layer, given) or not is_simple(layer):
         return None
     parts = (layer.q_proj, layer.k_proj, layer.v_proj, layer.out_proj)
-    parameters = [own_parameters(part) for part in parts]
-    if not all(is_ordinary(part, named, layer.embed_dim) for part, named in zip(parts, parameters, strict=True)):
+    if (parameters := ordinary_parameters(parts, layer.embed_dim)) is None:
         return None
     x_BLD, maps = given.query, [p for named in parameters for p in (named.get("weight"), named.get("bias"))]
     cache.check(layer, x_BLD)
