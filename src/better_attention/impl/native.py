@@ -98,8 +98,8 @@ def decode(
         call: a few queries, already turned, over keys that are not. Where key and value are one tensor, the values are
             what it holds. With scales, int8 keys and values.
         angles: cosine and sine of each pair's angle at the place of each key of the call, (S, H/2), float32, as from
-            :func:`better_attention.positions.rotary_angles`.
-        scales: (B, S, G) of keys and of values, G heads of keys, float32: numbers are codes times scales.
+            :func:`better_attention.positions.rotary_angles` for places that follow one another.
+        scales: (B, S, G) of keys and of values, G heads of keys, float32, not negative: numbers are codes times scales.
         distances: ALiBi.
 
     Returns:

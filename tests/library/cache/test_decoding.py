@@ -281,7 +281,8 @@ def test_the_kernels_read_what_everyone_reads(name: str, kept: str) -> None:
         module = layer(name, 64, 4, max_len=L, spread=0.1, impl=impl, **options).float().eval()
         cache = ba.KVCache(module, B, dtype=dtype)
         outputs.append(decode(module, x, [9, 1, 2, 1, 1, 3, 1, 5], cache, padded))
-    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-4, atol=1e-5)
+    # Products with codes may be of integers, with queries and weights of 16 bits.
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-4, atol=1e-5 if dtype is None else 2e-4)
 
 
 class LookingOn(TorchFunctionMode):

@@ -243,7 +243,7 @@ void check_zeros(const Case &c, int64_t isa, const Outputs &o, const Answer &exa
 
 } // namespace
 
-void check(const Case &c, int64_t isa, const Outputs &o, const Answer &exact, Plain &plain) {
+void check(const Case &c, int64_t isa, const Outputs &o, const Answer &exact, Plain &plain, double more) {
     if (o.status != BA_OK) return fail(c.name, isa, "status " + std::to_string(o.status));
     check_canaries(c, isa, o);
     check_zeros(c, isa, o, exact);
@@ -255,7 +255,7 @@ void check(const Case &c, int64_t isa, const Outputs &o, const Answer &exact, Pl
         while (!what.empty() && plain.another());
         if (!what.empty()) fail(c.name, isa, name + what);
     };
-    compare("out", o.out, exact.out, &Plain::out, 2, 0, 0);
+    compare("out", o.out, exact.out, &Plain::out, 2, 0, more);
     if (!c.backward) return;
     compare("dq", o.dq, exact.dq, &Plain::dq, 3, exact.spread_q, c.gradient_floor);
     compare("dk", o.dk, exact.dk, &Plain::dk, 3, exact.spread_k, c.gradient_floor);

@@ -215,6 +215,28 @@ struct Plain {
     }
 };
 
+// A problem whose queries are off by up to 2^-14 of their rows' largest numbers, in one of several ways.
+inline Problem blurred(const Problem &exact, int64_t way) {
+    Problem p = exact;
+    Random r("blurred " + std::to_string(way));
+    for (size_t row = 0; p.H > 0 && row < p.q.size(); row += (size_t)p.H) {
+        double most = 0;
+        for (int64_t h = 0; h < p.H; ++h) most = std::max(most, std::abs(p.q[row + (size_t)h]));
+        for (int64_t h = 0; h < p.H; ++h) p.q[row + (size_t)h] += (r.below(2) ? 1 : -1) * 0x1p-14 * most;
+    }
+    return p;
+}
+
+// What int8 rows may cost where AVX-512 multiplies them as integers: queries and weights are rounded to 16 bits there, a
+// quarter of what is allowed here. `evaluated` gives a problem's result.
+template <class F> double coarse_error(int64_t isa, const std::vector<double> &exact, const F &evaluated) {
+    if (isa != BA_AVX512) return 0;
+    double error = 0, largest = 0;
+    for (double x : exact) largest = std::max(largest, std::abs(x));
+    for (int64_t way = 0; way < 4; ++way) error = std::max(error, largest_error(evaluated(way), exact));
+    return error + 0x1p-14 * largest;
+}
+
 // |actual - exact| <= allowed (a multiple of the plain error), plus a floor of 4 ulps of float32 arithmetic and, for
 // bfloat16, half an ulp of the type, both of the largest exact value. Where the terms of every element cancel to
 // nothing (one visible key: its weight is 1 whatever its score), the ulps are those of the terms, `spread`.

@@ -125,7 +125,8 @@ double number(const StepCase &c, const Tensor &x, const Tensor &scale, int64_t b
 }
 
 // The output (B, L, D), from the input and what lies in the cache after the call.
-template <class T> std::vector<double> evaluate_step(const StepCase &c, const Made &m, const Way &way) {
+template <class T>
+std::vector<double> evaluate_step(const StepCase &c, const Made &m, const Way &way, int64_t blur = -1) {
     const int64_t H = c.D / c.N;
     const std::vector<double> given = m.x.dense();
     const std::vector<T> x(given.begin(), given.end()), q = project(c, x, m.maps[0], way);
@@ -152,7 +153,7 @@ template <class T> std::vector<double> evaluate_step(const StepCase &c, const Ma
                     p.bias.push_back(hidden ? -INFINITY : 0.0);
                 }
         }
-    const std::vector<double> heads = evaluate<T>(p, false, way).out; // (B, N, L, H)
+    const std::vector<double> heads = evaluate<T>(blur < 0 ? p : blurred(p, blur), false, way).out; // (B, N, L, H)
     std::vector<T> joined(heads.size());
     for (size_t i = 0; i < heads.size(); ++i) {
         const int64_t h = (int64_t)i % H, l = (int64_t)i / H % c.L, n = (int64_t)i / H / c.L % c.N, b = (int64_t)i / H / c.L / c.N;
@@ -228,11 +229,14 @@ void run_step(const StepCase &c) {
             if (!m.x.same(before.x)) fail(c.name, isa, "the input was written to");
             if (threads == 1) {
                 const std::vector<double> exact = evaluate_step<double>(c, m, Way());
+                const double coarse = !c.int8 ? 0 : coarse_error(isa, exact, [&](int64_t blur) {
+                    return evaluate_step<double>(c, m, Way(), blur);
+                });
                 int64_t tried = 0;
                 double plain = 0;
                 do {
                     plain = std::max(plain, largest_error(evaluate_step<float>(c, m, Way(tried++)), exact));
-                    what = beyond(out, exact, 2 * plain, false);
+                    what = beyond(out, exact, 2 * plain + coarse, false);
                 } while (!what.empty() && tried < WAYS);
                 if (!what.empty()) fail(c.name, isa, "out" + what);
             }

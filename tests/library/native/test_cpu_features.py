@@ -18,7 +18,7 @@ import pytest
 from better_attention.native import library
 
 NAMES = (
-    *("avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni", "avx512bf16", "avx512fp16"),
+    *("avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vbmi", "avx512vnni", "avx512bf16", "avx512fp16"),
     *("amx_tile", "amx_int8", "amx_bf16"),
 )
 BUILTIN = {"amx_tile": "amx-tile", "amx_int8": "amx-int8", "amx_bf16": "amx-bf16"}
@@ -114,7 +114,7 @@ AVX512 = bits(5, 16, 17, 30, 31)  # leaf 7, ebx: AVX2 and F, DQ, BW, VL
 SSE_YMM, ZMM, TILES = 0x6, 0xE6, 0x600E6
 HASWELL = {"avx2", "fma"}
 SKYLAKE = HASWELL | {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
-SAPPHIRE = SKYLAKE | {"avx512vnni", "avx512bf16", "avx512fp16", "amx_tile", "amx_int8", "amx_bf16"}
+SAPPHIRE = SKYLAKE | {"avx512vbmi", "avx512vnni", "avx512bf16", "avx512fp16", "amx_tile", "amx_int8", "amx_bf16"}
 
 
 @pytest.mark.parametrize(
@@ -129,14 +129,14 @@ SAPPHIRE = SKYLAKE | {"avx512vnni", "avx512bf16", "avx512fp16", "amx_tile", "amx
         pytest.param((AVX, AVX512, 0, 0, 0, SSE_YMM), HASWELL, id="AVX-512, its registers not saved"),
         pytest.param((AVX, AVX512, 0, 0, 0, 0x66), HASWELL, id="AVX-512, only half of its registers saved"),
         pytest.param((AVX, AVX512 - bits(30), 0, 0, 0, ZMM), SKYLAKE - {"avx512bw"}, id="AVX-512 without BW"),
-        pytest.param((AVX, AVX512, bits(11), bits(22, 23, 24, 25), bits(5), TILES), SAPPHIRE, id="AMX"),
+        pytest.param((AVX, AVX512, bits(1, 11), bits(22, 23, 24, 25), bits(5), TILES), SAPPHIRE, id="AMX"),
         pytest.param(
-            (AVX, AVX512, bits(11), bits(22, 23, 24, 25), bits(5), ZMM),
+            (AVX, AVX512, bits(1, 11), bits(22, 23, 24, 25), bits(5), ZMM),
             {name for name in SAPPHIRE if not name.startswith("amx")},
             id="AMX, its tiles not saved",
         ),
         pytest.param(
-            (AVX, AVX512, bits(11), bits(22, 23, 24, 25), bits(5), 0x200E6),
+            (AVX, AVX512, bits(1, 11), bits(22, 23, 24, 25), bits(5), 0x200E6),
             {name for name in SAPPHIRE if not name.startswith("amx")},
             id="AMX, its configuration saved and its data not",
         ),

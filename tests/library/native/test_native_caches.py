@@ -78,6 +78,11 @@ def tolerance(dtype: torch.dtype) -> float:
     return 1e-5 if dtype == torch.float32 else 2e-2
 
 
+def int8_tolerance(dtype: torch.dtype, isa: str) -> float:
+    """AVX-512 may multiply codes as integers, with queries and weights of 16 bits."""
+    return max(tolerance(dtype), 2e-4 if isa == "avx512" else 2e-5)
+
+
 @isas
 @scores
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -125,7 +130,7 @@ def test_int8_with_scales(size: tuple, dtype: torch.dtype, score: str, isa: str,
         assert found.dtype == dtype
         assert torch.equal(found, again)
         numbers = (array(x) * array(scale).swapaxes(1, 2)[..., None] for x, scale in ((k, k_scale), (v, v_scale)))
-        assert_close(found, exact(call, *numbers), tolerance=tolerance(dtype))
+        assert_close(found, exact(call, *numbers), tolerance=int8_tolerance(dtype, isa))
 
 
 def leaning(call: Call, place: str, first: int) -> tuple[native.Distances, dict[str, np.ndarray]]:
@@ -165,7 +170,8 @@ def test_distances_are_counted_as_keys_are_read(
         assert found is not None
         assert again is not None
         assert torch.equal(found, again)
-        assert_close(found, exact(call, k, v, **other), tolerance=2e-5, vacuous=masked)  # five keys may all be padding
+        bound = int8_tolerance(torch.float32, isa) if narrow else 2e-5
+        assert_close(found, exact(call, k, v, **other), tolerance=bound, vacuous=masked)  # five keys may all be padding
         if not masked and S > 50:
             assert np.abs(array(found) - exact(call, k, v)).max() > 1e-3
 
@@ -197,7 +203,7 @@ def test_rows_of_tiny_scores_are_computed_again_in_double_precision(isa: str, rn
         narrow = native.decode(replace(call, k_BNSH=codes, v_BNSH=codes), scales=(scale, scale))
     x, numbers = array(call.k_BNSH), array(codes) * array(scale).swapaxes(1, 2)[..., None]
     assert_close(rotated, exact(call, turned(x, 0), x), tolerance=1e-5)
-    assert_close(narrow, exact(call, numbers, numbers), tolerance=1e-5)
+    assert_close(narrow, exact(call, numbers, numbers), tolerance=int8_tolerance(torch.float32, isa))
 
 
 def test_what_the_kernels_do_not_serve_is_left_to_others(rng: np.random.Generator) -> None:

@@ -45,9 +45,10 @@ typedef struct {
     int64_t q_b, q_n, q_l;           /* strides of q (B, N, L, H) */
     int64_t k_b, k_g, k_s;           /* of k (B, G, S, H) */
     int64_t v_b, v_g, v_s;           /* of v (B, G, S, W) */
-    const float *k_scale, *v_scale;  /* (B, G, S): k and v are int8, to be multiplied by these; or NULL */
+    const float *k_scale, *v_scale;  /* (B, G, S), not negative: k and v are int8, times these; or NULL */
     int64_t scale_b, scale_g, scale_s;
-    const float *rotary_cos, *rotary_sin; /* (S, H/2): angles that turn features p and p + H/2 of each key; or NULL */
+    const float *rotary_cos, *rotary_sin; /* (S, H/2): angles that turn features p and p + H/2 of each key, by the same */
+    /* angle more from each key to the next one; or NULL */
     int64_t rotary_s;
     const float *slopes;             /* (N): ALiBi, the slope of each head; or NULL */
     int64_t slopes_inside;           /* 1: z + slope (s - p) in the place of z; 0: -slope |s - p| on the log weights */

@@ -19,7 +19,7 @@ struct ba_cpuid {
 
 struct ba_cpu {
     bool avx2, fma;
-    bool avx512f, avx512bw, avx512dq, avx512vl, avx512vnni, avx512bf16, avx512fp16;
+    bool avx512f, avx512bw, avx512dq, avx512vl, avx512vbmi, avx512vnni, avx512bf16, avx512fp16;
     bool amx_tile, amx_int8, amx_bf16;  // the hardware and XCR0; Linux also wants to be asked (arch_prctl)
 };
 
@@ -36,6 +36,7 @@ static inline ba_cpu ba_cpu_of(const ba_cpuid& id) {
     cpu.avx512dq = avx512 && (id.leaf7_ebx >> 17 & 1);
     cpu.avx512bw = avx512 && (id.leaf7_ebx >> 30 & 1);
     cpu.avx512vl = avx512 && (id.leaf7_ebx >> 31 & 1);
+    cpu.avx512vbmi = avx512 && (id.leaf7_ecx >> 1 & 1);
     cpu.avx512vnni = avx512 && (id.leaf7_ecx >> 11 & 1);
     cpu.avx512bf16 = avx512 && (id.leaf7_1_eax >> 5 & 1);
     cpu.avx512fp16 = avx512 && (id.leaf7_edx >> 23 & 1);

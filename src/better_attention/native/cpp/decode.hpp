@@ -25,8 +25,10 @@ struct Decode {
     int64_t group, few, Hp, Wp, state;  // state: floats of one row's partial sums
     int64_t begin, end, chunk, chunks;  // keys that any query sees, and how they are cut
     int64_t run, runs;                  // chunks of a task, and tasks of a row: a new place in memory starts slowly
-    int64_t heads;                      // of a task: G if those of one key lie side by side or share angles, else 1
+    int64_t heads;                      // of a task: G if those of one key lie side by side, else 1
     float *q, *parts;                   // queries [B][G][few][Hp], sums [B][G][few][chunks][state]
+    bool integer;                       // products of integers (decode_codes.hpp)
+    CodedQuery* coded;                  // [B][G][few]
 };
 
 // Partial sums of one row: LANES sums of weights, the shift of their exponents, and W sums of values.
@@ -42,6 +44,8 @@ struct DecodeBlock {
     int64_t b, g, s0, n;  // keys s0 + [0, n) of head g
     Rows k, v;
     const float* q;
+    const CodedQuery* coded;  // the same for integer products
+    const Angles* angles;     // by which keys are turned
     float *scores, *weights;  // of its rows, LANES each
     float* state;
     int64_t state_row;        // floats from one row's state to the next one's
@@ -49,14 +53,19 @@ struct DecodeBlock {
 };
 
 template <int TYPE, bool ROTATED, int ASK> BA_INLINE void score_row(const DecodeBlock& d, int64_t r) {
-    const ba_call& c = *d.c;
     const float* q = d.q + r * d.f->Hp;
+    const int64_t H = d.c->H;
     V z;
     if constexpr (ROTATED) {
-        const int64_t at = d.s0 * c.rotary_s;
-        z = rotated_products<TYPE, ASK>(d.k, d.n, q, c.H, c.rotary_cos + at, c.rotary_sin + at, c.rotary_s);
+        const Angles& a = *d.angles;
+        const int64_t at = d.s0 * d.c->rotary_s;
+        turn_back(q, a.P, d.c->rotary_cos + at, d.c->rotary_sin + at, a.first, a.second);
+        if constexpr (TYPE == CODES) z = coded_rotated_of<ASK>(d.k, d.n, a, d.coded[r]);
+        else z = rotated_products<TYPE, ASK>(d.k, d.n, a);
+    } else if constexpr (TYPE == CODES) {
+        z = coded_products_of<ASK>(d.k, d.n, d.coded[r], H);
     } else {
-        z = d.n == LANES ? products<TYPE, ASK, true>(d.k, d.n, q, c.H) : products<TYPE, ASK, false>(d.k, d.n, q, c.H);
+        z = d.n == LANES ? products<TYPE, ASK, true>(d.k, d.n, q, H) : products<TYPE, ASK, false>(d.k, d.n, q, H);
     }
     store(d.scores + r * LANES, z);
 }
@@ -64,7 +73,8 @@ template <int TYPE, bool ROTATED, int ASK> BA_INLINE void score_row(const Decode
 template <int TYPE, int ASK> BA_INLINE void value_row(const DecodeBlock& d, int64_t r) {
     float* out = sums_at(d.state + r * d.state_row).out;
     const float* weights = d.weights + r * LANES;
-    if (d.n == LANES) add_values<TYPE, ASK, true>(d.v, d.n, weights, d.c->W, out);
+    if constexpr (TYPE == CODES) add_coded_of<ASK>(d.v, d.n, weights, d.c->W, out);
+    else if (d.n == LANES) add_values<TYPE, ASK, true>(d.v, d.n, weights, d.c->W, out);
     else add_values<TYPE, ASK, false>(d.v, d.n, weights, d.c->W, out);
 }
 
@@ -128,6 +138,12 @@ struct Scales {  // of the keys and values of a block
 
 static V scales_at(const float* x, int64_t stride, int64_t n) {
     if (stride == 1 && n == LANES) return load(x);
+#if BA_LANES == 16 && defined(__AVX512F__)
+    if (n == LANES && stride < (1 << 24)) {
+        const I places = first_lanes() * static_cast<int32_t>(stride);
+        return reinterpret_cast<V>(_mm512_i32gather_ps(reinterpret_cast<__m512i>(places), x, 4));
+    }
+#endif
     float some[LANES] = {};
     for (int64_t j = 0; j < n; ++j) some[j] = x[j * stride];
     return load(some);
@@ -138,7 +154,8 @@ static Scales scales_of(const ba_call& c, int64_t b, int64_t g, int64_t s0, int6
     if (c.k_scale == NULL) return x;
     const int64_t at = b * c.scale_b + g * c.scale_g + s0 * c.scale_s;
     x.any = true;
-    x.k = scales_at(c.k_scale + at, c.scale_s, n), x.v = scales_at(c.v_scale + at, c.scale_s, n);
+    x.k = scales_at(c.k_scale + at, c.scale_s, n);
+    x.v = c.v_scale == c.k_scale ? x.k : scales_at(c.v_scale + at, c.scale_s, n);
     return x;
 }
 
@@ -218,6 +235,14 @@ template <int TYPE> static BlockPass block_pass_of(const ba_call& c) {
     return one ? block_pass<TYPE, false, true> : block_pass<TYPE, false, false>;
 }
 
+static BlockPass coded_pass_of(const ba_call& c) {
+#if defined(BA_CODES)
+    return block_pass_of<CODES>(c);
+#else
+    return block_pass_of<INT8>(c);
+#endif
+}
+
 // Where the rows of a task's heads lie, in bytes.
 struct Cache {
     const char* p;               // key 0 of the first head
@@ -242,11 +267,28 @@ static Cache cache_of(const char* x, int64_t row, int64_t head, int64_t width, i
     return c;
 }
 
+// Those of LANES keys less those of the first of them, from any that follow one another.
+static Angles angles_of(const ba_call& c, float* memory) {
+    Angles a = {};
+    a.P = c.H / 2, a.Pp = (a.P + LANES - 1) / LANES * LANES;
+    a.cosine = memory, a.sine = memory + LANES * a.Pp, a.first = a.sine + LANES * a.Pp, a.second = a.first + a.Pp;
+    memset(memory, 0, static_cast<size_t>(angle_floats(c)) * sizeof(float));
+    const float *x = c.rotary_cos, *y = c.rotary_sin;
+    for (int64_t j = 0; j < LANES && j < c.S; ++j)
+        for (int64_t p = 0; p < a.P; ++p) {
+            const int64_t at = j * c.rotary_s + p;
+            a.cosine[j * a.Pp + p] = x[at] * x[p] + y[at] * y[p];
+            a.sine[j * a.Pp + p] = y[at] * x[p] - x[at] * y[p];
+        }
+    return a;
+}
+
 static void decode_task(void* context, int64_t task, float* scratch) {
     const Decode& f = *static_cast<const Decode*>(context);
     const ba_call& c = *f.c;
     const int type = c.k_scale != NULL ? INT8 : static_cast<int>(c.dtype);
-    const BlockPass pass = type == INT8 ? block_pass_of<INT8>(c)
+    const BlockPass pass = f.integer ? coded_pass_of(c)
+                         : type == INT8 ? block_pass_of<INT8>(c)
                          : type == BA_F32 ? block_pass_of<BA_F32>(c) : block_pass_of<BA_BF16>(c);
     const int64_t size = bytes_of(type), tasks = c.G / f.heads, rest = task / f.runs;
     const int64_t b = rest / tasks, first = rest % tasks * f.heads;
@@ -256,10 +298,11 @@ static void decode_task(void* context, int64_t task, float* scratch) {
     const Cache k = cache_of(at, c.k_s * size, c.k_g * size, c.H * size, f.heads);
     at = static_cast<const char*>(c.v) + (b * c.v_b + first * c.v_g) * size;
     const Cache v = cache_of(at, c.v_s * size, c.v_g * size, c.W * size, f.heads);
+    const Angles angles = c.rotary_cos == NULL ? Angles{} : angles_of(c, scratch + 3 * f.few * LANES);
     DecodeBlock two[2] = {};
     for (int i = 0; i < 2; ++i) {
         DecodeBlock& d = two[i];
-        d.c = &c, d.f = &f, d.b = b;
+        d.c = &c, d.f = &f, d.b = b, d.angles = &angles;
         d.scores = scratch, d.weights = scratch + (1 + i) * f.few * LANES;
         d.state_row = f.chunks * f.state;
     }
@@ -283,6 +326,7 @@ static void decode_task(void* context, int64_t task, float* scratch) {
             d.s0 = s0, d.n = n, d.g = first + i;
             d.k = k.rows(s0, end, i), d.v = v.rows(s0, end, i);
             d.q = f.q + (b * c.G + d.g) * f.few * f.Hp;
+            d.coded = f.coded + (b * c.G + d.g) * f.few;
             d.state = chunk_states + i * f.few * d.state_row;
             pass(d, two[1 - now]);
             c.score == BA_SOFTMAX ? weigh_block<BA_SOFTMAX>(d, free) : weigh_block<BA_EXPRESSIVE>(d, free);
@@ -357,8 +401,7 @@ static int64_t decode(const ba_call& c) {
     f.c = &c;
     f.group = c.N / c.G;
     f.few = f.group * c.L;
-    // Angles are the same for all heads, and as large as a head: they are read once if heads take turns.
-    f.heads = c.G > 1 && (c.k_g < c.k_s || c.rotary_cos != NULL) ? c.G : 1;
+    f.heads = c.G > 1 && c.k_g < c.k_s ? c.G : 1;
     const Restriction causality = restriction(c, 0, 0);
     f.begin = first_key(causality, 0), f.end = end_key(causality, c.L - 1);
     const int64_t keys = f.end > f.begin ? f.end - f.begin : 0;
@@ -377,9 +420,12 @@ static int64_t decode(const ba_call& c) {
     f.state = ba_padded(2 * LANES + f.Wp);
     const int64_t rows = c.B * c.G * f.few;
     if (rows == 0) return BA_OK;
-    f.q = ba_allocate(rows * f.Hp + rows * f.chunks * f.state);
+    f.integer = c.k_scale != NULL && codes_serve(c);
+    const int64_t coded = f.integer ? ba_padded(rows * int64_t{sizeof(CodedQuery) / sizeof(float)}) : 0;
+    f.q = ba_allocate(rows * f.Hp + coded + rows * f.chunks * f.state);
     if (f.q == NULL) return BA_NO_MEMORY;
-    f.parts = f.q + rows * f.Hp;
+    f.coded = reinterpret_cast<CodedQuery*>(f.q + rows * f.Hp);
+    f.parts = f.q + rows * f.Hp + coded;
     const bool bf16 = c.dtype == BA_BF16;
     const float factor = static_cast<float>(c.scale);
     for (int64_t i = 0; i < rows; ++i) {
@@ -388,7 +434,9 @@ static int64_t decode(const ba_call& c) {
         for (int64_t h = 0; h < f.Hp; h += LANES)
             store(f.q + i * f.Hp + h, (h < c.H ? load_row(q, h, c.H - h) : V{}) * factor);
     }
-    const int64_t scratch = 3 * f.few * LANES;
+    if (f.integer)
+        for (int64_t i = 0; i < rows; ++i) code_query(c, f.q + i * f.Hp, &f.coded[i]);
+    const int64_t scratch = 3 * f.few * LANES + angle_floats(c);
     int64_t status = ba_parallel(c.threads, c.B * c.G / f.heads * f.runs, scratch, decode_task, &f);
     const int64_t spare = f.Wp > 2 * c.S + 2 ? f.Wp : 2 * c.S + 2;
     if (status == BA_OK)

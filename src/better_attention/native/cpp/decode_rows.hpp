@@ -10,6 +10,8 @@ constexpr int PIECE = 4;  // vectors of a row in registers at a time
 
 constexpr int INT8 = -1;  // beside BA_F32 and BA_BF16: numbers of a cache that has a scale for each row
 
+constexpr int CODES = -2;  // the same by products of integers
+
 constexpr int64_t bytes_of(int type) { return type == BA_F32 ? 4 : type == BA_BF16 ? 2 : 1; }
 
 template <int TYPE> BA_INLINE V load_whole(const char* row, int64_t i) {
@@ -76,29 +78,47 @@ template <int TYPE, int ASK, bool WHOLE> BA_INLINE V products(const Rows& k, int
     return row_sums<1>(sum);
 }
 
-// The same with keys that are turned first: features p and p + H/2 by the angle whose cosine and sine are given,
+// Cosine and sine of what the angles of LANES keys have more than that of the first: rows of Pp, zeros behind P. They are the
+// same for any keys, so that of all angles only every LANES-th is read, to turn the query back by it.
+struct Angles {
+    int64_t P, Pp;
+    float *cosine, *sine;
+    float *first, *second;  // the halves of the query, Pp each
+};
+
+static int64_t angle_floats(const ba_call& c) {
+    return c.rotary_cos == NULL ? 0 : (2 * LANES + 4) * ((c.H / 2 + LANES - 1) / LANES * LANES);
+}
+
+// A query turned back by the angle whose cosine and sine are given, in whole vectors: its first half and its second one.
+BA_INLINE void turn_back(const float* q, int64_t P, const float* cosine, const float* sine, float* first, float* second) {
+    for (int64_t h = 0; h < P; h += LANES) {
+        const auto at = [&](const float* x) { return P - h < LANES ? load_some(x + h, P - h) : load(x + h); };
+        const V q1 = at(q), q2 = at(q + P), c = at(cosine), s = at(sine);
+        store(first + h, q1 * c + q2 * s);
+        store(second + h, q2 * c - q1 * s);
+    }
+}
+
+// As products(), with keys that are turned first, features p and p + P of row j by an angle with cosine c and sine s:
 // (k1 c - k2 s, k2 c + k1 s). Here c and s are factored out, so that nothing is turned.
-template <int TYPE, int ASK>
-BA_INLINE V rotated_products(
-    const Rows& k, int64_t n, const float* q, int64_t H, const float* cosine, const float* sine, int64_t angle_row) {
-    const int64_t P = H / 2;
+template <int TYPE, int ASK> BA_INLINE V rotated_products(const Rows& k, int64_t n, const Angles& a) {
     V sum[BA_LANES];
 #pragma GCC unroll 16
     for (int j = 0; j < BA_LANES; ++j) sum[j] = V{};
+    const int64_t P = a.P;
     for (int64_t h = 0; h < P; h += LANES) {
         const int64_t width = P - h;
-        const V q1 = load_piece<BA_F32>(reinterpret_cast<const char*>(q), h, width);
-        const V q2 = load_piece<BA_F32>(reinterpret_cast<const char*>(q), P + h, width);
+        const V q1 = load(a.first + h), q2 = load(a.second + h);
         const char *p = k.p, *asked = k.ask + h * bytes_of(TYPE);
-        const char *c = reinterpret_cast<const char*>(cosine), *s = reinterpret_cast<const char*>(sine);
 #pragma GCC unroll 16
         for (int j = 0; j < BA_LANES; ++j) {
             if (is_asked(ASK, j, h * bytes_of(TYPE))) ask(asked), ask(asked + P * bytes_of(TYPE));
             asked += k.ask_row;
             const V k1 = load_piece<TYPE>(p, h, width), k2 = load_piece<TYPE>(p, P + h, width);
-            sum[j] += load_piece<BA_F32>(c, h, width) * (q1 * k1 + q2 * k2);
-            sum[j] += load_piece<BA_F32>(s, h, width) * (q2 * k1 - q1 * k2);
-            if (j + 1 < n) p += k.row, c += angle_row * 4, s += angle_row * 4;
+            sum[j] += load(a.cosine + j * a.Pp + h) * (q1 * k1 + q2 * k2);
+            sum[j] += load(a.sine + j * a.Pp + h) * (q2 * k1 - q1 * k2);
+            if (j + 1 < n) p += k.row;
         }
     }
     return row_sums<1>(sum);

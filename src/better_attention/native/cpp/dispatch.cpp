@@ -74,6 +74,19 @@ const Set* set_of(int64_t isa) {
     }
 }
 
+}  // namespace
+
+bool ba_has_byte_products() {
+#if defined(BA_HAS_AVX512)
+    static const ba_cpu cpu = ba_cpu_of(ba_ask_cpu());
+    return cpu.avx512vnni && cpu.avx512vbmi;
+#else
+    return false;
+#endif
+}
+
+namespace {
+
 // Whether the kernels compute a call's score. Another one must not fall to whichever comes last in a chain of tests.
 bool knows_score(const ba_call& c) { return c.score == BA_SOFTMAX || c.score == BA_EXPRESSIVE; }
 bool knows_score(const ba_step& c) { return knows_score(c.attention); }

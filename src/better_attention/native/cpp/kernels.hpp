@@ -8,6 +8,7 @@
 #include "scores.hpp"
 #include "dropout.hpp"
 #include "decode_rows.hpp"
+#include "decode_codes.hpp"
 #include "forward.hpp"
 #include "backward.hpp"
 #include "decode.hpp"

@@ -217,9 +217,9 @@ template <int... I> struct Indices {};
 template <int N, int... I> struct Count : Count<N - 1, N - 1, I...> {};
 template <int... I> struct Count<0, I...> { typedef Indices<I...> type; };
 
-template <int D, int... J> BA_INLINE void exchange(V& a, V& b, Indices<J...>) {
-    V low = __builtin_shufflevector(a, b, ((J & D) ? BA_LANES + J - D : J)...);
-    V high = __builtin_shufflevector(a, b, ((J & D) ? BA_LANES + J : J + D)...);
+template <int D, typename T, int... J> BA_INLINE void exchange(T& a, T& b, Indices<J...>) {
+    T low = __builtin_shufflevector(a, b, ((J & D) ? BA_LANES + J - D : J)...);
+    T high = __builtin_shufflevector(a, b, ((J & D) ? BA_LANES + J : J + D)...);
     a = low;
     b = high;
 }
@@ -234,7 +234,7 @@ template <int D> BA_INLINE void turn_over(V (&x)[BA_LANES]) {
 }
 
 // Lane i of the result is the sum of row i. The rows are used up.
-template <int D> BA_INLINE V row_sums(V (&x)[BA_LANES]) {
+template <int D, typename T> BA_INLINE T row_sums(T (&x)[BA_LANES]) {
     if constexpr (D < BA_LANES) {
 #pragma GCC unroll 16
         for (int i = 0; i < BA_LANES; i += 2 * D) {
