@@ -46,8 +46,8 @@ class KVCache:
         batch_size: number of sequences.
         max_len: most tokens; the memory is allocated at once. None: it grows, by doubling.
         dtype: of the tensors; None: that of the first keys. ``torch.int8`` stores one byte a number and a scale for
-            each token and head. Numbers then err by up to 1/254 of their head's largest; on processors with AVX-512 VNNI
-            a step rounds queries and weights to 16 bits besides, which adds a hundredth of that.
+            each token and head. Numbers then err by up to 1/254 of their head's largest; on processors with AVX-512
+            VNNI a step rounds queries and weights to 16 bits besides, which adds a hundredth of that.
         device: where they are; None: where the first keys are.
         rewind_room: with a window, how many tokens more to keep, so that :meth:`rewind` can go back as far.
 

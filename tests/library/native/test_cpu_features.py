@@ -18,8 +18,8 @@ import pytest
 from better_attention.native import library
 
 NAMES = (
-    *("avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vbmi", "avx512vnni", "avx512bf16", "avx512fp16"),
-    *("amx_tile", "amx_int8", "amx_bf16"),
+    *("avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vbmi", "avx512vnni"),
+    *("avx512bf16", "avx512fp16", "amx_tile", "amx_int8", "amx_bf16"),
 )
 BUILTIN = {"amx_tile": "amx-tile", "amx_int8": "amx-int8", "amx_bf16": "amx-bf16"}
 """Names that the compiler spells in another way."""

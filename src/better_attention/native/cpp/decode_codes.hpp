@@ -142,9 +142,10 @@ BA_VNNI static V coded_rotated(const Rows& k, int64_t n, const Angles& a, const 
             }
             for (int m = 0; m < (whole ? 2 : 1); ++m) {
                 const __m512i words = _mm512_maskz_permutexvar_epi8(upper, m == 0 ? left : right, x);
-                const __m512i x1 = _mm512_dpwssd_epi32(_mm512_setzero_si512(), words, _mm512_loadu_si512(q + 2 * m * BYTES));
-                const __m512i x2 =
-                    _mm512_dpwssd_epi32(_mm512_setzero_si512(), words, _mm512_loadu_si512(q + (2 * m + 1) * BYTES));
+                const char* factors = q + 2 * m * BYTES;
+                const __m512i zero = _mm512_setzero_si512();
+                const __m512i x1 = _mm512_dpwssd_epi32(zero, words, _mm512_loadu_si512(factors));
+                const __m512i x2 = _mm512_dpwssd_epi32(zero, words, _mm512_loadu_si512(factors + BYTES));
                 const int64_t at = j * P + i + m * LANES;
                 s += reinterpret_cast<V>(_mm512_cvtepi32_ps(x1)) * load(a.cosine + at);
                 s += reinterpret_cast<V>(_mm512_cvtepi32_ps(x2)) * load(a.sine + at);
