@@ -1,0 +1,92 @@
+"""``python -m benchmarks.recurrence_scale``: softmax at 1/√d_k where the trial's grid gives it raw q·k, at width 64.
+
+The trial (results/recurrence-positions) tunes scale and optimiser at width 32 and keeps them at 64. There softmax with
+learned positions and with ALiBi gets raw q·k. Whether what it then loses against expressive attention is due to that is
+asked here: the same cells at 1/√d_k. Writes ``cells.jsonl``, as the trial does, and ``table.md``; the same command continues.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+
+from better_attention.lab.files import write_atomic
+from better_attention.lab.runs.provenance import commit
+from better_attention.lab.trial.grid import SCHEMES, SOFTMAX, Trial, TrialCell
+from better_attention.lab.trial.quick import train
+from better_attention.lab.trial.run import append, read
+from better_attention.lab.trial.stages import CELLS, Row
+
+from .markdown import table
+
+SIZE = "d64"
+
+
+def cells(trial: Trial, rows: Sequence[Row]) -> Iterator[TrialCell]:
+    """Softmax's cells of ``main`` at raw q·k, with the other scale."""
+    for cell in CELLS["main"](trial, rows):
+        if cell.size == SIZE and cell.mechanism == SOFTMAX and cell.scaling == "raw":
+            yield replace(cell, scaling="sqrt")
+
+
+def accuracies(rows: Sequence[Row]) -> dict[tuple[str, str, str, tuple[int, int]], list[float]]:
+    """(mechanism, positions, scale, rung) -> test accuracies in %, of the cells of ``main``."""
+    found: dict[tuple[str, str, str, tuple[int, int]], list[float]] = {}
+    for row in rows:
+        c, accuracy = row.cell, row.outcome.test_accuracy
+        if c.size == SIZE and c.stage == "main" and accuracy is not None:
+            found.setdefault((c.mechanism, c.positions, c.scaling, c.rung), []).append(100 * accuracy)
+    return found
+
+
+def compared(trial: Trial, rows: Sequence[Row]) -> Iterator[list[str]]:
+    """A row for each kind of positions and rung: softmax at both scales, and expressive attention at its own."""
+    found = accuracies(rows)
+    for positions, partner in SCHEMES.items():
+        for rung in trial.rungs:
+            at = {
+                scaling: of
+                for (mechanism, where, scaling, which), of in found.items()
+                if (mechanism, where, which) == (SOFTMAX, partner, rung)
+            }
+            other = next(
+                (
+                    of
+                    for (m, where, _, which), of in found.items()
+                    if (m, where, which) == ("expressive", positions, rung)
+                ),
+                None,
+            )
+            if "raw" in at and "sqrt" in at and other:
+                numbers = (f"{fmean(x):.1f} ({len(x)})" for x in (at["raw"], at["sqrt"], other))
+                yield [positions, f"({rung[0]}, {rung[1]})", *numbers]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """What the command does, with ``argv`` or the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--trial", type=Path, default=Path("results/recurrence-positions"), help="folder of the trial")
+    parser.add_argument("--out", type=Path, default=Path("results/recurrence-positions/softmax-scale"))
+    parser.add_argument("--part", default="1/1", metavar="K/N", help="the K-th of N shares")
+    parser.add_argument("--report", action="store_true", help="train nothing")
+    arguments = parser.parse_args(argv)
+    trial, rows = Trial(), read(arguments.trial)
+    part, parts = map(int, arguments.part.split("/"))
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    wanted = [] if arguments.report else list(cells(trial, rows))[part - 1 :: parts]
+    for cell in wanted:
+        if all(row.cell != cell for row in read(arguments.out)):
+            job = trial.job(cell)
+            outcome, _ = train(job, job.task.load(), cell.updates, trial.every)
+            append(arguments.out, Row(cell, outcome, commit()))
+            print(cell, outcome.test_accuracy, flush=True)
+    head = ["positions", "(N, τ)", "softmax, raw q·k", "softmax, 1/√d_k", "expressive, tuned"]
+    text = table(head, compared(trial, [*rows, *read(arguments.out)]), numbers=True)
+    write_atomic(arguments.out / "table.md", f"Test accuracy in %, mean over seeds (their number), width 64.\n\n{text}")
+
+
+if __name__ == "__main__":
+    main()
