@@ -2,7 +2,8 @@
 
 The trial (results/recurrence-positions) tunes scale and optimiser at width 32 and keeps them at 64. There softmax with
 learned positions and with ALiBi gets raw q·k. Whether what it then loses against expressive attention is due to that is
-asked here: the same cells at 1/√d_k. Writes ``cells.jsonl``, as the trial does, and ``table.md``; the same command continues.
+asked here: the same cells at 1/√d_k. Writes ``cells.jsonl``, as the trial does, and ``table.md``; the same command
+continues.
 """
 
 from __future__ import annotations

@@ -74,12 +74,19 @@ const Set* set_of(int64_t isa) {
     }
 }
 
+#if defined(BA_HAS_AVX512)
+bool find_byte_products() {
+    const ba_cpu cpu = ba_cpu_of(ba_ask_cpu());
+    return cpu.avx512vnni && cpu.avx512vbmi;
+}
+#endif
+
 }  // namespace
 
 bool ba_has_byte_products() {
 #if defined(BA_HAS_AVX512)
-    static const ba_cpu cpu = ba_cpu_of(ba_ask_cpu());
-    return cpu.avx512vnni && cpu.avx512vbmi;
+    static const bool here = find_byte_products();
+    return here;
 #else
     return false;
 #endif
