@@ -1,8 +1,8 @@
-"""``python -m benchmarks.recurrence_scale``: softmax at 1/√d_k where the trial's grid gives it raw q·k, at width 64.
+"""``python -m benchmarks.recurrence_scale``: softmax at 1/√d_k where the trial's grid gives it another scale, at width 64.
 
-The trial (results/recurrence-positions) tunes scale and optimiser at width 32 and keeps them at 64. There softmax with
-learned positions and with ALiBi gets raw q·k. Whether what it then loses against expressive attention is due to that is
-asked here: the same cells at 1/√d_k. Writes ``cells.jsonl``, as the trial does, and ``table.md``; the same command
+The trial (results/recurrence-positions) tunes scale and optimiser at width 32 and keeps them at 64. There softmax gets
+raw q·k with learned positions and with ALiBi, and a learned scale with rotary positions. Whether what it then loses
+against expressive attention is due to that is asked here: the same cells at 1/√d_k. Writes ``cells.jsonl``, as the trial does, and ``table.md``; the same command
 continues.
 """
 
@@ -23,14 +23,14 @@ from better_attention.lab.trial.stages import CELLS, Row
 
 from .markdown import table
 
-SIZE = "d64"
+SIZE, SCALE = "d64", "sqrt"
 
 
 def cells(trial: Trial, rows: Sequence[Row]) -> Iterator[TrialCell]:
-    """Softmax's cells of ``main`` at raw q·k, with the other scale."""
+    """Softmax's cells of ``main``, with the scale that they have not."""
     for cell in CELLS["main"](trial, rows):
-        if cell.size == SIZE and cell.mechanism == SOFTMAX and cell.scaling == "raw":
-            yield replace(cell, scaling="sqrt")
+        if cell.size == SIZE and cell.mechanism == SOFTMAX and cell.scaling != SCALE:
+            yield replace(cell, scaling=SCALE)
 
 
 def accuracies(rows: Sequence[Row]) -> dict[tuple[str, str, str, tuple[int, int]], list[float]]:
@@ -54,16 +54,13 @@ def compared(trial: Trial, rows: Sequence[Row]) -> Iterator[list[str]]:
                 if (mechanism, where, which) == (SOFTMAX, partner, rung)
             }
             other = next(
-                (
-                    of
-                    for (m, where, _, which), of in found.items()
-                    if (m, where, which) == ("expressive", positions, rung)
-                ),
+                (of for (m, *rest), of in found.items() if (m, rest[0], rest[2]) == ("expressive", positions, rung)),
                 None,
             )
-            if "raw" in at and "sqrt" in at and other:
-                numbers = (f"{fmean(x):.1f} ({len(x)})" for x in (at["raw"], at["sqrt"], other))
-                yield [positions, f"({rung[0]}, {rung[1]})", *numbers]
+            own = next((scaling for scaling in at if scaling != SCALE), None)
+            if own and SCALE in at and other:
+                numbers = (f"{fmean(x):.1f} ({len(x)})" for x in (at[own], at[SCALE], other))
+                yield [positions, f"({rung[0]}, {rung[1]})", own, *numbers]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -84,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             outcome, _ = train(job, job.task.load(), cell.updates, trial.every)
             append(arguments.out, Row(cell, outcome, commit()))
             print(cell, outcome.test_accuracy, flush=True)
-    head = ["positions", "(N, τ)", "softmax, raw q·k", "softmax, 1/√d_k", "expressive, tuned"]
+    head = ["positions", "(N, τ)", "tuned", "softmax, tuned", "softmax, 1/√d_k", "expressive, tuned"]
     text = table(head, compared(trial, [*rows, *read(arguments.out)]), numbers=True)
     write_atomic(arguments.out / "table.md", f"Test accuracy in %, mean over seeds (their number), width 64.\n\n{text}")
 

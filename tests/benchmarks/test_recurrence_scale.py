@@ -23,10 +23,10 @@ def rows() -> list[Row]:
     return read(RESULTS)
 
 
-def test_it_asks_for_what_the_trial_has_at_raw_products(rows: list[Row]) -> None:
+def test_it_asks_for_what_the_trial_has_at_another_scale(rows: list[Row]) -> None:
     asked = list(cells(Trial(), rows))
-    assert {cell.positions for cell in asked} == {"learned", "alibi-weight"}
-    assert len(asked) == 2 * 7 * 3
+    assert {cell.positions for cell in asked} == {"learned", "rotary", "alibi-weight"}
+    assert len(asked) == 3 * 7 * 3
     assert {(cell.scaling, cell.mechanism, cell.size) for cell in asked} == {("sqrt", "standard", SIZE)}
 
 
@@ -39,7 +39,7 @@ def test_the_table_has_both_scales_of_softmax_and_its_opponent(rows: list[Row]) 
     modulus, delay = raw.cell.rung
     own = accuracies(rows)["standard", "learned", "raw", raw.cell.rung]
     assert line[:2] == ["learned", f"({modulus}, {delay})"]
-    assert line[2:4] == [f"{sum(own) / len(own):.1f} ({len(own)})", "25.0 (1)"]
+    assert line[2:5] == ["raw", f"{sum(own) / len(own):.1f} ({len(own)})", "25.0 (1)"]
 
 
 def test_a_report_trains_nothing(tmp_path: Path) -> None:
