@@ -1,9 +1,9 @@
-"""``python -m benchmarks.recurrence_scale``: softmax at 1/√d_k where the trial's grid gives it another scale, at width 64.
+"""``python -m benchmarks.recurrence_scale``: softmax at 1/√d_k at width 64, where the trial gives it other scales.
 
 The trial (results/recurrence-positions) tunes scale and optimiser at width 32 and keeps them at 64. There softmax gets
 raw q·k with learned positions and with ALiBi, and a learned scale with rotary positions. Whether what it then loses
-against expressive attention is due to that is asked here: the same cells at 1/√d_k. Writes ``cells.jsonl``, as the trial does, and ``table.md``; the same command
-continues.
+against expressive attention is due to that is asked here: the same cells at 1/√d_k. Writes ``cells.jsonl``, as the
+trial does, and ``table.md``; the same command continues.
 """
 
 from __future__ import annotations
