@@ -39,7 +39,7 @@ def accuracies(rows: Sequence[Row]) -> dict[tuple[str, str, str, tuple[int, int]
     for row in rows:
         c, accuracy = row.cell, row.outcome.test_accuracy
         if c.size == SIZE and c.stage == "main" and accuracy is not None:
-            found.setdefault((c.mechanism, c.positions, c.scaling, c.rung), []).append(100 * accuracy)
+            found.setdefault((c.mechanism, c.positions, c.scaling, c.rung), []).append(accuracy)
     return found
 
 

@@ -34,7 +34,7 @@ def test_the_table_has_both_scales_of_softmax_and_its_opponent(rows: list[Row]) 
     trained = [row for row in rows if row.cell.size == SIZE and row.cell.stage == "main"]
     raw = next(row for row in trained if (row.cell.positions, row.cell.scaling) == ("learned", "raw"))
     assert list(compared(Trial(), rows)) == []  # nothing at the other scale yet
-    beside = Row(replace(raw.cell, scaling="sqrt"), replace(raw.outcome, test_accuracy=0.25), raw.commit)
+    beside = Row(replace(raw.cell, scaling="sqrt"), replace(raw.outcome, test_accuracy=25.0), raw.commit)
     (line,) = compared(Trial(), [*rows, beside])
     modulus, delay = raw.cell.rung
     own = accuracies(rows)["standard", "learned", "raw", raw.cell.rung]
