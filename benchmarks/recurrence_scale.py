@@ -11,12 +11,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 
 from better_attention.lab.files import write_atomic
 from better_attention.lab.runs.provenance import commit
-from better_attention.lab.trial.grid import SCHEMES, SOFTMAX, Trial, TrialCell
+from better_attention.lab.trial.grid import EXPRESSIVE, SCHEMES, SOFTMAX, Trial, TrialCell
 from better_attention.lab.trial.quick import train
 from better_attention.lab.trial.run import append, read
 from better_attention.lab.trial.stages import CELLS, Row
@@ -33,34 +34,26 @@ def cells(trial: Trial, rows: Sequence[Row]) -> Iterator[TrialCell]:
             yield replace(cell, scaling=SCALE)
 
 
-def accuracies(rows: Sequence[Row]) -> dict[tuple[str, str, str, tuple[int, int]], list[float]]:
-    """(mechanism, positions, scale, rung) -> test accuracies in %, of the cells of ``main``."""
-    found: dict[tuple[str, str, str, tuple[int, int]], list[float]] = {}
+def accuracies(rows: Sequence[Row]) -> dict[tuple[str, str, tuple[int, int]], dict[str, list[float]]]:
+    """(mechanism, positions, rung) -> scale -> test accuracies in %, of the cells of ``main``."""
+    found: dict[tuple[str, str, tuple[int, int]], dict[str, list[float]]] = {}
     for row in rows:
         c, accuracy = row.cell, row.outcome.test_accuracy
         if c.size == SIZE and c.stage == "main" and accuracy is not None:
-            found.setdefault((c.mechanism, c.positions, c.scaling, c.rung), []).append(accuracy)
+            found.setdefault((c.mechanism, c.positions, c.rung), {}).setdefault(c.scaling, []).append(accuracy)
     return found
 
 
 def compared(trial: Trial, rows: Sequence[Row]) -> Iterator[list[str]]:
     """A row for each kind of positions and rung: softmax at both scales, and expressive attention at its own."""
     found = accuracies(rows)
-    for positions, partner in SCHEMES.items():
-        for rung in trial.rungs:
-            at = {
-                scaling: of
-                for (mechanism, where, scaling, which), of in found.items()
-                if (mechanism, where, which) == (SOFTMAX, partner, rung)
-            }
-            other = next(
-                (of for (m, *rest), of in found.items() if (m, rest[0], rest[2]) == ("expressive", positions, rung)),
-                None,
-            )
-            own = next((scaling for scaling in at if scaling != SCALE), None)
-            if own and SCALE in at and other:
-                numbers = (f"{fmean(x):.1f} ({len(x)})" for x in (at[own], at[SCALE], other))
-                yield [positions, f"({rung[0]}, {rung[1]})", own, *numbers]
+    for (positions, partner), rung in product(SCHEMES.items(), trial.rungs):
+        softmax, expressive = found.get((SOFTMAX, partner, rung), {}), found.get((EXPRESSIVE, positions, rung), {})
+        own = next((scaling for scaling in softmax if scaling != SCALE), None)
+        if own and SCALE in softmax and expressive:
+            (other,) = expressive.values()
+            numbers = (f"{fmean(x):.1f} ({len(x)})" for x in (softmax[own], softmax[SCALE], other))
+            yield [positions, f"({rung[0]}, {rung[1]})", own, *numbers]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -37,7 +37,7 @@ def test_the_table_has_both_scales_of_softmax_and_its_opponent(rows: list[Row]) 
     beside = Row(replace(raw.cell, scaling="sqrt"), replace(raw.outcome, test_accuracy=25.0), raw.commit)
     (line,) = compared(Trial(), [*rows, beside])
     modulus, delay = raw.cell.rung
-    own = accuracies(rows)["standard", "learned", "raw", raw.cell.rung]
+    own = accuracies(rows)["standard", "learned", raw.cell.rung]["raw"]
     assert line[:2] == ["learned", f"({modulus}, {delay})"]
     assert line[2:5] == ["raw", f"{sum(own) / len(own):.1f} ({len(own)})", "25.0 (1)"]
 

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 import better_attention as ba
 from better_attention.bench.machine import extra_memory
 from better_attention.layer.decode import decoding, step, stored
-from better_attention.native.library import missing
+from better_attention.native.library import instruction_sets, missing
 from helpers.compiler import Programs
 from helpers.layers import CAUSAL, WINDOWED, layer, refused, tokens
 
@@ -281,8 +281,9 @@ def test_the_kernels_read_what_everyone_reads(name: str, kept: str) -> None:
         module = layer(name, 64, 4, max_len=L, spread=0.1, impl=impl, **options).float().eval()
         cache = ba.KVCache(module, B, dtype=dtype)
         outputs.append(decode(module, x, [9, 1, 2, 1, 1, 3, 1, 5], cache, padded))
-    # Products with codes may be of integers, with queries and weights of 16 bits.
-    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-4, atol=1e-5 if dtype is None else 2e-4)
+    # With AVX-512 products with codes may be of integers, with queries and weights of 16 bits.
+    coarse = dtype is torch.int8 and "avx512" in instruction_sets()
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-4, atol=2e-4 if coarse else 1e-5)
 
 
 class LookingOn(TorchFunctionMode):

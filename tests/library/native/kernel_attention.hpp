@@ -24,6 +24,6 @@ Outputs make_outputs(const Case &c, const Inputs &in, ba_call &call);
 Outputs compute(const Case &c, const Inputs &in, int64_t isa, int64_t threads);
 bool visible(const Case &c, const Inputs &in, int64_t b, int64_t n, int64_t l, int64_t s, double *bias);
 Problem read(const Case &c, const Inputs &in);
-void check(const Case &c, int64_t isa, const Outputs &o, const Answer &exact, Plain &plain, double extra = 0);
+void check(const Case &c, int64_t isa, const Outputs &o, const Answer &exact, Plain &plain, double more = 0);
 
 #endif
