@@ -195,33 +195,57 @@ def dropout_speed() -> str:
     return markdown(header, body) + "\n" + measured_on(machine) + "\n"
 
 
-def _over_caches(table: Iterable[Row], contenders: Iterable[str]) -> list[Sequence[str]]:
-    """Contenders over caches of each variant, batch and number of tokens."""
+def _over_caches(
+    table: Iterable[Row],
+    contenders: Iterable[str],
+    cell: Callable[[Row], str] | None = None,
+    lengths: Sequence[str] = ("4096", "16384"),
+) -> list[Sequence[str]]:
+    """Contenders over caches of each variant, batch and number of tokens; ``cell``: what is shown, else the speed."""
     table, contenders = list(table), list(contenders)
     return [
         (
             f"{v.removeprefix('cache ')}, {b}, {int(n):,}",
-            *(times(one(table, variant=v, batch=b, length=n, contender=who)) for who in contenders),
+            *((cell or times)(one(table, variant=v, batch=b, length=n, contender=who)) for who in contenders),
         )
         for v in dict.fromkeys(r["variant"] for r in table)
         for b in ("1", "8")
-        for n in ("4096", "16384")
+        for n in lengths
     ]
 
 
 def decode_speed() -> str:
     """One query over a cache."""
     table, machine = suite("decode")
-    wanted = ("SDPA, k is v", "softmax auto", "softmax auto, k is v", "expressive auto", "expressive auto, k is v")
-    header = (
-        "layout of the cache, batch, tokens",
-        "SDPA, one tensor",
-        "softmax",
-        "softmax, one tensor",
-        "expressive",
-        "expressive, one tensor",
-    )
+    wanted = {
+        "SDPA, k is v": "SDPA, one tensor",
+        "softmax auto": "softmax",
+        "softmax auto, k is v": "softmax, one tensor",
+        "expressive auto": "expressive",
+        "expressive auto, k is v": "expressive, one tensor",
+        "softmax int8": "softmax, int8",
+        "softmax int8, k is v": "softmax, int8, one tensor",
+    }
+    header = ("layout of the cache, batch, tokens", *wanted.values())
     return markdown(header, _over_caches(table, wanted)) + "\n" + measured_on(machine) + "\n"
+
+
+def decode_bandwidth() -> str:
+    """The same as a share of what the machine reads at best."""
+    table, machine = suite("decode")
+    wanted = {
+        "SDPA": "SDPA",
+        "SDPA, k is v": "SDPA, one tensor",
+        "softmax native": "softmax",
+        "expressive native": "expressive",
+        "plain read": "plain read",
+        "softmax native, k is v": "softmax, one tensor",
+        "expressive native, k is v": "expressive, one tensor",
+        "plain read, k is v": "plain read, one tensor",
+    }
+    header = ("layout of the cache, batch, tokens", *wanted.values())
+    body = _over_caches(table, wanted, lambda row: f"{float(row['read_share']):.0%}".replace("%", " %"), ("16384",))
+    return markdown(header, body) + "\n" + measured_on(machine) + "\n"
 
 
 def generation_speed() -> str:
@@ -461,6 +485,7 @@ TABLES: dict[str, Callable[[], str]] = {
         bfloat16_speed,
         dropout_speed,
         decode_speed,
+        decode_bandwidth,
         generation_speed,
         model_speed,
         edge_speed,
