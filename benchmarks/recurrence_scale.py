@@ -16,10 +16,10 @@ from pathlib import Path
 from statistics import fmean
 
 from better_attention.lab.files import write_atomic
-from better_attention.lab.runs.provenance import commit
+from better_attention.lab.tasks.splits import Splits
+from better_attention.lab.training.processes import limited_threads
 from better_attention.lab.trial.grid import EXPRESSIVE, SCHEMES, SOFTMAX, Trial, TrialCell
-from better_attention.lab.trial.quick import train
-from better_attention.lab.trial.run import append, read
+from better_attention.lab.trial.run import append, read, trained
 from better_attention.lab.trial.stages import CELLS, Row
 
 from .markdown import table
@@ -68,12 +68,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     part, parts = map(int, arguments.part.split("/"))
     arguments.out.mkdir(parents=True, exist_ok=True)
     wanted = [] if arguments.report else list(cells(trial, rows))[part - 1 :: parts]
-    for cell in wanted:
-        if all(row.cell != cell for row in read(arguments.out)):
-            job = trial.job(cell)
-            outcome, _ = train(job, job.task.load(), cell.updates, trial.every)
-            append(arguments.out, Row(cell, outcome, commit()))
-            print(cell, outcome.test_accuracy, flush=True)
+    loaded: dict[tuple[object, ...], Splits] = {}
+    with limited_threads(trial.task.threads):
+        for cell in wanted:
+            if all(row.cell != cell for row in read(arguments.out)):
+                row = trained(trial, cell, loaded)
+                append(arguments.out, row)
+                print(cell, row.outcome.test_accuracy, flush=True)
     head = ["positions", "(N, τ)", "tuned", "softmax, tuned", "softmax, 1/√d_k", "expressive, tuned"]
     text = table(head, compared(trial, [*rows, *read(arguments.out)]), numbers=True)
     write_atomic(arguments.out / "table.md", f"Test accuracy in %, mean over seeds (their number), width 64.\n\n{text}")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import better_attention as ba
 from better_attention.bench.registry import Contender, Results, Row, Run, Work, here
-from better_attention.cache.int8 import dequantised, quantised
+from better_attention.cache.int8 import dequantised, quantised, row_bytes
 from better_attention.call.call import Call
 from better_attention.impl import native
 from better_attention.positions import rotary_angles, rotate
@@ -222,6 +222,4 @@ def _int8_exactly(score: str, query: Tensor, key: Tensor, k_scale: Tensor, value
 
 
 def _int8_bytes(row: Row) -> float:
-    """Codes, and a float32 scale for each head of a row."""
-    head = row.shape.width // row.shape.heads
-    return (head + 4) / (head * row.dtype.itemsize)
+    return row_bytes(row.shape.width, row.shape.heads) / (row.shape.width * row.dtype.itemsize)

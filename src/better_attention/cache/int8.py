@@ -13,6 +13,11 @@ STEPS = 127
 """The largest code; the smallest is its negative, so that zero is a code and both signs are alike."""
 
 
+def row_bytes(width: int, num_heads: int) -> int:
+    """Bytes of a row of ``width`` numbers: a byte each, and a float32 for each head."""
+    return width + num_heads * torch.float32.itemsize
+
+
 def quantised(x_BSD: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
     """Codes (B, S, D), int8, and scales (B, S, N), float32: head n's numbers are its codes times its scale.
 

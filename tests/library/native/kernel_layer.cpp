@@ -13,20 +13,6 @@ struct Numbers {
     Weights q, k, v, o;
 };
 
-// y = x W^T + b, row by row.
-template <class T>
-std::vector<T> project(const LayerCase &c, const std::vector<T> &x, const Weights &w, const Way &way) {
-    if (w.map.empty()) return x;
-    const std::vector<T> map(w.map.begin(), w.map.end());
-    std::vector<T> y(x.size());
-    for (int64_t row = 0; row < c.B * c.L; ++row)
-        for (int64_t e = 0; e < c.D; ++e) {
-            const T bias = w.bias.empty() ? 0 : (T)w.bias[(size_t)e];
-            y[(size_t)(row * c.D + e)] = dot(&x[(size_t)(row * c.D)], &map[(size_t)(e * c.D)], c.D, (T)1, way) + bias;
-        }
-    return y;
-}
-
 // y = W_A v + a 1^T, for each batch element.
 template <class T>
 std::vector<T> mix(const LayerCase &c, const std::vector<T> &v, const Numbers &n, const Way &way) {
@@ -65,13 +51,16 @@ template <class T> std::vector<double> evaluate_layer(const LayerCase &c, const 
     const std::vector<T> x(n.x.begin(), n.x.end());
     const int64_t H = c.D / c.N;
     Problem p{c.B, c.N, c.N, c.L, c.L, H, H, c.score, false, false, 1 / std::sqrt((double)H), {}, {}, {}, {}, {}, {}};
-    p.q = heads_apart(c, project(c, x, n.q, way), false);
-    p.k = heads_apart(c, project(c, x, n.k, way), false);
-    p.v = heads_apart(c, mix(c, project(c, x, n.v, way), n, way), false);
+    const auto project = [&](const std::vector<T> &rows, const Weights &w) {
+        return projected(rows, c.D, w.map, w.bias, way);
+    };
+    p.q = heads_apart(c, project(x, n.q), false);
+    p.k = heads_apart(c, project(x, n.k), false);
+    p.v = heads_apart(c, mix(c, project(x, n.v), n, way), false);
     for (int64_t row = 0; row < c.B * c.N * c.L; ++row)
         for (int64_t s = 0; s < c.L; ++s) p.bias.push_back(c.causal && s > row % c.L ? -INFINITY : 0.0);
     const std::vector<double> joined = heads_apart(c, evaluate<T>(p, false, way).out, true);
-    const std::vector<T> out = project(c, std::vector<T>(joined.begin(), joined.end()), n.o, way);
+    const std::vector<T> out = project(std::vector<T>(joined.begin(), joined.end()), n.o);
     return std::vector<double>(out.begin(), out.end());
 }
 

@@ -102,6 +102,20 @@ template <class T> T dot(const T *a, const T *b, int64_t n, T factor, const Way 
     return sum;
 }
 
+// Rows of D numbers through a map (D, D), y = x W^T + b; as they are where it is empty.
+template <class T>
+std::vector<T> projected(const std::vector<T> &x, int64_t D, const std::vector<double> &numbers,
+                         const std::vector<double> &bias, const Way &way) {
+    if (numbers.empty()) return x;
+    const std::vector<T> map(numbers.begin(), numbers.end());
+    std::vector<T> y(x.size());
+    for (int64_t row = 0; row < (int64_t)x.size() / D; ++row)
+        for (int64_t e = 0; e < D; ++e)
+            y[(size_t)(row * D + e)] = dot(&x[(size_t)(row * D)], &map[(size_t)(e * D)], D, (T)1, way) +
+                (bias.empty() ? 0 : (T)bias[(size_t)e]);
+    return y;
+}
+
 template <class T> struct Sums { // what one row adds to
     T *out, *dq, *dk, *dv;
     double *spread_k;

@@ -99,19 +99,6 @@ ba_step call_of(const StepCase &c, const Made &m) {
     return call;
 }
 
-// Rows (B, L, D) through a map; the identity where it is empty.
-template <class T>
-std::vector<T> project(const StepCase &c, const std::vector<T> &x, const Weights &w, const Way &way) {
-    if (w.numbers.empty()) return x;
-    const std::vector<T> map(w.numbers.begin(), w.numbers.end());
-    std::vector<T> y(x.size());
-    for (size_t row = 0; row < x.size() / (size_t)c.D; ++row)
-        for (int64_t e = 0; e < c.D; ++e)
-            y[row * (size_t)c.D + (size_t)e] = dot(&x[row * (size_t)c.D], &map[(size_t)(e * c.D)], c.D, (T)1, way) +
-                (w.added.empty() ? 0 : (T)w.added[(size_t)e]);
-    return y;
-}
-
 // Number h of head n of a row, turned by the place.
 template <class T> double turned(const StepCase &c, const T *row, int64_t n, int64_t h, int64_t place) {
     const int64_t H = c.D / c.N, P = H / 2, p = h % P;
@@ -129,7 +116,8 @@ template <class T>
 std::vector<double> evaluate_step(const StepCase &c, const Made &m, const Way &way, int64_t blur = -1) {
     const int64_t H = c.D / c.N;
     const std::vector<double> given = m.x.dense();
-    const std::vector<T> x(given.begin(), given.end()), q = project(c, x, m.maps[0], way);
+    const std::vector<T> x(given.begin(), given.end());
+    const std::vector<T> q = projected(x, c.D, m.maps[0].numbers, m.maps[0].added, way);
     Problem p{c.B, c.N, c.N, c.L, c.S, H, H, c.score, false, false, 1 / std::sqrt((double)H), {}, {}, {}, {}, {}, {}};
     const int64_t first = c.k ? FIRST : 0;
     for (int64_t b = 0; b < c.B; ++b)
@@ -159,7 +147,7 @@ std::vector<double> evaluate_step(const StepCase &c, const Made &m, const Way &w
         const int64_t h = (int64_t)i % H, l = (int64_t)i / H % c.L, n = (int64_t)i / H / c.L % c.N, b = (int64_t)i / H / c.L / c.N;
         joined[(size_t)((b * c.L + l) * c.D + n * H + h)] = (T)heads[i];
     }
-    const std::vector<T> out = project(c, joined, m.maps[3], way);
+    const std::vector<T> out = projected(joined, c.D, m.maps[3].numbers, m.maps[3].added, way);
     return std::vector<double>(out.begin(), out.end());
 }
 
@@ -168,7 +156,8 @@ std::string wrong_rows(const StepCase &c, const Made &m, const Made &before, boo
     const int64_t H = c.D / c.N;
     const Tensor &x = keys ? m.k : m.v, &old = keys ? before.k : before.v;
     const Tensor &scale = keys ? m.k_scale : m.v_scale, &old_scale = keys ? before.k_scale : before.v_scale;
-    const std::vector<double> exact = project(c, m.x.dense(), m.maps[keys ? 1 : 2], Way());
+    const Weights &w = m.maps[keys ? 1 : 2];
+    const std::vector<double> exact = projected(m.x.dense(), c.D, w.numbers, w.added, Way());
     for (int64_t b = 0; b < c.B; ++b)
         for (int64_t n = 0; n < c.N; ++n)
             for (int64_t s = 0; s < c.S; ++s)

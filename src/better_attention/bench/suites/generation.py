@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 import better_attention as ba
 from better_attention.bench.registry import Contender, Results, Row, Run, Shape, Suite, Work, here, normal
+from better_attention.cache.int8 import row_bytes
 from better_attention.lab.models.language_model import LanguageModel
 from better_attention.layer.multihead import MultiheadAttention
 from better_attention.positions import rotary
@@ -127,9 +128,8 @@ def work(row: Row, kind: Kind) -> Work:
     # Of W_A a step reads the row of its token alone.
     weights = sum(p[-1:].numel() if ".align." in name else p.numel() for name, p in model.named_parameters())
     tensors = sum(len(m.cache_streams) for m in model.modules() if isinstance(m, MultiheadAttention))
-    # In int8 a byte a number, and a float32 for each head.
-    row_bytes = D + 4 * N if kind.int8 else 4 * D
-    return Work(flops=2.0 * B * weights + 4.0 * LAYERS * B * S * D, bytes=4.0 * weights + tensors * B * S * row_bytes)
+    stored = row_bytes(D, N) if kind.int8 else 4 * D
+    return Work(flops=2.0 * B * weights + 4.0 * LAYERS * B * S * D, bytes=4.0 * weights + tensors * B * S * stored)
 
 
 def _why_not(row: Row, kind: Kind) -> str | None:

@@ -58,15 +58,25 @@ def run(
         while (cell := next_cell(trial, read(folder), stages, kept)) is not None:
             if stop() or time.monotonic() - began > seconds:
                 return
-            job = trial.job(cell)
-            assert isinstance(job.task, RecurrenceTask)  # noqa: S101 - for the type checker
-            # Looked up first: what a cell before it has made need not be made again.
-            if (data := data_of(job.task)) not in loaded:
-                loaded[data] = job.task.load()
-            outcome, _ = train(job, loaded[data], cell.updates, trial.every)
-            row = Row(cell, outcome, commit())
+            row = trained(trial, cell, loaded)
             append(folder, row)
             yield row
+
+
+def trained(trial: Trial, cell: TrialCell, loaded: dict[tuple[object, ...], Splits]) -> Row:
+    """Train one cell.
+
+    Args:
+        trial: the grid.
+        cell: what is trained.
+        loaded: data that cells before it have made, which need not be made again; this cell's is added.
+    """
+    job = trial.job(cell)
+    assert isinstance(job.task, RecurrenceTask)  # noqa: S101 - for the type checker
+    if (data := data_of(job.task)) not in loaded:
+        loaded[data] = job.task.load()
+    outcome, _ = train(job, loaded[data], cell.updates, trial.every)
+    return Row(cell, outcome, commit())
 
 
 def next_cell(

@@ -235,14 +235,6 @@ template <int TYPE> static BlockPass block_pass_of(const ba_call& c) {
     return one ? block_pass<TYPE, false, true> : block_pass<TYPE, false, false>;
 }
 
-static BlockPass coded_pass_of(const ba_call& c) {
-#if defined(BA_CODES)
-    return block_pass_of<CODES>(c);
-#else
-    return block_pass_of<INT8>(c);
-#endif
-}
-
 // Where the rows of a task's heads lie, in bytes.
 struct Cache {
     const char* p;               // key 0 of the first head
@@ -287,7 +279,7 @@ static void decode_task(void* context, int64_t task, float* scratch) {
     const Decode& f = *static_cast<const Decode*>(context);
     const ba_call& c = *f.c;
     const int type = c.k_scale != NULL ? INT8 : static_cast<int>(c.dtype);
-    const BlockPass pass = f.integer ? coded_pass_of(c)
+    const BlockPass pass = f.integer ? block_pass_of<CODED>(c)
                          : type == INT8 ? block_pass_of<INT8>(c)
                          : type == BA_F32 ? block_pass_of<BA_F32>(c) : block_pass_of<BA_BF16>(c);
     const int64_t size = bytes_of(type), tasks = c.G / f.heads, rest = task / f.runs;

@@ -20,9 +20,9 @@ struct CodedQuery {
 };
 
 #if BA_LANES == 16 && defined(__AVX512F__)
-#define BA_CODES
 #define BA_VNNI __attribute__((target("avx512vnni,avx512vbmi")))
 
+constexpr int CODED = CODES;             // how codes are read where these products serve
 constexpr int64_t BYTES = 64;            // codes of a vector
 constexpr float QUERY_STEPS = 32639.0f;  // 127 * 256 + 127: the largest number of two signed digits
 constexpr float TURNED_STEPS = 32760.0f;
@@ -227,6 +227,8 @@ template <int ASK> BA_INLINE void add_coded_of(const Rows& v, int64_t n, const f
     BA_WIDTHS(W, add_coded, v, n, weights, W, out);
 }
 #else
+
+constexpr int CODED = INT8;  // they never serve
 
 static bool codes_serve(const ba_call&) { return false; }
 static void code_query(const ba_call&, const float*, CodedQuery*) {}
