@@ -57,7 +57,7 @@ def test_every_contender_computes_what_it_should(suite: str, dtype: torch.dtype)
 
 
 def test_a_step_of_generation_with_rotary_positions_and_what_it_reads() -> None:
-    (row, _) = tiny_rows("generation", shape=Shape(3, 11, 12, 2))
+    (row, learned) = tiny_rows("generation", shape=Shape(3, 11, 12, 2))
     assert row.variant == "rotary"
     assert "tokens before 11" in row.name
     read = {}
@@ -68,6 +68,8 @@ def test_a_step_of_generation_with_rotary_positions_and_what_it_reads() -> None:
     attention, kept = 4 * 4 * 12 * 12, 4 * 3 * 11 * 12 * 4  # bytes of a map in all layers, and of a cached tensor
     assert read["standard"] - read["efficient"] == 2 * attention + kept
     assert read["super"] - read["efficient"] == 4 * 4 * 12 + kept  # one row of W_A over twelve positions
+    for contender in SUITES["generation"].contenders(learned):
+        assert contender.work.bytes == read[contender.name] + 4 * 12, "one vector of all learned positions"
     # A byte a number, and four for each of two heads.
     assert read["efficient"] - read["efficient, int8 cache"] == kept - 4 * 3 * 11 * (12 + 2 * 4)
 

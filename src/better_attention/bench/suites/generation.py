@@ -125,8 +125,9 @@ def work(row: Row, kind: Kind) -> Work:
     B, S, D, N = row.shape
     with torch.device("meta"):
         model = _model(row, kind.mechanism)
-    # Of W_A a step reads the row of its token alone.
-    weights = sum(p[-1:].numel() if ".align." in name else p.numel() for name, p in model.named_parameters())
+    # Of W_A and of learned positions a step reads the row of its token alone.
+    rows = (".align.", "positions.")
+    weights = sum(p[-1:].numel() if any(x in name for x in rows) else p.numel() for name, p in model.named_parameters())
     tensors = sum(len(m.cache_streams) for m in model.modules() if isinstance(m, MultiheadAttention))
     stored = row_bytes(D, N) if kind.int8 else 4 * D
     return Work(flops=2.0 * B * weights + 4.0 * LAYERS * B * S * D, bytes=4.0 * weights + tensors * B * S * stored)
