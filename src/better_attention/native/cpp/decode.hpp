@@ -4,8 +4,9 @@
 // A block is LANES keys of one head: products with the queries, then weights, lanes being keys, then sums of values. The
 // values of a block are added up after the products of the next one, so that neither waits for the other. Where the
 // heads of a key lie side by side, the blocks of all heads follow one another before the next keys, and what is asked
-// for ahead goes through memory in the order of its addresses, whichever head it belongs to. How keys are cut follows
-// from the shape alone: results do not depend on the number of threads.
+// for ahead goes through memory in the order of its addresses, whichever head it belongs to. Where heads lie apart, two
+// are read in turn: memory gives more to a core that reads in two places. How keys are cut follows from the shape
+// alone: results do not depend on the number of threads.
 //
 // Keys and values may be int8 with a scale for each row and head, and keys may be turned by their place (rotary) as
 // they are read: a cache then holds what it was given, once. Distances (ALiBi) are counted here too, without a mask.
@@ -18,14 +19,15 @@ constexpr int64_t CHUNK = 512;    // keys of one partial sum at most: longer sum
 constexpr int64_t RUN = 2 << 20;  // bytes of a task of several chunks at most,
 constexpr int64_t TASKS = 64;     // and how many tasks there are at least before a task has several
 constexpr float SLACK = 8.0f;     // by which exponents may exceed their shift: to follow every new maximum costs time
-constexpr int64_t AHEAD = 8192;  // bytes between what is read and what is asked for, where a head's rows are in a line
+constexpr int64_t APART = 2;      // heads of a task that do not lie side by side, if their number can be divided
+constexpr int64_t AHEAD = 8192;   // bytes between what is read and what is asked for, where a head's rows are in a line
 
 struct Decode {
     const ba_call* c;
     int64_t group, few, Hp, Wp, state;  // state: floats of one row's partial sums
     int64_t begin, end, chunk, chunks;  // keys that any query sees, and how they are cut
     int64_t run, runs;                  // chunks of a task, and tasks of a row: a new place in memory starts slowly
-    int64_t heads;                      // of a task: G if those of one key lie side by side, else 1
+    int64_t heads;                      // of a task: G if those of one key lie side by side, else APART or 1
     float *q, *parts;                   // queries [B][G][few][Hp], sums [B][G][few][chunks][state]
     bool integer;                       // products of integers (decode_codes.hpp)
     CodedQuery* coded;                  // [B][G][few]
@@ -52,45 +54,55 @@ struct DecodeBlock {
     bool live[FEW], any_live;  // rows that see a key of the block
 };
 
+// Lane j: the score of row j for one query, before its scale and what is added to it.
+template <int TYPE, bool ROTATED, int ASK, bool WHOLE>
+BA_INLINE V scores_of(const ba_call& c, const Rows& k, int64_t n, int64_t s0, const float* q, const CodedQuery* coded,
+                      const Angles& a) {
+    if constexpr (ROTATED) {
+        const int64_t at = s0 * c.rotary_s;
+        turn_back(q, a.P, c.rotary_cos + at, c.rotary_sin + at, a.first, a.second);
+        if constexpr (TYPE == CODES) return coded_rotated_of<ASK>(k, n, a, *coded);
+        else return rotated_products<TYPE, ASK>(k, n, a);
+    } else if constexpr (TYPE == CODES) {
+        return coded_products_of<ASK>(k, n, *coded, c.H);
+    } else {
+        return products<TYPE, ASK, WHOLE>(k, n, q, c.H);
+    }
+}
+
+template <int TYPE, int ASK, bool WHOLE>
+BA_INLINE void values_of(const ba_call& c, const Rows& v, int64_t n, const float* weights, float* out) {
+    if constexpr (TYPE == CODES) add_coded_of<ASK>(v, n, weights, c.W, out);
+    else add_values<TYPE, ASK, WHOLE>(v, n, weights, c.W, out);
+}
+
 template <int TYPE, bool ROTATED, int ASK> BA_INLINE void score_row(const DecodeBlock& d, int64_t r) {
     const float* q = d.q + r * d.f->Hp;
-    const int64_t H = d.c->H;
-    V z;
-    if constexpr (ROTATED) {
-        const Angles& a = *d.angles;
-        const int64_t at = d.s0 * d.c->rotary_s;
-        turn_back(q, a.P, d.c->rotary_cos + at, d.c->rotary_sin + at, a.first, a.second);
-        if constexpr (TYPE == CODES) z = coded_rotated_of<ASK>(d.k, d.n, a, d.coded[r]);
-        else z = rotated_products<TYPE, ASK>(d.k, d.n, a);
-    } else if constexpr (TYPE == CODES) {
-        z = coded_products_of<ASK>(d.k, d.n, d.coded[r], H);
-    } else {
-        z = d.n == LANES ? products<TYPE, ASK, true>(d.k, d.n, q, H) : products<TYPE, ASK, false>(d.k, d.n, q, H);
-    }
+    const V z = d.n == LANES
+        ? scores_of<TYPE, ROTATED, ASK, true>(*d.c, d.k, LANES, d.s0, q, d.coded + r, *d.angles)
+        : scores_of<TYPE, ROTATED, ASK, false>(*d.c, d.k, d.n, d.s0, q, d.coded + r, *d.angles);
     store(d.scores + r * LANES, z);
 }
 
 template <int TYPE, int ASK> BA_INLINE void value_row(const DecodeBlock& d, int64_t r) {
     float* out = sums_at(d.state + r * d.state_row).out;
     const float* weights = d.weights + r * LANES;
-    if constexpr (TYPE == CODES) add_coded_of<ASK>(d.v, d.n, weights, d.c->W, out);
-    else if (d.n == LANES) add_values<TYPE, ASK, true>(d.v, d.n, weights, d.c->W, out);
-    else add_values<TYPE, ASK, false>(d.v, d.n, weights, d.c->W, out);
+    if (d.n == LANES) values_of<TYPE, ASK, true>(*d.c, d.v, LANES, weights, out);
+    else values_of<TYPE, ASK, false>(*d.c, d.v, d.n, weights, out);
 }
 
-// One block's products and the values of the block before it. ONE: values are keys, which are near already; then both ask
-// for half of what comes next, so that requests to memory never pause.
-template <int TYPE, bool ROTATED, bool ONE> static void block_pass(const DecodeBlock& next, const DecodeBlock& d) {
+// One block's products and the values of the block before it, whatever they are.
+template <int TYPE, bool ROTATED> static void block_pass(const DecodeBlock& next, const DecodeBlock& d) {
     if (next.n != 0) {
-        score_row<TYPE, ROTATED, ONE ? ASK_EVEN : ASK_ALL>(next, 0);
+        score_row<TYPE, ROTATED, ASK_ALL>(next, 0);
         for (int64_t r = 1; r < next.f->few; ++r) score_row<TYPE, ROTATED, ASK_NONE>(next, r);
     }
     if (!d.any_live) return;
-    bool asked = false;
+    bool asked = d.c->k == d.c->v;
     for (int64_t r = 0; r < d.f->few; ++r) {
         if (!d.live[r]) continue;
         if (asked) value_row<TYPE, ASK_NONE>(d, r);
-        else value_row<TYPE, ONE ? ASK_ODD : ASK_ALL>(d, r);
+        else value_row<TYPE, ASK_ALL>(d, r);
         asked = true;
     }
 }
@@ -113,12 +125,6 @@ static bool bias_of(const Restriction& r, int64_t l, int64_t s0, int64_t n, V* b
     }
     *bias = load(mask);
     return true;
-}
-
-// Whether every query of a call sees all of LANES keys from s0 on.
-static bool is_free(const ba_call& c, const Restriction& r, int64_t s0) {
-    return c.mask_type == BA_NONE && c.padding_type == BA_NONE && s0 >= first_key(r, c.L - 1) &&
-        s0 + LANES <= end_key(r, 0);
 }
 
 // Measures exponents from `high` on, which is no smaller than the shift before.
@@ -227,14 +233,6 @@ template <int SCORE> static void weigh_block(DecodeBlock& d, bool free) {
     }
 }
 
-typedef void (*BlockPass)(const DecodeBlock&, const DecodeBlock&);
-
-template <int TYPE> static BlockPass block_pass_of(const ba_call& c) {
-    const bool one = c.k == c.v;
-    if (c.rotary_cos != NULL) return one ? block_pass<TYPE, true, true> : block_pass<TYPE, true, false>;
-    return one ? block_pass<TYPE, false, true> : block_pass<TYPE, false, false>;
-}
-
 // Where the rows of a task's heads lie, in bytes.
 struct Cache {
     const char* p;               // key 0 of the first head
@@ -242,11 +240,11 @@ struct Cache {
     int64_t ahead;               // keys between what is read and what is asked for
     int64_t ask_head, ask_row;   // as `head` and `row`, for what is asked for
 
-    // Those of LANES keys from s0 on and of the i-th head; keys before `end` may be asked for.
-    Rows rows(int64_t s0, int64_t end, int64_t i) const {
+    // Those of LANES keys from s0 on and of the first head; keys before `end` may be asked for.
+    Rows rows(int64_t s0, int64_t end) const {
         const char* at = p + s0 * row;
-        Rows x = {at + i * head, row, at + i * head, row};  // what is there already
-        if (s0 + LANES + ahead <= end) x.ask = at + ahead * row + i * ask_head, x.ask_row = ask_row;
+        Rows x = {at, row, at, row};  // what is there already
+        if (s0 + LANES + ahead <= end) x.ask = at + ahead * row, x.ask_row = ask_row;
         return x;
     }
 };
@@ -254,7 +252,7 @@ struct Cache {
 // `x` is key 0 of the first of `heads` heads, whose rows have `width` bytes.
 static Cache cache_of(const char* x, int64_t row, int64_t head, int64_t width, int64_t heads) {
     Cache c = {x, row, head, LANES, head, row};
-    if (heads == 1) c.ahead = (AHEAD + width - 1) / width;
+    if (heads == 1 || head > row) c.ahead = (AHEAD + width - 1) / width;
     else if (head == width && row == heads * width) c.ask_head = LANES * width, c.ask_row = width;  // no gaps
     return c;
 }
@@ -275,57 +273,121 @@ static Angles angles_of(const ba_call& c, float* memory) {
     return a;
 }
 
-static void decode_task(void* context, int64_t task, float* scratch) {
-    const Decode& f = *static_cast<const Decode*>(context);
+struct Task {
+    const Decode* f;
+    int64_t b, first;            // heads first + [0, f->heads)
+    int64_t start, end;          // its keys
+    int64_t free_from, free_to;  // those that every query sees
+    Cache k, v;
+    float* states;               // of its rows, chunk 0
+};
+
+// To the rows of the next head.
+BA_INLINE void step(Rows* x, const Cache& c) {
+    x->ask += x->ask == x->p ? c.head : c.ask_head;
+    x->p += c.head;
+}
+
+// As block_pass() and weigh_block(), for a whole block of which nothing is hidden and one query: between two of these, little
+// more is done than to count pointers up. ONE: values are keys, which are near already; then both ask for half of what
+// comes next, so that requests to memory never pause.
+template <int TYPE, bool ROTATED, bool ONE>
+BA_INLINE void plain_pass(DecodeBlock& next, const DecodeBlock& d, const Rows& k, int64_t s0, const float* q,
+                          const CodedQuery* coded) {
+    const ba_call& c = *next.c;
+    constexpr bool SCALED = bytes_of(TYPE) == 1;
+    const V z = scores_of<TYPE, ROTATED, ONE ? ASK_EVEN : ASK_ALL, true>(c, k, LANES, s0, q, coded, *next.angles);
+    if (d.any_live)
+        values_of<TYPE, ONE ? ASK_ODD : ASK_ALL, true>(c, d.v, LANES, d.weights, sums_at(d.state).out);
+    const Scales scales = SCALED ? scales_of(c, next.b, next.g, s0, LANES) : Scales{};
+    const Sums sums = sums_at(next.state);
+    next.any_live = next.live[0] = c.score == BA_SOFTMAX
+        ? weigh_row<BA_SOFTMAX, FREE>(z, scales, V{}, V{}, c.W, next.weights, sums)
+        : weigh_row<BA_EXPRESSIVE, FREE>(z, scales, V{}, V{}, c.W, next.weights, sums);
+}
+
+// All keys of a task. `two` are blocks in turn: one is scored while the values of the other are still to be added. What the
+// loop needs is local, since the compiler cannot know that what is stored in blocks is something else.
+template <int TYPE, bool ROTATED, bool ONE> static void read_keys(const Task t, DecodeBlock* two) {
+    const Decode& f = *t.f;
     const ba_call& c = *f.c;
-    const int type = c.k_scale != NULL ? INT8 : static_cast<int>(c.dtype);
-    const BlockPass pass = f.integer ? block_pass_of<CODED>(c)
-                         : type == INT8 ? block_pass_of<INT8>(c)
-                         : type == BA_F32 ? block_pass_of<BA_F32>(c) : block_pass_of<BA_BF16>(c);
-    const int64_t size = bytes_of(type), tasks = c.G / f.heads, rest = task / f.runs;
-    const int64_t b = rest / tasks, first = rest % tasks * f.heads;
-    const int64_t start = f.begin + task % f.runs * f.run * f.chunk, most = f.run * f.chunk;
-    const int64_t end = start + most < f.end ? start + most : f.end;
-    const char* at = static_cast<const char*>(c.k) + (b * c.k_b + first * c.k_g) * size;
-    const Cache k = cache_of(at, c.k_s * size, c.k_g * size, c.H * size, f.heads);
-    at = static_cast<const char*>(c.v) + (b * c.v_b + first * c.v_g) * size;
-    const Cache v = cache_of(at, c.v_s * size, c.v_g * size, c.W * size, f.heads);
-    const Angles angles = c.rotary_cos == NULL ? Angles{} : angles_of(c, scratch + 3 * f.few * LANES);
-    DecodeBlock two[2] = {};
-    for (int i = 0; i < 2; ++i) {
-        DecodeBlock& d = two[i];
-        d.c = &c, d.f = &f, d.b = b, d.angles = &angles;
-        d.scores = scratch, d.weights = scratch + (1 + i) * f.few * LANES;
-        d.state_row = f.chunks * f.state;
-    }
-    float* const states = f.parts + (b * c.G + first) * f.few * f.chunks * f.state;  // of the task's rows
-    float* chunk_states = NULL;
-    const Restriction causality = restriction(c, b, 0);
+    const bool plain = f.few == 1 && c.slopes == NULL;
+    const int64_t heads = f.heads, few = f.few, state_row = f.chunks * f.state;
+    const float* const first_q = f.q + (t.b * c.G + t.first) * few * f.Hp;
+    const CodedQuery* const first_coded = f.coded + (t.b * c.G + t.first) * few;
+    float *next = t.states + (t.start - f.begin) / f.chunk * f.state, *states = NULL;  // of a chunk
     int now = 0;
-    for (int64_t s0 = start; s0 < end; s0 += LANES) {
-        const int64_t n = end - s0 < LANES ? end - s0 : LANES;
-        const bool free = n == LANES && is_free(c, causality, s0);
-        if ((s0 - start) % f.chunk == 0) {
-            chunk_states = states + (s0 - f.begin) / f.chunk * f.state;
-            for (int64_t row = 0; row < f.heads * f.few; ++row) {
-                float* state = chunk_states + row * f.chunks * f.state;
+    for (int64_t s0 = t.start, chunk_end = t.start; s0 < t.end; s0 += LANES) {
+        if (s0 == chunk_end) {
+            states = next, next += f.state, chunk_end += f.chunk;
+            for (int64_t row = 0; row < heads * few; ++row) {
+                float* state = states + row * state_row;
                 memset(state, 0, static_cast<size_t>(f.state) * sizeof(float));
                 *sums_at(state).shift = -INF;
             }
         }
-        for (int64_t i = 0; i < f.heads; ++i, now = 1 - now) {
-            DecodeBlock& d = two[now];
-            d.s0 = s0, d.n = n, d.g = first + i;
-            d.k = k.rows(s0, end, i), d.v = v.rows(s0, end, i);
-            d.q = f.q + (b * c.G + d.g) * f.few * f.Hp;
-            d.coded = f.coded + (b * c.G + d.g) * f.few;
-            d.state = chunk_states + i * f.few * d.state_row;
-            pass(d, two[1 - now]);
-            c.score == BA_SOFTMAX ? weigh_block<BA_SOFTMAX>(d, free) : weigh_block<BA_EXPRESSIVE>(d, free);
+        const int64_t n = t.end - s0 < LANES ? t.end - s0 : LANES;
+        const bool free = n == LANES && s0 >= t.free_from && s0 + LANES <= t.free_to;
+        Rows k = t.k.rows(s0, t.end), v = t.v.rows(s0, t.end);
+        const float* q = first_q;
+        const CodedQuery* coded = first_coded;
+        float* state = states;
+        for (int64_t i = 0; i < heads; ++i, now = 1 - now) {
+            DecodeBlock &d = two[now], &before = two[1 - now];
+            d.n = n, d.g = t.first + i, d.v = v, d.state = state;
+            if (free && plain) {
+                plain_pass<TYPE, ROTATED, ONE>(d, before, k, s0, q, coded);
+            } else {
+                d.s0 = s0, d.k = k, d.q = q, d.coded = coded;
+                block_pass<TYPE, ROTATED>(d, before);
+                c.score == BA_SOFTMAX ? weigh_block<BA_SOFTMAX>(d, free) : weigh_block<BA_EXPRESSIVE>(d, free);
+            }
+            step(&k, t.k), step(&v, t.v);
+            q += few * f.Hp, coded += few, state += few * state_row;
         }
     }
     two[now].n = 0;
-    pass(two[now], two[1 - now]);
+    block_pass<TYPE, ROTATED>(two[now], two[1 - now]);
+}
+
+typedef void (*ReadKeys)(Task, DecodeBlock*);
+
+template <int TYPE> static ReadKeys read_keys_of(const ba_call& c) {
+    const bool one = c.k == c.v;
+    if (c.rotary_cos != NULL) return one ? read_keys<TYPE, true, true> : read_keys<TYPE, true, false>;
+    return one ? read_keys<TYPE, false, true> : read_keys<TYPE, false, false>;
+}
+
+static void decode_task(void* context, int64_t task, float* scratch) {
+    const Decode& f = *static_cast<const Decode*>(context);
+    const ba_call& c = *f.c;
+    const int type = c.k_scale != NULL ? INT8 : static_cast<int>(c.dtype);
+    const int64_t size = bytes_of(type), tasks = c.G / f.heads, rest = task / f.runs;
+    Task t = {};
+    t.f = &f, t.b = rest / tasks, t.first = rest % tasks * f.heads;
+    t.start = f.begin + task % f.runs * f.run * f.chunk;
+    t.end = t.start + f.run * f.chunk < f.end ? t.start + f.run * f.chunk : f.end;
+    if (c.mask_type == BA_NONE && c.padding_type == BA_NONE) {
+        const Restriction causality = restriction(c, t.b, 0);
+        t.free_from = first_key(causality, c.L - 1), t.free_to = end_key(causality, 0);
+    }
+    const char* at = static_cast<const char*>(c.k) + (t.b * c.k_b + t.first * c.k_g) * size;
+    t.k = cache_of(at, c.k_s * size, c.k_g * size, c.H * size, f.heads);
+    at = static_cast<const char*>(c.v) + (t.b * c.v_b + t.first * c.v_g) * size;
+    t.v = cache_of(at, c.v_s * size, c.v_g * size, c.W * size, f.heads);
+    t.states = f.parts + (t.b * c.G + t.first) * f.few * f.chunks * f.state;
+    const Angles angles = c.rotary_cos == NULL ? Angles{} : angles_of(c, scratch + 3 * f.few * LANES);
+    DecodeBlock two[2] = {};
+    for (int i = 0; i < 2; ++i) {
+        DecodeBlock& d = two[i];
+        d.c = &c, d.f = &f, d.b = t.b, d.angles = &angles;
+        d.scores = scratch, d.weights = scratch + (1 + i) * f.few * LANES;
+        d.state_row = f.chunks * f.state;
+    }
+    const ReadKeys read = f.integer ? read_keys_of<CODED>(c)
+                        : type == INT8 ? read_keys_of<INT8>(c)
+                        : type == BA_F32 ? read_keys_of<BA_F32>(c) : read_keys_of<BA_BF16>(c);
+    read(t, two);
 }
 
 // The chunks of one row together.
@@ -393,7 +455,7 @@ static int64_t decode(const ba_call& c) {
     f.c = &c;
     f.group = c.N / c.G;
     f.few = f.group * c.L;
-    f.heads = c.G > 1 && c.k_g < c.k_s ? c.G : 1;
+    f.heads = c.G > 1 && c.k_g < c.k_s ? c.G : c.G % APART == 0 ? APART : 1;
     const Restriction causality = restriction(c, 0, 0);
     f.begin = first_key(causality, 0), f.end = end_key(causality, c.L - 1);
     const int64_t keys = f.end > f.begin ? f.end - f.begin : 0;
