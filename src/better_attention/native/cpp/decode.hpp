@@ -91,18 +91,19 @@ template <int TYPE, int ASK> BA_INLINE void value_row(const DecodeBlock& d, int6
     else values_of<TYPE, ASK, false>(*d.c, d.v, d.n, weights, out);
 }
 
-// One block's products and the values of the block before it, whatever they are.
-template <int TYPE, bool ROTATED> static void block_pass(const DecodeBlock& next, const DecodeBlock& d) {
+// One block's products and the values of the block before it, whatever they are. HALF: values are keys, which are near
+// already; then both ask for half of what comes next, so that requests to memory never pause.
+template <int TYPE, bool ROTATED, bool HALF> static void block_pass(const DecodeBlock& next, const DecodeBlock& d) {
     if (next.n != 0) {
-        score_row<TYPE, ROTATED, ASK_ALL>(next, 0);
+        score_row<TYPE, ROTATED, HALF ? ASK_EVEN : ASK_ALL>(next, 0);
         for (int64_t r = 1; r < next.f->few; ++r) score_row<TYPE, ROTATED, ASK_NONE>(next, r);
     }
     if (!d.any_live) return;
-    bool asked = d.c->k == d.c->v;
+    bool asked = !HALF && d.c->k == d.c->v;
     for (int64_t r = 0; r < d.f->few; ++r) {
         if (!d.live[r]) continue;
         if (asked) value_row<TYPE, ASK_NONE>(d, r);
-        else value_row<TYPE, ASK_ALL>(d, r);
+        else value_row<TYPE, HALF ? ASK_ODD : ASK_ALL>(d, r);
         asked = true;
     }
 }
@@ -125,6 +126,21 @@ static bool bias_of(const Restriction& r, int64_t l, int64_t s0, int64_t n, V* b
     }
     *bias = load(mask);
     return true;
+}
+
+// Whether a mask of truth values shows LANES keys from s0 on to one query of head n; of other masks it is not known.
+static bool is_open(const ba_call& c, int64_t b, int64_t n, int64_t s0) {
+    const Restriction r = restriction(c, b, n);
+    const void* rows[2] = {r.mask, r.padding};
+    const int64_t types[2] = {r.mask_type, r.padding_type}, strides[2] = {r.mask_s, r.padding_s};
+    bool open = true;
+    for (int i = 0; i < 2; ++i) {
+        if (types[i] == BA_NONE) continue;
+        if (types[i] != BA_BOOL || strides[i] != 1) return false;
+        const uint8_t* shown = static_cast<const uint8_t*>(rows[i]) + s0;
+        for (int64_t s = 0; s < LANES; ++s) open &= shown[s] != 0;
+    }
+    return open;
 }
 
 // Measures exponents from `high` on, which is no smaller than the shift before.
@@ -172,6 +188,11 @@ static V lean_of(const ba_call& c, int64_t n, int64_t l, int64_t s0) {
     return lean;
 }
 
+// Whether that is added to log weights; on those of softmax it is the same as in the score.
+static bool leans_outside(const ba_call& c) {
+    return c.slopes != NULL && c.score == BA_EXPRESSIVE && c.slopes_inside == 0;
+}
+
 // From the scores of one row to its weights, before normalisation. `bias` is 0, a number or -inf; FREE: all are 0.
 // `lean` is added to the scores. False: there is nothing to see.
 template <int SCORE, int MODE>
@@ -216,8 +237,7 @@ template <int SCORE> static void weigh_block(DecodeBlock& d, bool free) {
         const int64_t l = r % c.L;
         V bias = {}, lean = {}, outside = {};
         if (c.slopes != NULL) lean = lean_of(c, d.g * f.group + r / c.L, l, d.s0);
-        // On the log weights of softmax a bias is the same as in its score.
-        const bool exponent = c.slopes != NULL && SCORE == BA_EXPRESSIVE && c.slopes_inside == 0;
+        const bool exponent = leans_outside(c);
         if (exponent) outside = lean, lean = V{};
         if (free) {
             d.live[r] = exponent ? weigh_row<SCORE, BIASED>(z, scales, lean, outside, c.W, weights, sums)
@@ -240,11 +260,11 @@ struct Cache {
     int64_t ahead;               // keys between what is read and what is asked for
     int64_t ask_head, ask_row;   // as `head` and `row`, for what is asked for
 
-    // Those of LANES keys from s0 on and of the first head; keys before `end` may be asked for.
-    Rows rows(int64_t s0, int64_t end) const {
+    // Those of LANES keys from s0 on and of the i-th head; keys before `end` may be asked for.
+    Rows rows(int64_t s0, int64_t end, int64_t i) const {
         const char* at = p + s0 * row;
-        Rows x = {at, row, at, row};  // what is there already
-        if (s0 + LANES + ahead <= end) x.ask = at + ahead * row, x.ask_row = ask_row;
+        Rows x = {at + i * head, row, at + i * head, row};  // what is there already
+        if (s0 + LANES + ahead <= end) x.ask = at + ahead * row + i * ask_head, x.ask_row = ask_row;
         return x;
     }
 };
@@ -277,41 +297,39 @@ struct Task {
     const Decode* f;
     int64_t b, first;            // heads first + [0, f->heads)
     int64_t start, end;          // its keys
-    int64_t free_from, free_to;  // those that every query sees
+    int64_t seen_from, seen_to;  // those that every query sees, but for masks
     Cache k, v;
     float* states;               // of its rows, chunk 0
 };
 
-// To the rows of the next head.
-BA_INLINE void step(Rows* x, const Cache& c) {
-    x->ask += x->ask == x->p ? c.head : c.ask_head;
-    x->p += c.head;
-}
-
-// As block_pass() and weigh_block(), for a whole block of which nothing is hidden and one query: between two of these, little
-// more is done than to count pointers up. ONE: values are keys, which are near already; then both ask for half of what
-// comes next, so that requests to memory never pause.
-template <int TYPE, bool ROTATED, bool ONE>
+// As block_pass() and weigh_block(), for a whole block of which nothing is hidden, and one query: between two of these
+// little more is done than to count pointers up. The block before is whole as well, since only a task's last one is not.
+template <int TYPE, bool ROTATED, bool HALF>
 BA_INLINE void plain_pass(DecodeBlock& next, const DecodeBlock& d, const Rows& k, int64_t s0, const float* q,
                           const CodedQuery* coded) {
     const ba_call& c = *next.c;
     constexpr bool SCALED = bytes_of(TYPE) == 1;
-    const V z = scores_of<TYPE, ROTATED, ONE ? ASK_EVEN : ASK_ALL, true>(c, k, LANES, s0, q, coded, *next.angles);
+    const V z = scores_of<TYPE, ROTATED, HALF ? ASK_EVEN : ASK_ALL, true>(c, k, LANES, s0, q, coded, *next.angles);
     if (d.any_live)
-        values_of<TYPE, ONE ? ASK_ODD : ASK_ALL, true>(c, d.v, LANES, d.weights, sums_at(d.state).out);
+        values_of<TYPE, HALF ? ASK_ODD : ASK_ALL, true>(c, d.v, LANES, d.weights, sums_at(d.state).out);
     const Scales scales = SCALED ? scales_of(c, next.b, next.g, s0, LANES) : Scales{};
     const Sums sums = sums_at(next.state);
+    V lean = {};
+    if (c.slopes != NULL) lean = lean_of(c, next.g, 0, s0);
     next.any_live = next.live[0] = c.score == BA_SOFTMAX
-        ? weigh_row<BA_SOFTMAX, FREE>(z, scales, V{}, V{}, c.W, next.weights, sums)
-        : weigh_row<BA_EXPRESSIVE, FREE>(z, scales, V{}, V{}, c.W, next.weights, sums);
+        ? weigh_row<BA_SOFTMAX, FREE>(z, scales, lean, V{}, c.W, next.weights, sums)
+        : leans_outside(c) ? weigh_row<BA_EXPRESSIVE, BIASED>(z, scales, V{}, lean, c.W, next.weights, sums)
+                           : weigh_row<BA_EXPRESSIVE, FREE>(z, scales, lean, V{}, c.W, next.weights, sums);
 }
 
-// All keys of a task. `two` are blocks in turn: one is scored while the values of the other are still to be added. What the
-// loop needs is local, since the compiler cannot know that what is stored in blocks is something else.
+// All keys of a task. `two` are blocks in turn: one is scored while the values of the other are still to be added. What
+// the loop needs is local, since the compiler cannot know that what is stored in blocks is something else.
 template <int TYPE, bool ROTATED, bool ONE> static void read_keys(const Task t, DecodeBlock* two) {
+    // With several queries more is computed for each row, and only codes are read fast enough for this to matter.
+    constexpr bool HALF = ONE && TYPE == CODES;
     const Decode& f = *t.f;
     const ba_call& c = *f.c;
-    const bool plain = f.few == 1 && c.slopes == NULL;
+    const bool plain = f.few == 1, masked = c.mask_type != BA_NONE || c.padding_type != BA_NONE;
     const int64_t heads = f.heads, few = f.few, state_row = f.chunks * f.state;
     const float* const first_q = f.q + (t.b * c.G + t.first) * few * f.Hp;
     const CodedQuery* const first_coded = f.coded + (t.b * c.G + t.first) * few;
@@ -327,27 +345,28 @@ template <int TYPE, bool ROTATED, bool ONE> static void read_keys(const Task t, 
             }
         }
         const int64_t n = t.end - s0 < LANES ? t.end - s0 : LANES;
-        const bool free = n == LANES && s0 >= t.free_from && s0 + LANES <= t.free_to;
-        Rows k = t.k.rows(s0, t.end), v = t.v.rows(s0, t.end);
+        const bool seen = n == LANES && s0 >= t.seen_from && s0 + LANES <= t.seen_to;
         const float* q = first_q;
         const CodedQuery* coded = first_coded;
         float* state = states;
         for (int64_t i = 0; i < heads; ++i, now = 1 - now) {
             DecodeBlock &d = two[now], &before = two[1 - now];
-            d.n = n, d.g = t.first + i, d.v = v, d.state = state;
+            d.n = n, d.g = t.first + i, d.state = state;
+            const bool free = seen && (!masked || (plain && is_open(c, t.b, d.g, s0)));
             if (free && plain) {
-                plain_pass<TYPE, ROTATED, ONE>(d, before, k, s0, q, coded);
+                d.v = t.v.rows(s0, t.end, i);
+                plain_pass<TYPE, ROTATED, ONE>(d, before, t.k.rows(s0, t.end, i), s0, q, coded);
             } else {
-                d.s0 = s0, d.k = k, d.q = q, d.coded = coded;
-                block_pass<TYPE, ROTATED>(d, before);
+                d.s0 = s0, d.q = q, d.coded = coded;
+                d.k = t.k.rows(s0, t.end, i), d.v = t.v.rows(s0, t.end, i);
+                block_pass<TYPE, ROTATED, HALF>(d, before);
                 c.score == BA_SOFTMAX ? weigh_block<BA_SOFTMAX>(d, free) : weigh_block<BA_EXPRESSIVE>(d, free);
             }
-            step(&k, t.k), step(&v, t.v);
             q += few * f.Hp, coded += few, state += few * state_row;
         }
     }
     two[now].n = 0;
-    block_pass<TYPE, ROTATED>(two[now], two[1 - now]);
+    block_pass<TYPE, ROTATED, HALF>(two[now], two[1 - now]);
 }
 
 typedef void (*ReadKeys)(Task, DecodeBlock*);
@@ -367,10 +386,8 @@ static void decode_task(void* context, int64_t task, float* scratch) {
     t.f = &f, t.b = rest / tasks, t.first = rest % tasks * f.heads;
     t.start = f.begin + task % f.runs * f.run * f.chunk;
     t.end = t.start + f.run * f.chunk < f.end ? t.start + f.run * f.chunk : f.end;
-    if (c.mask_type == BA_NONE && c.padding_type == BA_NONE) {
-        const Restriction causality = restriction(c, t.b, 0);
-        t.free_from = first_key(causality, c.L - 1), t.free_to = end_key(causality, 0);
-    }
+    const Restriction causality = restriction(c, t.b, 0);
+    t.seen_from = first_key(causality, c.L - 1), t.seen_to = end_key(causality, 0);
     const char* at = static_cast<const char*>(c.k) + (t.b * c.k_b + t.first * c.k_g) * size;
     t.k = cache_of(at, c.k_s * size, c.k_g * size, c.H * size, f.heads);
     at = static_cast<const char*>(c.v) + (t.b * c.v_b + t.first * c.v_g) * size;
