@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from better_attention.cache.int8 import dequantised
 from better_attention.call import masks
 from better_attention.call.torch_private import check_when_run, transformed
 from better_attention.call.torch_state import exporting, is_known_finite, zero_rows
@@ -18,6 +19,9 @@ from better_attention.native import align
 
 from .part import Part, Sizes
 from .share import here
+
+PIECE = 128
+"""Positions of an int8 cache that are made numbers at a time."""
 
 if TYPE_CHECKING:
     from .multihead import MultiheadAttention
@@ -104,6 +108,14 @@ class Alignment(nn.Module):
             first: the first position that is wanted: the result is (B, S - first, D). Only a lower triangular W_A has
                 results for a part of the positions that do not change when more are added.
         """
+        self._check_fits(value_BSD)
+        aligned_BSD = self._mix(value_BSD, first)
+        # A full W_A mixes every position into every other: there NaN belongs everywhere.
+        if self.causal and not is_known_finite(aligned_BSD):
+            aligned_BSD = self._keep_apart(value_BSD, first)
+        return aligned_BSD
+
+    def _check_fits(self, value_BSD: Tensor) -> None:
         S = value_BSD.shape[1]
         if self.max_len < S:
             raise ValueError(
@@ -111,11 +123,6 @@ class Alignment(nn.Module):
                 f"(shape {tuple(value_BSD.shape)}). Build with max_len >= {S}, shorten the input, "
                 "or use 'efficient', which has no fixed length."
             )
-        aligned_BSD = self._mix(value_BSD, first)
-        # A full W_A mixes every position into every other: there NaN belongs everywhere.
-        if self.causal and not is_known_finite(aligned_BSD):
-            aligned_BSD = self._keep_apart(value_BSD, first)
-        return aligned_BSD
 
     def _mix(self, value_BSD: Tensor, first: int) -> Tensor:
         S = value_BSD.shape[1]
@@ -142,20 +149,34 @@ class Alignment(nn.Module):
 
     def _mix_rows(self, value_BSD: Tensor, first: int) -> Tensor:
         """Positions from ``first`` on, (B, S - first, D): their rows of W_A alone, and no copy of the values."""
-        S = value_BSD.shape[1]
+        rows, column = self._rows(value_BSD.shape[1], first)
+        return _with_column(_times(rows, value_BSD), column)
+
+    def of_codes(self, codes_BSD: Tensor, scale_BSN: Tensor, first: int, dtype: torch.dtype) -> Tensor:
+        """The same of values that a cache holds in int8, of which a few positions at a time are made numbers.
+
+        Args:
+            codes_BSD, scale_BSN: the values, see :mod:`better_attention.cache.int8`.
+            first: as for :meth:`forward`.
+            dtype: of the numbers.
+        """
+        self._check_fits(codes_BSD)
+        rows, column = self._rows(codes_BSD.shape[1], first)
+        pieces = (x.split(PIECE, dim=1) for x in (codes_BSD, scale_BSN))
+        total_BLD: Tensor | None = None
+        for row, codes, scale in zip(rows.split(PIECE, dim=-1), *pieces, strict=True):
+            part = _times(row, dequantised(codes, scale, dtype))
+            total_BLD = part if total_BLD is None else total_BLD + part
+        assert total_BLD is not None  # noqa: S101 - for the type checker
+        return _with_column(total_BLD, column)
+
+    def _rows(self, S: int, first: int) -> tuple[Tensor, Tensor | None]:
+        """Rows of W_A from ``first`` on for S positions, and their bias as a column."""
         weight, bias = self.sliced_to(S)
         rows = weight[..., first:, :]
         if self.causal and S - first > 1:  # one row ends with its own position
             rows = rows.tril(first)
-        column = None if bias is None else bias[..., first:, :]
-        if self.heads == "shared":
-            aligned_BLD: Tensor = rows @ value_BSD
-            return aligned_BLD if column is None else aligned_BLD + column
-        # Head after head, because one product over all of them would first copy the values.
-        parts = [row @ part for row, part in zip(rows, value_BSD.chunk(len(rows), dim=-1), strict=True)]
-        if column is not None:
-            parts = [part + c for part, c in zip(parts, column, strict=True)]
-        return torch.cat(parts, dim=-1)
+        return rows, None if bias is None else bias[..., first:, :]
 
     def _kernels_serve(self, weight: Tensor, bias: Tensor | None, value_BSD: Tensor) -> bool:
         if not self.compiled or not align.supported(weight, bias, value_BSD):
@@ -199,6 +220,24 @@ class Alignment(nn.Module):
             f"max_len={self.max_len}, heads={self.heads!r}, causal={self.causal}, init={self.init!r}, "
             f"bias={self.bias is not None}"
         )
+
+
+def _times(rows: Tensor, value_BSD: Tensor) -> Tensor:
+    """Rows (L, S) of W_A, or (N, L, S) of one for each head, times the values: (B, L, D)."""
+    if rows.dim() == 2:
+        return rows @ value_BSD
+    # Head after head, because one product over all of them would first copy the values.
+    parts = [row @ part for row, part in zip(rows, value_BSD.chunk(len(rows), dim=-1), strict=True)]
+    return torch.cat(parts, dim=-1)
+
+
+def _with_column(x_BLD: Tensor, column: Tensor | None) -> Tensor:
+    """With the bias (L, 1) added, or (N, L, 1) with one for each head."""
+    if column is None:
+        return x_BLD
+    if column.dim() == 2:
+        return x_BLD + column
+    return (x_BLD.unflatten(-1, (len(column), -1)) + column.transpose(0, 1)).flatten(-2)
 
 
 def _products(sizes: Sizes) -> int:

@@ -268,6 +268,33 @@ def test_one_token_copies_nothing_of_the_cache(name: str, kept: str) -> None:
 
 
 @pytest.mark.skipif(missing() is not None, reason="the compiled kernels are missing")
+@pytest.mark.parametrize("heads", ["shared", "per_head"])
+def test_w_a_reads_an_int8_cache_in_pieces(heads: str) -> None:
+    """Each new token's own value is mixed from all earlier ones, of which few are numbers at a time."""
+    length, width = 1 << 12, 256
+    torch.manual_seed(0)
+    options = {"align_causal": True, "align_heads": heads, "max_len": length + 3, "batch_first": True}
+    module = ba.MultiheadAttention(width, 2, mechanism="super", **options).eval().requires_grad_(False)
+    cache = ba.KVCache(module, 1, max_len=length + 3, dtype=torch.int8)
+    x = tokens(1, length + 1, width, dtype=torch.float32)
+    decode(module, x[:, :length], [length], cache)
+    pieces = cache.branch()
+    hooked = module.align.register_forward_hook(lambda *_: None)  # whole values are seen
+    whole = decode(module, x[:, length:], [1], cache)
+    hooked.remove()
+    torch.testing.assert_close(decode(module, x[:, length:], [1], pieces), whole)
+
+    def step() -> None:
+        decode(module, x[:, length:], [1], pieces)
+        pieces.rewind(1)
+
+    pieces.rewind(1)
+    step()
+    grown = extra_memory(step)
+    assert grown is None or grown < length * width  # in float32 the values have four times as many bytes
+
+
+@pytest.mark.skipif(missing() is not None, reason="the compiled kernels are missing")
 @pytest.mark.parametrize("kept", KEPT)
 @pytest.mark.parametrize("name", DECODERS)
 def test_the_kernels_read_what_everyone_reads(name: str, kept: str) -> None:

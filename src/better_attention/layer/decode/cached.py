@@ -13,6 +13,8 @@ from torch import Tensor
 from better_attention.cache.kv_cache import KVCache
 from better_attention.cache.streams import KEY, SOURCE, VALUE
 from better_attention.call.function_arguments import same_dtype
+from better_attention.call.torch_private import is_bare
+from better_attention.call.torch_state import is_known_finite
 from better_attention.errors import describe
 from better_attention.layer import extra_keys, share, window
 from better_attention.layer.alignment import Alignment
@@ -93,9 +95,21 @@ def _remember_values(layer: MultiheadAttention, cache: KVCache, v_BLD: Tensor, f
         # Earlier aligned values stay as they are, because W_A is lower triangular: each new token adds its own.
         if SOURCE in cache.streams:
             cache.write(SOURCE, v_BLD)
-        source_BSD = cache.read(SOURCE if SOURCE in cache.streams else KEY, v_BLD.shape[1])
-        v_BLD = window.aligned_values(layer, source_BSD, first)
+        v_BLD = _aligned(layer, layer.align, cache, v_BLD, first)
     cache.write(VALUE, v_BLD)
+
+
+def _aligned(layer: MultiheadAttention, align: Alignment, cache: KVCache, v_BLD: Tensor, first: int) -> Tensor:
+    """The new tokens' own values of W_A, from all that is remembered."""
+    source = SOURCE if SOURCE in cache.streams else KEY
+    codes_BSD, scale_BSN = cache.stored(source, v_BLD.shape[1])
+    bare = is_bare(align) and align.weight.dtype == v_BLD.dtype and not torch.compiler.is_compiling()
+    if scale_BSN is not None and first > 0 and bare:
+        new_BLD = align.of_codes(codes_BSD, scale_BSN, first, v_BLD.dtype)
+        # NaN has to stay where it is, which the whole values tell.
+        if is_known_finite(new_BLD):
+            return new_BLD
+    return window.aligned_values(layer, cache.read(source, v_BLD.shape[1]), first)
 
 
 def _heads(layer: MultiheadAttention, cache: KVCache, q_BLD: Tensor, x: Inputs) -> tuple[Tensor, Tensor | None]:
