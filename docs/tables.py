@@ -236,11 +236,11 @@ def decode_bandwidth() -> str:
     wanted = {
         "SDPA": "SDPA",
         "SDPA, k is v": "SDPA, one tensor",
-        "softmax native": "softmax",
-        "expressive native": "expressive",
+        "softmax auto": "softmax",
+        "expressive auto": "expressive",
         "plain read": "plain read",
-        "softmax native, k is v": "softmax, one tensor",
-        "expressive native, k is v": "expressive, one tensor",
+        "softmax auto, k is v": "softmax, one tensor",
+        "expressive auto, k is v": "expressive, one tensor",
         "plain read, k is v": "plain read, one tensor",
     }
     header = ("layout of the cache, batch, tokens", *wanted.values())

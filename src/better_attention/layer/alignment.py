@@ -225,7 +225,8 @@ class Alignment(nn.Module):
 def _times(rows: Tensor, value_BSD: Tensor) -> Tensor:
     """Rows (L, S) of W_A, or (N, L, S) of one for each head, times the values: (B, L, D)."""
     if rows.dim() == 2:
-        return rows @ value_BSD
+        product: Tensor = rows @ value_BSD
+        return product
     # Head after head, because one product over all of them would first copy the values.
     parts = [row @ part for row, part in zip(rows, value_BSD.chunk(len(rows), dim=-1), strict=True)]
     return torch.cat(parts, dim=-1)
