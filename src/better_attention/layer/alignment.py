@@ -238,7 +238,8 @@ def _with_column(x_BLD: Tensor, column: Tensor | None) -> Tensor:
         return x_BLD
     if column.dim() == 2:
         return x_BLD + column
-    return (x_BLD.unflatten(-1, (len(column), -1)) + column.transpose(0, 1)).flatten(-2)
+    heads_BLNH: Tensor = x_BLD.unflatten(-1, (len(column), -1)) + column.transpose(0, 1)
+    return heads_BLNH.flatten(-2)
 
 
 def _products(sizes: Sizes) -> int:
