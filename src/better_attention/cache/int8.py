@@ -56,20 +56,27 @@ class Int8Rows(Rows):
         self.dtype = new.dtype
         codes, scale = quantised(new, self.num_heads)
         super().write(name, codes)
-        super().write(_scale(name), scale)
+        super().write(scale_name(name), scale)
 
-    def holds(self, names: Sequence[str], dtype: torch.dtype) -> bool:
-        """Whether there are codes of all these streams, of numbers of that type."""
-        return self.dtype == dtype and all(name in self.tensors for name in names)
+    def names(self, streams: tuple[str, ...]) -> tuple[str, ...]:
+        """The rows that hold those streams: their codes, and behind them their scales."""
+        return streams + tuple(map(scale_name, streams))
+
+    def holds(self, names: Sequence[str], dtype: torch.dtype, width: int) -> bool:
+        """Whether there are codes of all these streams, of numbers of that type and rows of that width."""
+        return self.dtype == dtype and all(
+            name in self.tensors and self.tensors[name].shape[2] == width for name in names
+        )
 
     def stored(self, name: str, ahead: int = 0) -> tuple[Tensor, Tensor]:
         """Codes (B, S, D) and scales (B, S, N) of the rows in use, and of ``ahead`` more behind them; views."""
-        return self.used(name, ahead), self.used(_scale(name), ahead)
+        return self.used(name, ahead), self.used(scale_name(name), ahead)
 
     def read(self, name: str, ahead: int = 0) -> Tensor:
         """The numbers of a stream, in the dtype in which the newest came."""
         return dequantised(*self.stored(name, ahead), self.dtype)
 
 
-def _scale(name: str) -> str:
+def scale_name(name: str) -> str:
+    """The rows that hold the scales of the stream called ``name``."""
     return f"{name} scale"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -12,17 +12,17 @@ from torch import Tensor
 from better_attention.errors import check_int, describe
 from better_attention.tensors import floating_dtype
 
+from .given import checked_length, named
 from .int8 import Int8Rows
 from .rows import Rows
-
-SHOWN = "shown"
-"""The rows that say which tokens are none of padding, (B, S), bool; there only once some are padding."""
+from .streams import SHOWN
 
 
 class CachedLayer(Protocol):
     """What a cache has to know of its layer."""
 
     window: int | None
+    head_dim: int
 
     @property
     def heads_here(self) -> int:
@@ -78,16 +78,11 @@ class KVCache:
         device: torch.device | str | None = None,
         rewind_room: int = 0,
     ) -> None:
-        names = getattr(layer, "cache_streams", None)
-        if not isinstance(names, tuple):
-            raise TypeError(
-                f"layer must be a better_attention.MultiheadAttention, received {type(layer).__name__}. For all layers "
-                "of a model use better_attention.ModelCache(model, batch_size)."
-            )
+        names = _streams(layer)
         self.batch_size = check_int(batch_size, "batch_size")
         self.max_len = None if max_len is None else check_int(max_len, "max_len")
         self.dtype = dtype if dtype in (None, torch.int8) else floating_dtype(dtype, "dtype")
-        self.device = None if device is None else torch.device(device)
+        self.device = None if device is None else _device(device)
         room = check_int(rewind_room, "rewind_room", at_least=0)
         self.streams, self.window = names, layer.window
         self._layer: weakref.ref[Any] | None = weakref.ref(layer)
@@ -97,8 +92,12 @@ class KVCache:
         self.length = 0
 
     @classmethod
-    def of(cls, layer: CachedLayer, tensors: Sequence[Tensor]) -> KVCache:
-        """A cache that holds ``tensors``, as :attr:`tensors` gave them: the way through ``torch.export``.
+    def of(cls, layer: CachedLayer, tensors: Sequence[Tensor], *, length: int | None = None) -> KVCache:
+        """A cache that holds ``tensors``, as :attr:`tensors` gave them: the way to files and through ``torch.export``.
+
+        Codes of int8 and padding come along with the tensors. They are never written to: the first new token copies
+        them into new memory, which then grows as with ``max_len=None``. Until then they are read where they
+        are: nobody else should write to them, and the cache that they are views of should take no token.
 
         A program takes tensors and returns tensors; inside, a cache is made of them, used, and taken apart again:
 
@@ -118,27 +117,33 @@ class KVCache:
 
         Args:
             layer: the layer.
-            tensors: one (B, S, D) for each of the layer's streams, in their order.
+            tensors: as :attr:`tensors` gives them.
+            length: number of tokens seen. It is needed where the layer has a window, of which ``tensors`` hold the last
+                tokens alone; without a window it is S. A program that is compiled or exported takes it as an
+                argument of its own, a whole number of dynamic size, and does not compare it with S.
 
         Raises:
-            ValueError: another number of tensors, or tensors of different lengths.
+            TypeError: no layer that can be cached, no tensors, or a dtype that no cache has.
+            ValueError: another number of tensors, or another width, than the layer's; tensors of different batch
+                sizes, lengths, dtypes or devices; a length that is missing or does not go with them.
         """
-        tensors = tuple(tensors)
-        sizes = [tuple(x.shape[:2]) for x in tensors]
-        if len(tensors) != len(layer.cache_streams) or any(size != sizes[0] for size in sizes):
-            raise ValueError(
-                f"tensors must be {len(layer.cache_streams)} of one batch size and length, for "
-                f"{' and '.join(layer.cache_streams)}; received {', '.join(map(describe, tensors)) or 'none'}."
-            )
-        cache = cls(layer, max(1, int(sizes[0][0])))
-        cache._rows.tensors = dict(zip(cache.streams, tensors, strict=True))
-        cache._rows.last = cache.length = sizes[0][1]
+        stored = named(_streams(layer), layer.heads_here, layer.heads_here * layer.head_dim, tensors)
+        B, S = tensors[0].shape[:2]
+        cache = cls(layer, int(B), dtype=torch.int8 if tensors[0].dtype == torch.int8 else None)
+        cache._rows.borrow(stored, S)
+        cache.length = checked_length(length, S, layer.window)
         return cache
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """What is remembered, one (B, S, D) for each stream, in their order; views."""
-        return tuple(self._rows.read(name) for name in self.streams) if self._rows.tensors else ()
+        """What is remembered, as it is stored; views.
+
+        One (B, S, D) for each stream, in their order. Of an int8 cache these are codes, and behind them comes a
+        (B, S, N) for each, the scales of the N heads in float32. Last, where tokens are padding, a (B, S) in bool, True
+        for those that are not. Together with :attr:`length` it is all that :meth:`of` needs.
+        """
+        names = (*self._rows.names(self.streams), SHOWN)
+        return tuple(self._rows.used(name) for name in names if name in self._rows.tensors)
 
     @property
     def kept(self) -> int:
@@ -185,6 +190,21 @@ class KVCache:
         assert self.window is not None  # noqa: S101 - for the type checker
         return self.kept if self.kept == self.length else max(0, self.kept - (self.window - 1))
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> KVCache:
+        """A branch; of the layer's copy where that was made before, as in ``copy.deepcopy((model, cache))``."""
+        other = self.branch()
+        layer = None if self._layer is None else self._layer()
+        if id(layer) in memo:
+            other._layer = weakref.ref(memo[id(layer)])
+        return other
+
+    def __getstate__(self) -> NoReturn:
+        raise TypeError(
+            "a KVCache belongs to its layer and cannot be saved by itself. Save cache.tensors and cache.length, and "
+            "make a cache of them again by better_attention.KVCache.of(layer, tensors, length=length). In memory "
+            "cache.branch() copies it."
+        )
+
     def branch(self) -> KVCache:
         """A copy with memory of its own, to continue the same beginning in another way.
 
@@ -209,9 +229,8 @@ class KVCache:
         if not isinstance(index, Tensor) or index.dim() != 1 or index.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"index must be a tensor (batch,) of int64 or int32, received {describe(index)}.")
         if len(index) == 0 or bool((index < 0).any()) or bool((index >= self.batch_size).any()):
-            raise ValueError(
-                f"index must name samples 0 ... {self.batch_size - 1} of the batch, received {index.tolist()}."
-            )
+            samples = "sample 0, the only one" if self.batch_size == 1 else f"samples 0 ... {self.batch_size - 1}"
+            raise ValueError(f"index must name {samples} of the batch, received {index.tolist()}.")
         self._rows.select(index)
         self.batch_size = len(index)
 
@@ -250,7 +269,7 @@ class KVCache:
         """``new`` (B, L, D) behind what is remembered; :meth:`commit` makes it last.
 
         Raises:
-            ValueError: another device; or a tensor that requires a gradient, which memory does not carry.
+            ValueError: another device or width; or a tensor that requires a gradient, which memory does not carry.
             TypeError: another dtype.
         """
         if torch.is_grad_enabled() and new.requires_grad:
@@ -264,9 +283,15 @@ class KVCache:
         if device is not None and new.device != device:
             raise ValueError(f"this cache is on {device}, its layer's {name} is on {new.device}. Make a new cache.")
         if torch.int8 not in (dtype, self.dtype) and dtype is not None and new.dtype != dtype:
+            lost = f", which begins without the {self.length} tokens of this one" if self.length else ""
             raise TypeError(
-                f"this cache is {dtype}, its layer's {name} is {new.dtype}. Make a cache with dtype={new.dtype}, or "
-                "call the layer as it was called before (under autocast, or not)."
+                f"this cache is {dtype}, its layer's {name} is {new.dtype}. Make a cache with dtype={new.dtype}{lost}, "
+                "or call the layer as it was called before (under autocast, or not)."
+            )
+        if held is not None and held.shape[2] != new.shape[2]:
+            raise ValueError(
+                f"this cache's rows are {held.shape[2]} wide, its layer's {name} is {new.shape[2]} wide. Make a new "
+                "cache."
             )
         self._rows.write(name, new)
 
@@ -278,14 +303,14 @@ class KVCache:
         """The same as it is stored: the numbers and None, or codes in int8 and scales (B, S + L, N); views."""
         return self._rows.stored(name, L)
 
-    def reserve(self, L: int, dtype: torch.dtype) -> bool:
+    def reserve(self, L: int, dtype: torch.dtype, width: int) -> bool:
         """Room behind what is remembered for ``L`` tokens, which the caller writes where :meth:`stored` shows them.
 
         Returns:
-            Whether there is something already that stands for numbers of type ``dtype``; else nothing was done, and
-            :meth:`write` is the way.
+            Whether there are already rows of that width that stand for numbers of type ``dtype``; else nothing was
+            done, and :meth:`write` is the way.
         """
-        if not self._rows.holds(self.streams, dtype):
+        if not self._rows.holds(self.streams, dtype, width):
             return False
         self._rows.reserve(L)
         return True
@@ -307,6 +332,16 @@ class KVCache:
         self._rows.write(SHOWN, shown_BL)
         return self._rows.used(SHOWN, L)
 
+    @property
+    def is_allocated(self) -> bool:
+        """Whether it has memory yet, and with it a dtype and a device."""
+        return bool(self._rows.tensors)
+
+    def release(self) -> None:
+        """Forget everything, the memory and its dtype too."""
+        self.reset()
+        self._rows.tensors = {}
+
     def commit(self, L: int) -> None:
         """The ``L`` tokens that were written are remembered from now on."""
         self._rows.commit(L)
@@ -317,3 +352,31 @@ class KVCache:
             f"KVCache({', '.join(self.streams)}: {self.batch_size} sequences, {self.length} tokens"
             f"{'' if self.max_len is None else f' of {self.max_len}'}, {self.nbytes / 2**20:.1f} MiB)"
         )
+
+
+def _streams(layer: CachedLayer) -> tuple[str, ...]:
+    """What a cache of the layer holds.
+
+    Raises:
+        TypeError: no layer that can be cached.
+    """
+    names = getattr(layer, "cache_streams", None)
+    if not isinstance(names, tuple):
+        raise TypeError(
+            f"layer must be a better_attention.MultiheadAttention, received {type(layer).__name__}. For all layers "
+            "of a model use better_attention.ModelCache(model, batch_size)."
+        )
+    return names
+
+
+def _device(value: torch.device | str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        TypeError, ValueError: nothing that names one.
+    """
+    try:
+        return torch.device(value)
+    except (TypeError, RuntimeError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"device must be a device such as 'cpu' or 'cuda:0', received {describe(value)}.") from None

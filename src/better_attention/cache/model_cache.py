@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -115,6 +116,19 @@ class ModelCache:
             cache.check_rewind(tokens)  # all of them first, so that an error leaves every layer as it was
         for cache in self:
             cache.rewind(tokens)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ModelCache:
+        """A branch; where the model was copied before, in ``copy.deepcopy((model, cache))``, for the copy's layers."""
+        other: ModelCache = object.__new__(type(self))
+        other._caches = {memo.get(id(x), x): copy.deepcopy(cache, memo) for x, cache in self._caches.items()}
+        return other
+
+    def __getstate__(self) -> NoReturn:
+        raise TypeError(
+            "a ModelCache belongs to its model and cannot be saved by itself. Save tensors and length of the KVCache "
+            "of each layer, and make caches of them again by KVCache.of(layer, tensors, length=length); "
+            "in memory cache.branch() copies it."
+        )
 
     def branch(self) -> ModelCache:
         """A copy with memory of its own."""

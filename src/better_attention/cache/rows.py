@@ -30,6 +30,8 @@ class Rows:
         self.replaced: frozenset[str] = frozenset()
         """Tensors that hold, since the last commit, just what is in use and what was written."""
         self.first = self.last = 0
+        self.lent = False
+        """Whether the tensors are the caller's, who may go on reading them: nothing is written into these."""
 
     @property
     def count(self) -> int:
@@ -56,6 +58,14 @@ class Rows:
         """The rows in use as numbers; here what is stored."""
         return self.used(name, ahead)
 
+    def names(self, streams: tuple[str, ...]) -> tuple[str, ...]:
+        """The tensors that hold those streams; here they are the streams."""
+        return streams
+
+    def borrow(self, tensors: dict[str, Tensor], count: int) -> None:
+        """Read the caller's tensors, all rows of which are in use, until the next ones are written."""
+        self.tensors, self.last, self.lent = tensors, count, True
+
     def stored(self, name: str, ahead: int = 0) -> tuple[Tensor, Tensor | None]:
         """The rows in use as they are stored, and the scales of their heads where they are codes; views."""
         return self.used(name, ahead), None
@@ -73,18 +83,21 @@ class Rows:
             # As long as the tensors that are there: what is wanted beyond them would double with each one.
             rows = self.capacity if self.capacity >= self.last + L else self._wanted(L)
             held = self.hold(name, self._allocate(new, rows))
-        elif self.last + L > held.shape[1]:
+        elif self._is_unfit(L):
             self._make_room(L)
             held = self.tensors[name]
         held[:, self.last : self.last + L] = new
 
-    def holds(self, names: Sequence[str], dtype: torch.dtype) -> bool:
-        """Whether there are rows of all these tensors, and they stand for numbers of that type."""
-        return all(name in self.tensors and self.tensors[name].dtype == dtype for name in names)
+    def holds(self, names: Sequence[str], dtype: torch.dtype, width: int) -> bool:
+        """Whether there are rows of all these tensors, of that width, and they stand for numbers of that type."""
+        tensors = self.tensors
+        return all(
+            name in tensors and tensors[name].dtype == dtype and tensors[name].shape[2] == width for name in names
+        )
 
     def reserve(self, L: int) -> None:
         """Room for ``L`` rows behind those in use, for :meth:`stored` to show and others to write."""
-        if self.last + L > self.capacity:
+        if self._is_unfit(L):
             self._make_room(L)
 
     def commit(self, L: int) -> None:
@@ -101,11 +114,13 @@ class Rows:
     def select(self, index_B: Tensor) -> None:
         """Samples ``index_B`` of the batch, in that order, in new memory."""
         self.tensors = {name: x.index_select(0, index_B) for name, x in self.tensors.items()}
+        self.lent = False
 
     def branch(self) -> Rows:
         """The same with memory of its own."""
         other = copy.copy(self)
         other.tensors = {name: x.clone() for name, x in self.tensors.items()}
+        other.lent = False
         return other
 
     def hold(self, name: str, x: Tensor) -> Tensor:
@@ -122,16 +137,24 @@ class Rows:
         """Rows in use that no later query looks at."""
         return 0 if self.window is None else max(0, self.count - (self.window - 1 + self.extra))
 
+    def _is_unfit(self, L: int) -> bool:
+        """Whether ``L`` rows do not fit behind those in use, or would in memory that is not ours or far too much."""
+        if self.lent or self.last + L > self.capacity:
+            return True
+        # After many rows at once a window needs less. The full size first, since it is the same in every step.
+        return self.window is not None and self.capacity > self._full(self.window) and self.capacity > self._wanted(L)
+
+    def _full(self, window: int) -> int:
+        """Rows beyond which a window does not grow for a few new ones: it, what may be dropped, and room to slide."""
+        return window + self.extra + SPARE
+
     def _wanted(self, L: int) -> int:
         """Rows to allocate where ``L`` are to be added."""
-        if self.limit is not None and self.window is None:
-            return self.limit
-        if self.window is not None:
-            # The window, what may be dropped again, the new ones, and room to slide.
-            least = min(self.count, self.window + self.extra) + L
-            room = max(self.window + self.extra + SPARE, least)
-            return room if self.limit is None else min(max(self.limit, least), room)
-        return max(self.last + L, 2 * self.capacity, 64)
+        if self.window is None:
+            return max(self.last + L, 2 * self.capacity, 64) if self.limit is None else self.limit
+        # Without a limit a large window is not allocated before it is filled.
+        most = max(2 * self.capacity, 2 * SPARE) if self.limit is None else self.limit
+        return max(self.count - self._dropped() + L, min(most, self._full(self.window)))
 
     def _allocate(self, like: Tensor, rows: int) -> Tensor:
         sizes = (like.shape[0], rows, *like.shape[2:])
@@ -142,11 +165,11 @@ class Rows:
             return torch.empty(sizes, dtype=like.dtype, device=like.device)
 
     def _make_room(self, L: int) -> None:
-        """Room for ``L`` rows behind those in use: by sliding where there is a window, else by growing."""
+        """Room for ``L`` rows behind those in use: by sliding in a window's full memory, else in new memory."""
         if self.window is not None:
             self.first += self._dropped()
             keep = self.count
-            if keep + L <= self.capacity:
+            if not self.lent and self.capacity == self._wanted(L):
                 for x in self.tensors.values():
                     _move_down(x, self.first, keep)
                 self.first, self.last = 0, keep
@@ -154,7 +177,7 @@ class Rows:
         rows = self._wanted(L)
         for name, x in self.tensors.items():
             self.hold(name, self._allocate(x, rows))[:, : self.count] = x[:, self.first : self.last]
-        self.first, self.last = 0, self.count
+        self.first, self.last, self.lent = 0, self.count, False
 
 
 def _move_down(x: Tensor, start: int, count: int) -> None:

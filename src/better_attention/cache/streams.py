@@ -6,6 +6,9 @@ from better_attention.mechanism import Mechanism
 
 KEY, VALUE, SOURCE = "key", "value", "source"
 
+SHOWN = "shown"
+"""The rows that say which tokens are none of padding, (B, S), bool; there only once some are padding."""
+
 
 def streams(mechanism: Mechanism, *, window: bool = False) -> tuple[str, ...]:
     """The names of the tensors (B, S, D) that a cache of such a layer holds.

@@ -40,6 +40,18 @@ def attend(layer: MultiheadAttention, given: Arguments, cache: KVCache) -> tuple
     _refuse(layer, given, cache)
     if (output := step.attend(layer, given, cache)) is not None:
         return output, None
+    if torch.compiler.is_compiling() or cache.is_allocated:
+        return _in_parts(layer, given, cache)
+    try:
+        return _in_parts(layer, given, cache)
+    except BaseException:
+        # What the call has allocated would prescribe the dtype and the device of later ones.
+        cache.release()
+        raise
+
+
+def _in_parts(layer: MultiheadAttention, given: Arguments, cache: KVCache) -> tuple[Tensor, Tensor | None]:
+    """The same by separate operators."""
     x = read(layer, given._replace(attn_mask=None, is_causal=False))
     L, first = x.query_BLD.shape[1], cache.length
     cache.check(layer, x.query_BLD)

@@ -44,7 +44,7 @@ def attend(layer: MultiheadAttention, given: Arguments, cache: KVCache) -> Tenso
     x_BLD, maps = given.query, [p for named in parameters for p in (named.get("weight"), named.get("bias"))]
     cache.check(layer, x_BLD)
     B, L, D = x_BLD.shape
-    if not are_plain(x_BLD, *maps) or not cache.reserve(L, x_BLD.dtype):
+    if not are_plain(x_BLD, *maps) or not cache.reserve(L, x_BLD.dtype, D):
         return None
     c = structs.Step()
     shown_BS = cache.show(None, L)
