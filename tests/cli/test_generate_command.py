@@ -130,10 +130,17 @@ def test_a_model_that_can_read_no_more_says_so(runs: Path, capsys: pytest.Captur
         (["--prompt", ""], "--prompt '' is empty"),
         (["--prompt", "Xéa"], r"no token for 'X' (U+0058), 'é' (U+00E9)"),
         (["--prompt", "a", "--greedy", "--top-k", "3", "--min-p", "0.1"], "whatever --top-k, --min-p says"),
-        (["--prompt", "a", "--temperature", "-1"], "temperature must be"),
-        (["--prompt", "a", "--top-p", "0"], "top_p must be above 0"),
+        (["--prompt", "a", "--temperature", "-1"], "--temperature must be"),
+        (
+            ["--prompt", "a", "--top-p", "0"],
+            "--top-p must be above 0, received 0: no token would be left. For the likeliest, --top-k 1.",
+        ),
+        (
+            ["--prompt", "a", "--temperature", "0", "--top-k", "3"],
+            "--temperature 0 takes the likeliest token always, whatever --top-k says",
+        ),
         (["--prompt", "a", "--stop", ""], "a stop string is empty"),
-        (["--prompt-file", "nowhere.txt"], "nowhere.txt"),
+        (["--prompt-file", "nowhere.txt"], "--prompt-file nowhere.txt does not exist: name a text file"),
     ],
 )
 def test_what_cannot_be_done(
@@ -147,8 +154,9 @@ def test_files_that_are_no_prompts(efficient: str, tmp_path: Path, capsys: pytes
     assert "line 2 is empty" in refused(capsys, efficient, "--prompt-file", tmp_path / "gap")
     (tmp_path / "latin").write_bytes(b"caf\xe9\n")
     assert "is not UTF-8 text" in refused(capsys, efficient, "--prompt-file", tmp_path / "latin")
-    (tmp_path / "empty").write_bytes(b"")
-    assert "line 1 is empty" in refused(capsys, efficient, "--prompt-file", tmp_path / "empty")
+    for nothing in (b"", b"\n", b"\r\n\r\n"):
+        (tmp_path / "empty").write_bytes(nothing)
+        assert "empty holds no prompt: write one" in refused(capsys, efficient, "--prompt-file", tmp_path / "empty")
 
 
 def test_a_prompt_that_is_too_long(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -120,8 +121,14 @@ def _lines(path: Path) -> list[str]:
 
     try:
         text = read_regular(path).decode("utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(
+            f"--prompt-file {path} does not exist: name a text file with one prompt in each line."
+        ) from None
     except UnicodeDecodeError as error:
         raise UserError(f"--prompt-file {path} is not UTF-8 text ({error}). Convert it first.") from None
+    if not text.strip("\r\n"):
+        raise UserError(f"--prompt-file {path} holds no prompt: write one in each line.")
     # splitlines() would also cut at other separators, such as U+2028, within a prompt.
     lines = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
     empty = [number for number, line in enumerate(lines, start=1) if not line]
@@ -134,18 +141,29 @@ def settings_of(args: argparse.Namespace) -> Settings:
     """How the text is to be continued.
 
     Raises:
-        UserError: greedy decoding with options that it does not heed.
-        ValueError: a number out of range.
+        UserError: greedy decoding with options that it does not heed, or a number out of range.
+        ValueError: an empty stop string.
     """
     from better_attention.lab.generation.sampling import Sampling
     from better_attention.lab.generation.writer import Settings
 
     given = {name: value for name in RESTRICTIONS if (value := getattr(args, name)) is not None}
-    if args.greedy and given:
-        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise UserError(f"--greedy takes the likeliest token always, whatever {options} says: leave out one of them.")
-    sampling = Sampling(temperature=0.0) if args.greedy else Sampling(**given)
+    greedy, unheeded = ("--greedy", {*given}) if args.greedy else ("--temperature 0", {*given} - {"temperature"})
+    if (args.greedy or args.temperature == 0) and unheeded:
+        options = ", ".join(_option(name) for name in RESTRICTIONS if name in unheeded)
+        raise UserError(f"{greedy} takes the likeliest token always, whatever {options} says: leave out one of them.")
+    try:
+        sampling = Sampling(temperature=0.0) if args.greedy else Sampling(**given)
+    except ValueError as error:
+        # It names arguments, "top_k=1", where the command has options, "--top-k 1".
+        argument = re.compile(rf"\b({'|'.join(RESTRICTIONS)})(=?)")
+        named = argument.sub(lambda found: _option(found[1]) + (" " if found[2] else ""), str(error))
+        raise UserError(named) from None
     return Settings(sampling, max_tokens=args.max_tokens, stop=tuple(args.stop), seed=args.seed)
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def language_model(path: Path) -> tuple[LanguageModel, Tokeniser]:

@@ -135,6 +135,30 @@ def test_nothing_to_continue(prompts: list[list[int]]) -> None:
         Decoder(build(), prompts, GREEDY)
 
 
+@pytest.mark.parametrize("token", [11, -1])
+def test_a_token_that_the_model_does_not_know(token: int) -> None:
+    with pytest.raises(ValueError, match=f"token {token} is unknown .* vocabulary is the 11 tokens from 0 to 10. Enc"):
+        Decoder(build(), [[1, 2], [3, token]], GREEDY)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(), Sampling(top_k=3, top_p=0.9, min_p=0.1)])
+@pytest.mark.parametrize(("value", "name"), [(float("nan"), "NaN"), (float("inf"), "NaN|infinite")])
+def test_logits_of_which_no_token_can_be_chosen(sampling: Sampling, value: float, name: str) -> None:
+    model = build()
+    decoder = Decoder(model, PROMPTS, sampling)
+    decoder.step()
+    decoder.end([0])
+    model.tokens.weight[7] = value  # an output row as well
+    with pytest.raises(ValueError, match=f"sequence 1: the model's logits are ({name}), so that no token can be cho"):
+        decoder.step()
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling()])
+def test_where_every_token_is_excluded(sampling: Sampling) -> None:
+    with pytest.raises(ValueError, match=r"sequence 0: every token is excluded.* Exclude fewer"):
+        Decoder(build(), PROMPTS, sampling, never=range(11)).step()
+
+
 def test_a_prompt_that_is_too_long() -> None:
     with pytest.raises(ValueError, match="a prompt has 25 tokens, and this model reads at most 24"):
         Decoder(build("super"), [[1] * 25], GREEDY)

@@ -151,6 +151,25 @@ def test_what_cannot_be_continued_is_refused_before_anything_is_written(prompts:
 
 
 @pytest.mark.parametrize(
+    ("positions", "window", "message"),
+    [
+        ("rotary", None, r"train a model with a window\."),
+        ("learned", None, r"train a model with rotary positions or ALiBi instead of learned ones and with a window\."),
+        ("learned", 4, r"train a model with rotary positions or ALiBi instead of learned ones\."),
+    ],
+)
+def test_a_long_prompt_names_what_bounds_this_model(positions: str, window: int | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        write(build("super", positions=positions, window=window), TOKENISER, ["a" * 41], Settings())
+
+
+@pytest.mark.parametrize("stop", ["ab", None, ("a", 3)])
+def test_stop_strings_come_in_a_tuple(stop: Any) -> None:
+    with pytest.raises(TypeError, match=r"stop must be a tuple of texts, such as \('\.',\); received"):
+        Settings(stop=stop)
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [({"max_tokens": 0}, "max_tokens"), ({"seed": -1}, "seed"), ({"stop": ("a", "")}, "a stop string is empty")],
 )

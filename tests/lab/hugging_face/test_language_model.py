@@ -139,6 +139,131 @@ def test_another_cache_or_mask_is_refused(hf: Any) -> None:
         hf.GenerationCache().update(x, x, 0)
 
 
+@pytest.mark.parametrize(
+    ("read", "message"),
+    [
+        (torch.zeros(2, 0), r"no token to read: received shape \(2, 0\)"),
+        (torch.tensor([[1, 17]]), "token 17 is unknown to this model, whose vocabulary is the 17 tokens from 0 to 16"),
+        (torch.tensor([[1, -3]]), "token -3 is unknown"),
+    ],
+)
+def test_what_is_no_prompt_is_refused(hf: Any, read: Tensor, message: str) -> None:
+    model = build(hf)
+    with pytest.raises(ValueError, match=message):
+        model.generate(read, max_new_tokens=2)
+    with pytest.raises(ValueError, match=message):
+        model(input_ids=read)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"do_sample": True},
+        {"do_sample": True, "top_k": 3, "top_p": 0.9},
+        {"num_beams": 3},
+        {"prompt_lookup_num_tokens": 3},
+    ],
+)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_of_which_no_token_can_be_chosen(hf: Any, options: dict[str, Any], value: float) -> None:
+    model = build(hf).requires_grad_(False)
+    model.model.tokens.weight[7] = value  # an output row as well
+    with pytest.raises(ValueError, match=r"the model's logits are (NaN|infinite), so that no token can be chosen"):
+        model.generate(torch.tensor([[1, 2, 3, 1, 2]]), max_new_tokens=5, **options)
+
+
+def test_the_callers_own_processors_are_called_too(hf: Any) -> None:
+    model, x = build(hf), tokens()
+
+    def only_nine(ids: Tensor, scores: Tensor) -> Tensor:
+        return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([9]), 0.0)
+
+    assert (model.generate(x, max_new_tokens=3, logits_processor=[only_nine])[:, 5:] == 9).all()
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("drafted", [1, 3, 10])
+@pytest.mark.parametrize(("mechanism", "window"), [("standard", None), ("standard", 4), ("efficient", 4), ("super", 4)])
+def test_drafts_from_the_prompt(hf: Any, mechanism: str, window: int | None, drafted: int, own: bool) -> None:
+    """Also in a cache that the caller made, which is still empty."""
+    model, x = build(hf, mechanism, window=window), torch.tensor([[1, 2, 3, 4, 1, 2, 3, 4, 1, 2]])
+    cache = {"cache": hf.GenerationCache()} if own else {}
+    found = model.generate(x, max_new_tokens=50, do_sample=False, prompt_lookup_num_tokens=drafted, **cache)
+    assert torch.equal(found, model.generate(x, max_new_tokens=50, do_sample=False, use_cache=False))
+
+
+def test_a_full_window_without_room_for_drafts(hf: Any) -> None:
+    model, x = build(hf, window=4), tokens(1)
+    first = model.generate(x, max_new_tokens=6, return_dict_in_generate=True)
+    with pytest.raises(ValueError, match=r"drafts of 3 tokens need as many. Begin with GenerationCache\(rewind_room=3"):
+        model.generate(first.sequences, max_new_tokens=6, cache=first.cache, prompt_lookup_num_tokens=3)
+
+
+# --- the keywords of forward ------------------------------------------------------------------------------------------
+
+
+def test_a_cache_by_its_earlier_name(hf: Any) -> None:
+    model, x = build(hf).requires_grad_(False), tokens()
+    cache = hf.GenerationCache()
+    model(x[:, :4], past_key_values=cache)
+    torch.testing.assert_close(model(x[:, 4:], past_key_values=cache).logits, model(x).logits[:, 4:])
+    with pytest.raises(ValueError, match="past_key_values is the earlier name of cache, and both were given"):
+        model(x, cache=cache, past_key_values=cache)
+    for other in (hosts.transformers().DynamicCache(), ((x, x),)):
+        with pytest.raises(TypeError, match="cache must be a GenerationCache"):
+            model(x, past_key_values=other)
+        with pytest.raises(TypeError, match="cache must be a GenerationCache"):
+            model.generate(x, max_new_tokens=2, cache=other)
+
+
+def test_unknown_keywords_are_refused(hf: Any) -> None:
+    model, x = build(hf), tokens()
+    with pytest.raises(TypeError, match=r"takes no atention_mask. It takes input_ids, attention_mask, "):
+        model(x, atention_mask=torch.ones(2, 5))
+    with pytest.raises(ValueError, match="reads tokens alone: leave inputs_embeds out"):
+        model(x, inputs_embeds=torch.ones(2, 5, WIDTH))
+    nothing = {"output_attentions": None, "output_hidden_states": False, "inputs_embeds": None}
+    assert torch.equal(model(x, num_items_in_batch=3, **nothing).logits, model(x).logits)
+
+
+def test_a_tuple_instead_of_names(hf: Any) -> None:
+    model, x = build(hf).requires_grad_(False), tokens()
+    loss, logits, cache = model(x, labels=x, use_cache=True, return_dict=False)
+    named = model(x, labels=x)
+    assert torch.equal(loss, named.loss)
+    assert torch.equal(logits, named.logits)
+    assert isinstance(cache, hf.GenerationCache)
+    model.config.return_dict = False
+    assert isinstance(model(x), tuple)
+    assert model(x, return_dict=True).loss is None
+    assert model.generate(x, max_new_tokens=2).shape == (2, 7)
+
+
+def test_logits_of_chosen_tokens(hf: Any) -> None:
+    model, x = build(hf), tokens()
+    whole = model(x).logits
+    torch.testing.assert_close(model(x, logits_to_keep=torch.tensor([4, 0])).logits, whole[:, [4, 0]])
+    torch.testing.assert_close(model(x, logits_to_keep=torch.tensor([[4], [0]])).logits, whole[[0, 1], [4, 0]][:, None])
+    torch.testing.assert_close(model(x, logits_to_keep=2).logits, whole[:, -2:])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tie_word_embeddings": False}, "tie_word_embeddings must be True, received False"),
+        ({"vocab_size": 0}, "vocab_size must be >= 1, received 0"),
+    ],
+)
+def test_what_no_model_can_be_built_from(hf: Any, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        hf.LanguageModelConfig(**changes)
+    config = hf.LanguageModelConfig(vocab_size=VOCABULARY)
+    vars(config).update(changes)
+    with pytest.raises(ValueError, match=message):
+        hf.LanguageModelForCausalLM(config)
+
+
 # --- saving and loading -----------------------------------------------------------------------------------------------
 
 

@@ -227,10 +227,56 @@ def test_numbers_of_tokens_behind_a_cache_have_to_be_given_where_there_is_paddin
         model(x, positions_BL=torch.arange(8, 12).expand(3, -1), cache=cache)
 
 
-def test_logits_of_the_last_tokens_alone() -> None:
+def test_logits_of_some_tokens_alone() -> None:
     model, x = build("efficient"), tokens()
-    torch.testing.assert_close(model(x, last=3), model(x)[:, -3:])
-    torch.testing.assert_close(model(x, last=100), model(x))
+    whole = model(x)
+    torch.testing.assert_close(model(x, last=3), whole[:, -3:])
+    torch.testing.assert_close(model(x, last=100), whole)
+    torch.testing.assert_close(model(x, last=torch.tensor([5, 2])), whole[:, [5, 2]])
+    places = torch.tensor([[0, 3], [10, 1], [4, 4]])
+    torch.testing.assert_close(model(x, last=places), torch.stack([whole[n, row] for n, row in enumerate(places)]))
+    torch.testing.assert_close(model(x, last=x > 3), whole[x > 3])
+    with pytest.raises(ValueError, match="last must be >= 1, received 0"):
+        model(x, last=0)
+
+
+@pytest.mark.parametrize(
+    ("read", "kind", "message"),
+    [
+        (torch.zeros(3, 0), ValueError, r"no token to read: received shape \(3, 0\), expected .* Begin with one token"),
+        (
+            torch.zeros(3, dtype=torch.int64),
+            ValueError,
+            r"tokens must have the shape \(batch, tokens\), received a int64",
+        ),
+        (torch.zeros(1, 2), TypeError, r"tokens must be whole numbers, .* received a float32 tensor of shape \(1, 2\)"),
+        ([[1, 2]], TypeError, r"tokens must be a tensor .* received \[\[1, 2\]\] \(list\)"),
+        (
+            torch.tensor([[1, 7]]),
+            ValueError,
+            "token 7 is unknown to this model, whose vocabulary is the 7 tokens from 0 ",
+        ),
+        (torch.tensor([[-1, 6]]), ValueError, "token -1 is unknown to this model"),
+    ],
+)
+def test_what_is_no_text_is_refused(read: Any, kind: type[Exception], message: str) -> None:
+    for cache in (None, ModelCache(model := build().requires_grad_(False), len(read))):
+        with pytest.raises(kind, match=message):
+            model(read, cache=cache)
+
+
+def test_what_is_no_cache_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"cache must be a better_attention.ModelCache, received 3 \(int\). Make one"):
+        build()(tokens(), cache=3)
+
+
+def test_it_is_compiled_whole_and_exported() -> None:
+    model, x = build("efficient", positions="learned").requires_grad_(False), tokens()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), model(x))
+    sizes_of = ({0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=LENGTH)},)
+    exported = torch.export.export(model, (x,), dynamic_shapes=sizes_of).module()
+    torch.testing.assert_close(exported(x[:2, :5]), model(x[:2, :5]))
 
 
 # --- size, initial weights, training ----------------------------------------------------------------------------------
@@ -312,6 +358,7 @@ def test_options_scale_and_dropout_arrive() -> None:
         ({"positions": "sine"}, "positions must be one of"),
         ({"width": 9}, "must be even"),
         ({"positions": "learned", "length": 0}, "length must be >= 1"),
+        ({"vocabulary": 0}, "vocabulary must be >= 1"),
     ],
 )
 def test_what_cannot_be_built(change: dict[str, Any], message: str) -> None:

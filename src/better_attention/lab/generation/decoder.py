@@ -16,6 +16,9 @@ from better_attention.cache.model_cache import ModelCache
 from better_attention.lab.generation.sampling import Sampling, pick
 from better_attention.lab.models.language_model import LanguageModel
 
+UNCHOSEN = -1
+"""In the place of a token where none can be chosen."""
+
 
 class Decoder:
     """Continues several sequences of tokens.
@@ -29,7 +32,8 @@ class Decoder:
         numbers: the n of each sequence; None: 0, 1, ...
 
     Raises:
-        ValueError: no prompt, an empty one, or one that is longer than the model reads.
+        ValueError: no prompt, an empty one, one that is longer than the model reads, or one with a token that the
+            vocabulary does not have.
     """
 
     def __init__(
@@ -49,6 +53,9 @@ class Decoder:
             raise ValueError(
                 f"a prompt has {max(lengths):,} tokens, and this model reads at most {model.longest:,}. Shorten it."
             )
+        # Here and not on the device, where a look at the numbers would have to wait for them.
+        for prompt in prompts:
+            model.check_prompts(torch.tensor([list(prompt)]))
         device = model.tokens.weight.device
         self.model, self.sampling = model, sampling
         self.rows = list(range(len(prompts)))
@@ -65,14 +72,20 @@ class Decoder:
         """One more token for each sequence that continues: its number in ``prompts`` -> the token.
 
         Raises:
-            ValueError: a sequence has more tokens than the model can read, see :attr:`full`.
+            ValueError: a sequence has more tokens than the model can read, see :attr:`full`; or the model's logits
+                leave no token to choose, as where one of them is NaN.
         """
         logits_BV = self._read().index_fill(1, self._never, -torch.inf)
         draws = [torch.rand((), dtype=torch.float64, generator=self._generators[n]) for n in self.rows]
         uniform_B = torch.stack(draws).to(logits_BV.device)
         tokens_B = pick(self.sampling.probabilities(logits_BV), uniform_B)
+        # A maximum is NaN where any number is, and -inf where no token is left. The mark travels with the tokens, so
+        # that a GPU is waited for once.
+        chosen = tokens_B.where(logits_BV.amax(dim=-1).isfinite(), UNCHOSEN).tolist()
+        if UNCHOSEN in chosen:
+            raise ValueError(_without_choice(self.rows[chosen.index(UNCHOSEN)], logits_BV[chosen.index(UNCHOSEN)]))
         self._unread_BL, self._lengths_B = tokens_B[:, None], self._lengths_B + 1
-        return dict(zip(self.rows, tokens_B.tolist(), strict=True))
+        return dict(zip(self.rows, chosen, strict=True))
 
     @property
     def full(self) -> list[int]:
@@ -114,6 +127,16 @@ class Decoder:
         )
         last_BV: Tensor = logits_B1V[:, -1]
         return last_BV
+
+
+def _without_choice(number: int, logits_V: Tensor) -> str:
+    if not logits_V.isnan().any() and logits_V.amax() < 0:  # -inf: what is excluded has it too
+        return f"sequence {number}: every token is excluded, or infinitely unlikely. Exclude fewer tokens (never)."
+    worst = "NaN" if logits_V.isnan().any() else "infinite"
+    return (
+        f"sequence {number}: the model's logits are {worst}, so that no token can be chosen. Its weights are damaged, "
+        "its training diverged, or a number is too large for its dtype: look at the weights, or compute in float32."
+    )
 
 
 def _generator(seed: int, number: int) -> torch.Generator:

@@ -46,7 +46,11 @@ class Sampling:
             raise ValueError("top_p must be above 0, received 0: no token would be left. For the likeliest, top_k=1.")
 
     def probabilities(self, logits_BV: Tensor) -> Tensor:
-        """Probability of each token to come next, (B, V), float64, from logits (B, V)."""
+        """Probability of each token to come next, (B, V), float64, from logits (B, V).
+
+        Rows whose largest logit is not finite have no such probabilities, and their numbers mean nothing: on a GPU to
+        look for them would be to wait. ``Decoder.step`` refuses them.
+        """
         logits_BV = logits_BV.double()
         if self.temperature == 0:
             return one_hot_of_likeliest(logits_BV)

@@ -6,7 +6,7 @@ import codecs
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from better_attention.errors import check_int
+from better_attention.errors import check_int, describe
 from better_attention.lab.data.tokenisers import Tokeniser
 from better_attention.lab.generation.decoder import Decoder
 from better_attention.lab.generation.sampling import Sampling
@@ -48,7 +48,7 @@ class Settings:
         seed: of the random numbers; prompt n draws those of (``seed``, n), whatever other prompts there are.
 
     Raises:
-        TypeError, ValueError: a number out of range, or an empty stop string.
+        TypeError, ValueError: a number out of range, a stop string that is empty or not in a tuple.
     """
 
     sampling: Sampling = field(default_factory=Sampling)
@@ -59,6 +59,9 @@ class Settings:
     def __post_init__(self) -> None:
         check_int(self.max_tokens, "max_tokens")
         check_int(self.seed, "seed", at_least=0)
+        # A text is a sequence of texts too: each of its letters would end what is written.
+        if not isinstance(self.stop, tuple | list) or not all(isinstance(one, str) for one in self.stop):
+            raise TypeError(f"stop must be a tuple of texts, such as ('.',); received {describe(self.stop)}.")
         if not all(self.stop):
             raise ValueError("a stop string is empty: it would end every text before its first character.")
 
@@ -112,7 +115,8 @@ def write(
         emit: called with each piece of text as soon as it is certain.
 
     Raises:
-        ValueError: an empty prompt, one with a character that the model does not know, or one that is too long.
+        ValueError: an empty prompt, one with a character that the model does not know, or one that is too long; logits
+            that leave no token to choose, see :meth:`Decoder.step`.
     """
     tokens = [_encoded(tokeniser, prompt, n) for n, prompt in enumerate(prompts)]
     _check_lengths(model, prompts, tokens)
@@ -179,5 +183,5 @@ def _check_lengths(model: LanguageModel, prompts: Sequence[str], tokens: Sequenc
         if model.longest is not None and len(one) > model.longest:
             raise ValueError(
                 f"prompt {number} has {len(one):,} tokens, and this model reads at most {model.longest:,}. Shorten it, "
-                "or train a model with a window or without learned positions."
+                f"or train a model {model.unbounded}."
             )

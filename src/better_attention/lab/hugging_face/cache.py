@@ -40,6 +40,20 @@ class GenerationCache(Cache):
             self.held = ModelCache(model, batch_size, rewind_room=self.rewind_room)
         return self.held
 
+    def make_room(self, tokens: int) -> None:
+        """Let :meth:`crop` take back that many tokens.
+
+        Raises:
+            ValueError: under a window, a cache that already holds tokens and keeps fewer.
+        """
+        if self.held is None:
+            self.rewind_room = max(self.rewind_room, tokens)
+        elif self.rewind_room < tokens and any(cache.window is not None for cache in self.held):
+            raise ValueError(
+                f"this cache can take back {self.rewind_room} tokens behind the window, and drafts of {tokens} tokens "
+                f"need as many. Begin with GenerationCache(rewind_room={tokens}), or without a cache."
+            )
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Number of tokens that have been seen, padding included."""
         return 0 if self.held is None else self.held.length

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from better_attention.errors import check_int
 from better_attention.lab.models.initialisation import gpt2_map_
 from better_attention.lab.models.language_model import RESIDUAL, LanguageBlock, LanguageModel
 from better_attention.layer.alignment import Alignment
@@ -20,10 +21,19 @@ from better_attention.layer.scale import LearnedScale
 from better_attention.layer.window import WindowAlignment
 
 from .cache import GenerationCache
+from .finite import FiniteLogits
 
 # After .cache, which says what to install where it is missing.
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel  # isort: skip
+from transformers import LogitsProcessorList  # isort: skip
 from transformers.modeling_outputs import CausalLMOutputWithPast  # isort: skip
+
+LOSS_OPTIONS = ("num_items_in_batch", "ignore_index", "shift_labels")
+"""What the loss of transformers takes besides the labels; Trainer passes the first one."""
+NOT_THERE = ("output_attentions", "output_hidden_states", "inputs_embeds")
+"""What hosts pass to every model as None or False, and what this one has not."""
+ASSISTED_ROOM = 256
+"""Tokens that a draft of another model may have, under a window: all of them may have to be taken back."""
 
 
 class LanguageModelConfig(PreTrainedConfig):
@@ -42,6 +52,10 @@ class LanguageModelConfig(PreTrainedConfig):
         window: each token sees the last ``window`` tokens; None: all before it.
         scale: factor on q.k: None for 1/sqrt(head width), a number, or ``"learned"``.
         dropout: on embeddings, attention weights, and after both halves of a block.
+        tie_word_embeddings: True; the token embeddings are the output map.
+
+    Raises:
+        ValueError: no vocabulary, or embeddings that are not tied.
     """
 
     model_type = "better_attention_lm"
@@ -64,6 +78,23 @@ class LanguageModelConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
 
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self.check()
+
+    def check(self) -> None:
+        """Refuse what no model can be built from and what this one does not heed; attributes can be set later.
+
+        Raises:
+            ValueError: see the class.
+        """
+        check_int(self.vocab_size, "vocab_size")
+        if not self.tie_word_embeddings:
+            raise ValueError(
+                f"tie_word_embeddings must be True, received {self.tie_word_embeddings!r}: the token embeddings are "
+                "the output map of this model, which has no other. Leave it out."
+            )
+
 
 class LanguageModelForCausalLM(PreTrainedModel, GenerationMixin):
     """:class:`~better_attention.lab.models.language_model.LanguageModel` as transformers' models are used.
@@ -82,6 +113,7 @@ class LanguageModelForCausalLM(PreTrainedModel, GenerationMixin):
     _no_split_modules = [LanguageBlock.__name__]  # noqa: RUF012 - as transformers declares it
 
     def __init__(self, config: LanguageModelConfig) -> None:
+        config.check()
         super().__init__(config)
         self.model = LanguageModel(
             vocabulary=config.vocab_size,
@@ -106,24 +138,31 @@ class LanguageModelForCausalLM(PreTrainedModel, GenerationMixin):
         cache: GenerationCache | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Tensor = 0,
+        return_dict: bool | None = None,
         **options: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Logits (B, L, V) of the token after each of ``input_ids``, and the loss where there are ``labels``.
 
         Args:
             input_ids: (B, L), the tokens behind those in the cache.
             attention_mask: (B, S), 0 where there is no token; of all tokens, those in the cache included.
             position_ids: (B, L) or (1, L), number of each token in its text; None: from ``attention_mask``.
-            cache: of a generation; None with ``use_cache``: a new one.
+            cache: of a generation; None with ``use_cache``: a new one. ``past_key_values``, its earlier name, is
+                taken too.
             labels: (B, L), the tokens themselves; -100 where no loss is wanted. They are shifted here.
             use_cache: return a cache.
-            logits_to_keep: how many of the last tokens get logits; 0: all.
-            options: what the loss takes, such as ``num_items_in_batch``.
+            logits_to_keep: how many of the last tokens get logits, 0: all; or the places of those that do, whole
+                numbers (n,) for all rows or (B, n), or bool (B, L), which gives (n, V).
+            return_dict: False: a tuple of what there is of loss, logits and cache; None: as the configuration says.
+            options: what the loss takes: ``num_items_in_batch``, ``ignore_index``, ``shift_labels``.
 
         Raises:
-            TypeError, ValueError: another cache, a mask of another shape, or attentions and hidden states as outputs.
+            TypeError: an unknown keyword, or another cache.
+            ValueError: no token, or one that the vocabulary does not have; a mask of another shape; attentions or
+                hidden states as outputs.
         """
+        cache = _earlier_name(options, cache)
         _refuse(options, attention_mask, cache)
         if cache is None and use_cache:
             cache = GenerationCache()
@@ -132,12 +171,41 @@ class LanguageModelForCausalLM(PreTrainedModel, GenerationMixin):
             padding_BL=_padding(attention_mask, input_ids.shape[1]),
             positions_BL=None if position_ids is None else position_ids.expand(input_ids.shape),
             cache=None if cache is None else cache.of(self.model, len(input_ids)),
-            last=logits_to_keep or None,
+            last=logits_to_keep if isinstance(logits_to_keep, Tensor) else logits_to_keep or None,
         )
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **options)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, cache=cache)
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, cache=cache)
+        as_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if as_dict else output.to_tuple()
+
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: Any = None,
+        logits_processor: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """``generate`` of transformers, with all of its arguments.
+
+        Args:
+            inputs: (B, L), the prompts; the same as ``input_ids``.
+            generation_config, logits_processor, args, kwargs: see transformers.
+
+        Raises:
+            ValueError: a prompt without a token, or with one that the vocabulary does not have; logits that are NaN or
+                infinite, on a GPU at the end.
+        """
+        prompts = kwargs.get("input_ids") if inputs is None else inputs
+        if isinstance(prompts, Tensor):
+            self.model.check_prompts(prompts)  # once a prompt, because a GPU has to be waited for
+        finite = FiniteLogits()
+        processors = LogitsProcessorList([finite, *(logits_processor or ())])
+        found = super().generate(inputs, generation_config, processors, *args, **kwargs)
+        finite.check()
+        return found
 
     def get_input_embeddings(self) -> nn.Embedding:
         """The token embeddings, which are the output map as well."""
@@ -160,7 +228,12 @@ class LanguageModelForCausalLM(PreTrainedModel, GenerationMixin):
             module.reset_parameters()
 
     def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: str,
+        batch_size: int,
+        max_cache_length: int,
     ) -> None:
         """Our cache instead of transformers' own, unless the caller brought one or wants none."""
         if generation_config.cache_implementation not in (None, "dynamic"):
@@ -168,9 +241,17 @@ class LanguageModelForCausalLM(PreTrainedModel, GenerationMixin):
                 f"cache_implementation={generation_config.cache_implementation!r} is one of transformers' own caches; "
                 "this model has another, which grows. Leave cache_implementation out."
             )
-        if model_kwargs.get("cache") is None and generation_config.use_cache is not False:
-            assistant = bool(getattr(generation_config, "is_assistant", False))
-            model_kwargs["cache"] = GenerationCache(rewind_room=1 if assistant else 0)
+        # Of a draft all tokens may have to be taken back, by the model that reads it and by the one that wrote it.
+        room = ASSISTED_ROOM if getattr(generation_config, "is_assistant", False) else 0
+        if generation_mode == "assisted_generation":
+            room = min(generation_config.prompt_lookup_num_tokens or ASSISTED_ROOM, max_cache_length)
+        cache = model_kwargs.get("cache")
+        if cache is not None:
+            _check_cache(cache)
+            cache.make_room(room)
+            cache._is_user_defined = True  # as transformers marks it
+        elif generation_config.use_cache is not False:
+            model_kwargs["cache"] = GenerationCache(rewind_room=room)
 
 
 def _padding(attention_mask: Tensor | None, L: int) -> Tensor | None:
@@ -181,16 +262,35 @@ def _padding(attention_mask: Tensor | None, L: int) -> Tensor | None:
     return padding_BL if bool(padding_BL.any()) else None
 
 
+def _earlier_name(options: dict[str, Any], cache: GenerationCache | None) -> GenerationCache | None:
+    """The cache, which may have come as ``past_key_values``: its name before transformers 5.24."""
+    earlier: GenerationCache | None = options.pop("past_key_values", None)
+    if earlier is not None and cache is not None:
+        raise ValueError("past_key_values is the earlier name of cache, and both were given: leave out the former.")
+    return cache if earlier is None else earlier
+
+
 def _refuse(options: dict[str, Any], attention_mask: Tensor | None, cache: object) -> None:
-    for name in ("output_attentions", "output_hidden_states", "inputs_embeds"):
-        if options.pop(name, None):
+    for name in NOT_THERE:
+        value = options.pop(name, None)
+        if value is not None and value is not False:
             raise ValueError(
                 f"this model returns no {name.removeprefix('output_')} and reads tokens alone: leave {name} out. For "
                 "the weights use better_attention.attention_maps(model, ...)."
             )
+    if unknown := [name for name in options if name not in LOSS_OPTIONS]:
+        raise TypeError(
+            f"this model takes no {', '.join(unknown)}. It takes input_ids, attention_mask, position_ids, cache, "
+            f"labels, use_cache, logits_to_keep, return_dict, and for the loss {', '.join(LOSS_OPTIONS)}."
+        )
     if attention_mask is not None and attention_mask.dim() != 2:
         raise ValueError(f"attention_mask must be (batch, tokens), received shape {tuple(attention_mask.shape)}.")
-    if cache is not None and not isinstance(cache, GenerationCache):
+    if cache is not None:
+        _check_cache(cache)
+
+
+def _check_cache(cache: object) -> None:
+    if not isinstance(cache, GenerationCache):
         raise TypeError(
             f"cache must be a GenerationCache (better_attention.lab.hugging_face.cache), received "
             f"{type(cache).__name__}. Leave it out, and generate() makes one."

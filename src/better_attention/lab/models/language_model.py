@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from better_attention.cache.model_cache import ModelCache
 from better_attention.costs import cost
 from better_attention.dropout import dropout
-from better_attention.errors import check_choice, check_int
+from better_attention.errors import check_choice, check_int, describe
 from better_attention.lab.models.causal_decoder import POSITIONS, position_options
 from better_attention.lab.models.initialisation import gpt2_
 from better_attention.layer.multihead import MultiheadAttention
@@ -98,7 +99,7 @@ class LanguageModel(nn.Module):
         dropout: on embeddings, on attention weights, and after both halves of a block.
 
     Raises:
-        ValueError: positions of another name; arguments that the attention layers refuse.
+        ValueError: no vocabulary; positions of another name; arguments that the attention layers refuse.
 
     >>> model = LanguageModel(vocabulary=5, length=7, width=8, layers=2, heads=2, mechanism="efficient")
     >>> model(torch.tensor([[0, 4, 1]])).shape
@@ -129,7 +130,7 @@ class LanguageModel(nn.Module):
         """Most tokens that it can read; None: any number."""
         self.places_matter = row.aligned and window is None
         """Whether a token's place in its row changes what it means: W_A counts from the first token, padding too."""
-        self.tokens = nn.Embedding(vocabulary, width)
+        self.tokens = nn.Embedding(check_int(vocabulary, "vocabulary"), width)
         self.positions = nn.Embedding(length, width) if positions == "learned" else None
         own: dict[str, Any] = {"dropout": dropout, "scale": scale, "bias": False, **position_options(positions)}
         own |= row.layer_options(length, causal=True) if window is None else {"window": window}
@@ -147,8 +148,8 @@ class LanguageModel(nn.Module):
         *,
         padding_BL: Tensor | None = None,
         positions_BL: Tensor | None = None,
-        cache: Any | None = None,
-        last: int | None = None,
+        cache: ModelCache | None = None,
+        last: int | Tensor | None = None,
     ) -> Tensor:
         """Logits (B, L, V) of the token after each of ``tokens_BL``, integers (B, L).
 
@@ -158,21 +159,64 @@ class LanguageModel(nn.Module):
             positions_BL: number of each token in its text, for learned positions; None: counted from the first one
                 that is no padding, or behind what the cache holds.
             cache: a ``better_attention.ModelCache`` of this model; the tokens follow those that it holds.
-            last: how many of the last tokens get logits, (B, last, V); None: all.
+            last: how many of the last tokens get logits, (B, last, V); or the places of those that do, whole numbers
+                (n,) for all rows or (B, n), or bool (B, L), which gives (n, V); None: all.
 
         Raises:
-            ValueError: more tokens than :attr:`longest`; padding where W_A counts it.
+            TypeError: tokens that are no whole numbers; another cache.
+            ValueError: no token; on the CPU, one that the vocabulary does not have; more tokens than :attr:`longest`;
+                padding where W_A counts it.
         """
+        _check_tokens(tokens_BL)
+        _check_cache(cache)
         start = 0 if cache is None else cache.length
         if self.places_matter:
             self._check_places(start + tokens_BL.shape[1], padding_BL, cache)
-        x_BLD = self.tokens(tokens_BL)
+        x_BLD = self._embedded(tokens_BL)
         if self.positions is not None:
             x_BLD = x_BLD + self.positions(self._numbers(tokens_BL, padding_BL, positions_BL, start))
         x_BLD = dropout(x_BLD, self.dropout, self.training)
         for block in self.blocks:
             x_BLD = block(x_BLD, padding_BL, cache)
-        return F.linear(self.norm(x_BLD if last is None else x_BLD[:, -last:]), self.tokens.weight)
+        return F.linear(self.norm(_kept(x_BLD, last)), self.tokens.weight)
+
+    @property
+    def unbounded(self) -> str:
+        """What a model of this kind needs to read any number of tokens, for messages; empty where it does already."""
+        needs = ["with rotary positions or ALiBi instead of learned ones"] if self.positions is not None else []
+        return " and ".join([*needs, "with a window"] if self.places_matter else needs)
+
+    def check_prompts(self, tokens_BL: Tensor) -> None:
+        """Refuse what this model cannot read; :meth:`forward` does the same on the CPU alone, where it costs nothing.
+
+        Args:
+            tokens_BL: (B, L); a GPU is waited for.
+
+        Raises:
+            TypeError: no whole numbers.
+            ValueError: no token, or one that the vocabulary does not have.
+        """
+        _check_tokens(tokens_BL)
+        # Traced and exported programs have no numbers to look at.
+        if torch.compiler.is_compiling() or tokens_BL.is_meta:
+            return
+        V = self.tokens.weight.shape[0]
+        unknown = tokens_BL[(tokens_BL < 0) | (tokens_BL >= V)]
+        if unknown.numel():
+            raise ValueError(
+                f"token {int(unknown[0])} is unknown to this model, whose vocabulary is the {V:,} tokens from 0 to "
+                f"{V - 1:,}. Encode the text with the tokeniser that it was trained with."
+            )
+
+    def _embedded(self, tokens_BL: Tensor) -> Tensor:
+        """What stands for each token, (B, L, D)."""
+        try:
+            embedded: Tensor = self.tokens(tokens_BL)
+        # On the CPU torch looks at each number in any case, so that nothing needs to be looked at twice.
+        except IndexError:
+            self.check_prompts(tokens_BL)
+            raise
+        return embedded
 
     def _numbers(self, tokens_BL: Tensor, padding_BL: Tensor | None, positions_BL: Tensor | None, start: int) -> Tensor:
         """The number of each token in its text, (L,) or (B, L); that of padding is 0."""
@@ -190,7 +234,7 @@ class LanguageModel(nn.Module):
         if self.longest is not None and tokens > self.longest:
             raise ValueError(
                 f"this model reads at most {self.longest} tokens, received {tokens}. Shorten the input, or build the "
-                "model with rotary positions or ALiBi and, for a mechanism with W_A, with window=."
+                f"model {self.unbounded}."
             )
 
     def _check_places(self, tokens: int, padding_BL: Tensor | None, cache: Any | None) -> None:
@@ -204,6 +248,42 @@ class LanguageModel(nn.Module):
                 "W_A counts places from the first of a row, so that padding in front of a text would change what it "
                 "means to this model. Pass texts of one length, or build the model with window=."
             )
+
+
+def _check_tokens(tokens_BL: Tensor) -> None:
+    """Refuse what is no batch of texts, by shape and type alone, which a traced program knows too."""
+    if not isinstance(tokens_BL, Tensor):
+        raise TypeError(f"tokens must be a tensor (batch, tokens) of whole numbers, received {describe(tokens_BL)}.")
+    if tokens_BL.dim() != 2:
+        raise ValueError(f"tokens must have the shape (batch, tokens), received {describe(tokens_BL)}.")
+    if tokens_BL.shape[1] == 0:
+        raise ValueError(
+            f"there is no token to read: received shape {tuple(tokens_BL.shape)}, expected (batch, tokens) with at "
+            "least one. Begin with one token, such as that of a line end."
+        )
+    if tokens_BL.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"tokens must be whole numbers, int64 or int32; received {describe(tokens_BL)}.")
+
+
+def _check_cache(cache: object) -> None:
+    if cache is not None and not isinstance(cache, ModelCache):
+        raise TypeError(
+            f"cache must be a better_attention.ModelCache, received {describe(cache)}. Make one with "
+            "better_attention.ModelCache(model, batch_size)."
+        )
+
+
+def _kept(x_BLD: Tensor, last: int | Tensor | None) -> Tensor:
+    """The tokens that get logits, see :meth:`LanguageModel.forward`."""
+    if last is None:
+        return x_BLD
+    if not isinstance(last, Tensor):
+        if last < 1:
+            raise ValueError(f"last must be >= 1, received {last}. For the logits of all tokens leave it out.")
+        return x_BLD[:, -last:]
+    if last.dim() != 2:
+        return x_BLD[:, last]
+    return x_BLD[last] if last.dtype == torch.bool else x_BLD.take_along_dim(last[..., None], dim=1)
 
 
 def language_model_size(

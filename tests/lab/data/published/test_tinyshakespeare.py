@@ -40,7 +40,10 @@ def test_any_text_file_is_read_with_its_line_ends_as_line_feeds(tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"caf\xe9", r"not UTF-8 text \(byte 0xe9 at position 3\)"), (b"", "is empty"), (b" \n", "is empty")],
+    [
+        (b"caf\xe9", r"not UTF-8 text \(byte 0xe9 at position 3\)"),
+        *((blank, r"input.txt holds no text: it is empty, or blank. Name a file") for blank in (b"", b" \n")),
+    ],
 )
 def test_what_is_no_text_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "input.txt").write_bytes(content)

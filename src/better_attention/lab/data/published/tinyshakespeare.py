@@ -54,6 +54,8 @@ def read(files: Sequence[Path]) -> RunningText:
         ) from None
     except ValueError as error:
         raise DataError(f"{path} cannot be read as a text: {error}") from None
+    if not text.strip():
+        raise DataError(f"{path} holds no text: it is empty, or blank. Name a file with a text to learn from.")
     found = hashlib.sha256(content).hexdigest()
     other = f"another text than Tiny Shakespeare: {path.name}, SHA-256 {found[:12]}..., {len(content):,} bytes"
     return RunningText(
