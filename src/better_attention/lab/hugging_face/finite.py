@@ -12,7 +12,7 @@ from transformers import LogitsProcessor
 class FiniteLogits(LogitsProcessor):
     """Refuses logits that are NaN or infinite: on the CPU at once, on other devices when :meth:`check` is called.
 
-    There each look would have to wait for the device. A logit of minus infinity is none of these: it excludes a token.
+    There each look would have to wait for the device. Minus infinity is accepted: it excludes a token.
     """
 
     def __init__(self) -> None:
