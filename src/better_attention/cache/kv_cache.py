@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from typing import Any, NoReturn, Protocol
 
@@ -14,7 +13,7 @@ from better_attention.tensors import floating_dtype
 
 from .given import checked_length, named
 from .int8 import Int8Rows
-from .rows import Rows
+from .rows import Rows, ordinary
 from .streams import SHOWN
 
 
@@ -23,6 +22,7 @@ class CachedLayer(Protocol):
 
     window: int | None
     head_dim: int
+    cache_identity: set[None]
 
     @property
     def heads_here(self) -> int:
@@ -85,7 +85,7 @@ class KVCache:
         self.device = None if device is None else _device(device)
         room = check_int(rewind_room, "rewind_room", at_least=0)
         self.streams, self.window = names, layer.window
-        self._layer: weakref.ref[Any] | None = weakref.ref(layer)
+        self._layer_identity = layer.cache_identity
         self._rows = Rows(self.max_len, self.window, room)
         if dtype == torch.int8:
             self._rows = Int8Rows(self.max_len, self.window, room, layer.heads_here)
@@ -193,9 +193,7 @@ class KVCache:
     def __deepcopy__(self, memo: dict[int, Any]) -> KVCache:
         """A branch; of the layer's copy where that was made before, as in ``copy.deepcopy((model, cache))``."""
         other = self.branch()
-        layer = None if self._layer is None else self._layer()
-        if id(layer) in memo:
-            other._layer = weakref.ref(memo[id(layer)])
+        other._layer_identity = memo.get(id(self._layer_identity), self._layer_identity)
         return other
 
     def __getstate__(self) -> NoReturn:
@@ -247,8 +245,8 @@ class KVCache:
         Raises:
             ValueError: a cache of another layer, another batch size, too many tokens.
         """
-        # A compiler cannot follow a weak reference; the sizes below are compared all the same.
-        if not torch.compiler.is_compiling() and self._layer is not None and self._layer() is not layer:
+        # Of two objects a compiler guards that they are one: no number that would be another for each layer.
+        if self._layer_identity is not layer.cache_identity:
             raise ValueError(
                 "this cache belongs to another layer. Make one for each layer, or better_attention.ModelCache(model, "
                 "batch_size) for all of them, and pass cache[layer]."
@@ -272,15 +270,11 @@ class KVCache:
             ValueError: another device or width; or a tensor that requires a gradient, which memory does not carry.
             TypeError: another dtype.
         """
-        if torch.is_grad_enabled() and new.requires_grad:
-            raise ValueError(
-                "a cache is for inference: it does not carry gradients. Call the layer under torch.no_grad() or "
-                "torch.inference_mode()."
-            )
+        refuse_gradients(new)
         held = self._rows.tensors.get(name)
         dtype = self.dtype if held is None else held.dtype
         device = self.device if held is None else held.device
-        if device is not None and new.device != device:
+        if device is not None and new.device != device and new.device != _resolved(device):
             raise ValueError(f"this cache is on {device}, its layer's {name} is on {new.device}. Make a new cache.")
         if torch.int8 not in (dtype, self.dtype) and dtype is not None and new.dtype != dtype:
             lost = f", which begins without the {self.length} tokens of this one" if self.length else ""
@@ -328,7 +322,9 @@ class KVCache:
             shown_BL = torch.ones(self.batch_size, L, dtype=torch.bool, device=stored.device)
         if SHOWN not in self._rows.tensors:
             # From now on, for as many rows as the streams have: what came before was no padding.
-            self._rows.hold(SHOWN, torch.ones(stored.shape[:2], dtype=torch.bool, device=stored.device))
+            with ordinary():
+                shown_BS = torch.ones(stored.shape[:2], dtype=torch.bool, device=stored.device)
+            self._rows.hold(SHOWN, shown_BS)
         self._rows.write(SHOWN, shown_BL)
         return self._rows.used(SHOWN, L)
 
@@ -380,3 +376,21 @@ def _device(value: torch.device | str) -> torch.device:
     except (TypeError, RuntimeError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(f"device must be a device such as 'cpu' or 'cuda:0', received {describe(value)}.") from None
+
+
+def refuse_gradients(*tensors: Tensor) -> None:
+    """Refuse tensors that require a gradient where gradients are recorded: memory is written over.
+
+    Raises:
+        ValueError: one of them.
+    """
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        raise ValueError(
+            "a cache is for inference: it does not carry gradients. Call the layer under torch.no_grad() or "
+            "torch.inference_mode()."
+        )
+
+
+def _resolved(device: torch.device) -> torch.device:
+    """The device as tensors name it: cpu for cpu:0, and an accelerator's current one where it has no number."""
+    return torch.empty(0, device=device).device

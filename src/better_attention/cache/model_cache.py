@@ -40,6 +40,9 @@ class ModelCache:
     (3, 4)
     """
 
+    _step = -1
+    """Number of tokens at which the last step began."""
+
     def __init__(
         self,
         model: nn.Module,
@@ -73,14 +76,28 @@ class ModelCache:
 
         Raises:
             KeyError: a layer of another model.
+            ValueError: the last step came to an end between two layers; see :meth:`settle`.
         """
         try:
-            return self._caches[layer]
+            cache = self._caches[layer]
         except KeyError:
             raise KeyError(
                 f"this cache was made for a model that does not contain the given {type(layer).__name__}; make it with "
                 "better_attention.ModelCache(model, batch_size)."
             ) from None
+        if cache.length != self._step:  # a new step, or no step at all: the others of a step are not looked at
+            self._check_even(cache)
+            self._step = cache.length
+        return cache
+
+    def _check_even(self, cache: KVCache) -> None:
+        # In a step that goes through all layers, those that are still to come hold the fewest tokens.
+        if cache.length > (shortest := self.length):
+            raise ValueError(
+                f"this layer has seen {cache.length} tokens and another one of the model {shortest}: a step was "
+                "interrupted between them. Call cache.settle(), which takes back what it left, or cache.reset(). (To "
+                "leave layers out on purpose, make a better_attention.KVCache for each.)"
+            )
 
     def __iter__(self) -> Iterator[KVCache]:
         return iter(self._caches.values())
@@ -103,6 +120,33 @@ class ModelCache:
         """Bytes that are allocated, over all layers."""
         return sum(cache.nbytes for cache in self)
 
+    def settle(self) -> int:
+        """Take back what a step left that was interrupted between two layers, by Ctrl-C or for want of memory.
+
+        A model that calls this before its first layer goes on after such a step as if it had never begun.
+
+        Returns:
+            :attr:`length`, which every layer has then.
+
+        Raises:
+            ValueError: a layer with a window cannot go back as far; no layer is changed then.
+
+        >>> import torch, better_attention as ba
+        >>> model = torch.nn.ModuleList(ba.MultiheadAttention(8, 2, batch_first=True) for _ in range(2))
+        >>> cache, x = ba.ModelCache(model, batch_size=1), torch.randn(1, 4, 8)
+        >>> with torch.no_grad():
+        ...     _ = model[0](x, x, x, cache=cache[model[0]], need_weights=False)
+        >>> [held.length for held in cache], cache.settle(), [held.length for held in cache]
+        ([4, 0], 0, [0, 0])
+        """
+        length = self.length
+        longer = [cache for cache in self if cache.length != length]
+        for cache in longer:
+            cache.check_rewind(cache.length - length)
+        for cache in longer:
+            cache.rewind(cache.length - length)
+        return length
+
     def rewind(self, tokens: int) -> None:
         """Forget the last ``tokens`` tokens in every layer; see :meth:`KVCache.rewind`.
 
@@ -116,6 +160,7 @@ class ModelCache:
             cache.check_rewind(tokens)  # all of them first, so that an error leaves every layer as it was
         for cache in self:
             cache.rewind(tokens)
+        self._step = -1
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelCache:
         """A branch; where the model was copied before, in ``copy.deepcopy((model, cache))``, for the copy's layers."""

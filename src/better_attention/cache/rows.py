@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,6 +74,7 @@ class Rows:
 
     def write(self, name: str, new: Tensor) -> None:
         """``new`` (B, L, width) behind the rows in use."""
+        self._make_ordinary()
         L = new.shape[1]
         held = self.tensors.get(name)
         if self._by_new_tensors():
@@ -113,13 +116,15 @@ class Rows:
 
     def select(self, index_B: Tensor) -> None:
         """Samples ``index_B`` of the batch, in that order, in new memory."""
-        self.tensors = {name: x.index_select(0, index_B) for name, x in self.tensors.items()}
+        with ordinary():
+            self.tensors = {name: x.index_select(0, index_B) for name, x in self.tensors.items()}
         self.lent = False
 
     def branch(self) -> Rows:
         """The same with memory of its own."""
         other = copy.copy(self)
-        other.tensors = {name: x.clone() for name, x in self.tensors.items()}
+        with ordinary():
+            other.tensors = {name: x.clone() for name, x in self.tensors.items()}
         other.lent = False
         return other
 
@@ -158,14 +163,20 @@ class Rows:
 
     def _allocate(self, like: Tensor, rows: int) -> Tensor:
         sizes = (like.shape[0], rows, *like.shape[2:])
-        if torch.compiler.is_compiling():
+        with ordinary():
             return torch.empty(sizes, dtype=like.dtype, device=like.device)
-        # Outside inference mode, because what is allocated inside cannot be written to outside.
-        with torch.inference_mode(False):
-            return torch.empty(sizes, dtype=like.dtype, device=like.device)
+
+    def _make_ordinary(self) -> None:
+        """Copy, outside inference mode, what a compiled program has allocated inside: it could not be written to."""
+        # Programs cannot ask for it, and those of torch's own backend write to any memory.
+        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+            return
+        if any(x.is_inference() for x in self.tensors.values()):
+            self.tensors = {name: x.clone() for name, x in self.tensors.items()}
 
     def _make_room(self, L: int) -> None:
         """Room for ``L`` rows behind those in use: by sliding in a window's full memory, else in new memory."""
+        self._make_ordinary()
         if self.window is not None:
             self.first += self._dropped()
             keep = self.count
@@ -178,6 +189,12 @@ class Rows:
         for name, x in self.tensors.items():
             self.hold(name, self._allocate(x, rows))[:, : self.count] = x[:, self.first : self.last]
         self.first, self.last, self.lent = 0, self.count, False
+
+
+def ordinary() -> AbstractContextManager[Any]:
+    """Outside inference mode, because what is allocated inside cannot be written to outside."""
+    # Of a program the mode in which it is called decides, whatever stands in it: see Rows._make_ordinary.
+    return nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False)
 
 
 def _move_down(x: Tensor, start: int, count: int) -> None:

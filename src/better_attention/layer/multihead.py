@@ -134,6 +134,7 @@ class MultiheadAttention(DropIn):
         self.impl = check_choice(impl, "impl", IMPLS)
         check_bool(bias, "bias")
         check_bool(add_bias_kv, "add_bias_kv")
+        self.cache_identity: set[None] = set()
         self.window = None if window is None else check_int(window, "window")
         check_alignment(self.mechanism, max_len, self.window, align_heads, align_causal, align_init)
         check_window(self.mechanism, self.window, extra=add_bias_kv or self.add_zero_attn)

@@ -141,6 +141,11 @@ def attend(layer: MultiheadAttention, call: Call) -> tuple[Tensor, Tensor | None
 
 def _attend(align: WindowAlignment, call: Call) -> tuple[Tensor, Tensor | None]:
     call = call.with_repeated_heads()
+    if not exporting() and call.q_BNLH.shape[2] == 0:
+        # No block, so that nothing could be unfolded; a program is exported for any length.
+        weights = call.q_BNLH @ call.k_BNSH.mT if call.need_weights else None
+        # As wide as values: queries have two more features with ALiBi in the score.
+        return call.q_BNLH.new_empty(*call.q_BNLH.shape[:3], call.v_BNSH.shape[3]), weights
     dtype = compute_dtype(call.q_BNLH.dtype)
     bands = _Bands.of(call, align.window)
     # Each block of queries against the keys of its windows: (B, N, blocks, rows, keys), zero outside of them.

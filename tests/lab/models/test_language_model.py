@@ -364,3 +364,24 @@ def test_options_scale_and_dropout_arrive() -> None:
 def test_what_cannot_be_built(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build(**change)
+
+
+def test_a_step_after_an_interrupted_one_is_as_if_that_had_not_been() -> None:
+    """Ctrl-C between two layers leaves the first with a token more."""
+    torch.manual_seed(3)
+    model = LanguageModel(vocabulary=7, length=12, width=16, layers=2, heads=2, mechanism="efficient").eval()
+    tokens, cache = torch.randint(7, (1, 9)), ModelCache(model, 1)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with torch.no_grad():
+        expected = model(tokens)
+        model(tokens[:, :6], cache=cache)
+        hook = model.blocks[1].register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(tokens[:, 6:7], cache=cache)
+        hook.remove()
+        found = model(tokens[:, 6:], cache=cache)
+    torch.testing.assert_close(found, expected[:, 6:], rtol=1e-4, atol=1e-5)
+    assert cache.length == 9

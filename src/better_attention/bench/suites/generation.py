@@ -99,6 +99,10 @@ class Memory:
         """Bytes that are allocated."""
         return sum(held.nbytes for held in self.caches.values())
 
+    def settle(self) -> int:
+        """The same, before a step: none is ever interrupted here."""
+        return self.length
+
     def rewind(self, tokens: int) -> None:
         """Forget the last ``tokens``."""
         for held in self.caches.values():

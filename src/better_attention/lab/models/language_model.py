@@ -169,7 +169,8 @@ class LanguageModel(nn.Module):
         """
         _check_tokens(tokens_BL)
         _check_cache(cache)
-        start = 0 if cache is None else cache.length
+        # After Ctrl-C in the middle of a step, the next one begins where that one began.
+        start = 0 if cache is None else cache.settle()
         if self.places_matter:
             self._check_places(start + tokens_BL.shape[1], padding_BL, cache)
         x_BLD = self._embedded(tokens_BL)

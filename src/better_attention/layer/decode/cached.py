@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from better_attention.cache.kv_cache import KVCache
+from better_attention.cache.kv_cache import KVCache, refuse_gradients
 from better_attention.cache.streams import KEY, SOURCE, VALUE
 from better_attention.call.function_arguments import same_dtype
 from better_attention.call.torch_private import is_bare
@@ -60,6 +60,7 @@ def _in_parts(layer: MultiheadAttention, given: Arguments, cache: KVCache) -> tu
     k_BLD = called(layer.k_proj, x.key_BSD, "k_proj")
     v_BLD = x.with_zero_padding(called(layer.v_proj, x.value_BSD, "v_proj"))
     q_BLD, k_BLD, v_BLD = share.columns(layer, *same_dtype(q_BLD, k_BLD, v_BLD, projected=True))
+    refuse_gradients(q_BLD)
     projects = "k" in layer.mechanism.projections
     # remember and align
     if projects:
@@ -75,6 +76,8 @@ def _in_parts(layer: MultiheadAttention, given: Arguments, cache: KVCache) -> tu
     # output
     weights = weights if layer.share is None else layer.share.gathered(weights)
     output = called(layer.out_proj, join(heads_BNLH, layer.batch_first), "out_proj")
+    # Not every gradient comes through keys and values: W_O, a mask or a hook has its own.
+    refuse_gradients(output)
     cache.commit(L)
     return x.returned(output, weights)
 

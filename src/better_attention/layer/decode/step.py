@@ -77,6 +77,7 @@ def _is_few(layer: MultiheadAttention, given: Arguments) -> bool:
     x = given.query
     return (
         type(x) is Tensor
+        and not x.is_nested  # whose sizes cannot be asked for
         and x.dim() == 3
         and x.dtype == torch.float32
         and x.device.type == "cpu"

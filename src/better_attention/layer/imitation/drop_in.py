@@ -32,6 +32,9 @@ class DropIn(nn.Module):
     # whatever the layer is. Two things keep it from doing so, each on its own: this, and what in_proj_weight returns.
     _qkv_same_embed_dim = False
 
+    cache_identity: set[None]
+    """What a cache knows the layer by: an empty set, of which every copy has its own. (torch.export replaces lists.)"""
+
     share: HeadShare | None = None
     """The heads of this process where several share the layer; on the class, so that older pickles have it."""
 
@@ -225,4 +228,6 @@ class DropIn(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         projections, aligned, score = state["mechanism"]
-        super().__setstate__({**state, "mechanism": Mechanism(frozenset(projections), aligned, score)})
+        super().__setstate__(
+            {"cache_identity": set(), **state, "mechanism": Mechanism(frozenset(projections), aligned, score)}
+        )
