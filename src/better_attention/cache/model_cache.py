@@ -123,7 +123,7 @@ class ModelCache:
     def settle(self) -> int:
         """Take back what a step left that was interrupted between two layers, by Ctrl-C or for want of memory.
 
-        A model that calls this before its first layer goes on after such a step as if it had never begun.
+        A model that calls this before its first layer continues after such a step as if it had never begun.
 
         Returns:
             :attr:`length`, which every layer has then.

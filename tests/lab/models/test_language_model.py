@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -385,3 +386,22 @@ def test_a_step_after_an_interrupted_one_is_as_if_that_had_not_been() -> None:
         found = model(tokens[:, 6:], cache=cache)
     torch.testing.assert_close(found, expected[:, 6:], rtol=1e-4, atol=1e-5)
     assert cache.length == 9
+
+
+def test_a_compiled_model_reads_its_cache_with_few_programs() -> None:
+    torch.manual_seed(3)
+    sizes = {"vocabulary": 7, "length": 32, "width": 16, "layers": 3, "heads": 2}
+    model = LanguageModel(mechanism="efficient", **sizes).eval().requires_grad_(False)
+    programs = 0
+
+    def count(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        nonlocal programs
+        programs += 1
+        return graph.forward
+
+    compiled = torch.compile(model, backend=count)
+    tokens, cache = torch.randint(7, (2, 24)), ModelCache(model, 2, max_len=24)
+    with torch.no_grad():
+        steps = [compiled(token, cache=cache) for token in tokens.split(1, dim=1)]
+        torch.testing.assert_close(torch.cat(steps, dim=1), model(tokens), rtol=1e-4, atol=1e-5)
+    assert programs <= 3, "the first token, the second, and all others"

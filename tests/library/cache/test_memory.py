@@ -167,11 +167,11 @@ def test_a_file_takes_tensors_and_length() -> None:
     for held, way in ((cache[attention], "KVCache.of"), (cache, "KVCache.of")):
         for save in (pickle.dumps, copy.copy, lambda held: torch.save(held, io.BytesIO())):
             refused(lambda: save(held), way, "length", "branch()", kind=TypeError)  # noqa: B023 - called at once
-    x = torch.randn(1, 8, 16)
-    decode(attention, x[:, :5], cache[attention])
+    x, held = torch.randn(1, 8, 16), ba.KVCache(attention, 1)
+    decode(attention, x[:, :5], held)
     file = io.BytesIO()
-    torch.save((cache[attention].tensors, cache[attention].length), file)
+    torch.save((held.tensors, held.length), file)
     file.seek(0)
     tensors, length = torch.load(file)
     again = ba.KVCache.of(attention, tensors, length=length)
-    torch.testing.assert_close(decode(attention, x[:, 5:], again), decode(attention, x[:, 5:], cache[attention]))
+    torch.testing.assert_close(decode(attention, x[:, 5:], again), decode(attention, x[:, 5:], held))

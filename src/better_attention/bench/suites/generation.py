@@ -15,7 +15,7 @@ from functools import cache, partial
 from types import FunctionType
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 import better_attention as ba
@@ -59,54 +59,23 @@ KINDS: Mapping[str, Kind] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Memory:
-    """The caches of a model's layers, filled: what :class:`better_attention.ModelCache` is after reading a text."""
+def remembered(model: LanguageModel, row: Row, *, int8: bool = False, double: bool = False) -> ba.ModelCache:
+    """A cache after as many tokens as the row says, the same numbers in every run and for every layout.
 
-    caches: dict[nn.Module, ba.KVCache]
-
-    @classmethod
-    def of(cls, model: LanguageModel, row: Row, *, int8: bool = False, double: bool = False) -> Memory:
-        """Caches of as many tokens as the row says, the same numbers in every run and for every layout.
-
-        Args:
-            model: the model.
-            row: batch, tokens and width.
-            int8: in codes.
-            double: numbers in float64.
-        """
-        B, S, D, _ = row.shape
-        layers = [module for module in model.modules() if isinstance(module, MultiheadAttention)]
-        caches: dict[nn.Module, ba.KVCache] = {}
-        for number, layer in enumerate(layers):
-            held = caches[layer] = ba.KVCache(layer, B, max_len=S + 1, dtype=torch.int8 if int8 else None)
-            for i, stream in enumerate(held.streams):
-                x_BSD = normal(2 * number + i, B, S, D, dtype=torch.float32)
-                held.write(stream, x_BSD.double() if double else x_BSD)
-            held.commit(S)
-        return cls(caches)
-
-    def __getitem__(self, layer: nn.Module) -> ba.KVCache:
-        return self.caches[layer]
-
-    @property
-    def length(self) -> int:
-        """Number of tokens remembered."""
-        return min(held.length for held in self.caches.values())
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that are allocated."""
-        return sum(held.nbytes for held in self.caches.values())
-
-    def settle(self) -> int:
-        """The same, before a step: none is ever interrupted here."""
-        return self.length
-
-    def rewind(self, tokens: int) -> None:
-        """Forget the last ``tokens``."""
-        for held in self.caches.values():
-            held.rewind(tokens)
+    Args:
+        model: the model.
+        row: batch, tokens and width.
+        int8: in codes.
+        double: numbers in float64.
+    """
+    B, S, D, _ = row.shape
+    cache = ba.ModelCache(model, B, max_len=S + 1, dtype=torch.int8 if int8 else None)
+    for number, held in enumerate(cache):
+        for i, stream in enumerate(held.streams):
+            x_BSD = normal(2 * number + i, B, S, D, dtype=torch.float32)
+            held.write(stream, x_BSD.double() if double else x_BSD)
+        held.commit(S)
+    return cache
 
 
 def contenders(row: Row) -> list[Contender]:
@@ -161,7 +130,7 @@ def _token(row: Row) -> Tensor:
 
 def _ours(row: Row, kind: Kind) -> Run:
     model = _model(row, kind.mechanism)
-    memory, token = Memory.of(model, row, int8=kind.int8), _token(row)
+    memory, token = remembered(model, row, int8=kind.int8), _token(row)
 
     def logits() -> Tensor:
         output: Tensor = model(token, cache=memory, last=1)
@@ -182,7 +151,7 @@ def _through_sdpa(row: Row, kind: Kind) -> Run:
     model, token = _model(row, kind.mechanism), _token(row)
     B, S, D, N = row.shape
     held = []
-    for cached in Memory.of(model, row).caches.values():
+    for cached in remembered(model, row):
         pair = [F.pad(x.view(B, S, N, D // N).transpose(1, 2), (0, 0, 0, 1)) for x in cached.tensors]
         held.append(tuple(pair))
 
@@ -223,7 +192,7 @@ def _truth(row: Row, kind: Kind) -> Results:
     """The same in float64 by the reference."""
     model = _model(row, kind.mechanism, "reference").double()
     with torch.no_grad():
-        return {"output": model(_token(row), cache=Memory.of(model, row, int8=kind.int8, double=True), last=1)}
+        return {"output": model(_token(row), cache=remembered(model, row, int8=kind.int8, double=True), last=1)}
 
 
 SUITE = Suite(
