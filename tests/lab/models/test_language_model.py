@@ -400,7 +400,7 @@ def test_a_compiled_model_reads_its_cache_with_few_programs() -> None:
         return graph.forward
 
     compiled = torch.compile(model, backend=count)
-    tokens, cache = torch.randint(7, (2, 24)), ModelCache(model, 2, max_len=24)
+    tokens, cache = torch.randint(7, (2, 24)), ModelCache(model, 2, max_len=32)
     with torch.no_grad():
         steps = [compiled(token, cache=cache) for token in tokens.split(1, dim=1)]
         torch.testing.assert_close(torch.cat(steps, dim=1), model(tokens), rtol=1e-4, atol=1e-5)
