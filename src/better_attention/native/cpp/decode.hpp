@@ -225,6 +225,14 @@ BA_INLINE bool weigh_row(V z, const Scales& scales, V lean, V bias, int64_t W, f
     return true;
 }
 
+// As weigh_row(), of keys none of which is hidden.
+template <int SCORE>
+BA_INLINE bool weigh_open(const ba_call& c, V z, const Scales& scales, V lean, float* weights, const Sums& sums) {
+    if constexpr (SCORE == BA_EXPRESSIVE)
+        if (leans_outside(c)) return weigh_row<SCORE, BIASED>(z, scales, V{}, lean, c.W, weights, sums);
+    return weigh_row<SCORE, FREE>(z, scales, lean, V{}, c.W, weights, sums);
+}
+
 template <int SCORE> static void weigh_block(DecodeBlock& d, bool free) {
     const Decode& f = *d.f;
     const ba_call& c = *d.c;
@@ -237,12 +245,11 @@ template <int SCORE> static void weigh_block(DecodeBlock& d, bool free) {
         const int64_t l = r % c.L;
         V bias = {}, lean = {}, outside = {};
         if (c.slopes != NULL) lean = lean_of(c, d.g * f.group + r / c.L, l, d.s0);
-        const bool exponent = leans_outside(c);
-        if (exponent) outside = lean, lean = V{};
         if (free) {
-            d.live[r] = exponent ? weigh_row<SCORE, BIASED>(z, scales, lean, outside, c.W, weights, sums)
-                                 : weigh_row<SCORE, FREE>(z, scales, lean, bias, c.W, weights, sums);
+            d.live[r] = weigh_open<SCORE>(c, z, scales, lean, weights, sums);
         } else {
+            const bool exponent = leans_outside(c);
+            if (exponent) outside = lean, lean = V{};
             const Restriction hide = restriction(c, d.b, d.g * f.group + r / c.L);
             d.live[r] = bias_of(hide, l, d.s0, d.n, &bias) &&
                 (hide.exponent || exponent
@@ -317,9 +324,8 @@ BA_INLINE void plain_pass(DecodeBlock& next, const DecodeBlock& d, const Rows& k
     V lean = {};
     if (c.slopes != NULL) lean = lean_of(c, next.g, 0, s0);
     next.any_live = next.live[0] = c.score == BA_SOFTMAX
-        ? weigh_row<BA_SOFTMAX, FREE>(z, scales, lean, V{}, c.W, next.weights, sums)
-        : leans_outside(c) ? weigh_row<BA_EXPRESSIVE, BIASED>(z, scales, V{}, lean, c.W, next.weights, sums)
-                           : weigh_row<BA_EXPRESSIVE, FREE>(z, scales, lean, V{}, c.W, next.weights, sums);
+        ? weigh_open<BA_SOFTMAX>(c, z, scales, lean, next.weights, sums)
+        : weigh_open<BA_EXPRESSIVE>(c, z, scales, lean, next.weights, sums);
 }
 
 // All keys of a task. `two` are blocks in turn: one is scored while the values of the other are still to be added. What
