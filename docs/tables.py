@@ -196,27 +196,33 @@ def dropout_speed() -> str:
 
 
 def _over_caches(
-    table: Iterable[Row],
-    contenders: Iterable[str],
-    cell: Callable[[Row], str] | None = None,
+    name: str,
+    rows_are: str,
+    wanted: dict[str, str],
+    cell: Callable[[Row], str] = times,
     lengths: Sequence[str] = ("4096", "16384"),
-) -> list[Sequence[str]]:
-    """Contenders over caches of each variant, batch and number of tokens; ``cell``: what is shown, else the speed."""
-    table, contenders = list(table), list(contenders)
-    return [
+) -> str:
+    """Contenders of a suite, by the heads of their columns, over caches of each variant, batch and number of tokens."""
+    table, machine = suite(name)
+    body = [
         (
             f"{v.removeprefix('cache ')}, {b}, {int(n):,}",
-            *((cell or times)(one(table, variant=v, batch=b, length=n, contender=who)) for who in contenders),
+            *(cell(one(table, variant=v, batch=b, length=n, contender=who)) for who in wanted),
         )
         for v in dict.fromkeys(r["variant"] for r in table)
         for b in ("1", "8")
         for n in lengths
     ]
+    return markdown((rows_are, *wanted.values()), body) + "\n" + measured_on(machine) + "\n"
+
+
+def _share(row: Row) -> str:
+    """Of the best bandwidth at which the machine reads."""
+    return f"{float(row['read_share']):.0%}".replace("%", " %")
 
 
 def decode_speed() -> str:
     """One query over a cache."""
-    table, machine = suite("decode")
     wanted = {
         "SDPA, k is v": "SDPA, one tensor",
         "softmax auto": "softmax",
@@ -226,13 +232,11 @@ def decode_speed() -> str:
         "softmax int8": "softmax, int8",
         "softmax int8, k is v": "softmax, int8, one tensor",
     }
-    header = ("layout of the cache, batch, tokens", *wanted.values())
-    return markdown(header, _over_caches(table, wanted)) + "\n" + measured_on(machine) + "\n"
+    return _over_caches("decode", "layout of the cache, batch, tokens", wanted)
 
 
 def decode_bandwidth() -> str:
     """The same as a share of what the machine reads at best."""
-    table, machine = suite("decode")
     wanted = {
         "SDPA": "SDPA",
         "SDPA, k is v": "SDPA, one tensor",
@@ -243,14 +247,11 @@ def decode_bandwidth() -> str:
         "expressive auto, k is v": "expressive, one tensor",
         "plain read, k is v": "plain read, one tensor",
     }
-    header = ("layout of the cache, batch, tokens", *wanted.values())
-    body = _over_caches(table, wanted, lambda row: f"{float(row['read_share']):.0%}".replace("%", " %"), ("16384",))
-    return markdown(header, body) + "\n" + measured_on(machine) + "\n"
+    return _over_caches("decode", "layout of the cache, batch, tokens", wanted, _share, ("16384",))
 
 
 def generation_speed() -> str:
     """A step of a whole language model."""
-    table, machine = suite("generation")
     wanted = {
         "standard": "standard",
         "efficient": "efficient",
@@ -260,12 +261,7 @@ def generation_speed() -> str:
         "efficient, compiled": "efficient, compiled",
         "efficient, int8 cache, compiled": "efficient, int8, compiled",
     }
-    return (
-        markdown(("positions, batch, tokens", *wanted.values()), _over_caches(table, wanted))
-        + "\n"
-        + measured_on(machine)
-        + "\n"
-    )
+    return _over_caches("generation", "positions, batch, tokens", wanted)
 
 
 MODELS = {"imdb": "IMDB", "amazon": "Amazon", "mnist": "MNIST", "cifar100": "CIFAR100", "imagenet": "ImageNet"}

@@ -20,11 +20,11 @@ from better_attention.native import align
 from .part import Part, Sizes
 from .share import here
 
-PIECE = 128
-"""Positions of an int8 cache that are made numbers at a time."""
-
 if TYPE_CHECKING:
     from .multihead import MultiheadAttention
+
+PIECE = 128
+"""Positions of an int8 cache that are made numbers at a time."""
 
 ALIGN_HEADS = ("shared", "per_head")
 ALIGN_INITS = ("xavier", "identity")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from better_attention.lab.models.causal_decoder import POSITIONS
 from better_attention.lab.models.language_model import LanguageModel, hidden_width, language_model_size
 from better_attention.positions import alibi_slopes
 from helpers import hosts, oracle
+from helpers.compiler import Programs
 
 VOCABULARY, LENGTH, WIDTH, HEADS, LAYERS = 7, 11, 12, 3, 2
 NAMES = (*MECHANISMS, "super+expressive", "standard+align")
@@ -389,19 +389,14 @@ def test_a_step_after_an_interrupted_one_is_as_if_that_had_not_been() -> None:
 
 
 def test_a_compiled_model_reads_its_cache_with_few_programs() -> None:
+    torch._dynamo.reset()
     torch.manual_seed(3)
     sizes = {"vocabulary": 7, "length": 32, "width": 16, "layers": 3, "heads": 2}
     model = LanguageModel(mechanism="efficient", **sizes).eval().requires_grad_(False)
-    programs = 0
-
-    def count(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
-        nonlocal programs
-        programs += 1
-        return graph.forward
-
-    compiled = torch.compile(model, backend=count)
+    programs = Programs("eager")
+    compiled = torch.compile(model, backend=programs)
     tokens, cache = torch.randint(7, (2, 24)), ModelCache(model, 2, max_len=32)
     with torch.no_grad():
         steps = [compiled(token, cache=cache) for token in tokens.split(1, dim=1)]
         torch.testing.assert_close(torch.cat(steps, dim=1), model(tokens), rtol=1e-4, atol=1e-5)
-    assert programs <= 3, "the first token, the second, and all others"
+    assert programs.count <= 3, "the first token, the second, and all others"

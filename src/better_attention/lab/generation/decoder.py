@@ -14,7 +14,7 @@ from torch import Tensor
 
 from better_attention.cache.model_cache import ModelCache
 from better_attention.lab.generation.sampling import Sampling, pick
-from better_attention.lab.models.language_model import LanguageModel
+from better_attention.lab.models.language_model import LanguageModel, without_choice
 
 UNCHOSEN = -1
 """In the place of a token where none can be chosen."""
@@ -132,11 +132,7 @@ class Decoder:
 def _without_choice(number: int, logits_V: Tensor) -> str:
     if not logits_V.isnan().any() and logits_V.amax() < 0:  # -inf: what is excluded has it too
         return f"sequence {number}: every token is excluded, or infinitely unlikely. Exclude fewer tokens (never)."
-    worst = "NaN" if logits_V.isnan().any() else "infinite"
-    return (
-        f"sequence {number}: the model's logits are {worst}, so that no token can be chosen. Its weights are damaged, "
-        "its training diverged, or a number is too large for its dtype: look at the weights, or compute in float32."
-    )
+    return f"sequence {number}: {without_choice(float(logits_V.amax()))}"
 
 
 def _generator(seed: int, number: int) -> torch.Generator:

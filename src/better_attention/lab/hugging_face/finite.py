@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
+from better_attention.lab.models.language_model import without_choice
+
 
 class FiniteLogits(LogitsProcessor):
     """Refuses logits that are NaN or infinite: on the CPU at once, on other devices when :meth:`check` is called.
@@ -40,8 +42,4 @@ class FiniteLogits(LogitsProcessor):
         """
         if self._worst is None or (worst := float(self._worst)) < math.inf:
             return
-        raise ValueError(
-            f"the model's logits are {'NaN' if math.isnan(worst) else 'infinite'}, so that no token can be chosen. Its "
-            "weights are damaged, its training diverged, or a number is too large for its dtype: look at the "
-            "weights, or compute in float32."
-        )
+        raise ValueError(without_choice(worst))

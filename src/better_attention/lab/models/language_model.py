@@ -7,6 +7,7 @@ tokens, S tokens seen so far, D model width, F width inside the MLP, N heads, V 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -285,6 +286,15 @@ def _kept(x_BLD: Tensor, last: int | Tensor | None) -> Tensor:
     if last.dim() != 2:
         return x_BLD[:, last]
     return x_BLD[last] if last.dtype == torch.bool else x_BLD.take_along_dim(last[..., None], dim=1)
+
+
+def without_choice(largest: float) -> str:
+    """What is wrong with logits whose largest is NaN or infinite, and what to do."""
+    return (
+        f"the model's logits are {'NaN' if math.isnan(largest) else 'infinite'}, so that no token can be chosen. Its "
+        "weights are damaged, its training diverged, or a number is too large for its dtype: look at the weights, or "
+        "compute in float32."
+    )
 
 
 def language_model_size(
