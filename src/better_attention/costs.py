@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
-from .cache.streams import streams
+from .cache.streams import letter_of, streams
 from .errors import check_bool, check_choice, check_int
 from .layer.part import Sizes
 from .layer.parts import parts_of
+from .layer.projections import check_kv_heads
 from .mechanism import Mechanism
 
 
@@ -52,6 +53,7 @@ def cost(
     align_heads: str = "shared",
     dtype: torch.dtype = torch.float32,
     window: int | None = None,
+    num_kv_heads: int | None = None,
 ) -> Cost:
     """Cost of one layer in self-attention over ``length`` tokens.
 
@@ -69,6 +71,7 @@ def cost(
         window: w: each token sees the last w alone, itself included, and W_A is w x w; None: every token sees all. A
             window implies causality, so that of l tokens min(t, w) keys are counted for the t-th, whereas without one
             all l are, causal or not: the products of hidden pairs are done by most implementations.
+        num_kv_heads: heads of projected keys and values, see :class:`better_attention.MultiheadAttention`; None: h.
 
     Raises:
         ValueError: an argument out of range.
@@ -79,6 +82,8 @@ def cost(
     >>> cost(32, 4, 32, mechanism="super").params
     3168
     >>> cost(32, 4, 4096, window=256).cache_bytes == 2 * 256 * 32 * 4
+    True
+    >>> cost(32, 4, 4096, num_kv_heads=1).cache_bytes_per_token == 2 * 8 * 4
     True
     """
     row = Mechanism.of(mechanism)
@@ -95,11 +100,13 @@ def cost(
         )
 
     w = None if window is None else check_int(window, "window")
-    sizes, parts = Sizes(d, h, n, bias, align_heads, w), parts_of(row)
+    group, learned = check_kv_heads(num_kv_heads, h, row), row.projections
+    key_heads, value_heads = (h // group if letter in learned else h for letter in "kv")
+    sizes, parts = Sizes(d, h, n, bias, align_heads, w, key_heads, value_heads), parts_of(row)
     params = sum(part.params(sizes) for part in parts)
     # Two products of 2 d operations for each key that a query sees, over all heads: with keys, and with values.
     scores_and_mix = 4 * d * sum(sizes.seen)
-    kept = len(streams(row, window=w is not None)) * d * dtype.itemsize
+    kept = sum(sizes.width(letter_of(name)) for name in streams(row, window=w is not None)) * dtype.itemsize
     forward = scores_and_mix + sum(part.flops(sizes) for part in parts)
     return Cost(
         mechanism=row.name,

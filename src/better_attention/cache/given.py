@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -14,13 +14,12 @@ from .int8 import scale_name
 from .streams import SHOWN
 
 
-def named(streams: tuple[str, ...], heads: int, width: int, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+def named(heads: Mapping[str, int], head_dim: int, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
     """The tensors, by the names of the rows that they are.
 
     Args:
-        streams: the layer's.
-        heads: how many the layer computes here.
-        width: of all of them together.
+        heads: of each of the layer's streams, how many the layer computes here.
+        head_dim: the width of one.
         tensors: as :attr:`KVCache.tensors` gives them.
 
     Raises:
@@ -33,6 +32,7 @@ def named(streams: tuple[str, ...], heads: int, width: int, tensors: Sequence[Te
         if not isinstance(x, Tensor):
             convert = f" Convert it with torch.as_tensor(tensors[{i}])." if hasattr(x, "__array__") else ""
             raise TypeError(f"tensors[{i}] must be a tensor, received {describe(x)}.{convert}")
+    streams = tuple(heads)
     in_codes = bool(tensors) and tensors[0].dtype == torch.int8
     scales = tuple(map(scale_name, streams)) if in_codes else ()
     shown = (SHOWN,) if tensors and tensors[-1].dtype == torch.bool else ()
@@ -44,8 +44,11 @@ def named(streams: tuple[str, ...], heads: int, width: int, tensors: Sequence[Te
             f"are padding, as cache.tensors gives them; received {len(tensors)}."
         )
     stored = dict(zip(names, tensors, strict=True))
+    widths = {name: (n * head_dim,) for name, n in heads.items()} | {
+        scale_name(name): (n,) for name, n in heads.items()
+    }
     for i, (name, x) in enumerate(stored.items()):
-        wanted = () if name in shown else (heads,) if name in scales else (width,)
+        wanted = widths.get(name, ())
         if not in_codes and name in streams:
             floating_tensor(x, f"tensors[{i}]")
         elif name not in shown and x.dtype != (torch.float32 if name in scales else torch.int8):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -41,12 +41,12 @@ class Int8Rows(Rows):
 
     Args:
         limit, window, extra: as for :class:`.rows.Rows`.
-        num_heads: heads whose numbers share a scale.
+        heads: of each stream the number of heads, whose numbers share a scale.
     """
 
-    def __init__(self, limit: int | None, window: int | None, extra: int, num_heads: int) -> None:
+    def __init__(self, limit: int | None, window: int | None, extra: int, heads: Mapping[str, int]) -> None:
         super().__init__(limit, window, extra)
-        self.num_heads, self.dtype = num_heads, torch.float32
+        self.heads, self.dtype = heads, torch.float32
 
     def write(self, name: str, new: Tensor) -> None:
         """``new`` in codes behind the rows in use."""
@@ -54,7 +54,7 @@ class Int8Rows(Rows):
             super().write(name, new)
             return
         self.dtype = new.dtype
-        codes, scale = quantised(new, self.num_heads)
+        codes, scale = quantised(new, self.heads[name])
         super().write(name, codes)
         super().write(scale_name(name), scale)
 
@@ -62,11 +62,10 @@ class Int8Rows(Rows):
         """The rows that hold those streams: their codes, and behind them their scales."""
         return streams + tuple(map(scale_name, streams))
 
-    def holds(self, names: Sequence[str], dtype: torch.dtype, width: int) -> bool:
-        """Whether there are codes of all these streams, of numbers of that type and rows of that width."""
-        return self.dtype == dtype and all(
-            name in self.tensors and self.tensors[name].shape[2] == width for name in names
-        )
+    def holds(self, widths: Mapping[str, int], dtype: torch.dtype) -> bool:
+        """Whether there are codes of all these streams, in rows of their widths, of numbers of that type."""
+        tensors = self.tensors
+        return self.dtype == dtype and all(n in tensors and tensors[n].shape[2] == width for n, width in widths.items())
 
     def stored(self, name: str, ahead: int = 0) -> tuple[Tensor, Tensor]:
         """Codes (B, S, D) and scales (B, S, N) of the rows in use, and of ``ahead`` more behind them; views."""

@@ -25,21 +25,23 @@ class CachedLayer(Protocol):
     cache_identity: set[None]
 
     @property
-    def heads_here(self) -> int:
-        """Number of heads that this process computes."""
-
-    @property
     def cache_streams(self) -> tuple[str, ...]:
         """The names of the tensors to remember."""
+
+    @property
+    def cache_heads(self) -> tuple[int, ...]:
+        """How many heads each of them has, of those that this process computes."""
 
 
 class KVCache:
     """Keys and values of the tokens that a layer has seen: ``layer(x, x, x, cache=cache)`` attends to them too.
 
-    It holds as few tensors (B, S, D) as the mechanism allows: one where key and value are both the layer's input
+    It holds as few tensors (B, S, width) as the mechanism allows: one where key and value are both the layer's input
     (efficient), the projected key and the input (optimised), the input and its aligned values (super), key and value
-    (standard). Projected keys of a rotary layer are stored rotated; an input that serves as key is stored as it is
-    and rotated when it is read. A layer with a window remembers that many tokens and forgets older ones.
+    (standard). Each is as wide as its heads together: with ``num_kv_heads`` projected keys and values are narrower than
+    the model, by as much as they have fewer heads. Projected keys of a rotary layer are stored rotated; an input that
+    serves as key is stored as it is and rotated when it is read. A layer with a window remembers that many tokens and
+    forgets older ones.
 
     Args:
         layer: the :class:`better_attention.MultiheadAttention` whose tokens it holds; no other layer takes it.
@@ -78,17 +80,18 @@ class KVCache:
         device: torch.device | str | None = None,
         rewind_room: int = 0,
     ) -> None:
-        names = _streams(layer)
+        heads = _heads(layer)
         self.batch_size = check_int(batch_size, "batch_size")
         self.max_len = None if max_len is None else check_int(max_len, "max_len")
         self.dtype = dtype if dtype in (None, torch.int8) else floating_dtype(dtype, "dtype")
         self.device = None if device is None else _device(device)
         room = check_int(rewind_room, "rewind_room", at_least=0)
-        self.streams, self.window = names, layer.window
+        self.streams, self.window = tuple(heads), layer.window
+        self._widths = {name: count * layer.head_dim for name, count in heads.items()}
         self._layer_identity = layer.cache_identity
         self._rows = Rows(self.max_len, self.window, room)
         if dtype == torch.int8:
-            self._rows = Int8Rows(self.max_len, self.window, room, layer.heads_here)
+            self._rows = Int8Rows(self.max_len, self.window, room, heads)
         self.length = 0
 
     @classmethod
@@ -127,7 +130,7 @@ class KVCache:
             ValueError: another number of tensors, or another width, than the layer's; tensors of different batch
                 sizes, lengths, dtypes or devices; a length that is missing or does not go with them.
         """
-        stored = named(_streams(layer), layer.heads_here, layer.heads_here * layer.head_dim, tensors)
+        stored = named(_heads(layer), layer.head_dim, tensors)
         B, S = tensors[0].shape[:2]
         cache = cls(layer, int(B), dtype=torch.int8 if tensors[0].dtype == torch.int8 else None)
         cache._rows.borrow(stored, S)
@@ -138,8 +141,8 @@ class KVCache:
     def tensors(self) -> tuple[Tensor, ...]:
         """What is remembered, as it is stored; views.
 
-        One (B, S, D) for each stream, in their order. Of an int8 cache these are codes, and behind them comes a
-        (B, S, N) for each, the scales of the N heads in float32. Last, where tokens are padding, a (B, S) in bool, True
+        One (B, S, width) for each stream, in their order. Of an int8 cache these are codes, and behind them comes a
+        (B, S, N) for each, the scales of its N heads in float32. Last, where tokens are padding, a (B, S) in bool, True
         for those that are not. Together with :attr:`length` it is all that :meth:`of` needs.
         """
         names = (*self._rows.names(self.streams), SHOWN)
@@ -297,14 +300,14 @@ class KVCache:
         """The same as it is stored: the numbers and None, or codes in int8 and scales (B, S + L, N); views."""
         return self._rows.stored(name, L)
 
-    def reserve(self, L: int, dtype: torch.dtype, width: int) -> bool:
+    def reserve(self, L: int, dtype: torch.dtype) -> bool:
         """Room behind what is remembered for ``L`` tokens, which the caller writes where :meth:`stored` shows them.
 
         Returns:
-            Whether there are already rows of that width that stand for numbers of type ``dtype``; else nothing was
-            done, and :meth:`write` is the way.
+            Whether there are already rows of the layer's widths that stand for numbers of type ``dtype``; else nothing
+            was done, and :meth:`write` is the way.
         """
-        if not self._rows.holds(self.streams, dtype, width):
+        if not self._rows.holds(self._widths, dtype):
             return False
         self._rows.reserve(L)
         return True
@@ -350,8 +353,8 @@ class KVCache:
         )
 
 
-def _streams(layer: CachedLayer) -> tuple[str, ...]:
-    """What a cache of the layer holds.
+def _heads(layer: CachedLayer) -> dict[str, int]:
+    """What a cache of the layer holds, and how many heads of each.
 
     Raises:
         TypeError: no layer that can be cached.
@@ -362,7 +365,7 @@ def _streams(layer: CachedLayer) -> tuple[str, ...]:
             f"layer must be a better_attention.MultiheadAttention, received {type(layer).__name__}. For all layers "
             "of a model use better_attention.ModelCache(model, batch_size)."
         )
-    return names
+    return dict(zip(names, layer.cache_heads, strict=True))
 
 
 def _device(value: torch.device | str) -> torch.device:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -91,11 +91,12 @@ class Rows:
             held = self.tensors[name]
         held[:, self.last : self.last + L] = new
 
-    def holds(self, names: Sequence[str], dtype: torch.dtype, width: int) -> bool:
-        """Whether there are rows of all these tensors, of that width, and they stand for numbers of that type."""
+    def holds(self, widths: Mapping[str, int], dtype: torch.dtype) -> bool:
+        """Whether there are rows of all these tensors, of their widths, that stand for numbers of that type."""
         tensors = self.tensors
         return all(
-            name in tensors and tensors[name].dtype == dtype and tensors[name].shape[2] == width for name in names
+            name in tensors and tensors[name].dtype == dtype and tensors[name].shape[2] == width
+            for name, width in widths.items()
         )
 
     def reserve(self, L: int) -> None:

@@ -11,7 +11,7 @@ SHOWN = "shown"
 
 
 def streams(mechanism: Mechanism, *, window: bool = False) -> tuple[str, ...]:
-    """The names of the tensors (B, S, D) that a cache of such a layer holds.
+    """The names of the tensors (B, S, width) that a cache of such a layer holds.
 
     ``"key"``: what queries are compared with: projected, or the layer's input. ``"value"``: what is mixed, where that
     is another tensor than the key: projected, or aligned by W_A, or the input beside a projected key. ``"source"``:
@@ -28,3 +28,8 @@ def streams(mechanism: Mechanism, *, window: bool = False) -> tuple[str, ...]:
     aligned = mechanism.aligned and not window
     # Without W_K and W_V key and value are one tensor, the input; W_A alone makes another value of it.
     return (KEY,) + (VALUE,) * bool(projected or aligned) + (SOURCE,) * bool(projected and aligned)
+
+
+def letter_of(stream: str) -> str:
+    """Whether a stream is one of keys, ``"k"``, or of values, ``"v"``."""
+    return "k" if stream == KEY else "v"

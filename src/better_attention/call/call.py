@@ -19,7 +19,8 @@ class Call:
 
     Args:
         q_BNLH, k_BNSH, v_BNSH: 4-D, same dtype and device. With grouped queries (GQA) k and v have fewer
-            heads, and N is a multiple of theirs. The head width of v may differ.
+            heads, and N is a multiple of theirs; k may have fewer than v, whose number is then a multiple. The head
+            width of v may differ.
         mask_BNLS: broadcastable to (B, N, L, S); bool, True = attend, or a float added in log-weight space.
         padding_B11S: the same for whole keys, (B, 1, 1, S); kept apart so that merging never needs (B, N, L, S).
         causal: query l sees keys s <= l + offset only, besides what the masks allow.
@@ -97,14 +98,23 @@ class Call:
 
     def with_repeated_heads(self) -> Call:
         """The same call with k and v repeated to N heads (a no-op without grouped queries)."""
-        # max() guards an empty head dimension, which would divide by zero.
-        groups = self.q_BNLH.shape[1] // max(1, self.k_BNSH.shape[1])
-        if groups == 1:
-            return self
-        # Neighbouring query heads share a key head, as in torch's enable_gqa: query head n reads key head n // groups.
-        k_BNSH = self.k_BNSH.repeat_interleave(groups, dim=1)
-        v_BNSH = k_BNSH if self.v_BNSH is self.k_BNSH else self.v_BNSH.repeat_interleave(groups, dim=1)
-        return replace(self, k_BNSH=k_BNSH, v_BNSH=v_BNSH)
+        return self._with_heads(self.q_BNLH.shape[1])
+
+    def with_even_heads(self) -> Call:
+        """The same call with k repeated to the heads of v (a no-op where they have the same number)."""
+        return self if self.v_BNSH is self.k_BNSH else self._with_heads(self.v_BNSH.shape[1])
+
+    def _with_heads(self, count: int) -> Call:
+        """k and v of ``count`` heads. Neighbours share one, as in torch's enable_gqa: n reads n // groups."""
+        k_BNSH = _repeated(self.k_BNSH, count)
+        v_BNSH = k_BNSH if self.v_BNSH is self.k_BNSH else _repeated(self.v_BNSH, count)
+        return self if k_BNSH is self.k_BNSH and v_BNSH is self.v_BNSH else replace(self, k_BNSH=k_BNSH, v_BNSH=v_BNSH)
+
+
+def _repeated(x_BGSH: Tensor, count: int) -> Tensor:
+    # max() guards an empty head dimension, which would divide by zero.
+    groups = count // max(1, x_BGSH.shape[1])
+    return x_BGSH if groups == 1 else x_BGSH.repeat_interleave(groups, dim=1)
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -201,6 +201,8 @@ def attend(call: Call, impl: str) -> tuple[Tensor, Tensor | None]:
     if chosen is None:
         raise ValueError(refusal(call, impl))
     with _without_autocast(call.q_BNLH.device.type):
+        # The others take as many heads of keys as of values.
+        call = call if chosen == "native" else call.with_even_heads()
         heads_BNLH, weights_BNLS = IMPLEMENTATIONS[chosen].compute(call)
         # One look at the output shows whether anything came through. Where nothing is hidden, every query sees every
         # key, so that NaN belongs in every row.
@@ -222,6 +224,7 @@ def _keep_apart(
     A hidden key has weight 0, but 0 * NaN is NaN. The same implementation runs again with those keys and values
     zeroed, which leaves every other query bit for bit as with finite ones (without dropout, which draws again).
     """
+    call = call.with_even_heads()
     bad_BNS = not_finite(call)
     # Then a query or an overflow brought the numbers, which belong to their own rows.
     if bad_BNS is None:

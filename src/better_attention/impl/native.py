@@ -99,7 +99,7 @@ def decode(
             what it holds. With scales, int8 keys and values.
         angles: cosine and sine of each pair's angle at the place of each key of the call, (S, H/2), float32, as from
             :func:`better_attention.positions.rotary_angles` for places that follow one another.
-        scales: (B, S, G) of keys and of values, G heads of keys, float32, not negative: numbers are codes times scales.
+        scales: (B, S, G) of keys and of values, G heads of each, float32, not negative: numbers are codes times scales.
         distances: ALiBi.
 
     Returns:
@@ -111,9 +111,8 @@ def decode(
     if not _fits(call, angles, scales, distances):
         return None
     turned = None if angles is None else _alike(angles)
-    factors = None if scales is None else _alike(scales)
     slopes = None if distances is None else distances.slopes_N.contiguous()
-    others = [*(turned or ()), *(factors or ()), *([] if slopes is None else [slopes])]
+    others = [*(turned or ()), *(scales or ()), *([] if slopes is None else [slopes])]
     if not ordinary(call.q_BNLH, call.k_BNSH, call.v_BNSH, *call.masks, *others) or not decodes(call):
         return None
     a = _with_contiguous_rows(Arguments.of(call, share=True))
@@ -121,9 +120,9 @@ def decode(
     c = _describe(a, out, None)
     if turned is not None:
         c.rotary_cos, c.rotary_sin, c.rotary_s = address(turned[0]), address(turned[1]), turned[0].stride(0)
-    if factors is not None:
-        c.k_scale, c.v_scale = (address(x) for x in factors)
-        c.scale_b, c.scale_s, c.scale_g = factors[0].stride()
+    if scales is not None:
+        c.k_scale, (c.k_scale_b, c.k_scale_s, c.k_scale_g) = address(scales[0]), scales[0].stride()
+        c.v_scale, (c.v_scale_b, c.v_scale_s, c.v_scale_g) = address(scales[1]), scales[1].stride()
     if distances is not None and slopes is not None:
         c.slopes, c.slopes_inside, c.slopes_from = address(slopes), distances.inside, distances.first
     call_library("ba_forward", c)
@@ -133,9 +132,10 @@ def decode(
 
 def _fits(call: Call, angles: Pair | None, scales: Pair | None, distances: Distances | None) -> bool:
     """Whether the tables have the sizes and dtypes of the call."""
-    B, G, S, H = call.k_BNSH.shape
+    B, _, S, H = call.k_BNSH.shape
     tables: list[tuple[tuple[int, ...], Tensor]] = [] if angles is None else [((S, H // 2), x) for x in angles]
-    tables += [] if scales is None else [((B, S, G), x) for x in scales]
+    heads = call.k_BNSH.shape[1], call.v_BNSH.shape[1]
+    tables += [] if scales is None else [((B, S, G), x) for G, x in zip(heads, scales, strict=True)]
     tables += [] if distances is None else [((call.q_BNLH.shape[1],), distances.slopes_N)]
     stored = call.q_BNLH.dtype if scales is None else torch.int8
     return (
@@ -158,8 +158,7 @@ def decodes(call: Call) -> bool:
         return False
     _, N, L, _ = call.q_BNLH.shape
     _, G, S, W = call.v_BNSH.shape
-    few = L > 0 and 0 < G <= N and N // G * L <= structs.FEW
-    return few and S > 0 and W > 0 and call.dropout_p == 0.0 and not unsupported(call)
+    return 0 < L <= structs.FEW and 0 < G <= N and S > 0 and W > 0 and call.dropout_p == 0.0 and not unsupported(call)
 
 
 # --- some of the keys -------------------------------------------------------------------------------------------------
@@ -216,8 +215,11 @@ def _backward(
     """Gradients of q, k and v; where k serves as v, of both in the second one. With ``delta`` ``out`` is not read."""
     # autograd hands out expanded gradients, that of a sum for example, whose rows have stride 0.
     a, grad = _with_contiguous_rows(a), contiguous_rows(grad)
-    dq, dk = empty_heads(a.q, a.q.shape[-1]), empty_heads(a.k, a.k.shape[-1])
-    dv = None if a.v is None else empty_heads(a.v, a.v.shape[-1])
+    dq, dv = empty_heads(a.q, a.q.shape[-1]), None if a.v is None else empty_heads(a.v, a.v.shape[-1])
+    dk = empty_heads(a.k, a.k.shape[-1])
+    group = a.values.shape[1] // max(1, a.k.shape[1])
+    # Heads of values that share one of keys bring a part of its gradient each.
+    parts = dk if group == 1 else empty_heads(a.values, a.k.shape[-1])
     if a.k.shape[2] == 0 or a.values.shape[3] == 0 or a.q.shape[1] == 0 or a.q.numel() == 0:
         return dq.zero_(), dk.zero_(), None if dv is None else dv.zero_()
     c = _describe(a, out, stats)
@@ -226,11 +228,13 @@ def _backward(
         c.delta = address(delta)
     # data_ptr() is enough here: tensors that were just allocated have memory. address() is for those from outside.
     c.dq, (c.dq_b, c.dq_n, c.dq_l, _) = dq.data_ptr(), dq.stride()
-    c.dk, (c.dk_b, c.dk_g, c.dk_s, _) = dk.data_ptr(), dk.stride()
+    c.dk, (c.dk_b, c.dk_g, c.dk_s, _) = parts.data_ptr(), parts.stride()
     # A null dv says that k serves as v: the kernel then writes the sum of both gradients to dk.
     if dv is not None:
         c.dv, (c.dv_b, c.dv_g, c.dv_s, _) = dv.data_ptr(), dv.stride()
     call_library("ba_backward", c)
+    if parts is not dk:
+        torch.sum(parts.unflatten(1, (-1, group)), dim=2, out=dk)
     return dq, dk, dv
 
 
@@ -247,6 +251,7 @@ def _describe(a: Arguments, out: Tensor, stats: Tensor | None) -> structs.Call:
         c.seed, c.batch_first, c.batch_step = dropout.parts(a.seed)
     c.B, c.N, c.L, c.H = q.shape
     _, c.G, c.S, c.W = v.shape
+    c.key_group = c.G // max(1, k.shape[1])
     c.q, (c.q_b, c.q_n, c.q_l, _) = address(q), q.stride()
     c.k, (c.k_b, c.k_g, c.k_s, _) = address(k), k.stride()
     c.v, (c.v_b, c.v_g, c.v_s, _) = address(v), v.stride()

@@ -245,7 +245,7 @@ def _with_column(x_BLD: Tensor, column: Tensor | None) -> Tensor:
 def _products(sizes: Sizes) -> int:
     """W_A times the values; with a window, the weights of every query and head times their part of W_A and its bias."""
     if sizes.window is None:
-        return 2 * sizes.length**2 * sizes.embed_dim
+        return 2 * sizes.length**2 * sizes.width("v")
     return 2 * sizes.num_heads * sum(seen * (seen + sizes.bias) for seen in sizes.seen)
 
 
@@ -318,7 +318,8 @@ def _leak(mechanism: str, received: str) -> str:
 
 
 def _kernels(sizes: Sizes) -> int:
-    return sizes.num_heads if sizes.align_heads == "per_head" else 1
+    per_head = sizes.num_heads if sizes.value_heads is None else sizes.value_heads
+    return per_head if sizes.align_heads == "per_head" else 1
 
 
 ALIGNMENT_PART = Part(

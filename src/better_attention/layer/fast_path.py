@@ -38,11 +38,11 @@ def attend(layer: MultiheadAttention, x: Inputs) -> Tensor | None:
     # The one call records no graph, and nothing that traces or counts operators would see it.
     if torch.is_grad_enabled() or not quiet() or not _is_small(x_BLD) or not is_simple(layer):
         return None
-    if layer.rotary is not None or layer.alibi is not None:
+    if layer.rotary is not None or layer.alibi is not None or layer.kv_group > 1:
         return None
     align = layer.align
     parts = (layer.q_proj, layer.k_proj, layer.v_proj, layer.out_proj, align)
-    if (parameters := ordinary_parameters(parts, layer.embed_dim)) is None:
+    if (parameters := ordinary_parameters(parts, (layer.embed_dim,) * len(parts), layer.embed_dim)) is None:
         return None
     if not are_plain(x_BLD, *(p for named in parameters for p in named.values())):
         return None
@@ -84,24 +84,34 @@ def is_simple(layer: MultiheadAttention) -> bool:
     )
 
 
-def ordinary_parameters(parts: Sequence[nn.Module], width: int) -> list[Mapping[str, nn.Parameter | None]] | None:
-    """The parameters of each part; None if one of them is not just what it seems, see :func:`_is_ordinary`."""
+def ordinary_parameters(
+    parts: Sequence[nn.Module], outputs: Sequence[int], inputs: int
+) -> list[Mapping[str, nn.Parameter | None]] | None:
+    """The parameters of each part; None if one of them is not just what it seems, see :func:`_is_ordinary`.
+
+    Args:
+        parts: the parts.
+        outputs, inputs: the width of each map's output, and that of their input.
+    """
     parameters = [own_parameters(part) for part in parts]  # asked once: a module's attributes are slow
-    ordinary = all(_is_ordinary(part, named, width) for part, named in zip(parts, parameters, strict=True))
+    ordinary = all(
+        _is_ordinary(part, named, (width, inputs))
+        for part, named, width in zip(parts, parameters, outputs, strict=True)
+    )
     return parameters if ordinary else None
 
 
-def _is_ordinary(part: nn.Module, parameters: Mapping[str, Tensor | None], width: int) -> bool:
+def _is_ordinary(part: nn.Module, parameters: Mapping[str, Tensor | None], shape: tuple[int, int]) -> bool:
     """Whether a part is just what it seems: no adapter, hook, patch or special weight would be skipped.
 
     Args:
         part, parameters: the part, and its own parameters.
-        width: of a map's input and output. A kernel would read beyond a smaller one that a user put in its place.
+        shape: of a map's weight. A kernel would read beyond a smaller one that a user put in its place.
     """
     # An nn.Linear registers weight and bias, the latter perhaps as None. Another number means that something was added.
     if type(part) not in (nn.Linear, nn.Identity, Alignment) or not is_bare(part) or len(parameters) not in (0, 2):
         return False
-    if type(part) is nn.Linear and not all(p is None or p.shape == (width,) * p.dim() for p in parameters.values()):
+    if type(part) is nn.Linear and not all(p is None or p.shape == shape[: p.dim()] for p in parameters.values()):
         return False
     return all(p is None or p.dtype == torch.float32 for p in parameters.values())
 

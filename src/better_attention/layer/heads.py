@@ -11,9 +11,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from better_attention.cache.streams import letter_of, streams
 from better_attention.call.call import Call, compute_dtype
 from better_attention.call.masks import together
 from better_attention.errors import check_choice, check_float
+from better_attention.mechanism import Mechanism
 from better_attention.positions import (
     BASE,
     alibi_bias,
@@ -25,7 +27,60 @@ from better_attention.positions import (
 )
 from better_attention.scores import SCORES
 
+from .share import HeadShare
+
 ALIBI_PLACES = ("score", "weight")
+
+
+class HeadCounts:
+    """How many heads a layer has of queries, keys and values: all together, and in this process."""
+
+    mechanism: Mechanism
+    num_heads: int
+    window: int | None
+    share: HeadShare | None
+    kv_group: int
+    """Query heads that share one of projected keys and values; the same where processes share the heads."""
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Number of heads of projected keys and values."""
+        return self.num_heads // self.kv_group
+
+    @property
+    def key_heads(self) -> int:
+        """Number of heads of keys: ``num_kv_heads``, or a slice of the input for each query head."""
+        return self.num_kv_heads if "k" in self.mechanism.projections else self.num_heads
+
+    @property
+    def value_heads(self) -> int:
+        """Number of heads of values: ``num_kv_heads``, or a slice of the input for each query head."""
+        return self.num_kv_heads if "v" in self.mechanism.projections else self.num_heads
+
+    def here(self, heads: int) -> int:
+        """How many of all ``heads`` of a kind this process computes."""
+        return heads if self.share is None else heads * self.share.count // self.num_heads
+
+    @property
+    def heads_here(self) -> int:
+        """Number of heads that this process computes: all of them unless several share the layer."""
+        return self.num_heads if self.share is None else self.share.count
+
+    @property
+    def first_head(self) -> int:
+        """Which of all heads is the first that this process computes."""
+        return 0 if self.share is None else self.share.first
+
+    @property
+    def cache_streams(self) -> tuple[str, ...]:
+        """What a cache of this layer holds: see :func:`better_attention.cache.streams.streams`."""
+        return streams(self.mechanism, window=self.window is not None)
+
+    @property
+    def cache_heads(self) -> tuple[int, ...]:
+        """How many heads each tensor of a cache has, of those that this process computes."""
+        counts = {"k": self.here(self.key_heads), "v": self.here(self.value_heads)}
+        return tuple(counts[letter_of(name)] for name in self.cache_streams)
 
 
 def split(x_BLD: Tensor, num_heads: int, head_dim: int, name: str) -> Tensor:

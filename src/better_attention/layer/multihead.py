@@ -1,7 +1,7 @@
 """The layer: the picture in the README as consecutive calls.
 
 query, key, value -> project -> align -> score -> mix -> output. Shape suffixes as in arguments.py: B batch, L queries,
-S keys, N heads, H head width, D model width.
+S keys, N heads, G heads of keys, H head width, D model width.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from better_attention.cache.kv_cache import KVCache
-from better_attention.cache.streams import streams
 from better_attention.call.call import Call
 from better_attention.call.function_arguments import same_dtype
 from better_attention.call.tracing import is_symbolic, module_node
@@ -27,15 +26,15 @@ from .arguments import Arguments, Inputs, read
 from .calling import called
 from .decode import cached
 from .extra_keys import ExtraPosition
-from .heads import biased, check_alibi, check_rotary, join, rotated, split
+from .heads import HeadCounts, biased, check_alibi, check_rotary, join, rotated, split
 from .imitation import nested
 from .imitation.drop_in import DropIn
-from .projections import check_input_width, projection
+from .projections import check_input_width, check_kv_heads, projection
 from .scale import LearnedScale, check_scale, fixed_scale, scaled
 from .window import WindowAlignment, check_window
 
 
-class MultiheadAttention(DropIn):
+class MultiheadAttention(HeadCounts, DropIn):
     r"""Multi-head attention with any mechanism; takes the place of ``torch.nn.MultiheadAttention``.
 
     Head i computes :math:`\mathrm{weights}(Q W^Q_i (K W^K_i)^\top / \sqrt{d_k}) \, W_A V W^V_i`, and the joined heads
@@ -57,7 +56,7 @@ class MultiheadAttention(DropIn):
         mechanism: a name from ``MECHANISMS``, ``"optimized"``, ``"NAME+expressive"``, or a ``Mechanism``.
         max_len: longest value sequence, the size of W_A; required by aligned mechanisms without a window, refused by
             others.
-        align_heads: one W_A for all heads ("shared") or one "per_head".
+        align_heads: one W_A for all heads ("shared") or one for each head of the values ("per_head").
         align_causal: keep W_A lower triangular; needed under a causal mask.
         align_init: "xavier" or "identity".
         scale: factor on q.k: None for 1/sqrt(head width), a number, or "learned", which starts there as the
@@ -70,6 +69,9 @@ class MultiheadAttention(DropIn):
             (:mod:`.layer.window`); it takes the place of ``max_len``.
         alibi: bias every key by its distance, "weight" (on the log weights, as ALiBi has it) or "score" (inside the
             score, needs ``is_causal=True``); see heads.py. None: not at all.
+        num_kv_heads: number of heads of projected keys and values, each of which serves as many neighbouring query
+            heads (grouped queries, arXiv 2305.13245; 1: multi-query, arXiv 1911.02150); divides ``num_heads``. None: as
+            many as queries have. Values that are not projected stay slices of the input, one for each query head.
         impl: who computes, see :func:`better_attention.attention`.
 
     Raises:
@@ -114,6 +116,7 @@ class MultiheadAttention(DropIn):
         rotary: bool | float | None = None,
         window: int | None = None,
         alibi: str | None = None,
+        num_kv_heads: int | None = None,
         impl: str = "auto",
     ) -> None:
         super().__init__()
@@ -123,6 +126,7 @@ class MultiheadAttention(DropIn):
         if self.embed_dim % self.num_heads:
             raise ValueError(f"embed_dim must be divisible by num_heads, received {embed_dim} and {num_heads}.")
         self.head_dim = self.embed_dim // self.num_heads
+        self.kv_group = check_kv_heads(num_kv_heads, self.num_heads, self.mechanism)
         self.dropout = check_float(dropout, "dropout", low=0.0, high=1.0)
         self.kdim = check_input_width(kdim, "kdim", "k", self.embed_dim, self.mechanism)
         self.vdim = check_input_width(vdim, "vdim", "v", self.embed_dim, self.mechanism)
@@ -141,23 +145,23 @@ class MultiheadAttention(DropIn):
         if dtype is not None:
             floating_dtype(dtype, "dtype")
 
-        D, learned = self.embed_dim, self.mechanism.projections
+        D, H, learned = self.embed_dim, self.head_dim, self.mechanism.projections
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         # W_O is drawn first, as in torch, so that one seed gives both classes the same weights.
         out_proj = nn.Linear(D, D, bias, **factory) if "o" in learned else nn.Identity()
         self.q_proj = projection("q" in learned, D, D, bias, **factory)
-        self.k_proj = projection("k" in learned, self.kdim, D, bias, **factory)
-        self.v_proj = projection("v" in learned, self.vdim, D, bias, **factory)
+        self.k_proj = projection("k" in learned, self.kdim, self.key_heads * H, bias, **factory)
+        self.v_proj = projection("v" in learned, self.vdim, self.value_heads * H, bias, **factory)
         self.align = nn.Identity()
         # check_alignment() has refused a size without W_A and a W_A without its size.
         if self.mechanism.aligned and self.window is not None:
             self.align = WindowAlignment(
-                self.window, self.num_heads, heads=align_heads, init=align_init, bias=bias, **factory
+                self.window, self.value_heads, heads=align_heads, init=align_init, bias=bias, **factory
             )
         elif max_len is not None:
             self.align = Alignment(
                 max_len,
-                self.num_heads,
+                self.value_heads,
                 heads=align_heads,
                 causal=align_causal,
                 init=align_init,
@@ -167,8 +171,8 @@ class MultiheadAttention(DropIn):
             )
         # Assigned last though drawn first: state dicts and prints list the maps in the order of the picture.
         self.out_proj = out_proj
-        self.extra_k = ExtraPosition(D, **factory) if add_bias_kv else None
-        self.extra_v = ExtraPosition(D, **factory) if add_bias_kv else None
+        self.extra_k = ExtraPosition(self.key_heads * H, **factory) if add_bias_kv else None
+        self.extra_v = ExtraPosition(self.value_heads * H, **factory) if add_bias_kv else None
         self.scaling = LearnedScale(self.num_heads, self.head_dim, **factory) if self.scale == "learned" else None
         # All of q, k and v at once, as torch draws its packed matrix.
         self.reset_parameters()
@@ -234,7 +238,7 @@ class MultiheadAttention(DropIn):
         # Under autocast a linear map returns 16 bits, and an identity its input as it is: here they become one dtype.
         q_BLD, k_BSD, v_BSD = same_dtype(q_BLD, k_BSD, v_BSD, projected=True)
         q_BLD = rotated(q_BLD, self.heads_here, self.rotary)
-        k_BSD = rotated(k_BSD, self.heads_here, self.rotary)
+        k_BSD = rotated(k_BSD, self.here(self.key_heads), self.rotary)
         # After the rotation, because the added keys have no position.
         k_BSD, v_BSD, x = extra_keys.append(self, k_BSD, v_BSD, x)
         call = self.call(q_BLD, k_BSD, v_BSD, x)
@@ -253,13 +257,13 @@ class MultiheadAttention(DropIn):
     def unbiased_call(self, q_BLD: Tensor, k_BSD: Tensor, v_BSD: Tensor, x: Inputs) -> Call:
         """The attention call, heads apart, as it is without ALiBi."""
         q_BNLH = split(q_BLD, self.heads_here, self.head_dim, "q_proj")
-        k_BNSH = split(k_BSD, self.heads_here, self.head_dim, "k_proj")
+        k_BGSH = split(k_BSD, self.here(self.key_heads), self.head_dim, "k_proj")
         # With neither W_K nor W_V one tensor is both; it stays one, so that the kernels read it once.
         shared = v_BSD is k_BSD
         return Call(
             scaled(self.scaling, q_BNLH),
-            k_BNSH,
-            k_BNSH if shared else split(v_BSD, self.heads_here, self.head_dim, "v_proj"),
+            k_BGSH,
+            k_BGSH if shared else split(v_BSD, self.here(self.value_heads), self.head_dim, "v_proj"),
             mask_BNLS=x.mask_BNLS if self.share is None else self.share.mask(x.mask_BNLS),
             padding_B11S=x.padding_B11S,
             causal=x.causal,
@@ -271,26 +275,12 @@ class MultiheadAttention(DropIn):
             need_weights=x.need_weights,
         )
 
-    @property
-    def heads_here(self) -> int:
-        """Number of heads that this process computes: all of them unless several share the layer."""
-        return self.num_heads if self.share is None else self.share.count
-
-    @property
-    def first_head(self) -> int:
-        """Which of all heads is the first that this process computes."""
-        return 0 if self.share is None else self.share.first
-
-    @property
-    def cache_streams(self) -> tuple[str, ...]:
-        """What a cache of this layer holds: see :func:`better_attention.cache.streams.streams`."""
-        return streams(self.mechanism, window=self.window is not None)
-
     def extra_repr(self) -> str:
         """Settings for ``print(module)``."""
         parts = [f"{self.embed_dim}, {self.num_heads}, mechanism={self.mechanism.name!r}"]
         defaults: dict[str, object] = {"dropout": 0.0, "batch_first": False, "add_zero_attn": False}
         defaults |= {"scale": None, "rotary": None, "window": None, "alibi": None, "impl": "auto"}
+        defaults |= {"num_kv_heads": self.num_heads}
         parts += [f"{n}={getattr(self, n)!r}" for n, default in defaults.items() if getattr(self, n) != default]
         if self.share is not None:
             parts.append(f"heads {self.share.first} ... {self.share.first + self.share.count - 1} in this process")

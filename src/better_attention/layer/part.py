@@ -19,6 +19,7 @@ class Sizes(NamedTuple):
         bias: whether maps have biases.
         align_heads: "shared", or "per_head" for one W_A per head.
         window: how many tokens each one sees, at most ``length``, and the size of W_A; None: no window.
+        key_heads, value_heads: number of heads of keys, and of values; None: ``num_heads``.
     """
 
     embed_dim: int
@@ -27,6 +28,17 @@ class Sizes(NamedTuple):
     bias: bool = True
     align_heads: str = "shared"
     window: int | None = None
+    key_heads: int | None = None
+    value_heads: int | None = None
+
+    def width(self, letter: str) -> int:
+        """Features of all heads together of queries, keys, values or output, ``"q"``, ``"k"``, ``"v"`` or ``"o"``.
+
+        >>> Sizes(8, 4, 5, key_heads=1).width("k")
+        2
+        """
+        heads = {"k": self.key_heads, "v": self.value_heads}.get(letter)
+        return self.embed_dim if heads is None else self.embed_dim * heads // self.num_heads
 
     @property
     def align_size(self) -> int:

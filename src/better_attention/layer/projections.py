@@ -10,7 +10,7 @@ from torch import nn
 from better_attention.errors import check_int
 from better_attention.mechanism import PROJECTIONS, Mechanism
 
-from .part import Part, Sizes
+from .part import Part
 
 
 def projection(learned: bool, in_features: int, out_features: int, bias: bool, **factory: Any) -> nn.Module:
@@ -52,6 +52,30 @@ def check_input_width(width: int | None, name: str, letter: str, embed_dim: int,
     return width
 
 
+def check_kv_heads(num_kv_heads: int | None, num_heads: int, mechanism: Mechanism) -> int:
+    """How many query heads share a head of projected keys and values.
+
+    Raises:
+        ValueError, TypeError: no whole number, or none that divides ``num_heads``; or fewer than those where no keys
+            are projected.
+    """
+    if num_kv_heads is None:
+        return 1
+    heads = check_int(num_kv_heads, "num_kv_heads")
+    if heads > num_heads or num_heads % heads:
+        raise ValueError(
+            f"num_kv_heads={heads} must divide num_heads={num_heads}: each head of keys and values serves the same "
+            "number of neighbouring query heads."
+        )
+    if heads != num_heads and "k" not in mechanism.projections:
+        raise ValueError(
+            f"num_kv_heads={heads} groups projected keys, and mechanism {mechanism.name!r} has no W_K: each of its "
+            f"{num_heads} heads reads its own slice of the input, of which a cache holds one copy. Leave num_kv_heads "
+            "out, or use a mechanism that learns 'k'."
+        )
+    return num_heads // heads
+
+
 def _part(letter: str) -> Part:
     name, of_head = letter.upper(), "" if letter == "o" else "_i"
     return Part(
@@ -61,15 +85,11 @@ def _part(letter: str) -> Part:
         label=f"Linear  W_{name}",
         legend="Linear: a learned map with a bias, from the right.",
         add=lambda mechanism: replace(mechanism, projections=mechanism.projections | {letter}),
-        params=_params,
-        flops=lambda sizes: 2 * sizes.length * sizes.embed_dim**2,
+        params=lambda sizes: sizes.width(letter) * (sizes.embed_dim + sizes.bias),
+        flops=lambda sizes: 2 * sizes.length * sizes.embed_dim * sizes.width(letter),
         term=lambda factor: f"{factor} W{of_head}^{name}",
         absent="slice",
     )
-
-
-def _params(sizes: Sizes) -> int:
-    return sizes.embed_dim**2 + sizes.bias * sizes.embed_dim
 
 
 PROJECTION_PARTS = tuple(_part(letter) for letter in PROJECTIONS)

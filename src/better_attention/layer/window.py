@@ -45,7 +45,7 @@ class WindowAlignment(nn.Module):
 
     Args:
         window: w, the size of W_A.
-        num_heads: number of heads.
+        num_heads: number of heads that the values have; a multiple of it have weights.
         heads: "shared", one W_A for all heads, or "per_head".
         init: "xavier" or "identity", with which super is efficient attention with a window.
         bias: whether there is a bias, one number per place in the window (and head).
@@ -89,10 +89,14 @@ class WindowAlignment(nn.Module):
         """(B, N, L, w) weights to (B, N, L, w + 1): those of the values, and what is added to every feature."""
         # One product for both: the bias is one more column.
         matrix = here(self, self.weight)
-        if self.bias is None:
-            return F.pad(weights_BNLW @ matrix.to(weights_BNLW.dtype), (0, 1))
-        matrix = torch.cat([matrix, here(self, self.bias)[..., None]], dim=-1)
-        return weights_BNLW @ matrix.to(weights_BNLW.dtype)
+        if self.bias is not None:
+            matrix = torch.cat([matrix, here(self, self.bias)[..., None]], dim=-1)
+        matrix, N = matrix.to(weights_BNLW.dtype), weights_BNLW.shape[1]
+        if matrix.dim() == 3 and len(matrix) != N:  # one for each head of values, which several of queries share
+            mixing = (weights_BNLW.unflatten(1, (len(matrix), -1)) @ matrix[:, None]).flatten(1, 2)
+        else:
+            mixing = weights_BNLW @ matrix
+        return mixing if self.bias is not None else F.pad(mixing, (0, 1))
 
     def extra_repr(self) -> str:
         """Settings for ``print(module)``."""

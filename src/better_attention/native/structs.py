@@ -9,12 +9,12 @@ import ctypes
 
 import torch
 
-ABI = 5
+ABI = 6
 """Version of the interface."""
 OK, NO_MEMORY, NO_SUCH_ISA, NO_SUCH_SCORE, DECODES_ONLY = range(5)
 """What a function returns."""
 FEW = 8
-"""How many queries of one head of keys count as decoding."""
+"""How many queries of a head count as decoding."""
 ISAS = {"portable": 1, "neon": 2, "avx2": 3, "avx512": 4}
 """Instruction sets, slowest first; 0 stands for the best that there is."""
 BEST_ISA = 0
@@ -46,11 +46,11 @@ class Call(ctypes.Structure):
     _fields_ = (
         *_integers("isa threads dtype score causal offset window"),
         *_numbers("scale dropout"),
-        *_integers("seed batch_first batch_step B N G L S H W"),
+        *_integers("seed batch_first batch_step B N G L S H W key_group value_group"),
         *_pointers("q k v"),
         *_integers("q_b q_n q_l k_b k_g k_s v_b v_g v_s"),
         *_pointers("k_scale v_scale"),
-        *_integers("scale_b scale_g scale_s"),
+        *_integers("k_scale_b k_scale_g k_scale_s v_scale_b v_scale_g v_scale_s"),
         *_pointers("rotary_cos rotary_sin"),
         *_integers("rotary_s"),
         *_pointers("slopes"),

@@ -47,7 +47,7 @@ def parallel_plan(
         TypeError: no module.
         ValueError: no attention layer in it. ``parallelize_module`` itself raises ValueError in all processes for a
             mesh of several dimensions (pass one, as ``mesh["tp"]``), one of another device, a number of processes
-            that does not divide the number of heads, or different layers.
+            that does not divide the number of heads, or of those of keys and values, or different layers.
 
     Note:
         Dropout draws independently in each process, as it must for its heads, so that with it the result depends on

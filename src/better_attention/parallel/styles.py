@@ -109,6 +109,11 @@ def _checked(module: nn.Module, mesh: DeviceMesh) -> MultiheadAttention:
             "the number of heads; the others can divide the batch or the weights (fully_shard over another dimension "
             "of the mesh)."
         )
+    if module.num_kv_heads % ways:
+        raise ValueError(
+            f"num_kv_heads={module.num_kv_heads} cannot be divided among {ways} processes: each has to have whole heads of "
+            "keys and values. Take a number of processes that divides num_kv_heads."
+        )
     return module
 
 

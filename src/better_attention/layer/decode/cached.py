@@ -64,7 +64,7 @@ def _in_parts(layer: MultiheadAttention, given: Arguments, cache: KVCache) -> tu
     projects = "k" in layer.mechanism.projections
     # remember and align
     if projects:
-        k_BLD = rotated(k_BLD, layer.heads_here, layer.rotary, first)
+        k_BLD = rotated(k_BLD, layer.here(layer.key_heads), layer.rotary, first)
     cache.write(KEY, k_BLD)
     _remember_values(layer, cache, v_BLD, first)
     x = _with_masks(layer, given, cache, x)

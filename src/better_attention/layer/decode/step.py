@@ -39,12 +39,14 @@ def attend(layer: MultiheadAttention, given: Arguments, cache: KVCache) -> Tenso
     if torch.is_grad_enabled() or not quiet() or not _is_few(layer, given) or not is_simple(layer):
         return None
     parts = (layer.q_proj, layer.k_proj, layer.v_proj, layer.out_proj)
-    if (parameters := ordinary_parameters(parts, layer.embed_dim)) is None:
+    D, H = layer.embed_dim, layer.head_dim
+    outputs = (D, layer.key_heads * H, layer.value_heads * H, D)
+    if (parameters := ordinary_parameters(parts, outputs, D)) is None:
         return None
     x_BLD, maps = given.query, [p for named in parameters for p in (named.get("weight"), named.get("bias"))]
     cache.check(layer, x_BLD)
-    B, L, D = x_BLD.shape
-    if not are_plain(x_BLD, *maps) or not cache.reserve(L, x_BLD.dtype, D):
+    B, L = x_BLD.shape[:2]
+    if not are_plain(x_BLD, *maps) or not cache.reserve(L, x_BLD.dtype):
         return None
     c = structs.Step()
     shown_BS = cache.show(None, L)
@@ -60,7 +62,7 @@ def attend(layer: MultiheadAttention, given: Arguments, cache: KVCache) -> Tenso
     if layer.rotary is not None:
         # As in cached.py: an input that is remembered as it came is turned by its place among what is remembered.
         first = cache.length if "k" in layer.mechanism.projections else cache.held(L) - L
-        turns = angles(first, L, layer.rotary, layer.head_dim)
+        turns = angles(first, L, layer.rotary, H)
         c.new_cos, c.new_sin = map(address, turns)
     out_BLD = x_BLD.new_empty(B, L, D)
     c.out = out_BLD.data_ptr()
@@ -112,16 +114,15 @@ def _describe(
     first = 0 if layer.window is None else max(0, S - L - layer.window + 1)
     c.threads, c.dtype = torch.get_num_threads(), structs.ELEMENT_TYPES[torch.float32]
     c.score, c.scale = structs.SCORES[layer.mechanism.score], fixed_scale(layer.scale, H)
-    c.B, c.N, c.G, c.L, c.S, c.H, c.W = B, N, N, L, S - first, H, H
+    c.B, c.N, c.G, c.L, c.S, c.H, c.W = B, N, layer.value_heads, L, S - first, H, H
+    c.key_group = layer.value_heads // layer.key_heads
     if L > 1:
         c.causal, c.offset, c.window = True, S - first - L, layer.window or 0
     c.k, c.k_b, c.k_g, c.k_s = _row(k_BSD, first), k_BSD.stride(0), H, k_BSD.stride(1)
     c.v, c.v_b, c.v_g, c.v_s = _row(v_BSD, first), v_BSD.stride(0), H, v_BSD.stride(1)
     if k_scale is not None and v_scale is not None:
-        if k_scale.stride() != v_scale.stride():
-            return None
-        c.k_scale, c.v_scale = _row(k_scale, first), _row(v_scale, first)
-        c.scale_b, c.scale_s, c.scale_g = k_scale.stride()
+        c.k_scale, (c.k_scale_b, c.k_scale_s, c.k_scale_g) = _row(k_scale, first), k_scale.stride()
+        c.v_scale, (c.v_scale_b, c.v_scale_s, c.v_scale_g) = _row(v_scale, first), v_scale.stride()
     if layer.rotary is not None and "k" not in layer.mechanism.projections:
         cos_SP, sin_SP = angles_to(S, layer.rotary, H)
         c.rotary_cos, c.rotary_sin, c.rotary_s = _row(cos_SP, first, 0), _row(sin_SP, first, 0), cos_SP.stride(0)

@@ -22,7 +22,16 @@ from better_attention.mechanism import MECHANISMS, Mechanism
 from better_attention.scores import DEFAULT_SCORE
 
 from .packed import Unpackable, assign, packed
-from .state_dict import explain_parts, other_size, separate, to_packed, unpack, whole_or_parts, without_waiting_hook
+from .state_dict import (
+    explain_parts,
+    other_size,
+    separate,
+    to_packed,
+    unpack,
+    whole_or_parts,
+    with_repeated_heads,
+    without_waiting_hook,
+)
 
 
 class DropIn(nn.Module):
@@ -45,6 +54,9 @@ class DropIn(nn.Module):
     scale: float | str | None
     rotary: float | None
     alibi: str | None
+    window: int | None
+    head_dim: int
+    kv_group: int
     q_proj: nn.Module
     k_proj: nn.Module
     v_proj: nn.Module
@@ -65,12 +77,13 @@ class DropIn(nn.Module):
         kept = [getattr(self, f"{p}_proj") for p in "qkv" if p in self.mechanism.projections]
         with torch.no_grad():
             if self.kdim == self.vdim == self.embed_dim:
-                # One draw for the packed (3D, D) matrix has torch's bound, and torch's numbers for "standard".
+                # One draw for the packed (3D, D) matrix has torch's bound, and torch's numbers for "standard". With
+                # fewer heads of keys and values it has fewer rows and the same bound: a row's size is that of any head.
                 bound = math.sqrt(3.0) * math.sqrt(2.0 / (4 * self.embed_dim))
                 weights = [linear.weight for linear in kept]
                 if weights:
                     packed = torch.empty_like(torch.cat(weights)).uniform_(-bound, bound)
-                    for weight, part in zip(weights, packed.split(self.embed_dim), strict=True):
+                    for weight, part in zip(weights, packed.split([len(weight) for weight in weights]), strict=True):
                         weight.copy_(part)
             else:
                 for linear in kept:
@@ -168,6 +181,8 @@ class DropIn(nn.Module):
         return None if self.scaling is None else self.scaling.log_scale
 
     def _packed(self, kind: str) -> Tensor | Unpackable | None:
+        if self.kv_group > 1:
+            return Unpackable("with num_kv_heads, since keys and values have fewer rows than queries")
         ours = self.mechanism.aligned or self.mechanism.score != DEFAULT_SCORE or self.scale is not None
         torchs = not ours and self.rotary is None and self.alibi is None
         return packed((self.q_proj, self.k_proj, self.v_proj), kind, self.mechanism.name, torchs)
@@ -177,17 +192,21 @@ class DropIn(nn.Module):
     def to_torch_state_dict(self) -> dict[str, Tensor]:
         """The weights under the names of ``torch.nn.MultiheadAttention``, packed where torch packs them.
 
+        With ``num_kv_heads`` each query head gets a copy of the keys and values that it shares: torch's class then
+        computes the same.
+
         Raises:
             ValueError: the layer computes what torch's class cannot.
         """
-        settings = self.scale, self.rotary, self.alibi
-        if self.mechanism != MECHANISMS["standard"] or settings != (None, None, None):
+        settings = self.scale, self.rotary, self.alibi, self.window
+        if self.mechanism != MECHANISMS["standard"] or settings != (None,) * len(settings):
             raise ValueError(
                 f"torch.nn.MultiheadAttention computes 'standard' attention with scale=None and without rotary "
-                f"positions and ALiBi only; this layer is {self.mechanism.name!r} with scale={self.scale!r}, "
-                f"rotary={self.rotary!r}, alibi={self.alibi!r}."
+                f"positions, ALiBi and a window only; this layer is {self.mechanism.name!r} with scale={self.scale!r}, "
+                f"rotary={self.rotary!r}, alibi={self.alibi!r}, window={self.window!r}."
             )
-        return to_packed(self.state_dict(), packed=self.kdim == self.vdim == self.embed_dim)
+        ours = with_repeated_heads(self.state_dict(), self.head_dim, self.kv_group)
+        return to_packed(ours, packed=self.kdim == self.vdim == self.embed_dim)
 
     def __prepare_scriptable__(self) -> NoReturn:
         """Answer ``torch.jit.script``, which compiles source code in a subset of Python.

@@ -183,7 +183,24 @@ def without_waiting_hook(module: nn.Module) -> dict[str, Any]:
 
 
 def other_size(module: nn.Module, state_dict: Mapping[str, Any], prefix: str) -> list[str]:
-    """What to do about a W_A of another size: one sentence, or none."""
+    """What to do about a W_A of another size, or another number of heads of keys and values: sentences, or none."""
+    return _other_heads(module, state_dict, prefix) + _other_kernel(module, state_dict, prefix)
+
+
+def _other_heads(module: nn.Module, state_dict: Mapping[str, Any], prefix: str) -> list[str]:
+    width = int(module.head_dim)  # type: ignore[arg-type]
+    for part in ("k_proj", "v_proj"):
+        came, expected = state_dict.get(f"{prefix}{part}.weight"), getattr(getattr(module, part), "weight", None)
+        if came is None or expected is None or came.dim() != 2 or len(came) == len(expected) or len(came) % width:
+            continue
+        return [
+            f"{prefix}{part}.weight in these weights is of a layer with {len(came) // width} heads of width {width}, "
+            f"this one has {len(expected) // width}: build it with num_kv_heads={len(came) // width}."
+        ]
+    return []
+
+
+def _other_kernel(module: nn.Module, state_dict: Mapping[str, Any], prefix: str) -> list[str]:
     kernel = state_dict.get(f"{prefix}align.weight")
     expected = getattr(module.align, "weight", None)
     if kernel is None or expected is None or kernel.shape == expected.shape or kernel.dim() not in (2, 3):
@@ -192,6 +209,22 @@ def other_size(module: nn.Module, state_dict: Mapping[str, Any], prefix: str) ->
         f"{prefix}align.weight in these weights is of a layer with max_len={kernel.shape[-1]} and "
         f"align_heads={'shared' if kernel.dim() == 2 else 'per_head'!r}: build this layer with the same."
     ]
+
+
+def with_repeated_heads(state_dict: Mapping[str, Tensor], head_dim: int, group: int) -> dict[str, Tensor]:
+    """Our state dict with a head of keys and values for each query head, where ``group`` neighbours share one."""
+    if group == 1:
+        return dict(state_dict)
+
+    def repeated(name: str, x: Tensor) -> Tensor:
+        part = name.split(".")[0]
+        if part not in ("k_proj", "v_proj", "extra_k", "extra_v"):
+            return x
+        dim = 0 if part.endswith("_proj") else 2
+        heads: Tensor = x.unflatten(dim, (-1, head_dim)).repeat_interleave(group, dim)
+        return heads.flatten(dim, dim + 1)
+
+    return {name: repeated(name, x) for name, x in state_dict.items()}
 
 
 def to_packed(state_dict: Mapping[str, Tensor], *, packed: bool) -> dict[str, Tensor]:

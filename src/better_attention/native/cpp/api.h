@@ -1,7 +1,7 @@
 /* The compiled kernels' whole interface: plain C over pointers and strides, no torch and no Python in it.
  *
- * Letters as everywhere in better_attention: B batch, N query heads, G key/value heads (N is a multiple of G),
- * L queries, S keys, H width of q and k, W width of v. Strides count elements; the last dimension (H, W) of every
+ * Letters as everywhere in better_attention: B batch, N query heads, G pairs of key and value heads (N is a multiple of
+ * G), L queries, S keys, H width of q and k, W width of v. Strides count elements; the last dimension (H, W) of every
  * tensor is contiguous. Nothing here checks shapes or memory: impl/native.py does. native/structs.py is this file
  * in Python, and a test compares the two.
  */
@@ -20,13 +20,13 @@
 extern "C" {
 #endif
 
-enum { BA_ABI = 5 };                                                     /* counts incompatible changes of this file */
+enum { BA_ABI = 6 };                                                     /* counts incompatible changes of this file */
 enum { BA_F32 = 0, BA_BF16 = 1, BA_BOOL = 2, BA_NONE = 3 };              /* element types; bool: 1 byte, 1 = attend */
 enum { BA_SOFTMAX = 0, BA_EXPRESSIVE = 1 };                              /* scores */
 /* what a kernel returns; the last: int8 and rotated caches and slopes serve a few queries without dropout, and
  * ba_forward alone */
 enum { BA_OK = 0, BA_NO_MEMORY = 1, BA_NO_SUCH_ISA = 2, BA_NO_SUCH_SCORE = 3, BA_DECODES_ONLY = 4 };
-enum { BA_FEW = 8 };              /* queries of one head of keys that count as decoding: N / G heads times L */
+enum { BA_FEW = 8 };              /* queries of a head that count as decoding */
 enum { BA_BEST = 0, BA_PORTABLE = 1, BA_NEON = 2, BA_AVX2 = 3, BA_AVX512 = 4 }; /* instruction sets */
 
 /* One attention call. All fields are 8 bytes wide, so that the layout is the same for every compiler. */
@@ -41,12 +41,13 @@ typedef struct {
     int64_t seed;                    /* the rule that says which, by this number */
     int64_t batch_first, batch_step; /* to that rule, batch element b is number batch_first + b batch_step; step 0: 1 */
     int64_t B, N, G, L, S, H, W;     /* S, H and W at least 1; the others may be 0 */
+    int64_t key_group, value_group;  /* neighbouring pairs that share a head of keys, or of values; 0 as 1: none */
     const void *q, *k, *v;           /* k == v with equal strides: one tensor that serves as both */
     int64_t q_b, q_n, q_l;           /* strides of q (B, N, L, H) */
-    int64_t k_b, k_g, k_s;           /* of k (B, G, S, H) */
-    int64_t v_b, v_g, v_s;           /* of v (B, G, S, W) */
-    const float *k_scale, *v_scale;  /* (B, G, S), not negative: k and v are int8, times these; or NULL */
-    int64_t scale_b, scale_g, scale_s;
+    int64_t k_b, k_g, k_s;           /* of k (B, G / key_group, S, H) */
+    int64_t v_b, v_g, v_s;           /* of v (B, G / value_group, S, W) */
+    const float *k_scale, *v_scale;  /* of their heads and keys, not negative: k and v are int8, times these; or NULL */
+    int64_t k_scale_b, k_scale_g, k_scale_s, v_scale_b, v_scale_g, v_scale_s; /* k_scale == v_scale: with equal strides */
     const float *rotary_cos, *rotary_sin; /* (S, H/2): angles that turn features p and p + H/2 of each key, by the same */
     /* angle more from each key to the next one; or NULL */
     int64_t rotary_s;
@@ -70,7 +71,8 @@ typedef struct {
     const float *delta;              /* (B, N, L), contiguous: of each row the sum over keys of w dL/dw, where it is known,
                                         as where other processes hold some of the keys; NULL: of grad and out. `out` is
                                         not read where it is given. */
-    void *dq, *dk, *dv;              /* dv == NULL: k and v are one tensor, and dk its whole gradient (H == W) */
+    void *dq, *dk, *dv;              /* dv == NULL: k and v are one tensor, and dk its whole gradient (H == W). dk and dv
+                                        have G heads: what belongs to one head of keys or values is not added up */
     int64_t dq_b, dq_n, dq_l, dk_b, dk_g, dk_s, dv_b, dv_g, dv_s;
 } ba_call;
 
@@ -112,11 +114,12 @@ typedef struct {
 typedef struct {
     int64_t isa;
     int64_t D;                       /* N H = N W = D */
-    ba_call attention;               /* over the cache, G = N. The last L rows of k and v are those of the new tokens, which
-                                        are written here, with their scales; q and out are not looked at */
+    ba_call attention;               /* over the cache. The last L rows of k and v are those of the new tokens, which are
+                                        written here, with their scales; q and out are not looked at */
     const void *x;                   /* (B, L, D) */
     int64_t x_b, x_l;
-    const void *wq, *bq, *wk, *bk, *wv, *bv, *wo, *bo; /* as in ba_layer; those of k and v give what the cache holds */
+    const void *wq, *bq, *wk, *bk, *wv, *bv, *wo, *bo; /* as in ba_layer; those of k and v give what the cache holds, and
+                                        have as many rows as its heads have features */
     const float *new_cos, *new_sin;  /* (L, H/2), contiguous: angles that turn queries, and keys if they have a weight; or NULL */
     void *out;                       /* (B, L, D), contiguous */
 } ba_step;

@@ -115,7 +115,7 @@ static void careful_backward(BackPanel& p, int64_t b, int64_t n, int64_t l) {
     for (int pass = 0; pass < 2; ++pass)
         for (int64_t s = first_key(p.hide, l); s < end_key(p.hide, l); ++s) {
             if (weights[s] == 0.0) continue;
-            const void* k = shifted(c.k, b * c.k_b + g * c.k_g + s * c.k_s, bf16);
+            const void* k = shifted(c.k, b * c.k_b + key_head(c, g) * c.k_g + s * c.k_s, bf16);
             const float* v = p.v + s * p.v_s;
             double dw = 0.0;
             for (int64_t w = 0; w < c.W; ++w) dw += static_cast<double>(grad[w]) * v[w];
@@ -267,7 +267,8 @@ static void back_head(const Backward& f, int64_t b, int64_t g, int64_t part, flo
     p.shift = at, at += pitch;
     p.delta = at, at += pitch;
     p.numbers = at, at += 2 * pitch;
-    const Row k = {shifted(c.k, b * c.k_b + g * c.k_g, bf16), bf16}, v = {shifted(c.v, b * c.v_b + g * c.v_g, bf16), bf16};
+    const Row k = {shifted(c.k, b * c.k_b + key_head(c, g) * c.k_g, bf16), bf16};
+    const Row v = {shifted(c.v, b * c.v_b + value_head(c, g) * c.v_g, bf16), bf16};
     p.k = static_cast<const float*>(k.p), p.k_s = c.k_s;
     p.v = static_cast<const float*>(v.p), p.v_s = c.v_s;
     if (f.copy_k) p.k_copy = at, at += f.span * f.Hp;

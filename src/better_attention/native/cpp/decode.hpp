@@ -174,10 +174,11 @@ static V scales_at(const float* x, int64_t stride, int64_t n) {
 static Scales scales_of(const ba_call& c, int64_t b, int64_t g, int64_t s0, int64_t n) {
     Scales x = {};
     if (c.k_scale == NULL) return x;
-    const int64_t at = b * c.scale_b + g * c.scale_g + s0 * c.scale_s;
     x.any = true;
-    x.k = scales_at(c.k_scale + at, c.scale_s, n);
-    x.v = c.v_scale == c.k_scale ? x.k : scales_at(c.v_scale + at, c.scale_s, n);
+    const int64_t at = b * c.k_scale_b + key_head(c, g) * c.k_scale_g + s0 * c.k_scale_s;
+    x.k = x.v = scales_at(c.k_scale + at, c.k_scale_s, n);
+    if (c.v_scale != c.k_scale)
+        x.v = scales_at(c.v_scale + b * c.v_scale_b + value_head(c, g) * c.v_scale_g + s0 * c.v_scale_s, c.v_scale_s, n);
     return x;
 }
 
@@ -262,25 +263,28 @@ template <int SCORE> static void weigh_block(DecodeBlock& d, bool free) {
 
 // Where the rows of a task's heads lie, in bytes.
 struct Cache {
-    const char* p;               // key 0 of the first head
+    const char* p;               // key 0 of head 0
+    int64_t first, group;        // the task's first head, and how many neighbours are one here
     int64_t row, head;           // from a key to the next one, from a head to the next one
     int64_t ahead;               // keys between what is read and what is asked for
     int64_t ask_head, ask_row;   // as `head` and `row`, for what is asked for
 
     // Those of LANES keys from s0 on and of the i-th head; keys before `end` may be asked for.
     Rows rows(int64_t s0, int64_t end, int64_t i) const {
+        const int64_t h = group > 1 ? (first + i) / group : first + i;
         const char* at = p + s0 * row;
-        Rows x = {at + i * head, row, at + i * head, row};  // what is there already
-        if (s0 + LANES + ahead <= end) x.ask = at + ahead * row + i * ask_head, x.ask_row = ask_row;
+        Rows x = {at + h * head, row, at + h * head, row};  // what is there already
+        if (s0 + LANES + ahead <= end) x.ask = at + ahead * row + h * ask_head, x.ask_row = ask_row;
         return x;
     }
 };
 
-// `x` is key 0 of the first of `heads` heads, whose rows have `width` bytes.
-static Cache cache_of(const char* x, int64_t row, int64_t head, int64_t width, int64_t heads) {
-    Cache c = {x, row, head, LANES, head, row};
+// `x` is key 0 of head 0; a task reads `heads` heads from `first` on, whose rows have `width` bytes.
+static Cache cache_of(const void* x, int64_t first, int64_t group, int64_t row, int64_t head, int64_t width,
+                      int64_t heads) {
+    Cache c = {static_cast<const char*>(x), first, group, row, head, LANES, head, row};
     if (heads == 1 || head > row) c.ahead = (AHEAD + width - 1) / width;
-    else if (head == width && row == heads * width) c.ask_head = LANES * width, c.ask_row = width;  // no gaps
+    else if (head == width && row == heads / group * width) c.ask_head = LANES * width, c.ask_row = width;  // no gaps
     return c;
 }
 
@@ -394,10 +398,9 @@ static void decode_task(void* context, int64_t task, float* scratch) {
     t.end = t.start + f.run * f.chunk < f.end ? t.start + f.run * f.chunk : f.end;
     const Restriction causality = restriction(c, t.b, 0);
     t.seen_from = first_key(causality, c.L - 1), t.seen_to = end_key(causality, 0);
-    const char* at = static_cast<const char*>(c.k) + (t.b * c.k_b + t.first * c.k_g) * size;
-    t.k = cache_of(at, c.k_s * size, c.k_g * size, c.H * size, f.heads);
-    at = static_cast<const char*>(c.v) + (t.b * c.v_b + t.first * c.v_g) * size;
-    t.v = cache_of(at, c.v_s * size, c.v_g * size, c.W * size, f.heads);
+    const void *k = static_cast<const char*>(c.k) + t.b * c.k_b * size, *v = static_cast<const char*>(c.v) + t.b * c.v_b * size;
+    t.k = cache_of(k, t.first, c.key_group > 1 ? c.key_group : 1, c.k_s * size, c.k_g * size, c.H * size, f.heads);
+    t.v = cache_of(v, t.first, c.value_group > 1 ? c.value_group : 1, c.v_s * size, c.v_g * size, c.W * size, f.heads);
     t.states = f.parts + (t.b * c.G + t.first) * f.few * f.chunks * f.state;
     const Angles angles = c.rotary_cos == NULL ? Angles{} : angles_of(c, scratch + 3 * f.few * LANES);
     DecodeBlock two[2] = {};
@@ -453,6 +456,19 @@ static void combine_task(void* context, int64_t head, float* scratch) {
 // Whether decoding alone knows how to read the cache.
 static bool is_special(const ba_call& c) { return c.k_scale != NULL || c.rotary_cos != NULL || c.slopes != NULL; }
 
+// The same call, of whose pairs several share a head where one would have too many queries for decoding.
+static ba_call regrouped(const ba_call& c) {
+    ba_call r = c;
+    const int64_t group = c.G > 0 ? c.N / c.G : 1;
+    int64_t heads = c.L > 0 && c.L <= FEW ? FEW / c.L : group;  // of queries, at most
+    if (group <= heads) return r;
+    while (group % heads != 0) --heads;
+    const int64_t pairs = group / heads;
+    r.G *= pairs;
+    r.key_group = pairs * (c.key_group > 1 ? c.key_group : 1), r.value_group = pairs * (c.value_group > 1 ? c.value_group : 1);
+    return r;
+}
+
 static bool is_decode(const ba_call& c) {
     return c.dropout == 0.0 && c.G > 0 && c.N / c.G * c.L <= FEW && (c.S >= 2 * LANES || is_special(c));
 }
@@ -478,7 +494,7 @@ static int64_t decode(const ba_call& c) {
     f.c = &c;
     f.group = c.N / c.G;
     f.few = f.group * c.L;
-    f.heads = c.G > 1 && c.k_g < c.k_s ? c.G : c.G % APART == 0 ? APART : 1;
+    f.heads = c.G > 1 && c.v_g < c.v_s ? c.G : c.G % APART == 0 ? APART : 1;
     const Restriction causality = restriction(c, 0, 0);
     f.begin = first_key(causality, 0), f.end = end_key(causality, c.L - 1);
     const int64_t keys = f.end > f.begin ? f.end - f.begin : 0;

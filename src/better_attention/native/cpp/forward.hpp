@@ -144,6 +144,10 @@ static void block_of(Panel& p, int64_t vectors, int64_t lane, int64_t s0, int64_
     }
 }
 
+// The head of keys, and of values, of pair g.
+static int64_t key_head(const ba_call& c, int64_t g) { return c.key_group > 1 ? g / c.key_group : g; }
+static int64_t value_head(const ba_call& c, int64_t g) { return c.value_group > 1 ? g / c.value_group : g; }
+
 // One number of a key or value, whatever the cache holds.
 static float number_at(const void* p, const float* scale, const ba_call& c, int64_t row, int64_t scale_row, int64_t i) {
     if (scale == NULL) return load_row({shifted(p, row, c.dtype == BA_BF16), c.dtype == BA_BF16}, i, 1)[0];
@@ -151,7 +155,8 @@ static float number_at(const void* p, const float* scale, const ba_call& c, int6
 }
 
 static float key_at(const ba_call& c, int64_t b, int64_t g, int64_t s, int64_t h) {
-    const int64_t row = b * c.k_b + g * c.k_g + s * c.k_s, scale_row = b * c.scale_b + g * c.scale_g + s * c.scale_s;
+    const int64_t kg = key_head(c, g), row = b * c.k_b + kg * c.k_g + s * c.k_s;
+    const int64_t scale_row = b * c.k_scale_b + kg * c.k_scale_g + s * c.k_scale_s;
     const float x = number_at(c.k, c.k_scale, c, row, scale_row, h);
     if (c.rotary_cos == NULL) return x;
     const int64_t P = c.H / 2, p = h % P;
@@ -211,7 +216,7 @@ static void careful_forward(const ba_call& c, int64_t b, int64_t n, int64_t l, f
     const Drops drops = drops_of(c);
     const uint64_t row = row_of(c, b, n, l);
     for (int64_t s = begin; s < end; ++s) weights[s] *= factor_of(drops, row, s);
-    const int64_t g = n / (c.N / c.G);
+    const int64_t g = value_head(c, n / (c.N / c.G));
     void* out = shifted(c.out, b * c.out_b + n * c.out_n + l * c.out_l, bf16);
     for (int64_t w = 0; w < c.W; ++w) {
         double sum = 0.0;
@@ -219,7 +224,7 @@ static void careful_forward(const ba_call& c, int64_t b, int64_t n, int64_t l, f
             if (weights[s] != 0.0)
                 sum += weights[s] *
                     number_at(c.v, c.v_scale, c, b * c.v_b + g * c.v_g + s * c.v_s,
-                        b * c.scale_b + g * c.scale_g + s * c.scale_s, w);
+                        b * c.v_scale_b + g * c.v_scale_g + s * c.v_scale_s, w);
         store_row(out, bf16, w, fill(static_cast<float>(sum)), 1);
     }
     if (c.stats != NULL) {
@@ -292,7 +297,8 @@ static void one_head(const Forward& f, int64_t head, int64_t from, int64_t to, b
     p.shift = at, at += pitch;
     p.rescale = at, at += pitch;
     p.numbers = at, at += 2 * pitch;
-    const Row k = {shifted(c.k, b * c.k_b + g * c.k_g, bf16), bf16}, v = {shifted(c.v, b * c.v_b + g * c.v_g, bf16), bf16};
+    const Row k = {shifted(c.k, b * c.k_b + key_head(c, g) * c.k_g, bf16), bf16};
+    const Row v = {shifted(c.v, b * c.v_b + value_head(c, g) * c.v_g, bf16), bf16};
     p.k = static_cast<const float*>(k.p), p.k_s = c.k_s;
     p.v = static_cast<const float*>(v.p), p.v_s = c.v_s;
     const int64_t last = to * f.cut.vectors / f.cut.count * LANES - 1;
@@ -313,8 +319,8 @@ static void one_head(const Forward& f, int64_t head, int64_t from, int64_t to, b
         p.next_k = p.next_v = NULL;
         if (more && i == from) {
             const int64_t next = head + 1, nb = next / c.N, ng = next % c.N / (c.N / c.G);
-            p.next_k = static_cast<const char*>(shifted(c.k, nb * c.k_b + ng * c.k_g, bf16));
-            p.next_v = static_cast<const char*>(shifted(c.v, nb * c.v_b + ng * c.v_g, bf16));
+            p.next_k = static_cast<const char*>(shifted(c.k, nb * c.k_b + key_head(c, ng) * c.k_g, bf16));
+            p.next_v = static_cast<const char*>(shifted(c.v, nb * c.v_b + value_head(c, ng) * c.v_g, bf16));
         }
         c.score == BA_SOFTMAX ? one_panel<BA_SOFTMAX>(f, p, b, n, i) : one_panel<BA_EXPRESSIVE>(f, p, b, n, i);
     }

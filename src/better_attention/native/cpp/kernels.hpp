@@ -20,15 +20,15 @@ namespace BA_ISA {
 
 int64_t forward(const ba_call& c) {
     if (c.B * c.N * c.L == 0) return BA_OK;
-    const ba_call call = within_reach(c);
-    if (is_special(call) && !is_decode(call)) return BA_DECODES_ONLY;
-    return is_decode(call) ? decode(call) : wide_forward(call);
+    const ba_call call = within_reach(c), pairs = regrouped(call);
+    if (is_special(pairs) && !is_decode(pairs)) return BA_DECODES_ONLY;
+    return is_decode(pairs) ? decode(pairs) : wide_forward(call);
 }
 
 int64_t backward(const ba_call& c) {
     const ba_call call = within_reach(c);
     if (is_special(call)) return BA_DECODES_ONLY;
-    return is_decode(call) ? decode_backward(call) : wide_backward(call);
+    return is_decode(regrouped(call)) ? decode_backward(call) : wide_backward(call);
 }
 
 int64_t layer_forward(const ba_layer& c) { return c.B * c.L == 0 ? int64_t{BA_OK} : whole_layer(c); }

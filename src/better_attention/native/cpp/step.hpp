@@ -16,14 +16,14 @@ constexpr float STEPS = 127.0f;     // the largest code of int8; cache/int8.py h
 struct Map {  // y = x W^T + b for a few rows; behind the D numbers of a row of x lie zeros up to a whole vector
     const float *x, *w, *b;
     float* y;
-    int64_t x_s, y_s;
+    int64_t x_s, y_s, outputs;
 };
 
 struct Step {
     const ba_step* c;
     int64_t rows;  // of the input: tokens of all batch elements
     Map maps[3];
-    int64_t count, blocks;  // of maps, and of OUTPUTS features of one
+    int64_t count, blocks;  // of maps, and of OUTPUTS features of the widest
 };
 
 // LANES / M output features from e on, for up to M rows of the input. Features from `end` on are not there.
@@ -67,10 +67,11 @@ static void products_of(const Map& f, int64_t D, int64_t row, int64_t rows, int6
 
 static void map_task(void* context, int64_t task, float*) {
     const Step& s = *static_cast<const Step*>(context);
-    const int64_t D = s.c->D, e = task % s.blocks * OUTPUTS, end = e + OUTPUTS < D ? e + OUTPUTS : D;
+    const Map& f = s.maps[task / s.blocks];
+    const int64_t D = s.c->D, e = task % s.blocks * OUTPUTS, end = e + OUTPUTS < f.outputs ? e + OUTPUTS : f.outputs;
     constexpr int M = BA_LANES < 8 ? BA_LANES : 8;
     for (int64_t row = 0; row < s.rows; row += M)
-        products_of<M>(s.maps[task / s.blocks], D, row, s.rows - row < M ? s.rows - row : M, e, end);
+        products_of<M>(f, D, row, s.rows - row < M ? s.rows - row : M, e, end);
 }
 
 static void turn_by(float* x, int64_t P, const float* cosine, const float* sine) {
@@ -96,16 +97,20 @@ static float to_codes(const float* x, int64_t H, int8_t* codes) {
     return scale;
 }
 
-// One head of a new row into the cache; k or v of the call, with its strides.
-static void remember(const void* rows, int64_t at, const float* scales, int64_t scale_at, const float* x,
-    int64_t H) {
-    if (scales != NULL) const_cast<float*>(scales)[scale_at] = to_codes(x, H, static_cast<int8_t*>(const_cast<void*>(rows)) + at);
-    else memcpy(static_cast<float*>(const_cast<void*>(rows)) + at, x, static_cast<size_t>(H) * sizeof(float));
+// One row of the heads of a new token into the cache, as it lies there: k or v of the call, and its scales.
+static void remember(const void* rows, int64_t at, int64_t step, const float* scales, int64_t scale_at, int64_t scale_step,
+    const float* x, int64_t heads, int64_t H) {
+    void* to = const_cast<void*>(rows);
+    for (int64_t n = 0; n < heads; ++n, at += step, scale_at += scale_step, x += H) {
+        if (scales != NULL) const_cast<float*>(scales)[scale_at] = to_codes(x, H, static_cast<int8_t*>(to) + at);
+        else memcpy(static_cast<float*>(to) + at, x, static_cast<size_t>(H) * sizeof(float));
+    }
 }
 
 static int64_t step_through(const ba_step& c) {
     ba_call call = c.attention;
     const int64_t D = c.D, H = call.H, rows = call.B * call.L, Dp = (D + LANES - 1) / LANES * LANES;
+    const int64_t heads_of[3] = {call.N, key_head(call, call.G), value_head(call, call.G)};
     float* x = ba_allocate(5 * rows * Dp);
     if (x == NULL) return BA_NO_MEMORY;
     float *q = x + rows * Dp, *k = q + rows * Dp, *v = k + rows * Dp, *heads = v + rows * Dp;
@@ -122,23 +127,22 @@ static int64_t step_through(const ba_step& c) {
     for (int i = 0; i < 3; ++i) {
         if (weights[i] != NULL)
             s.maps[s.count++] = {
-                x, static_cast<const float*>(weights[i]), static_cast<const float*>(biases[i]), results[i], Dp, Dp};
+                x, static_cast<const float*>(weights[i]), static_cast<const float*>(biases[i]), results[i], Dp, Dp, heads_of[i] * H};
         else if (i == 0) memcpy(q, x, static_cast<size_t>(rows * Dp) * sizeof(float));  // which may be turned
         else results[i] = x;
     }
     int64_t status = ba_parallel(threads, s.count * s.blocks, 0, map_task, &s);
     const bool shared = call.k == call.v;
-    for (int64_t i = 0; status == BA_OK && i < rows * call.N; ++i) {
-        const int64_t row = i / call.N, n = i % call.N, b = row / call.L, l = row % call.L, at = row * Dp + n * H;
-        if (c.new_cos != NULL) {
-            const float *cosine = c.new_cos + l * (H / 2), *sine = c.new_sin + l * (H / 2);
-            turn_by(q + at, H / 2, cosine, sine);
-            if (c.wk != NULL) turn_by(k + at, H / 2, cosine, sine);
-        }
-        const int64_t place = call.S - call.L + l, scale_at = b * call.scale_b + n * call.scale_g + place * call.scale_s;
-        remember(call.k, b * call.k_b + n * call.k_g + place * call.k_s, call.k_scale, scale_at, results[1] + at, H);
+    for (int64_t row = 0; status == BA_OK && row < rows; ++row) {
+        const int64_t b = row / call.L, l = row % call.L, place = call.S - call.L + l;
+        for (int i = 0; c.new_cos != NULL && i < (c.wk != NULL ? 2 : 1); ++i)
+            for (int64_t n = 0; n < heads_of[i]; ++n)
+                turn_by(results[i] + row * Dp + n * H, H / 2, c.new_cos + l * (H / 2), c.new_sin + l * (H / 2));
+        remember(call.k, b * call.k_b + place * call.k_s, call.k_g, call.k_scale,
+            b * call.k_scale_b + place * call.k_scale_s, call.k_scale_g, results[1] + row * Dp, heads_of[1], H);
         if (shared) continue;
-        remember(call.v, b * call.v_b + n * call.v_g + place * call.v_s, call.v_scale, scale_at, results[2] + at, H);
+        remember(call.v, b * call.v_b + place * call.v_s, call.v_g, call.v_scale,
+            b * call.v_scale_b + place * call.v_scale_s, call.v_scale_g, results[2] + row * Dp, heads_of[2], H);
     }
     call.q = q, call.out = heads;
     call.q_l = call.out_l = Dp, call.q_b = call.out_b = call.L * Dp, call.q_n = call.out_n = H;
@@ -146,7 +150,7 @@ static int64_t step_through(const ba_step& c) {
     float* out = static_cast<float*>(c.out);
     if (status == BA_OK && c.wo != NULL) {
         s.count = 1;
-        s.maps[0] = {heads, static_cast<const float*>(c.wo), static_cast<const float*>(c.bo), out, Dp, D};
+        s.maps[0] = {heads, static_cast<const float*>(c.wo), static_cast<const float*>(c.bo), out, Dp, D, D};
         status = ba_parallel(threads, s.blocks, 0, map_task, &s);
     }
     for (int64_t row = 0; c.wo == NULL && row < rows; ++row)
