@@ -111,7 +111,7 @@ def _checked(module: nn.Module, mesh: DeviceMesh) -> MultiheadAttention:
         )
     if module.num_kv_heads % ways:
         raise ValueError(
-            f"num_kv_heads={module.num_kv_heads} cannot be divided among {ways} processes: each has to have whole heads of "
+            f"num_kv_heads={module.num_kv_heads} cannot be divided among {ways} processes: each needs whole heads of "
             "keys and values. Take a number of processes that divides num_kv_heads."
         )
     return module
