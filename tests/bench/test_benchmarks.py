@@ -57,7 +57,8 @@ def test_every_contender_computes_what_it_should(suite: str, dtype: torch.dtype)
 
 
 def test_a_step_of_generation_with_rotary_positions_and_what_it_reads() -> None:
-    (row, learned) = tiny_rows("generation", shape=Shape(3, 11, 12, 2))
+    B, S, D, N = 3, 11, 24, 4
+    (row, learned) = tiny_rows("generation", shape=Shape(B, S, D, N))
     assert row.variant == "rotary"
     assert "tokens before 11" in row.name
     read = {}
@@ -65,13 +66,16 @@ def test_a_step_of_generation_with_rotary_positions_and_what_it_reads() -> None:
         result, _ = runner.admit(row, contender, Settings())
         assert result.status == ("unavailable" if contender.switch else "ok"), result
         read[contender.name] = contender.work.bytes
-    attention, kept = 4 * 4 * 12 * 12, 4 * 3 * 11 * 12 * 4  # bytes of a map in all layers, and of a cached tensor
+    attention, kept = 4 * 4 * D * D, 4 * B * S * D * 4  # bytes of a map in all layers, and of a cached tensor
     assert read["standard"] - read["efficient"] == 2 * attention + kept
-    assert read["super"] - read["efficient"] == 4 * 4 * 12 + kept  # one row of W_A over twelve positions
+    assert read["super"] - read["efficient"] == 4 * 4 * (S + 1) + kept  # one row of W_A over twelve positions
+    # W_K, W_V and both tensors with one head for four.
+    assert read["standard"] - read["standard, grouped"] == 2 * (attention + kept) * 3 / 4
+    assert read["standard through SDPA, grouped"] == read["standard, grouped"]
     for contender in SUITES["generation"].contenders(learned):
-        assert contender.work.bytes == read[contender.name] + 4 * 12, "one vector of all learned positions"
-    # A byte a number, and four for each of two heads.
-    assert read["efficient"] - read["efficient, int8 cache"] == kept - 4 * 3 * 11 * (12 + 2 * 4)
+        assert contender.work.bytes == read[contender.name] + 4 * D, "one vector of all learned positions"
+    # A byte a number, and four for each of four heads.
+    assert read["efficient"] - read["efficient, int8 cache"] == kept - 4 * B * S * (D + N * 4)
 
 
 @pytest.mark.slow
@@ -83,6 +87,14 @@ def test_compiled_steps_of_generation_are_right() -> None:
         for contender in compiled:
             result, _ = runner.admit(row, contender, Settings(switches=frozenset({"compiled"})))
             assert result.status in ("ok", "unavailable"), result
+
+
+def test_what_cannot_be_grouped_is_left_out() -> None:
+    for suite in ("generation", "decode"):
+        row = tiny_rows(suite, shape=Shape(1, 11, 12, 2))[0]
+        reasons = {c.name: c.why_not() for c in SUITES[suite].contenders(row) if "grouped" in c.name}
+        assert len(reasons) >= 2
+        assert set(reasons.values()) == {"2 heads are no multiple of 4"}
 
 
 def test_super_is_left_out_of_generation_where_w_a_is_too_large() -> None:
@@ -282,7 +294,7 @@ def test_decoding_meets_another_cache_at_every_call(monkeypatch: pytest.MonkeyPa
 
     row = tiny_rows("decode")[0]
     monkeypatch.setattr(decode.F, "scaled_dot_product_attention", attention)
-    apart, shared = (c for c in SUITES["decode"].contenders(row) if c.name.startswith("SDPA"))
+    apart, shared = (c for c in SUITES["decode"].contenders(row) if c.name in ("SDPA", "SDPA, k is v"))
     run = apart.make()
     run.sample(4)
     assert len(set(met[:3])) == 3

@@ -1,4 +1,4 @@
-"""Contenders of the suite "decode" whose caches are read in another way: plainly, in a window, rotated, in int8."""
+"""Contenders of the suite "decode" that read caches in another way: plainly, grouped, in a window, rotated, in int8."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 import better_attention as ba
 from better_attention.bench.registry import Contender, Results, Row, Run, Work, here
@@ -18,6 +19,8 @@ from better_attention.impl import native
 from better_attention.positions import rotary_angles, rotate
 
 WINDOW = 1024
+GROUP = 4
+"""Query heads that share one of keys and values, in the contenders called grouped."""
 
 
 class Drawn(Protocol):
@@ -40,12 +43,14 @@ class Kind(NamedTuple):
         compute: the output, from the query and what is kept.
         exact: the same in float64, in whatever way.
         bytes: what a call reads, as a share of one tensor in the row's dtype, times two where key and value are apart.
+        group: query heads that share one of keys and values.
     """
 
     prepare: Callable[[Tensor, Tensor], tuple[Any, ...]]
     compute: Callable[..., Tensor]
     exact: Callable[..., Tensor]
     bytes: Callable[[Row], float]
+    group: int = 1
 
 
 def contenders(row: Row, inputs: Callable[[], Drawn]) -> list[Contender]:
@@ -99,6 +104,8 @@ def _no(row: Row, kind: Kind) -> str | None:
     """Why a kind cannot be measured here."""
     if kind.exact is _rotated_exactly and row.shape.width // row.shape.heads % 2:
         return "rotary positions turn pairs of features, and the head width is odd"
+    if row.shape.heads % kind.group:
+        return f"{row.shape.heads} heads are no multiple of {kind.group}"
     reason = native.missing()
     return None if reason is None else f"the compiled kernels are missing: {reason}"
 
@@ -110,6 +117,17 @@ def _kinds() -> dict[str, tuple[Kind, tuple[bool, ...]]]:
     scores = ("softmax", "expressive")
     return {
         "plain read": (Kind(as_given, _read, _read_exactly, lambda row: 1.0), both),
+        "SDPA grouped": (
+            Kind(_fewer, _grouped_sdpa, _grouped_exactly("softmax"), lambda row: 1 / GROUP, GROUP),
+            (False,),
+        ),
+        **{
+            f"{score} grouped": (
+                Kind(_fewer, partial(_grouped, score), _grouped_exactly(score), lambda row: 1 / GROUP, GROUP),
+                (False,),
+            )
+            for score in scores
+        },
         f"softmax window {WINDOW}": (
             Kind(as_given, _windowed, _windowed_exactly, lambda row: min(1.0, WINDOW / row.shape.length)),
             both,
@@ -153,6 +171,31 @@ def _read(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 def _read_exactly(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return _read(query, key.double(), value.double())
+
+
+# --- fewer heads of keys and values than of queries -------------------------------------------------------------------
+
+
+def _fewer(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """The first heads alone, in memory of their own, in the layout of what was given."""
+
+    def first(x: Tensor) -> Tensor:
+        heads = x[:, : x.shape[1] // GROUP]
+        return heads.contiguous() if x.is_contiguous() else heads.transpose(1, 2).contiguous().transpose(1, 2)
+
+    return first(key), first(value)
+
+
+def _grouped_sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+
+
+def _grouped(score: str, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return ba.attention(query, key, value, score=score, enable_gqa=True)
+
+
+def _grouped_exactly(score: str) -> Callable[..., Tensor]:
+    return partial(exactly, score=score, enable_gqa=True)
 
 
 # --- windows ----------------------------------------------------------------------------------------------------------

@@ -334,6 +334,7 @@ def test_signatures_are_those_of_torch() -> None:
         "rotary": None,
         "window": None,
         "alibi": None,
+        "num_kv_heads": None,
         "impl": "auto",
     }
     assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for p in own)

@@ -27,6 +27,8 @@ from better_attention.positions import rotary
 
 LAYERS, VOCABULARY = 4, 512
 BASELINE = "standard through SDPA"
+GROUP = 4
+"""Query heads that share one of keys and values, in the contenders called grouped."""
 LARGEST_W_A = 2**28
 """Bytes of W_A in one layer, from which on super attention is left out."""
 
@@ -37,12 +39,14 @@ class Kind:
 
     Args:
         mechanism: of the model.
+        group: query heads that share one of keys and values.
         sdpa: written by hand around ``F.scaled_dot_product_attention``.
         int8: whether its cache is.
         compiled: whether torch.compile made a program of the step.
     """
 
     mechanism: str
+    group: int = 1
     sdpa: bool = False
     int8: bool = False
     compiled: bool = False
@@ -51,6 +55,8 @@ class Kind:
 KINDS: Mapping[str, Kind] = {
     BASELINE: Kind("standard", sdpa=True),
     **{mechanism: Kind(mechanism) for mechanism in ba.MECHANISMS},
+    f"{BASELINE}, grouped": Kind("standard", GROUP, sdpa=True),
+    "standard, grouped": Kind("standard", GROUP),
     "standard, int8 cache": Kind("standard", int8=True),
     "efficient, int8 cache": Kind("efficient", int8=True),
     f"{BASELINE}, compiled": Kind("standard", sdpa=True, compiled=True),
@@ -70,12 +76,18 @@ def remembered(model: LanguageModel, row: Row, *, int8: bool = False, double: bo
     """
     B, S, D, _ = row.shape
     cache = ba.ModelCache(model, B, max_len=S + 1, dtype=torch.int8 if int8 else None)
-    for number, held in enumerate(cache):
-        for i, stream in enumerate(held.streams):
-            x_BSD = normal(2 * number + i, B, S, D, dtype=torch.float32)
+    for number, layer in enumerate(_layers(model)):
+        held = cache[layer]
+        for i, (stream, heads) in enumerate(zip(held.streams, layer.cache_heads, strict=True)):
+            x_BSD = normal(2 * number + i, B, S, D, dtype=torch.float32)[..., : heads * layer.head_dim]
             held.write(stream, x_BSD.double() if double else x_BSD)
+    for held in cache:
         held.commit(S)
     return cache
+
+
+def _layers(model: LanguageModel) -> list[MultiheadAttention]:
+    return [module for module in model.modules() if isinstance(module, MultiheadAttention)]
 
 
 def contenders(row: Row) -> list[Contender]:
@@ -95,32 +107,38 @@ def contenders(row: Row) -> list[Contender]:
 
 def work(row: Row, kind: Kind) -> Work:
     """Two operations for each weight and sequence, four for each number of a key; weights and caches are read once."""
-    B, S, D, N = row.shape
+    B, S, D, _ = row.shape
     with torch.device("meta"):
-        model = _model(row, kind.mechanism)
+        model = _model(row, kind)
     # Of W_A and of learned positions a step reads the row of its token alone.
     rows = (".align.", "positions.")
     weights = sum(p[-1:].numel() if any(x in name for x in rows) else p.numel() for name, p in model.named_parameters())
-    tensors = sum(len(m.cache_streams) for m in model.modules() if isinstance(m, MultiheadAttention))
-    stored = row_bytes(D, N) if kind.int8 else 4 * D
-    return Work(flops=2.0 * B * weights + 4.0 * LAYERS * B * S * D, bytes=4.0 * weights + tensors * B * S * stored)
+    stored = sum(
+        row_bytes(heads * layer.head_dim, heads) if kind.int8 else 4 * heads * layer.head_dim
+        for layer in _layers(model)
+        for heads in layer.cache_heads
+    )
+    return Work(flops=2.0 * B * weights + 4.0 * LAYERS * B * S * D, bytes=4.0 * weights + B * S * stored)
 
 
 def _why_not(row: Row, kind: Kind) -> str | None:
     """Why a contender cannot be measured here."""
     if kind.compiled and shutil.which("c++") is None and shutil.which("g++") is None:
         return "torch.compile needs a C++ compiler: apt-get install g++"
+    if row.shape.heads % kind.group:
+        return f"{row.shape.heads} heads are no multiple of {kind.group}"
     size = 4 * (row.shape.length + 1) ** 2 * ba.Mechanism.of(kind.mechanism).aligned
     return f"W_A over all positions has {size / 2**30:.1f} GiB a layer" if size > LARGEST_W_A else None
 
 
-def _model(row: Row, mechanism: str, impl: str = "auto") -> LanguageModel:
+def _model(row: Row, kind: Kind, impl: str = "auto") -> LanguageModel:
     """A model whose weights depend on the row alone, those that mechanisms share being the same."""
     _, S, D, N = row.shape
     sizes = {"vocabulary": VOCABULARY, "length": S + 1, "width": D, "layers": LAYERS, "heads": N}
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(2)
-        model = LanguageModel(**sizes, positions=row.variant, mechanism=mechanism, options={"impl": impl})
+        options = {"impl": impl, "num_kv_heads": N // kind.group if N % kind.group == 0 else N}
+        model = LanguageModel(**sizes, positions=row.variant, mechanism=kind.mechanism, options=options)
     return model.eval().requires_grad_(False)
 
 
@@ -129,7 +147,7 @@ def _token(row: Row) -> Tensor:
 
 
 def _ours(row: Row, kind: Kind) -> Run:
-    model = _model(row, kind.mechanism)
+    model = _model(row, kind)
     memory, token = remembered(model, row, int8=kind.int8), _token(row)
 
     def logits() -> Tensor:
@@ -148,20 +166,20 @@ def _ours(row: Row, kind: Kind) -> Run:
 
 def _through_sdpa(row: Row, kind: Kind) -> Run:
     """The standard model as one writes it by hand: keys and values in memory that was allocated before."""
-    model, token = _model(row, kind.mechanism), _token(row)
-    B, S, D, N = row.shape
+    model, token = _model(row, kind), _token(row)
+    _, S, D, N = row.shape
     held = []
     for cached in remembered(model, row):
-        pair = [F.pad(x.view(B, S, N, D // N).transpose(1, 2), (0, 0, 0, 1)) for x in cached.tensors]
+        pair = [F.pad(x.unflatten(2, (-1, D // N)).transpose(1, 2), (0, 0, 0, 1)) for x in cached.tensors]
         held.append(tuple(pair))
 
     def attend(layer: MultiheadAttention, x_B1D: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         maps = (layer.q_proj, layer.k_proj, layer.v_proj)
-        q, k, v = (project(x_B1D).view(B, 1, N, -1).transpose(1, 2) for project in maps)
+        q, k, v = (project(x_B1D).unflatten(2, (-1, D // N)).transpose(1, 2) for project in maps)
         if row.variant == "rotary":
             q, k = rotary(q, offset=S), rotary(k, offset=S)
         keys[:, :, S:], values[:, :, S:] = k, v
-        heads = F.scaled_dot_product_attention(q, keys, values)
+        heads = F.scaled_dot_product_attention(q, keys, values, enable_gqa=kind.group > 1)
         output: Tensor = layer.out_proj(heads.transpose(1, 2).flatten(2))
         return output
 
@@ -190,7 +208,7 @@ def _compiled(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
 
 def _truth(row: Row, kind: Kind) -> Results:
     """The same in float64 by the reference."""
-    model = _model(row, kind.mechanism, "reference").double()
+    model = _model(row, kind, "reference").double()
     with torch.no_grad():
         return {"output": model(_token(row), cache=remembered(model, row, int8=kind.int8, double=True), last=1)}
 
