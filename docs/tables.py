@@ -235,6 +235,23 @@ def decode_speed() -> str:
     return _over_caches("decode", "layout of the cache, batch, tokens", wanted)
 
 
+def decode_grouped() -> str:
+    """One query whose heads share keys and values by fours."""
+    wanted = {"SDPA grouped": "SDPA", "softmax grouped": "softmax", "expressive grouped": "expressive"}
+    return _over_caches("decode", "layout of the cache, batch, tokens", wanted)
+
+
+def generation_grouped() -> str:
+    """A step of a whole language model whose query heads share keys and values by fours."""
+    wanted = {
+        "standard through SDPA, grouped": "SDPA, grouped",
+        "standard, grouped": "standard, grouped",
+        "standard": "standard",
+        "efficient": "efficient",
+    }
+    return _over_caches("generation", "positions, batch, tokens", wanted)
+
+
 def decode_bandwidth() -> str:
     """The same as a share of what the machine reads at best."""
     wanted = {
@@ -470,6 +487,18 @@ def parameters() -> str:
     return markdown(header, body)
 
 
+def grouped_caches() -> str:
+    """Parameters and cache of one layer with fewer heads of keys and values, by ba.cost."""
+    body = []
+    for name in ("standard", "optimised", "efficient", "super"):
+        groups = (12, 3, 1) if "k" in ba.MECHANISMS[name].projections else (12,)
+        costs = [ba.cost(768, 12, 196, mechanism=name, num_kv_heads=heads) for heads in groups]
+        texts = [f"{x.cache_bytes_per_token:,} ({x.params / 1e6:.2f} M)" for x in costs]
+        body.append((f"`{name}`", *texts, *("–" for _ in range(3 - len(texts)))))
+    header = ("bytes of cache per token (parameters)", "12 heads of keys", "3", "1")
+    return markdown(header, body)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     function.__name__.replace("_", "-"): function
     for function in (
@@ -482,7 +511,9 @@ TABLES: dict[str, Callable[[], str]] = {
         dropout_speed,
         decode_speed,
         decode_bandwidth,
+        decode_grouped,
         generation_speed,
+        generation_grouped,
         model_speed,
         edge_speed,
         quality,
@@ -493,6 +524,7 @@ TABLES: dict[str, Callable[[], str]] = {
         conversion_speed,
         recurrences,
         parameters,
+        grouped_caches,
     )
 }
 """Name in a page -> what makes the table."""
