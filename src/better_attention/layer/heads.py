@@ -39,7 +39,7 @@ class HeadCounts:
     num_heads: int
     window: int | None
     share: HeadShare | None
-    kv_group: int
+    kv_group: int = 1
     """Query heads that share one of projected keys and values; the same where processes share the heads."""
 
     @property
