@@ -23,10 +23,12 @@ from better_attention.lab.generation.speed import decoding_speed
 from better_attention.lab.models.language_model import LanguageModel
 from better_attention.lab.timing import alternate
 
-from .study import EQUAL, HEADS, WINDOWED, Model
+from .study import EQUAL, HEADS, LONGER, WINDOWED, Model
 
 PARTS = {
     "training": (EQUAL, 64, 16),
+    "longer, training": (LONGER, 64, 16),
+    "longer, decoding": (LONGER, 64, None),
     "windows, training": (WINDOWED, 64, 16),
     "windows, training at 1,024": (WINDOWED, 1024, 1),
     "decoding": (EQUAL, 64, None),

@@ -19,9 +19,10 @@ from benchmarks.markdown import put
 from better_attention.lab.analysis.estimates import estimate, number
 from better_attention.lab.analysis.paired import Comparison, compare_paired, corrected, p_text
 
-from .study import EPOCH_UPDATES, EPOCHS, MECHANISMS, TEXTS, WINDOWS
+from .study import EPOCH_UPDATES, EPOCHS, GROUPED, LONG, LONG_EPOCHS, LONG_EVERY, MECHANISMS, TEXTS, WINDOWS
 
 HOME = "text-lm-shakespeare"
+MODELS = (*MECHANISMS, GROUPED)
 BITS = 1 / math.log(2)
 Seeds = dict[int, float]
 Curve = list[float]
@@ -61,13 +62,13 @@ def curves(folder: Path) -> dict[tuple[str, int], Curve]:
     return found
 
 
-def at_update(curve: Curve, update: float) -> float:
-    """The loss at an update, linearly between validations.
+def at_update(curve: Curve, update: float, every: int = EPOCH_UPDATES) -> float:
+    """The loss at an update, linearly between validations, of which there is one after ``every`` updates.
 
     >>> at_update([3.0, 2.0, 1.0], 125.0)
     1.5
     """
-    place = min(max(update / EPOCH_UPDATES - 1, 0.0), len(curve) - 1.0)
+    place = min(max(update / every - 1, 0.0), len(curve) - 1.0)
     left = min(int(place), max(0, len(curve) - 2))
     return curve[left] + (place - left) * (curve[min(left + 1, len(curve) - 1)] - curve[left])
 
@@ -99,7 +100,7 @@ def head(*names: str) -> Iterator[str]:
 
 def equal_parameters(title: str, runs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """A row a mechanism: parameters, test loss, bits, accuracy, each with its difference to standard."""
-    present = [m for m in MECHANISMS if by_seed(runs, m, "test_loss")]
+    present = [m for m in MODELS if by_seed(runs, m, "test_loss")]
     standard = {key: by_seed(runs, "standard", key) for key in ("test_loss", "test_accuracy")}
     others = [m for m in present if m != "standard"]
     families = {
@@ -124,15 +125,23 @@ def equal_parameters(title: str, runs: Sequence[Mapping[str, Any]]) -> Iterator[
     yield ""
 
 
-def equal_time(title: str, lines: Mapping[tuple[str, int], Curve], speed: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def equal_time(
+    title: str,
+    lines: Mapping[tuple[str, int], Curve],
+    speed: Sequence[Mapping[str, Any]],
+    *,
+    part: str = "training",
+    epochs: int = EPOCHS,
+    every: int = EPOCH_UPDATES,
+) -> Iterator[str]:
     """A row a mechanism: its update time, the update that the budget reaches, the validation loss there."""
-    rows = {row["model"]: row for row in speed if row["part"] == "training"}
+    rows = {row["model"]: row for row in speed if row["part"] == part}
     unit = rows["standard"]["seconds"]["median"]
     taken = {m: unit * row["to_standard"]["median"] for m, row in rows.items()}  # by ratios within rounds
-    present = [m for m in MECHANISMS if m in taken and any(name == m for name, _ in lines)]
-    budget = EPOCHS * EPOCH_UPDATES * min(taken[m] for m in present)
+    present = [m for m in MODELS if m in taken and any(name == m for name, _ in lines)]
+    budget = epochs * every * min(taken[m] for m in present)
     reached = {m: budget / taken[m] for m in present}
-    losses = {m: {s: at_update(curve, reached[m]) for (n, s), curve in lines.items() if n == m} for m in present}
+    losses = {m: {s: at_update(c, reached[m], every) for (n, s), c in lines.items() if n == m} for m in present}
     others = [m for m in present if m != "standard"]
     gaps = dict(zip(others, compared([(losses[m], losses["standard"]) for m in others]), strict=True))
     yield f"### {title}: equal training time, {budget:.1f} s of one thread\n"
@@ -218,12 +227,50 @@ def document(results: Path) -> str:
     return "\n".join(lines)
 
 
+def longer(results: Path) -> str:
+    """The tables of the longer study."""
+    home = results / LONG
+    # Its runs are called by the mechanism, which standard has in both folders.
+    runs = [*records(home), *(run | {"mechanism": GROUPED} for run in records(home / "grouped"))]
+    lines = list(equal_parameters("Tiny Shakespeare, 2,000 updates", runs))
+    if (path := home / "speed.json").exists():
+        speed = json.loads(path.read_text("utf-8"))["rows"]
+        found = {**curves(home), **{(GROUPED, seed): curve for (_, seed), curve in curves(home / "grouped").items()}}
+        setting: dict[str, Any] = {"part": "longer, training", "epochs": LONG_EPOCHS, "every": LONG_EVERY}
+        lines += equal_time("Tiny Shakespeare, 2,000 updates", found, speed, **setting)
+        lines += decoding(speed, runs)
+    lines += rivals(runs)
+    return "\n".join(lines)
+
+
+def decoding(speed: Sequence[Mapping[str, Any]], runs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """A row a model: tokens a second, and the bytes of a cache."""
+    yield "### Decoding 32 tokens behind 32, and what a cache takes\n"
+    yield from head("mechanism", "decoded tokens/s", "times standard's", "cache, bytes a token")
+    for row in (row for row in speed if row["part"] == "longer, decoding"):
+        size = next(run["cache_bytes_per_token"] for run in runs if run["mechanism"] == row["model"])
+        rate, times = number(1 / row["seconds"]["median"], 0), 1 / row["to_standard"]["median"]
+        yield f"| {row['model']} | {rate} | {times:.2f} | {number(size, 0)} |"
+    yield ""
+
+
+def rivals(runs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Efficient attention and grouped heads, which have caches of about the same size."""
+    (found,) = compared([tuple(by_seed(runs, m, "test_loss") for m in ("efficient", GROUPED))])  # type: ignore[list-item]
+    yield "### Two ways to half a cache\n"
+    yield from head("", "loss, difference, p", "")
+    yield f"| efficient − {GROUPED} | {told(found, 3)} |"
+    yield ""
+
+
 def main() -> None:
-    """Put the tables between the two marks of the README."""
+    """Put the tables between the two marks of the READMEs."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.language.tables", description=__doc__)
     parser.add_argument("--results", type=Path, default=Path("results"))
     args = parser.parse_args()
     put(args.results / HOME / "README.md", document(args.results))
+    if records(args.results / LONG):
+        put(args.results / LONG / "README.md", longer(args.results))
 
 
 if __name__ == "__main__":
