@@ -69,12 +69,12 @@ Inputs make_inputs(const Case &c) {
     Random r(c.name);
     Inputs in;
     in.q = Tensor(c.dtype, {c.B, c.N, c.L, c.H}, c.in);
-    in.k = Tensor(c.dtype, {c.B, c.G, c.S, c.H}, c.keys);
+    in.k = Tensor(c.dtype, {c.B, c.key_heads(), c.S, c.H}, c.keys);
     in.grad = Tensor(c.dtype, {c.B, c.N, c.L, c.W}, c.keys);
     fill_queries_and_keys(c, in, r);
     const auto normal = [&](int64_t, int64_t, int64_t, int64_t) { return r.normal(); };
     if (!c.shared) {
-        in.v = Tensor(c.dtype, {c.B, c.G, c.S, c.W}, c.in);
+        in.v = Tensor(c.dtype, {c.B, c.value_heads(), c.S, c.W}, c.in);
         in.v.fill(normal);
     }
     in.grad.fill(normal);
@@ -132,11 +132,26 @@ bool drops(const Case &c, uint64_t row, int64_t s) {
 
 } // namespace
 
+// The keys or values (B, G, S, W) of all pairs, of which neighbours may share a head; times scales (B, heads, S, 1).
+std::vector<double> of_pairs(const Tensor &x, int64_t G, const Tensor *scale) {
+    const auto &[B, heads, S, W] = x.size;
+    std::vector<double> all;
+    all.reserve((size_t)(B * G * S * W));
+    for (int64_t b = 0; b < B; ++b)
+        for (int64_t g = 0; g < G; ++g)
+            for (int64_t s = 0; s < S; ++s)
+                for (int64_t i = 0; i < W; ++i) {
+                    const int64_t head = g * heads / G;
+                    all.push_back(x.get(b, head, s, i) * (scale ? scale->get(b, head, s, 0) : 1.0));
+                }
+    return all;
+}
+
 Problem read(const Case &c, const Inputs &in) {
     Problem p{c.B, c.N, c.G, c.L, c.S, c.H, c.W, c.score, c.dtype == BA_BF16, c.shared, 0, {}, {}, {}, {}, {}, {}};
     p.scale = c.zero_scale ? 0 : c.scale != 0 ? c.scale : 1 / std::sqrt((double)c.H);
-    p.q = in.q.dense(), p.k = in.k.dense(), p.grad = in.grad.dense();
-    p.v = c.shared ? p.k : in.v.dense();
+    p.q = in.q.dense(), p.k = of_pairs(in.k, c.G), p.grad = in.grad.dense();
+    p.v = c.shared ? p.k : of_pairs(in.v, c.G);
     p.bias.reserve((size_t)(c.B * c.N * c.L * c.S));
     for (int64_t row = 0; row < c.B * c.N * c.L; ++row)
         for (int64_t s = 0; s < c.S; ++s) {
@@ -155,6 +170,7 @@ ba_call make_call(const Case &c, const Inputs &in) {
     call.offset = c.offset, call.window = c.window;
     call.dropout = c.dropout, call.seed = c.seed;
     call.B = c.B, call.N = c.N, call.G = c.G, call.L = c.L, call.S = c.S, call.H = c.H, call.W = c.W;
+    call.key_group = c.key_group, call.value_group = c.value_group > 1 ? c.value_group : 0; // 0 says the same as 1
     const Tensor &v = c.shared ? in.k : in.v;
     call.q = in.q.data(), call.q_b = in.q.stride[0], call.q_n = in.q.stride[1], call.q_l = in.q.stride[2];
     call.k = in.k.data(), call.k_b = in.k.stride[0], call.k_g = in.k.stride[1], call.k_s = in.k.stride[2];
@@ -178,8 +194,8 @@ Outputs make_outputs(const Case &c, const Inputs &in, ba_call &call) {
     Outputs o;
     o.out = Tensor(c.dtype, {c.B, c.N, c.L, c.W}, c.out);
     o.stats = Tensor(BA_F32, {c.B, c.N, c.L, 2});
-    if (c.backward) o.dq = Tensor(c.dtype, in.q.size, c.out), o.dk = Tensor(c.dtype, in.k.size, c.out);
-    if (c.backward && !c.shared) o.dv = Tensor(c.dtype, in.v.size, c.out);
+    if (c.backward) o.dq = Tensor(c.dtype, in.q.size, c.out), o.dk = Tensor(c.dtype, {c.B, c.G, c.S, c.H}, c.out);
+    if (c.backward && !c.shared) o.dv = Tensor(c.dtype, {c.B, c.G, c.S, c.W}, c.out);
     const auto &[out_b, out_n, out_l, out_w] = o.out.stride;
     const auto &[dq_b, dq_n, dq_l, dq_h] = o.dq.stride;
     const auto &[dk_b, dk_g, dk_s, dk_h] = o.dk.stride;

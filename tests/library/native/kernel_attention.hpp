@@ -23,6 +23,7 @@ ba_call make_call(const Case &c, const Inputs &in);
 Outputs make_outputs(const Case &c, const Inputs &in, ba_call &call);
 Outputs compute(const Case &c, const Inputs &in, int64_t isa, int64_t threads);
 bool visible(const Case &c, const Inputs &in, int64_t b, int64_t n, int64_t l, int64_t s, double *bias);
+std::vector<double> of_pairs(const Tensor &x, int64_t G, const Tensor *scale = nullptr);
 Problem read(const Case &c, const Inputs &in);
 void check(const Case &c, int64_t isa, const Outputs &o, const Answer &exact, Plain &plain, double more = 0);
 

@@ -103,6 +103,63 @@ void grouped_and_shared(List &list) {
     }
 }
 
+// Restrictions, dropout and layouts in turn, so that few cases show many combinations.
+void vary(Case &c, size_t i) {
+    const std::vector<Layout> lie = {CONTIGUOUS, HEADS_INSIDE, PACKED, BATCH_SECOND, GAPPED};
+    c.in = lie[(i + i / 5) % 5], c.keys = lie[(i / 2 + 1) % 5], c.out = lie[(i / 3 + 2) % 5];
+    switch (i % 7) {
+    case 1: c.causal = true; break;
+    case 2: c.mask = {BA_BOOL, 4 | 2 | 1, GAPPED, 0.3, 1.0, false, true}; break;
+    case 3: c.causal = true, c.offset = c.S - c.L, c.window = 13; break;
+    case 4: c.mask = {BA_F32, 8 | 4 | 1, CONTIGUOUS, 0.2, 1.0, false, false}; break;
+    case 5: c.dropout = 0.3, c.seed = 5 + (int64_t)i; break;
+    case 6: c.padding = {BA_BOOL, Padding::FRONT, true, true, false}; break;
+    default: break;
+    }
+}
+
+// Pairs of which neighbours share a head of keys, or of values, with one query head for each pair and with several.
+void pairs_that_share(List &list) {
+    const std::vector<std::array<int64_t, 4>> pairs = { // N G key_group value_group
+        {2, 2, 2, 1}, {6, 6, 1, 3}, {6, 6, 3, 2}, {6, 6, 2, 3},
+        {12, 6, 3, 1}, {12, 6, 1, 2}, {12, 6, 2, 3}, {9, 3, 3, 3}};
+    size_t i = 0;
+    for (const auto &[N, G, key_group, value_group] : pairs)
+        for (int64_t L : {1, 2, 5, 37, 71}) { // on both sides of FEW, and of a panel
+            const std::string groups = " groups " + number(key_group) + " " + number(value_group);
+            const std::string name = "pairs " + number(N) + "/" + number(G) + groups + " L " + number(L);
+            Case c = sizes(name, 2, N, G, L, L < 9 ? 101 : 53, L % 2 ? 16 : 13, 16);
+            c.key_group = key_group, c.value_group = value_group;
+            vary(c, i);
+            list.four(c, i % 4 == 1);
+            ++i;
+        }
+    for (int64_t L : {3, 43}) {
+        Case c = sizes("pairs shared L " + number(L), 2, 6, 6, L, 67, 16, 16);
+        c.shared = true, c.key_group = c.value_group = 3, c.keys = HEADS_INSIDE, c.out = GAPPED;
+        list.four(c, true);
+        c = sizes("pairs, tiny rows among others L " + number(L), 1, 4, 4, L, 101, 16, 16);
+        c.score = BA_EXPRESSIVE, c.fill = SCALED_ODD_ROWS, c.amount = 1e-20, c.key_group = 2, c.value_group = 4;
+        list.two(c, true);
+    }
+}
+
+// More query heads for one head of keys than a block of decoding has rows: they are divided among several.
+void many_queries(List &list) {
+    size_t i = 0;
+    for (int64_t group : {9, 12, 16, 24, 32})
+        for (int64_t L = 1; L <= BA_FEW + 1; ++L, ++i) {
+            const int64_t G = i % 3 == 1 ? 2 : 1;
+            const int64_t N = G * group, S = 37 + 30 * (i % 2);
+            Case c = sizes("many queries " + number(group) + " L " + number(L), 1, N, G, L, S, 16, 8);
+            if (i % 6 == 1) c.key_group = 2;
+            if (i % 6 == 4) c.value_group = 2;
+            c.shared = i % 5 == 3 && c.key_group == c.value_group, c.W = c.shared ? c.H : c.W;
+            vary(c, i);
+            list.four(c, i % 8 == 4);
+        }
+}
+
 void layouts(List &list) {
     for (Layout in : {CONTIGUOUS, HEADS_INSIDE, PACKED, BATCH_SECOND, GAPPED, ONE_BATCH, ONE_ROW})
         for (Layout out : {CONTIGUOUS, HEADS_INSIDE, PACKED, BATCH_SECOND, GAPPED}) {
@@ -303,18 +360,23 @@ void random(List &list) {
     const std::vector<Layout> out = {CONTIGUOUS, HEADS_INSIDE, PACKED, BATCH_SECOND, GAPPED};
     const std::vector<Layout> over = {CONTIGUOUS, GAPPED, TRANSPOSED};
     const std::vector<int64_t> types = {BA_NONE, BA_BOOL, BA_F32, BA_BF16};
+    const std::vector<int64_t> pairs = {1, 2, 3, 6}, queries = {1, 2, 3, 4, 12};
     const int64_t count = options.quick ? 40 : 500;
     const double budget = options.quick ? 1.5e5 : 6e5;
     for (int64_t i = 0; i < count; ++i) {
         Random r("random " + number(i));
         Case c;
         do {
-            const int64_t G = 1 + r.below(3), N = G * (1 + r.below(4)), L = r.pick(lengths), S = r.pick(lengths);
+            const int64_t G = r.pick(pairs), N = G * r.pick(queries), L = r.pick(lengths), S = r.pick(lengths);
             c = sizes("random " + number(i), 1 + r.below(3), N, G, L, S, r.pick(WIDTHS), r.pick(WIDTHS));
         } while ((double)(c.B * c.N * c.L * c.S * (c.H + c.W)) > budget);
         c.score = r.below(2), c.dtype = r.below(2), c.causal = r.chance(0.4);
         c.shared = r.chance(0.3), c.W = c.shared ? c.H : c.W;
         if (r.chance(0.3)) c.scale = 2.0 * r.normal();
+        const int64_t key_group = 1 + r.below(3), value_group = 1 + r.below(3);
+        if (c.G % key_group == 0) c.key_group = key_group;
+        if (c.shared) c.value_group = c.key_group;
+        else if (c.G % value_group == 0) c.value_group = value_group;
         c.in = r.pick(in), c.keys = r.pick(in), c.out = r.pick(out);
         c.mask = {r.pick(types), (int)r.below(16), r.pick(over), r.uniform(), 3 * r.uniform(), false, r.chance(0.5)};
         c.padding = {r.pick(types), (Padding::Form)r.below(4), r.chance(0.8), r.chance(0.9), r.chance(0.3)};
@@ -332,6 +394,8 @@ std::vector<Case> attention_cases() {
     widths_and_lengths(list);
     decoding(list);
     grouped_and_shared(list);
+    pairs_that_share(list);
+    many_queries(list);
     layouts(list);
     masks(list);
     tiny(list);

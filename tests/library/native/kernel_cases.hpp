@@ -35,6 +35,7 @@ struct Padding {
 struct Case {
     std::string name;
     int64_t B, N, G, L, S, H, W;
+    int64_t key_group = 1, value_group = 1; // pairs that share a head of keys, or of values, as in api.h
     int64_t score = BA_SOFTMAX, dtype = BA_F32;
     bool causal = false, shared = false, backward = true;
     int64_t offset = 0, window = 0; // under `causal`, as in api.h
@@ -48,6 +49,9 @@ struct Case {
     Fill fill = NORMAL;
     double amount = 1;
     double gradient_floor = 0; // granted to gradients besides the rule: what far-out scores may lose
+
+    int64_t key_heads() const { return G / key_group; }
+    int64_t value_heads() const { return G / value_group; }
 };
 
 struct AlignCase {
@@ -66,15 +70,18 @@ struct LayerCase {
 struct CacheCase { // a few queries over a cache that is read as it is stored
     Case call;
     bool int8, rotated;
+    bool slopes, inside; // ALiBi, and whether in the score
 };
 
 struct StepCase { // a decoder's step through a layer
     std::string name;
-    int64_t B, N, L, S, D, score; // S: rows of the cache, the new ones included
+    int64_t B, N, G, key_group, value_group, L, S, D, score; // as in api.h; S: rows of the cache, the new ones included
     bool outer, k, v;             // which maps are learned: W_Q and W_O, and those of the cache's rows
     bool int8 = false, rotated = false, bias = false, padded = false, gapped = false;
 
     bool shared() const { return !k && !v; }
+    int64_t key_heads() const { return G / key_group; }
+    int64_t value_heads() const { return G / value_group; }
 };
 
 std::vector<Case> attention_cases();

@@ -16,6 +16,7 @@ struct Problem {
     std::vector<double> q, k, v, grad;
     std::vector<double> bias;       // (B, N, L, S): added to the log weight, -inf where the key is hidden
     std::vector<double> factor;     // (B, N, L, S): of a weight on its way to the output, by dropout; empty: 1
+    std::vector<double> inside = {}; // (B, N, L, S): added to the score; empty: 0
 };
 
 struct Answer {
@@ -39,6 +40,13 @@ struct Way {
             if (i < count) return first + i * order;
             i -= count;
         }
+    }
+    // The same for the score of key s: kernels may sum those of whole blocks and of a last one in different orders.
+    // That counts where keys are equal, since one rounding of all scores would cancel.
+    Way of_key(int64_t s) const {
+        Way way = *this;
+        if (order > 1 && s % 2) --way.order;
+        return way;
     }
 };
 constexpr int64_t WAYS = 16;
@@ -102,16 +110,17 @@ template <class T> T dot(const T *a, const T *b, int64_t n, T factor, const Way 
     return sum;
 }
 
-// Rows of D numbers through a map (D, D), y = x W^T + b; as they are where it is empty.
+// Rows of D numbers through a map (E, D), y = x W^T + b; as they are where it is empty.
 template <class T>
 std::vector<T> projected(const std::vector<T> &x, int64_t D, const std::vector<double> &numbers,
                          const std::vector<double> &bias, const Way &way) {
     if (numbers.empty()) return x;
     const std::vector<T> map(numbers.begin(), numbers.end());
-    std::vector<T> y(x.size());
-    for (int64_t row = 0; row < (int64_t)x.size() / D; ++row)
-        for (int64_t e = 0; e < D; ++e)
-            y[(size_t)(row * D + e)] = dot(&x[(size_t)(row * D)], &map[(size_t)(e * D)], D, (T)1, way) +
+    const int64_t rows = (int64_t)x.size() / D, E = (int64_t)map.size() / D;
+    std::vector<T> y((size_t)(rows * E));
+    for (int64_t row = 0; row < rows; ++row)
+        for (int64_t e = 0; e < E; ++e)
+            y[(size_t)(row * E + e)] = dot(&x[(size_t)(row * D)], &map[(size_t)(e * D)], D, (T)1, way) +
                 (bias.empty() ? 0 : (T)bias[(size_t)e]);
     return y;
 }
@@ -166,8 +175,9 @@ template <class T> Answer evaluate(const Problem &p, bool backward, const Way &w
         const double *factor = p.factor.empty() ? nullptr : &p.factor[(size_t)(row * S)];
         T *o = &out[(size_t)(row * W)];
         for (int64_t s = 0; s < S; ++s) {
-            z[(size_t)s] = dot(q_row, keys + s * H, H, way.scale_first ? scale : 1, way);
+            z[(size_t)s] = dot(q_row, keys + s * H, H, way.scale_first ? scale : 1, way.of_key(s));
             if (!way.scale_first) z[(size_t)s] *= scale;
+            if (!p.inside.empty()) z[(size_t)s] += (T)p.inside[(size_t)(row * S + s)];
             if (bias[s] != -INFINITY) a.unseen[(size_t)(kv * S + s)] = 0;
         }
         const T total = row_weights(p.score, z, bias, w, slope);

@@ -5,7 +5,7 @@
 
 namespace {
 
-struct Weights { // (D, D) and (D); empty: the identity, and no bias
+struct Weights { // (outputs, D) and (outputs); empty: the identity, and no bias
     Tensor map, bias;
     std::vector<double> numbers, added;
 };
@@ -31,28 +31,29 @@ Made make(const StepCase &c) {
     m.x = Tensor(BA_F32, {1, c.B, c.L, c.D}, outer);
     m.x.fill(normal);
     const Layout keys = c.gapped ? GAPPED : HEADS_INSIDE;
-    const auto rows = [&](Tensor &to, Tensor &scale) {
-        to = Tensor(c.int8 ? STORED_INT8 : (int64_t)BA_F32, {c.B, c.N, c.S, H}, keys);
+    const auto rows = [&](Tensor &to, Tensor &scale, int64_t heads) {
+        to = Tensor(c.int8 ? STORED_INT8 : (int64_t)BA_F32, {c.B, heads, c.S, H}, keys);
         // What is written by the call holds other numbers before.
         to.fill([&](int64_t, int64_t, int64_t s, int64_t) {
             if (c.int8) return (double)(r.below(255) - 127);
             return s < c.S - c.L ? r.normal() : (double)NAN;
         });
         if (!c.int8) return;
-        scale = Tensor(BA_F32, {c.B, c.N, c.S, 1}, c.gapped ? GAPPED : HEADS_INSIDE);
+        scale = Tensor(BA_F32, {c.B, heads, c.S, 1}, c.gapped ? GAPPED : HEADS_INSIDE);
         scale.fill([&](int64_t, int64_t, int64_t s, int64_t) { return s < c.S - c.L ? (0.5 + r.uniform()) / 64 : (double)NAN; });
     };
-    rows(m.k, m.k_scale);
-    if (!c.shared()) rows(m.v, m.v_scale);
+    rows(m.k, m.k_scale, c.key_heads());
+    if (!c.shared()) rows(m.v, m.v_scale, c.value_heads());
     const bool wanted[4] = {c.outer, c.k, c.v, c.outer};
+    const int64_t outputs[4] = {c.D, c.key_heads() * H, c.value_heads() * H, c.D};
     for (int i = 0; i < 4; ++i) {
         if (!wanted[i]) continue;
         Weights &w = m.maps[i];
-        w.map = Tensor(BA_F32, {1, 1, c.D, c.D});
+        w.map = Tensor(BA_F32, {1, 1, outputs[i], c.D});
         w.map.fill([&](int64_t, int64_t, int64_t, int64_t) { return r.normal() / std::sqrt((double)c.D); });
         w.numbers = w.map.dense();
         if (!c.bias) continue;
-        w.bias = Tensor(BA_F32, {1, 1, 1, c.D});
+        w.bias = Tensor(BA_F32, {1, 1, 1, outputs[i]});
         w.bias.fill(normal);
         w.added = w.bias.dense();
     }
@@ -81,7 +82,8 @@ ba_step call_of(const StepCase &c, const Made &m) {
     call.new_cos = static_cast<const float *>(m.new_cos.data()), call.new_sin = static_cast<const float *>(m.new_sin.data());
     ba_call &a = call.attention;
     a.dtype = BA_F32, a.score = c.score, a.scale = 1 / std::sqrt((double)(c.D / c.N));
-    a.B = c.B, a.N = a.G = c.N, a.L = c.L, a.S = c.S, a.H = a.W = c.D / c.N;
+    a.B = c.B, a.N = c.N, a.G = c.G, a.key_group = c.key_group, a.value_group = c.value_group;
+    a.L = c.L, a.S = c.S, a.H = a.W = c.D / c.N;
     a.causal = c.L > 1, a.offset = c.L > 1 ? c.S - c.L : 0;
     const Tensor &v = c.shared() ? m.k : m.v, &v_scale = c.shared() ? m.k_scale : m.v_scale;
     a.k = m.k.data(), a.k_b = m.k.stride[0], a.k_g = m.k.stride[1], a.k_s = m.k.stride[2];
@@ -89,7 +91,8 @@ ba_step call_of(const StepCase &c, const Made &m) {
     a.mask_type = a.padding_type = BA_NONE;
     if (c.int8) {
         a.k_scale = static_cast<const float *>(m.k_scale.data()), a.v_scale = static_cast<const float *>(v_scale.data());
-        a.scale_b = m.k_scale.stride[0], a.scale_g = m.k_scale.stride[1], a.scale_s = m.k_scale.stride[2];
+        a.k_scale_b = m.k_scale.stride[0], a.k_scale_g = m.k_scale.stride[1], a.k_scale_s = m.k_scale.stride[2];
+        a.v_scale_b = v_scale.stride[0], a.v_scale_g = v_scale.stride[1], a.v_scale_s = v_scale.stride[2];
     }
     if (c.rotated && !c.k) {
         a.rotary_cos = static_cast<const float *>(m.cosine.data()), a.rotary_sin = static_cast<const float *>(m.sine.data());
@@ -118,7 +121,7 @@ std::vector<double> evaluate_step(const StepCase &c, const Made &m, const Way &w
     const std::vector<double> given = m.x.dense();
     const std::vector<T> x(given.begin(), given.end());
     const std::vector<T> q = projected(x, c.D, m.maps[0].numbers, m.maps[0].added, way);
-    Problem p{c.B, c.N, c.N, c.L, c.S, H, H, c.score, false, false, 1 / std::sqrt((double)H), {}, {}, {}, {}, {}, {}};
+    Problem p{c.B, c.N, c.G, c.L, c.S, H, H, c.score, false, false, 1 / std::sqrt((double)H), {}, {}, {}, {}, {}, {}};
     const int64_t first = c.k ? FIRST : 0;
     for (int64_t b = 0; b < c.B; ++b)
         for (int64_t n = 0; n < c.N; ++n) {
@@ -127,20 +130,22 @@ std::vector<double> evaluate_step(const StepCase &c, const Made &m, const Way &w
                     const T *row = &q[(size_t)((b * c.L + l) * c.D)];
                     p.q.push_back(c.rotated ? turned(c, row, n, h, first + c.S - c.L + l) : (double)row[n * H + h]);
                 }
-            for (int64_t s = 0; s < c.S; ++s) {
-                std::vector<double> row((size_t)c.D);
-                for (int64_t h = 0; h < H; ++h) row[(size_t)(n * H + h)] = number(c, m.k, m.k_scale, b, n, s, h);
-                for (int64_t h = 0; h < H; ++h) {
-                    p.k.push_back(c.rotated && !c.k ? turned(c, row.data(), n, h, s) : row[(size_t)(n * H + h)]);
-                    p.v.push_back(c.shared() ? row[(size_t)(n * H + h)] : number(c, m.v, m.v_scale, b, n, s, h));
-                }
-            }
             for (int64_t l = 0; l < c.L; ++l)
                 for (int64_t s = 0; s < c.S; ++s) {
                     const bool hidden = s > c.S - c.L + l || (c.padded && m.padding.get(0, 0, b, s) == 0);
                     p.bias.push_back(hidden ? -INFINITY : 0.0);
                 }
         }
+    for (int64_t b = 0; b < c.B; ++b)
+        for (int64_t g = 0; g < c.G; ++g)
+            for (int64_t s = 0; s < c.S; ++s) {
+                std::vector<double> row((size_t)H);
+                for (int64_t h = 0; h < H; ++h) row[(size_t)h] = number(c, m.k, m.k_scale, b, g / c.key_group, s, h);
+                for (int64_t h = 0; h < H; ++h) {
+                    p.k.push_back(c.rotated && !c.k ? turned(c, row.data(), 0, h, s) : row[(size_t)h]);
+                    p.v.push_back(c.shared() ? row[(size_t)h] : number(c, m.v, m.v_scale, b, g / c.value_group, s, h));
+                }
+            }
     const std::vector<double> heads = evaluate<T>(blur < 0 ? p : blurred(p, blur), false, way).out; // (B, N, L, H)
     std::vector<T> joined(heads.size());
     for (size_t i = 0; i < heads.size(); ++i) {
@@ -158,8 +163,9 @@ std::string wrong_rows(const StepCase &c, const Made &m, const Made &before, boo
     const Tensor &scale = keys ? m.k_scale : m.v_scale, &old_scale = keys ? before.k_scale : before.v_scale;
     const Weights &w = m.maps[keys ? 1 : 2];
     const std::vector<double> exact = projected(m.x.dense(), c.D, w.numbers, w.added, Way());
+    const int64_t heads = keys ? c.key_heads() : c.value_heads();
     for (int64_t b = 0; b < c.B; ++b)
-        for (int64_t n = 0; n < c.N; ++n)
+        for (int64_t n = 0; n < heads; ++n)
             for (int64_t s = 0; s < c.S; ++s)
                 for (int64_t h = 0; h < H; ++h) {
                     const int64_t l = s - (c.S - c.L);
@@ -168,36 +174,48 @@ std::string wrong_rows(const StepCase &c, const Made &m, const Made &before, boo
                         if (c.int8 && scale.get(b, n, s, 0) != old_scale.get(b, n, s, 0)) return "an old scale was written to";
                         continue;
                     }
-                    const double *row = &exact[(size_t)((b * c.L + l) * c.D)];
+                    const double *row = &exact[(size_t)((b * c.L + l) * heads * H)];
                     const double wanted = keys && c.k && c.rotated ? turned(c, row, n, h, FIRST + s) : row[n * H + h];
                     const double half = c.int8 ? 0.5001 * scale.get(b, n, s, 0) : 0;
                     if (!(std::abs(number(c, x, scale, b, n, s, h) - wanted) <= half + 2e-5 * (1 + std::abs(wanted))))
                         return "new row " + std::to_string(l) + " is wrong";
                 }
-    return x.canaries_live() ? "" : "something was written between the rows";
+    return x.canaries_live() && scale.canaries_live() ? "" : "something was written between the rows";
 }
 
 } // namespace
 
 std::vector<StepCase> step_cases() {
     std::vector<StepCase> cases;
-    const std::vector<std::array<int64_t, 5>> shapes = { // B N L S D
-        {1, 1, 1, 1, 2}, {3, 2, 1, 37, 12}, {1, 4, 1, 700, 64}, {2, 3, 3, 50, 42}, {8, 2, 1, 33, 68},
-        {1, 8, 8, 129, 256}, {5, 1, 3, 20, 34}, {16, 4, 1, 65, 96}, {1, 2, 7, 7, 260}};
-    for (const auto &[B, N, L, S, D] : shapes)
-        for (const std::string maps : {"qkvo", "qko", "qo", ""})
-            for (int flags = 0; flags < 16; ++flags) {
-                if (options.quick && (flags * 7 + D) % 5 != 0) continue;
-                const int64_t score = (flags + D / 2 + S) % 3 == 1 ? BA_EXPRESSIVE : BA_SOFTMAX;
-                const auto has = [&](char map) { return maps.find(map) != maps.npos; };
-                StepCase c{"step", B, N, L, S, D, score, has('q'), has('k'), has('v')};
-                c.int8 = flags & 1, c.rotated = flags & 2, c.bias = flags & 4, c.padded = c.gapped = flags & 8;
-                if (c.rotated && D / N % 2) continue;
-                for (int64_t n : {B, N, L, S, D}) c.name += " " + std::to_string(n);
-                c.name += " maps " + maps + (score == BA_SOFTMAX ? " softmax" : " expressive") + (c.int8 ? " int8" : "");
-                c.name += std::string(c.rotated ? " rotated" : "") + (c.bias ? " bias" : "") + (c.gapped ? " padded" : "");
-                cases.push_back(c);
-            }
+    struct Shape {
+        int64_t B, N, L, S, D, heads; // heads: of what is projected; what is not has N
+    };
+    const std::vector<Shape> shapes = {
+        {1, 1, 1, 1, 2, 1}, {3, 2, 1, 37, 12, 2}, {1, 4, 1, 700, 64, 4}, {2, 3, 3, 50, 42, 3}, {8, 2, 1, 33, 68, 2},
+        {1, 8, 8, 129, 256, 8}, {5, 1, 3, 20, 34, 1}, {16, 4, 1, 65, 96, 4}, {1, 2, 7, 7, 260, 2}};
+    const std::vector<Shape> grouped = { // also more than eight queries for one head
+        {2, 4, 1, 37, 48, 2}, {1, 12, 1, 67, 96, 1}, {3, 6, 2, 29, 60, 3}, {1, 8, 5, 41, 128, 2}, {2, 3, 3, 3, 6, 1}};
+    const auto add = [&](const Shape &shape, const std::string &maps, int flags) {
+        const auto &[B, N, L, S, D, heads] = shape;
+        if (options.quick && (flags * 7 + D) % 5 != 0) return;
+        const int64_t score = (flags + D / 2 + S) % 3 == 1 ? BA_EXPRESSIVE : BA_SOFTMAX;
+        const auto has = [&](char map) { return maps.find(map) != maps.npos; };
+        const int64_t k = has('k') ? heads : N, v = has('v') ? heads : N, G = std::max(k, v);
+        StepCase c{"step", B, N, G, G / k, G / v, L, S, D, score, has('q'), has('k'), has('v')};
+        c.int8 = flags & 1, c.rotated = flags & 2, c.bias = flags & 4, c.padded = c.gapped = flags & 8;
+        if (c.rotated && D / N % 2) return;
+        for (int64_t n : {B, N, L, S, D}) c.name += " " + std::to_string(n);
+        if (heads < N) c.name += " of " + std::to_string(k) + " and " + std::to_string(v) + " heads";
+        c.name += " maps " + maps + (score == BA_SOFTMAX ? " softmax" : " expressive") + (c.int8 ? " int8" : "");
+        c.name += std::string(c.rotated ? " rotated" : "") + (c.bias ? " bias" : "") + (c.gapped ? " padded" : "");
+        cases.push_back(c);
+    };
+    for (int flags = 0; flags < 16; ++flags) {
+        for (const Shape &shape : shapes)
+            for (const std::string maps : {"qkvo", "qko", "qo", ""}) add(shape, maps, flags);
+        for (const Shape &shape : grouped)
+            for (const std::string maps : {"qkvo", "qko", "qvo"}) add(shape, maps, flags);
+    }
     return cases;
 }
 

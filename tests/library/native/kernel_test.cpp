@@ -35,12 +35,13 @@ std::string describe(const Case &c) {
     const char *const types[] = {"f32", "bf16", "bool", "none"};
     char text[512];
     std::snprintf(text, sizeof text,
-                  "%s: %s %s B %d N %d G %d L %d S %d H %d W %d%s%s scale %g layouts %d %d %d fill %d of %g, "
-                  "mask %s dims %d layout %d hide %.2f size %.2f, padding %s form %d",
+                  "%s: %s %s B %d N %d G %d, groups %d %d, L %d S %d H %d W %d%s%s scale %g layouts %d %d %d "
+                  "fill %d of %g, mask %s dims %d layout %d hide %.2f size %.2f, padding %s form %d",
                   c.name.c_str(), c.score == BA_SOFTMAX ? "softmax" : "expressive", types[c.dtype], (int)c.B, (int)c.N,
-                  (int)c.G, (int)c.L, (int)c.S, (int)c.H, (int)c.W, c.causal ? " causal" : "",
-                  c.shared ? " shared" : "", c.scale, c.in, c.keys, c.out, c.fill, c.amount, types[c.mask.type],
-                  c.mask.dims, c.mask.layout, c.mask.hide, c.mask.size, types[c.padding.type], c.padding.form);
+                  (int)c.G, (int)c.key_group, (int)c.value_group, (int)c.L, (int)c.S, (int)c.H, (int)c.W,
+                  c.causal ? " causal" : "", c.shared ? " shared" : "", c.scale, c.in, c.keys, c.out, c.fill, c.amount,
+                  types[c.mask.type], c.mask.dims, c.mask.layout, c.mask.hide, c.mask.size, types[c.padding.type],
+                  c.padding.form);
     return text;
 }
 
