@@ -111,6 +111,46 @@ void one_tensor_two_gradients(int64_t score) {
     }
 }
 
+// The keys come in two parts, whose gradients are computed apart from each other, with the stats and delta of all.
+void parts_of_the_keys(int64_t score, int64_t L) {
+    Case c = sample("parts of the keys", score);
+    c.name += " L " + std::to_string(L), c.L = L, c.G = 4, c.key_group = 2;
+    if (!chosen(c.name)) return;
+    const Inputs in = make_inputs(c);
+    const Problem p = read(c, in);
+    const Answer exact = evaluate<double>(p, true);
+    Plain plain(p, exact, true);
+    for (int64_t isa : options.isas) {
+        Outputs o = compute(c, in, isa, 1);
+        const Tensor dq[] = {o.dq.copy(), o.dq.copy()};
+        Tensor delta(BA_F32, {c.B, c.N, c.L, 1});
+        delta.fill([&](int64_t b, int64_t n, int64_t l, int64_t) {
+            double sum = 0;
+            for (int64_t w = 0; w < c.W; ++w) sum += o.out.get(b, n, l, w) * in.grad.get(b, n, l, w);
+            return sum;
+        });
+        ba_call all = make_call(c, in);
+        const Outputs apart = make_outputs(c, in, all);
+        for (int part = 0; part < 2; ++part) {
+            ba_call call = all;
+            const int64_t first = part * 64;
+            call.isa = isa, call.threads = 1, call.S = part ? c.S - first : 64;
+            call.k = static_cast<const float *>(all.k) + first * all.k_s;
+            call.v = static_cast<const float *>(all.v) + first * all.v_s;
+            call.dk = static_cast<float *>(all.dk) + first * all.dk_s;
+            call.dv = static_cast<float *>(all.dv) + first * all.dv_s;
+            call.dq = dq[part].data(), call.out = nullptr;
+            call.stats = static_cast<float *>(o.stats.data()), call.delta = static_cast<const float *>(delta.data());
+            o.status = std::max(o.status, ba_backward(&call));
+        }
+        o.dq.fill([&](int64_t b, int64_t n, int64_t l, int64_t h) {
+            return dq[0].get(b, n, l, h) + dq[1].get(b, n, l, h);
+        });
+        o.dk = apart.dk.copy(), o.dv = apart.dv.copy();
+        check(c, isa, o, exact, plain);
+    }
+}
+
 // Keys that nobody sees hold 1e30 or 0: not one number differs. `future`: later keys, which earlier queries do not see.
 void garbage(int64_t score, int64_t dtype, bool future) {
     Case c = sample(future ? "garbage in later keys" : "garbage in padded keys", score);
@@ -192,6 +232,7 @@ void run_special() {
         oracle_itself(score);
         variants(score);
         one_tensor_two_gradients(score);
+        for (int64_t L : {3, 61}) parts_of_the_keys(score, L);
         for (int64_t dtype : {BA_F32, BA_BF16}) {
             garbage(score, dtype, false);
             garbage(score, dtype, true);

@@ -133,6 +133,53 @@ def test_int8_with_scales(size: tuple, dtype: torch.dtype, score: str, isa: str,
         assert_close(found, exact(call, *numbers), tolerance=int8_tolerance(dtype, isa))
 
 
+#        B  N  keys values L S   H   W
+GROUPS = [
+    (2, 6, 3, 6, 1, 307, 32, 32),
+    (1, 12, 1, 4, 2, 61, 16, 24),
+    (1, 24, 2, 2, 1, 131, 64, 64),
+    (2, 9, 1, 1, 8, 67, 16, 16),
+]
+"""Fewer heads of keys than of values; more than eight queries for one head."""
+
+
+@isas
+@scores
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", GROUPS, ids=str)
+def test_neighbouring_heads_share_keys(
+    size: tuple, dtype: torch.dtype, score: str, isa: str, rng: np.random.Generator
+) -> None:
+    B, N, keys, values, L, S, H, W = size
+    q, k, v = (normal(rng, *shape, dtype=dtype) for shape in ((B, N, L, H), (B, keys, S, H), (B, values, S, W)))
+    wide = Call(q, k, v, causal=True, offset=S - L, score=score, scale=H**-0.5)
+    codes = [torch.from_numpy(rng.integers(-127, 128, size=x.shape)).to(torch.int8) for x in (k, v)]
+    scales = torch.from_numpy(rng.uniform(0.005, 0.02, size=(B, S, values))).float()
+    narrow = replace(wide, k_BNSH=codes[0], v_BNSH=codes[1])
+    tables, pair = angles(S, H, 11), (scales[..., :keys], scales)  # which begin at one address
+
+    def numbers(x: Tensor, scale: Tensor | None = None) -> np.ndarray:
+        wide = array(x) if scale is None else array(x) * array(scale).swapaxes(1, 2)[..., None]
+        return np.repeat(wide, N // wide.shape[1], axis=1)
+
+    for turns, leans in itertools.product((False, True), repeat=2):
+        distances, other = leaning(wide, "weight", wide.offset) if leans else (None, {})
+        for call, given in ((wide, None), (narrow, pair)):
+            with native.instruction_set(isa), poisoned():
+                settings = {"angles": tables if turns else None, "scales": given, "distances": distances}
+                found = native.decode(call, **settings)
+                with threads(2):
+                    again = native.decode(call, **settings)
+            assert found is not None
+            assert again is not None
+            assert torch.equal(found, again)
+            k_numbers = numbers(call.k_BNSH, given and given[0])
+            v_numbers = numbers(call.v_BNSH, given and given[1])
+            expected = exact(call, turned(k_numbers, 11) if turns else k_numbers, v_numbers, **other)
+            bound = tolerance(dtype) if given is None else int8_tolerance(dtype, isa)
+            assert_close(found, expected, f"turned {turns}, leaning {leans}", tolerance=2 * bound)
+
+
 def leaning(call: Call, place: str, first: int) -> tuple[native.Distances, dict[str, np.ndarray]]:
     """ALiBi for the kernels, and number by number for the oracle."""
     B, N, L, _ = call.q_BNLH.shape

@@ -346,6 +346,50 @@ def test_key_and_value_in_one_place_are_told_apart_where_their_gradients_differ(
         assert_close(found, expected, how, tolerance=1e-5)
 
 
+@isas
+@scores
+@dtypes
+@pytest.mark.parametrize("length", [3, 131])
+def test_two_tensors_that_begin_at_one_address_are_told_apart(
+    length: int, dtype: torch.dtype, score: str, isa: str, rng: np.random.Generator
+) -> None:
+    q, x = normal(rng, 2, 4, length, 16, dtype=dtype), normal(rng, 2, 4, 67, 16, dtype=dtype)
+    for key, value in ((x[:, ::2], x[:, :2]), (x[:, :1].expand(-1, 2, -1, -1), x[:, :2])):
+        with native.instruction_set(isa), poisoned():
+            output = ba.attention(q, key, value, score=score, enable_gqa=True, impl="native")
+        exact, _ = oracle.attention(*(array(t) for t in (q, key, value)), score=score)
+        assert_close(output, exact, tolerance=CAPS[dtype])
+    with native.instruction_set(isa), poisoned():
+        fewer, _ = attend(Call(q, x[:, :2], x, score=score, scale=0.25), "native")
+    exact, _ = oracle.attention(array(q), array(x[:, :2]).repeat(2, axis=1), array(x), score=score)
+    assert_close(fewer, exact, tolerance=CAPS[dtype])
+
+
+@isas
+@scores
+@pytest.mark.parametrize("length", [3, 61])
+def test_gradients_of_some_of_the_keys(length: int, score: str, isa: str, rng: np.random.Generator) -> None:
+    """Normalisers are those of all keys, also where so few queries could be normalised again over some."""
+    q, k, v = normal(rng, 2, 4, length, 16), normal(rng, 2, 2, 131, 16), normal(rng, 2, 2, 131, 8)
+    upstream = normal(rng, 2, 4, length, 8)
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    whole = ba.attention(*leaves, score=score, scale=0.5, enable_gqa=True, impl="reference")
+    exact = torch.autograd.grad(whole, leaves, upstream.double())
+    with native.instruction_set(isa), poisoned():
+        output, stats = native.partial(Call(q, k, v, score=score, scale=0.5))
+        delta = (output * upstream).sum(-1)
+        parts = [
+            native.partial_backward(upstream, Call(q, k[:, :, at], v[:, :, at], score=score, scale=0.5), stats, delta)
+            for at in (slice(0, 64), slice(64, None))
+        ]
+    (dq, dk, dv), (dq_2, dk_2, dv_2) = parts
+    assert dv is not None
+    assert dv_2 is not None
+    found = (dq + dq_2, torch.cat([dk, dk_2], 2), torch.cat([dv, dv_2], 2))
+    for name, gradient, expected in zip("qkv", found, exact, strict=True):
+        assert_close(gradient, expected, f"gradient of {name}", tolerance=1e-5)
+
+
 # --- extremes ---------------------------------------------------------------------------------------------------------
 
 

@@ -42,12 +42,12 @@ typedef struct {
     int64_t batch_first, batch_step; /* to that rule, batch element b is number batch_first + b batch_step; step 0: 1 */
     int64_t B, N, G, L, S, H, W;     /* S, H and W at least 1; the others may be 0 */
     int64_t key_group, value_group;  /* neighbouring pairs that share a head of keys, or of values; 0 as 1: none */
-    const void *q, *k, *v;           /* k == v with equal strides: one tensor that serves as both */
+    const void *q, *k, *v;           /* equal in address, strides and groups: one tensor that is both */
     int64_t q_b, q_n, q_l;           /* strides of q (B, N, L, H) */
     int64_t k_b, k_g, k_s;           /* of k (B, G / key_group, S, H) */
     int64_t v_b, v_g, v_s;           /* of v (B, G / value_group, S, W) */
     const float *k_scale, *v_scale;  /* of their heads and keys, not negative: k and v are int8, times these; or NULL */
-    int64_t k_scale_b, k_scale_g, k_scale_s, v_scale_b, v_scale_g, v_scale_s; /* k_scale == v_scale: with equal strides */
+    int64_t k_scale_b, k_scale_g, k_scale_s, v_scale_b, v_scale_g, v_scale_s;
     const float *rotary_cos, *rotary_sin; /* (S, H/2): angles that turn features p and p + H/2 of each key, by the same */
     /* angle more from each key to the next one; or NULL */
     int64_t rotary_s;

@@ -29,6 +29,7 @@ struct Decode {
     int64_t run, runs;                  // chunks of a task, and tasks of a row: a new place in memory starts slowly
     int64_t heads;                      // of a task: G if those of one key lie side by side, else APART or 1
     float *q, *parts;                   // queries [B][G][few][Hp], sums [B][G][few][chunks][state]
+    bool one_scale;                     // what keys are multiplied by is what values are
     bool integer;                       // products of integers (decode_codes.hpp)
     CodedQuery* coded;                  // [B][G][few]
 };
@@ -171,13 +172,20 @@ static V scales_at(const float* x, int64_t stride, int64_t n) {
     return load(some);
 }
 
-static Scales scales_of(const ba_call& c, int64_t b, int64_t g, int64_t s0, int64_t n) {
+// As one_tensor().
+static bool one_scale(const ba_call& c) {
+    return c.k_scale == c.v_scale && c.k_scale_b == c.v_scale_b && c.k_scale_g == c.v_scale_g &&
+        c.k_scale_s == c.v_scale_s && key_head(c, c.G) == value_head(c, c.G);
+}
+
+static Scales scales_of(const Decode& f, int64_t b, int64_t g, int64_t s0, int64_t n) {
+    const ba_call& c = *f.c;
     Scales x = {};
     if (c.k_scale == NULL) return x;
     x.any = true;
     const int64_t at = b * c.k_scale_b + key_head(c, g) * c.k_scale_g + s0 * c.k_scale_s;
     x.k = x.v = scales_at(c.k_scale + at, c.k_scale_s, n);
-    if (c.v_scale != c.k_scale)
+    if (!f.one_scale)
         x.v = scales_at(c.v_scale + b * c.v_scale_b + value_head(c, g) * c.v_scale_g + s0 * c.v_scale_s, c.v_scale_s, n);
     return x;
 }
@@ -237,7 +245,7 @@ BA_INLINE bool weigh_open(const ba_call& c, V z, const Scales& scales, V lean, f
 template <int SCORE> static void weigh_block(DecodeBlock& d, bool free) {
     const Decode& f = *d.f;
     const ba_call& c = *d.c;
-    const Scales scales = scales_of(c, d.b, d.g, d.s0, d.n);
+    const Scales scales = scales_of(f, d.b, d.g, d.s0, d.n);
     d.any_live = false;
     for (int64_t r = 0; r < f.few; ++r) {
         float* weights = d.weights + r * LANES;
@@ -323,7 +331,7 @@ BA_INLINE void plain_pass(DecodeBlock& next, const DecodeBlock& d, const Rows& k
     const V z = scores_of<TYPE, ROTATED, HALF ? ASK_EVEN : ASK_ALL, true>(c, k, LANES, s0, q, coded, *next.angles);
     if (d.any_live)
         values_of<TYPE, HALF ? ASK_ODD : ASK_ALL, true>(c, d.v, LANES, d.weights, sums_at(d.state).out);
-    const Scales scales = SCALED ? scales_of(c, next.b, next.g, s0, LANES) : Scales{};
+    const Scales scales = SCALED ? scales_of(*next.f, next.b, next.g, s0, LANES) : Scales{};
     const Sums sums = sums_at(next.state);
     V lean = {};
     if (c.slopes != NULL) lean = lean_of(c, next.g, 0, s0);
@@ -513,6 +521,7 @@ static int64_t decode(const ba_call& c) {
     f.state = ba_padded(2 * LANES + f.Wp);
     const int64_t rows = c.B * c.G * f.few;
     if (rows == 0) return BA_OK;
+    f.one_scale = one_scale(c);
     f.integer = c.k_scale != NULL && codes_serve(c);
     const int64_t coded = f.integer ? ba_padded(rows * int64_t{sizeof(CodedQuery) / sizeof(float)}) : 0;
     f.q = ba_allocate(rows * f.Hp + coded + rows * f.chunks * f.state);

@@ -148,6 +148,13 @@ static void block_of(Panel& p, int64_t vectors, int64_t lane, int64_t s0, int64_
 static int64_t key_head(const ba_call& c, int64_t g) { return c.key_group > 1 ? g / c.key_group : g; }
 static int64_t value_head(const ba_call& c, int64_t g) { return c.value_group > 1 ? g / c.value_group : g; }
 
+// Whether every pair's values are its keys. What begins at one address may still be two tensors, such as every second
+// head and the first ones.
+static bool one_tensor(const ba_call& c) {
+    return c.k == c.v && c.H == c.W && c.k_b == c.v_b && c.k_g == c.v_g && c.k_s == c.v_s &&
+        key_head(c, c.G) == value_head(c, c.G);
+}
+
 // One number of a key or value, whatever the cache holds.
 static float number_at(const void* p, const float* scale, const ba_call& c, int64_t row, int64_t scale_row, int64_t i) {
     if (scale == NULL) return load_row({shifted(p, row, c.dtype == BA_BF16), c.dtype == BA_BF16}, i, 1)[0];
@@ -308,7 +315,7 @@ static void one_head(const Forward& f, int64_t head, int64_t from, int64_t to, b
         copy_rows({shifted(k.p, begin * c.k_s, bf16), bf16}, c.k_s, count, c.H, at, f.Hp);
         p.k = at - begin * f.Hp, p.k_s = f.Hp, at += count * f.Hp;
     }
-    if (f.copy_v && c.v == c.k && f.copy_k && c.H == c.W) {
+    if (f.copy_v && f.copy_k && one_tensor(c)) {
         p.v = p.k, p.v_s = p.k_s;
     } else if (f.copy_v) {
         copy_rows({shifted(v.p, begin * c.v_s, bf16), bf16}, c.v_s, count, c.W, at, f.Wp);

@@ -28,7 +28,8 @@ int64_t forward(const ba_call& c) {
 int64_t backward(const ba_call& c) {
     const ba_call call = within_reach(c);
     if (is_special(call)) return BA_DECODES_ONLY;
-    return is_decode(regrouped(call)) ? decode_backward(call) : wide_backward(call);
+    // With `delta` the normalisers are those of more keys than these, and cannot be computed again.
+    return call.delta == NULL && is_decode(regrouped(call)) ? decode_backward(call) : wide_backward(call);
 }
 
 int64_t layer_forward(const ba_layer& c) { return c.B * c.L == 0 ? int64_t{BA_OK} : whole_layer(c); }
