@@ -100,9 +100,7 @@ def cost(
         )
 
     w = None if window is None else check_int(window, "window")
-    group, learned = check_kv_heads(num_kv_heads, h, row), row.projections
-    key_heads, value_heads = (h // group if letter in learned else h for letter in "kv")
-    sizes, parts = Sizes(d, h, n, bias, align_heads, w, key_heads, value_heads), parts_of(row)
+    sizes, parts = Sizes(d, h, n, bias, align_heads, w, *kv_heads_of(row, h, num_kv_heads)), parts_of(row)
     params = sum(part.params(sizes) for part in parts)
     # Two products of 2 d operations for each key that a query sees, over all heads: with keys, and with values.
     scores_and_mix = 4 * d * sum(sizes.seen)
@@ -119,3 +117,17 @@ def cost(
         cache_bytes_per_token=kept,
         cache_bytes=B * kept * (n if w is None else min(n, w)),
     )
+
+
+def kv_heads_of(mechanism: Mechanism, num_heads: int, num_kv_heads: int | None) -> tuple[int, int]:
+    """Number of heads of keys, and of values: what is not projected has one slice of the input for each query head.
+
+    Raises:
+        ValueError, TypeError: see :func:`.layer.projections.check_kv_heads`.
+
+    >>> kv_heads_of(Mechanism.of("optimised"), 4, 2)
+    (2, 4)
+    """
+    grouped = num_heads // check_kv_heads(num_kv_heads, num_heads, mechanism)
+    keys, values = (grouped if letter in mechanism.projections else num_heads for letter in "kv")
+    return keys, values

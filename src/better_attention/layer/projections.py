@@ -52,8 +52,19 @@ def check_input_width(width: int | None, name: str, letter: str, embed_dim: int,
     return width
 
 
-def check_kv_heads(num_kv_heads: int | None, num_heads: int, mechanism: Mechanism) -> int:
+def check_kv_heads(
+    num_kv_heads: int | None,
+    num_heads: int,
+    mechanism: Mechanism,
+    names: tuple[str, str] = ("num_kv_heads", "num_heads"),
+) -> int:
     """How many query heads share a head of projected keys and values.
+
+    Args:
+        num_kv_heads: heads of keys and values; None: as many as queries have.
+        num_heads: heads of queries.
+        mechanism: what the layer computes.
+        names: what the user calls the two numbers.
 
     Raises:
         ValueError, TypeError: no whole number, or none that divides ``num_heads``; or fewer than those where no keys
@@ -61,16 +72,17 @@ def check_kv_heads(num_kv_heads: int | None, num_heads: int, mechanism: Mechanis
     """
     if num_kv_heads is None:
         return 1
-    heads = check_int(num_kv_heads, "num_kv_heads")
+    name, of = names
+    heads = check_int(num_kv_heads, name)
     if heads > num_heads or num_heads % heads:
         raise ValueError(
-            f"num_kv_heads={heads} must divide num_heads={num_heads}: each head of keys and values serves the same "
+            f"{name}={heads} must divide {of}={num_heads}: each head of keys and values serves the same "
             "number of neighbouring query heads."
         )
     if heads != num_heads and "k" not in mechanism.projections:
         raise ValueError(
-            f"num_kv_heads={heads} groups projected keys, and mechanism {mechanism.name!r} has no W_K: each of its "
-            f"{num_heads} heads reads its own slice of the input, of which a cache holds one copy. Leave num_kv_heads "
+            f"{name}={heads} groups projected keys, and mechanism {mechanism.name!r} has no W_K: each of its "
+            f"{num_heads} heads reads its own slice of the input, of which a cache holds one copy. Leave {name} "
             "out, or use a mechanism that learns 'k'."
         )
     return num_heads // heads

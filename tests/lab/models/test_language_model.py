@@ -19,6 +19,10 @@ from helpers.compiler import Programs
 
 VOCABULARY, LENGTH, WIDTH, HEADS, LAYERS = 7, 11, 12, 3, 2
 NAMES = (*MECHANISMS, "super+expressive", "standard+align")
+GROUPED = {"width": 24, "heads": 6, "kv_heads": 2}
+"""Three query heads share one of keys and values."""
+GROUPS = ("standard", "optimised", "expressive", "standard+align")
+"""Mechanisms that project keys."""
 
 
 def sizes(**changes: Any) -> dict[str, Any]:
@@ -101,6 +105,38 @@ def test_the_model_is_that_of_the_equations(mechanism: str, positions: str) -> N
     np.testing.assert_allclose(model(read).detach().numpy(), expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("mechanism", GROUPS)
+def test_shared_heads_are_equal_heads(mechanism: str, positions: str) -> None:
+    """As a model with a head of keys and values for each query head, in which three neighbours are copies."""
+    model, read = build(mechanism, positions=positions, **GROUPED), tokens()
+    whole = build(mechanism, positions=positions, **GROUPED | {"kv_heads": None})
+    state = model.state_dict()
+    for name, x in state.items():
+        if name.endswith(("k_proj.weight", "v_proj.weight")):
+            assert x.shape == (2 * 4, 24)
+            state[name] = torch.cat([x[:4]] * 3 + [x[4:]] * 3)
+    whole.load_state_dict(state)
+    torch.testing.assert_close(model(read), whole(read), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "kv_heads", "kind", "message"),
+    [
+        ("standard", 4, ValueError, "^kv_heads=4 must divide heads=6: each head of keys and values"),
+        ("standard", 0, ValueError, "^kv_heads must be >= 1, received 0"),
+        ("standard", "two", TypeError, r"^kv_heads must be a whole number >= 1, received 'two' \(str\)"),
+        ("efficient", 2, ValueError, "^kv_heads=2 groups projected keys, and mechanism 'efficient' has no W_K"),
+        ("super", 2, ValueError, "Leave kv_heads out, or use a mechanism that learns 'k'"),
+    ],
+)
+def test_heads_that_cannot_be_shared(mechanism: str, kv_heads: Any, kind: type[Exception], message: str) -> None:
+    shape = sizes(**GROUPED | {"kv_heads": kv_heads}) | {"mechanism": mechanism}
+    for make in (LanguageModel, language_model_size):
+        with pytest.raises(kind, match=message):
+            make(**shape)
+
+
 # --- causality, padding -----------------------------------------------------------------------------------------------
 
 
@@ -161,6 +197,16 @@ def test_with_a_cache_as_in_one_pass(mechanism: str, positions: str, window: int
     parts = [model(part, cache=cache) for part in x.split(chunk, dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), model(x))
     assert cache.length == LENGTH
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("mechanism", GROUPS)
+def test_with_a_cache_of_shared_heads(mechanism: str, positions: str, window: int | None) -> None:
+    model, x = build(mechanism, positions=positions, window=window, **GROUPED).requires_grad_(False), tokens()
+    cache = ModelCache(model, 3)
+    parts = [model(part, cache=cache) for part in x.split(3, dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), model(x))
 
 
 @pytest.mark.parametrize("mechanism", NAMES)
@@ -287,6 +333,9 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     *((mechanism, {}) for mechanism in NAMES),
     *(("super", {"positions": positions, "scale": "learned", "width": 36}) for positions in POSITIONS),
     *((mechanism, {"window": 4}) for mechanism in NAMES),
+    *((mechanism, GROUPED) for mechanism in GROUPS),
+    ("standard+align", GROUPED | {"window": 4, "scale": "learned"}),
+    ("efficient", GROUPED | {"kv_heads": 6}),
 ]
 
 
@@ -294,7 +343,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 def test_the_size_is_that_of_the_model(mechanism: str, changes: dict[str, Any]) -> None:
     shape = sizes(**changes) | {"mechanism": mechanism}
     assert language_model_size(**shape) == sum(p.numel() for p in LanguageModel(**shape).parameters())
-    if "super" in mechanism:
+    if "super" in mechanism or "align" in mechanism:
         model = LanguageModel(**shape, options={"align_heads": "per_head"})
         assert language_model_size(**shape, per_head=True) == sum(p.numel() for p in model.parameters())
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from better_attention.cache.model_cache import ModelCache
 from better_attention.lab.generation.sampling import Sampling, pick
-from better_attention.lab.models.language_model import LanguageModel, without_choice
+from better_attention.lab.models.language_checks import without_choice
+from better_attention.lab.models.language_model import LanguageModel
 
 UNCHOSEN = -1
 """In the place of a token where none can be chosen."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from better_attention.lab.models.language_model import without_choice
+from better_attention.lab.models.language_checks import without_choice
 
 
 class FiniteLogits(LogitsProcessor):

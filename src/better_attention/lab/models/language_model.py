@@ -7,7 +7,6 @@ tokens, S tokens seen so far, D model width, F width inside the MLP, N heads, V 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,15 +17,19 @@ from torch import Tensor, nn
 from better_attention.cache.model_cache import ModelCache
 from better_attention.costs import cost
 from better_attention.dropout import dropout
-from better_attention.errors import check_choice, check_int, describe
+from better_attention.errors import check_choice, check_int
 from better_attention.lab.models.causal_decoder import POSITIONS, position_options
 from better_attention.lab.models.initialisation import gpt2_
+from better_attention.lab.models.language_checks import check_cache, check_known, check_tokens
 from better_attention.layer.multihead import MultiheadAttention
+from better_attention.layer.projections import check_kv_heads
 from better_attention.mechanism import Mechanism
 
 NORM_EPS = 1e-6  # Llama's
 RESIDUAL = ("out_proj", "contract")
 """Names of the maps whose output is added to the residual stream."""
+KV_HEADS = ("kv_heads", "heads")
+"""What the numbers of heads of keys and of queries are called here."""
 HIDDEN_MULTIPLE = 8
 """The MLP's width is rounded up to a multiple of this: as many float32 numbers as AVX2 processes at a time."""
 
@@ -97,10 +100,13 @@ class LanguageModel(nn.Module):
             ``"alibi-score"``, see :class:`~better_attention.MultiheadAttention`.
         window: each token sees the last ``window`` tokens, itself included; None: all before it.
         scale: factor on q.k: None for 1/sqrt(head width), a number, or ``"learned"``.
+        kv_heads: heads of projected keys and values, each of which serves as many neighbouring query heads; divides
+            ``heads``. None: as many as queries have.
         dropout: on embeddings, on attention weights, and after both halves of a block.
 
     Raises:
-        ValueError: no vocabulary; positions of another name; arguments that the attention layers refuse.
+        ValueError: no vocabulary; positions of another name; ``kv_heads`` that do not divide ``heads``, or fewer where
+            no keys are projected; arguments that the attention layers refuse.
 
     >>> model = LanguageModel(vocabulary=5, length=7, width=8, layers=2, heads=2, mechanism="efficient")
     >>> model(torch.tensor([[0, 4, 1]])).shape
@@ -120,11 +126,13 @@ class LanguageModel(nn.Module):
         positions: str = "rotary",
         window: int | None = None,
         scale: float | str | None = None,
+        kv_heads: int | None = None,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
         check_choice(positions, "positions", POSITIONS)
         row = Mechanism.of(mechanism)
+        check_kv_heads(kv_heads, heads, row, KV_HEADS)
         self.dropout = dropout
         bounded = positions == "learned" or (row.aligned and window is None)
         self.longest = check_int(length, "length") if bounded else None
@@ -133,7 +141,8 @@ class LanguageModel(nn.Module):
         """Whether a token's place in its row changes what it means: W_A counts from the first token, padding too."""
         self.tokens = nn.Embedding(check_int(vocabulary, "vocabulary"), width)
         self.positions = nn.Embedding(length, width) if positions == "learned" else None
-        own: dict[str, Any] = {"dropout": dropout, "scale": scale, "bias": False, **position_options(positions)}
+        own: dict[str, Any] = {"dropout": dropout, "scale": scale, "bias": False, "num_kv_heads": kv_heads}
+        own |= position_options(positions)
         own |= row.layer_options(length, causal=True) if window is None else {"window": window}
         own |= options or {}
         self.blocks = nn.ModuleList(
@@ -168,8 +177,8 @@ class LanguageModel(nn.Module):
             ValueError: no token; on the CPU, one that the vocabulary does not have; more tokens than :attr:`longest`;
                 padding where W_A counts it.
         """
-        _check_tokens(tokens_BL)
-        _check_cache(cache)
+        check_tokens(tokens_BL)
+        check_cache(cache)
         # After Ctrl-C in the middle of a step, the next one begins where that one began.
         start = 0 if cache is None else cache.settle()
         if self.places_matter:
@@ -198,17 +207,8 @@ class LanguageModel(nn.Module):
             TypeError: no whole numbers.
             ValueError: no token, or one that the vocabulary does not have.
         """
-        _check_tokens(tokens_BL)
-        # Traced and exported programs have no numbers to look at.
-        if torch.compiler.is_compiling() or tokens_BL.is_meta:
-            return
-        V = self.tokens.weight.shape[0]
-        unknown = tokens_BL[(tokens_BL < 0) | (tokens_BL >= V)]
-        if unknown.numel():
-            raise ValueError(
-                f"token {int(unknown[0])} is unknown to this model, whose vocabulary is the {V:,} tokens from 0 to "
-                f"{V - 1:,}. Encode the text with the tokeniser that it was trained with."
-            )
+        check_tokens(tokens_BL)
+        check_known(tokens_BL, self.tokens.weight.shape[0])
 
     def _embedded(self, tokens_BL: Tensor) -> Tensor:
         """What stands for each token, (B, L, D)."""
@@ -252,29 +252,6 @@ class LanguageModel(nn.Module):
             )
 
 
-def _check_tokens(tokens_BL: Tensor) -> None:
-    """Refuse what is no batch of texts, by shape and type alone, which a traced program knows too."""
-    if not isinstance(tokens_BL, Tensor):
-        raise TypeError(f"tokens must be a tensor (batch, tokens) of whole numbers, received {describe(tokens_BL)}.")
-    if tokens_BL.dim() != 2:
-        raise ValueError(f"tokens must have the shape (batch, tokens), received {describe(tokens_BL)}.")
-    if tokens_BL.shape[1] == 0:
-        raise ValueError(
-            f"there is no token to read: received shape {tuple(tokens_BL.shape)}, expected (batch, tokens) with at "
-            "least one. Begin with one token, such as that of a line end."
-        )
-    if tokens_BL.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"tokens must be whole numbers, int64 or int32; received {describe(tokens_BL)}.")
-
-
-def _check_cache(cache: object) -> None:
-    if cache is not None and not isinstance(cache, ModelCache):
-        raise TypeError(
-            f"cache must be a better_attention.ModelCache, received {describe(cache)}. Make one with "
-            "better_attention.ModelCache(model, batch_size)."
-        )
-
-
 def _kept(x_BLD: Tensor, last: int | Tensor | None) -> Tensor:
     """The tokens that get logits, see :meth:`LanguageModel.forward`."""
     if last is None:
@@ -286,15 +263,6 @@ def _kept(x_BLD: Tensor, last: int | Tensor | None) -> Tensor:
     if last.dim() != 2:
         return x_BLD[:, last]
     return x_BLD[last] if last.dtype == torch.bool else x_BLD.take_along_dim(last[..., None], dim=1)
-
-
-def without_choice(largest: float) -> str:
-    """What is wrong with logits whose largest is NaN or infinite, and what to do."""
-    return (
-        f"the model's logits are {'NaN' if math.isnan(largest) else 'infinite'}, so that no token can be chosen. Its "
-        "weights are damaged, its training diverged, or a number is too large for its dtype: look at the weights, or "
-        "compute in float32."
-    )
 
 
 def language_model_size(
@@ -309,14 +277,20 @@ def language_model_size(
     positions: str = "rotary",
     window: int | None = None,
     scale: float | str | None = None,
+    kv_heads: int | None = None,
 ) -> int:
     """Number of learned values of a :class:`LanguageModel`, without building it; ``per_head``: one W_A for each head.
+
+    Raises:
+        ValueError, TypeError: as the class does.
 
     >>> sizes = {"vocabulary": 5, "length": 7, "width": 8, "layers": 2, "heads": 2, "mechanism": "super"}
     >>> language_model_size(**sizes) == sum(parameter.numel() for parameter in LanguageModel(**sizes).parameters())
     True
     """
     kernel = "per_head" if per_head else "shared"
-    attention = cost(width, heads, length, mechanism=mechanism, align_heads=kernel, bias=False, window=window).params
+    check_kv_heads(kv_heads, heads, Mechanism.of(mechanism), KV_HEADS)
+    own: dict[str, Any] = {"mechanism": mechanism, "align_heads": kernel, "window": window, "num_kv_heads": kv_heads}
+    attention = cost(width, heads, length, bias=False, **own).params
     block = attention + heads * (scale == "learned") + 3 * width * hidden_width(width) + 2 * width
     return (vocabulary + length * (positions == "learned")) * width + layers * block + width
