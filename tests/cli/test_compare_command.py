@@ -117,6 +117,9 @@ def test_a_file_for_a_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFi
         (["--set", "width=100000000", "--device", "cpu"], "GiB of parameters; training needs 3 times that"),
         (["--set", "width=200000", "--device", "cpu"], "GiB of parameters; training needs 3 times that"),
         (["imdb", "--data", "nowhere", "--device", "cpu"], "nowhere does not exist"),
+        (["text-lm", "--set", "kv_heads=0"], "kv_heads must be >= 1, received 0."),
+        (["text-lm", "--set", "kv_heads=two"], "expected a whole number or null, received 'two'"),
+        (["digits", "--set", "kv_heads=2"], "there is no setting 'kv_heads'"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(

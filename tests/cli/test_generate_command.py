@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from better_attention.cli import main
+from better_attention.lab.data.tokenisers import tokeniser_of
+from better_attention.lab.runs.load import load_run
 
 NAMES = ["ann", "bob", "eve", "tom"]
 
@@ -28,14 +31,18 @@ def language() -> str:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs of the text-lm task on a language in which the one who is seen nods."""
     folder = tmp_path_factory.mktemp("language")
-    (folder / "text.txt").write_text(language(), "utf-8")
-    options = "--scale smoke --mechanisms efficient,super --heads 2 --epochs 9 --lr 0.01 --batch-size 16 --device cpu"
-    settings = ["width=32", "length=40", "stride=20", "train_samples=null", "dropout=0.0"]
-    words = [*options.split(), *(word for one in settings for word in ("--set", one))]
-    assert (
-        main.main(["compare", "text-lm", "--data", str(folder / "text.txt"), *words, "--out", str(folder / "out")]) == 0
-    )
+    assert trained(folder, "--mechanisms", "efficient,super", "--heads", "2", "--epochs", "9") == 0
     return folder / "out"
+
+
+def trained(folder: Path, *words: str) -> int:
+    """The exit status of a comparison of text-lm on the language, with ``folder / "out"`` as its folder."""
+    (folder / "text.txt").write_text(language(), "utf-8")
+    options = ["--scale", "smoke", "--lr", "0.01", "--batch-size", "16", "--device", "cpu"]
+    settings = ["width=32", "length=40", "stride=20", "train_samples=null", "dropout=0.0"]
+    options += [word for one in settings for word in ("--set", one)]
+    files = ["--data", str(folder / "text.txt"), "--out", str(folder / "out")]
+    return main.main(["compare", "text-lm", *files, *options, *words])
 
 
 @pytest.fixture(scope="module")
@@ -195,3 +202,51 @@ def test_ctrl_c_ends_the_line_and_the_command(efficient: str) -> None:
     assert program.returncode == 130
     assert out.endswith("\n")
     assert err == "better-attention: interrupted.\n"
+
+
+# --- heads of keys and values that query heads share ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mechanisms", ["standard,efficient", "efficient"])
+def test_heads_that_cannot_be_shared_are_refused_before_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], mechanisms: str
+) -> None:
+    assert trained(tmp_path, "--mechanisms", mechanisms, "--heads", "4", "--set", "kv_heads=3") == 2
+    assert "kv_heads=3 must divide heads=4: each head of keys and values serves" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_comparison_of_models_that_share_heads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Trained, told on the screen and in the report, measured, and written from with a cache of the shared heads."""
+    words = ["--mechanisms", "standard,optimised,super", "--heads", "4", "--epochs", "1", "--seeds", "1"]
+    assert trained(tmp_path, *words, "--set", "kv_heads=2") == 0
+    note = (
+        "2 heads of keys and values, shared by the query heads: standard, optimised; kv_heads=2 does not apply to super"
+    )
+    assert note in " ".join(capsys.readouterr().out.split())
+    assert note in (tmp_path / "out" / "report.html").read_text("utf-8")
+    rows = json.loads((tmp_path / "out" / "results.json").read_text("utf-8"))
+    # Two layers in float32; a head is 8 wide, and 32 all four of them.
+    found = {row["mechanism"]: row["cache_bytes_per_token"] / (2 * 4) for row in rows}
+    assert found == {"standard": 2 * 16, "optimised": 16 + 32, "super": 2 * 32}
+    assert {row["settings"]["kv_heads"] for row in rows} == {2}
+    for mechanism in found:
+        run = tmp_path / "out" / f"{mechanism}-h4-s0"
+        (one,) = as_json(capsys, run, "--prompt", "ann sees", "--greedy", "--max-tokens", "9")
+        assert one["tokens"] == 9
+        assert one["text"] == greedily(run, "ann sees", 9)
+    # Another number of heads is another comparison.
+    assert trained(tmp_path, *words, "--set", "kv_heads=1") == 2
+    assert "kv_heads: 2 there, 1 now" in capsys.readouterr().err
+
+
+def greedily(run: Path, prompt: str, steps: int) -> str:
+    """What follows by the full forward pass, each time of the whole text."""
+    found = load_run(run)
+    tokeniser = tokeniser_of(found.assets)
+    tokens = tokeniser.encode(prompt)
+    for _ in range(steps):
+        logits = found.model(torch.tensor([tokens]))[0, -1]
+        logits[list(tokeniser.never)] = -torch.inf
+        tokens.append(int(logits.argmax()))
+    return tokeniser.decode(tokens).decode().removeprefix(prompt)

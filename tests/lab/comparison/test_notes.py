@@ -33,6 +33,21 @@ def test_a_task_of_our_own_has_no_setting_of_the_papers() -> None:
     assert remarks(TASKS["recurrence"]("smoke"), STANDARD, [2]) == ()
 
 
+def test_who_shares_heads_of_keys_and_values_is_told() -> None:
+    task = replace(TASKS["text-lm"]("smoke"), kv_heads=2)
+    variants = [Variant.of(name) for name in ("standard", "super", "optimised", "efficient")]
+    (found,) = remarks(task, variants, [4])
+    assert found == (
+        "2 heads of keys and values, shared by the query heads: standard, optimised; kv_heads=2 does not apply to "
+        "super, efficient: without W_K each query head reads its own slice of the input, of which there is nothing to "
+        "share"
+    )
+    assert remarks(task, STANDARD, [4]) == ("2 heads of keys and values, shared by the query heads: standard",)
+    assert remarks(task, [Variant.of("efficient")], [4])[0].startswith("kv_heads=2 does not apply to efficient: with")
+    assert remarks(task, variants, [2]) == ()
+    assert remarks(replace(task, kv_heads=None), variants, [4]) == ()
+
+
 def test_equal_parameters_are_told_in_numbers() -> None:
     """Table 7 of arXiv 2403.01643: 60.54 and 60.09 million parameters, 768 wide and 8 deep, 804 wide and 9 deep."""
     task = replace(TASKS["imagenet"]("paper"), equal_params=True)

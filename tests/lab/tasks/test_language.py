@@ -154,6 +154,7 @@ def test_a_text_that_is_too_short_is_refused(tmp_path: Path) -> None:
         ({"vocabulary": 1}, "vocabulary must be >= 2"),
         ({"tokeniser": "bpe", "vocabulary": 255}, "vocabulary must be >= 256"),
         ({"window": 0}, "window must be >= 1"),
+        ({"kv_heads": 0}, "kv_heads must be >= 1"),
         ({"stride": 0}, "stride must be >= 1"),
         ({"test_share": 1.0}, "test_share must be below 1"),
         ({"epoch_updates": 0}, "epoch_updates must be >= 1"),
@@ -201,9 +202,44 @@ def test_sizes_are_computed_as_models_are_built(mechanism: str, equal: bool, win
     assert one.size(mechanism, 2) == sum(p.numel() for p in one.build(mechanism, 2).parameters())
 
 
+SHARED: dict[str, Any] = {"width": 48, "kv_heads": 2}
+"""Of six heads, three share one of keys and values."""
+
+
+@pytest.mark.parametrize("mechanism", [*MECHANISMS, "super+per-head", "standard+align+per-head"])
+@pytest.mark.parametrize("equal", [False, True])
+def test_sizes_of_models_that_share_heads(mechanism: str, equal: bool) -> None:
+    one = task(equal_params=equal, **SHARED)
+    model = one.build(mechanism, 6)
+    assert one.size(mechanism, 6) == sum(p.numel() for p in model.parameters())
+    layer = model.blocks[0].attention
+    assert layer.num_kv_heads == (2 if "k" in layer.mechanism.projections else 6)
+
+
+@pytest.mark.parametrize("mechanism", ["optimised", "efficient", "super"])
+def test_equal_parameters_are_those_of_standard_with_shared_heads(mechanism: str) -> None:
+    """Every allowed width is tried, and none is nearer."""
+    one = task(equal_params=True, **SHARED)
+    aim = sum(p.numel() for p in replace(one, equal_params=False).build("standard", 6).parameters())
+    chosen = one.sized(Variant.of(mechanism), 6).width
+    sizes = {
+        width: sum(p.numel() for p in task(**SHARED | {"width": width}).build(mechanism, 6).parameters())
+        for width in (48, *range(12, 121, 12))
+    }
+    assert abs(sizes[chosen] - aim) == min(abs(size - aim) for size in sizes.values())
+    assert sizes[chosen] == one.size(mechanism, 6)
+
+
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_every_mechanism_refuses_heads_that_cannot_be_shared(mechanism: str) -> None:
+    for measure in (task(width=48, kv_heads=4).build, task(width=48, kv_heads=4).size):
+        with pytest.raises(ValueError, match="kv_heads=4 must divide heads=6"):
+            measure(mechanism, 6)
+
+
 @pytest.mark.parametrize("positions", POSITIONS)
 def test_torchs_own_layer_computes_the_twin(positions: str) -> None:
-    twin = task(positions=positions, window=5).torch_twin()
+    twin = task(positions=positions, window=5, kv_heads=1).torch_twin()
     ours, tokens = twin.build("standard", 2).eval(), torch.randint(20, (3, 23))
     theirs = on_torch(ours)
     assert theirs is not None
@@ -247,6 +283,17 @@ def test_a_language_is_learned_and_measured(learned: Path, splits: Splits) -> No
     assert result["tokens_per_second"] == pytest.approx(len(splits.train) * 23 / seconds)
     assert result["decoded_per_second"] > 0
     assert result["cache_bytes_per_token"] == 2 * 32 * 4  # two layers, one tensor of width 32 in float32
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "widths"), [("standard", 16 + 16), ("optimised", 16 + 32), ("efficient", 32), ("super", 32 + 32)]
+)
+def test_a_cache_of_shared_heads_is_measured(mechanism: str, widths: int, tmp_path: Path, splits: Splits) -> None:
+    """One head of width 16 instead of two for what is projected, in two layers in float32; slices stay whole."""
+    training(tmp_path / "run", splits, mechanism, epochs=1, kv_heads=1).run()
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["cache_bytes_per_token"] == 2 * widths * 4
+    assert load_run(tmp_path / "run").model.blocks[0].attention.value_heads == (1 if mechanism == "standard" else 2)
 
 
 def test_the_learned_model_predicts(learned: Path) -> None:
@@ -328,7 +375,7 @@ def test_an_epoch_of_more_updates_than_there_are_is_whole(splits: Splits) -> Non
 
 def test_settings_of_runs_that_knew_no_schedule_are_read() -> None:
     settings = task(dropout=0.3).settings()
-    for name in ("epoch_updates", "schedule", "warmup"):
+    for name in ("epoch_updates", "schedule", "warmup", "kv_heads"):
         del settings[name]
     assert task().with_settings(settings) == task(dropout=0.3)
 
@@ -339,6 +386,7 @@ def test_settings_of_runs_that_knew_no_schedule_are_read() -> None:
         ("standard", {}),
         ("super", {}),
         ("super", {"window": 5}),
+        ("optimised", {"kv_heads": 1}),
         ("efficient", {"epoch_updates": 3, "schedule": "cosine", "warmup": 2}),
     ],
 )

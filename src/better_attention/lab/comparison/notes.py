@@ -22,7 +22,7 @@ FEW = 100
 def remarks(
     task: Task, variants: Sequence[Variant], heads: Sequence[int], samples: Mapping[str, int] | None = None
 ) -> tuple[str, ...]:
-    """Sentences on what differs from the paper's setting, and on how equal models of equal parameters are.
+    """Sentences on what differs from the paper's setting or among models, and on how equal equal parameters are.
 
     Args:
         task: the task, its settings resolved.
@@ -33,6 +33,7 @@ def remarks(
     if samples and task.batch_size >= samples["train"]:
         every = plural(samples["train"], "sample")
         found.append(f"an epoch is a single update: a batch of {task.batch_size:,} holds all {every}")
+    found += task.remarks(variants, heads)
     if task.equal_params:
         found += [f"equal parameters with {plural(n, 'head')}: {_sizes(task, variants, n)}" for n in heads]
         found += [odd for n in heads if (odd := _odd_widths(task, variants, n))]

@@ -182,6 +182,10 @@ class Task(ABC):
         with torch.device("meta"):
             return count(self.build(variant, heads))
 
+    def remarks(self, variants: Sequence[Variant], heads: Sequence[int]) -> tuple[str, ...]:
+        """Sentences on settings that do not mean the same for all variants and numbers of heads that are compared."""
+        return ()
+
     def torch_twin(self) -> Self:
         """This task with a standard model that ``torch.nn.MultiheadAttention`` can compute, to compare their speed."""
         return self

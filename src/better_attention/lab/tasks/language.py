@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -17,6 +17,7 @@ from better_attention.errors import check_choice, check_int
 from better_attention.lab.models.causal_decoder import POSITIONS
 from better_attention.lab.models.language_model import LanguageModel, language_model_size
 from better_attention.lab.tasks.base import Prediction, Shown, Task, share
+from better_attention.lab.tasks.language_notes import grouping, guessing_bits, parts_told
 from better_attention.lab.tasks.splits import Split, Splits
 from better_attention.lab.tasks.variant import Variant
 from better_attention.mechanism import Mechanism
@@ -30,6 +31,10 @@ SCHEDULES: Mapping[str, Callable[[float], float]] = MappingProxyType(
     }
 )
 """Name -> share of the learning rate, by the share of the updates that are done."""
+UNKNOWN_EARLIER: Mapping[str, Any] = MappingProxyType(
+    {"epoch_updates": None, "schedule": "constant", "warmup": 0, "kv_heads": None}
+)
+"""Settings that earlier versions did not know, and what their runs have."""
 LARGEST_LOGITS = 2**25
 """Numbers that the logits of one batch of an evaluation may have: 128 MiB in float32."""
 
@@ -47,6 +52,8 @@ class LanguageTask(Task):
         vocabulary: most tokens; of characters there are as many as the training part has, and one for unknown ones.
         positions: ``"rotary"``, ``"learned"``, ``"alibi-weight"`` or ``"alibi-score"``.
         window: each token sees the last ``window`` tokens; None: all of its sample that come before it.
+        kv_heads: heads of projected keys and values, see :class:`~better_attention.MultiheadAttention`; mechanisms that
+            project no keys have none to group and stay as they are. None: as many as queries have.
         stride: tokens between the beginnings of two training samples; None: ``length``, so that none overlap.
         test_share: share of the text that is held out as test; ``validation_share`` is one of the text as well.
         epoch_updates: updates after which an epoch ends with a validation, so that a learning curve has more points;
@@ -65,6 +72,7 @@ class LanguageTask(Task):
     vocabulary: int = 512
     positions: str = "rotary"
     window: int | None = None
+    kv_heads: int | None = None
     stride: int | None = None
     test_share: float = 0.1
     epoch_updates: int | None = None
@@ -78,7 +86,7 @@ class LanguageTask(Task):
         check_choice(self.schedule, "schedule", SCHEDULES)
         check_int(self.warmup, "warmup", at_least=0)
         check_int(self.vocabulary, "vocabulary", at_least=256 if self.tokeniser == "bpe" else 2)
-        for name in ("window", "stride", "epoch_updates"):
+        for name in ("window", "kv_heads", "stride", "epoch_updates"):
             if getattr(self, name) is not None:
                 check_int(getattr(self, name), name)
         share(self.test_share, "test_share")
@@ -113,14 +121,14 @@ class LanguageTask(Task):
         splits = {name: self._split(name, tokens[name]) for name in parts}
         # Both are those of the whole part, of which the samples leave out at most the last few tokens.
         rates = {name: len(tokens[name]) / len(text) for name, text in parts.items()}
-        bits = _guessing_bits(tokens, len(tokeniser))
+        bits = guessing_bits(tokens, len(tokeniser))
         unknown = sum(int((tokens[name][:, None] == torch.tensor(tokeniser.never)).sum()) for name in parts)
         return Splits(
             **splits,
             assets={**tokeniser.assets(), "tokens_per_character": rates},
             notes=(
                 *source.notes,
-                f"{len(source.text):,} characters, split by position: {', '.join(_told(parts, tokens))}",
+                f"{len(source.text):,} characters, split by position: {', '.join(parts_told(parts, tokens))}",
                 f"{self.tokeniser}: {len(tokeniser):,} tokens, learned from the training part",
                 f"their frequencies alone give {bits * rates['test']:.3f} bits per character of the test part",
                 *((f"{unknown:,} characters are not in the vocabulary: one token stands for all",) if unknown else ()),
@@ -198,24 +206,30 @@ class LanguageTask(Task):
 
     def model(self, variant: Variant, heads: int) -> nn.Module:
         """See :meth:`Task.model`."""
-        return LanguageModel(
-            mechanism=variant.mechanism, options=variant.options, dropout=self.dropout, **self._shape(heads)
-        )
+        return LanguageModel(options=variant.options, dropout=self.dropout, **self._shape(variant, heads))
 
     def size(self, variant: str | Mechanism | Variant, heads: int) -> int:
         """See :meth:`Task.size`; computed without a model."""
         variant = Variant.of(variant)
-        shape = self.sized(variant, heads)._shape(heads)
-        return language_model_size(mechanism=variant.mechanism, per_head=variant.per_head, **shape)
+        shape = self.sized(variant, heads)._shape(variant, heads)
+        return language_model_size(per_head=variant.per_head, **shape)
 
-    def _shape(self, heads: int) -> dict[str, Any]:
+    def _shape(self, variant: Variant, heads: int) -> dict[str, Any]:
         """The arguments that the model and its size have in common."""
         own = {name: getattr(self, name) for name in ("vocabulary", "length", "width", "layers", "positions", "window")}
-        return own | {"heads": heads}
+        return own | {
+            "heads": heads,
+            "mechanism": variant.mechanism,
+            "kv_heads": variant.kv_heads(self.kv_heads, heads),
+        }
+
+    def remarks(self, variants: Sequence[Variant], heads: Sequence[int]) -> tuple[str, ...]:
+        """See :meth:`Task.remarks`: to which mechanisms ``kv_heads`` applies."""
+        return grouping(self.kv_heads, variants, heads)
 
     def torch_twin(self) -> Self:
-        """Learned positions and no window: torch's layer knows no others."""
-        return replace(self, positions="learned", window=None)
+        """Learned positions, no window and as many heads of keys as of queries: torch's layer knows no others."""
+        return replace(self, positions="learned", window=None, kv_heads=None)
 
     def width_step(self, heads: int) -> int:
         """Even head widths: rotary positions turn pairs of features, and the others are compared at the same widths."""
@@ -248,7 +262,7 @@ class LanguageTask(Task):
 
     def with_settings(self, settings: Mapping[str, Any]) -> Self:
         """See :meth:`Task.with_settings`; runs that were written before these settings existed have their defaults."""
-        return super().with_settings({"epoch_updates": None, "schedule": "constant", "warmup": 0} | dict(settings))
+        return super().with_settings({**UNKNOWN_EARLIER, **settings})
 
     # --- what is measured ---------------------------------------------------------------------------------------------
 
@@ -295,13 +309,3 @@ class LanguageTask(Task):
             Prediction(tokeniser.shown(token), probability, {})
             for token, probability in zip(best.indices.tolist(), best.values.tolist(), strict=True)
         ]
-
-
-def _guessing_bits(tokens: Mapping[str, Tensor], vocabulary: int) -> float:
-    """Bits a token of the test part by the frequencies in the training part, each token counted once more."""
-    counts = tokens["train"].bincount(minlength=vocabulary).double() + 1
-    return float(-(counts / counts.sum()).log2()[tokens["test"]].mean())
-
-
-def _told(parts: Mapping[str, str], tokens: Mapping[str, Tensor]) -> list[str]:
-    return [f"{len(text):,} for {name} ({len(tokens[name]):,} tokens)" for name, text in parts.items()]

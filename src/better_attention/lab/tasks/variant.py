@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from better_attention.mechanism import Mechanism
+from better_attention.layer.projections import check_kv_heads
+from better_attention.mechanism import MECHANISMS, Mechanism
 
 _OPTIONS: Mapping[str, tuple[str, str]] = {
     "per-head": ("align_heads", "per_head"),
@@ -76,3 +77,25 @@ class Variant:
         """Arguments of :class:`~better_attention.MultiheadAttention` beside the mechanism."""
         chosen = {"per-head": self.per_head, "identity": self.identity}
         return dict(_OPTIONS[suffix] for suffix, wanted in chosen.items() if wanted)
+
+    @property
+    def projects_keys(self) -> bool:
+        """Whether keys are projected, so that query heads can share them."""
+        return "k" in self.mechanism.projections
+
+    def kv_heads(self, wanted: int | None, heads: int, names: tuple[str, str] = ("kv_heads", "heads")) -> int | None:
+        """``wanted`` heads of keys and values where this variant projects keys; None where it has none to share.
+
+        Args:
+            wanted: of a whole comparison; None: as many as ``heads``.
+            heads: heads of queries.
+            names: what the user calls the two numbers.
+
+        Raises:
+            ValueError: they do not divide ``heads``; for variants that project no keys too, so that all refuse alike.
+
+        >>> Variant.of("standard").kv_heads(2, 4), Variant.of("efficient").kv_heads(2, 4)
+        (2, None)
+        """
+        check_kv_heads(wanted, heads, MECHANISMS["standard"], names)
+        return wanted if self.projects_keys else None
