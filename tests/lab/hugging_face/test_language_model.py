@@ -73,6 +73,41 @@ def test_padded_in_front_as_each_alone(hf: Any, mechanism: str, window: int | No
         assert torch.equal(whole[5 - len(row) :], alone[0])
 
 
+SHARED: dict[str, Any] = {"hidden_size": 24, "num_attention_heads": 6, "num_key_value_heads": 2}
+"""Three query heads share one of keys and values."""
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize(
+    ("mechanism", "changes"),
+    [
+        ("standard", {}),
+        ("optimised", {"positions": "learned"}),
+        ("expressive", {"positions": "alibi-weight"}),
+        ("optimised", {"window": 4}),
+        ("standard+align", {"window": 4}),
+    ],
+)
+def test_shared_heads_with_our_cache_as_without_one(
+    hf: Any, mechanism: str, changes: dict[str, Any], beams: int
+) -> None:
+    model = build(hf, mechanism, **SHARED, **changes)
+    rows = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3]]
+    padded = torch.tensor([[0] * (5 - len(row)) + row for row in rows])
+    options = {"attention_mask": (padded > 0).long(), "max_new_tokens": 9, "do_sample": False, "num_beams": beams}
+    assert torch.equal(model.generate(padded, **options), model.generate(padded, **options, use_cache=False))
+
+
+def test_shared_heads_remember_a_third(hf: Any) -> None:
+    model = build(hf, "standard", **SHARED)
+    with torch.no_grad():
+        cache = model(tokens(2, 16), use_cache=True).cache.held
+        whole = build(hf, "standard", **SHARED | {"num_key_value_heads": None})(
+            tokens(2, 16), use_cache=True
+        ).cache.held
+    assert 3 * cache.nbytes == whole.nbytes
+
+
 def test_padding_in_front_of_a_w_a_over_all_positions_is_refused(hf: Any) -> None:
     model, padded = build(hf, "super"), torch.tensor([[0, 0, 3, 4], [1, 2, 3, 4]])
     with pytest.raises(ValueError, match="W_A counts places"):
@@ -253,6 +288,12 @@ def test_logits_of_chosen_tokens(hf: Any) -> None:
     [
         ({"tie_word_embeddings": False}, "tie_word_embeddings must be True, received False"),
         ({"vocab_size": 0}, "vocab_size must be >= 1, received 0"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads=3 must divide num_attention_heads=4"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads must be >= 1, received 0"),
+        (
+            {"num_key_value_heads": 2, "mechanism": "efficient"},
+            "num_key_value_heads=2 groups projected keys, and mechanism 'efficient' has no W_K",
+        ),
     ],
 )
 def test_what_no_model_can_be_built_from(hf: Any, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -274,6 +315,7 @@ def test_what_no_model_can_be_built_from(hf: Any, tmp_path: Path, changes: dict[
         ("super", {"attention_options": {"align_heads": "per_head"}, "scale": "learned"}),
         ("efficient+expressive", {"window": 4, "positions": "learned"}),
         ("super", {"window": 4, "positions": "alibi-weight"}),
+        ("optimised", {"hidden_size": 24, "num_attention_heads": 6, "num_key_value_heads": 2}),
     ],
 )
 def test_what_is_saved_is_loaded(hf: Any, tmp_path: Path, mechanism: str, changes: dict[str, Any]) -> None:
@@ -285,6 +327,7 @@ def test_what_is_saved_is_loaded(hf: Any, tmp_path: Path, mechanism: str, change
     again = hosts.transformers().AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
     assert isinstance(again, hf.LanguageModelForCausalLM)
     before, after = model.state_dict(), again.state_dict()
+    assert again.config.num_key_value_heads == changes.get("num_key_value_heads")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     # Not bit for bit: tensors mapped from a file begin anywhere, and products then sum in another order.

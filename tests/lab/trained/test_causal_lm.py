@@ -48,6 +48,8 @@ def trained(folder: Path, mechanism: str, **changes: Any) -> Path:
         ("efficient", {}),
         ("super+per-head", {"window": 5, "positions": "learned"}),
         ("expressive", {"tokeniser": "bpe", "vocabulary": 270}),
+        ("optimised", {"kv_heads": 1}),
+        ("efficient", {"kv_heads": 1}),
     ],
 )
 def test_the_same_numbers_tokens_and_text(tmp_path: Path, mechanism: str, changes: dict[str, Any]) -> None:

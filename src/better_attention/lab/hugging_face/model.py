@@ -13,7 +13,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from better_attention.errors import check_int
 from better_attention.lab.models.initialisation import gpt2_map_
 from better_attention.lab.models.language_model import RESIDUAL, LanguageBlock, LanguageModel
 from better_attention.layer.alignment import Alignment
@@ -21,10 +20,11 @@ from better_attention.layer.scale import LearnedScale
 from better_attention.layer.window import WindowAlignment
 
 from .cache import GenerationCache
+from .config import LanguageModelConfig as LanguageModelConfig
 from .finite import FiniteLogits
 
 # After .cache, which says what to install where it is missing.
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel  # isort: skip
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel  # isort: skip
 from transformers import LogitsProcessorList  # isort: skip
 from transformers.modeling_outputs import CausalLMOutputWithPast  # isort: skip
 
@@ -36,71 +36,11 @@ ASSISTED_ROOM = 256
 """Tokens that a draft of another model may have, under a window: all of them may have to be taken back."""
 
 
-class LanguageModelConfig(PreTrainedConfig):
-    """What a :class:`LanguageModelForCausalLM` is built from.
-
-    Attributes:
-        vocab_size: number of different tokens.
-        max_position_embeddings: sequence length that it is trained at: the size of W_A (without a window) and of
-            learned positions.
-        hidden_size: model width.
-        num_hidden_layers: number of blocks.
-        num_attention_heads: number of heads in each block.
-        mechanism: a name from :data:`better_attention.MECHANISMS`, or one with suffixes, as ``"efficient+expressive"``.
-        attention_options: further arguments of every :class:`better_attention.MultiheadAttention`.
-        positions: ``"rotary"``, ``"learned"``, ``"alibi-weight"`` or ``"alibi-score"``.
-        window: each token sees the last ``window`` tokens; None: all before it.
-        scale: factor on q.k: None for 1/sqrt(head width), a number, or ``"learned"``.
-        dropout: on embeddings, attention weights, and after both halves of a block.
-        tie_word_embeddings: True; the token embeddings are the output map.
-
-    Raises:
-        ValueError: no vocabulary, or embeddings that are not tied.
-    """
-
-    model_type = "better_attention_lm"
-    keys_to_ignore_at_inference = ["cache"]  # noqa: RUF012 - as transformers declares it
-
-    vocab_size: int = 512
-    max_position_embeddings: int = 1024
-    hidden_size: int = 256
-    num_hidden_layers: int = 4
-    num_attention_heads: int = 4
-    mechanism: str = "standard"
-    attention_options: dict[str, Any] | None = None
-    positions: str = "rotary"
-    window: int | None = None
-    scale: float | str | None = None
-    dropout: float = 0.0
-    use_cache: bool = True
-    tie_word_embeddings: bool = True
-    pad_token_id: int | None = None
-    bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)
-        self.check()
-
-    def check(self) -> None:
-        """Refuse what no model can be built from and what this one does not heed; attributes can be set later.
-
-        Raises:
-            ValueError: see the class.
-        """
-        check_int(self.vocab_size, "vocab_size")
-        if not self.tie_word_embeddings:
-            raise ValueError(
-                f"tie_word_embeddings must be True, received {self.tie_word_embeddings!r}: the token embeddings are "
-                "the output map of this model, which has no other. Leave it out."
-            )
-
-
 class LanguageModelForCausalLM(PreTrainedModel, GenerationMixin):
     """:class:`~better_attention.lab.models.language_model.LanguageModel` as transformers' models are used.
 
     Args:
-        config: sizes, mechanism, positions, window.
+        config: sizes, mechanism, positions, window, heads of keys and values.
 
     Raises:
         ValueError: a configuration that the model refuses.
@@ -126,6 +66,7 @@ class LanguageModelForCausalLM(PreTrainedModel, GenerationMixin):
             positions=config.positions,
             window=config.window,
             scale=config.scale,
+            kv_heads=config.num_key_value_heads,
             dropout=config.dropout,
         )
         self.post_init()

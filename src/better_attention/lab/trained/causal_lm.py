@@ -48,6 +48,7 @@ def causal_lm(folder: str | Path) -> tuple[LanguageModelForCausalLM, Any]:
         attention_options=origin.variant.options,
         positions=task.positions,
         window=task.window,
+        num_key_value_heads=origin.variant.kv_heads(task.kv_heads, origin.heads),
         dropout=task.dropout,
         pad_token_id=0,
     )
