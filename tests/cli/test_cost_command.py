@@ -86,6 +86,47 @@ def test_a_window_bounds_the_cache_and_the_operations(capsys: pytest.CaptureFixt
     assert "float32, window 16" in " ".join(capsys.readouterr().out.split())
 
 
+def test_heads_that_share_keys_and_values(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One head of width 8 for three query heads; what is not projected stays as it is, and it is said."""
+    monkeypatch.setenv("COLUMNS", "200")
+    words = ("--embed-dim", "24", "--heads", "3", "--length", "7")
+    rows = as_json(capsys, *words, "--kv-heads", "1")
+    assert {row["mechanism"]: row["kv_heads"] for row in rows} == {
+        **{"standard": 1, "optimised": 1, "expressive": 1},
+        **{"efficient": None, "super": None},
+    }
+    for row in rows:
+        expected = cost(24, 3, 7, mechanism=row["mechanism"], num_kv_heads=row["kv_heads"])
+        counts = (row["params"], row["flops"], row["cache_bytes"])
+        assert counts == (expected.params, expected.flops, expected.cache_bytes)
+    found = {row["mechanism"]: row["cache_bytes_per_token"] for row in rows}
+    assert found == {
+        **{"standard": 2 * 8 * 4, "optimised": (8 + 24) * 4, "expressive": 2 * 8 * 4},
+        **{"efficient": 24 * 4, "super": 2 * 24 * 4},
+    }
+    assert rows[0]["flops_to_standard"] < 1
+    assert run(*words, "--kv-heads", "1") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "float32, 1 head of keys and values" in out
+    assert "Without W_K there is nothing to share, --kv-heads does not apply: efficient, super." in out
+    assert run(*words, "--kv-heads", "3") == 0
+    assert "does not apply" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--kv-heads", "3"), "--kv-heads=3 must divide --heads=4"),
+        (("--kv-heads", "8"), "--kv-heads=8 must divide --heads=4"),
+        (("--kv-heads", "2", "--mechanisms", "efficient,super"), "efficient, super can share none. Leave --kv-heads"),
+        (("--kv-heads", "2", "--figure", "2", "--out", "f.png"), "knows no shared heads: omit --kv-heads"),
+    ],
+)
+def test_heads_that_cannot_be_shared(words: tuple[str, ...], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        run(*words)
+
+
 def test_a_figure_knows_no_window(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="knows no window"):
         run("--figure", "2", "--out", str(tmp_path / "f.png"), "--window", "8")

@@ -171,6 +171,34 @@ def test_layouts_of_the_kernel(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["legend"][-2:] == ["W_A: one for each head.", "W_A: starts as the identity."]
 
 
+@pytest.mark.parametrize(("name", "lines"), [("standard", ["Keys", "Values"]), ("optimised", ["Keys"])])
+def test_heads_that_share_keys_and_values(capsys: pytest.CaptureFixture[str], name: str, lines: list[str]) -> None:
+    words = ("--embed-dim", "24", "--heads", "6", "--length", "7", "--kv-heads", "2")
+    found, expected = as_json(capsys, name, *words), cost(24, 6, 7, mechanism=name, num_kv_heads=2)
+    parts = {key: value for key, value in found["params"].items() if key != "all"}
+    assert sum(parts.values()) == found["params"]["all"] == expected.params
+    assert parts["W_K"] == 8 * (24 + 1)
+    assert found["cache_bytes_per_token"] == expected.cache_bytes_per_token
+    assert (found["flops"], found["weight_bytes"]) == (expected.flops, expected.weight_bytes)
+    assert found["sizes"] == {"embed_dim": 24, "heads": 6, "length": 7, "kv_heads": 2}
+    assert found["legend"][-len(lines) :] == [f"{word}: 2 heads, each for 3 query heads." for word in lines]
+    assert run(name, *words) == 0
+    assert "h = 6, ℓ = 7, 2 heads of keys and values" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("standard", "--kv-heads", "3"), "--kv-heads=3 must divide --heads=4"),
+        (("efficient", "--kv-heads", "2"), "without W_K each of the 4 heads reads its own slice"),
+        (("mnist", "--kv-heads", "2"), "--kv-heads is of a layer, and 'mnist' is a task"),
+    ],
+)
+def test_heads_that_cannot_be_shared(words: tuple[str, ...], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        run(*words)
+
+
 def test_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("super") == 0
     out = capsys.readouterr().out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from better_attention.cli import UserError
@@ -73,6 +74,35 @@ def add_sizes(parser: argparse.ArgumentParser) -> None:
     for name, (size, letter, what) in SIZES.items():
         text = f"{what}; default: {size}"
         parser.add_argument(option(name), type=positive, default=size, metavar=letter, help=text)
+
+
+def add_kv_heads(parser: argparse.ArgumentParser, of: str) -> None:
+    """Declare the heads of projected keys and values; ``of``: what they are of."""
+    parser.add_argument(
+        "--kv-heads",
+        type=positive,
+        metavar="G",
+        help=f"heads of keys and values {of}, shared by the query heads; divides --heads; default: as many",
+    )
+
+
+def kv_heads_of(args: argparse.Namespace, variants: Sequence[Variant]) -> list[int | None]:
+    """``--kv-heads`` for each of the variants; None for those that project no keys and have none to share.
+
+    Raises:
+        UserError: it does not divide ``--heads``, or none of the variants projects keys.
+    """
+    try:
+        found = [variant.kv_heads(args.kv_heads, args.heads, ("--kv-heads", "--heads")) for variant in variants]
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if args.kv_heads not in (None, args.heads) and not any(variant.projects_keys for variant in variants):
+        raise UserError(
+            f"--kv-heads {args.kv_heads}: without W_K each of the {args.heads} heads reads its own slice of the input, "
+            f"and {', '.join(variant.name for variant in variants)} can share none. Leave --kv-heads out, or take a "
+            "mechanism that projects keys, such as 'optimised'."
+        )
+    return found
 
 
 def option(name: str) -> str:

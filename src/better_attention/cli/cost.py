@@ -8,19 +8,30 @@ from pathlib import Path
 from typing import Any
 
 from better_attention.cli import UserError, console
-from better_attention.cli.arguments import SIZES, add_sizes, check_sizes, names, option, positive
+from better_attention.cli.arguments import (
+    SIZES,
+    add_kv_heads,
+    add_sizes,
+    check_sizes,
+    kv_heads_of,
+    names,
+    option,
+    positive,
+)
 from better_attention.lab.tasks.variant import Variant
 from better_attention.mechanism import MECHANISMS
+from better_attention.text import plural
 
 HELP = "what the mechanisms cost: a table, or the paper's figures 2 to 4"
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
-Entry = dict[str, str | int | float]
+Entry = dict[str, str | int | float | None]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the verb."""
     add_sizes(parser)
+    add_kv_heads(parser, "of mechanisms that project keys")
     parser.add_argument("--batch", type=positive, default=1, metavar="N", help="sequences at once; default: 1")
     parser.add_argument(
         "--window",
@@ -75,14 +86,14 @@ def entries(args: argparse.Namespace) -> list[Entry]:
     sizes = {"batch": args.batch, "dtype": dtype}
     standard = cost(args.embed_dim, args.heads, args.length, **sizes)
     found: list[Entry] = []
-    for name in args.mechanisms:
-        variant = Variant.of(name)
+    variants = [Variant.of(name) for name in args.mechanisms]
+    for name, variant, kv_heads in zip(args.mechanisms, variants, kv_heads_of(args, variants), strict=True):
         own: dict[str, Any] = {
             "mechanism": variant.mechanism,
             "align_heads": "per_head" if variant.per_head else "shared",
             **sizes,
         }
-        own["window"] = args.window
+        own |= {"window": args.window, "num_kv_heads": kv_heads}
         whole = cost(args.embed_dim, args.heads, args.length, **own)
         forward = cost(args.embed_dim, args.heads, args.length, backward=False, **own)
         found.append(
@@ -96,6 +107,7 @@ def entries(args: argparse.Namespace) -> list[Entry]:
                 "weight_bytes": whole.weight_bytes,
                 "cache_bytes_per_token": whole.cache_bytes_per_token,
                 "cache_bytes": whole.cache_bytes,
+                **({} if args.kv_heads is None else {"kv_heads": kv_heads}),
             }
         )
     return found
@@ -120,6 +132,8 @@ def _print(rows: list[Entry], args: argparse.Namespace) -> None:
     title = f"One layer: d = {args.embed_dim}, h = {args.heads}, ℓ = {args.length}, batch {args.batch}, {args.dtype}"
     if args.window is not None:
         title += f", window {args.window}"
+    if args.kv_heads is not None:
+        title += f", {plural(args.kv_heads, 'head')} of keys and values"
     lines = [["Mechanism", *_TITLES.values()]]
     for row in rows:
         cells = [f"{row[key]:,}" if isinstance(row[key], int) else f"{row[key]:.3f}" for key in _TITLES]
@@ -135,11 +149,23 @@ def _print(rows: list[Entry], args: argparse.Namespace) -> None:
     out.print(table)
     out.print(
         "Eq. 24 of arXiv 2403.01643 counts forward and backward and is linear in d; the other counts are those of the\n"
-        "matrix products of a real layer, a multiply-add as two. W_A and biases are included."
-        + (" Shares are of standard\nwithout a window; eq. 24 knows none." if args.window is not None else ""),
+        "matrix products of a real layer, a multiply-add as two. W_A and biases are included." + _remarks(args),
         style="dim",
         soft_wrap=True,
     )
+
+
+def _remarks(args: argparse.Namespace) -> str:
+    """What the numbers of a window, or of shared heads, are to be read with."""
+    said = []
+    if args.window is not None:
+        said.append(" Shares are of standard\nwithout a window; eq. 24 knows none.")
+    if args.kv_heads not in (None, args.heads):
+        said.append("\nShares are of standard with as many heads of keys as of queries; eq. 24 knows no others.")
+        variants = [Variant.of(name) for name in args.mechanisms]
+        if alone := ", ".join(variant.name for variant in variants if not variant.projects_keys):
+            said.append(f"\nWithout W_K there is nothing to share, --kv-heads does not apply: {alone}.")
+    return "".join(said)
 
 
 def _draw(args: argparse.Namespace) -> int:
@@ -151,6 +177,8 @@ def _draw(args: argparse.Namespace) -> int:
             raise UserError(f"--figure {args.figure} has its own sizes: omit {option(name)}.")
     if args.window is not None:
         raise UserError(f"--figure {args.figure} knows no window: omit --window.")
+    if args.kv_heads is not None:
+        raise UserError(f"--figure {args.figure} knows no shared heads: omit --kv-heads.")
     if args.out is None:
         raise UserError(f"--figure {args.figure} needs --out FILE, ending in .png, .svg or .pdf.")
     cost_figure(args.figure, args.out, form=args.form)

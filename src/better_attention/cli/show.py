@@ -10,9 +10,10 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from better_attention.cli import UserError, console
-from better_attention.cli.arguments import add_sizes, check_sizes
+from better_attention.cli.arguments import add_kv_heads, add_sizes, check_sizes, kv_heads_of
 from better_attention.lab.tasks.variant import Variant
 from better_attention.mechanism import MECHANISMS, PROJECTIONS
+from better_attention.text import plural
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -31,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "name", metavar="NAME", help="a mechanism, maybe with +expressive, +align, +per-head or +identity; or a task"
     )
     add_sizes(parser)
+    add_kv_heads(parser, "of the mechanism")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -43,6 +45,8 @@ def run(args: argparse.Namespace) -> int:
     from better_attention.lab.tasks.catalogue import TASKS
 
     if args.name in TASKS:
+        if args.kv_heads is not None:
+            raise UserError(f"--kv-heads is of a layer, and {args.name!r} is a task: leave it out.")
         task = describe_task(args.name)
         if args.json:
             print(json.dumps(task, indent=2, ensure_ascii=False))
@@ -57,7 +61,8 @@ def run(args: argparse.Namespace) -> int:
             f"+align, and with W_A by +per-head or +identity) nor a task ({', '.join(TASKS)})."
         ) from None
     check_sizes(args)
-    found = describe_mechanism(variant, args.embed_dim, args.heads, args.length)
+    (kv_heads,) = kv_heads_of(args, [variant])
+    found = describe_mechanism(variant, args.embed_dim, args.heads, args.length, kv_heads)
     if args.json:
         print(json.dumps(found, indent=2, ensure_ascii=False))
     else:
@@ -65,17 +70,20 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def describe_mechanism(variant: Variant, embed_dim: int, heads: int, length: int) -> Entry:
+def describe_mechanism(variant: Variant, embed_dim: int, heads: int, length: int, kv_heads: int | None = None) -> Entry:
     """The mechanism's axes, picture, equations, and the counts of one layer of these sizes."""
     from better_attention.cli.mechanism_drawing import draw, equations, legend, source
     from better_attention.costs import cost
+    from better_attention.costs import kv_heads_of as counted_heads
     from better_attention.layer.part import Sizes
     from better_attention.layer.parts import parts_of
 
     mechanism, d, n = variant.mechanism, embed_dim, length
     layout = "per_head" if variant.per_head else "shared"
-    counted = cost(d, heads, n, mechanism=mechanism, align_heads=layout)
-    sizes = Sizes(d, heads, n, align_heads=layout)
+    own: dict[str, Any] = {"mechanism": mechanism, "align_heads": layout, "num_kv_heads": kv_heads}
+    counted = cost(d, heads, n, **own)
+    key_heads, value_heads = counted_heads(mechanism, heads, kv_heads)
+    sizes = Sizes(d, heads, n, align_heads=layout, key_heads=key_heads, value_heads=value_heads)
     params = {part.symbol: part.params(sizes) for part in parts_of(mechanism)}
     return {
         "mechanism": variant.name,
@@ -84,13 +92,13 @@ def describe_mechanism(variant: Variant, embed_dim: int, heads: int, length: int
         "aligned": mechanism.aligned,
         "score": mechanism.score,
         "drawing": draw(mechanism),
-        "legend": [*legend(mechanism), *_layout(variant)],
+        "legend": [*legend(mechanism), *_layout(variant), *_shared(heads, key_heads, value_heads)],
         "equations": equations(mechanism),
-        "sizes": {"embed_dim": d, "heads": heads, "length": n},
+        "sizes": {"embed_dim": d, "heads": heads, "length": n} | ({} if kv_heads is None else {"kv_heads": kv_heads}),
         "params": {**params, "all": counted.params},
         "flops_paper": counted.flops_paper,
         "flops": counted.flops,
-        "flops_forward": cost(d, heads, n, mechanism=mechanism, align_heads=layout, backward=False).flops,
+        "flops_forward": cost(d, heads, n, backward=False, **own).flops,
         "weight_bytes": counted.weight_bytes,
         "cache_bytes_per_token": counted.cache_bytes_per_token,
     }
@@ -99,6 +107,15 @@ def describe_mechanism(variant: Variant, embed_dim: int, heads: int, length: int
 def _layout(variant: Variant) -> list[str]:
     """What is particular about W_A."""
     return ["W_A: one for each head."] * variant.per_head + ["W_A: starts as the identity."] * variant.identity
+
+
+def _shared(heads: int, key_heads: int, value_heads: int) -> list[str]:
+    """Which query heads share keys and values."""
+    found = []
+    for word, count in (("keys", key_heads), ("values", value_heads)):
+        if count != heads:
+            found.append(f"{word.capitalize()}: {plural(count, 'head')}, each for {heads // count} query heads.")
+    return found
 
 
 def describe_task(name: str) -> Entry:
@@ -131,7 +148,8 @@ def _print_mechanism(found: Entry) -> None:
     for line in (*found["drawing"], "", *found["legend"], "", *found["equations"]):
         out.print(line, markup=False, soft_wrap=True)
     d, h, n = (sizes[key] for key in ("embed_dim", "heads", "length"))
-    table = _table(f"\nOne layer: d = {d}, h = {h}, ℓ = {n}, biases included")
+    shared = f", {plural(sizes['kv_heads'], 'head')} of keys and values" if "kv_heads" in sizes else ""
+    table = _table(f"\nOne layer: d = {d}, h = {h}, ℓ = {n}{shared}, biases included")
     table.add_column("Count")
     table.add_column("", justify="right")
     for name, count in params.items():
