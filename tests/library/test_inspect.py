@@ -54,6 +54,19 @@ def test_the_weights_are_the_layers_own(mechanism: str) -> None:
     torch.testing.assert_close(found["second"].sum(-1), torch.ones(B, H, L))
 
 
+@pytest.mark.parametrize("score", [None, "expressive"])
+@pytest.mark.parametrize("mechanism", ["standard", "optimised"])
+def test_query_heads_that_share_keys_have_weights_of_their_own(mechanism: str, score: str | None) -> None:
+    model = ba.MultiheadAttention(12, 6, batch_first=True, mechanism=mechanism, num_kv_heads=2).double().eval()
+    x = torch.randn(B, L, 12, dtype=torch.float64)
+    found = attention_maps(model, x, x, x, score=score)[""]
+    keys = model.k_proj(x).view(B, L, 2, 2).transpose(1, 2)
+    logits = model.q_proj(x).view(B, L, 6, 2).transpose(1, 2) @ keys.repeat_interleave(3, 1).mT / math.sqrt(2)
+    squares = logits**2 / (1 + logits**2)
+    expected = logits.softmax(-1) if score is None else squares / squares.sum(-1, keepdim=True)
+    torch.testing.assert_close(found, expected)
+
+
 def test_against_the_formula() -> None:
     model = layer("efficient").double().eval()
     x = torch.randn(B, L, D, dtype=torch.float64)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from better_attention.layer.alignment import Alignment
+from better_attention.layer.imitation.state_dict import repeat_heads
 from better_attention.mechanism import Mechanism
 
 MAPS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj"}
@@ -49,6 +50,11 @@ class LinearMap:
         # nn.Linear does not derive its sizes from the weight, and programs read them.
         linear.out_features, linear.in_features = self.weight.shape
 
+    def with_repeated_heads(self, head_dim: int, times: int) -> LinearMap:
+        """The map whose heads are each of this one's so many times, for as many query heads that shared it."""
+        bias = None if self.bias is None else repeat_heads(self.bias, head_dim, times)
+        return LinearMap(repeat_heads(self.weight, head_dim, times), bias, self.trains)
+
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
@@ -63,6 +69,14 @@ class Kernel:
     def max_len(self) -> int:
         """The longest value sequence."""
         return self.weight.shape[-1]
+
+    def for_heads(self, heads: int) -> Kernel:
+        """W_A for so many heads of values: itself, or that of each shared head for all that shared it."""
+        if self.weight.dim() == 2 or len(self.weight) == heads:
+            return self
+        times = heads // len(self.weight)
+        bias = None if self.bias is None else self.bias.repeat_interleave(times, dim=0)
+        return replace(self, weight=self.weight.repeat_interleave(times, dim=0), bias=bias)
 
     @property
     def parameters(self) -> int:

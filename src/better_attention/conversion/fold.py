@@ -96,6 +96,7 @@ def fold(source: Source, target: Mechanism, *, max_len: int | None = None, align
     result = Folded(replace(source, mechanism=target))
     _scores(result, source, target)
     _values(result, source, target)
+    _one_number_of_heads(result)
     _alignment(result, source, target, max_len, align_causal)
     # From the source and not from the result, so that _refuse() can ask the same before anything is computed.
     result.inexact = obstacles(source, target)
@@ -194,9 +195,24 @@ def _kept_or_identity(result: Folded, source: Source, letter: str) -> None:
     result.note(name, "new", "the identity, which the slices were")
 
 
+def _one_number_of_heads(result: Folded) -> None:
+    """Repeat grouped keys where values have become the identity, of all heads, or values where keys have."""
+    source = result.source
+    if source.k is None or source.v is None or len(source.k.weight) == len(source.v.weight):
+        return
+    fewer = "k" if len(source.k.weight) < len(source.v.weight) else "v"
+    times = max(len(source.k.weight), len(source.v.weight)) // len(getattr(source, fewer).weight)
+    repeated = getattr(source, fewer).with_repeated_heads(source.head_dim, times)
+    result.source = replace(source, kv_heads=source.num_heads).with_maps(**{fewer: repeated})
+    result.note(MAPS[fewer], "exact", "its heads repeated, one for each query head")
+
+
 def _alignment(result: Folded, source: Source, target: Mechanism, max_len: int | None, causal: bool) -> None:
     if target.aligned and source.align is not None:
-        result.note("align", "exact", "taken over unchanged")
+        kernel = source.align.for_heads(result.source.value_width // source.head_dim)
+        result.source = result.source.with_maps(align=kernel)
+        same = kernel is source.align
+        result.note("align", "exact", "taken over unchanged" if same else "repeated, one for each head of the values")
     elif target.aligned and max_len is not None:
         like = source.sample
         bias = None if all(m.bias is None for _, m in source.maps()) else like.new_zeros(max_len)

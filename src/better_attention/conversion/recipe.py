@@ -226,7 +226,10 @@ def _target(source: Source, layer: dict[str, Any], prefix: str, tensors: Mapping
         maps[letter] = LinearMap(weight, tensor(f"{MAPS[letter]}.bias"), trains)
     kernel = tensor("align.weight")
     align = None if kernel is None else Kernel(kernel, tensor("align.bias"), layer["align_causal"], trains)
-    return replace(source, mechanism=mechanism, align=align, **maps)
+    # A conversion may have repeated heads that were shared.
+    shared = next((maps[letter].weight for letter in "kv" if maps[letter] is not None), None)
+    kv_heads = source.kv_heads if shared is None else len(shared) // source.head_dim
+    return replace(source, mechanism=mechanism, kv_heads=kv_heads, align=align, **maps)
 
 
 def _load(model: nn.Module, tensors: Mapping[str, Tensor], saved: str) -> None:

@@ -83,6 +83,9 @@ def to_torch_state(layer: MultiHeadAttention) -> dict[str, Array]:
 def from_torch_state(layer: MultiHeadAttention, state: Mapping[str, Any]) -> None:
     """Load the weights of a ``better_attention.MultiheadAttention``; the reverse of :func:`to_torch_state`.
 
+    This layer has a head of keys and values for each query head. Where that one has fewer (``num_kv_heads``), each
+    query head gets a copy of those that it shared, which computes the same.
+
     Args:
         layer: a built layer of the same settings.
         state: its ``state_dict()``: arrays, or tensors on the CPU. All names, and no others.
@@ -111,7 +114,7 @@ def from_torch_state(layer: MultiHeadAttention, state: Mapping[str, Any]) -> Non
             f"{_listed('missing', missing)}{_listed('not in this layer', unknown)}"
             f"it needs {', '.join(sorted(wanted))}. Build both layers with the same settings (torch_options)."
         )
-    arrays = {name: np.asarray(value) for name, value in state.items()}
+    arrays = {name: _each_head(np.asarray(value), wanted[name], name, layer) for name, value in state.items()}
     for name, array in arrays.items():
         if array.shape != wanted[name].shape:
             raise ValueError(
@@ -126,6 +129,18 @@ def from_torch_state(layer: MultiHeadAttention, state: Mapping[str, Any]) -> Non
             dense.bias.assign(arrays[f"{name}.bias"].reshape(dense.bias.shape))
     for name, variable in _square(layer):
         variable.assign(arrays[name])
+
+
+def _each_head(x: Array, wanted: Array, name: str, layer: MultiHeadAttention) -> Array:
+    """The array of keys or values with the copies that query heads need which shared a head; any other as it is."""
+    # W_A comes as one kernel a head, which lie one after the other as the rows of a map's heads do.
+    width = {"k_proj": layer.key_dim, "v_proj": layer.value_dim, "align": 1}.get(name.split(".")[0])
+    if width is None or x.ndim != wanted.ndim or x.shape[1:] != wanted.shape[1:] or x.shape[0] in (0, wanted.shape[0]):
+        return x
+    if wanted.shape[0] != layer.num_heads * width or x.shape[0] % width or wanted.shape[0] % x.shape[0]:
+        return x
+    heads = x.reshape(x.shape[0] // width, width, *x.shape[1:])
+    return np.repeat(heads, wanted.shape[0] // x.shape[0], axis=0).reshape(wanted.shape)
 
 
 def _maps(layer: MultiHeadAttention) -> Iterator[tuple[str, Any]]:

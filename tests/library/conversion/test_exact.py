@@ -124,6 +124,116 @@ def test_the_way_upwards_is_exact_for_every_number_of_heads(below: str, above: s
         torch.testing.assert_close(new, old, rtol=1e-11, atol=1e-11)
 
 
+SHARED: list[tuple[str, dict[str, object]]] = [
+    ("standard", {}),
+    ("optimised", {}),
+    ("standard", {"add_bias_kv": True, "rotary": True}),
+    ("standard+align", {"max_len": S, "align_heads": "per_head", "align_causal": True}),
+]
+
+
+def shared(mechanism: str, width: int = 24, **options: object) -> nn.Sequential:
+    """A layer of ours whose six query heads share two of keys and values."""
+    given: dict[str, object] = {"batch_first": True, "dtype": torch.float64, "num_kv_heads": 2, **options}
+    return nn.Sequential(trained(ba.MultiheadAttention(width, 6, mechanism=mechanism, **given)))
+
+
+def unshared(layer: nn.Module, mechanism: str, **options: object) -> nn.Sequential:
+    """The same function with keys and values of their own for each query head, by torch's repeat_interleave."""
+    whole = shared(mechanism, num_kv_heads=None, **options)
+    state = {}
+    for name, x in layer.state_dict().items():
+        part = name.split(".")[0]
+        if part in ("k_proj", "v_proj"):
+            x = x.unflatten(0, (2, 4)).repeat_interleave(3, 0).flatten(0, 1)
+        elif part in ("extra_k", "extra_v"):
+            x = x.unflatten(2, (2, 4)).repeat_interleave(3, 2).flatten(2)
+        elif part == "align":
+            x = x.repeat_interleave(3, 0)
+        state[name] = x
+    whole[0].load_state_dict(state)
+    return whole
+
+
+@pytest.mark.parametrize(
+    ("below", "options", "above"),
+    # To leave W_A out would not be exact.
+    [
+        (*one, above)
+        for one in SHARED
+        for above in ("standard", "standard+align")
+        if "align" in above or "align" not in one[0]
+    ],
+)
+def test_shared_heads_stay_shared_or_become_equal_ones(below: str, options: dict[str, object], above: str) -> None:
+    model, (x, y) = shared(below, **options), (tokens(B, S, 24, requires_grad=True) for _ in range(2))
+    before = output_and_gradients(model[0], x, y, {})
+    kept = model[0].v_proj.weight if "v" in model[0].mechanism.projections else None
+    report = ba.convert(model, above, max_len=S if "align" in above else None)
+    assert report.exact
+    new = model[0]
+    for old, now in zip(before, output_and_gradients(new, x, y, {}), strict=True):
+        torch.testing.assert_close(now, old, rtol=1e-11, atol=1e-11)
+    # The identity is a value for each head: keys are then no longer shared either.
+    assert new.num_kv_heads == (6 if below == "optimised" else 2)
+    changed = {change.tensor: change.note for layer in report.layers for change in layer.changes}
+    if kept is None:
+        assert changed["k_proj"] == "its heads repeated, one for each query head"
+    else:
+        assert new.v_proj.weight is kept
+    parts = (new.q_proj, new.k_proj, new.v_proj, new.out_proj, new.align)
+    assert report.layers[0].size_after.parameters == sum(p.numel() for part in parts for p in part.parameters())
+
+
+def test_one_head_of_keys_and_values_for_one_query_head_folds() -> None:
+    model, (x, y) = nn.Sequential(trained(ba.MultiheadAttention(
+        E, 1, batch_first=True, dtype=torch.float64, num_kv_heads=1))), cross()  # fmt: skip
+    before = output_and_gradients(model[0], x, y, {})
+    assert ba.convert(model, "efficient").exact
+    for old, new in zip(before, output_and_gradients(model[0], x, y, {}), strict=True):
+        torch.testing.assert_close(new, old, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize("target", ["optimised", "efficient", "super"])
+@pytest.mark.parametrize(("mechanism", "options"), [one for one in SHARED if "add_bias_kv" not in one[1]])
+def test_an_approximation_of_shared_heads_is_that_of_equal_ones(
+    mechanism: str, options: dict[str, object], target: str, calibrated: bool
+) -> None:
+    short = shared(mechanism, **options)
+    long = unshared(short[0], mechanism, **options)
+    x = tokens(B, S, 24)
+    torch.testing.assert_close(short[0](x, x, x)[0], long[0](x, x, x)[0])
+    batches = [(tokens(20, S, 24),)] if calibrated else None
+    outputs = []
+    for layer in (short[0], long[0]):
+        model = SelfAttention(layer)
+        causal = True if options.get("align_causal") else None
+        length = S if target == "super" else None
+        ba.convert(model, target, exact=False, max_len=length, align_causal=causal, calibration=batches)
+        outputs.append(model(x))
+        assert model.layer.mechanism.name == target
+    torch.testing.assert_close(*outputs, rtol=1e-6, atol=1e-6)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x, x, x, need_weights=False)[0]
+
+
+def test_shared_values_need_keys_that_are_projected() -> None:
+    model = shared("standard")
+    state = {name: x.clone() for name, x in model.state_dict().items()}
+    why = ("num_kv_heads=2 groups projected keys", "has no W_K", "use a mechanism that learns 'k'")
+    refused(lambda: ba.convert(model, ba.Mechanism(frozenset("qvo")), exact=False), *why)
+    assert model[0].num_kv_heads == 2
+    assert all(torch.equal(x, state[name]) for name, x in model.state_dict().items())
+
+
 @pytest.mark.parametrize("heads", [1, 2, 3])
 def test_standard_is_torchs_layer_with_its_gradients(heads: int) -> None:
     model, (x, y) = torchs(heads), cross()

@@ -45,6 +45,22 @@ def test_a_saved_model_comes_back(tmp_path: Path, mechanism: str) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.safetensors", "recipe.json"]
 
 
+@pytest.mark.parametrize(("before", "after"), [("optimised", "standard"), ("standard", "optimised")])
+def test_a_layer_of_shared_heads_comes_back(tmp_path: Path, before: str, after: str) -> None:
+    """With as many heads as the conversion left: the identity is a value for each of them."""
+
+    def model() -> nn.Module:
+        layer = ba.MultiheadAttention(8, 4, mechanism=before, num_kv_heads=2, batch_first=True)
+        return nn.ModuleList([layer])
+
+    made, x = model(), tokens(B, L, 8, dtype=torch.float32)
+    ba.convert(made, after, exact=False)
+    ba.save_converted(made, tmp_path)
+    loaded = ba.load_converted(model(), tmp_path)
+    assert loaded[0].num_kv_heads == made[0].num_kv_heads == (4 if after == "standard" else 2)
+    assert torch.equal(loaded[0](x, x, x)[0], made[0](x, x, x)[0])
+
+
 def test_tied_weights_are_written_once_and_come_back_tied(tmp_path: Path) -> None:
     def tied() -> nn.Module:
         layer = nn.TransformerEncoderLayer(E, 1, 11, batch_first=True)

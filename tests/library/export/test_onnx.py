@@ -49,6 +49,27 @@ def _packages() -> None:
         pytest.importorskip(name, reason=f"{name} is not installed: it is in the extra onnx")
 
 
+@pytest.mark.parametrize(
+    ("mechanism", "options"),
+    [
+        ("standard", {}),
+        ("optimised", {"num_kv_heads": 1}),
+        pytest.param("optimised", {"rotary": True, "window": 3}, marks=pytest.mark.slow),
+        pytest.param("standard+align", {}, marks=pytest.mark.slow),
+        pytest.param("expressive", {"alibi": "weight"}, marks=pytest.mark.slow),
+    ],
+)
+def test_shared_heads(mechanism: str, options: dict[str, object], tmp_path: Path) -> None:
+    """In the operator Attention, which shares keys as we do, and where only keys are shared."""
+    model = Model(mechanism, causal=True).eval()
+    own = {"max_len": 9, "align_causal": True} if "align" in mechanism else {}
+    given: dict[str, object] = {"num_kv_heads": 2, **own, **options}
+    model.layer = ba.MultiheadAttention(24, 6, batch_first=True, mechanism=mechanism, **given).eval()
+    report = ba.export_onnx(model, tmp_path / "model.onnx", torch.randn(BATCH, LENGTH, 24))
+    assert len(report.checks) > 1
+    assert report.worst < 1e-5
+
+
 QUICK = {("super", True)}
 CELLS = [
     pytest.param(name, causal, marks=[] if (name, causal) in QUICK else [pytest.mark.slow])

@@ -19,9 +19,9 @@ WIDTH, HEADS = 64, 4
 
 
 class Classifier(nn.Module):
-    def __init__(self, mechanism: str) -> None:
+    def __init__(self, mechanism: str, **options: object) -> None:
         super().__init__()
-        options = ba.Mechanism.of(mechanism).layer_options(9)
+        options = ba.Mechanism.of(mechanism).layer_options(9) | options
         self.layer = ba.MultiheadAttention(WIDTH, HEADS, batch_first=True, mechanism=mechanism, **options)
         self.head = nn.Linear(WIDTH, 10)
 
@@ -33,10 +33,16 @@ def batches() -> list[Tensor]:
     return [torch.randn(2, 7, WIDTH), torch.randn(3, 5, WIDTH)]
 
 
-@pytest.mark.parametrize("mechanism", scored_mechanisms())
-def test_torch(mechanism: str) -> None:
+@pytest.mark.parametrize(
+    ("mechanism", "options"),
+    [
+        *((mechanism, {}) for mechanism in scored_mechanisms()),
+        *((mechanism, {"num_kv_heads": 2}) for mechanism in ("standard", "optimised")),
+    ],
+)
+def test_torch(mechanism: str, options: dict[str, object]) -> None:
     pytest.importorskip("torchao", reason="torchao is not installed: it is in the extra edge")
-    model, given = Classifier(mechanism), batches()
+    model, given = Classifier(mechanism, **options), batches()
     before = [model(x).detach() for x in given]
     result = ba.quantise(model, given)
     assert result.quantised == sum(isinstance(m, nn.Linear) for m in model.modules())

@@ -145,6 +145,30 @@ def test_weights_come_back_from_torch(name: str, rng: np.random.Generator) -> No
         assert not np.array_equal(before[key], after[key])
 
 
+@pytest.mark.parametrize(
+    ("mechanism", "options"),
+    [("standard", {}), ("optimised", {}), ("standard+align", {"max_len": S, "align_heads": "per_head"})],
+)
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_heads_that_are_shared_in_torch_are_copied(
+    mechanism: str, options: dict[str, Any], kv_heads: int, rng: np.random.Generator
+) -> None:
+    module = ba.MultiheadAttention(12, 4, batch_first=True, mechanism=mechanism, num_kv_heads=kv_heads, **options)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.from_numpy(rng.normal(size=parameter.shape)))
+    one = bk.MultiHeadAttention(4, 3, mechanism=mechanism, **options)
+    x = rng.normal(size=(2, S, 12)).astype("float32")
+    one.build(x.shape, x.shape)
+    bk.from_torch_state(one, module.state_dict())
+    t = torch.from_numpy(x)
+    agree(one(x, x), module(t, t, t, need_weights=False)[0].detach())
+    # What comes back is of a layer that shares none.
+    whole = ba.MultiheadAttention(**bk.torch_options(one))
+    whole.load_state_dict({name: torch.from_numpy(x) for name, x in bk.to_torch_state(one).items()})
+    torch.testing.assert_close(whole(t, t, t)[0], module(t, t, t)[0], rtol=1e-4, atol=1e-4)
+
+
 def test_the_same_weights_give_the_same_bits(rng: np.random.Generator) -> None:
     """On NumPy, too, whose products depend on how a weight lies in memory."""
     one = bk.MultiHeadAttention(4, 8, mechanism="super+expressive", max_len=10)

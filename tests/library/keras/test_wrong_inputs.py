@@ -149,6 +149,8 @@ def test_a_state_of_another_layer_is_refused_and_changes_nothing() -> None:
     refused(lambda: bk.from_torch_state(efficient, state), "not in this layer", "v_proj.bias")
     wrong = {**state, "out_proj.weight": np.zeros((6, 5))}
     refused(lambda: bk.from_torch_state(one, wrong), "out_proj.weight", "(6, 5)", "(6, 6)")
+    odd = {**state, "k_proj.weight": np.zeros((4, 6))}  # four rows are no heads of width three
+    refused(lambda: bk.from_torch_state(one, odd), "k_proj.weight", "(4, 6)", "(6, 6)")
     for a, b in zip(one.get_weights(), before, strict=True):
         np.testing.assert_array_equal(a, b)
 

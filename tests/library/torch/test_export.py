@@ -27,17 +27,18 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # exporters warn of their own
 class Model(nn.Module):
     """Self-attention under padding, as models call it."""
 
-    def __init__(self, mechanism: str, causal: bool, impl: str = "auto") -> None:
+    def __init__(self, mechanism: str, causal: bool, impl: str = "auto", **options: int) -> None:
         super().__init__()
         aligned = ba.Mechanism.of(mechanism).aligned
         self.attention = ba.MultiheadAttention(
             D,
-            2,
+            options.pop("heads", 2),
             batch_first=True,
             mechanism=mechanism,
             max_len=MAX_LEN if aligned else None,
             align_causal=causal and aligned,
             impl=impl,
+            **options,
         )
         self.causal = causal
         for parameter in self.parameters():
@@ -93,6 +94,24 @@ def check_onnx(model: nn.Module, dynamo: bool) -> None:
 )
 def test_onnx_with_default_settings_at_any_batch_and_length(mechanism: str, causal: bool, dynamo: bool) -> None:
     check_onnx(Model(mechanism, causal).eval(), dynamo)
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "kv_heads"),
+    [
+        ("standard", 2),
+        ("optimised", 1),
+        *(pytest.param(name, 2, marks=pytest.mark.slow) for name in ("expressive", "standard+align")),
+    ],
+)
+def test_shared_heads_of_keys_and_values(mechanism: str, kv_heads: int) -> None:
+    """Exported by torch at any batch and length, and as ONNX by the exporter that traces."""
+    model = Model(mechanism, causal=True, heads=4, num_kv_heads=kv_heads).eval()
+    program = torch.export.export(model, example(2, 5), dynamic_shapes=DYNAMIC).module()
+    for batch, length in SIZES:
+        inputs = example(batch, length)
+        torch.testing.assert_close(program(*inputs), model(*inputs))
+    check_onnx(model, dynamo=False)
 
 
 @pytest.mark.parametrize("impl", ["native", "chunked"])

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from better_attention.adapters.adapter import Adapter, linear_refusals, register
-from better_attention.adapters.source import MAPS, LinearMap, Source, alignment, kernel_of
+from better_attention.adapters.source import MAPS, LinearMap, Source, alignment, as_parameter, kernel_of
+from better_attention.layer.imitation.state_dict import repeat_heads
 from better_attention.layer.multihead import MultiheadAttention
 from better_attention.mechanism import MECHANISMS
 
@@ -51,7 +52,7 @@ def _read_ours(module: nn.Module) -> Source:
         layer.mechanism,
         layer.embed_dim,
         layer.num_heads,
-        layer.num_heads,
+        layer.num_kv_heads,
         layer.head_dim,
         fixed,
         layer.dropout,
@@ -89,13 +90,15 @@ def _build(old: nn.Module, target: Source) -> nn.Module:
         scale=host.scale if ours else None,
         rotary=host.rotary if ours else None,
         alibi=host.alibi if ours else None,
+        # Where neither keys nor values are projected, every head reads a slice of its own.
+        num_kv_heads=target.kv_heads if target.mechanism.projections & {"k", "v"} else None,
         impl=host.impl if ours else "auto",
         **options,  # type: ignore[arg-type]
     )
     for letter, found in target.maps():
         found.into(getattr(new, MAPS[letter]))
     if kernel is not None:
-        new.align = alignment(kernel, target.num_heads, new.impl in ("auto", "native"))
+        new.align = alignment(kernel, new.value_heads, new.impl in ("auto", "native"))
     _take_extra_parameters(new, host)
     return new.train(old.training)
 
@@ -105,9 +108,16 @@ def _take_extra_parameters(new: MultiheadAttention, host: MultiheadAttention) ->
     for part, weight in ((new.extra_k, host.bias_k), (new.extra_v, host.bias_v)):
         if part is not None:
             # The Parameter itself, so that an optimiser that holds it keeps training it.
-            part.weight = cast(nn.Parameter, weight)
+            part.weight = _of_width(cast(nn.Parameter, weight), part.weight.shape[-1], new.head_dim)
     if new.scaling is not None:
         new.scaling = host.scaling
+
+
+def _of_width(weight: nn.Parameter, width: int, head_dim: int) -> nn.Parameter:
+    """An extra position of that width: itself, or its heads repeated where they were shared and no longer are."""
+    if weight.shape[-1] == width:
+        return weight
+    return as_parameter(repeat_heads(weight.detach(), head_dim, width // weight.shape[-1], 2), weight.requires_grad)
 
 
 def _is_torchs(module: nn.Module) -> bool:

@@ -220,11 +220,15 @@ def with_repeated_heads(state_dict: Mapping[str, Tensor], head_dim: int, group: 
         part = name.split(".")[0]
         if part not in ("k_proj", "v_proj", "extra_k", "extra_v"):
             return x
-        dim = 0 if part.endswith("_proj") else 2
-        heads: Tensor = x.unflatten(dim, (-1, head_dim)).repeat_interleave(group, dim)
-        return heads.flatten(dim, dim + 1)
+        return repeat_heads(x, head_dim, group, dim=0 if part.endswith("_proj") else 2)
 
     return {name: repeated(name, x) for name, x in state_dict.items()}
+
+
+def repeat_heads(x: Tensor, head_dim: int, times: int, dim: int = 0) -> Tensor:
+    """Each of the heads that lie one after the other along ``dim`` so many times, copies side by side."""
+    heads: Tensor = x.unflatten(dim, (-1, head_dim)).repeat_interleave(times, dim)
+    return heads.flatten(dim, dim + 1)
 
 
 def to_packed(state_dict: Mapping[str, Tensor], *, packed: bool) -> dict[str, Tensor]:
