@@ -232,7 +232,7 @@ def _keep_apart(
     clean = without(call, bad_BNS)
     # What rows that see a zeroed key compute does not matter: they become NaN below.
     heads_BNLH, weights_BNLS = IMPLEMENTATIONS[chosen].compute(clean)
-    sees_bad_BNL1 = _sees(call, bad_BNS)
+    sees_bad_BNL1 = sees(call, bad_BNS)
     if weights_BNLS is not None:
         weights_BNLS = weights_BNLS.masked_fill(sees_bad_BNL1, math.nan)
     return heads_BNLH.masked_fill(sees_bad_BNL1, math.nan), weights_BNLS
@@ -251,7 +251,7 @@ def without(call: Call, keys_BNS: Tensor) -> Call:
     return replace(call, k_BNSH=k_BNSH, v_BNSH=k_BNSH if shared else zero_rows(call.v_BNSH, keys_BNS))
 
 
-def _sees(call: Call, keys_BNS: Tensor, rows: int = 256) -> Tensor:
+def sees(call: Call, keys_BNS: Tensor, rows: int = 256) -> Tensor:
     """Which queries may see any of the marked keys, (B, N, L, 1); a few rows at a time, to save memory."""
     (B, N, L, _), S = call.q_BNLH.shape, call.k_BNSH.shape[2]
     hides = SCORES[call.score].hides

@@ -11,7 +11,7 @@ from torch import Tensor
 from better_attention import dropout, operators
 from better_attention.call.call import Call
 from better_attention.call.torch_private import transformed
-from better_attention.call.torch_state import address, is_known_finite, operator_obstacles, ordinary
+from better_attention.call.torch_state import address, operator_obstacles, ordinary
 from better_attention.native import structs
 from better_attention.native.library import (
     call as call_library,
@@ -103,8 +103,8 @@ def decode(
         distances: ALiBi.
 
     Returns:
-        Head outputs (B, N, L, W) in the dtype of the queries; None where the kernels do not serve: then make of the
-        cache what attention takes, and attend as usual.
+        Head outputs (B, N, L, W) in the dtype of the queries, NaN also where a hidden key or value is not finite; None
+        where the kernels do not serve: then make of the cache what attention takes, and attend as usual.
 
     Source: arXiv 2104.09864, eq. 34, features p and p + H/2 being a pair; arXiv 2108.12409, section 3.
     """
@@ -126,8 +126,7 @@ def decode(
     if distances is not None and slopes is not None:
         c.slopes, c.slopes_inside, c.slopes_from = address(slopes), distances.inside, distances.first
     call_library("ba_forward", c)
-    # A hidden key has weight 0, but 0 * NaN is NaN: impl/dispatch.py knows how to keep such keys apart.
-    return None if call.restricted and not is_known_finite(out) else out
+    return out
 
 
 def _fits(call: Call, angles: Pair | None, scales: Pair | None, distances: Distances | None) -> bool:

@@ -260,6 +260,7 @@ def _keep_apart(
     align: WindowAlignment, call: Call, heads_BNLH: Tensor, weights: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Redo a call whose keys or values are not all finite: only queries with those in their window become NaN."""
+    call = call.with_even_heads()
     bad_BNS = not_finite(call)
     if bad_BNS is None:  # then a query brought them, whose own row they are
         return heads_BNLH, weights

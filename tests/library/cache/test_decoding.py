@@ -167,14 +167,31 @@ def test_masks_and_weights_of_all_tokens(name: str) -> None:
 
 @pytest.mark.parametrize("name", DECODERS)
 @pytest.mark.parametrize("spoiled", [7.0, torch.nan, torch.inf])
-def test_no_output_depends_on_a_later_token(name: str, spoiled: float) -> None:
-    """Bit for bit, for the same chunks, with numbers that no sum forgives."""
-    module, x = build(name, rotary=True), tokens(B, L, D)
+@pytest.mark.parametrize("kind", ["float64", "float32", "bfloat16", "int8"])
+def test_no_output_depends_on_a_later_token(name: str, spoiled: float, kind: str) -> None:
+    """Bit for bit, for the same chunks, with numbers that no sum forgives; by one call of the kernels, and in parts."""
+    dtype = torch.float32 if kind == "int8" else getattr(torch, kind)
+    kept = torch.int8 if kind == "int8" else None
+    module, x = build(name, rotary=True).to(dtype), tokens(B, L, D, dtype=dtype)
     other = x.clone()
     other[:, 13:] = spoiled
-    for chunks in CHUNKS.values():
-        found = [decode(module, given, chunks, ba.KVCache(module, B)) for given in (x, other)]
-        assert torch.equal(found[0][:, :13], found[1][:, :13])
+    for batch in (1, B):
+        for chunks in CHUNKS.values():
+            caches = [ba.KVCache(module, batch, dtype=kept) for _ in range(2)]
+            pair = zip((x[:batch], other[:batch]), caches, strict=True)
+            found = [decode(module, given, chunks, cache) for given, cache in pair]
+            assert torch.equal(found[0][:, :13], found[1][:, :13])
+            assert spoiled == 7.0 or found[1][:, 13:].isnan().all()
+            if module.window is not None:
+                continue
+            # What was remembered is no number either; taken back, nothing is left of it.
+            new = x[:batch, :1]
+            caches[1].rewind(1)  # W_A has no place for more
+            assert spoiled == 7.0 or decode(module, new, [1], caches[1]).isnan().all()
+            for cache in caches:
+                cache.rewind(cache.length - 13)
+            again = [decode(module, x[:batch, 13:15], [2], cache) for cache in caches]
+            assert torch.equal(*again)
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

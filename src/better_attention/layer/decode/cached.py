@@ -5,6 +5,7 @@ project -> remember -> align -> score -> mix -> output. Shape suffixes as in arg
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -121,9 +122,12 @@ def _aligned(layer: MultiheadAttention, align: Alignment, cache: KVCache, v_BLD:
     bare = is_bare(align) and align.weight.dtype == v_BLD.dtype and not torch.compiler.is_compiling()
     if scale_BSN is not None and first > 0 and bare:
         new_BLD = align.of_codes(codes_BSD, scale_BSN, first, v_BLD.dtype)
-        # NaN has to stay where it is, which the whole values tell.
         if is_known_finite(new_BLD):
             return new_BLD
+        # 0 * NaN is NaN. In a lower triangular W_A only later tokens can receive one that is not finite.
+        bad_BS = ~scale_BSN.isfinite().all(dim=-1)
+        clean_BLD = align.of_codes(codes_BSD, scale_BSN.masked_fill(bad_BS[..., None], 0.0), first, v_BLD.dtype)
+        return clean_BLD.masked_fill((bad_BS.cumsum(dim=-1) > 0)[:, first:, None], math.nan)
     return window.aligned_values(layer, cache.read(source, v_BLD.shape[1]), first)
 
 

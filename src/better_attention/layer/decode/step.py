@@ -6,10 +6,11 @@ case, float32 on the CPU; everything else goes the general way (cached.py), to t
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from better_attention.cache.kv_cache import KVCache
 from better_attention.cache.streams import KEY, VALUE
@@ -21,6 +22,7 @@ from better_attention.native import structs
 from better_attention.native.library import call as call_library
 from better_attention.native.library import current_instruction_set, missing
 
+from . import apart
 from .stored import angles, angles_to, slopes
 
 if TYPE_CHECKING:
@@ -67,11 +69,41 @@ def attend(layer: MultiheadAttention, given: Arguments, cache: KVCache) -> Tenso
     out_BLD = x_BLD.new_empty(B, L, D)
     c.out = out_BLD.data_ptr()
     call_library("ba_layer_step", c)
-    # A hidden key has weight 0, but 0 * NaN is NaN: impl/dispatch.py knows how to keep such keys apart.
     if (L > 1 or shown_BS is not None) and not is_known_finite(out_BLD):
-        return None
+        again = _keep_apart(c, layer, cache, x_BLD, out_BLD)
+        if again is None:
+            return None
+        out_BLD = again
     cache.commit(L)
     return out_BLD
+
+
+def _keep_apart(
+    c: structs.Step, layer: MultiheadAttention, cache: KVCache, x_BLD: Tensor, out_BLD: Tensor
+) -> Tensor | None:
+    """The output of a step whose numbers are not all finite, or None where that is for the general way."""
+    L, N, H = x_BLD.shape[1], layer.num_heads, layer.head_dim
+    held = [cache.stored(name, L) for name in cache.streams]
+    bad = [apart.bad_rows(x.unflatten(2, (-1, H)).transpose(1, 2), scale) for x, scale in held]
+    bad_BNS = apart.for_queries(bad, N)
+    if bool(bad_BNS[:, :, :-L].any()):  # earlier tokens, which padding or a window may hide
+        return None
+    bad_BNL = bad_BNS[:, :, -L:]
+    if not bool(bad_BNL.any()):  # a query or an overflow brought them, which belong to their own rows
+        return out_BLD
+    # The step again, without what is not finite; then the cache gets its rows as they were written first.
+    rows = [part[:, -L:] for stored in held for part in stored if part is not None]
+    written = [x.clone() for x in rows]
+    clean_BLD = x_BLD.masked_fill(bad_BNL.any(dim=1)[..., None], 0.0).contiguous()
+    c.x, (c.x_b, c.x_l, _) = address(clean_BLD), clean_BLD.stride()
+    call_library("ba_layer_step", c)
+    for row, first in zip(rows, written, strict=True):
+        row.copy_(first)
+    seen_BNL = apart.sees_new(bad_BNL, layer.window)
+    if type(layer.out_proj) is nn.Identity:  # which leaves heads apart
+        heads_BLNH: Tensor = out_BLD.unflatten(2, (N, H)).masked_fill(seen_BNL.transpose(1, 2)[..., None], math.nan)
+        return heads_BLNH.flatten(2)
+    return out_BLD.masked_fill(seen_BNL.any(dim=1)[..., None], math.nan)
 
 
 def _is_few(layer: MultiheadAttention, given: Arguments) -> bool:

@@ -5,6 +5,7 @@ Shape suffixes as in arguments.py; G heads of keys.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
@@ -15,11 +16,14 @@ from torch import Tensor
 from better_attention import operators
 from better_attention.cache.int8 import dequantised
 from better_attention.call.call import Call
+from better_attention.call.torch_state import is_known_finite
 from better_attention.impl import native
-from better_attention.impl.dispatch import attend
+from better_attention.impl.dispatch import attend, sees
 from better_attention.layer.heads import biased, rotated
 from better_attention.positions import alibi_slopes, rotary_angles
 from better_attention.tensors import empty_heads
+
+from . import apart
 
 
 class Stored(NamedTuple):
@@ -77,6 +81,26 @@ class Stored(NamedTuple):
 
 def by_kernels(stored: Stored) -> Tensor | None:
     """The heads (B, N, L, W) by the compiled kernels, or None where they do not serve."""
+    heads_BNLW = _by_kernels(stored)
+    call = stored.call
+    if heads_BNLW is None or not call.restricted or is_known_finite(heads_BNLW):
+        return heads_BNLW
+    bad_k, bad_v = apart.bad_rows(stored.k, stored.k_scale), None
+    clean_k = apart.without(stored.k, stored.k_scale, bad_k)
+    clean = stored._replace(k=clean_k[0], k_scale=clean_k[1])
+    if stored.v is not None:
+        bad_v = apart.bad_rows(stored.v, stored.v_scale)
+        clean_v = apart.without(stored.v, stored.v_scale, bad_v)
+        clean = clean._replace(v=clean_v[0], v_scale=clean_v[1])
+    bad_BNS = apart.for_queries([bad_k] if bad_v is None else [bad_k, bad_v], stored.q.shape[1])
+    # Else a query or an overflow brought the numbers, which belong to their own rows.
+    if bool(bad_BNS.any()) and (again := _by_kernels(clean)) is not None:
+        heads_BNLW = again.masked_fill(sees(call, bad_BNS), math.nan)
+    return heads_BNLW
+
+
+def _by_kernels(stored: Stored) -> Tensor | None:
+    """The same, NaN wherever a key is not finite, hidden or not."""
     turns = scales = distances = None
     if stored.rotary:
         S, first = stored.k.shape[2], stored.turned
