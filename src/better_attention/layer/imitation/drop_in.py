@@ -184,7 +184,7 @@ class DropIn(nn.Module):
         if self.kv_group > 1:
             return Unpackable("with num_kv_heads, since keys and values have fewer rows than queries")
         ours = self.mechanism.aligned or self.mechanism.score != DEFAULT_SCORE or self.scale is not None
-        torchs = not ours and self.rotary is None and self.alibi is None
+        torchs = not ours and self.rotary is None and self.alibi is None and self.window is None
         return packed((self.q_proj, self.k_proj, self.v_proj), kind, self.mechanism.name, torchs)
 
     # --- state dicts, copies and scripts ---------------------------------------------------------------------------

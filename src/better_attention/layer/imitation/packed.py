@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -158,7 +158,7 @@ class Unpackable:
     """
 
     def __init__(self, why: str) -> None:
-        self._why = why
+        self.why = why
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -169,9 +169,19 @@ class Unpackable:
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"{self._message()} (asked for {name!r})")
 
+    def _refuse(self, *_: Any) -> NoReturn:
+        raise TypeError(self._message())
+
+    __getitem__ = __setitem__ = __len__ = __iter__ = __add__ = __radd__ = __sub__ = __rsub__ = _refuse
+    __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __matmul__ = __rmatmul__ = __neg__ = __pow__ = _refuse
+
+    def __bool__(self) -> bool:
+        """It is something, as torch's weights are; without this the length would be asked for."""
+        return True
+
     def _message(self) -> str:
         return (
-            f"this layer has no packed in_proj_weight and in_proj_bias {self._why}: use the modules q_proj, k_proj, "
+            f"this layer has no packed in_proj_weight and in_proj_bias {self.why}: use the modules q_proj, k_proj, "
             "v_proj and out_proj, and reset_parameters() to draw their weights anew."
         )
 
@@ -221,7 +231,10 @@ def assign(old: Tensor | Unpackable | None, new: Any, name: str) -> None:
         ValueError, TypeError: there are none, ``new`` is no tensor, or it does not fit.
     """
     if isinstance(old, Unpackable) or (old is None and new is not None):
-        raise TypeError(f"this layer has no {name} to assign to: assign to its modules q_proj, k_proj, v_proj instead.")
+        why = f" {old.why}" if isinstance(old, Unpackable) else ""
+        raise TypeError(
+            f"this layer has no {name} to assign to{why}: assign to its modules q_proj, k_proj, v_proj instead."
+        )
     if isinstance(old, Packed) and not isinstance(
         new, Packed
     ):  # a packed one is what an augmented assignment ends with

@@ -191,12 +191,15 @@ def _other_heads(module: nn.Module, state_dict: Mapping[str, Any], prefix: str) 
     width = int(module.head_dim)  # type: ignore[arg-type]
     for part in ("k_proj", "v_proj"):
         came, expected = state_dict.get(f"{prefix}{part}.weight"), getattr(getattr(module, part), "weight", None)
-        if came is None or expected is None or came.dim() != 2 or len(came) == len(expected) or len(came) % width:
+        if came is None or expected is None or came.dim() != 2 or len(came) == len(expected):
             continue
-        return [
-            f"{prefix}{part}.weight in these weights is of a layer with {len(came) // width} heads of width {width}, "
-            f"this one has {len(expected) // width}: build it with num_kv_heads={len(came) // width}."
-        ]
+        heads, all_heads = len(came) // width, int(module.num_heads)  # type: ignore[arg-type]
+        # Else more than the number of heads is another.
+        if came.shape[1] == expected.shape[1] and len(came) % width == 0 and heads > 0 and all_heads % heads == 0:
+            return [
+                f"{prefix}{part}.weight in these weights is of a layer with {heads} heads of width {width}, this one "
+                f"has {len(expected) // width}: build it with num_kv_heads={heads}."
+            ]
     return []
 
 
@@ -205,6 +208,11 @@ def _other_kernel(module: nn.Module, state_dict: Mapping[str, Any], prefix: str)
     expected = getattr(module.align, "weight", None)
     if kernel is None or expected is None or kernel.shape == expected.shape or kernel.dim() not in (2, 3):
         return []
+    if kernel.dim() == expected.dim() and kernel.shape[-1] == expected.shape[-1]:
+        return [
+            f"{prefix}align.weight in these weights is of a layer whose values have {len(kernel)} heads, this one's "
+            f"have {len(expected)}: build it with the same num_heads and num_kv_heads."
+        ]
     return [
         f"{prefix}align.weight in these weights is of a layer with max_len={kernel.shape[-1]} and "
         f"align_heads={'shared' if kernel.dim() == 2 else 'per_head'!r}: build this layer with the same."
