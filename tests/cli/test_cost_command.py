@@ -107,8 +107,8 @@ def test_heads_that_share_keys_and_values(capsys: pytest.CaptureFixture[str], mo
     assert rows[0]["flops_to_standard"] < 1
     assert run(*words, "--kv-heads", "1") == 0
     out = " ".join(capsys.readouterr().out.split())
-    assert "float32, 1 head of keys and values" in out
-    assert "Without W_K there is nothing to share, --kv-heads does not apply: efficient, super." in out
+    assert "float32, 1 head of projected keys and values" in out
+    assert "--kv-heads does not apply without projected keys to group: efficient, super." in out
     assert run(*words, "--kv-heads", "3") == 0
     assert "does not apply" not in capsys.readouterr().out
 
@@ -118,8 +118,8 @@ def test_heads_that_share_keys_and_values(capsys: pytest.CaptureFixture[str], mo
     [
         (("--kv-heads", "3"), "--kv-heads=3 must divide --heads=4"),
         (("--kv-heads", "8"), "--kv-heads=8 must divide --heads=4"),
-        (("--kv-heads", "2", "--mechanisms", "efficient,super"), "efficient, super can share none. Leave --kv-heads"),
-        (("--kv-heads", "2", "--figure", "2", "--out", "f.png"), "knows no shared heads: omit --kv-heads"),
+        (("--kv-heads", "2", "--mechanisms", "efficient,super"), "efficient, super has no W_K: each of the 4 heads"),
+        (("--kv-heads", "2", "--figure", "2", "--out", "f.png"), "knows no grouped heads: omit --kv-heads"),
     ],
 )
 def test_heads_that_cannot_be_shared(words: tuple[str, ...], message: str) -> None:

@@ -220,9 +220,7 @@ def test_a_comparison_of_models_that_share_heads(tmp_path: Path, capsys: pytest.
     """Trained, told on the screen and in the report, measured, and written from with a cache of the shared heads."""
     words = ["--mechanisms", "standard,optimised,super", "--heads", "4", "--epochs", "1", "--seeds", "1"]
     assert trained(tmp_path, *words, "--set", "kv_heads=2") == 0
-    note = (
-        "2 heads of keys and values, shared by the query heads: standard, optimised; kv_heads=2 does not apply to super"
-    )
+    note = "2 heads of projected keys and values in standard, optimised; kv_heads=2 does not apply to super, without"
     assert note in " ".join(capsys.readouterr().out.split())
     assert note in (tmp_path / "out" / "report.html").read_text("utf-8")
     rows = json.loads((tmp_path / "out" / "results.json").read_text("utf-8"))

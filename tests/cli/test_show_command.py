@@ -183,14 +183,14 @@ def test_heads_that_share_keys_and_values(capsys: pytest.CaptureFixture[str], na
     assert found["sizes"] == {"embed_dim": 24, "heads": 6, "length": 7, "kv_heads": 2}
     assert found["legend"][-len(lines) :] == [f"{word}: 2 heads, each for 3 query heads." for word in lines]
     assert run(name, *words) == 0
-    assert "h = 6, ℓ = 7, 2 heads of keys and values" in " ".join(capsys.readouterr().out.split())
+    assert "h = 6, ℓ = 7, 2 heads of projected keys and values" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (("standard", "--kv-heads", "3"), "--kv-heads=3 must divide --heads=4"),
-        (("efficient", "--kv-heads", "2"), "without W_K each of the 4 heads reads its own slice"),
+        (("efficient", "--kv-heads", "2"), "groups projected keys, and efficient has no W_K"),
         (("mnist", "--kv-heads", "2"), "--kv-heads is of a layer, and 'mnist' is a task"),
     ],
 )

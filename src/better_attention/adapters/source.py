@@ -51,7 +51,7 @@ class LinearMap:
         linear.out_features, linear.in_features = self.weight.shape
 
     def with_repeated_heads(self, head_dim: int, times: int) -> LinearMap:
-        """The map whose heads are each of this one's so many times, for as many query heads that shared it."""
+        """The map with each head ``times`` times, once for each query head of the group."""
         bias = None if self.bias is None else repeat_heads(self.bias, head_dim, times)
         return LinearMap(repeat_heads(self.weight, head_dim, times), bias, self.trains)
 
@@ -71,7 +71,7 @@ class Kernel:
         return self.weight.shape[-1]
 
     def for_heads(self, heads: int) -> Kernel:
-        """W_A for so many heads of values: itself, or that of each shared head for all that shared it."""
+        """W_A for that number of heads of values: itself, or that of each grouped head for all of its group."""
         if self.weight.dim() == 2 or len(self.weight) == heads:
             return self
         times = heads // len(self.weight)

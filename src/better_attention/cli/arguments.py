@@ -82,12 +82,12 @@ def add_kv_heads(parser: argparse.ArgumentParser, of: str) -> None:
         "--kv-heads",
         type=positive,
         metavar="G",
-        help=f"heads of keys and values {of}, shared by the query heads; divides --heads; default: as many",
+        help=f"grouped heads: G of projected keys and values {of}; divides --heads; default: as many",
     )
 
 
 def kv_heads_of(args: argparse.Namespace, variants: Sequence[Variant]) -> list[int | None]:
-    """``--kv-heads`` for each of the variants; None for those that project no keys and have none to share.
+    """``--kv-heads`` for each of the variants; None for those that project no keys and have none to group.
 
     Raises:
         UserError: it does not divide ``--heads``, or none of the variants projects keys.
@@ -98,9 +98,9 @@ def kv_heads_of(args: argparse.Namespace, variants: Sequence[Variant]) -> list[i
         raise UserError(str(error)) from None
     if args.kv_heads not in (None, args.heads) and not any(variant.projects_keys for variant in variants):
         raise UserError(
-            f"--kv-heads {args.kv_heads}: without W_K each of the {args.heads} heads reads its own slice of the input, "
-            f"and {', '.join(variant.name for variant in variants)} can share none. Leave --kv-heads out, or take a "
-            "mechanism that projects keys, such as 'optimised'."
+            f"--kv-heads {args.kv_heads} groups projected keys, and {', '.join(variant.name for variant in variants)} "
+            f"has no W_K: each of the {args.heads} heads reads its own slice of the input. Leave --kv-heads out, or "
+            "take a mechanism that projects keys, such as 'optimised'."
         )
     return found
 

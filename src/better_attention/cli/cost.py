@@ -133,7 +133,7 @@ def _print(rows: list[Entry], args: argparse.Namespace) -> None:
     if args.window is not None:
         title += f", window {args.window}"
     if args.kv_heads is not None:
-        title += f", {plural(args.kv_heads, 'head')} of keys and values"
+        title += f", {plural(args.kv_heads, 'head')} of projected keys and values"
     lines = [["Mechanism", *_TITLES.values()]]
     for row in rows:
         cells = [f"{row[key]:,}" if isinstance(row[key], int) else f"{row[key]:.3f}" for key in _TITLES]
@@ -156,7 +156,7 @@ def _print(rows: list[Entry], args: argparse.Namespace) -> None:
 
 
 def _remarks(args: argparse.Namespace) -> str:
-    """What the numbers of a window, or of shared heads, are to be read with."""
+    """What the numbers of a window, or of grouped heads, are to be read with."""
     said = []
     if args.window is not None:
         said.append(" Shares are of standard\nwithout a window; eq. 24 knows none.")
@@ -164,7 +164,7 @@ def _remarks(args: argparse.Namespace) -> str:
         said.append("\nShares are of standard with as many heads of keys as of queries; eq. 24 knows no others.")
         variants = [Variant.of(name) for name in args.mechanisms]
         if alone := ", ".join(variant.name for variant in variants if not variant.projects_keys):
-            said.append(f"\nWithout W_K there is nothing to share, --kv-heads does not apply: {alone}.")
+            said.append(f"\n--kv-heads does not apply without projected keys to group: {alone}.")
     return "".join(said)
 
 
@@ -178,7 +178,7 @@ def _draw(args: argparse.Namespace) -> int:
     if args.window is not None:
         raise UserError(f"--figure {args.figure} knows no window: omit --window.")
     if args.kv_heads is not None:
-        raise UserError(f"--figure {args.figure} knows no shared heads: omit --kv-heads.")
+        raise UserError(f"--figure {args.figure} knows no grouped heads: omit --kv-heads.")
     if args.out is None:
         raise UserError(f"--figure {args.figure} needs --out FILE, ending in .png, .svg or .pdf.")
     cost_figure(args.figure, args.out, form=args.form)

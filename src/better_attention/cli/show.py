@@ -92,7 +92,7 @@ def describe_mechanism(variant: Variant, embed_dim: int, heads: int, length: int
         "aligned": mechanism.aligned,
         "score": mechanism.score,
         "drawing": draw(mechanism),
-        "legend": [*legend(mechanism), *_layout(variant), *_shared(heads, key_heads, value_heads)],
+        "legend": [*legend(mechanism), *_layout(variant), *_grouped(heads, key_heads, value_heads)],
         "equations": equations(mechanism),
         "sizes": {"embed_dim": d, "heads": heads, "length": n} | ({} if kv_heads is None else {"kv_heads": kv_heads}),
         "params": {**params, "all": counted.params},
@@ -109,8 +109,8 @@ def _layout(variant: Variant) -> list[str]:
     return ["W_A: one for each head."] * variant.per_head + ["W_A: starts as the identity."] * variant.identity
 
 
-def _shared(heads: int, key_heads: int, value_heads: int) -> list[str]:
-    """Which query heads share keys and values."""
+def _grouped(heads: int, key_heads: int, value_heads: int) -> list[str]:
+    """Which keys and values have fewer heads than queries."""
     found = []
     for word, count in (("keys", key_heads), ("values", value_heads)):
         if count != heads:
@@ -148,8 +148,8 @@ def _print_mechanism(found: Entry) -> None:
     for line in (*found["drawing"], "", *found["legend"], "", *found["equations"]):
         out.print(line, markup=False, soft_wrap=True)
     d, h, n = (sizes[key] for key in ("embed_dim", "heads", "length"))
-    shared = f", {plural(sizes['kv_heads'], 'head')} of keys and values" if "kv_heads" in sizes else ""
-    table = _table(f"\nOne layer: d = {d}, h = {h}, ℓ = {n}{shared}, biases included")
+    grouped = f", {plural(sizes['kv_heads'], 'head')} of projected keys and values" if "kv_heads" in sizes else ""
+    table = _table(f"\nOne layer: d = {d}, h = {h}, ℓ = {n}{grouped}, biases included")
     table.add_column("Count")
     table.add_column("", justify="right")
     for name, count in params.items():

@@ -33,17 +33,16 @@ def test_a_task_of_our_own_has_no_setting_of_the_papers() -> None:
     assert remarks(TASKS["recurrence"]("smoke"), STANDARD, [2]) == ()
 
 
-def test_who_shares_heads_of_keys_and_values_is_told() -> None:
+def test_whose_heads_are_grouped_is_told() -> None:
     task = replace(TASKS["text-lm"]("smoke"), kv_heads=2)
     variants = [Variant.of(name) for name in ("standard", "super", "optimised", "efficient")]
     (found,) = remarks(task, variants, [4])
     assert found == (
-        "2 heads of keys and values, shared by the query heads: standard, optimised; kv_heads=2 does not apply to "
-        "super, efficient: without W_K each query head reads its own slice of the input, of which there is nothing to "
-        "share"
+        "2 heads of projected keys and values in standard, optimised; kv_heads=2 does not apply to super, efficient, "
+        "without projected keys to group: each query head reads its own slice of the input"
     )
-    assert remarks(task, STANDARD, [4]) == ("2 heads of keys and values, shared by the query heads: standard",)
-    assert remarks(task, [Variant.of("efficient")], [4])[0].startswith("kv_heads=2 does not apply to efficient: with")
+    assert remarks(task, STANDARD, [4]) == ("2 heads of projected keys and values in standard",)
+    assert remarks(task, [Variant.of("efficient")], [4])[0].startswith("kv_heads=2 does not apply to efficient, with")
     assert remarks(task, variants, [2]) == ()
     assert remarks(replace(task, kv_heads=None), variants, [4]) == ()
 

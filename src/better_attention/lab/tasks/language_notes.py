@@ -1,4 +1,4 @@
-"""What is told of a language task: its text, and which of its models share heads of keys and values."""
+"""What is told of a language task: its text, and which of its models have grouped heads."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from better_attention.text import plural
 
 
 def grouping(kv_heads: int | None, variants: Sequence[Variant], heads: Sequence[int]) -> tuple[str, ...]:
-    """A sentence on the models that share heads of keys and values, and on those that have none to share."""
+    """A sentence on the models with grouped heads, and on those that have none to group."""
     if kv_heads is None or all(kv_heads == n for n in heads):
         return ()
-    shared = ", ".join(variant.name for variant in variants if variant.projects_keys)
+    grouped = ", ".join(variant.name for variant in variants if variant.projects_keys)
     others = ", ".join(variant.name for variant in variants if not variant.projects_keys)
-    found = [f"{plural(kv_heads, 'head')} of keys and values, shared by the query heads: {shared}"] if shared else []
+    found = [f"{plural(kv_heads, 'head')} of projected keys and values in {grouped}"] if grouped else []
     if others:
         found.append(
-            f"kv_heads={kv_heads} does not apply to {others}: without W_K each query head reads its own slice of the "
-            "input, of which there is nothing to share"
+            f"kv_heads={kv_heads} does not apply to {others}, without projected keys to group: each query head reads "
+            "its own slice of the input"
         )
     return ("; ".join(found),)
 

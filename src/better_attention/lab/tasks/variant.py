@@ -80,11 +80,11 @@ class Variant:
 
     @property
     def projects_keys(self) -> bool:
-        """Whether keys are projected, so that query heads can share them."""
+        """Whether keys are projected, so that their heads can be grouped."""
         return "k" in self.mechanism.projections
 
     def kv_heads(self, wanted: int | None, heads: int, names: tuple[str, str] = ("kv_heads", "heads")) -> int | None:
-        """``wanted`` heads of keys and values where this variant projects keys; None where it has none to share.
+        """``wanted`` heads of keys and values where this variant projects keys; None where it has none to group.
 
         Args:
             wanted: of a whole comparison; None: as many as ``heads``.

@@ -234,7 +234,7 @@ def with_repeated_heads(state_dict: Mapping[str, Tensor], head_dim: int, group: 
 
 
 def repeat_heads(x: Tensor, head_dim: int, times: int, dim: int = 0) -> Tensor:
-    """Each of the heads that lie one after the other along ``dim`` so many times, copies side by side."""
+    """The heads that lie one after the other along ``dim``, each of them ``times`` times, copies side by side."""
     heads: Tensor = x.unflatten(dim, (-1, head_dim)).repeat_interleave(times, dim)
     return heads.flatten(dim, dim + 1)
 
