@@ -22,22 +22,25 @@ class Weights:
 
     heads: int
     q: Array | None = None  # (E, width of the query): y = x Wᵀ + b
-    k: Array | None = None
+    k: Array | None = None  # (G E/h, .): keys of G heads, of which h/G neighbouring query heads read one; and so v
     v: Array | None = None
     o: Array | None = None
     q_bias: Array | None = None  # (E,)
     k_bias: Array | None = None
     v_bias: Array | None = None
     o_bias: Array | None = None
-    align: Array | None = None  # W_A, (l, l) or one for each head, (h, l, l)
+    align: Array | None = None  # W_A, (l, l) or one for each head of the values, (h, l, l)
     align_bias: Array | None = None  # (l,) or (h, l)
     align_causal: bool = False
-    extra_k: Array | None = None  # (E,): one more key and value, after projection and W_A, which every query sees
+    extra_k: Array | None = (
+        None  # as wide as k: one more key and value, after projection and W_A, which every query sees
+    )
     extra_v: Array | None = None
     zero_key: bool = False  # a last key and value of zeros
     window: int | None = None  # queries see the last so many keys, and W_A (window, window) acts on these
     score: str = "softmax"
     scale: float | Array | None = None  # None: 1/sqrt(E/h); an array holds one number for each head
+    rotary: float | None = None  # the base by which queries and keys are turned, but for extra keys
 
 
 def softmax_row(z: Array, bias: Array) -> Array:
@@ -96,6 +99,20 @@ def linear(x: Array, weight: Array | None, bias: Array | None) -> Array:
     """Row by row y = x Wᵀ + b; without a W, x itself."""
     y = x if weight is None else x @ weight.T
     return y if bias is None else y + bias
+
+
+def spun(x: Array, positions: Array, base: float = 10_000.0) -> Array:
+    """Pair (p, p + H/2) as one complex number, times e^(i m base^(-2p/H)); x (..., L, H)."""
+    half = x.shape[-1] // 2
+    speeds = np.array([float(base) ** (-2 * p / x.shape[-1]) for p in range(half)])
+    z = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * np.multiply.outer(positions, speeds))
+    return np.concatenate([z.real, z.imag], axis=-1)
+
+
+def head(x: Array, n: int, heads: int, width: int) -> Array:
+    """What query head n of ``heads`` reads of x (..., G width), whose heads are side by side: head n // (heads / G)."""
+    own = n // (heads // (x.shape[-1] // width))
+    return x[..., own * width : (own + 1) * width]
 
 
 def align(v: Array, kernel: Array, bias: Array | None, causal: bool) -> Array:
@@ -187,11 +204,14 @@ def multihead(
         joined = np.zeros((length, embed))
         for n in range(w.heads):
             columns = slice(n * width, (n + 1) * width)
-            k_n, v_n = k[:, columns], v[:, columns]
+            q_n, k_n, v_n = q[:, columns], head(k, n, w.heads, width), head(v, n, w.heads, width)
+            if w.rotary is not None:
+                q_n, k_n = (spun(x, np.arange(len(x)), w.rotary) for x in (q_n, k_n))
             kernel, shift = w.align, w.align_bias
             if w.align is not None:
-                kernel = w.align if w.align.ndim == 2 else w.align[n]
-                shift = w.align_bias if w.align_bias is None or w.align_bias.ndim == 1 else w.align_bias[n]
+                m = n // (w.heads // (v.shape[1] // width))
+                kernel = w.align if w.align.ndim == 2 else w.align[m]
+                shift = w.align_bias if w.align_bias is None or w.align_bias.ndim == 1 else w.align_bias[m]
                 v_n = v_n if w.window is not None else align(v_n, kernel, shift, w.align_causal)
             visible = see(
                 length,
@@ -203,14 +223,15 @@ def multihead(
             )
             log_bias = np.zeros((length, keys)) if bias is None else np.asarray(bias[b, n], dtype=np.float64)
             if w.extra_k is not None:
-                k_n, v_n = np.vstack([k_n, w.extra_k[columns]]), np.vstack([v_n, w.extra_v[columns]])
+                k_n = np.vstack([k_n, head(w.extra_k, n, w.heads, width)])
+                v_n = np.vstack([v_n, head(w.extra_v, n, w.heads, width)])
             if w.zero_key:
                 k_n, v_n = np.vstack([k_n, np.zeros(width)]), np.vstack([v_n, np.zeros(width)])
             visible = np.hstack([visible, np.ones((length, extras), dtype=bool)])
             log_bias = np.hstack([log_bias, np.zeros((length, extras))])
             scale = width**-0.5 if w.scale is None else np.broadcast_to(w.scale, (w.heads,))[n]
             joined[:, columns], weights[b, n] = one_head(
-                q[:, columns], k_n, v_n, visible, log_bias, float(scale), w.score, None if inside is None else inside[n]
+                q_n, k_n, v_n, visible, log_bias, float(scale), w.score, None if inside is None else inside[n]
             )
             if w.align is not None and w.window is not None:
                 joined[:, columns] = windowed(weights[b, n], v_n, kernel, shift)

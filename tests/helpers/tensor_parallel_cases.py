@@ -44,15 +44,21 @@ def raises(message: str, call: Callable[[], object], kind: type[Exception] = Val
         call()
 
 
-def equal(settings: dict[str, Any], run: Callable[..., Any], *, plan: dict[str, Any] | None = None) -> nn.Module:
+def equal(
+    settings: dict[str, Any],
+    run: Callable[..., Any],
+    *,
+    plan: dict[str, Any] | None = None,
+    size: tuple[int, int] = (D, N),
+) -> nn.Module:
     """Outputs, loss and all gradients of a divided layer are those of the same layer in one process."""
     torch.manual_seed(1)
-    alone = ba.MultiheadAttention(D, N, batch_first=True, **settings)
+    alone = ba.MultiheadAttention(*size, batch_first=True, **settings)
     with torch.no_grad():
         for p in alone.parameters():  # biases that start at zero would hide where they are added
             p.add_(torch.randn_like(p), alpha=0.3)
     shared = parallelize_module(copy.deepcopy(alone), mesh(), ba.parallel_plan(alone, **(plan or {})))
-    x = torch.randn(B, L, D)
+    x = torch.randn(B, L, size[0])
     inputs = [x.clone().requires_grad_() for _ in range(2)]
     outputs = [run(layer, y) for layer, y in zip((alone, shared), inputs, strict=True)]
     assert type(outputs[1]) is Tensor

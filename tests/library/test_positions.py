@@ -21,14 +21,6 @@ B, N, L, S, H = 2, 3, 7, 5, 4
 D = N * H
 
 
-def spun(x: np.ndarray, positions: np.ndarray, base: float = 10_000.0) -> np.ndarray:
-    """The oracle: pair (p, p + H/2) as one complex number, times e^(i m base^(-2p/H)); x (..., L, H) in float64."""
-    half = x.shape[-1] // 2
-    speeds = np.array([float(base) ** (-2 * p / x.shape[-1]) for p in range(half)])
-    z = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * np.multiply.outer(positions, speeds))
-    return np.concatenate([z.real, z.imag], axis=-1)
-
-
 # --- the functions ----------------------------------------------------------------------------------------------------
 
 
@@ -36,9 +28,9 @@ def spun(x: np.ndarray, positions: np.ndarray, base: float = 10_000.0) -> np.nda
 @pytest.mark.parametrize("offset", [0, 11])
 def test_rotary_is_a_product_of_complex_numbers(base: float, offset: int) -> None:
     x = tokens(B, N, L, H)
-    expected = spun(x.numpy(), np.arange(L) + offset, base)
+    expected = oracle.spun(x.numpy(), np.arange(L) + offset, base)
     np.testing.assert_allclose(rotary(x, base=base, offset=offset).numpy(), expected, rtol=0, atol=1e-13)
-    assert not np.allclose(expected, spun(x.numpy(), np.arange(L) + offset, base + 1))
+    assert not np.allclose(expected, oracle.spun(x.numpy(), np.arange(L) + offset, base + 1))
 
 
 def test_scores_depend_on_the_distance_alone() -> None:
@@ -83,7 +75,7 @@ def test_narrow_numbers_are_turned_in_float32(dtype: torch.dtype) -> None:
     x = tokens(B, N, 97, H).to(dtype)
     turned = rotary(x, offset=500)
     assert turned.dtype == dtype
-    expected = torch.from_numpy(spun(x.double().numpy(), np.arange(97) + 500))
+    expected = torch.from_numpy(oracle.spun(x.double().numpy(), np.arange(97) + 500))
     torch.testing.assert_close(turned.double(), expected, rtol=torch.finfo(dtype).eps, atol=2e-4)
 
 
@@ -165,8 +157,8 @@ def expected(module: ba.MultiheadAttention, query: Tensor, key: Tensor, value: T
         joined = np.zeros_like(output[b])
         for n in range(module.num_heads):
             columns = slice(n * width, (n + 1) * width)
-            q_n = spun(q[:, columns], np.arange(len(q)), base)
-            k_n = spun(k[:, columns], np.arange(len(k)), base)
+            q_n = oracle.spun(q[:, columns], np.arange(len(q)), base)
+            k_n = oracle.spun(k[:, columns], np.arange(len(k)), base)
             v_n = v[:, columns]
             if module.mechanism.aligned:
                 kernel, shift = (p.detach().numpy() for p in (module.align.weight, module.align.bias))
@@ -270,7 +262,7 @@ def test_added_keys_have_no_position() -> None:
     x = tokens(1, L, D)
     _, weights = module(x, x, x, average_attn_weights=False)
     q, k = (
-        spun(p(x[0]).view(L, N, H).transpose(0, 1).detach().numpy(), np.arange(L))
+        oracle.spun(p(x[0]).view(L, N, H).transpose(0, 1).detach().numpy(), np.arange(L))
         for p in (module.q_proj, module.k_proj)
     )
     extra = module.bias_k[0, 0].view(N, 1, H).detach().numpy()

@@ -10,12 +10,21 @@ import torch
 import better_attention as ba
 from helpers import ranks
 
-MODULES = ["helpers.tensor_parallel_cases", "helpers.sequence_cases", "helpers.dtensor_cases"]
+MODULES = [
+    "helpers.tensor_parallel_cases",
+    "helpers.grouped_parallel_cases",
+    "helpers.sequence_cases",
+    "helpers.dtensor_cases",
+]
 QUICK = [
     "tensor_parallel: mechanism efficient+expressive",
     "tensor_parallel: a mask per head",
     "tensor_parallel: state dicts",
     "tensor_parallel: refusals",
+    "grouped_parallel: optimised, rotary, a mask per head",
+    "grouped_parallel: caches",
+    "grouped_parallel: state dicts",
+    "grouped_parallel: refusals",
     "sequence: causal",
     "sequence: padding, expressive",
     "sequence: collectives",
