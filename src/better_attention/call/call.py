@@ -114,7 +114,12 @@ class Call:
 def _repeated(x_BGSH: Tensor, count: int) -> Tensor:
     # max() guards an empty head dimension, which would divide by zero.
     groups = count // max(1, x_BGSH.shape[1])
-    return x_BGSH if groups == 1 else x_BGSH.repeat_interleave(groups, dim=1)
+    if groups == 1:
+        return x_BGSH
+    if torch.compiler.is_compiling():
+        # repeat_interleave() compares strides of a symbolic length, more than torch.export can prove.
+        return torch.cat([head.expand(-1, groups, -1, -1) for head in x_BGSH.split(1, dim=1)], dim=1)
+    return x_BGSH.repeat_interleave(groups, dim=1)
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

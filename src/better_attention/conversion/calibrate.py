@@ -179,6 +179,8 @@ class Fit:
             got.append(now.output_BLD[self.rows[-1]])
             if regression is not None:
                 old_BNSH, new_BNSH = (_heads(x.key_BSK, self.source.head_dim, N) for x in (then, now))
+                # Keys that the layer adds behind the sequence stay as they are.
+                weights = weights[..., : old_BNSH.shape[2]]
                 if self.source.rotary:
                     regression.add_turned(old_BNSH, new_BNSH, weights, *angles(self.old, call))
                 else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import numpy as np
 import pytest
@@ -161,6 +162,21 @@ def test_the_fit_comes_closer_and_is_reported(mechanism: str, batch_first: bool)
         assert [head.rank for head in row.heads] == [H] * N * lost_keys
         assert all(0.0 < head.residual < 1.0 for head in row.heads)
     assert f"{report.layers[0].error_after:.2g}" in str(report)
+
+
+@pytest.mark.parametrize("options", [{}, {"rotary": True}, {"add_zero_attn": True}], ids=["plain", "rotary", "zeros"])
+def test_keys_that_the_layer_adds_are_left_out_of_the_fit(options: dict[str, Any]) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = ba.MultiheadAttention(E, N, batch_first=True, add_bias_kv=True, **options).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x, x, x)[0]  # type: ignore[no-any-return]
+
+    report = ba.convert(Model(), "efficient", exact=False, calibration=[tokens(30, L, E)])
+    (converted,) = report.layers
+    assert converted.error_after < converted.error_before
 
 
 def test_the_kernel_of_super_is_fitted_too() -> None:
