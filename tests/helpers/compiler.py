@@ -1,4 +1,4 @@
-"""Counting what torch.compile compiles."""
+"""Counting what torch.compile compiles, and what is exported."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch._dynamo.backends.registry import lookup_backend
 from torch._guards import CompileContext
+
+import better_attention as ba
 
 
 class Programs:
@@ -32,3 +35,16 @@ class Programs:
     def count(self) -> int:
         """Number of programs."""
         return len(self.seen)
+
+
+class CachedStep(nn.Module):
+    """A step with its cache as plain inputs and outputs."""
+
+    def __init__(self, attention: ba.MultiheadAttention) -> None:
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, x: Tensor, held: list[Tensor], length: int) -> tuple[Tensor, list[Tensor]]:
+        cache = ba.KVCache.of(self.attention, held, length=length)
+        output, _ = self.attention(x, x, x, cache=cache, need_weights=False)
+        return output, list(cache.tensors)

@@ -8,10 +8,39 @@ import torch
 from torch import Tensor, nn
 
 import better_attention as ba
+from helpers.layers import tokens
 
 MECHANISMS = ("standard", "optimised", "expressive", "optimised+expressive")
 """Those of the table that project keys, with both scores; two of them take their values as they come."""
 ALIGNED = ("standard+align", "optimised+align", "standard+align+expressive", "optimised+align+expressive")
+
+B, L, S, N, H = 2, 5, 7, 6, 4
+D = N * H
+MAX_LEN = 8
+
+EVERY: dict[str, dict[str, Any]] = {
+    **{name: {"mechanism": name} for name in MECHANISMS},
+    **{f"{name} full": {"mechanism": name, "max_len": MAX_LEN} for name in ALIGNED[:2]},
+    **{f"{name} causal": {"mechanism": name, "max_len": MAX_LEN, "align_causal": True} for name in ALIGNED[1:3]},
+    "W_A per head": {"mechanism": "standard+align", "max_len": MAX_LEN, "align_heads": "per_head"},
+    "W_A per head of slices": {
+        "mechanism": "optimised+align+expressive", "max_len": MAX_LEN, "align_heads": "per_head", "align_causal": True,
+    },
+    "keys alone": {"mechanism": ba.Mechanism(frozenset("k"))},
+    "keys and values alone": {"mechanism": ba.Mechanism(frozenset("kv"), score="expressive")},
+}  # fmt: skip
+"""Every way to have projected keys, with values projected or not, aligned or not, and both scores."""
+
+
+def has_full_kernel(options: dict[str, Any]) -> bool:
+    """Whether the layer has a full W_A, which no causal mask goes with."""
+    aligned = ba.Mechanism.of(options["mechanism"]).aligned
+    return aligned and not options.get("align_causal") and "window" not in options
+
+
+def three(options: dict[str, Any], length: int = L, keys: int = S) -> tuple[Tensor, Tensor, Tensor]:
+    """A query, a key and a value of their own."""
+    return tokens(B, length, D), tokens(B, keys, options.get("kdim", D)), tokens(B, keys, options.get("vdim", D))
 
 
 def drawn(embed_dim: int, num_heads: int, groups: int, *, spread: float = 0.4, **options: Any) -> ba.MultiheadAttention:

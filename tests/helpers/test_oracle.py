@@ -203,6 +203,31 @@ def test_grouped_heads(rng: np.random.Generator) -> None:
     np.testing.assert_array_equal(grouped, repeated)
 
 
+def test_grouped_heads_of_a_layer(rng: np.random.Generator) -> None:
+    """Two heads of keys and values for six of queries are six, of which three neighbours are alike."""
+    x = rng.normal(size=(2, 7, 18))
+    few = oracle.Weights(
+        6,
+        q=rng.normal(size=(18, 18)),
+        k=rng.normal(size=(6, 18)),
+        v=rng.normal(size=(6, 18)),
+        v_bias=rng.normal(size=6),
+        align=rng.normal(size=(2, 7, 7)),
+        align_bias=rng.normal(size=(2, 7)),
+        extra_k=rng.normal(size=6),
+        extra_v=rng.normal(size=6),
+    )
+
+    def wide(y: np.ndarray) -> np.ndarray:
+        return np.concatenate([y[3 * head : 3 * head + 3] for head in (0, 0, 0, 1, 1, 1)])
+
+    rows = {name: wide(getattr(few, name)) for name in ("k", "v", "v_bias", "extra_k", "extra_v")}
+    kernels = {name: np.repeat(getattr(few, name), 3, axis=0) for name in ("align", "align_bias")}
+    many = oracle.Weights(**{**vars(few), **rows, **kernels})
+    for ours, theirs in zip(oracle.multihead(few, x, x, x), oracle.multihead(many, x, x, x), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
 def test_imports_no_torch() -> None:
     code = "import sys; from helpers import oracle; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=TESTS, check=True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import better_attention as ba
 from better_attention.native.library import instruction_sets, missing
-from helpers.compiler import Programs
+from helpers.compiler import CachedStep, Programs
 from helpers.grouped import drawn, expanded, repeated
 from helpers.layers import refused, tokens
 
@@ -506,19 +506,6 @@ def test_a_step_compiled_by_inductor(name: str, extra: str, dtype: torch.dtype |
     assert programs.count <= 3, f"{programs.count} programs for {L - 11} steps"
 
 
-class Step(nn.Module):
-    """A step with its cache as plain inputs and outputs."""
-
-    def __init__(self, attention: ba.MultiheadAttention) -> None:
-        super().__init__()
-        self.attention = attention
-
-    def forward(self, x: Tensor, held: list[Tensor], length: int) -> tuple[Tensor, list[Tensor]]:
-        cache = ba.KVCache.of(self.attention, held, length=length)
-        output, _ = self.attention(x, x, x, cache=cache, need_weights=False)
-        return output, list(cache.tensors)
-
-
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
@@ -537,7 +524,7 @@ def test_an_exported_step(name: str, dtype: torch.dtype | None) -> None:
     held = [t.contiguous() for t in cache.tensors]
     rows = {1: torch.export.Dim("rows", min=4, max=L - 1)}
     program = torch.export.export(
-        Step(module), (x[:, 9:10], held, 9), dynamic_shapes=(None, [rows] * len(held), torch.export.Dim.DYNAMIC)
+        CachedStep(module), (x[:, 9:10], held, 9), dynamic_shapes=(None, [rows] * len(held), torch.export.Dim.DYNAMIC)
     ).module()
     for t in range(9, L):
         new = x[:, t : t + 1]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import better_attention as ba
+from helpers.compiler import CachedStep
 from helpers.layers import layer, refused
 
 B, D, N = 2, 16, 2
@@ -76,19 +77,6 @@ def test_the_tensors_stay_as_they_were(name: str) -> None:
         assert torch.equal(now, then)
 
 
-class Step(nn.Module):
-    """A step with its cache as plain inputs and outputs."""
-
-    def __init__(self, attention: ba.MultiheadAttention) -> None:
-        super().__init__()
-        self.attention = attention
-
-    def forward(self, x: Tensor, held: list[Tensor], length: int) -> tuple[Tensor, list[Tensor]]:
-        cache = ba.KVCache.of(self.attention, held, length=length)
-        output, _ = self.attention(x, x, x, cache=cache, need_weights=False)
-        return output, list(cache.tensors)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("dtype", [None, torch.int8])
@@ -99,7 +87,9 @@ def test_an_exported_step_carries_windows_codes_and_padding(name: str, dtype: to
     held = [t.contiguous() for t in cache.tensors]
     rows = {1: torch.export.Dim("rows", min=4, max=400)}
     program = torch.export.export(
-        Step(module), (x[:, 300:301], held, 300), dynamic_shapes=(None, [rows] * len(held), torch.export.Dim.DYNAMIC)
+        CachedStep(module),
+        (x[:, 300:301], held, 300),
+        dynamic_shapes=(None, [rows] * len(held), torch.export.Dim.DYNAMIC),
     ).module()
     for t in range(300, 308):
         new = x[:, t : t + 1]
