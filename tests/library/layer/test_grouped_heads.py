@@ -337,8 +337,9 @@ def test_gradients_of_few_queries_by_many_heads(mechanism: str, heads: int, grou
         for ours, theirs in zip(*results, strict=True):
             assert_close(ours, theirs, tolerance=5e-5)
         for name, parameter in kernels.named_parameters():
-            expected = gathered(full, name, parameter, groups)
-            assert_close(parameter.grad, expected, name, tolerance=1e-4, vacuous=name == "k_proj.bias")
+            if name == "k_proj.bias" and score == "softmax":
+                continue  # it adds the same to all scores of a query, and so its gradient is rounding alone
+            assert_close(parameter.grad, gathered(full, name, parameter, groups), name, tolerance=1e-4)
 
 
 @pytest.mark.parametrize("groups", [1, 2])
