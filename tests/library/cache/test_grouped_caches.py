@@ -512,7 +512,14 @@ def test_a_step_compiled_by_inductor(name: str, extra: str, dtype: torch.dtype |
         ("standard", None),
         *(
             pytest.param(name, dtype, marks=pytest.mark.slow)
-            for name in ("standard", "optimised", "standard+align per head", "window", "W_A of a window of slices")
+            for name in (
+                "standard",
+                "optimised",
+                "expressive",
+                "standard+align per head",
+                "window",
+                "W_A of a window of slices",
+            )
             for dtype in (None, torch.int8)
         ),
     ],
