@@ -154,8 +154,9 @@ def _print_mechanism(found: Entry) -> None:
     table.add_column("", justify="right")
     for name, count in params.items():
         table.add_row(f"parameters of {name}" if name != "all" else Text("parameters", "bold"), f"{count:,}")
+    without = " (without groups)" if grouped else ""
     for key, title in (
-        ("flops_paper", "FLOPs, forward + backward, eq. 24"),
+        ("flops_paper", f"FLOPs, forward + backward, eq. 24{without}"),
         ("flops_forward", "FLOPs, forward, exact"),
         ("flops", "FLOPs, forward + backward, exact"),
         ("weight_bytes", "bytes of weights, float32"),

@@ -198,7 +198,16 @@ def _kept_or_identity(result: Folded, source: Source, letter: str) -> None:
 def _one_number_of_heads(result: Folded) -> None:
     """Repeat grouped keys where values have become the identity, of all heads, or values where keys have."""
     source = result.source
-    if source.k is None or source.v is None or len(source.k.weight) == len(source.v.weight):
+    if source.v is None or source.k is None:
+        # Values alone are not grouped: a layer groups projected keys, and such values as go with them.
+        if source.v is not None and len(source.v.weight) < source.width:
+            repeated = source.v.with_repeated_heads(source.head_dim, source.width // len(source.v.weight))
+            result.source = replace(source, kv_heads=source.num_heads).with_maps(v=repeated)
+            result.note(MAPS["v"], "exact", "its heads repeated, one for each query head")
+        elif source.k is None:
+            result.source = replace(source, kv_heads=source.num_heads)
+        return
+    if len(source.k.weight) == len(source.v.weight):
         return
     fewer = "k" if len(source.k.weight) < len(source.v.weight) else "v"
     times = max(len(source.k.weight), len(source.v.weight)) // len(getattr(source, fewer).weight)

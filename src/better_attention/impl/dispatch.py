@@ -24,7 +24,7 @@ from better_attention.call.torch_state import (
 )
 from better_attention.scores import SCORES
 
-from . import IMPLEMENTATIONS, sdpa
+from . import IMPLEMENTATIONS, native, sdpa
 
 IMPLS = ("auto", *IMPLEMENTATIONS)
 
@@ -133,6 +133,9 @@ def _native_is_slow(call: Call) -> bool:
     """Whether PyTorch's fused attention can compute the call, too, and is faster than the compiled kernels."""
     # The score decides most calls; `unsupported`, whose cost is measurable for small ones, the rest.
     if call.score != sdpa.SCORE or IMPLEMENTATIONS["sdpa"].unsupported(call):
+        return False
+    # The others take keys that are repeated to the heads of values: in a decoder's step a copy as long as the cache.
+    if call.k_BNSH.shape[1] != call.v_BNSH.shape[1] and native.decodes(call):
         return False
     if call.dropout_p > 0.0:  # PyTorch draws a random number for each weight, one by one, and keeps them all
         return False

@@ -43,7 +43,7 @@ class Alignment(nn.Module):
 
     Args:
         max_len: largest number of value positions, the size of W_A.
-        num_heads: number of heads the values are split into.
+        num_heads: number of heads of the values.
         heads: "shared", one W_A for all heads, or "per_head".
         causal: keep W_A lower triangular, so that no position receives a later one.
         init: "xavier" (Glorot uniform, Keras' default for such a map; the paper does not say) or "identity",

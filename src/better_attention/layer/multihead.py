@@ -71,7 +71,8 @@ class MultiheadAttention(HeadCounts, DropIn):
             score, needs ``is_causal=True``); see heads.py. None: not at all.
         num_kv_heads: number of heads of projected keys and values, each of which serves as many neighbouring query
             heads (grouped queries, arXiv 2305.13245; 1: multi-query, arXiv 1911.02150); divides ``num_heads``. None: as
-            many as queries have. Values that are not projected stay slices of the input, one for each query head.
+            many as queries have. Refused where keys are not projected; values that are not stay slices of the input,
+            one for each query head.
         impl: who computes, see :func:`better_attention.attention`.
 
     Raises:

@@ -319,3 +319,32 @@ def test_half_precision_stays_and_is_folded_in_more() -> None:
     torch.testing.assert_close(low[0].q_proj.weight, wide[0].q_proj.weight.to(torch.bfloat16), rtol=0, atol=0)
     got = low[0](*[x.to(torch.bfloat16)] * 3)[0].double()
     torch.testing.assert_close(got, want, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize("source", ["standard", "optimised"])
+def test_values_alone_are_not_grouped(source: str, calibrated: bool) -> None:
+    """A layer groups projected keys: where they go, values are repeated for the query heads."""
+    torch.manual_seed(0)
+    model = nn.Sequential(ba.MultiheadAttention(16, 4, batch_first=True, num_kv_heads=2, mechanism=source).double())
+    before = model[0].v_proj
+    calibration = [tokens(12, 5, 16)] if calibrated else None
+
+    class Self(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = model[0]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x, x, x)[0]  # type: ignore[no-any-return]
+
+    whole = Self()
+    ba.convert(whole, ba.Mechanism(frozenset("qvo")), exact=False, calibration=calibration)
+    found = whole.layer
+    assert found.num_kv_heads == 4
+    assert found.v_proj.weight.shape == (16, 16)
+    if source == "standard":
+        expected = before.weight.unflatten(0, (2, 4)).repeat_interleave(2, 0).flatten(0, 1)
+        torch.testing.assert_close(found.v_proj.weight, expected)
+    x = tokens(2, 5, 16)
+    assert whole(x).isfinite().all()

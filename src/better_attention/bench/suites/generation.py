@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import better_attention as ba
+from better_attention.bench.decode_caches import GROUP
 from better_attention.bench.registry import Contender, Results, Row, Run, Shape, Suite, Work, here, normal
 from better_attention.cache.int8 import row_bytes
 from better_attention.lab.models.language_model import LanguageModel
@@ -27,8 +28,6 @@ from better_attention.positions import rotary
 
 LAYERS, VOCABULARY = 4, 512
 BASELINE = "standard through SDPA"
-GROUP = 4
-"""Query heads that share one of keys and values, in the contenders called grouped."""
 LARGEST_W_A = 2**28
 """Bytes of W_A in one layer, from which on super attention is left out."""
 

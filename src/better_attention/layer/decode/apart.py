@@ -1,7 +1,7 @@
 """Tokens whose keys or values are not finite, kept apart from the queries that do not see them.
 
 A hidden key has weight 0, but 0 * NaN is NaN. Where such a number is found in a result, the same kernel computes it
-again with zeros in its place, which leaves the bits of all other queries as they are, and those that see the token
+again with zeros in its place, which leaves the bits of all queries before the token as they are, and those that see it
 become NaN. Shape suffixes as in stored.py.
 """
 
