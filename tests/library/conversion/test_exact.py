@@ -225,15 +225,6 @@ class SelfAttention(nn.Module):
         return self.layer(x, x, x, need_weights=False)[0]
 
 
-def test_shared_values_need_keys_that_are_projected() -> None:
-    model = shared("standard")
-    state = {name: x.clone() for name, x in model.state_dict().items()}
-    why = ("num_kv_heads=2 groups projected keys", "has no W_K", "use a mechanism that learns 'k'")
-    refused(lambda: ba.convert(model, ba.Mechanism(frozenset("qvo")), exact=False), *why)
-    assert model[0].num_kv_heads == 2
-    assert all(torch.equal(x, state[name]) for name, x in model.state_dict().items())
-
-
 @pytest.mark.parametrize("heads", [1, 2, 3])
 def test_standard_is_torchs_layer_with_its_gradients(heads: int) -> None:
     model, (x, y) = torchs(heads), cross()

@@ -48,7 +48,8 @@ def test_torch(mechanism: str, options: dict[str, object]) -> None:
     assert result.quantised == sum(isinstance(m, nn.Linear) for m in model.modules())
     assert all(torch.equal(model(x), y) for x, y in zip(given, before, strict=True)), "the original is as it was"
     assert model.training
-    found = [result.model(x).detach() for x in given]
+    with torch.no_grad():  # as quantise() compares them: implementations differ in last bits, and steps of int8 by more
+        found = [result.model(x) for x in given]
     assert not all(torch.equal(a, b) for a, b in zip(found, before, strict=True))
     assert result.agreement == pytest.approx(sum(cosine([a], [b]) for a, b in zip(found, before, strict=True)) / 2)
     assert result.agreement > 0.99
