@@ -60,13 +60,13 @@ def test_a_loss_at_an_update_lies_between_validations() -> None:
     assert tables.at_update([4.0], 50) == 4.0
 
 
-def results(folder: Path, losses: dict[str, list[float]]) -> None:
+def results(folder: Path, losses: dict[str, list[float]], epochs: int = study.EPOCHS) -> None:
     """What a comparison writes, as far as the tables read it."""
     folder.mkdir(parents=True)
     runs = [
         {
             **{"mechanism": m, "seed": seed, "test_loss": loss, "test_bits_per_character": loss / math.log(2)},
-            **{"test_accuracy": 50 - loss, "total_params": 1000},
+            **{"test_accuracy": 50 - loss, "total_params": 1000, "cache_bytes_per_token": 96.0},
         }
         for m, each in losses.items()
         for seed, loss in enumerate(each)
@@ -76,8 +76,8 @@ def results(folder: Path, losses: dict[str, list[float]]) -> None:
     for run in runs:
         # Straight down to the test loss, from 4 more.
         lines += [
-            f"{run['mechanism']}-h2-s{run['seed']},{n},{run['test_loss'] + 4 - n / 2}"
-            for n in range(1, study.EPOCHS + 1)
+            f"{run['mechanism']}-h2-s{run['seed']},{n},{run['test_loss'] + 4 - 4 * n / epochs}"
+            for n in range(1, epochs + 1)
         ]
     (folder / "curves.csv").write_text("\n".join(lines) + "\n")
 
@@ -110,6 +110,32 @@ def test_tables_by_hand(tmp_path: Path) -> None:
     assert "| – | – | – | 500 | 4,096 |" in text
     assert "| super, window 16 − standard, window 16 | +0.033" in text
     assert "window 32" not in text
+
+
+def test_tables_of_the_longer_study_by_hand(tmp_path: Path) -> None:
+    home = tmp_path / study.LONG
+    results(home, {"standard": [2.0, 2.1, 2.2], "efficient": [1.9, 2.0, 2.1001]}, study.LONG_EPOCHS)
+    results(home / "grouped", {"standard": [2.1, 2.2, 2.3]}, study.LONG_EPOCHS)
+    timed = [row("longer, training", name, time) for name, time in (("standard", 10.0), (study.GROUPED, 20.0))]
+    timed += [row("longer, decoding", study.GROUPED, 5.0)]
+    (home / "speed.json").write_text(json.dumps({"rows": timed}))
+    text = tables.longer(tmp_path)
+    assert f"| {study.GROUPED} | 1,000 | 3 | 2.200 ± 0.248 |" in text
+    # Standard does 2,000 updates in 20 s, grouped 1,000, half the way down from 4 more.
+    assert "equal training time, 20.0 s of one thread" in text
+    assert "| standard | 10.0 | 2000 | 2.100 ± 0.248 |" in text
+    assert f"| {study.GROUPED} | 20.0 | 1000 | 4.200 ± 0.248 | +2.100" in text
+    assert f"| {study.GROUPED} | 200 | 2.00 | 96 |" in text
+    assert f"| efficient − {study.GROUPED} | −0.200" in text
+
+
+def test_one_head_of_keys_makes_the_smallest_cache() -> None:
+    built = {model.name: model.build() for model in study.LONGER}
+    grouped = built[study.GROUPED]
+    assert [block.attention.num_kv_heads for block in grouped.blocks] == [1, 1]  # type: ignore[union-attr] # modules
+    sizes = {name: speed.cache_bytes(model, 64) for name, model in built.items()}
+    assert sizes[study.GROUPED] == min(sizes.values()) == 64 * 544
+    assert sizes["efficient"] == 64 * 576
 
 
 def test_tables_leave_what_stands_around_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
