@@ -196,24 +196,18 @@ def _kept_or_identity(result: Folded, source: Source, letter: str) -> None:
 
 
 def _one_number_of_heads(result: Folded) -> None:
-    """Repeat grouped keys where values have become the identity, of all heads, or values where keys have."""
+    """Repeat grouped heads where a layer cannot group them: beside an identity, of all heads, and without keys."""
     source = result.source
-    if source.v is None or source.k is None:
-        # Values alone are not grouped: a layer groups projected keys, and such values as go with them.
-        if source.v is not None and len(source.v.weight) < source.width:
-            repeated = source.v.with_repeated_heads(source.head_dim, source.width // len(source.v.weight))
-            result.source = replace(source, kv_heads=source.num_heads).with_maps(v=repeated)
-            result.note(MAPS["v"], "exact", "its heads repeated, one for each query head")
-        elif source.k is None:
-            result.source = replace(source, kv_heads=source.num_heads)
+    if source.k is not None and (source.v is None or len(source.k.weight) == len(source.v.weight)):
         return
-    if len(source.k.weight) == len(source.v.weight):
-        return
-    fewer = "k" if len(source.k.weight) < len(source.v.weight) else "v"
-    times = max(len(source.k.weight), len(source.v.weight)) // len(getattr(source, fewer).weight)
-    repeated = getattr(source, fewer).with_repeated_heads(source.head_dim, times)
-    result.source = replace(source, kv_heads=source.num_heads).with_maps(**{fewer: repeated})
-    result.note(MAPS[fewer], "exact", "its heads repeated, one for each query head")
+    repeated = {}
+    for letter in "kv":
+        found: LinearMap | None = getattr(source, letter)
+        times = 1 if found is None else source.num_heads * source.head_dim // len(found.weight)
+        if found is not None and times > 1:
+            repeated[letter] = found.with_repeated_heads(source.head_dim, times)
+            result.note(MAPS[letter], "exact", "its heads repeated, one for each query head")
+    result.source = replace(source, kv_heads=source.num_heads).with_maps(**repeated)
 
 
 def _alignment(result: Folded, source: Source, target: Mechanism, max_len: int | None, causal: bool) -> None:

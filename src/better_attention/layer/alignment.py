@@ -161,6 +161,14 @@ class Alignment(nn.Module):
             dtype: of the numbers.
         """
         self._check_fits(codes_BSD)
+        aligned_BLD = self._mix_codes(codes_BSD, scale_BSN, first, dtype)
+        if not is_known_finite(aligned_BLD):
+            bad_BS = ~scale_BSN.isfinite().all(dim=-1)
+            clean_BSN = scale_BSN.masked_fill(bad_BS[..., None], 0.0)
+            aligned_BLD = _spoiled(self._mix_codes(codes_BSD, clean_BSN, first, dtype), bad_BS, first)
+        return aligned_BLD
+
+    def _mix_codes(self, codes_BSD: Tensor, scale_BSN: Tensor, first: int, dtype: torch.dtype) -> Tensor:
         rows, column = self._rows(codes_BSD.shape[1], first)
         pieces = (x.split(PIECE, dim=1) for x in (codes_BSD, scale_BSN))
         total_BLD: Tensor | None = None
@@ -209,10 +217,8 @@ class Alignment(nn.Module):
 
     def _keep_apart(self, value_BSD: Tensor, first: int) -> Tensor:
         """With numbers that are not finite, 0 * NaN would carry them backwards: positions before them stay clean."""
-        # Zeroing a position and marking its successors is enough: in a lower triangular W_A only those can receive it.
         bad_BS = ~value_BSD.isfinite().all(dim=-1)
-        clean_BSD = self._mix(zero_rows(value_BSD, bad_BS), first)
-        return clean_BSD.masked_fill((bad_BS.cumsum(dim=-1) > 0)[:, first:, None], math.nan)
+        return _spoiled(self._mix(zero_rows(value_BSD, bad_BS), first), bad_BS, first)
 
     def extra_repr(self) -> str:
         """Settings for ``print(module)``."""
@@ -220,6 +226,12 @@ class Alignment(nn.Module):
             f"max_len={self.max_len}, heads={self.heads!r}, causal={self.causal}, init={self.init!r}, "
             f"bias={self.bias is not None}"
         )
+
+
+def _spoiled(clean_BLD: Tensor, bad_BS: Tensor, first: int) -> Tensor:
+    """Results without positions that are not finite, NaN for these and all behind them."""
+    # Zeroing a position and marking its successors is enough: in a lower triangular W_A only those can receive it.
+    return clean_BLD.masked_fill((bad_BS.cumsum(dim=-1) > 0)[:, first:, None], math.nan)
 
 
 def _times(rows: Tensor, value_BSD: Tensor) -> Tensor:

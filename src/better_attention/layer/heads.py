@@ -64,7 +64,7 @@ class HeadCounts:
     @property
     def heads_here(self) -> int:
         """Number of heads that this process computes: all of them unless several share the layer."""
-        return self.num_heads if self.share is None else self.share.count
+        return self.here(self.num_heads)
 
     @property
     def first_head(self) -> int:

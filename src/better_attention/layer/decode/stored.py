@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -85,18 +85,18 @@ def by_kernels(stored: Stored) -> Tensor | None:
     call = stored.call
     if heads_BNLW is None or not call.restricted or is_known_finite(heads_BNLW):
         return heads_BNLW
-    bad_k, bad_v = apart.bad_rows(stored.k, stored.k_scale), None
-    clean_k = apart.without(stored.k, stored.k_scale, bad_k)
-    clean = stored._replace(k=clean_k[0], k_scale=clean_k[1])
+    held = {"k": (stored.k, stored.k_scale)}
     if stored.v is not None:
-        bad_v = apart.bad_rows(stored.v, stored.v_scale)
-        clean_v = apart.without(stored.v, stored.v_scale, bad_v)
-        clean = clean._replace(v=clean_v[0], v_scale=clean_v[1])
-    bad_BNS = apart.for_queries([bad_k] if bad_v is None else [bad_k, bad_v], stored.q.shape[1])
-    # Else a query or an overflow brought the numbers, which belong to their own rows.
-    if bool(bad_BNS.any()) and (again := _by_kernels(clean)) is not None:
-        heads_BNLW = again.masked_fill(sees(call, bad_BNS), math.nan)
-    return heads_BNLW
+        held["v"] = (stored.v, stored.v_scale)
+    bad = {name: apart.bad_rows(*rows) for name, rows in held.items()}
+    bad_BNS = apart.for_queries(list(bad.values()), stored.q.shape[1])
+    if not bool(bad_BNS.any()):  # a query or an overflow brought the numbers, which belong to their own rows
+        return heads_BNLW
+    clean: dict[str, Any] = {}
+    for name, rows in held.items():
+        clean[name], clean[f"{name}_scale"] = apart.without(*rows, bad[name])
+    again = _by_kernels(stored._replace(**clean))
+    return heads_BNLW if again is None else again.masked_fill(sees(call, bad_BNS), math.nan)
 
 
 def _by_kernels(stored: Stored) -> Tensor | None:
